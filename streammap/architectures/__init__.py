@@ -1,0 +1,1 @@
+"""Architecture specs: one TOML file each, see `streammap/architecture.py`."""

@@ -1,0 +1,265 @@
+"""A source: a folder or file of weights, opened lazily. Headers and config now, bytes when used.
+
+    folder   model.safetensors | model.safetensors.index.json + shards | *.safetensors (one)
+             pytorch_model.bin | pytorch_model.bin.index.json + shards
+    file     *.safetensors | *.pth, *.pt, *.bin (a state dict, or one under "model"/"state_dict")
+
+An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "model-...-of-..."}}
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from streammap import header, torchfile
+from streammap.errors import CheckpointError, some
+from streammap.header import Slot
+from streammap.spec import TensorSpec
+from streammap.storage.local import MappedFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+_MAX_JSON_NBYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a source, as it was when it was opened."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+    header_digest: str
+    """sha256 of what says where its tensors are."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An opened source. Its bytes are read through `tensor` while it is open."""
+
+    path: Path
+    """The folder or file, as given."""
+    files: tuple[SourceFile, ...]
+    slots: Mapping[str, Slot]
+    """In the order of files and bytes."""
+    file_of: Mapping[str, str]
+    """Key -> name of its file."""
+    config: Mapping[str, object] | None
+    """config.json, or None where there is none."""
+    nest: str | None = None
+    """The entry of a torch file that its state dict is nested under."""
+    _mapped: dict[str, MappedFile] = field(default_factory=dict, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(slot.spec.nbytes for slot in self.slots.values())
+
+    def spec(self, key: str) -> TensorSpec:
+        """dtype and shape of a tensor."""
+        return self.slots[key].spec
+
+    def file(self, key: str) -> MappedFile:
+        """The opened file that holds `key`."""
+        return self._mapped[self.file_of[key]]
+
+    def start(self, key: str) -> int | None:
+        """First byte of a tensor in its file; None where it is not stored row by row."""
+        slot = self.slots[key]
+        return slot.start if slot.strides is None else None
+
+    def tensor(self, key: str) -> "Tensor":
+        """A tensor over the file's mapping; nothing is read until it is used. Do not write to it.
+
+        Where its bytes are not aligned to its dtype, a copy.
+        """
+        from streammap.dtypes import to_torch
+
+        slot = self.slots[key]
+        dtype = to_torch(slot.spec.dtype)
+        if slot.spec.n_elements == 0:
+            import torch
+
+            return torch.empty(slot.spec.shape, dtype=dtype)
+        whole = self.file(key).bytes()
+        end = slot.end
+        if slot.strides is not None:
+            reach = sum((n - 1) * s for n, s in zip(slot.spec.shape, slot.strides, strict=True))
+            end = slot.start + (reach + 1) * dtype.itemsize
+        part = whole[slot.start : end]
+        if slot.start % dtype.itemsize:
+            part = part.clone()
+        typed = part.view(dtype)
+        if slot.strides is not None:
+            return typed.as_strided(slot.spec.shape, slot.strides)
+        return typed.view(slot.spec.shape)
+
+    def release(self) -> None:
+        """Give back the memory of mapped pages."""
+        for mapped in self._mapped.values():
+            mapped.release()
+
+    def close(self) -> None:
+        """Close all files."""
+        for mapped in self._mapped.values():
+            mapped.close()
+
+
+def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Checkpoint:
+    """Open a folder or file of weights: headers, index and config.json; no tensor is read.
+
+    Args:
+        config: config.json, or a folder with one; by default the one beside the weights.
+
+    Raises:
+        CheckpointError: nothing there, or any file that is not what it says.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
+    folder = path if path.is_dir() else path.parent
+    names, weight_map = _names_in(path) if path.is_dir() else ((path.name,), None)
+    files, slots, file_of, nest = [], {}, {}, None
+    for name in names:
+        found, digest, nest = _read_file(folder / name)
+        for slot in found:
+            if slot.key in slots:
+                raise CheckpointError(
+                    f"{slot.key} is in {file_of[slot.key]} and in {name}",
+                    hint="keep one of the two files",
+                )
+            slots[slot.key] = slot
+            file_of[slot.key] = name
+        stat = (folder / name).stat()
+        files.append(SourceFile(name, stat.st_size, stat.st_mtime_ns, digest))
+    if weight_map is not None:
+        _check_index(path.name, weight_map, file_of)
+    mapped = {file.name: MappedFile(folder / file.name, file.nbytes) for file in files}
+    found_config = _find_config(folder, config)
+    return Checkpoint(path, tuple(files), slots, file_of, found_config, nest, mapped)
+
+
+def read_json(path: Path) -> Mapping[str, object]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: too large, unreadable, not JSON, or not an object.
+    """
+    try:
+        size = path.stat().st_size
+        if size > _MAX_JSON_NBYTES:
+            raise CheckpointError(f"{path}: {size} bytes of JSON, at most {_MAX_JSON_NBYTES}")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}", hint="mend the file") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: a JSON object is expected, found {type(content).__name__}")
+    return content
+
+
+def _names_in(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    present = [name for name in (*SINGLES[:1], *INDEXES[:1]) if (folder / name).is_file()]
+    if len(present) > 1:
+        raise CheckpointError(
+            f"{folder}: has {present[0]} and {present[1]}, which may differ",
+            hint="remove the stale one, or name the file",
+        )
+    for index in INDEXES:
+        if (folder / index).is_file() and not (folder / SINGLES[INDEXES.index(index)]).is_file():
+            weight_map = _weight_map(folder / index)
+            return tuple(sorted(set(weight_map.values()))), weight_map
+        if (folder / SINGLES[INDEXES.index(index)]).is_file():
+            return (SINGLES[INDEXES.index(index)],), None
+    loose = sorted(file.name for file in folder.glob("*.safetensors"))
+    loose = [name for name in loose if not name.startswith(".") and ".map." not in name]
+    loose = loose or sorted(
+        file.name for suffix in TORCH_SUFFIXES for file in folder.glob(f"*{suffix}")
+        if file.name not in ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
+    )  # fmt: skip
+    if len(loose) == 1:
+        return (loose[0],), None
+    if loose:
+        raise CheckpointError(
+            f"{folder}: {len(loose)} weight files and no index: {some(loose)}",
+            hint=f"name one of them, {folder / loose[0]}",
+        )
+    raise CheckpointError(
+        f"{folder}: no weights: expected one of {', '.join((*SINGLES, *INDEXES))}",
+        hint="name a checkpoint folder, a .safetensors or a .pth file",
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map", hint="download the index again")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise CheckpointError(
+                f"{index}: {key} is said to be in {name!r}, expected a file of the same folder",
+                hint="do not use this checkpoint: a wrong index can point anywhere",
+            )
+    return weight_map
+
+
+def _check_index(folder: str, weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> None:
+    wrong = [key for key, name in weight_map.items() if file_of.get(key) != name]
+    if wrong:
+        key = wrong[0]
+        where = f"it is in {file_of[key]}" if key in file_of else "no shard has it"
+        raise CheckpointError(
+            f"{folder}: the index says {key} is in {weight_map[key]}, {where}"
+            f" ({len(wrong)} such keys)",
+            hint="download the index and shards again",
+        )
+    surplus = [key for key in file_of if key not in weight_map]
+    if surplus:
+        raise CheckpointError(
+            f"{folder}: the shards have {len(surplus)} tensors that the index lacks: "
+            f"{some(surplus)}",
+            hint="download the index and shards again",
+        )
+
+
+def _read_file(path: Path) -> tuple[Iterable[Slot], str, str | None]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file", hint="download the missing shard")
+    if path.suffix in TORCH_SUFFIXES:
+        slots, nest = torchfile.read(path)
+        text = repr([(slot.key, slot.spec, slot.start) for slot in slots]).encode()
+        return slots, hashlib.sha256(text).hexdigest(), nest
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{path}: a {path.suffix or 'file without ending'} is no weight file",
+            hint=f"expected .safetensors, {', '.join(TORCH_SUFFIXES)}",
+        )
+    slots, text = header.read(path)
+    return slots, hashlib.sha256(text).hexdigest(), None
+
+
+def _find_config(folder: Path, given: str | Path | None) -> Mapping[str, object] | None:
+    if given is not None:
+        return read_config(given)
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else None
+
+
+def read_config(path: str | Path) -> Mapping[str, object]:
+    """The config.json at `path`, or in the folder `path`."""
+    path = Path(path)
+    return read_json(path / "config.json" if path.is_dir() else path)

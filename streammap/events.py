@@ -1,0 +1,34 @@
+"""What a run reports while it goes on, and who listens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The plan is accepted, nothing is written yet."""
+
+    n_tensors: int
+    nbytes: int
+    """Bytes of all tensors of the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wrote:
+    """A part of a tensor is written."""
+
+    key: str
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The result is whole."""
+
+
+Event = Started | Wrote | Finished
+Listener = Callable[[Event], None]
+
+
+def nobody(event: Event) -> None:
+    """A listener that does nothing."""

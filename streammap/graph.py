@@ -1,0 +1,192 @@
+"""The graph of one tensor: a linear function of source tensors, kept in normal form.
+
+    Form   =  offset + sum of terms                 one per result tensor
+    Term   =  M_0 x M_1 x ... applied to a blend    one map a dimension (None keeps it)
+    blend  =  sum of coefficient * Load             tensors of one shape
+
+All that streammap does is of this kind, and the kind is closed: a map of a sum is a sum of maps,
+maps of one dimension compose, equal maps share one blend. So each function below returns the normal
+form at once, and a chain of operators costs one pass over the sources. A tensor that nothing
+changes is one bare Load, and is copied byte for byte.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from streammap import maps
+from streammap.maps import AxisMap
+from streammap.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streammap.storage.local import MappedFile
+
+
+class TensorSource(Protocol):
+    """Where tensors come from: what a graph needs of a checkpoint."""
+
+    def spec(self, key: str) -> TensorSpec:
+        """dtype and shape."""
+        ...
+
+    def tensor(self, key: str) -> "Tensor":
+        """The tensor, over mapped memory."""
+        ...
+
+    def file(self, key: str) -> "MappedFile":
+        """The file with its bytes."""
+        ...
+
+    def start(self, key: str) -> int | None:
+        """Where its bytes begin in the file; None where they are not stored row by row."""
+        ...
+
+    def release(self) -> None:
+        """Give mapped memory back."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A planned read of one tensor."""
+
+    source: TensorSource
+    key: str
+    spec: TensorSpec
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Load) and other.source is self.source and other.key == self.key
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.source), self.key))
+
+
+Blend = tuple[tuple[float, Load], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Maps over a blend of tensors of one shape."""
+
+    maps: tuple[AxisMap | None, ...]
+    """One a dimension; None keeps it."""
+    blend: Blend
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        source = self.blend[0][1].spec.shape
+        return tuple(
+            n if m is None else m.n_out for n, m in zip(source, self.maps, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One result tensor as a function of source tensors."""
+
+    spec: TensorSpec
+    terms: tuple[Term, ...]
+    offset: float = 0.0
+
+    @property
+    def copied(self) -> Load | None:
+        """The source tensor that this is byte for byte, if it is one."""
+        if len(self.terms) != 1 or self.offset:
+            return None
+        term = self.terms[0]
+        coefficient, found = term.blend[0]
+        same = coefficient == 1.0 and found.spec == self.spec and len(term.blend) == 1
+        return found if same and all(m is None for m in term.maps) else None
+
+    def loads(self) -> Iterator[Load]:
+        """Each source tensor, once for each term that reads it."""
+        for term in self.terms:
+            for _, found in term.blend:
+                yield found
+
+
+def load(source: TensorSource, key: str) -> Form:
+    """A source tensor as it is."""
+    spec = source.spec(key)
+    keep = (None,) * len(spec.shape)
+    return Form(spec, (Term(keep, ((1.0, Load(source, key, spec)),)),))
+
+
+def map_dims(form: Form, dims: Sequence[AxisMap | None]) -> Form:
+    """`form` with a map applied to each dimension that has one.
+
+    Shapes: [n_0, n_1, ...] -> [dims[0].n_out, ...].
+    """
+    changes = [None if m is None or m.is_identity else m for m in dims]
+    if not any(changes):
+        return form
+    shape = tuple(
+        n if m is None else m.n_out for n, m in zip(form.spec.shape, changes, strict=True)
+    )
+    terms = [Term(_composed(changes, term.maps), term.blend) for term in form.terms]
+    return _collected(TensorSpec(form.spec.dtype, shape), terms, form.offset)
+
+
+def combine(parts: Iterable[tuple[float, Form]], *, dtype: str | None = None) -> Form:
+    """The sum of coefficient * form; the dtype is that of the first part unless given."""
+    kept = tuple(parts)
+    spec = kept[0][1].spec
+    terms = [
+        Term(term.maps, tuple((c * inner, found) for inner, found in term.blend))
+        for c, form in kept
+        if c != 0.0
+        for term in form.terms
+    ]
+    if not terms:
+        terms = [Term(t.maps, tuple((0.0, f) for _, f in t.blend)) for t in kept[0][1].terms[:1]]
+    offset = sum(c * form.offset for c, form in kept)
+    return _collected(TensorSpec(dtype or spec.dtype, spec.shape), terms, offset)
+
+
+def scale(form: Form, factor: float) -> Form:
+    """`factor` times `form`."""
+    return form if factor == 1.0 else combine([(factor, form)])
+
+
+def shift(form: Form, offset: float) -> Form:
+    """`form` plus a constant."""
+    return replace(form, offset=form.offset + offset)
+
+
+def _composed(
+    after: Sequence[AxisMap | None], before: Sequence[AxisMap | None]
+) -> tuple[AxisMap | None, ...]:
+    found: list[AxisMap | None] = []
+    for a, b in zip(after, before, strict=True):
+        both = maps.compose(a, b) if a is not None and b is not None else a or b
+        found.append(None if both is None or both.is_identity else both)
+    return tuple(found)
+
+
+def _collected(spec: TensorSpec, terms: Sequence[Term], offset: float) -> Form:
+    """Terms of equal maps and source shape share one blend; equal loads add up."""
+    groups: list[tuple[Term, dict[Load, float]]] = []
+    for term in terms:
+        shape = term.blend[0][1].spec.shape
+        for first, blend in groups:
+            if first.blend[0][1].spec.shape == shape and first.maps == term.maps:
+                break
+        else:
+            blend = {}
+            groups.append((term, blend))
+        for coefficient, found in term.blend:
+            blend[found] = blend.get(found, 0.0) + coefficient
+    merged = [
+        Term(first.maps, tuple((c, found) for found, c in blend.items() if c != 0.0))
+        for first, blend in groups
+    ]
+    kept = tuple(term for term in merged if term.blend)
+    if not kept:
+        first, blend = groups[0]
+        kept = (Term(first.maps, ((0.0, next(iter(blend))),)),)
+    return Form(spec, kept, offset)

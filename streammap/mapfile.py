@@ -1,0 +1,202 @@
+"""The map file, saved with a result and used on the way back up.
+
+`streammap.map.safetensors` holds the levels of a chain, largest model first. Level i has, for each
+axis, its merging map F (small x large): as non-zeros ("i.heads.places" [n, 2] and "i.heads.values"
+[n], over blocks of metadata's "block" units), or as a matrix ("i.heads.matrix"). The names of axes
+are the architecture spec's; "embed", "qk", "v", "mlp" of a file that the original tools wrote
+(`MapMatrix.bin`: embed_F, qk_F, v_F, inter_F and R) are read as such.
+"""
+
+import ctypes
+import hashlib
+import itertools
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streammap import header, maps
+from streammap.errors import CheckpointError, SchemeError
+from streammap.maps import AxisMap, BlockMap, DenseMap
+from streammap.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIX = ".map.safetensors"
+NAME = f"streammap{SUFFIX}"
+ORIGINAL = "MapMatrix.bin"
+_ORIGINAL_AXES = {"embed_F": "embed", "qk_F": "qk", "v_F": "v", "inter_F": "mlp"}
+_MAX_NBYTES = 8 * 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The merging maps between one model and the next smaller one."""
+
+    merging: Mapping[str, AxisMap]
+    """Axis or alias -> F (small x large); the depth axis under "layer"."""
+    sizes: Mapping[str, tuple[int, int]]
+    """Axis -> its size in the large and in the small model."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the maps."""
+        found = hashlib.sha256()
+        for name, m in sorted(self.merging.items()):
+            found.update(name.encode())
+            found.update(_content_of(m))
+        return found.hexdigest()
+
+
+def beside(path: Path) -> Path:
+    """Where the map of a checkpoint is: in its folder, or beside its file."""
+    return path.with_suffix(SUFFIX) if path.is_file() or path.suffix else path / NAME
+
+
+def find(path: Path) -> tuple[Level, ...]:
+    """The levels saved with a folder or file of weights; the original's file counts too.
+
+    Raises:
+        SchemeError: a map file that is wrong.
+    """
+    folder = path if path.is_dir() else path.parent
+    places = [path / NAME] if path.is_dir() else [path.with_suffix(SUFFIX), folder / NAME]
+    for place in (*places, folder / ORIGINAL):
+        if place.is_file():
+            return load(place)
+    return ()
+
+
+def load(path: Path) -> tuple[Level, ...]:
+    """The levels of a map file, ours or the original's.
+
+    Raises:
+        SchemeError: it is neither, or it is wrong in itself.
+    """
+    try:
+        if path.is_dir():
+            found = find(path)
+            if not found:
+                raise SchemeError(f"{path}: no {NAME} and no {ORIGINAL} in it")
+            return found
+        if not path.is_file():
+            raise SchemeError(f"{path}: no such map file", hint="check the path")
+        if path.stat().st_size > _MAX_NBYTES:
+            raise SchemeError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_NBYTES}")
+        if path.suffix == ".safetensors":
+            return _load_ours(path)
+        return (_load_original(path),)
+    except CheckpointError as error:
+        raise SchemeError(f"map file {error.message}", hint=error.hint) from error
+
+
+def encode(levels: tuple[Level, ...]) -> bytes:
+    """A map file's bytes."""
+    specs: list[tuple[str, TensorSpec]] = []
+    chunks: list[bytes] = []
+    about = []
+    for i, level in enumerate(levels):
+        axes: dict[str, dict[str, int]] = {}
+        for name, m in sorted(level.merging.items()):
+            axes[name] = {"small": m.n_out, "large": m.n_in}
+            if isinstance(m, BlockMap):
+                axes[name]["block"] = m.block
+            for suffix, spec, content in _tensors_of(m):
+                specs.append((f"{i}.{name}.{suffix}", spec))
+                chunks.append(content)
+        sizes = {name: list(pair) for name, pair in sorted(level.sizes.items())}
+        about.append({"axes": axes, "sizes": sizes})
+    text = {"format": "pt", "streammap": json.dumps({"version": 1, "levels": about})}
+    return header.encode(specs, text) + b"".join(chunks)
+
+
+def _tensors_of(m: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
+    if isinstance(m, DenseMap):
+        import torch
+
+        matrix = m.matrix.to(torch.float32).contiguous()
+        content = ctypes.string_at(matrix.data_ptr(), 4 * matrix.numel())
+        return [("matrix", TensorSpec("F32", (m.n_out, m.n_in)), content)]
+    places = [(i, j) for i, row in enumerate(m.rows) for j, _ in row]
+    values = [value for row in m.rows for _, value in row]
+    n, flat = len(values), itertools.chain.from_iterable(places)
+    return [
+        ("values", TensorSpec("F64", (n,)), struct.pack(f"<{n}d", *values)),
+        ("places", TensorSpec("I32", (n, 2)), struct.pack(f"<{2 * n}i", *flat)),
+    ]
+
+
+def _content_of(m: AxisMap) -> bytes:
+    return b"".join(content for _, _, content in _tensors_of(m))
+
+
+def _load_ours(path: Path) -> tuple[Level, ...]:
+    from streammap.checkpoint import open_checkpoint
+
+    slots, text = header.read(path)
+    try:
+        about = json.loads(json.loads(text)["__metadata__"]["streammap"])
+        if about["version"] != 1:
+            raise SchemeError(f"{path.name}: version {about['version']}, expected 1")
+        tensors = open_checkpoint(path)
+        keys = {slot.key for slot in slots}
+        levels = []
+        for i, entry in enumerate(about["levels"]):
+            merging: dict[str, AxisMap] = {}
+            for name, axis in entry["axes"].items():
+                key = f"{i}.{name}"
+                if f"{key}.matrix" in keys:
+                    merging[name] = DenseMap(tensors.tensor(f"{key}.matrix").clone())
+                else:
+                    merging[name] = _block_map(
+                        tensors.tensor(f"{key}.places"), tensors.tensor(f"{key}.values"), axis
+                    )
+            sizes = {name: (int(a), int(b)) for name, (a, b) in entry["sizes"].items()}
+            levels.append(Level(merging, sizes))
+        tensors.close()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise SchemeError(
+            f"{path.name}: no map of streammap's: {type(error).__name__} {error}",
+            hint="remove the file, and give a scheme",
+        ) from error
+    return tuple(levels)
+
+
+def _block_map(places: "Tensor", values: "Tensor", axis: Mapping[str, int]) -> BlockMap:
+    block = int(axis["block"])
+    if block < 1 or axis["small"] % block or axis["large"] % block:
+        raise ValueError(f"blocks of {block} in {axis['small']} and {axis['large']}")
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(axis["small"] // block)]
+    for (i, j), value in zip(places.tolist(), values.tolist(), strict=True):
+        if i < 0:
+            raise IndexError(i)
+        rows[i].append((j, value))
+    return BlockMap(tuple(tuple(row) for row in rows), axis["large"] // block, block)
+
+
+def _load_original(path: Path) -> Level:
+    import torch
+
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise SchemeError(
+            f"{path}: no MapMatrix of tensors: {str(error).splitlines()[0]}",
+            hint="remove the file, and give a scheme",
+        ) from error
+    names = (*_ORIGINAL_AXES, "R")
+    if not isinstance(content, dict) or not any(name in content for name in names):
+        raise SchemeError(f"{path}: expected a dict of {', '.join(names)}")
+    merging: dict[str, AxisMap] = {}
+    for name, axis in (*_ORIGINAL_AXES.items(), ("R", "layer")):
+        matrix = content.get(name)
+        if matrix is None:
+            continue
+        if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2:
+            raise SchemeError(f"{path}: {name} is no matrix")
+        merging[axis] = maps.from_matrix(matrix.detach().to(torch.float32))
+    sizes = {name: (m.n_in, m.n_out) for name, m in merging.items()}
+    return Level(merging, sizes)

@@ -1,0 +1,444 @@
+"""Linear maps over one axis, sparse over blocks.
+
+A BlockMap sends n_in blocks to len(rows) blocks of the same length:
+
+    out block i = sum of coefficient * in block j, over the pairs (j, coefficient) of rows[i]
+
+so `kron(S, I_block)` with S given by its non-zeros. A group scheme on heads is one with a block of
+head_dim; the same scheme on layers has blocks of 1. Written as matrices F (small x large):
+
+    merging    F = rownorm(groups)          each small unit is the mean of its group
+    growing    T = rownorm(F^T)             each large unit copies its group
+    in(M)      rownorm(M^T)                 what the reader of a mapped axis applies
+
+Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Row = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A regular run of block moves: for k < count,
+    out[out_start + k*out_step :][:length] gets coefficient * in[in_start + k*in_step :][:length].
+    """  # noqa: D205
+
+    out_start: int
+    out_step: int
+    in_start: int
+    in_step: int
+    count: int
+    length: int
+    coefficient: float
+    """0.0 stands for "fill with zeros": nothing is read."""
+    adds: bool
+    """Whether the places were written before, so that this one adds to them."""
+
+    def clipped(self, start: int, end: int) -> Iterator["Segment"]:
+        """The part that writes to [start, end), places counted from `start`."""
+        if self.count == 1 or self.out_step == 0:
+            low, high = max(start, self.out_start), min(end, self.out_start + self.length)
+            if low < high:
+                yield self._piece(0, low - self.out_start, high - low, 1, start)
+            return
+        # Blocks [first, last) lie wholly inside; one at either side may be cut.
+        step, length = self.out_step, self.length
+        first = max(0, -(-(start - self.out_start) // step))
+        last = min(self.count, (end - self.out_start - length) // step + 1)
+        if first > 0:
+            yield from self._cut(first - 1, start, end)
+        if last > first:
+            yield self._piece(first, 0, length, last - first, start)
+        for k in range(max(first, last), min(self.count, max(first, last) + 1)):
+            yield from self._cut(k, start, end)
+
+    def _cut(self, k: int, start: int, end: int) -> Iterator["Segment"]:
+        at = self.out_start + k * self.out_step
+        low, high = max(start, at), min(end, at + self.length)
+        if low < high:
+            yield self._piece(k, low - at, high - low, 1, start)
+
+    def _piece(self, k: int, skip: int, length: int, count: int, origin: int) -> "Segment":
+        return Segment(
+            self.out_start + k * self.out_step + skip - origin,
+            self.out_step,
+            self.in_start + k * self.in_step + skip,
+            self.in_step,
+            count,
+            length,
+            self.coefficient,
+            self.adds,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class BlockMap:
+    """A map that is sparse over blocks of `block` units."""
+
+    rows: tuple[Row, ...]
+    n_in_blocks: int
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            for j, _ in row:
+                if not 0 <= j < self.n_in_blocks:
+                    raise IndexError(j)
+
+    @property
+    def n_in(self) -> int:
+        """Units read."""
+        return self.n_in_blocks * self.block
+
+    @property
+    def n_out(self) -> int:
+        """Units made."""
+        return len(self.rows) * self.block
+
+    @cached_property
+    def is_identity(self) -> bool:
+        return len(self.rows) == self.n_in_blocks and all(
+            row == ((i, 1.0),) for i, row in enumerate(self.rows)
+        )
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The map as few regular runs of block moves, in the order in which they are added."""
+        return tuple(_segments(self))
+
+    def members(self, unit: int) -> Row:
+        """The (in unit, coefficient) pairs of one out unit."""
+        i, rest = divmod(unit, self.block)
+        return tuple((j * self.block + rest, value) for j, value in self.rows[i])
+
+    def describe(self) -> str:
+        """The map in words: "mean of 2", "sum of 2", "copy x2", "copy / 2"..."""
+        return _describe(self)
+
+
+@final
+@dataclass(frozen=True)
+class DenseMap:
+    """A map given as a matrix (learned, or loaded from a file): n_out x n_in."""
+
+    matrix: "Tensor"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DenseMap) and other.matrix is self.matrix
+
+    def __hash__(self) -> int:
+        return id(self.matrix)
+
+    @property
+    def n_in(self) -> int:
+        return int(self.matrix.shape[1])
+
+    @property
+    def n_out(self) -> int:
+        return int(self.matrix.shape[0])
+
+    @property
+    def is_identity(self) -> bool:
+        return False
+
+    def members(self, unit: int) -> Row:
+        """The (in unit, coefficient) pairs of one out unit."""
+        values: list[float] = self.matrix[unit].tolist()
+        return tuple((j, value) for j, value in enumerate(values) if value != 0.0)
+
+    def describe(self) -> str:
+        """The map in words."""
+        return f"dense {self.n_out}x{self.n_in}"
+
+
+AxisMap = BlockMap | DenseMap
+
+
+@dataclass(frozen=True, slots=True)
+class MapPair:
+    """What producers and readers of one axis apply: `out` on rows made, `into` on columns read."""
+
+    out: AxisMap
+    into: AxisMap
+
+
+def identity(n: int, *, block: int = 1) -> BlockMap:
+    """n blocks that stay where they are."""
+    return BlockMap(tuple(((i, 1.0),) for i in range(n)), n, block)
+
+
+def merging(groups: Sequence[Sequence[int]], n_large: int, *, block: int = 1) -> BlockMap:
+    """F of a scheme: row i is the mean of the blocks in groups[i]."""
+    rows = tuple(tuple((j, 1.0 / len(group)) for j in group) for group in groups)
+    return BlockMap(rows, n_large, block)
+
+
+def transposed(m: AxisMap) -> AxisMap:
+    """The transpose."""
+    if isinstance(m, DenseMap):
+        return DenseMap(m.matrix.T.contiguous())
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(m.n_in_blocks)]
+    for i, row in enumerate(m.rows):
+        for j, value in row:
+            rows[j].append((i, value))
+    return BlockMap(tuple(tuple(row) for row in rows), len(m.rows), m.block)
+
+
+def row_normalized(m: AxisMap) -> AxisMap:
+    """Each row divided by its sum; a row that sums to 0 stays as it is."""
+    if isinstance(m, DenseMap):
+        sums = m.matrix.sum(dim=1, keepdim=True)
+        return DenseMap(m.matrix / sums.masked_fill(sums == 0, 1.0))
+    rows = []
+    for row in m.rows:
+        total = sum(value for _, value in row)
+        rows.append(tuple((j, value / total) for j, value in row) if total else row)
+    return BlockMap(tuple(rows), m.n_in_blocks, m.block)
+
+
+def growing(m: AxisMap) -> AxisMap:
+    """T = rownorm(F^T) of a merging map F: each large unit copies its group."""
+    return row_normalized(transposed(m))
+
+
+def pair_of(m: AxisMap) -> MapPair:
+    """`m` for producers and in(m) for readers.
+
+    in(M) = rownorm(M^T) stands at the right of a weight; seen as a map of the read dimension it is
+    the transpose of that.
+    """
+    return MapPair(m, transposed(row_normalized(transposed(m))))
+
+
+def scaled(m: AxisMap, factor: float) -> AxisMap:
+    """`factor` times m."""
+    if isinstance(m, DenseMap):
+        return DenseMap(m.matrix * factor)
+    rows = tuple(tuple((j, value * factor) for j, value in row) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
+
+
+def reblocked(m: BlockMap, block: int) -> BlockMap:
+    """The same map over blocks of `block` units, a divisor of m's."""
+    if block == m.block:
+        return m
+    times = m.block // block
+    rows = tuple(
+        tuple((j * times + r, value) for j, value in row) for row in m.rows for r in range(times)
+    )
+    return BlockMap(rows, m.n_in_blocks * times, block)
+
+
+def compose(after: AxisMap, before: AxisMap) -> AxisMap:
+    """The map that does `before` and then `after`."""
+    if isinstance(after, DenseMap) or isinstance(before, DenseMap):
+        dtype_of = after if isinstance(after, DenseMap) else before
+        assert isinstance(dtype_of, DenseMap)
+        a, b = to_matrix(after, like=dtype_of.matrix), to_matrix(before, like=dtype_of.matrix)
+        return DenseMap(a @ b)
+    block = gcd(after.block, before.block)
+    a, b = reblocked(after, block), reblocked(before, block)
+    rows = []
+    for row in a.rows:
+        total: dict[int, float] = {}
+        for k, outer in row:
+            for j, inner in b.rows[k]:
+                total[j] = total.get(j, 0.0) + outer * inner
+        rows.append(tuple((j, value) for j, value in sorted(total.items()) if value != 0.0))
+    return BlockMap(tuple(rows), b.n_in_blocks, block)
+
+
+def kron(left: AxisMap, right: AxisMap) -> AxisMap:
+    """The map of an ordered product of axes, `left` the slower."""
+    if isinstance(left, DenseMap) or isinstance(right, DenseMap):
+        like = left if isinstance(left, DenseMap) else right
+        assert isinstance(like, DenseMap)
+        return DenseMap(_kron_dense(left, right, like.matrix))
+    if right.is_identity:
+        return BlockMap(left.rows, left.n_in_blocks, left.block * right.n_in)
+    outer = reblocked(left, 1)
+    rows = tuple(
+        tuple((j * right.n_in_blocks + k, a * b) for j, a in row for k, b in inner)
+        for row in outer.rows
+        for inner in right.rows
+    )
+    return BlockMap(rows, outer.n_in_blocks * right.n_in_blocks, right.block)
+
+
+def concatenated(parts: Sequence[AxisMap]) -> AxisMap:
+    """The map of a sum of axes: each part acts on its own stretch (block diagonal)."""
+    if len(parts) == 1:
+        return parts[0]
+    dense = next((part for part in parts if isinstance(part, DenseMap)), None)
+    if dense is not None:
+        return DenseMap(_block_diagonal(parts, dense.matrix))
+    blocks = [part for part in parts if isinstance(part, BlockMap)]
+    block = gcd(*(part.block for part in blocks))
+    rows: list[Row] = []
+    offset = 0
+    for part in blocks:
+        fine = reblocked(part, block)
+        rows += (tuple((j + offset, value) for j, value in row) for row in fine.rows)
+        offset += fine.n_in_blocks
+    return BlockMap(tuple(rows), offset, block)
+
+
+def from_matrix(matrix: "Tensor") -> AxisMap:
+    """A matrix as a BlockMap where it is sparse, else as a DenseMap; values are kept."""
+    n_out, n_in = int(matrix.shape[0]), int(matrix.shape[1])
+    places = matrix.nonzero()
+    if places.shape[0] > 4 * max(n_out, n_in):
+        return DenseMap(matrix)
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(n_out)]
+    values: list[float] = matrix[places[:, 0], places[:, 1]].tolist()
+    for (i, j), value in zip(places.tolist(), values, strict=True):
+        rows[i].append((j, value))
+    fine = BlockMap(tuple(tuple(row) for row in rows), n_in)
+    return _coarsest(fine)
+
+
+def to_matrix(m: AxisMap, *, like: "Tensor") -> "Tensor":
+    """m as a matrix with the dtype of `like`. Shapes: n_out x n_in."""
+    if isinstance(m, DenseMap):
+        return m.matrix.to(like.dtype)
+    matrix = like.new_zeros((m.n_out, m.n_in))
+    for unit in range(m.n_out):
+        for j, value in m.members(unit):
+            matrix[unit, j] += value
+    return matrix
+
+
+def _kron_dense(left: AxisMap, right: AxisMap, like: "Tensor") -> "Tensor":
+    a, b = to_matrix(left, like=like), to_matrix(right, like=like)
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return product.reshape(left.n_out * right.n_out, left.n_in * right.n_in)
+
+
+def _block_diagonal(parts: Sequence[AxisMap], like: "Tensor") -> "Tensor":
+    whole = like.new_zeros((sum(p.n_out for p in parts), sum(p.n_in for p in parts)))
+    row = column = 0
+    for part in parts:
+        whole[row : row + part.n_out, column : column + part.n_in] = to_matrix(part, like=like)
+        row, column = row + part.n_out, column + part.n_in
+    return whole
+
+
+def _coarsest(fine: BlockMap) -> BlockMap:
+    """The same map with the largest block that expresses it."""
+    common = gcd(len(fine.rows), fine.n_in_blocks)
+    for block in sorted((d for d in range(2, common + 1) if common % d == 0), reverse=True):
+        if all(_fits(fine, i, block) for i in range(len(fine.rows))):
+            rows = tuple(
+                tuple((j // block, value) for j, value in fine.rows[i])
+                for i in range(0, len(fine.rows), block)
+            )
+            return BlockMap(rows, fine.n_in_blocks // block, block)
+    return fine
+
+
+def _fits(fine: BlockMap, i: int, block: int) -> bool:
+    rest = i % block
+    first = fine.rows[i - rest]
+    return all(j % block == 0 for j, _ in first) and fine.rows[i] == tuple(
+        (j + rest, value) for j, value in first
+    )
+
+
+def _segments(m: BlockMap) -> Iterator[Segment]:
+    """Slot s of the map is the s-th member of every row; each slot is cut into regular runs."""
+    for slot in range(max((len(row) for row in m.rows), default=0) or 1):
+        moves = []
+        for i, row in enumerate(m.rows):
+            if slot < len(row):
+                moves.append((i, row[slot][0], row[slot][1]))
+            elif slot == 0:
+                moves.append((i, 0, 0.0))
+        along = list(_runs(moves))
+        by_use = list(_runs(_by_use(moves)))
+        for i, out_step, j, in_step, count, value in min(along, by_use, key=len):
+            yield Segment(
+                i * m.block, out_step * m.block, j * m.block, in_step * m.block,
+                count, m.block, value, slot > 0,
+            )  # fmt: skip
+
+
+def _by_use(moves: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """The moves sorted by which copy of its source each one is: interleaved copies become runs."""
+    seen: dict[int, int] = {}
+    ranked = []
+    for move in moves:
+        use = seen.get(move[1], 0)
+        seen[move[1]] = use + 1
+        ranked.append((use, move))
+    return [move for _, move in sorted(ranked, key=lambda item: (item[0], item[1][0]))]
+
+
+def _runs(
+    moves: Sequence[tuple[int, int, float]],
+) -> Iterator[tuple[int, int, int, int, int, float]]:
+    """Cut moves (out, in, coefficient) into runs of constant steps and coefficient."""
+    at = 0
+    while at < len(moves):
+        out, source, value = moves[at]
+        count, out_step, in_step = 1, 0, 0
+        while at + count < len(moves):
+            next_out, next_source, next_value = moves[at + count]
+            steps = (next_out - moves[at + count - 1][0], next_source - moves[at + count - 1][1])
+            if next_value != value or steps[0] <= 0 or steps[1] < 0:
+                break
+            if count > 1 and steps != (out_step, in_step):
+                break
+            out_step, in_step = steps
+            count += 1
+        yield out, out_step, source, in_step, count, value
+        at += count
+
+
+def _describe(m: BlockMap) -> str:
+    sizes = {len(row) for row in m.rows}
+    values = {value for row in m.rows for _, value in row}
+    filled = sorted(sizes - {0})
+    if not filled:
+        return "zeros"
+    span = str(filled[0]) if len(filled) == 1 else f"{filled[0]}-{filled[-1]}"
+    uses = [0] * m.n_in_blocks
+    for row in m.rows:
+        for j, _ in row:
+            uses[j] += 1
+    copies = sorted({use for use in uses if use})
+    times = str(copies[0]) if len(copies) == 1 else f"{copies[0]}-{copies[-1]}"
+    if filled == [1]:
+        words = _describe_copies(m, values, uses, times)
+    elif all(_close(value, 1 / len(row)) for row in m.rows for _, value in row):
+        words = f"mean of {span}"
+    elif values == {1.0}:
+        words = f"sum of {span}"
+    else:
+        words = f"weighted sum of {span}"
+    if 0 in sizes:
+        words += ", zeros where nothing maps"
+    return words
+
+
+def _describe_copies(m: BlockMap, values: set[float], uses: Sequence[int], times: str) -> str:
+    if values == {1.0}:
+        if times != "1":
+            return f"copy x{times}"
+        return "permutation" if all(uses) else "selection"
+    if all(_close(value * uses[j], 1.0) for row in m.rows for j, value in row):
+        return f"copy / {times}"
+    return "scaled copy"
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * abs(b)

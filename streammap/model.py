@@ -1,0 +1,417 @@
+"""A checkpoint as its architecture spec sees it: sizes of the axes, tensors by family.
+
+Each key must match exactly one rule, each dimension must equal its expression, and each layer must
+have what the others have; else the checkpoint is refused, with the nearest patterns named.
+"""
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from streammap import architecture as architectures
+from streammap import pattern
+from streammap.architecture import Architecture, Axis, Dim, Rule
+from streammap.errors import ArchitectureError, CheckpointError, some
+from streammap.pattern import Expression
+from streammap.spec import TensorSpec
+
+_MAX_SIZE = 2**40
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The tensors that one rule describes under one name, over all layers."""
+
+    rule: Rule
+    name: str
+    """The key with its indices by name: "h.{layer}.ln_1.weight"."""
+    members: Mapping[tuple[int, ...], str]
+    """Values of the indices -> key."""
+    dims: tuple[Dim, ...]
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        return self.rule.pattern.indices
+
+    def key(self, values: tuple[int, ...]) -> str:
+        """The key of the family with these indices, there or not."""
+        found = self.name
+        for index, value in zip(self.indices, values, strict=True):
+            found = found.replace(f"{{{index}}}", str(value))
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A resolved checkpoint."""
+
+    architecture: Architecture
+    sizes: Mapping[str, int]
+    """Axis -> size, for each axis whose size is known."""
+    families: tuple[Family, ...]
+    tied: bool
+    """Whether the head shares the embedding's tensor."""
+
+    @property
+    def n_layers(self) -> int:
+        return self.sizes[self.architecture.depth_axis]
+
+    def size(self, expression: Expression) -> int:
+        """The value of a dimension expression."""
+        return self._evaluate(expression)
+
+    def _evaluate(self, expression: Expression) -> int:
+        def value_of(name: str) -> int:
+            if name in self.architecture.aliases:
+                return self._evaluate(self.architecture.aliases[name])
+            return self.sizes[name]
+
+        return pattern.evaluate(expression, value_of, _no_calls)
+
+
+def resolve(
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, object] | None,
+    *,
+    name: str | None = None,
+) -> Model:
+    """Find the spec that serves a checkpoint and read the checkpoint by it.
+
+    Args:
+        specs: Key -> dtype and shape.
+        name: The spec to take, where the checkpoint doesn't tell.
+
+    Raises:
+        ArchitectureError: no spec serves it.
+        CheckpointError: a key that no rule knows, a missing tensor, a shape that does not fit.
+    """
+    spec = _find(specs, config, name)
+    sizes = _Sizes(spec, config or {}, specs).all()
+    _check_constraints(spec, sizes)
+    families = _families(spec, specs)
+    model = Model(spec, sizes, families, _is_tied(spec, specs, config or {}))
+    _check_shapes(model, specs)
+    _check_complete(model)
+    return model
+
+
+def field_value(config: Mapping[str, object], field: str) -> object:
+    """config.json's value of a field, "a.b" being b inside a; None where there is none."""
+    value: object = config
+    for part in field.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(part)
+    return value
+
+
+def axis_origin(axis: Axis, config: Mapping[str, object]) -> str | Expression | None:
+    """Which of an axis' sources gives its size: the first that is there."""
+    for source in axis.sources:
+        if not isinstance(source, str) or field_value(config, source) is not None:
+            return source
+    return None
+
+
+def evaluate_axis(
+    spec: Architecture,
+    expression: Expression,
+    sizes: Mapping[str, int],
+    specs: Mapping[str, TensorSpec],
+) -> int:
+    """The value of an axis' "=expression" for given sizes and tensors."""
+
+    def value_of(name: str) -> int:
+        return evaluate_axis(spec, spec.aliases[name], sizes, specs) if name in spec.aliases else (
+            sizes[name]
+        )
+
+    return pattern.evaluate(expression, value_of, lambda f, a: _measured(f, a, specs))
+
+
+class _Sizes:
+    """Axis sizes from config.json, each worked out when another one asks for it."""
+
+    def __init__(
+        self, spec: Architecture, config: Mapping[str, object], specs: Mapping[str, TensorSpec]
+    ) -> None:
+        self._spec, self._config, self._specs = spec, config, specs
+        self._known: dict[str, int] = {}
+        self._open: set[str] = set()
+
+    def all(self) -> dict[str, int]:
+        for name in self._spec.axes:
+            if axis_origin(self._spec.axes[name], self._config) is not None:
+                self.size(name)
+        if self._spec.depth_axis not in self._known:
+            self.size(self._spec.depth_axis)
+        return self._known
+
+    def size(self, name: str) -> int:
+        if name in self._known:
+            return self._known[name]
+        if name in self._spec.aliases:
+            return self._evaluate(self._spec.aliases[name])
+        if name not in self._spec.axes:
+            raise ArchitectureError(f"{self._spec.name}.toml: no axis {name!r}")
+        if name in self._open:
+            raise ArchitectureError(f"{self._spec.name}.toml: {name} is defined by itself")
+        axis = self._spec.axes[name]
+        origin = axis_origin(axis, self._config)
+        if origin is None:
+            raise CheckpointError(
+                f"config.json: no {' or '.join(axis.fields)}, which is the size of {name}",
+                hint="give the checkpoint's own config.json with --config",
+            )
+        self._open.add(name)
+        if isinstance(origin, str):
+            self._known[name] = _size(field_value(self._config, origin), origin)
+        else:
+            self._known[name] = self._evaluate(origin)
+        return self._known[name]
+
+    def _evaluate(self, expression: Expression) -> int:
+        return pattern.evaluate(
+            expression, self.size, lambda f, a: _measured(f, a, self._specs)
+        )
+
+
+def _measured(function: str, arguments: tuple[str, ...], specs: Mapping[str, TensorSpec]) -> int:
+    if function == "shape":
+        key, dim = arguments
+        if key not in specs or int(dim) >= len(specs[key].shape):
+            raise CheckpointError(f"{key}: expected in this architecture, not there")
+        return specs[key].shape[int(dim)]
+    if function == "count":
+        compiled = pattern.compile_pattern(arguments[0], {})
+        return sum(compiled.match(key) is not None for key in specs)
+    raise ArchitectureError(f"no function {function!r}", hint="there are shape and count")
+
+
+def _no_calls(function: str, arguments: tuple[str, ...]) -> int:
+    raise ArchitectureError(f"{function}({', '.join(arguments)}) can't stand in a dimension")
+
+
+def _size(value: object, field: str) -> int:
+    if type(value) is not int or not 0 < value <= _MAX_SIZE:
+        raise CheckpointError(
+            f"config.json: {field} is {value!r}, expected a size",
+            hint="is this config.json the checkpoint's own?",
+        )
+    return value
+
+
+def _find(
+    specs: Mapping[str, TensorSpec], config: Mapping[str, object] | None, name: str | None
+) -> Architecture:
+    if name is not None:
+        return architectures.load(name)
+    model_type = (config or {}).get("model_type")
+    if model_type is not None:
+        found = architectures.for_model_type(str(model_type))
+        if found is None:
+            raise ArchitectureError(
+                f"no architecture spec serves model_type {str(model_type)[:80]!r}",
+                hint=f"there are {', '.join(architectures.names())}; --arch names one",
+            )
+        return found
+    found = architectures.for_keys(specs)
+    if found is None:
+        what = "config.json has no model_type" if config is not None else "there is no config.json"
+        raise ArchitectureError(
+            f"{what}, and the keys ({some(list(specs))}) do not tell the architecture",
+            hint="give the checkpoint's config.json with --config",
+        )
+    return found
+
+
+def _families(spec: Architecture, specs: Mapping[str, TensorSpec]) -> tuple[Family, ...]:
+    """Match every key. Candidates are found once per key shape, so the cost is linear in keys."""
+    candidates: dict[str, tuple[Rule, ...]] = {}
+    found: dict[str, tuple[Rule, dict[tuple[int, ...], str], int]] = {}
+    unknown = []
+    for key, tensor in specs.items():
+        shape = _INDEX.sub("0", key)
+        if shape not in candidates:
+            candidates[shape] = tuple(r for r in spec.rules if _could_match(r, key, shape))
+        matches = [
+            (rule, values)
+            for rule in candidates[shape]
+            if (values := rule.pattern.match(key)) is not None
+        ]
+        if not matches:
+            unknown.append(key)
+            continue
+        rule, values = matches[0]
+        if len(matches) > 1:
+            raise ArchitectureError(
+                f"{spec.name}.toml: {key} matches {rule.pattern.text} and "
+                f"{matches[1][0].pattern.text}"
+            )
+        name = _family_name(key, rule, values)
+        entry = found.setdefault(name, (rule, {}, len(tensor.shape)))
+        entry[1][tuple(values[index] for index in rule.pattern.indices)] = key
+    if unknown:
+        _refuse_unknown(spec, unknown)
+    return tuple(
+        Family(rule, name, members, _dims(rule, name, rank))
+        for name, (rule, members, rank) in found.items()
+    )
+
+
+def _could_match(rule: Rule, key: str, shape: str) -> bool:
+    return rule.pattern.match(key) is not None or rule.pattern.match(shape) is not None
+
+
+def _family_name(key: str, rule: Rule, values: Mapping[str, int]) -> str:
+    if not values:
+        return key
+    found = rule.pattern.regex.fullmatch(key)
+    assert found is not None
+    name = key
+    for index in sorted(values, key=lambda index: -found.start(index)):
+        name = f"{name[: found.start(index)]}{{{index}}}{name[found.end(index) :]}"
+    return name
+
+
+def _dims(rule: Rule, name: str, rank: int) -> tuple[Dim, ...]:
+    dims = rule.dims_for(rank)
+    if dims is None:
+        raise CheckpointError(
+            f"{name}: {rank} dimensions, expected {len(rule.dims)} "
+            f"({', '.join(dim.text for dim in rule.dims)})",
+            hint="is this config.json the checkpoint's own?",
+        )
+    return dims
+
+
+def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
+    rendered = {_sample(rule): rule.pattern.text for rule in spec.rules}
+    near = difflib.get_close_matches(_INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3)
+    told = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
+    raise CheckpointError(
+        f"{unknown[0]}: no rule of {spec.name}.toml knows this tensor "
+        f"({len(unknown)} such: {some(unknown)}){told}",
+        hint="is this the right architecture? --arch names another",
+    )
+
+
+def _sample(rule: Rule) -> str:
+    """A pattern's text as a key might look, for the search of near ones."""
+    text = re.sub(r"\{\w+:([^|}]*)[^}]*\}", r"\1", rule.pattern.text)
+    text = text.replace("{L}", "encoder.layer.0.").replace("{layer}", "0")
+    return re.sub(r"\{\w+\}", "", text)
+
+
+def _is_tied(
+    spec: Architecture, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
+) -> bool:
+    """Whether there is a head that shares the embedding, by the file or by config.json.
+
+    A head tensor beside `tie_word_embeddings: true` is a copy; it is treated as tied, which is
+    right whether the loader ties it or not.
+    """
+    head = spec.head
+    if head is None or not any(head.norm.match(key) is not None for key in specs):
+        return False
+    classes = config.get("architectures")
+    if isinstance(classes, list) and not head.is_in(str(name) for name in classes):
+        return False
+    has_tensor = any(head.head.match(key) is not None for key in specs)
+    return not has_tensor or config.get("tie_word_embeddings", True) is not False
+
+
+def _check_constraints(spec: Architecture, sizes: Mapping[str, int]) -> None:
+    for text, left, right in spec.constraints:
+        a, b = evaluate_axis(spec, left, sizes, {}), evaluate_axis(spec, right, sizes, {})
+        if a != b:
+            told = ", ".join(f"{name}={size}" for name, size in sizes.items() if name in text)
+            raise CheckpointError(
+                f"{spec.name}: {text} does not hold: {a} is not {b} ({told})",
+                hint="is this config.json the checkpoint's own?",
+            )
+
+
+def _check_shapes(model: Model, specs: Mapping[str, TensorSpec]) -> None:
+    for family in model.families:
+        expected = tuple(_expected(model, family, dim) for dim in family.dims)
+        for key in family.members.values():
+            shape = specs[key].shape
+            if len(shape) == len(expected) and all(
+                size in (None, n) for size, n in zip(expected, shape, strict=True)
+            ):
+                continue
+            text = ", ".join(dim.text for dim in family.dims)
+            wanted = ", ".join("_" if size is None else str(size) for size in expected)
+            raise CheckpointError(
+                f"{key}: shape {list(shape)} is not ({text}) = [{wanted}]",
+                hint="is this config.json the checkpoint's own?",
+            )
+
+
+def _expected(model: Model, family: Family, dim: Dim) -> int | None:
+    if dim.expression is None:
+        return None
+    try:
+        return model.size(dim.expression)
+    except KeyError as missing:
+        axis = model.architecture.axes.get(missing.args[0])
+        fields = " or ".join(axis.fields) if axis is not None else str(missing)
+        raise CheckpointError(
+            f"config.json: no {fields}, which {family.name} needs",
+            hint="give the checkpoint's own config.json with --config",
+        ) from missing
+
+
+def _check_complete(model: Model) -> None:
+    depth, n_layers = model.architecture.depth_axis, model.n_layers
+    missing, surplus = [], []
+    for family in model.families:
+        if family.indices != (depth,):
+            continue
+        missing += [family.key((i,)) for i in range(n_layers) if (i,) not in family.members]
+        surplus += [key for (i,), key in family.members.items() if i >= n_layers]
+    if surplus:
+        raise CheckpointError(
+            f"{surplus[0]}: config.json says {n_layers} layers (0 to {n_layers - 1}); "
+            f"{len(surplus)} tensors are of later ones",
+            hint="is this config.json the checkpoint's own?",
+        )
+    for required in model.architecture.required:
+        if not any(required.match(k) is not None for f in model.families for k in _some(f)):
+            missing.append(_sample(Rule(required, "tensor")))
+    if missing:
+        raise CheckpointError(
+            f"{missing[0]}: missing ({len(missing)} tensors: {some(missing)})",
+            hint="download or save the checkpoint again",
+        )
+
+
+def _some(family: Family) -> Iterable[str]:
+    """One key of a family: enough to know which rule it is."""
+    return (next(iter(family.members.values())),)
+
+
+
+
+def sizes_of(spec: Architecture, config: Mapping[str, object]) -> dict[str, int]:
+    """Axis sizes as far as a config.json alone gives them.
+
+    Raises:
+        CheckpointError: a field that is no size, or of another architecture.
+    """
+    found: dict[str, int] = {}
+    model_type = config.get("model_type")
+    if model_type is not None and model_type not in spec.model_types:
+        raise CheckpointError(
+            f"target config.json: model_type {model_type!r}, the source is a {spec.name}",
+            hint="give the config.json of a model of the same architecture",
+        )
+    known = _Sizes(spec, config, {})
+    for name in spec.axes:
+        with contextlib.suppress(CheckpointError):
+            found[name] = known.size(name)
+    return found

@@ -1,0 +1,119 @@
+"""A plan: a checkpoint that has not been written.
+
+It holds, for each key of the result, the Form that computes it, and beside that the config.json,
+the side files, what was done (`steps`) and what that promises. Its tensors can be read like those
+of a checkpoint, so operators take plans and give plans, and a chain of them is one plan.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, final
+
+from streammap import graph, model
+from streammap.checkpoint import Checkpoint
+from streammap.graph import Form
+from streammap.mapfile import Level
+from streammap.model import Model
+from streammap.spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT = 1
+"""Version of what a digest and a provenance file mean."""
+Promise = Literal["exact", "approximate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operator of a chain, for people and for the provenance file."""
+
+    operator: str
+    options: Mapping[str, object]
+    promise: Promise
+    reason: str
+    """Why the promise is what it is, in one line."""
+    notes: tuple[str, ...] = ()
+    """What a user might not expect: heads in no group, entries that are not used."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A result, tensor by tensor, not written."""
+
+    targets: Mapping[str, Form]
+    """In the order of the source's files."""
+    config: Mapping[str, object] | None
+    sources: tuple[Checkpoint, ...]
+    steps: tuple[Step, ...] = ()
+    levels: tuple[Level, ...] = ()
+    """The maps used on the way down, largest model first."""
+    side: Checkpoint | None = None
+    """The source whose tokenizer and other files go along."""
+    sized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Axis -> its size in the side files' model and in the result, where they differ."""
+    architecture: str | None = None
+    """The spec to read it by, where config.json doesn't tell."""
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Key -> dtype and shape."""
+        return {key: form.spec for key, form in self.targets.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(form.spec.nbytes for form in self.targets.values())
+
+    @property
+    def promise(self) -> tuple[Promise, str]:
+        """What the whole chain promises, and the reason."""
+        for step in self.steps:
+            if step.promise != "exact":
+                return step.promise, f"{step.operator}: {step.reason}"
+        if not self.steps:
+            return "exact", "nothing is changed"
+        return "exact", "; ".join(f"{step.operator}: {step.reason}" for step in self.steps)
+
+    @cached_property
+    def model(self) -> Model:
+        """The plan as its architecture spec sees it.
+
+        Raises:
+            ArchitectureError, CheckpointError: no spec serves it, or it does not fit.
+        """
+        return model.resolve(self.specs, self.config, name=self.architecture)
+
+    def read(self, key: str) -> "Tensor":
+        """One tensor of the result, computed now."""
+        from streammap import evaluate
+
+        return evaluate.read(self.targets[key])
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what determines the result: sources, steps, format version."""
+        content = {
+            "format": FORMAT,
+            "sources": [
+                [[f.name, f.nbytes, f.mtime_ns, f.header_digest] for f in source.files]
+                for source in self.sources
+            ],
+            "steps": [[step.operator, dict(step.options)] for step in self.steps],
+            "levels": [level.digest for level in self.levels],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def from_checkpoint(checkpoint: Checkpoint, levels: tuple[Level, ...], *,
+                    architecture: str | None = None) -> Plan:
+    """The plan that changes nothing."""
+    targets = {key: graph.load(checkpoint, key) for key in checkpoint.slots}
+    return Plan(
+        targets, checkpoint.config, (checkpoint,), levels=levels, side=checkpoint,
+        architecture=architecture,
+    )  # fmt: skip

@@ -1,0 +1,39 @@
+"""A progress bar over bytes, as a listener."""
+
+from typing import TYPE_CHECKING, final
+
+from streammap.events import Event, Finished, Started, Wrote
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+@final
+class ProgressBar:
+    """Shows a run's events on stderr; closes itself when the run is done."""
+
+    def __init__(self, title: str) -> None:
+        """`title` stands before the bar."""
+        self._title = title
+        self._bar: tqdm[None] | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        match event:
+            case Started(_, nbytes):
+                from tqdm import tqdm
+
+                self._bar = tqdm(
+                    total=nbytes, desc=self._title, unit="B", unit_scale=True, leave=False
+                )
+            case Wrote(_, nbytes):
+                if self._bar is not None:
+                    self._bar.update(nbytes)
+            case Finished():
+                self.close()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

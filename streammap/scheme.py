@@ -1,0 +1,150 @@
+"""Schemes: which heads and layers of the large model become one of the small.
+
+    {"width_scheme": [[0, 6], [1, 7], ...], "depth_scheme": [[0, 6], [1, 7], ...]}
+
+Entry i lists the heads (layers) of the large model that head (layer) i of the small one stands for.
+One scheme serves both directions. `reserved_heads` and `reserved_layers` may be there and are not
+used. The form is that of the original map tools; see schemes/README.md.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from streammap.errors import SchemeError, some
+
+Groups = tuple[tuple[int, ...], ...]
+Grouping = Literal["stacked", "adjacent"]
+GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
+UNUSED = ("reserved_heads", "reserved_layers")
+_KEYS = ("width_scheme", "depth_scheme", *UNUSED)
+_MAX_INDEX = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Groups of heads, of layers, or of both."""
+
+    width: Groups | None = None
+    depth: Groups | None = None
+    unused: tuple[str, ...] = ()
+    """Entries that were there and are not used."""
+
+    def as_json(self) -> dict[str, object]:
+        """The scheme in the file's form."""
+        entries = {"width_scheme": self.width, "depth_scheme": self.depth}
+        return {
+            name: [list(group) for group in groups]
+            for name, groups in entries.items()
+            if groups is not None
+        }
+
+
+def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
+    """A scheme from a file, or from the same thing as a dict.
+
+    Raises:
+        SchemeError: not JSON, an unknown key, an empty group, a repeated member, a bad index.
+    """
+    if isinstance(source, Scheme):
+        return source
+    if isinstance(source, Mapping):
+        return _parse(source, "scheme")
+    path = Path(source)
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise SchemeError(f"{path}: {error.strerror}", hint="check the path") from error
+    except (ValueError, RecursionError) as error:
+        raise SchemeError(f"{path}: not JSON: {error}", hint="see schemes/README.md") from error
+    if not isinstance(content, dict):
+        raise SchemeError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return _parse(content, path.name)
+
+
+def uniform(n_large: int, factor: int, grouping: Grouping, *, what: str) -> Groups:
+    """n_large / factor groups of `factor` members each: i with i+n/factor, or neighbours.
+
+    Raises:
+        SchemeError: `factor` does not divide `n_large`; `what` ("heads") names them.
+    """
+    if factor < 1 or n_large % factor:
+        divisors = [d for d in range(2, n_large + 1) if n_large % d == 0]
+        raise SchemeError(
+            f"{n_large} {what} do not divide into groups of {factor}",
+            hint=f"take a factor of {n_large} ({some(divisors, limit=6)}), or give a scheme",
+        )
+    n_small = n_large // factor
+    if grouping == "adjacent":
+        return tuple(tuple(range(i * factor, (i + 1) * factor)) for i in range(n_small))
+    return tuple(tuple(range(i, n_large, n_small)) for i in range(n_small))
+
+
+def template(n_large: int, n_small: int) -> Groups:
+    """The original's width map without a scheme: i with n_small + i, where that exists."""
+    return tuple(
+        (i, n_small + i) if n_small + i < n_large else (i,) for i in range(min(n_small, n_large))
+    )
+
+
+def check_range(groups: Groups, n_large: int, *, where: str, what: str) -> None:
+    """Refuse a member that the large model does not have.
+
+    Raises:
+        SchemeError: naming the entry.
+    """
+    for i, group in enumerate(groups):
+        for member in group:
+            if member >= n_large:
+                raise SchemeError(
+                    f"{where}[{i}]: {what[:-1]} {member} is out of range, "
+                    f"the large model has {n_large} {what} (0 to {n_large - 1})",
+                    hint="write the scheme for this model; `streammap scheme` prints one",
+                )
+
+
+def uncovered(groups: Groups, n_large: int) -> tuple[int, ...]:
+    """Members of the large model that are in no group."""
+    used = {member for group in groups for member in group}
+    return tuple(i for i in range(n_large) if i not in used)
+
+
+def overlapping(groups: Groups) -> tuple[int, ...]:
+    """Members that are in more than one group."""
+    members = sorted(member for group in groups for member in group)
+    return tuple(sorted({a for a, b in zip(members, members[1:], strict=False) if a == b}))
+
+
+def _parse(content: Mapping[str, object], where: str) -> Scheme:
+    unknown = [key for key in content if key not in _KEYS]
+    if unknown:
+        raise SchemeError(
+            f"{where}: unknown key {unknown[0]!r}", hint=f"known are {', '.join(_KEYS)}"
+        )
+    width = _groups(content.get("width_scheme"), f"{where}: width_scheme")
+    depth = _groups(content.get("depth_scheme"), f"{where}: depth_scheme")
+    return Scheme(width, depth, tuple(key for key in UNUSED if key in content))
+
+
+def _groups(value: object, where: str) -> Groups | None:
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not value:
+        raise SchemeError(f"{where}: expected a list of groups such as [[0, 6], [1, 7]]")
+    return tuple(_group(group, f"{where}[{i}]") for i, group in enumerate(value))
+
+
+def _group(group: object, where: str) -> tuple[int, ...]:
+    if not isinstance(group, list | tuple):
+        raise SchemeError(f"{where}: expected a list of numbers such as [0, 6], found {group!r}")
+    if not group:
+        raise SchemeError(f"{where}: an empty group", hint="remove it, or give it a member")
+    for member in group:
+        if type(member) is not int or not 0 <= member <= _MAX_INDEX:
+            raise SchemeError(f"{where}: {member!r} is no index, expected 0, 1, 2 ...")
+    if len(set(group)) != len(group):
+        twice = next(member for member in group if group.count(member) > 1)
+        raise SchemeError(f"{where}: member {twice} stands twice", hint="name each member once")
+    return tuple(group)

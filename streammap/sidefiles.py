@@ -1,0 +1,155 @@
+"""What goes along with the weights: config.json, tokenizer and the like, where it came from.
+
+All files of the source's folder are copied byte for byte, but for weights, training state and what
+streammap writes itself. Links are followed inside the folder (and inside a Hub cache), not out of
+it. sentence-transformers' pooling follows the hidden size.
+"""
+
+import fnmatch
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from streammap import mapfile
+from streammap.checkpoint import Checkpoint, read_json
+from streammap.errors import CheckpointError, OutputError
+from streammap.plan import FORMAT, Plan
+
+PROVENANCE = "streammap.json"
+_SKIPPED = (
+    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
+    "*.onnx_data", "*.gguf", "*.npz", "*.ot", "*.tflite", "*.index.json", "config.json",
+    "streammap.*", ".*", "trainer_state.json", "events.out.tfevents.*",
+)  # fmt: skip
+_SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",
+                    "__pycache__")  # fmt: skip
+_MAX_DEPTH = 3
+_MAX_NBYTES = 1_000_000_000
+
+
+def copied(side: Checkpoint | None) -> dict[str, Path]:
+    """Relative name -> file, for each file that is copied along.
+
+    Raises:
+        CheckpointError: a link that leads out of the folder, something that is no file.
+    """
+    if side is None or not side.path.is_dir():
+        return {}
+    return dict(sorted(_walk(side.path, side.path, 0)))
+
+
+def contents(plan: Plan, version: str) -> dict[str, bytes]:
+    """Relative name -> bytes, for each small file that is written anew.
+
+    Raises:
+        OutputError: a side file that can't follow the new sizes.
+    """
+    found: dict[str, bytes] = {}
+    for name, path in copied(plan.side).items():
+        changed = _resized(name, path, plan.sized)
+        if changed is not None:
+            found[name] = changed
+    if plan.levels:
+        found[mapfile.NAME] = mapfile.encode(plan.levels)
+    found[PROVENANCE] = _json(provenance(plan, version))
+    if plan.config is not None:
+        original = None if plan.side is None else plan.side.folder / "config.json"
+        unchanged = plan.side is not None and plan.config == plan.side.config
+        if unchanged and original is not None and original.is_file():
+            found["config.json"] = original.read_bytes()
+        else:
+            found["config.json"] = _json(plan.config)
+    return found
+
+
+def provenance(plan: Plan, version: str) -> dict[str, object]:
+    """Where a result came from."""
+    promise, reason = plan.promise
+    return {
+        "streammap": version,
+        "format": FORMAT,
+        "digest": plan.digest,
+        "promise": promise,
+        "reason": reason,
+        "steps": [
+            {"operator": step.operator, **step.options, "notes": list(step.notes)}
+            for step in plan.steps
+        ],
+        "sources": [
+            {
+                "name": source.path.name,
+                "files": [
+                    {"name": f.name, "nbytes": f.nbytes, "header_sha256": f.header_digest}
+                    for f in source.files
+                ],
+            }
+            for source in plan.sources
+        ],
+    }
+
+
+def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
+    for entry in sorted(folder.iterdir()):
+        name = entry.name
+        if entry.is_dir():
+            skipped = any(fnmatch.fnmatchcase(name, glob) for glob in _SKIPPED_FOLDERS)
+            if not skipped and not entry.is_symlink() and depth < _MAX_DEPTH:
+                yield from _walk(root, entry, depth + 1)
+            continue
+        top = folder == root
+        if any(fnmatch.fnmatchcase(name, glob) for glob in _SKIPPED if top or "config" not in glob):
+            continue
+        yield entry.relative_to(root).as_posix(), _checked(root, entry)
+
+
+def _checked(root: Path, entry: Path) -> Path:
+    real = Path(os.path.realpath(entry))
+    inside = real.is_relative_to(os.path.realpath(root))
+    if not inside and not _is_hub_blob(root, real):
+        raise CheckpointError(
+            f"{entry}: a link out of the checkpoint, to {real}",
+            hint="copy the file into the folder, or remove the link",
+        )
+    try:
+        found = real.stat()
+    except OSError as error:
+        raise CheckpointError(f"{entry}: {error.strerror}", hint="remove the link") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{entry}: no regular file", hint="remove it from the folder")
+    if found.st_size > _MAX_NBYTES:
+        raise CheckpointError(
+            f"{entry}: {found.st_size} bytes, at most {_MAX_NBYTES} for a file beside the weights",
+            hint="move it out of the folder",
+        )
+    return real
+
+
+def _is_hub_blob(root: Path, real: Path) -> bool:
+    """Whether `root` is a snapshot of a Hub cache and `real` one of its blobs."""
+    parts = Path(os.path.realpath(root)).parts
+    if len(parts) < 3 or parts[-2] != "snapshots":
+        return False
+    return real.parent == Path(*parts[:-2]) / "blobs"
+
+
+def _resized(name: str, path: Path, sized: Mapping[str, tuple[int, int]]) -> bytes | None:
+    """A sentence-transformers module's config for the new hidden size; None to copy it."""
+    old, new = sized.get("embed", (0, 0))
+    if old == new or not fnmatch.fnmatchcase(name, "*/config.json"):
+        return None
+    content = dict(read_json(path))
+    if content.get("word_embedding_dimension") == old:
+        content["word_embedding_dimension"] = new
+        return _json(content)
+    if content.get("in_features") == old:
+        raise OutputError(
+            f"{name}: a dense module that reads {old} features; the model will have {new}",
+            hint="remove the module from the source folder and modules.json",
+        )
+    return None
+
+
+def _json(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

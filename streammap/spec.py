@@ -1,0 +1,48 @@
+"""TensorSpec: a tensor's dtype and shape, without its bytes.
+
+dtypes go by their safetensors name ("BF16"); only modules that move data know torch's names.
+"""
+
+import math
+from dataclasses import dataclass
+
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Every dtype of the safetensors format, with the bits of one element."""
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""The dtypes that streammap computes with; all others only pass through."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What a tensor is: dtype and shape."""
+
+    dtype: str
+    """Its safetensors name, a key of DTYPE_BITS."""
+    shape: tuple[int, ...]
+
+    @property
+    def n_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.n_elements * DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def is_float(self) -> bool:
+        """Whether streammap computes with it; others are copied byte for byte."""
+        return self.dtype in FLOATS
+
+    @property
+    def accumulator(self) -> str:
+        """The dtype sums are kept in: float32, or float64 for float64."""
+        return "F64" if self.dtype == "F64" else "F32"
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
