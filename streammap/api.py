@@ -1,10 +1,10 @@
 """The calls a training launcher makes. The defaults of all options are here, and only here.
 
-    big = streammap.open("bert-base")
-    small = big.coalesce(width=2, depth=2)      # nothing is read yet
-    small.save("bert-small")
-    grown = streammap.open("bert-small-trained").decoalesce(map="bert-small")
-    grown.interpolate(big, alpha=0.5).save("bert-base-2")
+big = streammap.open("bert-base")
+small = big.coalesce(width=2, depth=2)      # nothing is read yet
+small.save("bert-small")
+grown = streammap.open("bert-small-trained").decoalesce(map="bert-small")
+grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
 from collections.abc import Iterator, Mapping
@@ -45,7 +45,7 @@ class LazyCheckpoint:
         return tuple(self.plan.targets)
 
     def spec(self, key: str) -> TensorSpec:
-        """dtype and shape of a tensor."""
+        """Dtype and shape of a tensor."""
         return self.plan.targets[key].spec
 
     def read(self, key: str) -> "Tensor":
@@ -69,7 +69,7 @@ class LazyCheckpoint:
 
     @property
     def promise(self) -> tuple[Promise, str]:
-        """ "exact" or "approximate", and why."""
+        """Whether the function is kept ("exact" or "approximate"), and why."""
         return self.plan.promise
 
     def summary(self) -> Summary:
@@ -231,9 +231,7 @@ def coalesce(
         scheme=scheme, width=width, depth=depth, grouping=grouping, map=map, target=target,
         rule=rule,
     )  # fmt: skip
-    return lazy.save(
-        output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
-    )
+    return lazy.save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
 
 
 def decoalesce(
@@ -265,9 +263,7 @@ def decoalesce(
     )  # fmt: skip
     if big is not None:
         lazy = lazy.interpolate(big, alpha=alpha)
-    return lazy.save(
-        output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
-    )
+    return lazy.save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
 
 
 def interpolate(
@@ -281,6 +277,8 @@ def interpolate(
     progress: Listener = nobody,
 ) -> Report:
     """Write (1 - alpha) * target + alpha * source to `output`. See LazyCheckpoint."""
-    return open(source).interpolate(target, alpha=alpha).save(
-        output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+    return (
+        open(source)
+        .interpolate(target, alpha=alpha)
+        .save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
     )

@@ -103,6 +103,7 @@ class Axis:
 
     @property
     def fields(self) -> tuple[str, ...]:
+        """The config fields among the sources."""
         return tuple(source for source in self.sources if isinstance(source, str))
 
 
@@ -145,9 +146,7 @@ def load(name: str) -> Architecture:
         ArchitectureError: there is none, or its file is wrong.
     """
     if name not in names():
-        raise ArchitectureError(
-            f"no architecture {name!r}", hint=f"there are {', '.join(names())}"
-        )
+        raise ArchitectureError(f"no architecture {name!r}", hint=f"there are {', '.join(names())}")
     file = resources.files("streammap") / "architectures" / f"{name}.toml"
     return parse(file.read_text(), name=name)
 
@@ -184,7 +183,9 @@ def for_keys(keys: Iterable[str]) -> Architecture | None:
 def _parse(content: Mapping[str, object], name: str) -> Architecture:
     unknown = [table for table in content if table not in _TABLES]
     if unknown:
-        raise ArchitectureError(f"unknown entry {unknown[0]!r}", hint=f"known: {', '.join(_TABLES)}")
+        raise ArchitectureError(
+            f"unknown entry {unknown[0]!r}", hint=f"known: {', '.join(_TABLES)}"
+        )
     if content.get("schema") != 1:
         raise ArchitectureError(f"schema is {content.get('schema')!r}, expected 1")
     variables = {k: _strings(v, f"[vars] {k}") for k, v in _table(content, "vars").items()}
@@ -205,9 +206,7 @@ def _parse(content: Mapping[str, object], name: str) -> Architecture:
     rules += [Rule(found, "drop") for found in patterns("drop")]
     kinds = _table(content, "axis_kind")
     axes = {k: _axis(k, v, kinds.get(k, "width")) for k, v in _table(content, "axes").items()}
-    aliases = {
-        k: parse_expression(_string(v, k)) for k, v in _table(content, "alias").items()
-    }
+    aliases = {k: parse_expression(_string(v, k)) for k, v in _table(content, "alias").items()}
     if sum(axis.kind == "depth" for axis in axes.values()) != 1:
         raise ArchitectureError("expected one axis of kind depth")
     rules_text = _strings(_table(content, "constraints").get("rules", []), "[constraints] rules")
@@ -265,9 +264,7 @@ def _axis(name: str, value: object, kind: object) -> Axis:
     if kind not in ("width", "depth", "frozen"):
         raise ArchitectureError(f"[axis_kind] {name}: {kind!r} is not width, depth or frozen")
     texts = _strings([value] if isinstance(value, str) else value, f"[axes] {name}")
-    sources = tuple(
-        parse_expression(text[1:]) if text.startswith("=") else text for text in texts
-    )
+    sources = tuple(parse_expression(text[1:]) if text.startswith("=") else text for text in texts)
     known: Kind = "width" if kind == "width" else "depth" if kind == "depth" else "frozen"
     return Axis(name, known, sources)
 

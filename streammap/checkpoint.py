@@ -69,7 +69,7 @@ class Checkpoint:
         return sum(slot.spec.nbytes for slot in self.slots.values())
 
     def spec(self, key: str) -> TensorSpec:
-        """dtype and shape of a tensor."""
+        """Dtype and shape of a tensor."""
         return self.slots[key].spec
 
     def file(self, key: str) -> MappedFile:
@@ -132,7 +132,10 @@ def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Ch
         raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
     folder = path if path.is_dir() else path.parent
     names, weight_map = _names_in(path) if path.is_dir() else ((path.name,), None)
-    files, slots, file_of, nest = [], {}, {}, None
+    files: list[SourceFile] = []
+    slots: dict[str, Slot] = {}
+    file_of: dict[str, str] = {}
+    nest: str | None = None
     for name in names:
         found, digest, nest = _read_file(folder / name)
         for slot in found:

@@ -1,7 +1,7 @@
 """The command line: each command a thin skin on one call of the library.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused or failed, 2 wrong
-usage. Nothing heavy is imported before a command runs.
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused or failed, 2
+wrong usage. Nothing heavy is imported before a command runs.
 """
 
 import json
@@ -29,7 +29,7 @@ RULES = ("exact", "reference")
 class _Commands(click.Group):
     """Turns the library's errors into one message and exit code 1."""
 
-    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401 (click's own signature)
+    def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except StreammapError as error:
@@ -358,12 +358,12 @@ def plan_interpolate(
 @click.option("--heads", type=int, metavar="N", help="Heads of the large model.")
 @click.option("--layers", type=int, metavar="N", help="Layers of the large model.")
 @click.option("--width", type=int, default=2, show_default=True, metavar="K", help="Heads a group.")
-@click.option("--depth", type=int, default=2, show_default=True, metavar="K", help="Layers a group.")
+@click.option(
+    "--depth", type=int, default=2, show_default=True, metavar="K", help="Layers a group."
+)
 @click.option("--grouping", type=click.Choice(GROUPINGS), default="stacked", show_default=True,
               help="i with i+n/K, or neighbours.")  # fmt: skip
-def scheme(
-    heads: int | None, layers: int | None, width: int, depth: int, grouping: str
-) -> None:
+def scheme(heads: int | None, layers: int | None, width: int, depth: int, grouping: str) -> None:
     """Print a scheme for given sizes.
 
     \b
@@ -374,7 +374,7 @@ def scheme(
 
     if heads is None and layers is None:
         raise click.UsageError("give --heads N, --layers N or both")
-    known = schemes.GROUPINGS[schemes.GROUPINGS.index("stacked" if grouping == "stacked" else "adjacent")]
+    known: schemes.Grouping = "adjacent" if grouping == "adjacent" else "stacked"
     made = schemes.Scheme(
         None if heads is None else schemes.uniform(heads, width, known, what="heads"),
         None if layers is None else schemes.uniform(layers, depth, known, what="layers"),
@@ -401,7 +401,7 @@ def scheme(
               help="exact: keep the function instead of the original's numbers.")  # fmt: skip
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")
 @_json_option
-def map_(quiet: bool, as_json: bool, **options: Any) -> None:  # noqa: ANN401 (click's options)
+def map_(quiet: bool, as_json: bool, **options: Any) -> None:
     """The original map tools' command line, flag by flag.
 
     \b

@@ -15,7 +15,7 @@ _NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
 
 def to_torch(name: str) -> torch.dtype:
-    """torch's dtype for a safetensors name.
+    """Torch's dtype for a safetensors name.
 
     Raises:
         CheckpointError: torch has none.

@@ -1,11 +1,11 @@
 """Every error raised on purpose.
 
-    StreammapError
-    ├── CheckpointError     a file is not what it says: header, index, pickle, config.json
-    ├── ArchitectureError   no spec fits a checkpoint, or a spec file is wrong
-    ├── SchemeError         a scheme or a saved map is wrong
-    ├── PlanError           a request that makes no sense for this checkpoint
-    └── OutputError         the result can't be written there
+StreammapError
+├── CheckpointError     a file is not what it says: header, index, pickle, config.json
+├── ArchitectureError   no spec fits a checkpoint, or a spec file is wrong
+├── SchemeError         a scheme or a saved map is wrong
+├── PlanError           a request that makes no sense for this checkpoint
+└── OutputError         the result can't be written there
 """
 
 from collections.abc import Sequence

@@ -45,6 +45,7 @@ class Tile:
 
     @property
     def n_elements(self) -> int:
+        """Product of the shape; 1 for a scalar."""
         return math.prod(self.shape)
 
 
@@ -181,9 +182,7 @@ def _sources_of(
     before: Sequence[AxisMap | None], prefix: tuple[int, ...]
 ) -> Iterator[tuple[tuple[int, ...], float]]:
     """The source indices, with coefficients, that leading dimensions of a tile are made of."""
-    rows = [
-        ((i, 1.0),) if m is None else m.members(i) for m, i in zip(before, prefix, strict=True)
-    ]
+    rows = [((i, 1.0),) if m is None else m.members(i) for m, i in zip(before, prefix, strict=True)]
     for chosen in itertools.product(*rows):
         yield tuple(i for i, _ in chosen), math.prod(value for _, value in chosen)
 
@@ -202,10 +201,8 @@ def _gather_range(
                 _move(piece, part, out, coefficient, dim=0, adds=adds)
 
 
-def _multiply(
-    rows: Tensor, part: Tensor, out: Tensor, coefficient: float, *, adds: bool
-) -> None:
-    """out (+)= coefficient * rows @ part, over the first dimension, a strip of it at a time."""
+def _multiply(rows: Tensor, part: Tensor, out: Tensor, coefficient: float, *, adds: bool) -> None:
+    """Out (+)= coefficient * rows @ part, over the first dimension, a strip of it at a time."""
     flat = out.view(out.shape[0], -1)
     if not adds:
         flat.zero_()
@@ -215,7 +212,7 @@ def _multiply(
 
 
 def apply(m: AxisMap, held: Tensor, out: Tensor, dim: int) -> None:
-    """out = m applied to dimension `dim` of `held`."""
+    """Out = m applied to dimension `dim` of `held`."""
     if isinstance(m, BlockMap):
         for segment in m.segments:
             _move(segment, held, out, 1.0, dim=dim, adds=False)
@@ -240,7 +237,7 @@ def _move(
 
 
 def _blocks(x: Tensor, dim: int, start: int, step: int, count: int, length: int) -> Tensor:
-    """`count` blocks of `length`, `step` apart, as a view. Shapes: [.., n, ..] -> [.., C, L, ..]."""
+    """Blocks of `length`, `step` apart, as a view. Shapes: [.., n, ..] -> [.., C, L, ..]."""
     stride = x.stride()
     shape = (*x.shape[:dim], count, length, *x.shape[dim + 1 :])
     strides = (*stride[:dim], step * stride[dim], stride[dim], *stride[dim + 1 :])

@@ -71,6 +71,7 @@ class Where:
 
     @property
     def is_file(self) -> bool:
+        """Whether the result is one file instead of a folder."""
         return self.path.suffix in (".safetensors", *_TORCH)
 
 
@@ -179,9 +180,7 @@ def _write_shard(plan: Plan, shard: Shard, out: Output, listener: Listener) -> N
             _compute(form, slot, shard.name, out, scratch, listener)
 
 
-def _copy(
-    found: Load, start: int, slot: Slot, file: str, out: Output, listener: Listener
-) -> None:
+def _copy(found: Load, start: int, slot: Slot, file: str, out: Output, listener: Listener) -> None:
     descriptor = found.source.file(found.key).descriptor
     for at in range(0, slot.spec.nbytes, _COPY_NBYTES):
         nbytes = min(_COPY_NBYTES, slot.spec.nbytes - at)

@@ -28,7 +28,7 @@ class TensorSource(Protocol):
     """Where tensors come from: what a graph needs of a checkpoint."""
 
     def spec(self, key: str) -> TensorSpec:
-        """dtype and shape."""
+        """Dtype and shape."""
         ...
 
     def tensor(self, key: str) -> "Tensor":
@@ -57,9 +57,7 @@ class Load:
     spec: TensorSpec
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Load) and other.source is self.source and other.key == self.key
-        )
+        return isinstance(other, Load) and other.source is self.source and other.key == self.key
 
     def __hash__(self) -> int:
         return hash((id(self.source), self.key))
@@ -80,9 +78,7 @@ class Term:
     def shape(self) -> tuple[int, ...]:
         """Shape of the result."""
         source = self.blend[0][1].spec.shape
-        return tuple(
-            n if m is None else m.n_out for n, m in zip(source, self.maps, strict=True)
-        )
+        return tuple(n if m is None else m.n_out for n, m in zip(source, self.maps, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +169,7 @@ def _collected(spec: TensorSpec, terms: Sequence[Term], offset: float) -> Form:
     groups: list[tuple[Term, dict[Load, float]]] = []
     for term in terms:
         shape = term.blend[0][1].spec.shape
-        for first, blend in groups:
+        for first, blend in groups:  # noqa: B007 (used after the loop)
             if first.blend[0][1].spec.shape == shape and first.maps == term.maps:
                 break
         else:

@@ -12,9 +12,10 @@ scheme unit i is averaged with unit n+i, layers with their neighbours.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Self, final
 
 from streammap import api, executor, layout, scheme
 from streammap import model as models
@@ -31,7 +32,6 @@ from streammap.scheme import Groups, Scheme
 
 PathLike = str | Path
 GroupsLike = Sequence[Sequence[int]]
-HEAD_DIM = 64
 
 
 class _Mapper:
@@ -41,13 +41,13 @@ class _Mapper:
         self,
         source: LazyCheckpoint,
         target_sizes: Mapping[str, int] | None,
-        target: Path | None,
+        open_target: Callable[[], LazyCheckpoint],
         output: Path | None,
         groups: Scheme,
         rule: Rule,
     ) -> None:
-        self._source, self._target, self._output = source, target, output
-        self._target_sizes = target_sizes
+        self._source, self._output = source, output
+        self._target_sizes, self._open_target = target_sizes, open_target
         self._groups, self._rule = groups, rule
         self._result = source
 
@@ -56,33 +56,93 @@ class _Mapper:
         """What `save` would write."""
         return self._result
 
-    def _resize(self, direction: Direction) -> None:
+    def coalesce(self) -> Self:
+        """Plan the smaller model."""
+        return self._resize("coalesce")
+
+    def decoalesce(self) -> Self:
+        """Plan the larger model."""
+        return self._resize("decoalesce")
+
+    def interpolate(self, alpha: float = 0.25) -> Self:
+        """Plan (1 - alpha) * target + alpha * result so far.
+
+        Raises:
+            PlanError: no target was given, or its size is neither the source's nor the result's.
+        """
+        target = self._open_target()
+        if target.sizes != self._result.sizes and self._source.sizes == self._result.sizes:
+            target = self._source
+        self._result = LazyCheckpoint(Interpolate(alpha).plan(self._result.plan, target.plan))
+        return self
+
+    def run(self, opt: str, alpha: float) -> Self:
+        """One step of the original's command line: C, D or IP.
+
+        Raises:
+            PlanError: source and target are the other way round.
+        """
+        if opt == "IP":
+            return self.interpolate(alpha)
+        direction: Direction = "coalesce" if opt == "C" else "decoalesce"
+        goal = self._goal(direction)
+        if goal is not None and goal != self._target_sizes:
+            told = (
+                ", ".join(f"{k} {v} to {self._target_sizes[k]}" for k, v in goal.items())
+                if (self._target_sizes)
+                else ""
+            )
+            raise PlanError(
+                f"--opt {opt}: the target is the {'larger' if opt == 'C' else 'smaller'} model "
+                f"({told})",
+                hint="--opt C makes a model smaller, --opt D larger",
+            )
+        return self._resize(direction)
+
+    def save(
+        self, *, progress: Listener = nobody, max_shard_size: str | int = api.MAX_SHARD_SIZE
+    ) -> Report:
+        """Write the result to the save folder, replacing what is there, as the original does.
+
+        Raises:
+            PlanError: no save folder was given, or it is the source's.
+            OutputError: it can't be written.
+        """
+        if self._output is None:
+            raise PlanError("no save_dir was given", hint="pass save_dir=...")
+        place = self._output
+        if place.exists() and place.samefile(self._source.plan.sources[0].path):
+            raise PlanError(f"{place}: is the source itself", hint="save to another folder")
+        size = layout.parse_size(max_shard_size)
+        where = Where(place, size, overwrite=True, fsync=True, may_replace_sources=True)
+        return executor.run(self._result.plan, where, progress)
+
+    def _resize(self, direction: Direction) -> Self:
         model = self._result.plan.model
         sizes = self._goal(direction)
         if sizes is not None and all(model.sizes.get(k, v) == v for k, v in sizes.items()):
-            return
+            return self
         level = resize.fitting(self._result.plan.levels, model, direction, sizes)
         op = Resize(
             direction,
-            scheme=None if level is not None else self._scheme(direction, sizes),
+            scheme=None if level is not None else self._scheme(sizes),
             target=sizes,
             rule=self._rule,
         )
         self._result = LazyCheckpoint(op.plan(self._result.plan))
+        return self
 
     def _goal(self, direction: Direction) -> Mapping[str, int] | None:
         """Sizes of the smaller (or larger) of source and target."""
-        if self._target_sizes is None:
-            return None
-        own = {axis: self._source.sizes[axis] for axis in self._target_sizes}
-        shrinks = direction == "coalesce"
         wanted = self._target_sizes
-        smaller = own if _area(own) < _area(wanted) else wanted
-        larger = wanted if smaller is own else own
-        return smaller if shrinks else larger
+        if wanted is None:
+            return None
+        own = {axis: self._source.sizes[axis] for axis in wanted if axis in self._source.sizes}
+        smaller, larger = (own, wanted) if _area(own) < _area(wanted) else (wanted, own)
+        return smaller if direction == "coalesce" else larger
 
-    def _scheme(self, direction: Direction, sizes: Mapping[str, int] | None) -> Scheme:
-        """The groups given; for sizes without any, the original's own."""
+    def _scheme(self, sizes: Mapping[str, int] | None) -> Scheme:
+        """The groups given; where there are none for a size that changes, the original's own."""
         if sizes is None:
             return self._groups
         own = self._result.sizes
@@ -95,27 +155,6 @@ class _Mapper:
         if depth is None and layers[0] != layers[1]:
             depth = _adjacent(layers[1], layers[0])
         return replace(self._groups, width=width, depth=depth)
-
-    def _interpolate(self, alpha: float, target: LazyCheckpoint) -> None:
-        self._result = LazyCheckpoint(Interpolate(alpha).plan(self._result.plan, target.plan))
-
-    def save(
-        self, *, progress: Listener = nobody, max_shard_size: str | int = api.MAX_SHARD_SIZE
-    ) -> Report:
-        """Write the result to the save folder, replacing what is there, as the original does.
-
-        Raises:
-            OutputError: the save folder is the source's, or can't be written.
-        """
-        if self._output is None:
-            raise PlanError("no save_dir was given", hint="pass save_dir=...")
-        plan = self._result.plan
-        place = self._output
-        if place.exists() and place.samefile(self._source.plan.sources[0].path):
-            raise PlanError(f"{place}: is the source itself", hint="save to another folder")
-        size = layout.parse_size(max_shard_size)
-        where = Where(place, size, overwrite=True, fsync=True, may_replace_sources=True)
-        return executor.run(plan, where, progress)
 
 
 class _TextMapper(_Mapper):
@@ -135,46 +174,28 @@ class _TextMapper(_Mapper):
         source = api.open(src_dir)
         sizes = None
         if tgt_dir is not None:
-            spec = source.plan.model.architecture
-            sizes = models.sizes_of(spec, read_config(tgt_dir))
+            sizes = models.sizes_of(source.plan.model.architecture, read_config(tgt_dir))
         super().__init__(
             source,
             sizes,
-            None if tgt_dir is None else Path(tgt_dir),
+            lambda: api.open(Path(_given("tgt_dir", tgt_dir))),
             None if save_dir is None else Path(save_dir),
             _groups(width_scheme, depth_scheme),
             rule,
         )
 
-    def coalesce(self) -> "_TextMapper":
-        """Plan the smaller model."""
-        self._resize("coalesce")
-        return self
 
-    def decoalesce(self) -> "_TextMapper":
-        """Plan the larger model."""
-        self._resize("decoalesce")
-        return self
-
-    def interpolate(self, alpha: float = 0.25) -> "_TextMapper":
-        """Plan (1 - alpha) * target + alpha * result so far."""
-        if self._target is None:
-            raise PlanError("no tgt_dir was given", hint="pass tgt_dir=...")
-        target = api.open(self._target)
-        if target.sizes != self._result.sizes and self._source.sizes == self._result.sizes:
-            target = self._source
-        self._interpolate(alpha, target)
-        return self
-
-
+@final
 class BertMapper(_TextMapper):
-    """The original's BertMapper."""
+    """The original's BertMapper: folders of a BERT."""
 
 
+@final
 class GPT2Mapper(_TextMapper):
-    """The original's GPT2Mapper."""
+    """The original's GPT2Mapper: folders of a GPT-2."""
 
 
+@final
 class DeiTMapper(_Mapper):
     """The original's DeiTMapper: .pth files, sizes given as "L12-H12"."""
 
@@ -193,39 +214,70 @@ class DeiTMapper(_Mapper):
         *,
         rule: Rule = "reference",
     ) -> None:
-        """Open the source; `tgt_ckp` is read by `interpolate` only."""
+        """Open the source; `tgt_ckp` (in `tgt_dir` or `src_dir`) is read by `interpolate` only."""
         source = _open_deit(Path(src_dir) / src_ckp, src_arch)
         n_layers, n_heads = _parse_arch(tgt_arch)
         head_dim = source.sizes["embed"] // source.sizes["heads"]
-        sizes = {"layer": n_layers, "heads": n_heads, "embed": n_heads * head_dim}
-        target = None
-        if tgt_ckp is not None:
-            target = (Path(src_dir) if tgt_dir is None else Path(tgt_dir)) / tgt_ckp
-        output = None if save_dir is None else Path(save_dir) / (save_ckp or src_ckp)
+        folder = Path(src_dir if tgt_dir is None else tgt_dir)
         super().__init__(
-            source, sizes, target, output, _groups(width_scheme, depth_scheme), rule
+            source,
+            {"layer": n_layers, "heads": n_heads, "embed": n_heads * head_dim},
+            lambda: _open_deit(folder / _given("tgt_ckp", tgt_ckp), tgt_arch),
+            None if save_dir is None else Path(save_dir) / (save_ckp or src_ckp),
+            _groups(width_scheme, depth_scheme),
+            rule,
         )
-        self._target_arch = tgt_arch
 
-    def coalesce(self) -> "DeiTMapper":
-        """Plan the smaller model."""
-        self._resize("coalesce")
-        return self
 
-    def decoalesce(self) -> "DeiTMapper":
-        """Plan the larger model."""
-        self._resize("decoalesce")
-        return self
+def _given(name: str, value: PathLike | None) -> PathLike:
+    if value is None:
+        raise PlanError(f"no {name} was given", hint=f"pass {name}=...")
+    return value
 
-    def interpolate(self, alpha: float = 0.25) -> "DeiTMapper":
-        """Plan (1 - alpha) * target + alpha * result so far."""
-        if self._target is None:
-            raise PlanError("no tgt_ckp was given", hint="pass tgt_dir=..., tgt_ckp=...")
-        target = _open_deit(self._target, self._target_arch)
-        if target.sizes != self._result.sizes and self._source.sizes == self._result.sizes:
-            target = self._source
-        self._interpolate(alpha, target)
-        return self
+
+def from_flags(
+    *,
+    arch: str,
+    opt: str,
+    src_dir: str,
+    save_dir: str,
+    tgt_dir: str | None,
+    config: str | None,
+    alpha: float,
+    src_arch: str | None,
+    tgt_arch: str | None,
+    src_ckp: str | None,
+    tgt_ckp: str | None,
+    save_ckp: str | None,
+    rule: Rule,
+) -> "BertMapper | GPT2Mapper | DeiTMapper":
+    """The original's command line as a mapper that is ready to `save`.
+
+    Raises:
+        PlanError: a flag that is missing, or a direction that does not fit the two models.
+    """
+    groups = Scheme() if config is None else scheme.load_scheme(config)
+    width, depth = groups.width, groups.depth
+    made: BertMapper | GPT2Mapper | DeiTMapper
+    if arch == "deit":
+        made = DeiTMapper(
+            _flag("--src-arch", src_arch), _flag("--tgt-arch", tgt_arch), src_dir,
+            _flag("--src-ckp", src_ckp), tgt_dir,
+            _flag("--tgt-ckp", tgt_ckp) if opt == "IP" else tgt_ckp,
+            save_dir, _flag("--save-ckp", save_ckp), width, depth, rule=rule,
+        )  # fmt: skip
+    else:
+        folder = _flag("--tgt-dir", tgt_dir)
+        front = BertMapper if arch == "bert" else GPT2Mapper
+        made = front(src_dir, folder, save_dir, width, depth, rule=rule)
+    made.run(opt, alpha)
+    return made
+
+
+def _flag(name: str, value: str | None) -> str:
+    if value is None:
+        raise PlanError(f"{name} is missing", hint=f"give {name}; the original needs it too")
+    return value
 
 
 def _open_deit(path: Path, arch: str) -> LazyCheckpoint:

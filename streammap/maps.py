@@ -30,7 +30,7 @@ Row = tuple[tuple[int, float], ...]
 class Segment:
     """A regular run of block moves: for k < count,
     out[out_start + k*out_step :][:length] gets coefficient * in[in_start + k*in_step :][:length].
-    """  # noqa: D205
+    """
 
     out_start: int
     out_step: int
@@ -107,6 +107,7 @@ class BlockMap:
 
     @cached_property
     def is_identity(self) -> bool:
+        """Whether nothing changes."""
         return len(self.rows) == self.n_in_blocks and all(
             row == ((i, 1.0),) for i, row in enumerate(self.rows)
         )
@@ -141,14 +142,17 @@ class DenseMap:
 
     @property
     def n_in(self) -> int:
+        """Units read."""
         return int(self.matrix.shape[1])
 
     @property
     def n_out(self) -> int:
+        """Units made."""
         return int(self.matrix.shape[0])
 
     @property
     def is_identity(self) -> bool:
+        """Whether nothing changes: a matrix is not looked into."""
         return False
 
     def members(self, unit: int) -> Row:
@@ -173,7 +177,7 @@ class MapPair:
 
 
 def identity(n: int, *, block: int = 1) -> BlockMap:
-    """n blocks that stay where they are."""
+    """N blocks that stay where they are."""
     return BlockMap(tuple(((i, 1.0),) for i in range(n)), n, block)
 
 
@@ -244,8 +248,8 @@ def compose(after: AxisMap, before: AxisMap) -> AxisMap:
     if isinstance(after, DenseMap) or isinstance(before, DenseMap):
         dtype_of = after if isinstance(after, DenseMap) else before
         assert isinstance(dtype_of, DenseMap)
-        a, b = to_matrix(after, like=dtype_of.matrix), to_matrix(before, like=dtype_of.matrix)
-        return DenseMap(a @ b)
+        like = dtype_of.matrix
+        return DenseMap(to_matrix(after, like=like) @ to_matrix(before, like=like))
     block = gcd(after.block, before.block)
     a, b = reblocked(after, block), reblocked(before, block)
     rows = []
@@ -308,7 +312,7 @@ def from_matrix(matrix: "Tensor") -> AxisMap:
 
 
 def to_matrix(m: AxisMap, *, like: "Tensor") -> "Tensor":
-    """m as a matrix with the dtype of `like`. Shapes: n_out x n_in."""
+    """M as a matrix with the dtype of `like`. Shapes: n_out x n_in."""
     if isinstance(m, DenseMap):
         return m.matrix.to(like.dtype)
     matrix = like.new_zeros((m.n_out, m.n_in))

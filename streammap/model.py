@@ -34,6 +34,7 @@ class Family:
 
     @property
     def indices(self) -> tuple[str, ...]:
+        """Names of the indices in the key."""
         return self.rule.pattern.indices
 
     def key(self, values: tuple[int, ...]) -> str:
@@ -57,6 +58,7 @@ class Model:
 
     @property
     def n_layers(self) -> int:
+        """Layers, by config.json."""
         return self.sizes[self.architecture.depth_axis]
 
     def size(self, expression: Expression) -> int:
@@ -125,8 +127,10 @@ def evaluate_axis(
     """The value of an axis' "=expression" for given sizes and tensors."""
 
     def value_of(name: str) -> int:
-        return evaluate_axis(spec, spec.aliases[name], sizes, specs) if name in spec.aliases else (
-            sizes[name]
+        return (
+            evaluate_axis(spec, spec.aliases[name], sizes, specs)
+            if name in spec.aliases
+            else (sizes[name])
         )
 
     return pattern.evaluate(expression, value_of, lambda f, a: _measured(f, a, specs))
@@ -174,9 +178,7 @@ class _Sizes:
         return self._known[name]
 
     def _evaluate(self, expression: Expression) -> int:
-        return pattern.evaluate(
-            expression, self.size, lambda f, a: _measured(f, a, self._specs)
-        )
+        return pattern.evaluate(expression, self.size, lambda f, a: _measured(f, a, self._specs))
 
 
 def _measured(function: str, arguments: tuple[str, ...], specs: Mapping[str, TensorSpec]) -> int:
@@ -393,8 +395,6 @@ def _check_complete(model: Model) -> None:
 def _some(family: Family) -> Iterable[str]:
     """One key of a family: enough to know which rule it is."""
     return (next(iter(family.members.values())),)
-
-
 
 
 def sizes_of(spec: Architecture, config: Mapping[str, object]) -> dict[str, int]:

@@ -83,7 +83,6 @@ class Output:
 
     def copy_at(self, name: str, offset: int, source: int, start: int, nbytes: int) -> None:
         """Copy bytes of an open file to a place of a file that has begun."""
-        descriptor = self._descriptors[name]
         at = 0
         while at < nbytes:
             piece = min(PIECE_NBYTES, nbytes - at)
@@ -169,11 +168,11 @@ def check_place(
     """
     for source in sources.values():
         if path.exists() and source.exists() and path.samefile(source):
-            raise OutputError(
-                f"{path}: is the source itself", hint="write to another folder"
-            )
+            raise OutputError(f"{path}: is the source itself", hint="write to another folder")
         if not is_file and source.is_file() and path.exists() and path.samefile(source.parent):
-            raise OutputError(f"{path}: is the folder of the source", hint="write to another folder")
+            raise OutputError(
+                f"{path}: is the folder of the source", hint="write to another folder"
+            )
     if path.exists():
         if is_file and not path.is_file():
             raise OutputError(f"{path}: is no file", hint="write to another path")

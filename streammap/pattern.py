@@ -199,7 +199,7 @@ def _atom(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
     if at >= len(tokens) or tokens[at] in "+-*/)":
         raise ArchitectureError(f"expression {text!r}: a name or number is missing")
     token = tokens[at]
-    if token == "(":  # noqa: S105 (a bracket, not a password)
+    if token == "(":
         tree, at = _sum(tokens, at + 1, text)
         if at >= len(tokens) or tokens[at] != ")":
             raise ArchitectureError(f"expression {text!r}: a bracket is not closed")

@@ -109,8 +109,9 @@ class Plan:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def from_checkpoint(checkpoint: Checkpoint, levels: tuple[Level, ...], *,
-                    architecture: str | None = None) -> Plan:
+def from_checkpoint(
+    checkpoint: Checkpoint, levels: tuple[Level, ...], *, architecture: str | None = None
+) -> Plan:
     """The plan that changes nothing."""
     targets = {key: graph.load(checkpoint, key) for key in checkpoint.slots}
     return Plan(

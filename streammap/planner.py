@@ -22,7 +22,7 @@ from typing import Literal
 from streammap import graph, maps
 from streammap import model as models
 from streammap.architecture import Dim, Role
-from streammap.errors import ArchitectureError, PlanError, some
+from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
 from streammap.graph import Form
 from streammap.maps import AxisMap, BlockMap, MapPair
 from streammap.model import Family, Model
@@ -69,9 +69,7 @@ def remap(plan: Plan, change: Change, step: Step) -> Plan:
     sized = dict(plan.sized)
     for axis, new in change.sizes.items():
         sized[axis] = (sized.get(axis, (model.sizes[axis], 0))[0], new)
-    result = replace(
-        plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized
-    )
+    result = replace(plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized)
     _check_sizes(result, specs, sizes)
     return result
 
@@ -284,7 +282,9 @@ def _check_alike(source: Plan, target: Plan) -> None:
     missing = [k for k in target.targets if k not in source.targets and k not in buffers]
     surplus = [k for k in source.targets if k not in target.targets and k not in buffers]
     if missing or surplus:
-        told = f"lacks {some(missing)}" if missing else f"has {some(surplus)}, which the target lacks"
+        told = (
+            f"lacks {some(missing)}" if missing else f"has {some(surplus)}, which the target lacks"
+        )
         raise PlanError(
             f"the source {told} ({len(missing)} missing, {len(surplus)} surplus of "
             f"{len(target.targets)} tensors)",
@@ -306,8 +306,11 @@ def _buffers(plan: Plan) -> set[str]:
     """Keys that the spec calls buffers; none where no spec is known."""
     try:
         model = plan.model
-    except (ArchitectureError, models.CheckpointError):
+    except (ArchitectureError, CheckpointError):
         return set()
     return {
-        key for f in model.families if f.rule.kind in ("buffer", "drop") for key in f.members.values()
+        key
+        for f in model.families
+        if f.rule.kind in ("buffer", "drop")
+        for key in f.members.values()
     }

@@ -7,6 +7,7 @@ One scheme serves both directions. `reserved_heads` and `reserved_layers` may be
 used. The form is that of the original map tools; see schemes/README.md.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,15 @@ class Scheme:
             for name, groups in entries.items()
             if groups is not None
         }
+
+    def as_text(self) -> str:
+        """The file itself, one group a line."""
+        parts = []
+        for name, groups in self.as_json().items():
+            assert isinstance(groups, list)
+            lines = ",\n".join(f"        {json.dumps(group)}" for group in groups)
+            parts.append(f'    "{name}": [\n{lines}\n    ]')
+        return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
@@ -114,7 +124,7 @@ def uncovered(groups: Groups, n_large: int) -> tuple[int, ...]:
 def overlapping(groups: Groups) -> tuple[int, ...]:
     """Members that are in more than one group."""
     members = sorted(member for group in groups for member in group)
-    return tuple(sorted({a for a, b in zip(members, members[1:], strict=False) if a == b}))
+    return tuple(sorted({a for a, b in itertools.pairwise(members) if a == b}))
 
 
 def _parse(content: Mapping[str, object], where: str) -> Scheme:

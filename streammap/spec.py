@@ -28,10 +28,12 @@ class TensorSpec:
 
     @property
     def n_elements(self) -> int:
+        """Product of the shape; 1 for a scalar."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all elements."""
         return self.n_elements * DTYPE_BITS[self.dtype] // 8
 
     @property

@@ -78,9 +78,14 @@ def summarize(plan: Plan) -> Summary:
         source_spec = form.terms[0].blend[0][1].spec
         rows.append(
             Row(
-                pattern, len(before.get(pattern, ())), len(forms), form.spec.dtype,
-                source_spec.shape, form.spec.shape, formula(form),
-            )  # fmt: skip
+                pattern,
+                len(before.get(pattern, ())),
+                len(forms),
+                form.spec.dtype,
+                source_spec.shape,
+                form.spec.shape,
+                formula(form),
+            )
         )
     promise, reason = plan.promise
     return Summary(
@@ -130,8 +135,10 @@ def _dim_name(d: int, rank: int) -> str:
 
 def _line(row: Row, rows: tuple[Row, ...]) -> str:
     width = max(len(other.pattern) for other in rows)
-    count = f"{row.n_before:>4} -> {row.n_after:<4}" if row.n_before != row.n_after else (
-        f"{row.n_after:>4}        "
+    count = (
+        f"{row.n_before:>4} -> {row.n_after:<4}"
+        if row.n_before != row.n_after
+        else (f"{row.n_after:>4}        ")
     )
     shape = str(list(row.after))
     if row.before != row.after:

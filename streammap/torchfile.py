@@ -66,9 +66,8 @@ def _unpickled(path: Path) -> object:
     import torch
 
     # A namespace of plain values, which training scripts keep beside the model.
-    harmless = [argparse.Namespace]
     try:
-        with torch.serialization.safe_globals(harmless):
+        with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
@@ -125,4 +124,4 @@ def _slot(file: str, key: str, tensor: "Tensor", size: int) -> Slot:
             f"{file}: {key} ends at byte {end}, the file has {size}",
             hint="download or save the file again",
         )
-    return Slot(key, spec, start, strides)
+    return Slot(key, spec, int(start), strides)

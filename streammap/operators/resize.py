@@ -14,8 +14,8 @@ from typing import Literal
 
 from streammap import maps, planner, scheme
 from streammap.errors import PlanError, SchemeError, some
-from streammap.maps import AxisMap, BlockMap
 from streammap.mapfile import Level
+from streammap.maps import AxisMap, BlockMap
 from streammap.model import Model
 from streammap.plan import Plan, Promise, Step
 from streammap.planner import Change, Rule
@@ -90,9 +90,7 @@ class Resize:
         for what, axis in (("width", "heads"), ("depth", depth_axis)):
             large, small = self._ordered(model.sizes[axis], self.target.get(axis))
             if large % small:
-                raise PlanError(
-                    f"{axis}: {large} is no multiple of {small}", hint="give a scheme"
-                )
+                raise PlanError(f"{axis}: {large} is no multiple of {small}", hint="give a scheme")
             factors[what] = large // small
         return replace(self, width=factors["width"], depth=factors["depth"])._from_groups(model)
 
@@ -233,9 +231,7 @@ def _from_to(direction: Direction, model: Model) -> str:
     return f"{'from' if direction == 'coalesce' else 'up from'} this size ({sizes})"
 
 
-def _apply(
-    op: Resize, source: Plan, model: Model, level: Level, notes: list[str]
-) -> Plan:
+def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str]) -> Plan:
     grows = op.direction == "decoalesce"
     depth_axis = model.architecture.depth_axis
     chosen = {name: maps.growing(m) if grows else m for name, m in level.merging.items()}

@@ -1,0 +1,9 @@
+"""Profiles of hypothesis: "ci" is quick and always the same, HYPOTHESIS_PROFILE=deep goes further."""
+
+import os
+
+from hypothesis import settings
+
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("deep", deadline=None, max_examples=1000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))

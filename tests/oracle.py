@@ -1,0 +1,236 @@
+"""The formulas as dense float64 matrices: what streamed results are compared with.
+
+Written from what the original map tools compute, and shares no code with streammap.
+
+    F  (t x s)   row block i is the mean of the blocks in group i      down, width
+    T  (s x t)   rownorm(F^T)                                          up, width
+    R  (l x L)   the same over layers; G (L x l) = rownorm(R^T)        down, up, depth
+    in(M)        rownorm(M^T), which stands at the right of a weight
+
+    linear      M_out W in(M_in), bias M_out b        norm        M g, M b
+    embedding   W M^T, under "reference" times 2 on the way down and 0.5 on the way up
+    depth       sum over the source layers of R[i, j] (or G[i, j]) times the mapped tensor
+
+Rule "exact" has no factor. Where a head shares the embedding, the norm before it takes in(M)^T in
+the place of M, and what else reads that norm takes M^T in the place of in(M).
+
+Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Groups = Sequence[Sequence[int]]
+Direction = Literal["coalesce", "decoalesce"]
+Rule = Literal["exact", "reference"]
+FACTORS: dict[Direction, float] = {"coalesce": 2.0, "decoalesce": 0.5}
+_LAYER = re.compile(r"(?<=layer\.|\bh\.)\d+|(?<=blocks\.)\d+")
+
+
+def rownorm(m: Tensor) -> Tensor:
+    """Each row divided by its sum; a row that sums to 0 stays 0."""
+    sums = m.sum(dim=1, keepdim=True)
+    return torch.where(sums == 0, torch.zeros_like(m), m / sums)
+
+
+def into(m: Tensor) -> Tensor:
+    """in(M)."""
+    return rownorm(m.T)
+
+
+def merging(groups: Groups, n_large: int, block: int = 1) -> Tensor:
+    """F of a width scheme, R of a depth scheme (blocks of 1)."""
+    strips = torch.eye(n_large * block, dtype=torch.float64).split(block)
+    return rownorm(torch.cat([sum_of([strips[j] for j in group]) for group in groups]))
+
+
+def growing(m: Tensor) -> Tensor:
+    """T of F, G of R."""
+    return rownorm(m.T)
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum, of one or more."""
+    return torch.stack(list(tensors)).sum(dim=0)
+
+
+def from_rows(rows: Sequence[Sequence[tuple[int, float]]], n_in_blocks: int, block: int) -> Tensor:
+    """kron(S, I_block), S given by its non-zeros."""
+    sparse = torch.zeros(len(rows), n_in_blocks, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        for j, value in row:
+            sparse[i, j] += value
+    return torch.kron(sparse, torch.eye(block, dtype=torch.float64))
+
+
+def along(x: Tensor, m: Tensor, dim: int) -> Tensor:
+    """m applied to one dimension of x."""
+    return torch.tensordot(m, x, dims=([1], [dim])).movedim(0, dim)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What a change of width is made of."""
+
+    hidden: Tensor
+    """M of the hidden size, of q, k and v."""
+    mlp: Tensor
+    factor: float
+    """What embeddings are multiplied by."""
+    folds: bool
+    """Whether the norm before the head is read through, and not mapped: "exact" with a tied head."""
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Change:
+    """A request: a scheme in one direction."""
+
+    direction: Direction
+    rule: Rule
+    width: Groups | None
+    n_heads: int
+    """Heads of the large model."""
+    depth: Groups | None
+    n_layers: int
+    """Layers of the large model."""
+
+
+def resized(
+    state: Mapping[str, Tensor],
+    change: Change,
+    *,
+    of: Callable[[str, Tensor, Widths], Tensor],
+    head_dim: int,
+    mlp_per_head: int,
+    tied: bool = False,
+) -> dict[str, Tensor]:
+    """A whole state dict, coalesced or decoalesced. Tensors that are not float stay.
+
+    Args:
+        of: What the width does to a tensor: `bert`, `gpt2` or `deit`.
+        tied: Whether the head shares the embedding.
+    """
+    grows = change.direction == "decoalesce"
+    found = {key: x.double() if x.is_floating_point() else x for key, x in state.items()}
+    if change.width is not None:
+        m, mlp = (merging(change.width, change.n_heads, n) for n in (head_dim, mlp_per_head))
+        factor = FACTORS[change.direction] if change.rule == "reference" else 1.0
+        folds = tied and change.rule == "exact"
+        widths = Widths(
+            growing(m) if grows else m, growing(mlp) if grows else mlp, factor, folds, tied
+        )
+        found = {key: of(key, x, widths) for key, x in found.items()}
+    if change.depth is not None:
+        layers = merging(change.depth, change.n_layers)
+        found = _deepened(found, growing(layers) if grows else layers)
+    return found
+
+
+def interpolated(
+    source: Mapping[str, Tensor], target: Mapping[str, Tensor], alpha: float
+) -> dict[str, Tensor]:
+    """(1 - alpha) * target + alpha * source; tensors that are not float are target's."""
+    return {
+        key: (1 - alpha) * x.double() + alpha * source[key].double() if x.is_floating_point() else x
+        for key, x in target.items()
+    }
+
+
+def bert(key: str, x: Tensor, m: Widths) -> Tensor:
+    """BERT and its heads."""
+    name = key.removeprefix("bert.")
+    if name.endswith("_ids") or name in ("cls.predictions.bias", "cls.predictions.decoder.bias"):
+        return x
+    if re.fullmatch(r"embeddings\.\w+_embeddings\.weight", name):
+        return x @ m.hidden.T * m.factor
+    if name == "cls.predictions.decoder.weight":
+        return x @ m.hidden.T * m.factor if m.tied else x @ into(m.hidden)
+    if name.startswith("cls.predictions.transform.LayerNorm.") and m.folds:
+        return into(m.hidden).T @ x
+    if "LayerNorm." in name:
+        return m.hidden @ x
+    if re.match(r"(classifier|qa_outputs|cls\.seq_relationship)\.", name):
+        return _linear(x, None, m.hidden)
+    if ".intermediate." in name:
+        return _linear(x, m.mlp, m.hidden)
+    if re.search(r"\d\.output\.dense\.", name):
+        return _linear(x, m.hidden, m.mlp)
+    assert re.search(r"self\.(query|key|value)|(pooler|transform|attention\.output)\.dense", name)
+    return _linear(x, m.hidden, m.hidden)
+
+
+def gpt2(key: str, x: Tensor, m: Widths) -> Tensor:
+    """GPT-2 and its heads: linears are stored in x out, c_attn is q, k, v side by side."""
+    name = key.removeprefix("transformer.")
+    if re.search(r"attn\.(masked_)?bias$", name):
+        return x
+    if name in ("wte.weight", "wpe.weight"):
+        return x @ m.hidden.T * m.factor
+    if name == "lm_head.weight":
+        return x @ m.hidden.T * m.factor if m.tied else x @ into(m.hidden)
+    if name.startswith("ln_f.") and m.folds:
+        return into(m.hidden).T @ x
+    if re.match(r"(h\.\d+\.)?ln_[12f]\.", name):
+        return m.hidden @ x
+    if re.match(r"score|classifier|qa_outputs|multiple_choice_head", name):
+        if m.folds and name.endswith("weight"):
+            return x @ m.hidden.T
+        return _linear(x, None, m.hidden)
+    if ".c_attn." in name:
+        return _transposed(x, torch.block_diag(m.hidden, m.hidden, m.hidden), m.hidden)
+    if ".c_fc." in name:
+        return _transposed(x, m.mlp, m.hidden)
+    if ".mlp.c_proj." in name:
+        return _transposed(x, m.hidden, m.mlp)
+    assert ".attn.c_proj." in name
+    return _transposed(x, m.hidden, m.hidden)
+
+
+def deit(name: str, x: Tensor, m: Widths) -> Tensor:
+    """ViT and DeiT by timm's names: attn.qkv is q, k, v stacked; no embedding takes a factor."""
+    if name in ("cls_token", "dist_token", "pos_embed"):
+        return x @ m.hidden.T
+    if name.startswith("patch_embed.proj."):
+        return torch.einsum("ij,j...->i...", m.hidden, x)
+    if re.match(r"(blocks\.\d+\.)?norm[12]?\.", name):
+        return m.hidden @ x
+    if re.match(r"head(_dist)?\.", name):
+        return _linear(x, None, m.hidden)
+    if ".qkv." in name:
+        return _linear(x, torch.block_diag(m.hidden, m.hidden, m.hidden), m.hidden)
+    if ".fc1." in name:
+        return _linear(x, m.mlp, m.hidden)
+    if ".fc2." in name:
+        return _linear(x, m.hidden, m.mlp)
+    assert ".attn.proj." in name
+    return _linear(x, m.hidden, m.hidden)
+
+
+def _linear(x: Tensor, makes: Tensor | None, reads: Tensor) -> Tensor:
+    made = x if makes is None else makes @ x
+    return made @ into(reads) if x.dim() == 2 else made
+
+
+def _transposed(x: Tensor, makes: Tensor, reads: Tensor) -> Tensor:
+    return _linear(x.T, makes, reads).T if x.dim() == 2 else makes @ x
+
+
+def _deepened(state: Mapping[str, Tensor], layers: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for key, x in state.items():
+        at = _LAYER.search(key)
+        if at is None:
+            found[key] = x
+        elif at[0] == "0":
+            stack = [state[f"{key[: at.start()]}{j}{key[at.end() :]}"] for j in range(layers.shape[1])]
+            for i, row in enumerate(layers):
+                is_buffer = not x.is_floating_point() or re.search(r"attn\.(masked_)?bias$", key)
+                mixed = x if is_buffer else torch.tensordot(row, torch.stack(stack), dims=1)
+                found[f"{key[: at.start()]}{i}{key[at.end() :]}"] = mixed
+    return found
