@@ -1,17 +1,21 @@
 """streammap: resize and blend transformer checkpoints without loading them."""
 
-from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, open
-from streammap.errors import (
-    ArchitectureError,
-    CheckpointError,
-    OutputError,
-    PlanError,
-    SchemeError,
-    StreammapError,
-)
-from streammap.executor import Report
-from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
-from streammap.version import VERSION as __version__
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, open
+    from streammap.errors import (
+        ArchitectureError,
+        CheckpointError,
+        OutputError,
+        PlanError,
+        SchemeError,
+        StreammapError,
+    )
+    from streammap.executor import Report
+    from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
+    from streammap.version import VERSION as __version__
 
 __all__ = [
     "ArchitectureError",
@@ -31,3 +35,19 @@ __all__ = [
     "interpolate",
     "open",
 ]
+_HOMES = {
+    "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "open"),
+    "executor": ("Report",),
+    "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
+}
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> object:
+        """Import a name's module when it is first used: `streammap --help` needs none of them."""
+        if name == "__version__":
+            return import_module("streammap.version").VERSION
+        if name not in __all__:
+            raise AttributeError(f"module 'streammap' has no attribute {name!r}")
+        home = next((module for module, names in _HOMES.items() if name in names), "errors")
+        return getattr(import_module(f"streammap.{home}"), name)

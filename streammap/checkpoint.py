@@ -59,6 +59,11 @@ class Checkpoint:
     _mapped: dict[str, MappedFile] = field(default_factory=dict, repr=False)
 
     @property
+    def name(self) -> str:
+        """The folder's or file's name."""
+        return self.path.resolve().name
+
+    @property
     def folder(self) -> Path:
         """Where the files are."""
         return self.path if self.path.is_dir() else self.path.parent

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 class TensorSource(Protocol):
     """Where tensors come from: what a graph needs of a checkpoint."""
 
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
+
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape."""
         ...

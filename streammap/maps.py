@@ -54,7 +54,7 @@ class Segment:
         step, length = self.out_step, self.length
         first = max(0, -(-(start - self.out_start) // step))
         last = min(self.count, (end - self.out_start - length) // step + 1)
-        if first > 0:
+        if 0 < first <= self.count:
             yield from self._cut(first - 1, start, end)
         if last > first:
             yield self._piece(first, 0, length, last - first, start)
@@ -370,10 +370,17 @@ def _segments(m: BlockMap) -> Iterator[Segment]:
         along = list(_runs(moves))
         by_use = list(_runs(_by_use(moves)))
         for i, out_step, j, in_step, count, value in min(along, by_use, key=len):
+            whole = out_step == 1 and in_step == 1
             yield Segment(
-                i * m.block, out_step * m.block, j * m.block, in_step * m.block,
-                count, m.block, value, slot > 0,
-            )  # fmt: skip
+                out_start=i * m.block,
+                out_step=out_step * m.block,
+                in_start=j * m.block,
+                in_step=in_step * m.block,
+                count=1 if whole else count,
+                length=m.block * count if whole else m.block,
+                coefficient=value,
+                adds=slot > 0,
+            )
 
 
 def _by_use(moves: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:

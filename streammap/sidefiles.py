@@ -79,7 +79,7 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
         ],
         "sources": [
             {
-                "name": source.path.name,
+                "name": source.name,
                 "files": [
                     {"name": f.name, "nbytes": f.nbytes, "header_sha256": f.header_digest}
                     for f in source.files

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from streammap import executor
-from streammap.graph import Form
+from streammap.graph import Form, Term
 from streammap.plan import Plan
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -106,25 +106,34 @@ def formula(form: Form) -> str:
     """What a form computes, in words."""
     if form.copied is not None:
         return "copied"
-    parts = []
-    for term in form.terms:
-        words = _blend_words([c for c, _ in term.blend])
-        for d, m in enumerate(term.maps):
-            if m is not None:
-                words.append(f"{_dim_name(d, len(term.maps))}: {m.describe()}")
-        parts.append(", ".join(words) or "as it is")
-    text = " + ".join(parts)
+    several = len({id(found.source) for found in form.loads()}) > 1
+    text = " + ".join(_term_words(term, named=several) for term in form.terms)
     return f"{text} + {form.offset:g}" if form.offset else text
 
 
-def _blend_words(coefficients: list[float]) -> list[str]:
-    n = len(coefficients)
-    if n == 1:
-        return [] if coefficients[0] == 1.0 else [f"{coefficients[0]:g} x"]
-    if all(c == coefficients[0] for c in coefficients):
-        scale = coefficients[0] * n
-        return [f"mean of {n}" if abs(scale - 1) < 1e-9 else f"{scale:g} x mean of {n}"]
-    return [" + ".join(f"{c:g} x" for c in coefficients[:4])]
+def _term_words(term: Term, *, named: bool) -> str:
+    """One term: "rows: mean of 2, columns: sum of 2, layers: mean of 2"."""
+    words = [
+        f"{_dim_name(d, len(term.maps))}: {m.describe()}"
+        for d, m in enumerate(term.maps)
+        if m is not None
+    ]
+    by_source: dict[str, list[float]] = {}
+    for coefficient, found in term.blend:
+        by_source.setdefault(found.source.name, []).append(coefficient)
+    parts = []
+    for name, coefficients in by_source.items():
+        total, n = sum(coefficients), len(coefficients)
+        if n > 1:
+            equal = all(abs(c * n - total) < 1e-9 for c in coefficients)
+            words.append(f"layers: {'mean' if equal else 'weighted mean'} of {n}")
+        factor = "" if abs(total - 1) < 1e-9 else f"{total:g} * "
+        parts.append(f"{factor}{name}" if named else factor.removesuffix(" * "))
+    head = " + ".join(part for part in parts if part)
+    detail = ", ".join(dict.fromkeys(words))
+    if named:
+        return f"{head} ({detail})" if detail else head
+    return f"{head} * ({detail})" if head and detail else head or detail or "as it is"
 
 
 def _dim_name(d: int, rank: int) -> str:

@@ -1,4 +1,4 @@
-"""Profiles of hypothesis: "ci" is quick and always the same, HYPOTHESIS_PROFILE=deep goes further."""
+"""Profiles of hypothesis: "ci", quick and always the same, and HYPOTHESIS_PROFILE=deep."""
 
 import os
 

@@ -29,7 +29,7 @@ Groups = Sequence[Sequence[int]]
 Direction = Literal["coalesce", "decoalesce"]
 Rule = Literal["exact", "reference"]
 FACTORS: dict[Direction, float] = {"coalesce": 2.0, "decoalesce": 0.5}
-_LAYER = re.compile(r"(?<=layer\.|\bh\.)\d+|(?<=blocks\.)\d+")
+_LAYER = re.compile(r"\b(?:layer|h|blocks)\.(\d+)\.")
 
 
 def rownorm(m: Tensor) -> Tensor:
@@ -45,18 +45,13 @@ def into(m: Tensor) -> Tensor:
 
 def merging(groups: Groups, n_large: int, block: int = 1) -> Tensor:
     """F of a width scheme, R of a depth scheme (blocks of 1)."""
-    strips = torch.eye(n_large * block, dtype=torch.float64).split(block)
-    return rownorm(torch.cat([sum_of([strips[j] for j in group]) for group in groups]))
+    blocks = torch.eye(n_large * block, dtype=torch.float64).view(n_large, block, -1)
+    return rownorm(torch.cat([blocks[list(group)].sum(dim=0) for group in groups]))
 
 
 def growing(m: Tensor) -> Tensor:
     """T of F, G of R."""
     return rownorm(m.T)
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """The sum, of one or more."""
-    return torch.stack(list(tensors)).sum(dim=0)
 
 
 def from_rows(rows: Sequence[Sequence[tuple[int, float]]], n_in_blocks: int, block: int) -> Tensor:
@@ -70,7 +65,8 @@ def from_rows(rows: Sequence[Sequence[tuple[int, float]]], n_in_blocks: int, blo
 
 def along(x: Tensor, m: Tensor, dim: int) -> Tensor:
     """m applied to one dimension of x."""
-    return torch.tensordot(m, x, dims=([1], [dim])).movedim(0, dim)
+    mapped: Tensor = torch.tensordot(m, x, dims=([1], [dim]))
+    return mapped.movedim(0, dim)
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class Widths:
     factor: float
     """What embeddings are multiplied by."""
     folds: bool
-    """Whether the norm before the head is read through, and not mapped: "exact" with a tied head."""
+    """Whether the norm before a tied head takes in(M)^T, which is so under "exact"."""
     tied: bool
 
 
@@ -183,7 +179,7 @@ def gpt2(key: str, x: Tensor, m: Widths) -> Tensor:
             return x @ m.hidden.T
         return _linear(x, None, m.hidden)
     if ".c_attn." in name:
-        return _transposed(x, torch.block_diag(m.hidden, m.hidden, m.hidden), m.hidden)
+        return _transposed(x, _thrice(m.hidden), m.hidden)
     if ".c_fc." in name:
         return _transposed(x, m.mlp, m.hidden)
     if ".mlp.c_proj." in name:
@@ -203,7 +199,7 @@ def deit(name: str, x: Tensor, m: Widths) -> Tensor:
     if re.match(r"head(_dist)?\.", name):
         return _linear(x, None, m.hidden)
     if ".qkv." in name:
-        return _linear(x, torch.block_diag(m.hidden, m.hidden, m.hidden), m.hidden)
+        return _linear(x, _thrice(m.hidden), m.hidden)
     if ".fc1." in name:
         return _linear(x, m.mlp, m.hidden)
     if ".fc2." in name:
@@ -221,16 +217,22 @@ def _transposed(x: Tensor, makes: Tensor, reads: Tensor) -> Tensor:
     return _linear(x.T, makes, reads).T if x.dim() == 2 else makes @ x
 
 
+def _thrice(m: Tensor) -> Tensor:
+    """q, k and v in one dimension."""
+    return torch.kron(torch.eye(3, dtype=m.dtype), m)
+
+
 def _deepened(state: Mapping[str, Tensor], layers: Tensor) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for key, x in state.items():
         at = _LAYER.search(key)
         if at is None:
             found[key] = x
-        elif at[0] == "0":
-            stack = [state[f"{key[: at.start()]}{j}{key[at.end() :]}"] for j in range(layers.shape[1])]
+        elif at[1] == "0":
+            before, after = key[: at.start(1)], key[at.end(1) :]
+            is_buffer = after in (".attn.bias", ".attn.masked_bias")
+            stack = torch.stack([state[f"{before}{j}{after}"] for j in range(layers.shape[1])])
             for i, row in enumerate(layers):
-                is_buffer = not x.is_floating_point() or re.search(r"attn\.(masked_)?bias$", key)
-                mixed = x if is_buffer else torch.tensordot(row, torch.stack(stack), dims=1)
-                found[f"{key[: at.start()]}{i}{key[at.end() :]}"] = mixed
+                mixed = x if is_buffer else torch.tensordot(row, stack, dims=1)
+                found[f"{before}{i}{after}"] = mixed
     return found

@@ -1,0 +1,35 @@
+# make demo   sets up and runs the main job on a real checkpoint
+# make test   sets up, then lint, types and tests
+# make check  lint and types only          make slow   the tests that take longer
+# make bench  prints the README's table     make clean  removes the environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check slow bench clean
+
+demo: $(VENV)/ready
+	$(BIN)/streammap demo
+
+test: check
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/ready
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/ready
+	$(BIN)/python -m bench.gpt2_medium
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,demo]'
+	touch $@
