@@ -9,7 +9,7 @@ An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "m
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -56,6 +56,8 @@ class Checkpoint:
     """config.json, or None where there is none."""
     nest: str | None = None
     """The entry of a torch file that its state dict is nested under."""
+    others: tuple[str, ...] = ()
+    """What a torch file holds beside its state dict; not read."""
     _mapped: dict[str, MappedFile] = field(default_factory=dict, repr=False)
 
     @property
@@ -141,8 +143,9 @@ def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Ch
     slots: dict[str, Slot] = {}
     file_of: dict[str, str] = {}
     nest: str | None = None
+    others: tuple[str, ...] = ()
     for name in names:
-        found, digest, nest = _read_file(folder / name)
+        found, digest, nest, others = _read_file(folder / name)
         for slot in found:
             if slot.key in slots:
                 raise CheckpointError(
@@ -157,7 +160,7 @@ def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Ch
         _check_index(path.name, weight_map, file_of)
     mapped = {file.name: MappedFile(folder / file.name, file.nbytes) for file in files}
     found_config = _find_config(folder, config)
-    return Checkpoint(path, tuple(files), slots, file_of, found_config, nest, mapped)
+    return Checkpoint(path, tuple(files), slots, file_of, found_config, nest, others, mapped)
 
 
 def read_json(path: Path) -> Mapping[str, object]:
@@ -244,20 +247,20 @@ def _check_index(folder: str, weight_map: Mapping[str, str], file_of: Mapping[st
         )
 
 
-def _read_file(path: Path) -> tuple[Iterable[Slot], str, str | None]:
+def _read_file(path: Path) -> tuple[tuple[Slot, ...], str, str | None, tuple[str, ...]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file", hint="download the missing shard")
     if path.suffix in TORCH_SUFFIXES:
-        slots, nest = torchfile.read(path)
-        text = repr([(slot.key, slot.spec, slot.start) for slot in slots]).encode()
-        return slots, hashlib.sha256(text).hexdigest(), nest
+        content = torchfile.read(path)
+        text = repr([(slot.key, slot.spec, slot.start) for slot in content.slots]).encode()
+        return content.slots, hashlib.sha256(text).hexdigest(), content.nest, content.others
     if path.suffix != ".safetensors":
         raise CheckpointError(
             f"{path}: a {path.suffix or 'file without ending'} is no weight file",
             hint=f"expected .safetensors, {', '.join(TORCH_SUFFIXES)}",
         )
     slots, text = header.read(path)
-    return slots, hashlib.sha256(text).hexdigest(), None
+    return slots, hashlib.sha256(text).hexdigest(), None, ()
 
 
 def _find_config(folder: Path, given: str | Path | None) -> Mapping[str, object] | None:

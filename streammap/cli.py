@@ -160,7 +160,7 @@ def _save(
         fsync=not no_fsync,
         progress=listener(title, quiet=quiet),
     )
-    print_report(report, notes_of(lazy), quiet=quiet, as_json=as_json)
+    print_report(report, lazy.plan.notes, quiet=quiet, as_json=as_json)
 
 
 def listener(title: str, *, quiet: bool) -> "Listener":
@@ -169,11 +169,6 @@ def listener(title: str, *, quiet: bool) -> "Listener":
     from streammap.progress import ProgressBar
 
     return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
-
-
-def notes_of(lazy: "LazyCheckpoint") -> Sequence[str]:
-    """What the steps of a plan had to say."""
-    return [note for step in lazy.plan.steps for note in step.notes]
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
@@ -413,7 +408,7 @@ def map_(quiet: bool, as_json: bool, **options: Any) -> None:
 
     made = mapper.from_flags(**options)
     report = made.save(progress=listener("map", quiet=quiet))
-    print_report(report, notes_of(made.result), quiet=quiet, as_json=as_json)
+    print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
 
 
 @main.command()

@@ -27,6 +27,7 @@ from streammap.executor import Report, Where
 from streammap.operators import resize
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.resize import Direction, Resize
+from streammap.plan import Plan
 from streammap.planner import Rule
 from streammap.scheme import Groups, Scheme
 
@@ -41,13 +42,15 @@ class _Mapper:
         self,
         source: LazyCheckpoint,
         target_sizes: Mapping[str, int] | None,
+        target_config: Mapping[str, object] | None,
         open_target: Callable[[], LazyCheckpoint],
         output: Path | None,
         groups: Scheme,
         rule: Rule,
     ) -> None:
         self._source, self._output = source, output
-        self._target_sizes, self._open_target = target_sizes, open_target
+        self._target_sizes, self._target_config = target_sizes, target_config
+        self._open_target = open_target
         self._groups, self._rule = groups, rule
         self._result = source
 
@@ -119,7 +122,7 @@ class _Mapper:
 
     def _resize(self, direction: Direction) -> Self:
         model = self._result.plan.model
-        sizes = self._goal(direction)
+        sizes, wanted = self._goal(direction), self._target_sizes
         if sizes is not None and all(model.sizes.get(k, v) == v for k, v in sizes.items()):
             return self
         level = resize.fitting(self._result.plan.levels, model, direction, sizes)
@@ -129,8 +132,16 @@ class _Mapper:
             target=sizes,
             rule=self._rule,
         )
-        self._result = LazyCheckpoint(op.plan(self._result.plan))
+        plan = op.plan(self._result.plan)
+        self._result = LazyCheckpoint(plan if sizes is not wanted else self._as_target(plan))
         return self
+
+    def _as_target(self, plan: Plan) -> Plan:
+        """With the target's config.json, as the original saves it, where it fits the tensors."""
+        if self._target_config is None:
+            return plan
+        changed = replace(plan, config=self._target_config)
+        return changed if changed.model.tied == plan.model.tied else plan
 
     def _goal(self, direction: Direction) -> Mapping[str, int] | None:
         """Sizes of the smaller (or larger) of source and target."""
@@ -172,12 +183,14 @@ class _TextMapper(_Mapper):
     ) -> None:
         """Open both folders; of `tgt_dir` only config.json is read until `interpolate`."""
         source = api.open(src_dir)
-        sizes = None
+        sizes = config = None
         if tgt_dir is not None:
-            sizes = models.sizes_of(source.plan.model.architecture, read_config(tgt_dir))
+            config = read_config(tgt_dir)
+            sizes = models.sizes_of(source.plan.model.architecture, config)
         super().__init__(
             source,
             sizes,
+            config,
             lambda: api.open(Path(_given("tgt_dir", tgt_dir))),
             None if save_dir is None else Path(save_dir),
             _groups(width_scheme, depth_scheme),
@@ -222,6 +235,7 @@ class DeiTMapper(_Mapper):
         super().__init__(
             source,
             {"layer": n_layers, "heads": n_heads, "embed": n_heads * head_dim},
+            None,
             lambda: _open_deit(folder / _given("tgt_ckp", tgt_ckp), tgt_arch),
             None if save_dir is None else Path(save_dir) / (save_ckp or src_ckp),
             _groups(width_scheme, depth_scheme),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, final
 
 from streammap import graph, model
 from streammap.checkpoint import Checkpoint
+from streammap.errors import some
 from streammap.graph import Form
 from streammap.mapfile import Level
 from streammap.model import Model
@@ -78,6 +79,16 @@ class Plan:
         if not self.steps:
             return "exact", "nothing is changed"
         return "exact", "; ".join(f"{step.operator}: {step.reason}" for step in self.steps)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user might not expect."""
+        left = [
+            f"{source.name}: {some(source.others, limit=5)} beside the state dict: left out"
+            for source in self.sources
+            if source.others
+        ]
+        return (*left, *(note for step in self.steps for note in step.notes))
 
     @cached_property
     def model(self) -> Model:

@@ -73,10 +73,8 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
         "digest": plan.digest,
         "promise": promise,
         "reason": reason,
-        "steps": [
-            {"operator": step.operator, **step.options, "notes": list(step.notes)}
-            for step in plan.steps
-        ],
+        "steps": [{"operator": step.operator, **step.options} for step in plan.steps],
+        "notes": list(plan.notes),
         "sources": [
             {
                 "name": source.name,

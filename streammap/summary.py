@@ -98,7 +98,7 @@ def summarize(plan: Plan) -> Summary:
         peak_nbytes=executor.planned_nbytes(plan),
         promise=promise,
         reason=reason,
-        notes=tuple(note for step in plan.steps for note in step.notes),
+        notes=plan.notes,
     )
 
 

@@ -41,15 +41,10 @@ ModelName = Literal["BERT", "GPT-2", "DeiT"]
 MODELS: tuple[ModelName, ...] = ("BERT", "GPT-2", "DeiT")
 ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MEASURE = "mean absolute difference of logits"
-_AUTO_CLASSES: Mapping[ModelName, str] = {
-    "BERT": "AutoModelForMaskedLM",
-    "GPT-2": "AutoModelForCausalLM",
-    "DeiT": "AutoModelForImageClassification",
-}
-_CONFIGS: Mapping[ModelName, str] = {
-    "BERT": "BertConfig",
-    "GPT-2": "GPT2Config",
-    "DeiT": "ViTConfig",
+_CLASSES: Mapping[ModelName, tuple[str, str]] = {
+    "BERT": ("AutoModelForMaskedLM", "BertConfig"),
+    "GPT-2": ("AutoModelForCausalLM", "GPT2Config"),
+    "DeiT": ("AutoModelForImageClassification", "ViTConfig"),
 }
 _LABELS = 1000
 _COLUMNS = (34, 13, 12)
@@ -190,33 +185,29 @@ def compare(name: ModelName, sizes: Sizes, groups: Scheme) -> tuple[Row, ...]:
 
 
 class _Config(Protocol):
-    """A configuration of transformers."""
+    """A configuration of transformers, as far as it is used here."""
 
     vocab_size: int
 
     def to_dict(self) -> dict[str, object]: ...
 
 
-class _Net(Protocol):
-    """A model of transformers, and its Auto class."""
-
-    @classmethod
-    def from_config(cls, config: _Config) -> "_Net": ...
-
-    @classmethod
-    def from_pretrained(cls, folder: Path) -> "_Net": ...
-
-    def save_pretrained(self, folder: Path) -> None: ...
-
-    def eval(self) -> "_Net": ...
-
-    def __call__(self, given: "Tensor") -> "_Answer": ...
-
-
 class _Answer(Protocol):
     """What a model gives back."""
 
     logits: "Tensor"
+
+
+class _Net(Protocol):
+    """A model of transformers; its Auto class has the two makers."""
+
+    @classmethod
+    def from_config(cls, config: _Config) -> "_Net": ...
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "_Net": ...
+    def save_pretrained(self, folder: Path) -> None: ...
+    def eval(self) -> "_Net": ...
+    def __call__(self, given: "Tensor") -> _Answer: ...
 
 
 class _Bench:
@@ -297,7 +288,7 @@ def _random_input(name: ModelName, sizes: Sizes) -> "Tensor":
 
 
 def _auto_class(name: ModelName) -> type[_Net]:
-    found: type[_Net] = getattr(_transformers(), _AUTO_CLASSES[name])
+    found: type[_Net] = getattr(_transformers(), _CLASSES[name][0])
     return found
 
 
@@ -310,7 +301,7 @@ def _config(name: ModelName, sizes: Sizes) -> _Config:
         fields |= {"vocab_size": sizes.vocab}
     if name != "GPT-2":
         fields |= {"intermediate_size": 4 * width}
-    config: _Config = getattr(_transformers(), _CONFIGS[name])(**fields)
+    config: _Config = getattr(_transformers(), _CLASSES[name][1])(**fields)
     return config
 
 

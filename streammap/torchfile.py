@@ -8,6 +8,7 @@ import argparse
 import pickle
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,19 @@ NESTS = ("model", "state_dict")
 """Where a training checkpoint keeps its state dict, when it isn't one itself."""
 
 
-def read(path: Path) -> tuple[tuple[Slot, ...], str | None]:
-    """The slots of a torch file, and the entry ("model", ...) its state dict is nested under.
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """What a torch file holds."""
+
+    slots: tuple[Slot, ...]
+    nest: str | None
+    """The entry ("model", ...) that the state dict is nested under."""
+    others: tuple[str, ...]
+    """The entries beside that one: optimizer, epoch ..."""
+
+
+def read(path: Path) -> TorchFile:
+    """Read where the tensors of a torch file are.
 
     Raises:
         CheckpointError: not a zip-form torch file, a pickle that asks for more than tensors and
@@ -38,7 +50,10 @@ def read(path: Path) -> tuple[tuple[Slot, ...], str | None]:
     state, nest = _state_dict(content, path.name)
     size = path.stat().st_size
     slots = [_slot(path.name, key, tensor, size) for key, tensor in state.items()]
-    return tuple(sorted(slots, key=lambda slot: slot.start)), nest
+    others = tuple(str(k) for k in content if k != nest) if isinstance(content, dict) else ()
+    return TorchFile(
+        tuple(sorted(slots, key=lambda slot: slot.start)), nest, others if nest else ()
+    )
 
 
 def write_skeleton(
@@ -58,8 +73,7 @@ def write_skeleton(
         state = {key: torch.empty(spec.shape, dtype=to_torch(spec.dtype)) for key, spec in specs}
     with skip_data(materialize_fake_tensors=True):
         torch.save(state if nest is None else {nest: state}, path)
-    slots, _ = read(path)
-    return slots
+    return read(path).slots
 
 
 def _unpickled(path: Path) -> object:

@@ -1,5 +1,6 @@
 """Maps against dense matrices."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -76,7 +77,7 @@ def axis_maps(draw: st.DrawFn, *, values: Sequence[float] = ANY) -> AxisMap:
 def windows(draw: st.DrawFn, n: int) -> Windows:
     """[0, n) cut anywhere."""
     cuts = sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=6))})
-    return list(zip(cuts, cuts[1:], strict=False))
+    return list(itertools.pairwise(cuts))
 
 
 def dense(m: AxisMap) -> Tensor:

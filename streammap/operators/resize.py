@@ -65,9 +65,12 @@ class Resize:
     def _level(self, source: Plan, model: Model) -> tuple[Level, list[str]]:
         saved = source.levels if self.levels is None else self.levels
         explicit = self.scheme is not None or self.width is not None or self.depth is not None
-        if explicit and self.levels is None:
-            return self._from_groups(model)
         found = fitting(saved, model, self.direction, self.target)
+        if explicit and self.levels is None:
+            level, notes = self._from_groups(model)
+            if found is not None and found.digest != level.digest:
+                notes.append("the map saved with the source is another one; it is not used")
+            return level, notes
         if found is not None:
             return found, ["the map saved with the source is used"]
         if self.levels is not None:
