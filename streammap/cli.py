@@ -378,7 +378,8 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
 
 
 @main.command("map")
-@click.option("--arch", type=click.Choice(("bert", "gpt2", "deit")), required=True)
+@click.option("--arch", type=click.Choice(("bert", "gpt2", "deit")), required=True,
+              help="Which front.")  # fmt: skip
 @click.option("--opt", type=click.Choice(("C", "D", "IP")), required=True,
               help="Coalesce, decoalesce or interpolate.")  # fmt: skip
 @click.option("--src-dir", required=True, metavar="DIR", help="Folder of the source.")

@@ -79,6 +79,10 @@ class _Mapper:
         self._result = LazyCheckpoint(Interpolate(alpha).plan(self._result.plan, target.plan))
         return self
 
+    def take(self, groups: Scheme) -> None:
+        """Use this scheme, instead of the one given at the start."""
+        self._groups = groups
+
     def run(self, opt: str, alpha: float) -> Self:
         """One step of the original's command line: C, D or IP.
 
@@ -271,19 +275,23 @@ def from_flags(
         PlanError: a flag that is missing, or a direction that does not fit the two models.
     """
     groups = Scheme() if config is None else scheme.load_scheme(config)
-    width, depth = groups.width, groups.depth
     made: BertMapper | GPT2Mapper | DeiTMapper
     if arch == "deit":
         made = DeiTMapper(
-            _flag("--src-arch", src_arch), _flag("--tgt-arch", tgt_arch), src_dir,
-            _flag("--src-ckp", src_ckp), tgt_dir,
+            _flag("--src-arch", src_arch),
+            _flag("--tgt-arch", tgt_arch),
+            src_dir,
+            _flag("--src-ckp", src_ckp),
+            tgt_dir,
             _flag("--tgt-ckp", tgt_ckp) if opt == "IP" else tgt_ckp,
-            save_dir, _flag("--save-ckp", save_ckp), width, depth, rule=rule,
-        )  # fmt: skip
+            save_dir,
+            _flag("--save-ckp", save_ckp),
+            rule=rule,
+        )
     else:
-        folder = _flag("--tgt-dir", tgt_dir)
         front = BertMapper if arch == "bert" else GPT2Mapper
-        made = front(src_dir, folder, save_dir, width, depth, rule=rule)
+        made = front(src_dir, _flag("--tgt-dir", tgt_dir), save_dir, rule=rule)
+    made.take(groups)
     made.run(opt, alpha)
     return made
 

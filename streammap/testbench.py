@@ -96,38 +96,47 @@ class Row:
 MANUAL = Sizes(heads=6, head_dim=64, layers=6, vocab=None, n_tokens=512, image=224)
 
 
-def main(scheme: str | None, *, as_json: bool, echo: Callable[[str], None]) -> None:
-    """Print the table at the manual's sizes, each model's part as soon as it is known.
+def main(
+    scheme: str | None, *, as_json: bool, echo: Callable[[str], None], sizes: Sizes = MANUAL
+) -> None:
+    """Print the table, each model's part as soon as it is known.
 
     Args:
-        scheme: File with groups of 12 heads and of 12 layers, 6 each; None for i with i + 6.
+        scheme: File with groups of the large model's heads and layers; None for i with i + n.
         as_json: One JSON object in place of the table.
         echo: Where a line goes.
+        sizes: The small model.
 
     Raises:
         PlanError: transformers is not installed.
-        SchemeError: a scheme that is not of 12 -> 6.
+        SchemeError: a scheme that is not of 12 -> 6, at the manual's sizes.
     """
-    groups = groups_for(MANUAL, scheme)
+    groups = groups_for(sizes, scheme)
     rows: list[Row] = []
     if not as_json:
-        echo(f"{MEASURE}, random models\n")
+        echo(f"{MEASURE}, random models")
     for name in MODELS:
-        found = compare(name, MANUAL, groups)
+        found = compare(name, sizes, groups)
         rows += found
         if not as_json:
-            echo(as_text(found) + ("" if name == MODELS[-1] else "\n"))
+            echo(f"\n{as_text(found)}")
     if as_json:
         echo(json.dumps({"measure": MEASURE, "rows": [asdict(row) for row in rows]}, indent=2))
 
 
-def table(sizes: Sizes, groups: Scheme) -> tuple[Row, ...]:
-    """All rows of all models.
+def compare(name: ModelName, sizes: Sizes, groups: Scheme) -> tuple[Row, ...]:
+    """The rows of one model.
 
     Raises:
         PlanError: transformers is not installed.
     """
-    return tuple(row for name in MODELS for row in compare(name, sizes, groups))
+    with _quiet(), tempfile.TemporaryDirectory(prefix="streammap-") as folder:
+        bench = _Bench(name, sizes, groups, Path(folder))
+        reference, exact = bench.resized("reference"), bench.resized("exact")
+        rows = [Row(name, step, reference[step], exact[step]) for step in exact]
+        blends = bench.blended()
+        rows += [Row(name, step, blends[step], blends[step]) for step in blends]
+    return tuple(rows)
 
 
 def as_text(rows: tuple[Row, ...]) -> str:
@@ -167,21 +176,6 @@ def _check_groups(source: str, entry: str, groups: Groups | None, n_large: int) 
         f"{source}: {entry} {told}; the table is of {n_large} -> {n_large // 2}",
         hint=f"give {n_large // 2} groups of the indices 0 to {n_large - 1}, as schemes/L6-H6.json",
     )
-
-
-def compare(name: ModelName, sizes: Sizes, groups: Scheme) -> tuple[Row, ...]:
-    """The rows of one model.
-
-    Raises:
-        PlanError: transformers is not installed.
-    """
-    with _quiet(), tempfile.TemporaryDirectory(prefix="streammap-") as folder:
-        bench = _Bench(name, sizes, groups, Path(folder))
-        reference, exact = bench.resized("reference"), bench.resized("exact")
-        rows = [Row(name, step, reference[step], exact[step]) for step in exact]
-        blends = bench.blended()
-        rows += [Row(name, step, blends[step], blends[step]) for step in blends]
-    return tuple(rows)
 
 
 class _Config(Protocol):

@@ -289,8 +289,8 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").mkdir()
     _file(tmp_path / "config.json", "{}")
+    _file(tmp_path / "training_args.bin", "")
     with pytest.raises(CheckpointError, match=r"no weights: expected one of model\.safetensors,"):
         streammap.open(tmp_path)
 
@@ -367,8 +367,8 @@ def test_a_key_that_its_shard_lacks_is_refused(tmp_path: Path) -> None:
     tiny.write_index(source, {**index["weight_map"], "ghost": first})
     with pytest.raises(CheckpointError, match=r"says ghost is in .*, no shard has it \(1 such"):
         streammap.open(source)
-    tiny.write_index(source, {**index["weight_map"], "b.weight": first})
-    with pytest.raises(CheckpointError, match=r"says b.weight is in .*, it is in .*-00002-of-"):
+    tiny.write_index(source, {**index["weight_map"], "a": index["weight_map"]["b.weight"]})
+    with pytest.raises(CheckpointError, match=r"says a is in .*-00002-of-.*, it is in .*-00001-of"):
         streammap.open(source)
 
 
@@ -505,7 +505,7 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(tmp_path: Path, nest: str 
     ("call", "name"),
     [
         (b"cos\nsystem\n", "os.system"),
-        (b"cbuiltins\neval\n", "builtins.eval"),
+        (b"cbuiltins\neval\n", "eval"),
         (b"csubprocess\nPopen\n", "subprocess.Popen"),
         (b"cnumpy\nload\n", "numpy.load"),
     ],
@@ -550,14 +550,20 @@ def test_a_torch_file_without_a_state_dict_is_refused(
         streammap.open(_torch_file(tmp_path / "x.pth", content))
 
 
-def test_tensors_that_are_no_plain_bytes_are_refused(tmp_path: Path) -> None:
-    numbers = torch.randn(3, dtype=torch.complex64)
-    for n, tensor in enumerate(
-        (torch.eye(3).to_sparse(), numbers.conj(), numbers.conj().imag, numbers.to(torch.cdouble))
-    ):
-        file = _torch_file(tmp_path / f"{n}.pth", {"odd": tensor})
-        with pytest.raises(CheckpointError, match="odd"):
-            streammap.open(file)
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.ones(3, dtype=torch.complex64).conj(),
+        torch.ones(3, dtype=torch.complex64).conj().imag,
+        torch.ones(3, dtype=torch.complex128),
+    ],
+    ids=["sparse", "conjugate", "negative", "complex128"],
+)
+def test_a_tensor_that_is_not_its_bytes_is_refused(tmp_path: Path, tensor: torch.Tensor) -> None:
+    file = _torch_file(tmp_path / "x.pth", {"odd": tensor})
+    with pytest.raises(CheckpointError, match="odd"):
+        streammap.open(file)
 
 
 def _unchanged(name: str, content: bytes) -> bytes:
@@ -622,8 +628,11 @@ def _with_pickle(path: Path, content: bytes) -> Path:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b".", b"\xff", b"\x80\x02.", b"\x80\x02}", b"\x80\x02}s.", b"\x80\x02Nb.", b"\x80\x02h\5.",
-     b"\x80\x02NQ.", b"\x80\x09N.", b"\x80\x02X\xff\xff\xff\xff.", b"\x80\x02\x8a\xff\xff"],
+    [
+        b"", b".", b"\xff", b"\x80\x02.", b"\x80\x02}", b"\x80\x02}s.", b"\x80\x02Nb.",
+        b"\x80\x02h\5.", b"\x80\x02NQ.", b"\x80\x09N.", b"\x80\x02X\xff\xff\xff\xff.",
+        b"\x80\x02\x8a\xff\xff",
+    ],
 )  # fmt: skip
 def test_a_broken_pickle_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pth: "):

@@ -1,0 +1,371 @@
+"""Forms computed tile by tile against dense float64 products, and the algebra of forms."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from streammap import evaluate, graph, maps
+from streammap.dtypes import from_torch, to_torch
+from streammap.evaluate import Tile
+from streammap.graph import Form, Load, Term
+from streammap.maps import AxisMap, BlockMap, DenseMap
+from streammap.spec import FLOATS, TensorSpec
+from streammap.storage.local import MappedFile
+from tests import oracle
+
+TILE_NBYTES = (16, 64, 100, 256, 1000, 4096, 1 << 22)
+GUARD = 64
+"""NaNs before and after each tensor: a read out of its bounds shows in the result."""
+SIMPLE = (1.0, 0.5, 2.0, -1.0)
+"""Coefficients that float32 computes with exactly, given small integers."""
+ANY = (*SIMPLE, 1 / 3, 0.1, 0.0)
+
+
+@dataclass(eq=False)
+class Held:
+    """Tensors in memory as a graph reads them."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    name: str = "held"
+
+    def add(self, x: Tensor) -> str:
+        storage = torch.full((x.numel() + 2 * GUARD,), math.nan, dtype=x.dtype)
+        key = str(len(self.tensors))
+        self.tensors[key] = storage[GUARD : GUARD + x.numel()].view(x.shape).copy_(x)
+        return key
+
+    def load(self, x: Tensor) -> Form:
+        return graph.load(self, self.add(x))
+
+    def spec(self, key: str) -> TensorSpec:
+        x = self.tensors[key]
+        return TensorSpec(from_torch(x.dtype, where=key), tuple(x.shape))
+
+    def tensor(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+    def file(self, key: str) -> MappedFile:
+        raise AssertionError(key)
+
+    def start(self, key: str) -> int | None:
+        raise AssertionError(key)
+
+    def release(self) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A form, what it is, and how much rounding can move it."""
+
+    form: Form
+    wanted: Tensor
+    slack: Tensor
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What forms are drawn from."""
+
+    coefficients: Sequence[float]
+    has_dense: bool
+    is_exact: bool
+    """Whether sums in float32 are exact: small integers, simple coefficients."""
+
+
+RANDOM = Kind(ANY, has_dense=True, is_exact=False)
+BLOCKS = Kind(ANY, has_dense=False, is_exact=False)
+EXACT = Kind(SIMPLE, has_dense=False, is_exact=True)
+
+
+@st.composite
+def maps_to(draw: st.DrawFn, n: int, kind: Kind) -> tuple[AxisMap | None, int]:
+    """A map that makes n units, or None, and the units that it reads."""
+    which = draw(st.integers(0, 3 if kind.has_dense else 2))
+    if which == 0:
+        return None, n
+    if which == 3:
+        n_in, seed = draw(st.integers(1, 5)), draw(st.integers(0, 99))
+        matrix = torch.randn(n, n_in, generator=torch.Generator().manual_seed(seed))
+        return DenseMap(matrix.double() if draw(st.booleans()) else matrix), n_in
+    block = draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0]))
+    n_in_blocks = draw(st.integers(1, 4))
+    entry = st.tuples(st.integers(0, n_in_blocks - 1), st.sampled_from(kind.coefficients))
+    row = st.lists(entry, max_size=3).map(tuple)
+    rows = draw(st.lists(row, min_size=n // block, max_size=n // block))
+    return BlockMap(tuple(rows), n_in_blocks, block), n_in_blocks * block
+
+
+@st.composite
+def drawn_forms(draw: st.DrawFn, kind: Kind) -> Drawn:
+    """Sums of mapped blends, of any float dtype and rank 0 to 4, read from mixed dtypes."""
+    shape = tuple(draw(st.lists(st.integers(1, 6), max_size=4)))
+    dtype = draw(st.sampled_from(FLOATS))
+    torch.manual_seed(draw(st.integers(0, 999)))
+    source = Held()
+    offset = draw(st.sampled_from((0.0, 0.0, 1.5)))
+    wanted = torch.full(shape, offset, dtype=torch.float64)
+    size = wanted.abs()
+    terms = []
+    for _ in range(draw(st.integers(1, 3))):
+        pairs = [draw(maps_to(n, kind)) for n in shape]
+        dims = tuple(m for m, _ in pairs)
+        blend = []
+        for _ in range(draw(st.integers(1, 3))):
+            taken = draw(st.sampled_from((dtype, dtype, *FLOATS)))
+            x = torch.randn([n for _, n in pairs])
+            x = (x * 3).round().clamp(-8, 8) if kind.is_exact else x
+            key = source.add(x.to(to_torch(taken)))
+            coefficient = draw(st.sampled_from(kind.coefficients))
+            blend.append((coefficient, Load(source, key, source.spec(key))))
+            held = source.tensor(key).double()
+            wanted = wanted + coefficient * _mapped(held, dims, absolute=False)
+            size = size + abs(coefficient) * _mapped(held.abs(), dims, absolute=True)
+        terms.append(Term(dims, tuple(blend)))
+    unit = torch.finfo(torch.float64 if dtype == "F64" else torch.float32).eps
+    slack = torch.zeros_like(size) if kind.is_exact else size * 16 * unit
+    return Drawn(Form(TensorSpec(dtype, shape), tuple(terms), offset), wanted, slack)
+
+
+def _mapped(x: Tensor, dims: Sequence[AxisMap | None], *, absolute: bool) -> Tensor:
+    for dim, m in enumerate(dims):
+        if m is not None:
+            x = oracle.along(x, _matrix(m, absolute=absolute), dim)
+    return x
+
+
+def _matrix(m: AxisMap, *, absolute: bool = False) -> Tensor:
+    if isinstance(m, DenseMap):
+        matrix = m.matrix.double()
+        return matrix.abs() if absolute else matrix
+    rows = [[(j, abs(value) if absolute else value) for j, value in row] for row in m.rows]
+    return oracle.from_rows(rows, m.n_in_blocks, m.block)
+
+
+def _read(form: Form, tile_nbytes: int) -> Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
+        return evaluate.read(form)
+
+
+def _depth(form: Form, tile_nbytes: int) -> int:
+    """How many leading dimensions a tile of the form has an index in."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
+        return len(next(evaluate.tiles(form.spec, evaluate.widening(form))).prefix)
+
+
+def assert_rounded_once(got: Tensor, drawn: Drawn) -> None:
+    """`got` is the true value, moved by the accumulator's rounding and rounded to its dtype."""
+    assert got.dtype == to_torch(drawn.form.spec.dtype)
+    assert got.shape == drawn.wanted.shape
+    low = (drawn.wanted - drawn.slack).to(got.dtype)
+    high = (drawn.wanted + drawn.slack).to(got.dtype)
+    assert bool(((low <= got) & (got <= high)).all()), (got, drawn.wanted)
+
+
+@given(drawn_forms(RANDOM), st.sampled_from(TILE_NBYTES))
+def test_a_form_read_by_tiles_is_the_dense_product(drawn: Drawn, tile_nbytes: int) -> None:
+    assert_rounded_once(_read(drawn.form, tile_nbytes), drawn)
+
+
+@given(drawn_forms(EXACT), st.sampled_from(TILE_NBYTES))
+def test_where_sums_are_exact_the_result_is_too(drawn: Drawn, tile_nbytes: int) -> None:
+    got = _read(drawn.form, tile_nbytes)
+    assert torch.equal(got, drawn.wanted.to(got.dtype))
+
+
+@given(drawn_forms(BLOCKS))
+def test_the_rows_of_a_tile_do_not_change_a_bit(drawn: Drawn) -> None:
+    found: dict[int, Tensor] = {}
+    for tile_nbytes in TILE_NBYTES:
+        # A tile that is cut in a later dimension adds the same numbers in another order.
+        depth = _depth(drawn.form, tile_nbytes)
+        got = _read(drawn.form, tile_nbytes)
+        assert torch.equal(found.setdefault(depth, got), got)
+
+
+@given(
+    st.lists(st.integers(1, 9), max_size=4).map(tuple),
+    st.sampled_from(("F32", "F64", "BF16")),
+    st.integers(1, 8),
+    st.sampled_from(TILE_NBYTES),
+)
+def test_tiles_partition_a_tensor_in_order(
+    shape: tuple[int, ...], dtype: str, widest: int, tile_nbytes: int
+) -> None:
+    spec = TensorSpec(dtype, shape)
+    numbers = torch.arange(spec.n_elements).view(shape)
+    room = max(1, tile_nbytes // (8 if dtype == "F64" else 4))
+    reached = 0
+    for tile in _tiles(spec, widest, tile_nbytes):
+        assert tile.offset == reached
+        assert tile.n_elements == math.prod(tile.shape) > 0
+        part = numbers[tile.prefix] if tile.prefix else numbers
+        content = part[tile.start : tile.end] if shape else part
+        assert content.shape == tile.shape
+        assert content.flatten().tolist() == list(range(reached, reached + tile.n_elements))
+        is_row = len(tile.prefix) == len(shape) - 1
+        assert tile.n_elements * (1 if is_row else widest) <= room or tile.n_elements == 1
+        reached += tile.n_elements
+    assert reached == spec.n_elements
+
+
+def _tiles(spec: TensorSpec, widest: int, tile_nbytes: int) -> Iterator[Tile]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
+        yield from evaluate.tiles(spec, widest)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (2, 0, 2)])
+def test_a_tensor_without_elements_has_no_tiles(shape: tuple[int, ...]) -> None:
+    assert list(evaluate.tiles(TensorSpec("F32", shape), 1)) == []
+    halved = graph.scale(Held().load(torch.empty(shape)), 0.5)
+    assert evaluate.read(halved).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_scalar_is_computed_like_any_tensor(dtype: torch.dtype) -> None:
+    source = Held()
+    a, b = source.load(torch.tensor(3.0, dtype=dtype)), source.load(torch.tensor(5.0))
+    got = evaluate.read(graph.combine([(0.5, a), (2.0, b)]))
+    assert torch.equal(got, torch.tensor(11.5, dtype=dtype))
+
+
+@given(drawn_forms(RANDOM), st.sampled_from(TILE_NBYTES))
+def test_scratch_is_bounded_by_what_the_plan_says(drawn: Drawn, tile_nbytes: int) -> None:
+    form = drawn.form
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
+        planned = evaluate.scratch_nbytes(form)
+        scratch = evaluate.Scratch()
+        taken: dict[int, int] = {}
+        take = scratch.take
+
+        def watched(place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            nbytes = math.prod(shape) * dtype.itemsize
+            taken[place] = max(taken.get(place, 0), nbytes)
+            return take(place, shape, dtype)
+
+        patch.setattr(scratch, "take", watched)
+        out = torch.empty(form.spec.n_elements, dtype=to_torch(form.spec.dtype))
+        for tile in evaluate.tiles(form.spec, evaluate.widening(form)):
+            part = out[tile.offset : tile.offset + tile.n_elements].view(tile.shape)
+            evaluate.compute(form, tile, part, scratch)
+    assert sum(taken.values()) <= planned or form.copied is not None
+
+
+def test_a_bare_load_is_copied() -> None:
+    source = Held()
+    form = source.load(torch.randn(3, 4))
+    same = maps.identity(3)
+    for unchanged in (
+        form,
+        graph.scale(form, 1.0),
+        graph.combine([(1.0, form)]),
+        graph.combine([(0.25, form), (0.75, form)]),
+        graph.combine([(1.0, form), (0.0, source.load(torch.randn(3, 4)))]),
+        graph.map_dims(form, [same, None]),
+        graph.map_dims(
+            graph.map_dims(form, [_turned(3, 1), None]), [_turned(3, 2), maps.identity(2, block=2)]
+        ),
+        graph.scale(graph.scale(form, 0.5), 2.0),
+    ):
+        assert unchanged.copied == form.terms[0].blend[0][1]
+    for changed in (
+        graph.scale(form, 0.5),
+        graph.shift(form, 1.0),
+        graph.combine([(1.0, form)], dtype="BF16"),
+        graph.map_dims(form, [_turned(3, 1), None]),
+        graph.combine([(1.0, form), (1.0, source.load(torch.randn(3, 4)))]),
+    ):
+        assert changed.copied is None
+
+
+def _turned(n: int, by: int) -> BlockMap:
+    return BlockMap(tuple((((i + by) % n, 1.0),) for i in range(n)), n)
+
+
+def test_a_copied_tensor_keeps_its_bits() -> None:
+    bits = torch.tensor([0x7FC00001, -1, 1, -(2**31)], dtype=torch.int32)
+    got = evaluate.read(Held().load(bits.view(torch.float32)))
+    assert torch.equal(got.view(torch.int32), bits)
+
+
+@given(st.data(), st.lists(st.integers(1, 6), min_size=1, max_size=3))
+def test_maps_of_maps_are_one_map(data: st.DataObject, shape: list[int]) -> None:
+    last = [data.draw(maps_to(n, EXACT)) for n in shape]
+    first = [data.draw(maps_to(n, EXACT)) for _, n in last]
+    x = torch.randn([n for _, n in first])
+    form = Held().load(x)
+    inner, outer = [m for m, _ in first], [m for m, _ in last]
+    both = [
+        maps.compose(b, a) if a is not None and b is not None else a or b
+        for a, b in zip(inner, outer, strict=True)
+    ]
+    steps = graph.map_dims(graph.map_dims(form, inner), outer)
+    assert steps == graph.map_dims(form, both)
+    assert steps.spec == TensorSpec("F32", tuple(shape))
+    wanted = _mapped(_mapped(x.double(), inner, absolute=False), outer, absolute=False)
+    torch.testing.assert_close(evaluate.read(steps).double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_loads_and_equal_maps_are_merged() -> None:
+    source = Held()
+    a, b = (source.load(torch.randn(4, 6)) for _ in range(2))
+    pair = maps.merging([[0, 2], [1, 3]], 4)
+    again = maps.merging([[0, 2], [1, 3]], 4)
+    mapped = graph.map_dims(a, [pair, None])
+
+    twice = graph.combine([(0.5, a), (0.25, a)])
+    assert [(c, found.key) for c, found in twice.terms[0].blend] == [(0.75, "0")]
+    both = graph.combine([(0.5, a), (0.5, b)])
+    assert [len(term.blend) for term in both.terms] == [2]
+    alike = graph.combine([(0.5, mapped), (0.5, graph.map_dims(b, [again, None]))])
+    assert [len(term.blend) for term in alike.terms] == [2]
+    assert alike == graph.map_dims(both, [pair, None])
+    apart = graph.combine([(0.5, mapped), (0.5, source.load(torch.randn(2, 6)))])
+    assert [len(term.blend) for term in apart.terms] == [1, 1]
+    other = graph.combine([(0.5, mapped), (0.5, graph.map_dims(b, [_first(4, 2), None]))])
+    assert [len(term.blend) for term in other.terms] == [1, 1]
+    assert sum(1 for _ in other.loads()) == 2
+
+
+def _first(n: int, kept: int) -> BlockMap:
+    return BlockMap(tuple(((i, 1.0),) for i in range(kept)), n)
+
+
+def test_what_cancels_leaves_zeros() -> None:
+    source = Held()
+    form = source.load(torch.tensor([math.inf, 1.0]))
+    for nothing in (
+        graph.combine([(1.0, form), (-1.0, form)]),
+        graph.scale(form, 0.0),
+        graph.map_dims(form, [BlockMap(((), ()), 2)]),
+    ):
+        assert torch.equal(evaluate.read(nothing), torch.zeros(2))
+
+
+def test_the_first_part_or_the_caller_says_the_dtype() -> None:
+    source = Held()
+    half, whole = source.load(torch.ones(2).half()), source.load(torch.ones(2))
+    assert graph.combine([(0.5, half), (0.5, whole)]).spec.dtype == "F16"
+    assert graph.combine([(0.5, half), (0.5, whole)], dtype="F32").spec.dtype == "F32"
+    # 1 + 2^-11 is no float16; a sum kept in float16 would lose it twice.
+    small = source.load(torch.tensor([2.0**-11, 0.0]))
+    total = graph.combine([(1.0, half), (1.0, small), (1.0, small)])
+    assert evaluate.read(total).tolist() == [1 + 2.0**-10, 1.0]
+
+
+@pytest.mark.parametrize("rows", [(((0, 0.5), (1, 0.5)),), (((0, 1.0), (1, 1.0)),), ((),)])
+def test_a_map_takes_a_constant_along(rows: tuple[maps.Row, ...]) -> None:
+    shifted = graph.shift(Held().load(torch.tensor([1.0, 3.0])), 10.0)
+    m = BlockMap(rows, 2)
+    wanted = _matrix(m) @ torch.tensor([11.0, 13.0], dtype=torch.float64)
+    assert evaluate.read(graph.map_dims(shifted, [m])).tolist() == wanted.tolist()

@@ -1,0 +1,491 @@
+"""Resized and blended checkpoints against the dense float64 formulas of `oracle`."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import streammap
+from streammap import evaluate
+from streammap.api import LazyCheckpoint
+from streammap.planner import Rule
+from tests import oracle, tiny
+from tests.oracle import Change, Direction, Widths
+from tests.tiny import Config, Sizes, State
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DIRECTIONS: tuple[Direction, ...] = ("coalesce", "decoalesce")
+RULES: tuple[Rule, ...] = ("exact", "reference")
+Groups = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of checkpoint and the oracle that knows it."""
+
+    make: Callable[[Sizes, int], tuple[State, Config | None]]
+    of: Callable[[str, Tensor, Widths], Tensor]
+    tied: bool = False
+
+    def resized(self, state: State, sizes: Sizes, change: Change) -> State:
+        return oracle.resized(
+            state,
+            change,
+            of=self.of,
+            head_dim=sizes.head_dim,
+            mlp_per_head=sizes.mlp_per_head,
+            tied=self.tied,
+        )
+
+
+def _bert(base: str, seed: int, sizes: Sizes) -> tuple[State, Config]:
+    state = tiny.bert(sizes, seed=seed, base=base)
+    state[f"{base}embeddings.position_ids"] = torch.arange(sizes.positions)[None]
+    return state, tiny.bert_config(sizes)
+
+
+def bert_plain(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    return _bert("", seed, sizes)
+
+
+def bert_classifier(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    state, config = _bert("bert.", seed, sizes)
+    head = {"classifier.weight": (3, sizes.embed), "classifier.bias": (3,)}
+    return state | tiny.random(head, seed=seed + 1), config | {
+        "architectures": ["BertForSequenceClassification"]
+    }
+
+
+def bert_tied(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    state, config = _bert("bert.", seed, sizes)
+    e = sizes.embed
+    head = {
+        "cls.predictions.bias": (sizes.vocab,),
+        "cls.predictions.transform.dense.weight": (e, e),
+        "cls.predictions.transform.dense.bias": (e,),
+        "cls.predictions.transform.LayerNorm.weight": (e,),
+        "cls.predictions.transform.LayerNorm.bias": (e,),
+        "cls.seq_relationship.weight": (2, e),
+        "cls.seq_relationship.bias": (2,),
+    }
+    return state | tiny.random(head, seed=seed + 1), config | {
+        "architectures": ["BertForPreTraining"]
+    }
+
+
+def bert_tied_with_a_copy(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    """Old files hold the decoder beside the embedding that it is."""
+    state, config = bert_tied(sizes, seed)
+    shared = state["bert.embeddings.word_embeddings.weight"]
+    state["cls.predictions.decoder.weight"] = shared.clone()
+    state["cls.predictions.decoder.bias"] = state["cls.predictions.bias"].clone()
+    return state, config
+
+
+def bert_untied(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    state, config = bert_tied(sizes, seed)
+    head = {
+        "cls.predictions.decoder.weight": (sizes.vocab, sizes.embed),
+        "cls.predictions.decoder.bias": (sizes.vocab,),
+    }
+    return state | tiny.random(head, seed=seed + 2), config | {"tie_word_embeddings": False}
+
+
+def gpt2_tied(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    state = tiny.gpt2(sizes, seed=seed, base="transformer.", masks=True)
+    for layer in range(sizes.layers):
+        state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    return state, tiny.gpt2_config(sizes)
+
+
+def gpt2_with_a_second_reader(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    """The norm before the tied head feeds another head too."""
+    state, config = gpt2_tied(sizes, seed)
+    name = "multiple_choice_head.summary"
+    head = {f"{name}.weight": (1, sizes.embed), f"{name}.bias": (1,)}
+    return state | tiny.random(head, seed=seed + 1), config | {
+        "architectures": ["GPT2DoubleHeadsModel"]
+    }
+
+
+def gpt2_untied(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    state, config = gpt2_tied(sizes, seed)
+    head = tiny.random({"lm_head.weight": (sizes.vocab, sizes.embed)}, seed=seed + 1)
+    return state | head, config | {"tie_word_embeddings": False}
+
+
+def gpt2_classifier(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    state = tiny.gpt2(sizes, seed=seed, base="transformer.")
+    head = tiny.random({"score.weight": (3, sizes.embed)}, seed=seed + 1)
+    return state | head, tiny.gpt2_config(sizes) | {
+        "architectures": ["GPT2ForSequenceClassification"]
+    }
+
+
+def gpt2_headless(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    return tiny.gpt2(sizes, seed=seed), tiny.gpt2_config(sizes) | {"architectures": ["GPT2Model"]}
+
+
+def deit(sizes: Sizes, seed: int) -> tuple[State, Config]:
+    return tiny.timm_deit(sizes, seed=seed), tiny.timm_config(sizes)
+
+
+KINDS = {
+    "bert": Kind(bert_plain, oracle.bert),
+    "bert classifier": Kind(bert_classifier, oracle.bert),
+    "bert tied": Kind(bert_tied, oracle.bert, tied=True),
+    "bert tied, copied": Kind(bert_tied_with_a_copy, oracle.bert, tied=True),
+    "bert untied": Kind(bert_untied, oracle.bert),
+    "gpt2 tied": Kind(gpt2_tied, oracle.gpt2, tied=True),
+    "gpt2 two heads": Kind(gpt2_with_a_second_reader, oracle.gpt2, tied=True),
+    "gpt2 untied": Kind(gpt2_untied, oracle.gpt2),
+    "gpt2 classifier": Kind(gpt2_classifier, oracle.gpt2),
+    "gpt2": Kind(gpt2_headless, oracle.gpt2),
+    "deit": Kind(deit, oracle.deit),
+}
+
+
+def cast(state: State, dtype: torch.dtype) -> State:
+    """The floats of a state in `dtype`, with all bits of it used."""
+    return {
+        key: (x.double() * math.pi / 3).to(dtype) if x.is_floating_point() else x
+        for key, x in state.items()
+    }
+
+
+def saved(place: Path, state: State, config: Config | None) -> LazyCheckpoint:
+    return streammap.open(tiny.write(place, state, config))
+
+
+def read(result: LazyCheckpoint, tile_nbytes: int = evaluate.TILE_NBYTES) -> State:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
+        return {key: result.read(key) for key in result.keys()}  # noqa: SIM118 a checkpoint's
+
+
+def assert_rounded_once(got: State, wanted: State, size: State, dtype: torch.dtype) -> None:
+    """Each tensor is the formula's value, but for rounding in sums and one to its dtype.
+
+    Args:
+        size: The formula with all terms positive: rounding moves no more than 8 units of it.
+    """
+    assert got.keys() == wanted.keys()
+    unit = 8 * torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    for key, x in wanted.items():
+        if not x.is_floating_point():
+            assert torch.equal(got[key], x), key
+            continue
+        assert got[key].dtype == dtype, key
+        assert got[key].shape == x.shape, key
+        slack = size[key] * unit
+        low, high = (x - slack).to(dtype), (x + slack).to(dtype)
+        assert bool(((low <= got[key]) & (got[key] <= high)).all()), key
+
+
+def assert_same(got: State, wanted: State) -> None:
+    assert got.keys() == wanted.keys()
+    for key, x in wanted.items():
+        assert got[key].dtype == x.dtype, key
+        assert torch.equal(got[key], x), key
+
+
+@st.composite
+def groupings(draw: st.DrawFn, n_large: int) -> Groups:
+    """Fewer groups than members: uniform, a partition, or any (overlapping, with some left out)."""
+    members = list(range(n_large))
+    which = draw(st.sampled_from(("uniform", "partition", "any")))
+    if which == "uniform":
+        factor = draw(st.sampled_from([k for k in range(2, n_large + 1) if n_large % k == 0]))
+        if draw(st.booleans()):
+            return [members[i : i + factor] for i in range(0, n_large, factor)]
+        n_small = n_large // factor
+        return [members[i::n_small] for i in range(n_small)]
+    if which == "partition":
+        mixed = draw(st.permutations(members))
+        cuts = sorted(draw(st.sets(st.integers(1, n_large - 1), max_size=n_large - 2)))
+        return [mixed[a:b] for a, b in zip([0, *cuts], [*cuts, n_large], strict=True)]
+    group = st.lists(st.sampled_from(members), min_size=1, max_size=n_large, unique=True)
+    return draw(st.lists(group, min_size=1, max_size=n_large - 1))
+
+
+@st.composite
+def changes(draw: st.DrawFn) -> Change:
+    """Schemes over width, depth or both, in both directions, under both rules."""
+    what = draw(st.sampled_from(("width", "depth", "both")))
+    n_heads, n_layers = draw(st.integers(2, 6)), draw(st.integers(2, 5))
+    return Change(
+        draw(st.sampled_from(DIRECTIONS)),
+        draw(st.sampled_from(RULES)),
+        None if what == "depth" else draw(groupings(n_heads)),
+        n_heads,
+        None if what == "width" else draw(groupings(n_layers)),
+        n_layers,
+    )
+
+
+def ends(change: Change, *, head_dim: int, mlp_per_head: int) -> tuple[Sizes, Sizes]:
+    """Sizes of the source and of the result."""
+    large = Sizes(change.n_heads, change.n_layers, head_dim, mlp_per_head)
+    small = replace(
+        large,
+        heads=large.heads if change.width is None else len(change.width),
+        layers=large.layers if change.depth is None else len(change.depth),
+    )
+    return (large, small) if change.direction == "coalesce" else (small, large)
+
+
+def needs_target(change: Change) -> bool:
+    """Whether the scheme does not tell the size of the large model."""
+    return any(
+        groups is not None and n_large > 1 + max(max(group) for group in groups)
+        for groups, n_large in ((change.width, change.n_heads), (change.depth, change.n_layers))
+    )
+
+
+def scheme_of(change: Change) -> Mapping[str, object]:
+    given = {"width_scheme": change.width, "depth_scheme": change.depth}
+    return {name: groups for name, groups in given.items() if groups is not None}
+
+
+def applied(
+    source: LazyCheckpoint, change: Change, target: "Mapping[str, object] | LazyCheckpoint | None"
+) -> LazyCheckpoint:
+    act = source.coalesce if change.direction == "coalesce" else source.decoalesce
+    return act(scheme=scheme_of(change), target=target, rule=change.rule)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@given(data=st.data(), change=changes())
+@settings(max_examples=settings.get_profile("ci").max_examples // 2)
+def test_every_tensor_is_the_formula(name: str, data: st.DataObject, change: Change) -> None:
+    kind, dtype = KINDS[name], data.draw(st.sampled_from(DTYPES))
+    head_dim, mlp_per_head = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    before, after = ends(change, head_dim=head_dim, mlp_per_head=mlp_per_head)
+    made, config = kind.make(before, data.draw(st.integers(0, 99)))
+    state = cast(made, dtype)
+    wanted = kind.resized(state, before, change)
+    size = kind.resized({key: x.abs() for key, x in state.items()}, before, change)
+    with TemporaryDirectory() as folder:
+        source = saved(Path(folder) / "source", state, None)
+        source = streammap.open(Path(folder) / "source", config=config)
+        target = None
+        if needs_target(change) or data.draw(st.booleans()):
+            big, big_config = kind.make(after, 0)
+            tiny.write(Path(folder) / "target", big, None)
+            target = streammap.open(Path(folder) / "target", config=big_config)
+        result = applied(source, change, target)
+        tile_nbytes = data.draw(st.sampled_from((evaluate.TILE_NBYTES, 40, 300)))
+        assert_rounded_once(read(result, tile_nbytes), wanted, size, dtype)
+        expected, _ = kind.make(after, 0)
+        assert {k: tuple(x.shape) for k, x in expected.items()} == {
+            key: result.spec(key).shape for key in wanted
+        }
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("rule", RULES)
+def test_without_a_config_timm_heads_are_64_wide(
+    tmp_path: Path, direction: Direction, rule: Rule
+) -> None:
+    change = Change(direction, rule, [[0, 2], [1, 3]], 4, [[0, 1]], 2)
+    before, _ = ends(change, head_dim=64, mlp_per_head=256)
+    state = cast(tiny.timm_deit(before, distilled=False), torch.float32)
+    kind = KINDS["deit"]
+    wanted = kind.resized(state, before, change)
+    size = kind.resized({key: x.abs() for key, x in state.items()}, before, change)
+    source = saved(tmp_path, state, None)
+    assert source.sizes["heads"] == before.heads
+    assert_rounded_once(read(applied(source, change, None)), wanted, size, torch.float32)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_head_in_no_group_is_zeros_on_the_way_up(tmp_path: Path, name: str) -> None:
+    """The large size stands in a config, where the scheme does not tell it."""
+    kind = KINDS[name]
+    change = Change("decoalesce", "exact", [[0], [1]], 3, None, 2)
+    before, after = ends(change, head_dim=2, mlp_per_head=3)
+    made, config = kind.make(before, 1)
+    state = cast(made, torch.float32)
+    tiny.write(tmp_path, state, None)
+    source = streammap.open(tmp_path, config=config)
+    target = kind.make(after, 0)[1]
+    got = read(applied(source, change, target))
+    wanted = kind.resized(state, before, change)
+    assert_same(got, {k: x.to(got[k].dtype) for k, x in wanted.items()})
+
+
+def test_a_permutation_moves_heads_and_layers(tmp_path: Path) -> None:
+    kind, sizes = KINDS["gpt2 tied"], Sizes(heads=3, layers=3)
+    change = Change("coalesce", "exact", [[2], [0], [1]], 3, [[1], [2], [0]], 3)
+    made, config = kind.make(sizes, 1)
+    source = saved(tmp_path, made, config)
+    got = read(applied(source, change, None))
+    assert_same(got, {k: x.to(got[k].dtype) for k, x in kind.resized(made, sizes, change).items()})
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("grouping", ["stacked", "adjacent"])
+@pytest.mark.parametrize("name", ["bert tied", "gpt2 two heads", "deit"])
+def test_factors_stand_for_schemes(
+    tmp_path: Path, direction: Direction, grouping: streammap.scheme.Grouping, name: str
+) -> None:
+    large = Sizes(heads=6, layers=4)
+    stacked = grouping == "stacked"
+    width = [[0, 2, 4], [1, 3, 5]] if stacked else [[0, 1, 2], [3, 4, 5]]
+    depth = [[0, 2], [1, 3]] if stacked else [[0, 1], [2, 3]]
+    change = Change(direction, "exact", width, 6, depth, 4)
+    before, _ = ends(change, head_dim=large.head_dim, mlp_per_head=large.mlp_per_head)
+    state, config = KINDS[name].make(before, 3)
+    tiny.write(tmp_path, state, None)
+    source = streammap.open(tmp_path, config=config)
+    act = source.coalesce if direction == "coalesce" else source.decoalesce
+    assert_same(read(act(width=3, depth=2, grouping=grouping)), read(applied(source, change, None)))
+
+
+@st.composite
+def binary_groups(draw: st.DrawFn) -> Groups:
+    """Disjoint groups of 1, 2 or 4 that leave nothing out."""
+    lengths = draw(st.lists(st.sampled_from((1, 2, 4)), min_size=1, max_size=3))
+    mixed = iter(draw(st.permutations(range(sum(lengths)))))
+    return [[next(mixed) for _ in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(
+    name=st.sampled_from(sorted(KINDS)),
+    width=binary_groups(),
+    depth=binary_groups(),
+    on_disk=st.booleans(),
+)
+def test_growing_and_shrinking_back_gives_every_bit(
+    rule: Rule, name: str, width: Groups, depth: Groups, *, on_disk: bool
+) -> None:
+    made, config = KINDS[name].make(Sizes(heads=len(width), layers=len(depth)), 2)
+    state = cast(made, torch.float32)
+    groups = {"width_scheme": width, "depth_scheme": depth}
+    with TemporaryDirectory() as folder:
+        tiny.write(Path(folder) / "small", state, None)
+        grown = streammap.open(Path(folder) / "small", config=config).decoalesce(
+            scheme=groups, rule=rule
+        )
+        if on_disk:
+            grown.save(Path(folder) / "large", fsync=False)
+            # The groups of the way down are in the map that is saved with the large model.
+            back = streammap.open(Path(folder) / "large").coalesce(rule=rule)
+        else:
+            back = grown.coalesce(rule=rule)
+        assert_same(read(back), state)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.3])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("what", ["width", "depth", "both"])
+def test_a_chain_in_one_pass_is_its_steps_through_files(
+    tmp_path: Path, what: str, name: str, rule: Rule, alpha: float
+) -> None:
+    made, config = KINDS[name].make(Sizes(heads=4, layers=4), 4)
+    state, other = cast(made, torch.float32), cast(KINDS[name].make(Sizes(), 5)[0], torch.float32)
+    tiny.write(tmp_path / "big", state, None)
+    tiny.write(tmp_path / "other", other, None)
+    big = streammap.open(tmp_path / "big", config=config)
+    target = streammap.open(tmp_path / "other", config=config)
+    factors = {"width": None if what == "depth" else 2, "depth": None if what == "width" else 2}
+    chain = (
+        big.coalesce(rule=rule, **factors).decoalesce(rule=rule).interpolate(target, alpha=alpha)
+    )
+    assert len(chain.plan.steps) == 3
+
+    big.coalesce(rule=rule, **factors).save(tmp_path / "small", fsync=False)
+    small = streammap.open(tmp_path / "small")
+    small.decoalesce(rule=rule).save(tmp_path / "grown", fsync=False)
+    grown = streammap.open(tmp_path / "grown")
+    grown.interpolate(target, alpha=alpha).save(tmp_path / "mixed", fsync=False)
+
+    wanted, got = tiny.written(tmp_path / "mixed"), read(chain)
+    if alpha == 0.5 and what != "depth":
+        # With width, the sums are the same sums; without it, the blends of all steps become one.
+        assert_same(got, wanted)
+        return
+    assert got.keys() == wanted.keys()
+    for key, x in wanted.items():
+        if x.is_floating_point():
+            torch.testing.assert_close(got[key], x, rtol=1e-6, atol=1e-6 * float(x.abs().max()))
+
+
+@given(
+    name=st.sampled_from(sorted(KINDS)),
+    alpha=st.floats(0, 1),
+    mine=st.sampled_from(DTYPES),
+    theirs=st.sampled_from(DTYPES),
+)
+def test_a_blend_is_the_weighted_mean_in_the_dtype_of_the_target(
+    name: str, alpha: float, mine: torch.dtype, theirs: torch.dtype
+) -> None:
+    sizes = Sizes(heads=2, layers=2)
+    made, config = KINDS[name].make(sizes, 6)
+    source, target = cast(made, mine), cast(KINDS[name].make(sizes, 7)[0], theirs)
+    wanted = oracle.interpolated(source, target, alpha)
+    size = oracle.interpolated(
+        {k: x.abs() for k, x in source.items()}, {k: x.abs() for k, x in target.items()}, alpha
+    )
+    for key, x in target.items():
+        if key.endswith(("attn.bias", "attn.masked_bias")):
+            wanted[key], size[key] = x.double(), x.double()
+    with TemporaryDirectory() as folder:
+        tiny.write(Path(folder) / "source", source, None)
+        tiny.write(Path(folder) / "target", target, None)
+        blended = streammap.open(Path(folder) / "source", config=config).interpolate(
+            streammap.open(Path(folder) / "target", config=config), alpha=alpha
+        )
+        assert_rounded_once(read(blended), wanted, size, theirs)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_ends_of_a_blend_are_its_parts(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    sizes = Sizes(heads=2, layers=2)
+    made, config = KINDS[name].make(sizes, 6)
+    source, target = cast(made, dtype), cast(KINDS[name].make(sizes, 7)[0], dtype)
+    tiny.write(tmp_path / "source", source, None)
+    tiny.write(tmp_path / "target", target, None)
+    one = streammap.open(tmp_path / "source", config=config)
+    two = streammap.open(tmp_path / "target", config=config)
+    assert_same(read(one.interpolate(two, alpha=0.0)), target)
+    assert_same(read(one.interpolate(two, alpha=1.0)), source)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("rule", RULES)
+def test_buffers_pass_byte_for_byte(tmp_path: Path, direction: Direction, rule: Rule) -> None:
+    sizes = Sizes(heads=2, layers=2)
+    mask = torch.ones(7, 7).tril().view(1, 1, 7, 7)
+    state = tiny.gpt2(sizes)
+    bits = torch.tensor(0x7FC12345, dtype=torch.int32)
+    for layer in range(2):
+        state[f"h.{layer}.attn.masked_bias"] = bits.view(torch.float32).clone()
+    for dtype in (torch.bool, torch.uint8, torch.float32):
+        for layer in range(2):
+            state[f"h.{layer}.attn.bias"] = mask.to(dtype)
+        source = saved(tmp_path / str(dtype), state, tiny.gpt2_config(sizes))
+        change = Change(direction, rule, [[0, 1]] if direction == "coalesce" else [[0, 1], [2]],
+                        2, [[0, 1]] if direction == "coalesce" else [[0, 2], [1]], 2)  # fmt: skip
+        result = applied(source, change, None)
+        for layer in range(result.sizes["layer"]):
+            got = result.read(f"h.{layer}.attn.bias")
+            assert got.dtype == dtype
+            assert torch.equal(got, mask.to(dtype))
+            assert result.read(f"h.{layer}.attn.masked_bias").view(torch.int32) == bits
+    ids, config = bert_plain(sizes, 0)
+    source = saved(tmp_path / "ids", ids, config)
+    assert_same(
+        {"ids": applied(source, change, None).read("embeddings.position_ids")},
+        {"ids": torch.arange(7)[None]},
+    )
