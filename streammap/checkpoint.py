@@ -8,13 +8,12 @@ An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "m
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from streammap import header, torchfile
+from streammap import header, strictjson, torchfile
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
 from streammap.spec import TensorSpec
@@ -119,6 +118,15 @@ class Checkpoint:
         for mapped in self._mapped.values():
             mapped.release()
 
+    def check_unchanged(self) -> None:
+        """Refuse to go on with files that were written to since they were opened.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        for mapped in self._mapped.values():
+            mapped.check_unchanged()
+
     def close(self) -> None:
         """Close all files."""
         for mapped in self._mapped.values():
@@ -135,6 +143,13 @@ def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Ch
         CheckpointError: nothing there, or any file that is not what it says.
     """
     path = Path(path)
+    try:
+        return _open(path, config)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
+
+
+def _open(path: Path, config: str | Path | None) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
     folder = path if path.is_dir() else path.parent
@@ -158,7 +173,7 @@ def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Ch
         files.append(SourceFile(name, stat.st_size, stat.st_mtime_ns, digest))
     if weight_map is not None:
         _check_index(path.name, weight_map, file_of)
-    mapped = {file.name: MappedFile(folder / file.name, file.nbytes) for file in files}
+    mapped = {f.name: MappedFile(folder / f.name, f.nbytes, f.mtime_ns) for f in files}
     found_config = _find_config(folder, config)
     return Checkpoint(path, tuple(files), slots, file_of, found_config, nest, others, mapped)
 
@@ -173,10 +188,10 @@ def read_json(path: Path) -> Mapping[str, object]:
         size = path.stat().st_size
         if size > _MAX_JSON_NBYTES:
             raise CheckpointError(f"{path}: {size} bytes of JSON, at most {_MAX_JSON_NBYTES}")
-        content = json.loads(path.read_bytes())
+        content = strictjson.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}", hint="mend the file") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: a JSON object is expected, found {type(content).__name__}")
@@ -184,18 +199,18 @@ def read_json(path: Path) -> Mapping[str, object]:
 
 
 def _names_in(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    present = [name for name in (*SINGLES[:1], *INDEXES[:1]) if (folder / name).is_file()]
-    if len(present) > 1:
-        raise CheckpointError(
-            f"{folder}: has {present[0]} and {present[1]}, which may differ",
-            hint="remove the stale one, or name the file",
-        )
-    for index in INDEXES:
-        if (folder / index).is_file() and not (folder / SINGLES[INDEXES.index(index)]).is_file():
+    for single, index in zip(SINGLES, INDEXES, strict=True):
+        has_single, has_index = (folder / single).is_file(), (folder / index).is_file()
+        if has_single and has_index:
+            raise CheckpointError(
+                f"{folder}: has {single} and {index}, which may differ",
+                hint="remove the stale one, or name the file",
+            )
+        if has_single:
+            return (single,), None
+        if has_index:
             weight_map = _weight_map(folder / index)
             return tuple(sorted(set(weight_map.values()))), weight_map
-        if (folder / SINGLES[INDEXES.index(index)]).is_file():
-            return (SINGLES[INDEXES.index(index)],), None
     loose = sorted(file.name for file in folder.glob("*.safetensors"))
     loose = [name for name in loose if not name.startswith(".") and ".map." not in name]
     loose = loose or sorted(

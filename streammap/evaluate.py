@@ -123,7 +123,7 @@ class Scratch:
         if held is None or held.numel() < n:
             self._buffers.pop((place, dtype), None)
             held = self._buffers[place, dtype] = torch.empty(n, dtype=dtype)
-        return held[:n].view(*shape)
+        return held[:n].view(tuple(shape))
 
 
 def compute(form: Form, tile: Tile, out: Tensor, scratch: Scratch) -> None:
@@ -133,8 +133,6 @@ def compute(form: Form, tile: Tile, out: Tensor, scratch: Scratch) -> None:
     total = out if direct else scratch.take(0, tile.shape, dtype)
     for position, term in enumerate(form.terms):
         _add_term(term, tile, total, scratch, adds=position > 0)
-    if form.offset:
-        total.add_(form.offset)
     if not direct:
         out.copy_(total)
 

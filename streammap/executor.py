@@ -122,7 +122,9 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
             contents[layout.INDEX] = layout.index(shards)
         for name, content in contents.items():
             out.add(name, content)
-        out.commit(clean=where.overwrite and not where.is_file)
+        for source in plan.sources:
+            source.check_unchanged()
+        out.commit(stale=_stale(where))
     listener(Finished())
     promise, reason = plan.promise
     return Report(
@@ -138,6 +140,15 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         promise=promise,
         reason=reason,
     )
+
+
+def _stale(where: Where) -> tuple[str, ...]:
+    """What an earlier result may have left where this one goes (glob patterns)."""
+    if not where.overwrite:
+        return ()
+    if where.is_file:
+        return (where.path.with_suffix(mapfile.SUFFIX).name,)
+    return (*output.STALE, *mapfile.NAMES, sidefiles.PROVENANCE)
 
 
 def _small_files(plan: Plan, where: Where) -> tuple[dict[str, bytes], dict[str, Path]]:

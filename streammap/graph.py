@@ -1,8 +1,8 @@
 """The graph of one tensor: a linear function of source tensors, kept in normal form.
 
-    Form   =  offset + sum of terms                 one per result tensor
+    Form   =  sum of terms                          one per result tensor
     Term   =  M_0 x M_1 x ... applied to a blend    one map a dimension (None keeps it)
-    blend  =  sum of coefficient * Load             tensors of one shape
+    blend  =  sum of coefficient * Load             tensors of one shape (a constant: ones)
 
 All that streammap does is of this kind, and the kind is closed: a map of a sum is a sum of maps,
 maps of one dimension compose, equal maps share one blend. So each function below returns the normal
@@ -11,8 +11,9 @@ changes is one bare Load, and is copied byte for byte.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Protocol, final
 
 from streammap import maps
 from streammap.maps import AxisMap
@@ -92,12 +93,11 @@ class Form:
 
     spec: TensorSpec
     terms: tuple[Term, ...]
-    offset: float = 0.0
 
     @property
     def copied(self) -> Load | None:
         """The source tensor that this is byte for byte, if it is one."""
-        if len(self.terms) != 1 or self.offset:
+        if len(self.terms) != 1:
             return None
         term = self.terms[0]
         coefficient, found = term.blend[0]
@@ -130,7 +130,7 @@ def map_dims(form: Form, dims: Sequence[AxisMap | None]) -> Form:
         n if m is None else m.n_out for n, m in zip(form.spec.shape, changes, strict=True)
     )
     terms = [Term(_composed(changes, term.maps), term.blend) for term in form.terms]
-    return _collected(TensorSpec(form.spec.dtype, shape), terms, form.offset)
+    return _collected(TensorSpec(form.spec.dtype, shape), terms)
 
 
 def combine(parts: Iterable[tuple[float, Form]], *, dtype: str | None = None) -> Form:
@@ -145,8 +145,7 @@ def combine(parts: Iterable[tuple[float, Form]], *, dtype: str | None = None) ->
     ]
     if not terms:
         terms = [Term(t.maps, tuple((0.0, f) for _, f in t.blend)) for t in kept[0][1].terms[:1]]
-    offset = sum(c * form.offset for c, form in kept)
-    return _collected(TensorSpec(dtype or spec.dtype, spec.shape), terms, offset)
+    return _collected(TensorSpec(dtype or spec.dtype, spec.shape), terms)
 
 
 def scale(form: Form, factor: float) -> Form:
@@ -156,7 +155,10 @@ def scale(form: Form, factor: float) -> Form:
 
 def shift(form: Form, offset: float) -> Form:
     """`form` plus a constant."""
-    return replace(form, offset=form.offset + offset)
+    ones = _ones(form.spec.shape)
+    constant = Load(ones, "1", ones.spec("1"))
+    term = Term((None,) * len(form.spec.shape), ((offset, constant),))
+    return _collected(form.spec, (*form.terms, term))
 
 
 def _composed(
@@ -169,7 +171,7 @@ def _composed(
     return tuple(found)
 
 
-def _collected(spec: TensorSpec, terms: Sequence[Term], offset: float) -> Form:
+def _collected(spec: TensorSpec, terms: Sequence[Term]) -> Form:
     """Terms of equal maps and source shape share one blend; equal loads add up."""
     groups: list[tuple[Term, dict[Load, float]]] = []
     for term in terms:
@@ -190,4 +192,36 @@ def _collected(spec: TensorSpec, terms: Sequence[Term], offset: float) -> Form:
     if not kept:
         first, blend = groups[0]
         kept = (Term(first.maps, ((0.0, next(iter(blend))),)),)
-    return Form(spec, kept, offset)
+    return Form(spec, kept)
+
+
+@final
+class _Ones:
+    """A source of one tensor of ones, which takes no memory: it makes constants linear too."""
+
+    name = "1"
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._spec = TensorSpec("F32", shape)
+
+    def spec(self, key: str) -> TensorSpec:
+        return self._spec
+
+    def tensor(self, key: str) -> "Tensor":
+        import torch
+
+        return torch.ones(()).expand(self._spec.shape)
+
+    def file(self, key: str) -> "MappedFile":
+        raise KeyError(key)
+
+    def start(self, key: str) -> int | None:
+        return None
+
+    def release(self) -> None:
+        pass
+
+
+@cache
+def _ones(shape: tuple[int, ...]) -> _Ones:
+    return _Ones(shape)

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from streammap import strictjson
 from streammap.errors import CheckpointError
 from streammap.spec import DTYPE_BITS, TensorSpec
 
@@ -123,21 +124,12 @@ def _header_nbytes(file: str, prefix: bytes, size: int) -> int:
 
 
 def _entries(text: bytes, file: str) -> dict[str, object]:
-    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise CheckpointError(
-                f"{file}: its header has {twice!r} twice", hint="save the file again"
-            )
-        return found
-
     try:
-        entries = json.loads(text.decode(), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        entries = strictjson.loads(text)
+    except ValueError as error:
         raise CheckpointError(
-            f"{file}: its header is not JSON: {error}", hint="is this a safetensors file?"
+            f"{file}: its header is not JSON: {error}",
+            hint="download or save the file again",
         ) from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{file}: its header is no JSON object")
@@ -166,6 +158,8 @@ def _slot(file: str, key: str, entry: object, base: int) -> Slot:
         n_elements *= size
         if n_elements > _MAX_SIZE:
             raise CheckpointError(f"{file}: {key}: shape {shape} overflows")
+    if not key.isascii() and any("\ud800" <= letter <= "\udfff" for letter in key):
+        raise CheckpointError(f"{file}: {key!r}: no text that a file could hold")
     spec = TensorSpec(dtype, tuple(shape))
     if n_elements * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise CheckpointError(

@@ -25,11 +25,16 @@ from streammap.spec import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammap.checkpoint import Checkpoint
+
 SUFFIX = ".map.safetensors"
 NAME = f"streammap{SUFFIX}"
 ORIGINAL = "MapMatrix.bin"
+NAMES = (NAME, ORIGINAL)
 _ORIGINAL_AXES = {"embed_F": "embed", "qk_F": "qk", "v_F": "v", "inter_F": "mlp"}
 _MAX_NBYTES = 8 * 2**30
+_MAX_UNITS = 2**40
+_MAX_EMPTY_ROWS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,45 +141,74 @@ def _content_of(m: AxisMap) -> bytes:
 def _load_ours(path: Path) -> tuple[Level, ...]:
     from streammap.checkpoint import open_checkpoint
 
-    slots, text = header.read(path)
+    _, text = header.read(path)
     try:
         about = json.loads(json.loads(text)["__metadata__"]["streammap"])
         if about["version"] != 1:
             raise SchemeError(f"{path.name}: version {about['version']}, expected 1")
         tensors = open_checkpoint(path)
-        keys = {slot.key for slot in slots}
-        levels = []
-        for i, entry in enumerate(about["levels"]):
-            merging: dict[str, AxisMap] = {}
-            for name, axis in entry["axes"].items():
-                key = f"{i}.{name}"
-                if f"{key}.matrix" in keys:
-                    merging[name] = DenseMap(tensors.tensor(f"{key}.matrix").clone())
-                else:
-                    merging[name] = _block_map(
-                        tensors.tensor(f"{key}.places"), tensors.tensor(f"{key}.values"), axis
-                    )
-            sizes = {name: (int(a), int(b)) for name, (a, b) in entry["sizes"].items()}
-            levels.append(Level(merging, sizes))
+        levels = tuple(_level(tensors, i, entry) for i, entry in enumerate(about["levels"]))
         tensors.close()
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (
+        KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
         raise SchemeError(
             f"{path.name}: no map of streammap's: {type(error).__name__} {error}",
             hint="remove the file, and give a scheme",
         ) from error
-    return tuple(levels)
+    return levels
 
 
-def _block_map(places: "Tensor", values: "Tensor", axis: Mapping[str, int]) -> BlockMap:
-    block = int(axis["block"])
-    if block < 1 or axis["small"] % block or axis["large"] % block:
-        raise ValueError(f"blocks of {block} in {axis['small']} and {axis['large']}")
-    rows: list[list[tuple[int, float]]] = [[] for _ in range(axis["small"] // block)]
+def _level(
+    tensors: "Checkpoint", i: int, entry: Mapping[str, Mapping[str, Mapping[str, int]]]
+) -> Level:
+    merging: dict[str, AxisMap] = {}
+    for name, axis in entry["axes"].items():
+        small, large = _count(axis["small"]), _count(axis["large"])
+        if f"{i}.{name}.matrix" in tensors.slots:
+            merging[name] = DenseMap(_matrix(tensors.tensor(f"{i}.{name}.matrix"), small, large))
+            continue
+        block = _count(axis["block"])
+        if small % block or large % block:
+            raise ValueError(f"blocks of {block} in {small} and {large}")
+        places, values = (tensors.tensor(f"{i}.{name}.{part}") for part in ("places", "values"))
+        merging[name] = _block_map(places, values, small // block, large // block, block)
+    sizes = {name: (_count(a), _count(b)) for name, (a, b) in entry["sizes"].items()}
+    for name, pair in sizes.items():
+        if name in merging and pair != (merging[name].n_in, merging[name].n_out):
+            raise ValueError(f"{name} is said to go from {pair[0]} to {pair[1]}")
+    return Level(merging, sizes)
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 < value <= _MAX_UNITS:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _matrix(matrix: "Tensor", small: int, large: int) -> "Tensor":
+    import torch
+
+    plain = matrix.layout == torch.strided and matrix.is_floating_point()
+    if not plain or matrix.shape != (small, large) or not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"expected a matrix of {small} x {large} finite numbers")
+    return matrix.detach().to(torch.float32, copy=True)
+
+
+def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block: int) -> BlockMap:
+    n = int(values.numel())
+    if places.shape != (n, 2) or values.shape != (n,) or not values.is_floating_point():
+        raise ValueError("expected places of [n, 2] and values of [n]")
+    if places.is_floating_point() or not bool(values.isfinite().all()):
+        raise ValueError("expected whole places and finite values")
+    if n_out > _MAX_EMPTY_ROWS + n:
+        raise ValueError(f"{n_out} rows of which at most {n} are not empty")
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(n_out)]
     for (i, j), value in zip(places.tolist(), values.tolist(), strict=True):
         if i < 0:
             raise IndexError(i)
         rows[i].append((j, value))
-    return BlockMap(tuple(tuple(row) for row in rows), axis["large"] // block, block)
+    return BlockMap(tuple(tuple(row) for row in rows), n_in, block)
 
 
 def _load_original(path: Path) -> Level:
@@ -197,6 +231,9 @@ def _load_original(path: Path) -> Level:
             continue
         if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2:
             raise SchemeError(f"{path}: {name} is no matrix")
-        merging[axis] = maps.from_matrix(matrix.detach().to(torch.float32))
+        try:
+            merging[axis] = maps.from_matrix(_matrix(matrix, *matrix.shape))
+        except ValueError as error:
+            raise SchemeError(f"{path}: {name}: {error}", hint="give a scheme") from error
     sizes = {name: (m.n_in, m.n_out) for name, m in merging.items()}
     return Level(merging, sizes)

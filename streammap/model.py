@@ -171,10 +171,13 @@ class _Sizes:
                 hint="give the checkpoint's own config.json with --config",
             )
         self._open.add(name)
-        if isinstance(origin, str):
-            self._known[name] = _size(field_value(self._config, origin), origin)
-        else:
-            self._known[name] = self._evaluate(origin)
+        try:
+            if isinstance(origin, str):
+                self._known[name] = _size(field_value(self._config, origin), origin)
+            else:
+                self._known[name] = self._evaluate(origin)
+        finally:
+            self._open.remove(name)
         return self._known[name]
 
     def _evaluate(self, expression: Expression) -> int:
@@ -189,7 +192,10 @@ def _measured(function: str, arguments: tuple[str, ...], specs: Mapping[str, Ten
         return specs[key].shape[int(dim)]
     if function == "count":
         compiled = pattern.compile_pattern(arguments[0], {})
-        return sum(compiled.match(key) is not None for key in specs)
+        found = sum(compiled.match(key) is not None for key in specs)
+        if not found:
+            raise CheckpointError(f"{arguments[0]}: expected in this architecture, not there")
+        return found
     raise ArchitectureError(f"no function {function!r}", hint="there are shape and count")
 
 

@@ -10,7 +10,7 @@ and config.json come last. A run that fails removes what it began.
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import final
 
@@ -20,11 +20,11 @@ from streammap.layout import Shard
 
 PIECE_NBYTES = 256 * 1024
 """Larger writes are 2 to 6 times slower on some kernels."""
-_STALE = (
+STALE = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
-    "streammap.json", "streammap.map.safetensors", "MapMatrix.bin",
 )  # fmt: skip
+"""Weights by the names that loaders look for."""
 _LAST = (layout.INDEX, "config.json")
 
 
@@ -109,17 +109,16 @@ class Output:
         except OSError as error:
             raise OutputError(f"{self._folder / name}: {error.strerror}") from error
 
-    def commit(self, *, clean: bool) -> None:
-        """Sync all files and give them their names; `clean` removes what an earlier result left."""
+    def commit(self, *, stale: Sequence[str]) -> None:
+        """Sync all files and give them their names; remove `stale` ones (glob patterns) first."""
         for name, descriptor in list(self._descriptors.items()):
             if self._fsync:
                 os.fsync(descriptor)
             os.close(descriptor)
             del self._descriptors[name]
-        if clean:
-            for glob in _STALE:
-                for old in self._folder.glob(glob):
-                    old.unlink()
+        for glob in stale:
+            for old in self._folder.glob(glob):
+                old.unlink()
         last = [name for name in _LAST if name in self._partial]
         for name in [*(n for n in self._partial if n not in last), *last]:
             self._partial.pop(name).replace(self._folder / name)

@@ -18,6 +18,7 @@ from typing import Literal
 from streammap.errors import ArchitectureError
 
 _MAX_ALTERNATIVES = 4096
+_MAX_BRACKETS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +59,12 @@ def _regex(
     for piece in re.split(r"(\{[^{}]*\}|\*)", text):
         if piece == "*":
             parts.append(".*")
-        elif not piece.startswith("{"):
-            if "{" in piece or "}" in piece:
-                raise ArchitectureError(f"pattern {text!r}: unbalanced braces")
-            parts.append(re.escape(piece))
-        else:
+        elif piece.startswith("{") and piece.endswith("}"):
             parts.append(_braces(piece[1:-1], variables, indices, depth=depth))
+        elif "{" in piece or "}" in piece:
+            raise ArchitectureError(f"pattern {text!r}: unbalanced braces")
+        else:
+            parts.append(re.escape(piece))
     return "".join(parts)
 
 
@@ -85,6 +86,8 @@ def _braces(
             elif own != found:
                 raise ArchitectureError(f"[vars] {name}: alternatives with different indices")
             expanded.append(regex)
+        if set(found) & set(indices):
+            raise ArchitectureError(f"pattern {{{name}}}: its index stands in the pattern already")
         indices.extend(found)
         if not found:
             return f"(?:{'|'.join(expanded)})"
@@ -174,6 +177,8 @@ def _tokens(text: str) -> list[str]:
             raise ArchitectureError(f"expression {text!r}: can't read {stripped[position:]!r}")
         tokens.append(found[0].strip())
         position = found.end()
+    if tokens.count("(") > _MAX_BRACKETS:
+        raise ArchitectureError(f"expression {text[:40]!r}: more than {_MAX_BRACKETS} brackets")
     return tokens
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from streammap import strictjson
 from streammap.errors import SchemeError, some
 
 Groups = tuple[tuple[int, ...], ...]
@@ -64,10 +65,10 @@ def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
         return _parse(source, "scheme")
     path = Path(source)
     try:
-        content = json.loads(path.read_bytes())
+        content = strictjson.loads(path.read_bytes())
     except OSError as error:
         raise SchemeError(f"{path}: {error.strerror}", hint="check the path") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise SchemeError(f"{path}: not JSON: {error}", hint="see schemes/README.md") from error
     if not isinstance(content, dict):
         raise SchemeError(f"{path}: expected a JSON object, found {type(content).__name__}")

@@ -1,8 +1,9 @@
 """What goes along with the weights: config.json, tokenizer and the like, where it came from.
 
-All files of the source's folder are copied byte for byte, but for weights, training state and what
-streammap writes itself. Links are followed inside the folder (and inside a Hub cache), not out of
-it. sentence-transformers' pooling follows the hidden size.
+All files of the source's folder are copied byte for byte, but for its weights, training state,
+other checkpoints in folders of their own, and what streammap writes itself. Links are followed
+inside the folder (and inside a Hub cache), not out of it. sentence-transformers' pooling follows
+the hidden size.
 """
 
 import fnmatch
@@ -23,6 +24,7 @@ _SKIPPED = (
     "*.onnx_data", "*.gguf", "*.npz", "*.ot", "*.tflite", "*.index.json", "config.json",
     "streammap.*", ".*", "trainer_state.json", "events.out.tfevents.*",
 )  # fmt: skip
+_SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")
 _SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",
                     "__pycache__")  # fmt: skip
 _MAX_DEPTH = 3
@@ -92,14 +94,23 @@ def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
     for entry in sorted(folder.iterdir()):
         name = entry.name
         if entry.is_dir():
-            skipped = any(fnmatch.fnmatchcase(name, glob) for glob in _SKIPPED_FOLDERS)
-            if not skipped and not entry.is_symlink() and depth < _MAX_DEPTH:
+            if depth < _MAX_DEPTH and not entry.is_symlink() and not _is_apart(entry):
                 yield from _walk(root, entry, depth + 1)
             continue
-        top = folder == root
-        if any(fnmatch.fnmatchcase(name, glob) for glob in _SKIPPED if top or "config" not in glob):
+        globs = _SKIPPED if folder == root else _SKIPPED_INSIDE
+        if any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             continue
         yield entry.relative_to(root).as_posix(), _checked(root, entry)
+
+
+def _is_apart(folder: Path) -> bool:
+    """Whether a folder is no part of the model: another format, a run, another checkpoint."""
+    if any(fnmatch.fnmatchcase(folder.name, glob) for glob in _SKIPPED_FOLDERS):
+        return True
+    config = folder / "config.json"
+    return (folder / PROVENANCE).is_file() or (
+        config.is_file() and "model_type" in read_json(config)
+    )
 
 
 def _checked(root: Path, entry: Path) -> Path:

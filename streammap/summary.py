@@ -107,8 +107,7 @@ def formula(form: Form) -> str:
     if form.copied is not None:
         return "copied"
     several = len({id(found.source) for found in form.loads()}) > 1
-    text = " + ".join(_term_words(term, named=several) for term in form.terms)
-    return f"{text} + {form.offset:g}" if form.offset else text
+    return " + ".join(_term_words(term, named=several) for term in form.terms)
 
 
 def _term_words(term: Term, *, named: bool) -> str:

@@ -6,6 +6,8 @@ bytes of each storage. The pickle is read with `weights_only`, so no code of the
 
 import argparse
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,10 +48,10 @@ def read(path: Path) -> TorchFile:
             f"{path.name}: not a torch file in the zip form (torch 1.6 and later)",
             hint="load it with torch and save it again, or convert it to safetensors",
         )
+    places = _places(path)
     content = _unpickled(path)
     state, nest = _state_dict(content, path.name)
-    size = path.stat().st_size
-    slots = [_slot(path.name, key, tensor, size) for key, tensor in state.items()]
+    slots = [_slot(path.name, key, tensor, places) for key, tensor in state.items()]
     others = tuple(str(k) for k in content if k != nest) if isinstance(content, dict) else ()
     return TorchFile(
         tuple(sorted(slots, key=lambda slot: slot.start)), nest, others if nest else ()
@@ -76,22 +78,54 @@ def write_skeleton(
     return read(path).slots
 
 
+def _places(path: Path) -> dict[int, int]:
+    """First byte -> size of each entry that is stored as it is.
+
+    torch reckons where storages are from how it writes zip files; this is where they are.
+    """
+    places: dict[int, int] = {}
+    try:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            for entry in archive.infolist():
+                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                    raise CheckpointError(
+                        f"{path.name}: written on a big-endian machine",
+                        hint="load it with torch and save it again",
+                    )
+                if entry.compress_type == zipfile.ZIP_STORED:
+                    file.seek(entry.header_offset + 26)
+                    lengths = file.read(4)
+                    n_name, n_extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+                    start = entry.header_offset + 30 + n_name + n_extra
+                    places[start] = entry.file_size
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.name}: a broken zip file: {error}", hint="download or save the file again"
+        ) from error
+    size = path.stat().st_size
+    return {start: n for start, n in places.items() if start + n <= size}
+
+
 def _unpickled(path: Path) -> object:
     import torch
 
     # A namespace of plain values, which training scripts keep beside the model.
+    harmless = torch.serialization.safe_globals([argparse.Namespace])
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with harmless, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return torch.load(path, map_location="meta", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+    except Exception as error:  # a hostile pickle can make torch raise anything
+        text = str(error)
+        asked = re.search(r"(?:GLOBAL|[Cc]lass|function) ([\w.]+\.[\w.]+|eval|exec)", text)
+        if isinstance(error, pickle.UnpicklingError) and asked is not None:
+            raise CheckpointError(
+                f"{path.name}: its pickle asks for more than tensors: {asked[1]}",
+                hint="only load files you trust; save the state dict alone, as safetensors",
+            ) from error
+        reason = text.split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
         raise CheckpointError(
-            f"{path.name}: its pickle asks for more than tensors: {reason}",
-            hint="only load files you trust; save the state dict alone, as safetensors",
-        ) from error
-    except (RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path.name}: not a torch checkpoint: {str(error).splitlines()[0]}",
+            f"{path.name}: not a torch checkpoint: {reason or type(error).__name__}",
             hint="download or save the file again",
         ) from error
 
@@ -119,9 +153,16 @@ def _state_dict(content: object, file: str) -> tuple[dict[str, "Tensor"], str | 
     )
 
 
-def _slot(file: str, key: str, tensor: "Tensor", size: int) -> Slot:
+def _slot(file: str, key: str, tensor: "Tensor", places: dict[int, int]) -> Slot:
+    import torch
+
     from streammap.dtypes import from_torch
 
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+        raise CheckpointError(
+            f"{file}: {key}: a sparse, quantised, conjugate or negated tensor",
+            hint="save it as a plain one: tensor.to_dense(), .dequantize(), .resolve_conj()",
+        )
     start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
     if not isinstance(start, int):
         raise CheckpointError(
@@ -129,13 +170,14 @@ def _slot(file: str, key: str, tensor: "Tensor", size: int) -> Slot:
             hint="update torch, or convert the file to safetensors",
         )
     spec = TensorSpec(from_torch(tensor.dtype, where=f"{file}: {key}"), tuple(tensor.shape))
-    strides = None if tensor.is_contiguous() else tuple(tensor.stride())
-    start += tensor.storage_offset() * tensor.element_size()
+    first = int(tensor.storage_offset()) * tensor.element_size()
     last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    end = start + (last + 1) * tensor.element_size() if tensor.numel() else start
-    if end > size:
+    end = first + (last + 1) * tensor.element_size() if tensor.numel() else first
+    if tensor.numel() and places.get(start, -1) < end:
         raise CheckpointError(
-            f"{file}: {key} ends at byte {end}, the file has {size}",
-            hint="download or save the file again",
+            f"{file}: {key} needs {end} bytes of an entry at byte {start}, "
+            f"there are {places.get(start, 0)}",
+            hint="the file was cut short or zipped anew: load it with torch and save it again",
         )
-    return Slot(key, spec, int(start), strides)
+    strides = None if tensor.is_contiguous() else tuple(tensor.stride())
+    return Slot(key, spec, start + first, strides)

@@ -219,7 +219,7 @@ def _transposed(x: Tensor, makes: Tensor, reads: Tensor) -> Tensor:
 
 def _thrice(m: Tensor) -> Tensor:
     """q, k and v in one dimension."""
-    return torch.kron(torch.eye(3, dtype=m.dtype), m)
+    return torch.kron(torch.eye(3, dtype=m.dtype), m.contiguous())
 
 
 def _deepened(state: Mapping[str, Tensor], layers: Tensor) -> dict[str, Tensor]:

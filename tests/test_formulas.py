@@ -261,7 +261,7 @@ def applied(
 
 @pytest.mark.parametrize("name", KINDS)
 @given(data=st.data(), change=changes())
-@settings(max_examples=settings.get_profile("ci").max_examples // 2)
+@settings(max_examples=settings().max_examples // 2)
 def test_every_tensor_is_the_formula(name: str, data: st.DataObject, change: Change) -> None:
     kind, dtype = KINDS[name], data.draw(st.sampled_from(DTYPES))
     head_dim, mlp_per_head = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
@@ -398,7 +398,7 @@ def test_pairs_grown_on_disk_shrink_back_to_every_bit(
 
 @pytest.mark.parametrize("alpha", [0.5, 0.3])
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["bert tied", "gpt2 two heads", "gpt2 untied", "deit"])
 @pytest.mark.parametrize("what", ["width", "depth", "both"])
 def test_a_chain_in_one_pass_is_its_steps_through_files(
     tmp_path: Path, what: str, name: str, rule: Rule, alpha: float

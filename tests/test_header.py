@@ -180,7 +180,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     [b"", b"{", b"\xff\xfe{}", b'{"a":\xe9}', b"\xef\xbb\xbf{}", b"{}{}", b'{"a":01}', b"\0" * 9],
 )
 def test_what_is_not_json_is_refused(text: bytes) -> None:
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: its header is not JSON"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: its header is not"):
         _decode(text)
 
 
@@ -193,7 +193,7 @@ def test_json_that_is_no_object_is_refused(value: object) -> None:
 def test_nesting_of_any_depth_is_refused() -> None:
     for depth in (10, 100, *range(900, 1000, 7), 5_000, 2_000_000):
         text = b'{"a":{"dtype":"F32","data_offsets":[0,8],"shape":%s}}'
-        with pytest.raises(CheckpointError, match=r"not JSON|no list of sizes"):
+        with pytest.raises(CheckpointError, match=r"its header is not|no list of sizes"):
             _decode(text % (b"[" * depth + b"]" * depth))
 
 

@@ -11,8 +11,8 @@ import streammap
 PACKAGE = Path(streammap.__file__).parent
 FLOORS = (
     ("errors", "version"),
-    ("spec", "events", "maps", "pattern", "scheme", "storage.local"),
-    ("header", "dtypes", "architecture"),
+    ("spec", "events", "maps", "pattern", "strictjson", "storage.local"),
+    ("header", "dtypes", "architecture", "scheme"),
     ("torchfile", "graph", "model", "layout"),
     ("checkpoint", "evaluate"),
     ("mapfile",),

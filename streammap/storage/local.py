@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 class MappedFile:
     """One file, opened and mapped on first use. Not to be used after `close`."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        """Remember `path`; `nbytes` is its size when it was opened first."""
+    def __init__(self, path: Path, nbytes: int, mtime_ns: int) -> None:
+        """Remember `path`, and its size and time of writing when its header was read."""
         self.path = path
         self.nbytes = nbytes
+        self._mtime_ns = mtime_ns
         self._descriptor: int | None = None
         self._map: mmap.mmap | None = None
         self._bytes: Tensor | None = None
@@ -34,16 +35,36 @@ class MappedFile:
         """The file's descriptor."""
         if self._descriptor is None:
             try:
-                self._descriptor = os.open(self.path, os.O_RDONLY)
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
                 raise CheckpointError(f"{self.path}: {error.strerror}") from error
-            size = os.fstat(self._descriptor).st_size
-            if size != self.nbytes:
-                raise CheckpointError(
-                    f"{self.path}: {size} bytes, it had {self.nbytes} when it was opened",
-                    hint="is another program writing it?",
-                )
+            try:
+                self.check_unchanged()
+            except CheckpointError:
+                self.close()
+                raise
         return self._descriptor
+
+    def check_unchanged(self) -> None:
+        """Compare the opened file with what it was when its header was read.
+
+        Raises:
+            CheckpointError: it was written to since.
+        """
+        if self._descriptor is None:
+            return
+        found = os.fstat(self._descriptor)
+        if found.st_size != self.nbytes:
+            raise CheckpointError(
+                f"{self.path}: {found.st_size} bytes, it had {self.nbytes} when it was opened",
+                hint="is another program writing it?",
+            )
+        if found.st_mtime_ns != self._mtime_ns:
+            raise CheckpointError(
+                f"{self.path}: written to at {found.st_mtime_ns} ns, it was of "
+                f"{self._mtime_ns} ns when it was opened",
+                hint="is another program writing it?",
+            )
 
     def bytes(self) -> "Tensor":
         """The whole file as a uint8 tensor over the mapping. Read only: do not write to it."""
