@@ -33,7 +33,10 @@ def make_gpt2(folder: Path, *, layers: int, heads: int) -> None:
 
     torch.manual_seed(layers)
     embed = 64 * heads
-    shapes = {"wte.weight": (50257, embed), "wpe.weight": (1024, embed)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (50257, embed),
+        "wpe.weight": (1024, embed),
+    }
     for norm in ("ln_f", *(f"h.{i}.{n}" for i in range(layers) for n in ("ln_1", "ln_2"))):
         shapes |= {f"{norm}.weight": (embed,), f"{norm}.bias": (embed,)}
     for i in range(layers):

@@ -206,7 +206,7 @@ def open(
     """
     opened = open_checkpoint(source, config=None if isinstance(config, Mapping) else config)
     if isinstance(config, Mapping):
-        opened = replace(opened, config=config)
+        opened = replace(opened, config=config, config_path=None)
     levels = mapfile.find(opened.path)
     return LazyCheckpoint(plan.from_checkpoint(opened, levels, architecture=arch))
 

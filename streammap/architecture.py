@@ -128,6 +128,7 @@ class Architecture:
         return next(axis.name for axis in self.axes.values() if axis.kind == "depth")
 
 
+_HEAD = ("norm", "embed", "head", "readers", "classes")
 _KEEP = Dim("_", None, "keep")
 
 
@@ -194,7 +195,7 @@ def _parse(content: Mapping[str, object], name: str) -> Architecture:
         return compile_pattern(text, variables)
 
     def patterns(table: str) -> tuple[KeyPattern, ...]:
-        keys = _table(content, table).get("keys", [])
+        keys = _known(content, table, ("keys",)).get("keys", [])
         return tuple(pattern(text) for text in _strings(keys, f"[{table}] keys"))
 
     rules = []
@@ -204,12 +205,14 @@ def _parse(content: Mapping[str, object], name: str) -> Architecture:
         rules.append(Rule(pattern(text), "tensor", _dims(_string(words, text))))
     rules += [Rule(found, "buffer") for found in patterns("buffers")]
     rules += [Rule(found, "drop") for found in patterns("drop")]
-    kinds = _table(content, "axis_kind")
+    kinds = _known(content, "axis_kind", tuple(_table(content, "axes")))
     axes = {k: _axis(k, v, kinds.get(k, "width")) for k, v in _table(content, "axes").items()}
     aliases = {k: parse_expression(_string(v, k)) for k, v in _table(content, "alias").items()}
     if sum(axis.kind == "depth" for axis in axes.values()) != 1:
         raise ArchitectureError("expected one axis of kind depth")
-    rules_text = _strings(_table(content, "constraints").get("rules", []), "[constraints] rules")
+    rules_text = _strings(
+        _known(content, "constraints", ("rules",)).get("rules", []), "[constraints] rules"
+    )
     head = content.get("head")
     return Architecture(
         name=name,
@@ -220,7 +223,7 @@ def _parse(content: Mapping[str, object], name: str) -> Architecture:
         constraints=tuple(_constraint(text) for text in rules_text),
         rules=tuple(rules),
         required=patterns("required"),
-        head=None if head is None else _head(_table(content, "head"), variables),
+        head=None if head is None else _head(_known(content, "head", _HEAD), variables),
         config={k: parse_expression(_string(v, k)) for k, v in _table(content, "config").items()},
     )
 
@@ -294,6 +297,19 @@ def _table(content: Mapping[str, object], name: str) -> Mapping[str, object]:
     table = content.get(name, {})
     if not isinstance(table, dict):
         raise ArchitectureError(f"[{name}] is no table")
+    return table
+
+
+def _known(
+    content: Mapping[str, object], name: str, entries: tuple[str, ...]
+) -> Mapping[str, object]:
+    """A table that has no other entries than these."""
+    table = _table(content, name)
+    unknown = [entry for entry in table if entry not in entries]
+    if unknown:
+        raise ArchitectureError(
+            f"[{name}]: unknown entry {unknown[0]!r}", hint=f"known: {', '.join(entries)}"
+        )
     return table
 
 

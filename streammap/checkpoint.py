@@ -53,6 +53,8 @@ class Checkpoint:
     """Key -> name of its file."""
     config: Mapping[str, object] | None
     """config.json, or None where there is none."""
+    config_path: Path | None = None
+    """Where that was read."""
     nest: str | None = None
     """The entry of a torch file that its state dict is nested under."""
     others: tuple[str, ...] = ()
@@ -68,6 +70,11 @@ class Checkpoint:
     def folder(self) -> Path:
         """Where the files are."""
         return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The folder or file as given, and each file that is read."""
+        return (self.path, *(self.folder / file.name for file in self.files))
 
     @property
     def nbytes(self) -> int:
@@ -174,8 +181,11 @@ def _open(path: Path, config: str | Path | None) -> Checkpoint:
     if weight_map is not None:
         _check_index(path.name, weight_map, file_of)
     mapped = {f.name: MappedFile(folder / f.name, f.nbytes, f.mtime_ns) for f in files}
-    found_config = _find_config(folder, config)
-    return Checkpoint(path, tuple(files), slots, file_of, found_config, nest, others, mapped)
+    config_path = _find_config(folder, config)
+    found_config = None if config_path is None else read_json(config_path)
+    return Checkpoint(
+        path, tuple(files), slots, file_of, found_config, config_path, nest, others, mapped
+    )
 
 
 def read_json(path: Path) -> Mapping[str, object]:
@@ -278,14 +288,17 @@ def _read_file(path: Path) -> tuple[tuple[Slot, ...], str, str | None, tuple[str
     return slots, hashlib.sha256(text).hexdigest(), None, ()
 
 
-def _find_config(folder: Path, given: str | Path | None) -> Mapping[str, object] | None:
+def _find_config(folder: Path, given: str | Path | None) -> Path | None:
     if given is not None:
-        return read_config(given)
+        return _config_at(Path(given))
     path = folder / "config.json"
-    return read_json(path) if path.is_file() else None
+    return path if path.is_file() else None
+
+
+def _config_at(path: Path) -> Path:
+    return path / "config.json" if path.is_dir() else path
 
 
 def read_config(path: str | Path) -> Mapping[str, object]:
     """The config.json at `path`, or in the folder `path`."""
-    path = Path(path)
-    return read_json(path / "config.json" if path.is_dir() else path)
+    return read_json(_config_at(Path(path)))

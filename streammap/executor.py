@@ -7,11 +7,13 @@ that mapped memory stays small too.
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammap import layout, mapfile, output, sidefiles
+from streammap.errors import OutputError
 from streammap.events import Finished, Listener, Started, Wrote
 from streammap.graph import Form, Load
 from streammap.header import Slot
@@ -102,29 +104,15 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         CheckpointError: a source changed or can't be read.
     """
     started, cpu = time.perf_counter(), time.process_time()
-    folder = where.path.parent if where.is_file else where.path
     single = where.path.name if where.is_file else None
     shards = layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
     total = sum(shard.nbytes for shard in shards)
-    kept = {} if where.may_replace_sources else {str(s.path): s.path for s in plan.sources}
-    output.check_place(
-        where.path, overwrite=where.overwrite, is_file=where.is_file, sources=kept, needed=total
-    )
-    contents, side = _small_files(plan, where)
-    listener(Started(len(plan.targets), plan.nbytes))
-    with Output(folder, fsync=where.fsync) as out:
-        for shard in shards:
-            _write_shard(plan, shard, out, listener)
-        for name, path in side.items():
-            if name not in contents:
-                out.copy(name, path)
-        if len(shards) > 1:
-            contents[layout.INDEX] = layout.index(shards)
-        for name, content in contents.items():
-            out.add(name, content)
-        for source in plan.sources:
-            source.check_unchanged()
-        out.commit(stale=_stale(where))
+    try:
+        _write(plan, where, shards, total, listener)
+    except OSError as error:
+        raise OutputError(
+            f"{where.path}: {error.strerror or error}", hint="check the path and the disk"
+        ) from error
     listener(Finished())
     promise, reason = plan.promise
     return Report(
@@ -140,6 +128,31 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         promise=promise,
         reason=reason,
     )
+
+
+def _write(
+    plan: Plan, where: Where, shards: Sequence[Shard], total: int, listener: Listener
+) -> None:
+    beside = (where.path.with_suffix(mapfile.SUFFIX),) if where.is_file else ()
+    kept = [] if where.may_replace_sources else [path for s in plan.sources for path in s.paths]
+    output.check_place(
+        where.path, overwrite=where.overwrite, beside=beside, sources=kept, needed=total
+    )
+    contents, side = _small_files(plan, where)
+    listener(Started(len(plan.targets), plan.nbytes))
+    with Output(where.path.parent if where.is_file else where.path, fsync=where.fsync) as out:
+        for shard in shards:
+            _write_shard(plan, shard, out, listener)
+        for name, path in side.items():
+            if name not in contents:
+                out.copy(name, path)
+        if len(shards) > 1:
+            contents[layout.INDEX] = layout.index(shards)
+        for name, content in contents.items():
+            out.add(name, content)
+        for source in plan.sources:
+            source.check_unchanged()
+        out.commit(stale=_stale(where))
 
 
 def _stale(where: Where) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from streammap import header
 from streammap.errors import OutputError
@@ -16,6 +17,7 @@ from streammap.header import Slot
 from streammap.spec import DTYPE_BITS, TensorSpec
 
 METADATA = {"format": "pt"}
+_MAX_NBYTES = 2**63 - 1
 INDEX = "model.safetensors.index.json"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -84,7 +86,9 @@ def parse_size(text: str | int) -> int:
         if match is None or (match[3] and not match[2]):
             raise OutputError(f"size {text!r}: expected one such as 5GB, 500MB or 256MiB")
         units = _BINARY_UNITS if match[3] else _UNITS
-        found = int(float(match[1]) * units[match[2].upper()])
+        found = int(Fraction(match[1]) * units[match[2].upper()])
+    if found > _MAX_NBYTES:
+        raise OutputError(f"size {str(text)[:40]!r}: expected one such as 5GB, 500MB or 256MiB")
     if found < 1:
         raise OutputError(f"size {text!r}: expected more than nothing")
     return found

@@ -6,6 +6,7 @@ have what the others have; else the checkpoint is refused, with the nearest patt
 
 import contextlib
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -127,11 +128,11 @@ def evaluate_axis(
     """The value of an axis' "=expression" for given sizes and tensors."""
 
     def value_of(name: str) -> int:
-        return (
-            evaluate_axis(spec, spec.aliases[name], sizes, specs)
-            if name in spec.aliases
-            else (sizes[name])
-        )
+        if name in spec.aliases:
+            return evaluate_axis(spec, spec.aliases[name], sizes, specs)
+        if name not in sizes:
+            raise ArchitectureError(f"{spec.name}.toml: no axis {name!r}")
+        return sizes[name]
 
     return pattern.evaluate(expression, value_of, lambda f, a: _measured(f, a, specs))
 
@@ -186,6 +187,10 @@ class _Sizes:
 
 def _measured(function: str, arguments: tuple[str, ...], specs: Mapping[str, TensorSpec]) -> int:
     if function == "shape":
+        if len(arguments) != 2 or not arguments[1].isdigit():
+            raise ArchitectureError(
+                f"function shape({', '.join(arguments)}): expected a key and a number"
+            )
         key, dim = arguments
         if key not in specs or int(dim) >= len(specs[key].shape):
             raise CheckpointError(f"{key}: expected in this architecture, not there")
@@ -376,11 +381,15 @@ def _expected(model: Model, family: Family, dim: Dim) -> int | None:
 
 def _check_complete(model: Model) -> None:
     depth, n_layers = model.architecture.depth_axis, model.n_layers
-    missing, surplus = [], []
+    missing: list[str] = []
+    surplus: list[str] = []
+    n_missing = 0
     for family in model.families:
         if family.indices != (depth,):
             continue
-        missing += [family.key((i,)) for i in range(n_layers) if (i,) not in family.members]
+        lacking = ((i,) for i in range(n_layers) if (i,) not in family.members)
+        missing += [family.key(values) for values in itertools.islice(lacking, 3)]
+        n_missing += n_layers - sum(i < n_layers for (i,) in family.members)
         surplus += [key for (i,), key in family.members.items() if i >= n_layers]
     if surplus:
         raise CheckpointError(
@@ -391,9 +400,13 @@ def _check_complete(model: Model) -> None:
     for required in model.architecture.required:
         if not any(required.match(k) is not None for f in model.families for k in _some(f)):
             missing.append(_sample(Rule(required, "tensor")))
+            n_missing += 1
     if missing:
+        told = ", ".join(missing[:3])
+        if n_missing > 3:
+            told += f" and {n_missing - 3} more"
         raise CheckpointError(
-            f"{missing[0]}: missing ({len(missing)} tensors: {some(missing)})",
+            f"{missing[0]}: missing ({n_missing} tensors: {told})",
             hint="download or save the checkpoint again",
         )
 

@@ -10,7 +10,7 @@ and config.json come last. A run that fails removes what it began.
 import contextlib
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
@@ -41,7 +41,11 @@ class Output:
         self._made: list[Path] = []
 
     def __enter__(self) -> "Output":
-        self._make(self._folder)
+        try:
+            self._make(self._folder)
+        except OutputError:
+            self._remove_folders()
+            raise
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -49,11 +53,10 @@ class Output:
             os.close(descriptor)
         self._descriptors.clear()
         for path in self._partial.values():
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
         if kind is not None:
-            for folder in reversed(self._made):
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+            self._remove_folders()
 
     def begin(self, shard: Shard) -> None:
         """Open a safetensors file and write its header."""
@@ -64,7 +67,10 @@ class Output:
         """Open a torch file with room for the shard's tensors; its slots come back in place."""
         path = self._place(shard.name)
         specs = [(slot.key, slot.spec) for slot in shard.slots]
-        slots = torchfile.write_skeleton(path, specs, nest)
+        try:
+            slots = torchfile.write_skeleton(path, specs, nest)
+        except (OSError, RuntimeError) as error:
+            raise OutputError(f"{path}: {error}", hint="check the path") from error
         self._descriptors[shard.name] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         return Shard(shard.name, b"", slots)
 
@@ -121,11 +127,17 @@ class Output:
                 old.unlink()
         last = [name for name in _LAST if name in self._partial]
         for name in [*(n for n in self._partial if n not in last), *last]:
-            self._partial.pop(name).replace(self._folder / name)
+            self._partial[name].replace(self._folder / name)
+            del self._partial[name]
         if self._fsync:
             descriptor = os.open(self._folder, os.O_RDONLY)
             os.fsync(descriptor)
             os.close(descriptor)
+
+    def _remove_folders(self) -> None:
+        for folder in reversed(self._made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _open(self, name: str) -> None:
         path = self._place(name)
@@ -137,6 +149,8 @@ class Output:
 
     def _place(self, name: str) -> Path:
         final = self._folder / name
+        if final.is_dir():
+            raise OutputError(f"{final}: a folder is in the place of a file", hint="remove it")
         self._partial[name] = final.with_name(f".{final.name}.partial")
         return self._partial[name]
 
@@ -154,31 +168,34 @@ class Output:
 
 
 def check_place(
-    path: Path, *, overwrite: bool, is_file: bool, sources: Mapping[str, Path], needed: int
+    path: Path, *, overwrite: bool, beside: Sequence[Path], sources: Sequence[Path], needed: int
 ) -> None:
     """Refuse an output that can't or shouldn't be written, before anything is.
 
     Args:
-        sources: Name for people -> folder or file that is read and must stay.
+        path: A folder, or the file that the result is.
+        beside: Files that are written with a single file.
+        sources: Folders and files that are read and must stay.
         needed: Bytes that the result takes.
 
     Raises:
         OutputError: it is there already, it is a source, or the disk is too small.
     """
-    for source in sources.values():
+    is_file = bool(beside)
+    for source in sources:
         if path.exists() and source.exists() and path.samefile(source):
-            raise OutputError(f"{path}: is the source itself", hint="write to another folder")
+            raise OutputError(f"{path}: is the source itself", hint="write to another place")
         if not is_file and source.is_file() and path.exists() and path.samefile(source.parent):
-            raise OutputError(
-                f"{path}: is the folder of the source", hint="write to another folder"
-            )
+            raise OutputError(f"{path}: is the folder of the source", hint="write to another place")
     if path.exists():
-        if is_file and not path.is_file():
-            raise OutputError(f"{path}: is no file", hint="write to another path")
-        if not is_file and not path.is_dir():
-            raise OutputError(f"{path}: is no folder", hint="write to another path")
+        if is_file != path.is_file():
+            what = "no file" if is_file else "no folder"
+            raise OutputError(f"{path}: is {what}", hint="write to another place")
         if not overwrite and (is_file or any(path.iterdir())):
             raise OutputError(f"{path}: is there already", hint="pass --overwrite to replace it")
+    for other in beside:
+        if other.exists() and not overwrite:
+            raise OutputError(f"{other}: is there already", hint="pass --overwrite to replace it")
     around = path
     while not around.exists():
         around = around.parent

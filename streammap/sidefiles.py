@@ -27,6 +27,7 @@ _SKIPPED = (
 _SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")
 _SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",
                     "__pycache__")  # fmt: skip
+_POOLED = ("word_embedding_dimension", "embedding_dimension")
 _MAX_DEPTH = 3
 _MAX_NBYTES = 1_000_000_000
 
@@ -57,9 +58,8 @@ def contents(plan: Plan, version: str) -> dict[str, bytes]:
         found[mapfile.NAME] = mapfile.encode(plan.levels)
     found[PROVENANCE] = _json(provenance(plan, version))
     if plan.config is not None:
-        original = None if plan.side is None else plan.side.folder / "config.json"
-        unchanged = plan.side is not None and plan.config == plan.side.config
-        if unchanged and original is not None and original.is_file():
+        original = None if plan.side is None else plan.side.config_path
+        if original is not None and plan.side is not None and plan.config == plan.side.config:
             found["config.json"] = original.read_bytes()
         else:
             found["config.json"] = _json(plan.config)
@@ -149,9 +149,9 @@ def _resized(name: str, path: Path, sized: Mapping[str, tuple[int, int]]) -> byt
     if old == new or not fnmatch.fnmatchcase(name, "*/config.json"):
         return None
     content = dict(read_json(path))
-    if content.get("word_embedding_dimension") == old:
-        content["word_embedding_dimension"] = new
-        return _json(content)
+    fields = [name for name in _POOLED if content.get(name) == old]
+    if fields:
+        return _json({**content, **dict.fromkeys(fields, new)})
     if content.get("in_features") == old:
         raise OutputError(
             f"{name}: a dense module that reads {old} features; the model will have {new}",

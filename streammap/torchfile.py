@@ -98,7 +98,9 @@ def _places(path: Path) -> dict[int, int]:
                     n_name, n_extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
                     start = entry.header_offset + 30 + n_name + n_extra
                     places[start] = entry.file_size
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # a hostile zip file can make zipfile raise anything
         raise CheckpointError(
             f"{path.name}: a broken zip file: {error}", hint="download or save the file again"
         ) from error

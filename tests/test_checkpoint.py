@@ -603,6 +603,30 @@ def test_a_torch_file_without_one_of_its_storages_is_refused(tmp_path: Path) -> 
         streammap.open(file)
 
 
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [(10, b"\x08\0"), (10, b"\x63\0"), (20, b"\xff\xff\xff\0" * 2), (42, b"\xff\xff\xff\0")],
+    ids=["compressed", "compressed oddly", "too long", "too far"],
+)
+def test_a_zip_file_that_lies_about_an_entry_is_refused(
+    tmp_path: Path, at: int, value: bytes
+) -> None:
+    content = bytearray(_torch_file(tmp_path / "x.pth", STATE).read_bytes())
+    entry = content.index(b"PK\x01\x02", content.rindex(b"little"))
+    while not content[entry + 46 :].startswith(b"x/byteorder"):
+        entry = content.index(b"PK\x01\x02", entry + 4)
+    content[entry + at : entry + at + len(value)] = value
+    with pytest.raises(CheckpointError, match=r"x\.pth: "):
+        streammap.open(_file(tmp_path / "x.pth", bytes(content)))
+
+
+def test_a_zip_file_on_several_disks_is_refused(tmp_path: Path) -> None:
+    content = bytearray(_torch_file(tmp_path / "x.pth", STATE).read_bytes())
+    content[content.rindex(b"PK\x06\x07") + 16] = 2
+    with pytest.raises(CheckpointError, match=r"x\.pth: "):
+        streammap.open(_file(tmp_path / "x.pth", bytes(content)))
+
+
 def test_a_big_endian_torch_file_is_refused(tmp_path: Path) -> None:
     """In a process of its own: torch swaps the bytes of storages that have none, and crashes."""
 

@@ -98,7 +98,6 @@ CASES = (
     Case("BertForMaskedLM", lambda: bert_config(tie_word_embeddings=False), typed_tokens, "untied"),
     Case("BertForPreTraining", bert_config, typed_tokens),
     Case("BertForSequenceClassification", bert_config, typed_tokens),
-    Case("BertForQuestionAnswering", bert_config, typed_tokens),
     Case("GPT2Model", gpt2_config, tokens),
     Case("GPT2LMHeadModel", gpt2_config, tokens),
     Case("GPT2LMHeadModel", lambda: gpt2_config(tie_word_embeddings=False), tokens, "untied"),

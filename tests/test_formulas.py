@@ -261,7 +261,7 @@ def applied(
 
 @pytest.mark.parametrize("name", KINDS)
 @given(data=st.data(), change=changes())
-@settings(max_examples=settings().max_examples // 2)
+@settings(max_examples=settings().max_examples // 3)
 def test_every_tensor_is_the_formula(name: str, data: st.DataObject, change: Change) -> None:
     kind, dtype = KINDS[name], data.draw(st.sampled_from(DTYPES))
     head_dim, mlp_per_head = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
@@ -460,7 +460,7 @@ def test_a_blend_is_the_weighted_mean_in_the_dtype_of_the_target(
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ends_of_a_blend_are_its_parts(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     sizes = Sizes(heads=2, layers=2)
     made, config = KINDS[name].make(sizes, 6)

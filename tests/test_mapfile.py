@@ -335,6 +335,14 @@ def test_level_sizes_other_than_the_maps_are_refused(tmp_path: Path) -> None:
         mapfile.load(_write(tmp_path, about, _tensors()))
 
 
+@pytest.mark.parametrize("sizes", [{}, {"head": [4, 2]}, {"heads": [4, 2], "mlp": [4, 2]}], ids=str)
+def test_level_sizes_of_other_axes_are_refused(tmp_path: Path, sizes: dict[str, object]) -> None:
+    about = _about()
+    about["levels"][0]["sizes"] = sizes  # type: ignore[index]  # a dict by hand
+    with pytest.raises(SchemeError, match="no map of streammap's"):
+        mapfile.load(_write(tmp_path, about, _tensors()))
+
+
 @pytest.mark.parametrize(
     "places",
     [
