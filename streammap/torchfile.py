@@ -43,11 +43,6 @@ def read(path: Path) -> TorchFile:
         CheckpointError: not a zip-form torch file, a pickle that asks for more than tensors and
             plain values, no state dict inside, a tensor that reaches past its file.
     """
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path.name}: not a torch file in the zip form (torch 1.6 and later)",
-            hint="load it with torch and save it again, or convert it to safetensors",
-        )
     places = _places(path)
     content = _unpickled(path)
     state, nest = _state_dict(content, path.name)
@@ -83,29 +78,39 @@ def _places(path: Path) -> dict[int, int]:
 
     torch reckons where storages are from how it writes zip files; this is where they are.
     """
-    places: dict[int, int] = {}
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            for entry in archive.infolist():
-                if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
-                    raise CheckpointError(
-                        f"{path.name}: written on a big-endian machine",
-                        hint="load it with torch and save it again",
-                    )
-                if entry.compress_type == zipfile.ZIP_STORED:
-                    file.seek(entry.header_offset + 26)
-                    lengths = file.read(4)
-                    n_name, n_extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-                    start = entry.header_offset + 30 + n_name + n_extra
-                    places[start] = entry.file_size
+        if zipfile.is_zipfile(path):
+            return _entries(path)
     except CheckpointError:
         raise
     except Exception as error:  # a hostile zip file can make zipfile raise anything
         raise CheckpointError(
             f"{path.name}: a broken zip file: {error}", hint="download or save the file again"
         ) from error
+    raise CheckpointError(
+        f"{path.name}: not a torch file in the zip form (torch 1.6 and later)",
+        hint="load it with torch and save it again, or convert it to safetensors",
+    )
+
+
+def _entries(path: Path) -> dict[int, int]:
+    places: dict[int, int] = {}
     size = path.stat().st_size
-    return {start: n for start, n in places.items() if start + n <= size}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for entry in archive.infolist():
+            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
+                raise CheckpointError(
+                    f"{path.name}: written on a big-endian machine",
+                    hint="load it with torch and save it again",
+                )
+            if entry.compress_type == zipfile.ZIP_STORED:
+                file.seek(entry.header_offset + 26)
+                lengths = file.read(4)
+                n_name, n_extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+                start = entry.header_offset + 30 + n_name + n_extra
+                if start + entry.file_size <= size:
+                    places[start] = entry.file_size
+    return places
 
 
 def _unpickled(path: Path) -> object:
