@@ -12,8 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from streammap import executor, layout, mapfile, plan, scheme
-from streammap import model as models
+from streammap import executor, layout, mapfile, plan, scheme, sizes
 from streammap.checkpoint import open_checkpoint, read_config
 from streammap.events import Listener, nobody
 from streammap.executor import Report, Where
@@ -183,7 +182,7 @@ class LazyCheckpoint:
         if isinstance(target, LazyCheckpoint):
             return target.sizes
         config = target if isinstance(target, Mapping) else read_config(target)
-        return models.sizes_of(self.plan.model.architecture, config)
+        return sizes.of_config(self.plan.model.architecture, config)
 
 
 TargetLike = PathLike | Mapping[str, object] | LazyCheckpoint

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from streammap.dtypes import to_torch
 from streammap.graph import Form, Term
-from streammap.maps import AxisMap, BlockMap, DenseMap, Segment
+from streammap.maps import AxisMap, BlockMap, DenseMap
+from streammap.segments import Segment
 from streammap.spec import DTYPE_BITS, TensorSpec
 
 TILE_NBYTES = 4 * 2**20

@@ -174,9 +174,9 @@ def _level(
         places, values = (tensors.tensor(f"{i}.{name}.{part}") for part in ("places", "values"))
         merging[name] = _block_map(places, values, small // block, large // block, block)
     sizes = {name: (_count(a), _count(b)) for name, (a, b) in entry["sizes"].items()}
-    for name, pair in sizes.items():
-        if name in merging and pair != (merging[name].n_in, merging[name].n_out):
-            raise ValueError(f"{name} is said to go from {pair[0]} to {pair[1]}")
+    mapped = {name: (m.n_in, m.n_out) for name, m in merging.items()}
+    if sizes != mapped:
+        raise ValueError(f"sizes {sizes} are not those of the maps, {mapped}")
     return Level(merging, sizes)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self, final
 
 from streammap import api, executor, layout, scheme
-from streammap import model as models
+from streammap import sizes as axes
 from streammap.api import LazyCheckpoint
 from streammap.checkpoint import read_config
 from streammap.errors import PlanError
@@ -190,7 +190,7 @@ class _TextMapper(_Mapper):
         sizes = config = None
         if tgt_dir is not None:
             config = read_config(tgt_dir)
-            sizes = models.sizes_of(source.plan.model.architecture, config)
+            sizes = axes.of_config(source.plan.model.architecture, config)
         super().__init__(
             source,
             sizes,

@@ -14,70 +14,17 @@ head_dim; the same scheme on layers has blocks of 1. Written as matrices F (smal
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from typing import TYPE_CHECKING, final
 
+from streammap import segments
+from streammap.segments import Row, Segment
+
 if TYPE_CHECKING:
     from torch import Tensor
-
-Row = tuple[tuple[int, float], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A regular run of block moves: for k < count,
-    out[out_start + k*out_step :][:length] gets coefficient * in[in_start + k*in_step :][:length].
-    """
-
-    out_start: int
-    out_step: int
-    in_start: int
-    in_step: int
-    count: int
-    length: int
-    coefficient: float
-    """0.0 stands for "fill with zeros": nothing is read."""
-    adds: bool
-    """Whether the places were written before, so that this one adds to them."""
-
-    def clipped(self, start: int, end: int) -> Iterator["Segment"]:
-        """The part that writes to [start, end), places counted from `start`."""
-        if self.count == 1 or self.out_step == 0:
-            low, high = max(start, self.out_start), min(end, self.out_start + self.length)
-            if low < high:
-                yield self._piece(0, low - self.out_start, high - low, 1, start)
-            return
-        # Blocks [first, last) lie wholly inside; one at either side may be cut.
-        step, length = self.out_step, self.length
-        first = max(0, -(-(start - self.out_start) // step))
-        last = min(self.count, (end - self.out_start - length) // step + 1)
-        if 0 < first <= self.count:
-            yield from self._cut(first - 1, start, end)
-        if last > first:
-            yield self._piece(first, 0, length, last - first, start)
-        for k in range(max(first, last), min(self.count, max(first, last) + 1)):
-            yield from self._cut(k, start, end)
-
-    def _cut(self, k: int, start: int, end: int) -> Iterator["Segment"]:
-        at = self.out_start + k * self.out_step
-        low, high = max(start, at), min(end, at + self.length)
-        if low < high:
-            yield self._piece(k, low - at, high - low, 1, start)
-
-    def _piece(self, k: int, skip: int, length: int, count: int, origin: int) -> "Segment":
-        return Segment(
-            self.out_start + k * self.out_step + skip - origin,
-            self.out_step,
-            self.in_start + k * self.in_step + skip,
-            self.in_step,
-            count,
-            length,
-            self.coefficient,
-            self.adds,
-        )
 
 
 @final
@@ -115,7 +62,7 @@ class BlockMap:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The map as few regular runs of block moves, in the order in which they are added."""
-        return tuple(_segments(self))
+        return tuple(segments.segments(self.rows, self.block))
 
     def members(self, unit: int) -> Row:
         """The (in unit, coefficient) pairs of one out unit."""
@@ -356,63 +303,6 @@ def _fits(fine: BlockMap, i: int, block: int) -> bool:
     return all(j % block == 0 for j, _ in first) and fine.rows[i] == tuple(
         (j + rest, value) for j, value in first
     )
-
-
-def _segments(m: BlockMap) -> Iterator[Segment]:
-    """Slot s of the map is the s-th member of every row; each slot is cut into regular runs."""
-    for slot in range(max((len(row) for row in m.rows), default=0) or 1):
-        moves = []
-        for i, row in enumerate(m.rows):
-            if slot < len(row):
-                moves.append((i, row[slot][0], row[slot][1]))
-            elif slot == 0:
-                moves.append((i, 0, 0.0))
-        along = list(_runs(moves))
-        by_use = list(_runs(_by_use(moves)))
-        for i, out_step, j, in_step, count, value in min(along, by_use, key=len):
-            whole = out_step == 1 and in_step == 1
-            yield Segment(
-                out_start=i * m.block,
-                out_step=out_step * m.block,
-                in_start=j * m.block,
-                in_step=in_step * m.block,
-                count=1 if whole else count,
-                length=m.block * count if whole else m.block,
-                coefficient=value,
-                adds=slot > 0,
-            )
-
-
-def _by_use(moves: Sequence[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
-    """The moves sorted by which copy of its source each one is: interleaved copies become runs."""
-    seen: dict[int, int] = {}
-    ranked = []
-    for move in moves:
-        use = seen.get(move[1], 0)
-        seen[move[1]] = use + 1
-        ranked.append((use, move))
-    return [move for _, move in sorted(ranked, key=lambda item: (item[0], item[1][0]))]
-
-
-def _runs(
-    moves: Sequence[tuple[int, int, float]],
-) -> Iterator[tuple[int, int, int, int, int, float]]:
-    """Cut moves (out, in, coefficient) into runs of constant steps and coefficient."""
-    at = 0
-    while at < len(moves):
-        out, source, value = moves[at]
-        count, out_step, in_step = 1, 0, 0
-        while at + count < len(moves):
-            next_out, next_source, next_value = moves[at + count]
-            steps = (next_out - moves[at + count - 1][0], next_source - moves[at + count - 1][1])
-            if next_value != value or steps[0] <= 0 or steps[1] < 0:
-                break
-            if count > 1 and steps != (out_step, in_step):
-                break
-            out_step, in_step = steps
-            count += 1
-        yield out, out_step, source, in_step, count, value
-        at += count
 
 
 def _describe(m: BlockMap) -> str:

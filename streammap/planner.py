@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from streammap import graph, maps
-from streammap import model as models
+from streammap import sizes as axes
 from streammap.architecture import Dim, Role
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
 from streammap.graph import Form
@@ -122,14 +122,14 @@ def rewritten_config(
     for name, axis in spec.axes.items():
         if sizes.get(name) == model.sizes.get(name):
             continue
-        origin = models.axis_origin(axis, config)
+        origin = axes.axis_origin(axis, config)
         if isinstance(origin, str):
             _set_field(changed, origin, sizes[name])
     for name, axis in spec.axes.items():
-        origin = models.axis_origin(axis, config)
+        origin = axes.axis_origin(axis, config)
         if origin is None or isinstance(origin, str) or _is_measured(origin):
             continue
-        if models.evaluate_axis(spec, origin, sizes, {}) == sizes[name]:
+        if axes.evaluate_axis(spec, origin, sizes, {}) == sizes[name]:
             continue
         if not axis.fields:
             raise PlanError(
@@ -138,8 +138,8 @@ def rewritten_config(
             )
         _set_field(changed, axis.fields[0], sizes[name])
     for field, expression in spec.config.items():
-        value = models.evaluate_axis(spec, expression, sizes, {})
-        if value != models.evaluate_axis(spec, expression, model.sizes, {}):
+        value = axes.evaluate_axis(spec, expression, sizes, {})
+        if value != axes.evaluate_axis(spec, expression, model.sizes, {}):
             _set_field(changed, field, value)
     return changed
 

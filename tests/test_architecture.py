@@ -9,7 +9,7 @@ from importlib import resources
 
 import pytest
 
-from streammap import architecture, model
+from streammap import architecture, model, sizes
 from streammap.architecture import Architecture
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.model import Model
@@ -559,10 +559,10 @@ def test_keys_that_tell_nothing_are_refused() -> None:
 
 def test_sizes_of_a_target_config_alone() -> None:
     spec = architecture.load("bert")
-    assert model.sizes_of(spec, BERT_CONFIG)["embed"] == 768
-    assert model.sizes_of(spec, {"num_hidden_layers": 3}) == {"layer": 3, "pos": 512, "types": 2}
+    assert sizes.of_config(spec, BERT_CONFIG)["embed"] == 768
+    assert sizes.of_config(spec, {"num_hidden_layers": 3}) == {"layer": 3, "pos": 512, "types": 2}
     with pytest.raises(CheckpointError, match=r"target config.json: model_type 'gpt2', the source"):
-        model.sizes_of(spec, GPT2_CONFIG)
+        sizes.of_config(spec, GPT2_CONFIG)
 
 
 # Spec files.

@@ -15,6 +15,7 @@ from streammap.dtypes import from_torch, to_torch
 from streammap.evaluate import Tile
 from streammap.graph import Form, Load, Term
 from streammap.maps import AxisMap, BlockMap, DenseMap
+from streammap.segments import Row
 from streammap.spec import FLOATS, TensorSpec
 from streammap.storage.local import MappedFile
 from tests import oracle
@@ -370,7 +371,7 @@ def test_the_first_part_or_the_caller_says_the_dtype() -> None:
 
 
 @pytest.mark.parametrize("rows", [(((0, 0.5), (1, 0.5)),), (((0, 1.0), (1, 1.0)),), ((),)])
-def test_a_map_takes_a_constant_along(rows: tuple[maps.Row, ...]) -> None:
+def test_a_map_takes_a_constant_along(rows: tuple[Row, ...]) -> None:
     shifted = graph.shift(Held().load(torch.tensor([1.0, 3.0])), 10.0)
     m = BlockMap(rows, 2)
     wanted = _matrix(m) @ torch.tensor([11.0, 13.0], dtype=torch.float64)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streammap import maps
-from streammap.maps import AxisMap, BlockMap, DenseMap, Segment
+from streammap.maps import AxisMap, BlockMap, DenseMap
+from streammap.segments import Segment
 from tests import oracle
 
 F64 = torch.empty(0, dtype=torch.float64)

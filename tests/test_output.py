@@ -692,6 +692,18 @@ def test_fields_that_are_not_sizes_stay_in_config(source: Path, tmp_path: Path) 
     assert "é" in text
 
 
+def test_half_a_letter_in_config_is_kept_or_refused(source: Path, tmp_path: Path) -> None:
+    """JSON can hold what UTF-8 can't."""
+    config = {**tiny.bert_config(SIZES), "id2label": {"0": "\ud83d"}}
+    (source / "config.json").write_text(json.dumps(config))
+    try:
+        _half(source).save(tmp_path / "out")
+    except CheckpointError:
+        return
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found["id2label"] == config["id2label"]
+
+
 def test_the_provenance_says_where_a_result_came_from(source: Path, tmp_path: Path) -> None:
     lazy = _half(source)
     lazy.save(tmp_path / "out")

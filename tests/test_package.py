@@ -11,9 +11,10 @@ import streammap
 PACKAGE = Path(streammap.__file__).parent
 FLOORS = (
     ("errors", "version"),
-    ("spec", "events", "maps", "pattern", "strictjson", "storage.local"),
-    ("header", "dtypes", "architecture", "scheme"),
-    ("torchfile", "graph", "model", "layout"),
+    ("spec", "events", "segments", "pattern", "strictjson", "storage.local"),
+    ("header", "dtypes", "architecture", "scheme", "maps"),
+    ("torchfile", "graph", "sizes", "layout"),
+    ("model",),
     ("checkpoint", "evaluate"),
     ("mapfile",),
     ("plan",),
