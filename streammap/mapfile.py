@@ -51,7 +51,7 @@ class Level:
         """sha256 of the maps."""
         found = hashlib.sha256()
         for name, m in sorted(self.merging.items()):
-            found.update(name.encode())
+            found.update(f"{name} {m.n_out} {m.n_in} ".encode())
             found.update(_content_of(m))
         return found.hexdigest()
 

@@ -26,7 +26,7 @@ class KeyPattern:
     """A compiled key pattern."""
 
     text: str
-    """As the spec has it, with [vars] expanded."""
+    """As the spec has it."""
     regex: re.Pattern[str]
     """Named groups are the indices."""
     indices: tuple[str, ...]

@@ -161,4 +161,8 @@ def _resized(name: str, path: Path, sized: Mapping[str, tuple[int, int]]) -> byt
 
 
 def _json(content: Mapping[str, object]) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    try:
+        return f"{text}\n".encode()
+    except UnicodeEncodeError:  # JSON can hold what UTF-8 can't
+        return f"{json.dumps(content, indent=2)}\n".encode()

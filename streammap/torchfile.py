@@ -98,18 +98,22 @@ def _entries(path: Path) -> dict[int, int]:
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise CheckpointError(
+                    f"{path.name}: {entry.filename} is compressed, torch stores entries as they are",
+                    hint="load it with torch and save it again",
+                )
             if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
                 raise CheckpointError(
                     f"{path.name}: written on a big-endian machine",
                     hint="load it with torch and save it again",
                 )
-            if entry.compress_type == zipfile.ZIP_STORED:
-                file.seek(entry.header_offset + 26)
-                lengths = file.read(4)
-                n_name, n_extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-                start = entry.header_offset + 30 + n_name + n_extra
-                if start + entry.file_size <= size:
-                    places[start] = entry.file_size
+            file.seek(entry.header_offset + 26)
+            lengths = file.read(4)
+            n_name, n_extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+            start = entry.header_offset + 30 + n_name + n_extra
+            if start + entry.file_size <= size:
+                places[start] = entry.file_size
     return places
 
 

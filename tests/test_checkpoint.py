@@ -44,6 +44,12 @@ class Stateful:
     """A class of the training script's own."""
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all examples of this module's random tests write to."""
+    return tmp_path_factory.mktemp("scratch")
+
+
 def _file(path: Path, content: bytes | str) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
@@ -664,11 +670,8 @@ def test_a_broken_pickle_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 @given(st.data())
-def test_a_mutated_pickle_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    whole = _torch_file(folder / "whole.pth", {"model": {"a": torch.zeros(4, 4).T}})
+def test_a_mutated_pickle_is_read_or_refused(scratch: Path, data: st.DataObject) -> None:
+    whole = _torch_file(scratch / "whole.pth", {"model": {"a": torch.zeros(4, 4).T}})
     with zipfile.ZipFile(whole) as file:
         content = bytearray(file.read("whole/data.pkl"))
     for _ in range(data.draw(st.integers(1, 3))):
@@ -677,20 +680,17 @@ def test_a_mutated_pickle_is_read_or_refused(
             content[at] = data.draw(st.integers(0, 255))
         else:
             del content[at : at + data.draw(st.integers(1, 5))]
-    mutated = _with_pickle(folder / "mutated.pth", bytes(content))
+    mutated = _with_pickle(scratch / "mutated.pth", bytes(content))
     with contextlib.suppress(CheckpointError):
         tiny.opened(mutated)
 
 
 @given(st.data())
-def test_a_mutated_torch_file_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
-    folder = tmp_path_factory.getbasetemp()
-    content = bytearray(_torch_file(folder / "whole.pth", {"a": torch.zeros(4, 4)}).read_bytes())
+def test_a_mutated_torch_file_is_read_or_refused(scratch: Path, data: st.DataObject) -> None:
+    content = bytearray(_torch_file(scratch / "whole.pth", {"a": torch.zeros(4, 4)}).read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    mutated = _file(folder / "mutated.pth", bytes(content))
+    mutated = _file(scratch / "mutated.pth", bytes(content))
     with contextlib.suppress(CheckpointError):
         tiny.opened(mutated)
 

@@ -233,3 +233,21 @@ def test_traceback_is_shown_on_request(tmp_path: Path) -> None:
     result = run("--traceback", "inspect", tmp_path / "nothing")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
+
+
+def test_a_scheme_on_the_way_up_knows_the_large_model_that_was_there(
+    big: Path, tmp_path: Path
+) -> None:
+    """Its last head is in no group, so that the scheme alone does not tell how many there were."""
+    file = tmp_path / "s.json"
+    file.write_text('{"width_scheme": [[0, 1], [2]]}')
+    ok("coalesce", big, tmp_path / "small", "--scheme", file)
+    ok("decoalesce", tmp_path / "small", tmp_path / "saved")
+    ok("decoalesce", tmp_path / "small", tmp_path / "given", "--scheme", file)
+    tiny.assert_same(tiny.written(tmp_path / "given"), tiny.written(tmp_path / "saved"))
+    assert streammap.open(tmp_path / "given").sizes["heads"] == 4
+    said = ok("decoalesce", tmp_path / "small", tmp_path / "other", "--width", 2)
+    assert "the map saved with the source is another one; it is not used" in said
+    said = refused("decoalesce", tmp_path / "small", tmp_path / "x", "--scheme", file, "--map",
+                   tmp_path / "small")  # fmt: skip
+    assert "both a map file and a scheme" in said

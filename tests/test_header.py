@@ -37,6 +37,12 @@ ENTRIES = st.fixed_dictionaries(
 HEADERS = st.dictionaries(st.text(max_size=4) | st.just("__metadata__"), ENTRIES | JSON, max_size=4)
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all examples of this module's random tests write to."""
+    return tmp_path_factory.mktemp("scratch")
+
+
 def _decode(entries: object, nbytes: int = 8) -> tuple[header.Slot, ...]:
     """The slots of a header (a value, or its text) in a file with `nbytes` after it."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
@@ -330,10 +336,8 @@ def test_a_key_that_no_file_can_hold_is_refused() -> None:
 
 
 @given(st.binary(max_size=200))
-def test_random_bytes_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
-    file = _file(tmp_path_factory.getbasetemp() / "random.safetensors", content)
+def test_random_bytes_are_read_or_refused(scratch: Path, content: bytes) -> None:
+    file = _file(scratch / "random.safetensors", content)
     with contextlib.suppress(CheckpointError):
         header.read(file)
 

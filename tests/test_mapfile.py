@@ -53,6 +53,12 @@ class Evil:
         return os.system, (self.command,)
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all examples of this module's random tests write to."""
+    return tmp_path_factory.mktemp("scratch")
+
+
 def _file(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -110,14 +116,12 @@ def test_equal_maps_have_equal_digests_and_others_do_not() -> None:
 
 
 @given(st.data())
-def test_any_block_map_is_saved_and_loaded(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_any_block_map_is_saved_and_loaded(scratch: Path, data: st.DataObject) -> None:
     n_in, block = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
     pair = st.tuples(st.integers(0, n_in - 1), st.floats(allow_nan=False, allow_infinity=False))
     rows = data.draw(st.lists(st.lists(pair, max_size=3).map(tuple), min_size=1, max_size=4))
     levels = (_level(embed=BlockMap(tuple(rows), n_in, block)),)
-    file = _file(tmp_path_factory.getbasetemp() / "x.safetensors", mapfile.encode(levels))
+    file = _file(scratch / "x.safetensors", mapfile.encode(levels))
     assert mapfile.load(file) == levels
 
 
@@ -444,21 +448,17 @@ def test_a_truncated_map_is_refused(tmp_path: Path, n: int) -> None:
 
 
 @given(st.binary(max_size=200), st.sampled_from(["x.map.safetensors", "MapMatrix.bin"]))
-def test_any_bytes_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
-) -> None:
+def test_any_bytes_are_read_or_refused(scratch: Path, content: bytes, name: str) -> None:
     with contextlib.suppress(SchemeError):
-        mapfile.load(_file(tmp_path_factory.getbasetemp() / name, content))
+        mapfile.load(_file(scratch / name, content))
 
 
 @given(st.data())
-def test_a_mutated_map_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_a_mutated_map_is_read_or_refused(scratch: Path, data: st.DataObject) -> None:
     content = bytearray(mapfile.encode(LEVELS))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(8, len(content) - 1))] = data.draw(st.integers(0, 255))
-    file = _file(tmp_path_factory.getbasetemp() / "mutated.map.safetensors", bytes(content))
+    file = _file(scratch / "mutated.map.safetensors", bytes(content))
     try:
         levels = mapfile.load(file)
     except SchemeError:

@@ -48,6 +48,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> streammap.LazyCheckpoint:
     return streammap.open(tiny.write(folder, tiny.bert(sizes), tiny.bert_config(sizes)))
 
 
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all examples of this module's random tests write to."""
+    return tmp_path_factory.mktemp("scratch")
+
+
 def _file(path: Path, content: bytes | str) -> Path:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
@@ -283,10 +289,8 @@ def test_nesting_of_any_depth_is_refused(tmp_path: Path) -> None:
 
 
 @given(JSON | st.dictionaries(KEYS, GROUPS | JSON))
-def test_any_json_is_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, value: object
-) -> None:
-    file = _file(tmp_path_factory.getbasetemp() / "s.json", json.dumps(value))
+def test_any_json_is_read_or_refused(scratch: Path, value: object) -> None:
+    file = _file(scratch / "s.json", json.dumps(value))
     try:
         found = scheme.load_scheme(file)
     except SchemeError:
@@ -302,8 +306,6 @@ def test_any_dict_is_read_or_refused(value: dict[str, object]) -> None:
 
 
 @given(st.binary(max_size=100))
-def test_any_bytes_are_read_or_refused(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
-) -> None:
+def test_any_bytes_are_read_or_refused(scratch: Path, content: bytes) -> None:
     with contextlib.suppress(SchemeError):
-        scheme.load_scheme(_file(tmp_path_factory.getbasetemp() / "s.json", content))
+        scheme.load_scheme(_file(scratch / "s.json", content))

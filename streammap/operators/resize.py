@@ -45,8 +45,11 @@ class Resize:
 
     def __post_init__(self) -> None:
         given = [n for n in ("width", "depth") if getattr(self, n) is not None]
+        ways = [*(["a scheme"] if self.scheme else []), *(f"--{name}" for name in given)]
         if self.scheme is not None and given:
             raise PlanError(f"both a scheme and --{given[0]}", hint="give one of the two")
+        if self.levels is not None and ways:
+            raise PlanError(f"both a map file and {ways[0]}", hint="give one of the two")
         for name in given:
             if getattr(self, name) < 1:
                 raise PlanError(f"--{name} is {getattr(self, name)}, expected 1 or more")
@@ -67,7 +70,8 @@ class Resize:
         explicit = self.scheme is not None or self.width is not None or self.depth is not None
         found = fitting(saved, model, self.direction, self.target)
         if explicit and self.levels is None:
-            level, notes = self._from_groups(model)
+            known = {} if found is None else {n: pair[0] for n, pair in found.sizes.items()}
+            level, notes = self._from_groups(model, known)
             if found is not None and found.digest != level.digest:
                 notes.append("the map saved with the source is another one; it is not used")
             return level, notes
@@ -108,13 +112,21 @@ class Resize:
             )
         return large, small
 
-    def _from_groups(self, model: Model) -> tuple[Level, list[str]]:
+    def _from_groups(
+        self, model: Model, known: Mapping[str, int] | None = None
+    ) -> tuple[Level, list[str]]:
+        """Maps from groups; `known` are sizes of a large model that this one was made from."""
         depth_axis = model.architecture.depth_axis
         notes: list[str] = []
         if self.scheme is not None and self.scheme.unused:
             notes.append(f"{', '.join(self.scheme.unused)}: accepted, and not used")
-        width = self._groups(model, "heads", "heads", "width_scheme", notes)
-        depth = self._groups(model, depth_axis, "layers", "depth_scheme", notes)
+        known = known if known is not None and self.scheme is not None else {}
+        width = self._groups(
+            model, "heads", "heads", "width_scheme", notes, n_known=known.get("heads", 0)
+        )
+        depth = self._groups(
+            model, depth_axis, "layers", "depth_scheme", notes, n_known=known.get("layer", 0)
+        )
         merging: dict[str, AxisMap] = {}
         sizes: dict[str, tuple[int, int]] = {}
         if width is not None:
@@ -132,7 +144,7 @@ class Resize:
         return Level(merging, sizes), notes
 
     def _groups(
-        self, model: Model, axis: str, what: str, entry: str, notes: list[str]
+        self, model: Model, axis: str, what: str, entry: str, notes: list[str], *, n_known: int
     ) -> tuple[Groups, int] | None:
         """The groups of one axis and the large model's size there; None where it stays."""
         own = model.sizes[axis]
@@ -154,7 +166,8 @@ class Resize:
                     hint=f"give a scheme with a {entry}",
                 )
             return None
-        return groups, self._check_groups(groups, own, wanted, what, entry, notes)
+        n_large = self._check_groups(groups, own, wanted, what, entry, notes, n_known=n_known)
+        return groups, n_large
 
     def _check_groups(
         self,
@@ -164,6 +177,8 @@ class Resize:
         what: str,
         entry: str,
         notes: list[str],
+        *,
+        n_known: int,
     ) -> int:
         shrinks = self.direction == "coalesce"
         n_small = wanted if shrinks else own
@@ -174,7 +189,7 @@ class Resize:
             )
         n_large = own if shrinks else wanted
         if n_large is None:
-            n_large = 1 + max(member for group in groups for member in group)
+            n_large = max(n_known, 1 + max(member for group in groups for member in group))
         scheme.check_range(groups, n_large, where=entry, what=what)
         left = scheme.uncovered(groups, n_large)
         if left:
