@@ -217,6 +217,10 @@ def _atom(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
     return Name(name), at + 1
 
 
+class InexactDivisionError(ArchitectureError):
+    """A size that would be no whole number; whose it is, the caller says."""
+
+
 def evaluate(
     tree: Expression,
     value_of: Callable[[str], int],
@@ -243,5 +247,5 @@ def evaluate(
             if operator == "*":
                 return a * b
             if b == 0 or a % b:
-                raise ArchitectureError(f"{a} does not divide by {b}")
+                raise InexactDivisionError(f"{a} does not divide by {b}")
             return a // b

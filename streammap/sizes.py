@@ -121,6 +121,11 @@ class _Sizes:
                 self._known[name] = _size(field_value(self._config, origin), origin)
             else:
                 self._known[name] = self._evaluate(origin)
+        except pattern.InexactDivisionError as error:
+            raise CheckpointError(
+                f"config.json: {name} is no whole number: {error.message}",
+                hint="is this config.json the checkpoint's own?",
+            ) from error
         finally:
             self._open.remove(name)
         return self._known[name]

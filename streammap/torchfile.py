@@ -100,7 +100,7 @@ def _entries(path: Path) -> dict[int, int]:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
-                    f"{path.name}: {entry.filename} is compressed, torch stores entries as they are",
+                    f"{path.name}: {entry.filename} is compressed, torch stores entries plainly",
                     hint="load it with torch and save it again",
                 )
             if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
