@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammap import layout, mapfile, output, sidefiles
+from streammap import layout, mapfile, output, sidefiles, tiling
 from streammap.errors import OutputError
 from streammap.events import Finished, Listener, Started, Wrote
 from streammap.graph import Form, Load
@@ -85,10 +85,8 @@ def planned_nbytes(plan: Plan) -> int:
 
     Tiles, scratch, mapped pages, one entry of bookkeeping a tensor, and what torch's threads take.
     """
-    from streammap import evaluate
-
-    tile = max((evaluate.scratch_nbytes(form) for form in plan.targets.values()), default=0)
-    return tile + 2 * evaluate.WINDOW_NBYTES + 8192 * len(plan.targets) + 32 * 2**20
+    tile = max((tiling.scratch_nbytes(form) for form in plan.targets.values()), default=0)
+    return tile + 2 * tiling.WINDOW_NBYTES + 8192 * len(plan.targets) + 32 * 2**20
 
 
 def read_nbytes(plan: Plan) -> int:
@@ -222,9 +220,9 @@ def _compute(
 
     dtype = to_torch(slot.spec.dtype)
     used = 0
-    per_element = evaluate.loads_nbytes(form) / max(1, slot.spec.n_elements)
+    per_element = tiling.loads_nbytes(form) / max(1, slot.spec.n_elements)
     buffer = memoryview(b"")
-    for tile in evaluate.tiles(slot.spec, evaluate.widening(form)):
+    for tile in tiling.tiles(slot.spec, tiling.widening(form)):
         nbytes = tile.n_elements * dtype.itemsize
         if len(buffer) < nbytes:
             buffer = memoryview(bytearray(nbytes))
@@ -233,7 +231,7 @@ def _compute(
         out.write_at(file, slot.start + tile.offset * dtype.itemsize, buffer[:nbytes])
         listener(Wrote(slot.key, nbytes))
         used += int(per_element * tile.n_elements)
-        if used >= evaluate.WINDOW_NBYTES:
+        if used >= tiling.WINDOW_NBYTES:
             _release(form)
             used = 0
     _release(form)

@@ -75,7 +75,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_planning_safetensors_does_not_import_torch(big: Path) -> None:
     code = (
         "import sys, streammap;"
-        f"streammap.open({str(big)!r}).coalesce(width=2, depth=2).config;"
+        f"streammap.open({str(big)!r}).coalesce(width=2, depth=2).summary();"
         "print('torch' in sys.modules)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,14 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streammap import evaluate, graph, maps
+from streammap import evaluate, graph, maps, tiling
 from streammap.dtypes import from_torch, to_torch
-from streammap.evaluate import Tile
 from streammap.graph import Form, Load, Term
 from streammap.maps import AxisMap, BlockMap, DenseMap
 from streammap.segments import Row
 from streammap.spec import FLOATS, TensorSpec
 from streammap.storage.local import MappedFile
+from streammap.tiling import Tile
 from tests import oracle
 
 TILE_NBYTES = (16, 64, 100, 256, 1000, 4096, 1 << 22)
@@ -152,15 +152,15 @@ def _matrix(m: AxisMap, *, absolute: bool = False) -> Tensor:
 
 def _read(form: Form, tile_nbytes: int) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
+        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
         return evaluate.read(form)
 
 
 def _depth(form: Form, tile_nbytes: int) -> int:
     """How many leading dimensions a tile of the form has an index in."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
-        return len(next(evaluate.tiles(form.spec, evaluate.widening(form))).prefix)
+        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
+        return len(next(tiling.tiles(form.spec, tiling.widening(form))).prefix)
 
 
 def assert_rounded_once(got: Tensor, drawn: Drawn) -> None:
@@ -221,13 +221,13 @@ def test_tiles_partition_a_tensor_in_order(
 
 def _tiles(spec: TensorSpec, widest: int, tile_nbytes: int) -> Iterator[Tile]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
-        yield from evaluate.tiles(spec, widest)
+        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
+        yield from tiling.tiles(spec, widest)
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (2, 0, 2)])
 def test_a_tensor_without_elements_has_no_tiles(shape: tuple[int, ...]) -> None:
-    assert list(evaluate.tiles(TensorSpec("F32", shape), 1)) == []
+    assert list(tiling.tiles(TensorSpec("F32", shape), 1)) == []
     halved = graph.scale(Held().load(torch.empty(shape)), 0.5)
     assert evaluate.read(halved).shape == shape
 
@@ -244,8 +244,8 @@ def test_a_scalar_is_computed_like_any_tensor(dtype: torch.dtype) -> None:
 def test_scratch_is_bounded_by_what_the_plan_says(drawn: Drawn, tile_nbytes: int) -> None:
     form = drawn.form
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "TILE_NBYTES", tile_nbytes)
-        planned = evaluate.scratch_nbytes(form)
+        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
+        planned = tiling.scratch_nbytes(form)
         scratch = evaluate.Scratch()
         taken: dict[int, int] = {}
         take = scratch.take
@@ -257,7 +257,7 @@ def test_scratch_is_bounded_by_what_the_plan_says(drawn: Drawn, tile_nbytes: int
 
         patch.setattr(scratch, "take", watched)
         out = torch.empty(form.spec.n_elements, dtype=to_torch(form.spec.dtype))
-        for tile in evaluate.tiles(form.spec, evaluate.widening(form)):
+        for tile in tiling.tiles(form.spec, tiling.widening(form)):
             part = out[tile.offset : tile.offset + tile.n_elements].view(tile.shape)
             evaluate.compute(form, tile, part, scratch)
     assert sum(taken.values()) <= planned or form.copied is not None

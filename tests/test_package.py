@@ -14,7 +14,7 @@ FLOORS = (
     ("spec", "events", "segments", "pattern", "strictjson", "storage.local"),
     ("header", "dtypes", "architecture", "scheme", "maps"),
     ("torchfile", "graph", "sizes", "layout"),
-    ("model",),
+    ("model", "tiling"),
     ("checkpoint", "evaluate"),
     ("mapfile",),
     ("plan",),
