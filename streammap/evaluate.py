@@ -176,6 +176,8 @@ def _accumulate(out: Tensor, x: Tensor, coefficient: float, *, adds: bool) -> No
         out.add_(x, alpha=coefficient)
     elif coefficient == 0.0:
         out.zero_()
+    elif coefficient != 1.0 and x.dtype == out.dtype:
+        torch.mul(x, coefficient, out=out)
     else:
         out.copy_(x)
         if coefficient != 1.0:

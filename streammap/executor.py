@@ -184,14 +184,12 @@ def peak_nbytes() -> int:
 
 
 def _write_shard(plan: Plan, shard: Shard, out: Output, listener: Listener) -> None:
-    from streammap.evaluate import Scratch
-
     if Path(shard.name).suffix in _TORCH:
         nest = plan.side.nest if plan.side is not None else None
         shard = out.begin_torch(shard, nest)
     else:
         out.begin(shard)
-    scratch = Scratch()
+    scratch = None
     for slot in shard.slots:
         form = plan.targets[slot.key]
         copied = form.copied
@@ -199,7 +197,15 @@ def _write_shard(plan: Plan, shard: Shard, out: Output, listener: Listener) -> N
         if copied is not None and start is not None:
             _copy(copied, start, slot, shard.name, out, listener)
         else:
+            scratch = scratch or _new_scratch()
             _compute(form, slot, shard.name, out, scratch, listener)
+
+
+def _new_scratch() -> "Scratch":
+    """Imports torch: a result of copies only does without."""
+    from streammap.evaluate import Scratch
+
+    return Scratch()
 
 
 def _copy(found: Load, start: int, slot: Slot, file: str, out: Output, listener: Listener) -> None:

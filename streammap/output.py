@@ -39,6 +39,7 @@ class Output:
         self._partial: dict[str, Path] = {}
         self._descriptors: dict[str, int] = {}
         self._made: list[Path] = []
+        self._piece = memoryview(bytearray(PIECE_NBYTES))
 
     def __enter__(self) -> "Output":
         try:
@@ -91,15 +92,15 @@ class Output:
         """Copy bytes of an open file to a place of a file that has begun."""
         at = 0
         while at < nbytes:
-            piece = min(PIECE_NBYTES, nbytes - at)
-            content = os.pread(source, piece, start + at)
-            if not content:
+            room = self._piece[: min(PIECE_NBYTES, nbytes - at)]
+            read = os.preadv(source, [room], start + at)
+            if not read:
                 raise OutputError(
                     f"{self._folder / name}: its source ended {nbytes - at} bytes early",
                     hint="is another program writing the source?",
                 )
-            self.write_at(name, offset + at, memoryview(content))
-            at += len(content)
+            self.write_at(name, offset + at, room[:read])
+            at += read
 
     def add(self, name: str, content: bytes) -> None:
         """A small file with this content."""

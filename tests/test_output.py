@@ -449,7 +449,7 @@ def test_a_run_that_fails_leaves_nothing(
     assert {k: v for k, v in tiny.tree(tmp_path).items() if not k.startswith("whole")} == before
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace", "pread", "open"])
+@pytest.mark.parametrize("name", ["fsync", "replace", "preadv", "open"])
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_an_error_of_the_system_is_ours(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, n: int
