@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -251,6 +251,23 @@ def test_clipped_segments_are_the_slices(m: BlockMap, data: st.DataObject) -> No
         assert applied(pieces, x, end - start) == whole[start:end]
 
 
+@pytest.mark.parametrize(
+    "groups",
+    [[[0, 1], [2, 3], [4]], [[4], [0, 1], [2, 3]], [[0, 2], [1, 3, 4]], [[0], [1, 2], [3], [4]]],
+)
+def test_every_window_of_uneven_groups(groups: list[list[int]]) -> None:
+    merging = maps.merging(groups, 5, block=3)
+    grown = maps.growing(merging)
+    for m in (merging, grown, maps.pair_of(merging).into, maps.pair_of(grown).into):
+        assert isinstance(m, BlockMap)
+        x = [2.0**i for i in range(m.n_in)]
+        whole = applied(m.segments, x, m.n_out)
+        for start, end in itertools.combinations(range(m.n_out + 1), 2):
+            pieces = [piece for s in m.segments for piece in s.clipped(start, end)]
+            assert applied(pieces, x, end - start) == whole[start:end]
+
+
+@settings(max_examples=10 * settings().max_examples)
 @given(
     st.integers(0, 9), st.integers(0, 5), st.integers(0, 9), st.integers(0, 9),
     st.integers(1, 6), st.integers(1, 5), st.integers(0, 40), st.integers(0, 40),
