@@ -267,7 +267,7 @@ def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str
                 f"{name} would be {size}, the target says {op.target[name]}",
                 hint="is the target config.json of the same family, in proportion?",
             )
-    promise, reason = _promise(op, model, pairs.keys(), chosen, layers)
+    promise, reason = _promise(op, model, chosen, layers)
     step = Step(op.direction, _options(op, model, chosen, layers), promise, reason, tuple(notes))
     factor = REFERENCE_FACTORS[op.direction]
     change = Change(pairs, layers, changed, op.rule, factor)
@@ -288,11 +288,7 @@ def _options(
 
 
 def _promise(
-    op: Resize,
-    model: Model,
-    resized: object,
-    chosen: Mapping[str, AxisMap],
-    layers: AxisMap | None,
+    op: Resize, model: Model, chosen: Mapping[str, AxisMap], layers: AxisMap | None
 ) -> tuple[Promise, str]:
     """Whether the result computes what the source does, from the maps."""
     grows = op.direction == "decoalesce"
@@ -300,7 +296,7 @@ def _promise(
         if not grows:
             return "approximate", f"layers are merged ({layers.describe()})"
         return "approximate", "copied layers are run twice: depth growth by copying is not exact"
-    if not resized:
+    if all(m.is_identity for m in chosen.values()):
         return "exact", "nothing is resized"
     has_embeddings = any(f.rule.kind == "embedding" for f in model.families)
     if op.rule == "reference" and has_embeddings:
