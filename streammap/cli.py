@@ -4,7 +4,9 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refus
 wrong usage. Nothing heavy is imported before a command runs.
 """
 
+import contextlib
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +32,8 @@ class _Commands(click.Group):
     """Turns the library's errors into one message and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        with contextlib.suppress(ValueError):  # not in the main thread, as in tests
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             return super().invoke(ctx)
         except StreammapError as error:

@@ -25,6 +25,7 @@ STALE = (
     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 """Weights by the names that loaders look for."""
+_PARTIAL = ".partial"
 _LAST = (layout.INDEX, "config.json")
 
 
@@ -47,6 +48,8 @@ class Output:
         except OutputError:
             self._remove_folders()
             raise
+        for left in self._folder.glob(f".model*{_PARTIAL}"):  # of a run that was killed
+            left.unlink()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
@@ -152,7 +155,7 @@ class Output:
         final = self._folder / name
         if final.is_dir():
             raise OutputError(f"{final}: a folder is in the place of a file", hint="remove it")
-        self._partial[name] = final.with_name(f".{final.name}.partial")
+        self._partial[name] = final.with_name(f".{final.name}{_PARTIAL}")
         return self._partial[name]
 
     def _make(self, folder: Path) -> None:
@@ -192,7 +195,7 @@ def check_place(
         if is_file != path.is_file():
             what = "no file" if is_file else "no folder"
             raise OutputError(f"{path}: is {what}", hint="write to another place")
-        if not overwrite and (is_file or any(path.iterdir())):
+        if not overwrite and (is_file or not all(_is_partial(found) for found in path.iterdir())):
             raise OutputError(f"{path}: is there already", hint="pass --overwrite to replace it")
     for other in beside:
         if other.exists() and not overwrite:
@@ -206,3 +209,8 @@ def check_place(
             f"{path}: the result takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
             hint="free disk space, or write elsewhere",
         )
+
+
+def _is_partial(path: Path) -> bool:
+    """Whether a run that was killed left this."""
+    return path.name.startswith(".") and path.name.endswith(_PARTIAL)

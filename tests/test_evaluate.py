@@ -153,6 +153,7 @@ def _matrix(m: AxisMap, *, absolute: bool = False) -> Tensor:
 def _read(form: Form, tile_nbytes: int) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
+        patch.setattr(evaluate, "_DENSE_STRIP", 2)
         return evaluate.read(form)
 
 
