@@ -2,7 +2,7 @@
 
 The dimensions up to the tile's range are mapped while source tensors are added up (only what the
 tile needs is read); the maps of the dimensions after it are then applied one by one. Sums are kept
-in float32 (float64 for float64 results) and rounded once, at the end.
+in the form's accumulator (float32, or float64) and rounded once, at the end.
 """
 
 import itertools
@@ -57,7 +57,7 @@ class Scratch:
 
 def compute(form: Form, tile: Tile, out: Tensor, scratch: Scratch) -> None:
     """Write one tile of `form` to `out` (shape tile.shape, the form's dtype)."""
-    dtype = to_torch(form.spec.accumulator)
+    dtype = to_torch(form.accumulator)
     direct = dtype == out.dtype
     total = out if direct else scratch.take(0, tile.shape, dtype)
     for position, term in enumerate(form.terms):

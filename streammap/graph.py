@@ -10,13 +10,14 @@ form at once, and a chain of operators costs one pass over the sources. A tensor
 changes is one bare Load, and is copied byte for byte.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, final
 
 from streammap import maps
-from streammap.maps import AxisMap
+from streammap.maps import AxisMap, BlockMap
 from streammap.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Load:
 
 
 Blend = tuple[tuple[float, Load], ...]
+_MAX_F32_ADDENDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,12 @@ class Term:
         source = self.blend[0][1].spec.shape
         return tuple(n if m is None else m.n_out for n, m in zip(source, self.maps, strict=True))
 
+    @property
+    def n_addends(self) -> int:
+        """Numbers that are added up in one go, at most: along the rows, or along the columns."""
+        longest = [m.longest if isinstance(m, BlockMap) else 1 for m in self.maps]
+        return max(len(self.blend) * math.prod(longest[:-1] or longest), *longest, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -93,6 +101,17 @@ class Form:
 
     spec: TensorSpec
     terms: tuple[Term, ...]
+
+    @property
+    def accumulator(self) -> str:
+        """The dtype sums are kept in: float32, or float64 for float64 and for long float32 sums.
+
+        In float32 the sum of 2 or 4 equal parts is the whole, bit for bit; of 8 it is not.
+        """
+        if self.spec.dtype == "F64":
+            return "F64"
+        long = any(term.n_addends > _MAX_F32_ADDENDS for term in self.terms)
+        return "F64" if self.spec.dtype == "F32" and long else "F32"
 
     @property
     def copied(self) -> Load | None:

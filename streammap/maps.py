@@ -60,6 +60,11 @@ class BlockMap:
         )
 
     @cached_property
+    def longest(self) -> int:
+        """Members of the longest row."""
+        return max((len(row) for row in self.rows), default=0)
+
+    @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The map as few regular runs of block moves, in the order in which they are added."""
         return tuple(segments.segments(self.rows, self.block))

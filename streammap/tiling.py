@@ -80,8 +80,9 @@ def widening(form: Form) -> int:
     result = max(1, math.prod(form.spec.shape[1:]))
     widest = max(math.prod(term.blend[0][1].spec.shape[1:]) for term in form.terms)
     item = DTYPE_BITS[form.spec.accumulator] // 8
+    wider = DTYPE_BITS[form.accumulator] // DTYPE_BITS[form.spec.accumulator]
     pages = loads_nbytes(form) * TILE_NBYTES / WINDOW_NBYTES / max(1, form.spec.n_elements * item)
-    return max(1, math.ceil(widest / result), math.ceil(pages))
+    return max(wider, math.ceil(wider * widest / result), math.ceil(pages))
 
 
 def loads_nbytes(form: Form) -> int:
@@ -94,7 +95,7 @@ def scratch_nbytes(form: Form) -> int:
     first = next(tiles(form.spec, widening(form)), None)
     if form.copied is not None or first is None:
         return 0
-    item = DTYPE_BITS[form.spec.accumulator] // 8
+    item = DTYPE_BITS[form.accumulator] // 8
     need = 2 * first.n_elements
     for term in form.terms:
         shape = [*first.shape[:1], *term.blend[0][1].spec.shape[len(first.prefix) + 1 :]]
