@@ -76,11 +76,6 @@ class Checkpoint:
         """The folder or file as given, and each file that is read."""
         return (self.path, *(self.folder / file.name for file in self.files))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(slot.spec.nbytes for slot in self.slots.values())
-
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape of a tensor."""
         return self.slots[key].spec
