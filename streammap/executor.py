@@ -131,7 +131,7 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
 def _write(
     plan: Plan, where: Where, shards: Sequence[Shard], total: int, listener: Listener
 ) -> None:
-    beside = (where.path.with_suffix(mapfile.SUFFIX),) if where.is_file else ()
+    beside = (mapfile.beside(where.path),) if where.is_file else ()
     kept = [] if where.may_replace_sources else [path for s in plan.sources for path in s.paths]
     output.check_place(
         where.path, overwrite=where.overwrite, beside=beside, sources=kept, needed=total
@@ -158,7 +158,7 @@ def _stale(where: Where) -> tuple[str, ...]:
     if not where.overwrite:
         return ()
     if where.is_file:
-        return (where.path.with_suffix(mapfile.SUFFIX).name,)
+        return (mapfile.beside(where.path).name,)
     return (*output.STALE, *mapfile.NAMES, sidefiles.PROVENANCE)
 
 
@@ -168,7 +168,7 @@ def _small_files(plan: Plan, where: Where) -> tuple[dict[str, bytes], dict[str, 
         return sidefiles.contents(plan, VERSION), sidefiles.copied(plan.side)
     if not plan.levels:
         return {}, {}
-    return {where.path.with_suffix(mapfile.SUFFIX).name: mapfile.encode(plan.levels)}, {}
+    return {mapfile.beside(where.path).name: mapfile.encode(plan.levels)}, {}
 
 
 def peak_nbytes() -> int:

@@ -43,8 +43,11 @@ class Level:
 
     merging: Mapping[str, AxisMap]
     """Axis or alias -> F (small x large); the depth axis under "layer"."""
-    sizes: Mapping[str, tuple[int, int]]
-    """Axis -> its size in the large and in the small model."""
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Axis -> its size in the large and in the small model."""
+        return {name: (m.n_in, m.n_out) for name, m in self.merging.items()}
 
     @property
     def digest(self) -> str:
@@ -56,9 +59,9 @@ class Level:
         return found.hexdigest()
 
 
-def beside(path: Path) -> Path:
-    """Where the map of a checkpoint is: in its folder, or beside its file."""
-    return path.with_suffix(SUFFIX) if path.is_file() or path.suffix else path / NAME
+def beside(file: Path) -> Path:
+    """Where the map of a checkpoint that is one file goes."""
+    return file.with_suffix(SUFFIX)
 
 
 def find(path: Path) -> tuple[Level, ...]:
@@ -68,7 +71,7 @@ def find(path: Path) -> tuple[Level, ...]:
         SchemeError: a map file that is wrong.
     """
     folder = path if path.is_dir() else path.parent
-    places = [path / NAME] if path.is_dir() else [path.with_suffix(SUFFIX), folder / NAME]
+    places = [path / NAME] if path.is_dir() else [beside(path), folder / NAME]
     for place in (*places, folder / ORIGINAL):
         if place.is_file():
             return load(place)
@@ -174,10 +177,10 @@ def _level(
         places, values = (tensors.tensor(f"{i}.{name}.{part}") for part in ("places", "values"))
         merging[name] = _block_map(places, values, small // block, large // block, block)
     sizes = {name: (_count(a), _count(b)) for name, (a, b) in entry["sizes"].items()}
-    mapped = {name: (m.n_in, m.n_out) for name, m in merging.items()}
-    if sizes != mapped:
-        raise ValueError(f"sizes {sizes} are not those of the maps, {mapped}")
-    return Level(merging, sizes)
+    level = Level(merging)
+    if sizes != level.sizes:
+        raise ValueError(f"sizes {sizes} are not those of the maps, {level.sizes}")
+    return level
 
 
 def _count(value: object) -> int:
@@ -235,5 +238,4 @@ def _load_original(path: Path) -> Level:
             merging[axis] = maps.from_matrix(_matrix(matrix, *matrix.shape))
         except ValueError as error:
             raise SchemeError(f"{path}: {name}: {error}", hint="give a scheme") from error
-    sizes = {name: (m.n_in, m.n_out) for name, m in merging.items()}
-    return Level(merging, sizes)
+    return Level(merging)

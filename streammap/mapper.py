@@ -92,13 +92,9 @@ class _Mapper:
         if opt == "IP":
             return self.interpolate(alpha)
         direction: Direction = "coalesce" if opt == "C" else "decoalesce"
-        goal = self._goal(direction)
-        if goal is not None and goal != self._target_sizes:
-            told = (
-                ", ".join(f"{k} {v} to {self._target_sizes[k]}" for k, v in goal.items())
-                if (self._target_sizes)
-                else ""
-            )
+        goal, wanted = self._goal(direction), self._target_sizes
+        if goal is not None and wanted is not None and goal != wanted:
+            told = ", ".join(f"{k} {v} to {wanted[k]}" for k, v in goal.items())
             raise PlanError(
                 f"--opt {opt}: the target is the {'larger' if opt == 'C' else 'smaller'} model "
                 f"({told})",

@@ -18,7 +18,6 @@ from streammap.pattern import Expression
 from streammap.spec import TensorSpec
 
 _MAX_SIZE = 2**40
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,7 @@ def _families(spec: Architecture, specs: Mapping[str, TensorSpec]) -> tuple[Fami
     found: dict[str, tuple[Rule, dict[tuple[int, ...], str], int]] = {}
     unknown = []
     for key, tensor in specs.items():
-        shape = _INDEX.sub("0", key)
+        shape = pattern.INDEX.sub("0", key)
         if shape not in candidates:
             candidates[shape] = tuple(r for r in spec.rules if _could_match(r, key, shape))
         matches = [
@@ -189,7 +188,7 @@ def _dims(rule: Rule, name: str, rank: int) -> tuple[Dim, ...]:
 
 def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
     rendered = {_sample(rule): rule.pattern.text for rule in spec.rules}
-    near = difflib.get_close_matches(_INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3)
+    near = difflib.get_close_matches(pattern.INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3)
     told = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
     raise CheckpointError(
         f"{unknown[0]}: no rule of {spec.name}.toml knows this tensor "

@@ -17,6 +17,8 @@ from typing import Literal
 
 from streammap.errors import ArchitectureError
 
+INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+"""A part of a key that is a number: a layer, an expert."""
 _MAX_ALTERNATIVES = 4096
 _MAX_BRACKETS = 32
 

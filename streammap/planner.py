@@ -66,7 +66,6 @@ def remap(plan: Plan, change: Change, step: Step) -> Plan:
     step = replace(step, notes=(*step.notes, *dropped))
     ordered = {key: targets[key] for key in sorted(targets, key=natural)}
     sizes = {**model.sizes, **change.sizes}
-    specs = {key: form.spec for key, form in ordered.items()}
     config = None
     if plan.config is not None:
         config = rewritten_config(plan.config, model, sizes)
@@ -74,7 +73,7 @@ def remap(plan: Plan, change: Change, step: Step) -> Plan:
     for axis, new in change.sizes.items():
         sized[axis] = (sized.get(axis, (model.sizes[axis], 0))[0], new)
     result = replace(plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized)
-    _check_sizes(result, specs, sizes)
+    _check_sizes(result, sizes)
     return result
 
 
@@ -268,15 +267,14 @@ class _Remapping:
                 raise ArchitectureError(f"{expression}: a dimension is a sum of products")
 
 
-def _check_sizes(result: Plan, specs: Mapping[str, object], sizes: Mapping[str, int]) -> None:
+def _check_sizes(result: Plan, sizes: Mapping[str, int]) -> None:
     """The rewritten config must lead back to the mapped sizes, and fit each tensor."""
     found = result.model.sizes
     wrong = [name for name, size in sizes.items() if found.get(name) != size]
     if wrong:
         name = wrong[0]
         raise PlanError(
-            f"{name} would be {sizes[name]}, but config.json would say {found.get(name)} "
-            f"(of {len(specs)} tensors)",
+            f"{name} would be {sizes[name]}, but config.json would say {found.get(name)}",
             hint="this architecture can't express the request",
         )
 

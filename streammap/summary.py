@@ -1,14 +1,11 @@
 """What a plan would do, for people and as JSON: shapes, formulas in words, bytes, memory."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from streammap import executor
+from streammap import executor, pattern
 from streammap.graph import Form, Term
 from streammap.plan import Plan
-
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +66,17 @@ def summarize(plan: Plan) -> Summary:
     after: dict[str, list[Form]] = {}
     for source in plan.sources[:1]:
         for key in source.slots:
-            before.setdefault(_INDEX.sub("*", key), set()).add(key)
+            before.setdefault(pattern.INDEX.sub("*", key), set()).add(key)
     for key, form in plan.targets.items():
-        after.setdefault(_INDEX.sub("*", key), []).append(form)
+        after.setdefault(pattern.INDEX.sub("*", key), []).append(form)
     rows = []
-    for pattern, forms in after.items():
+    for name, forms in after.items():
         form = forms[0]
         source_spec = form.terms[0].blend[0][1].spec
         rows.append(
             Row(
-                pattern,
-                len(before.get(pattern, ())),
+                name,
+                len(before.get(name, ())),
                 len(forms),
                 form.spec.dtype,
                 source_spec.shape,

@@ -13,7 +13,7 @@ from streammap.graph import Form
 from streammap.spec import DTYPE_BITS, TensorSpec
 
 TILE_NBYTES = 4 * 2**20
-"""Bytes of a tile in the accumulator's dtype; 1 to 4 MiB are equally fast, larger ones slower."""
+"""Bytes of a tile in the accumulator's dtype: small enough to stay in the processor's cache."""
 WINDOW_NBYTES = 16 * 2**20
 """Source bytes that may be mapped and used before their pages are given back."""
 

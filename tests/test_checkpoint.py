@@ -44,17 +44,6 @@ class Stateful:
     """A class of the training script's own."""
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all examples of this module's random tests write to."""
-    return tmp_path_factory.mktemp("scratch")
-
-
-def _file(path: Path, content: bytes | str) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
 def _torch_file(path: Path, content: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
@@ -196,7 +185,7 @@ def test_misaligned_tensors_are_read(tmp_path: Path) -> None:
     names = {"a": "U8", "b": "F32", "c": "F64", "d": "BF16"}
     head = header.encode([(k, TensorSpec(names[k], tuple(x.shape))) for k, x in state.items()], {})
     content = head + b"".join(map(tiny.bits, state.values()))
-    source = _file(tmp_path / "x.safetensors", content)
+    source = tiny.file(tmp_path / "x.safetensors", content)
     tiny.assert_same(tiny.opened(source), state)
     streammap.open(source).save(tmp_path / "out")
     tiny.assert_same(tiny.written(tmp_path / "out"), state)
@@ -210,7 +199,7 @@ def test_a_tensor_that_was_read_is_the_readers_own(tmp_path: Path) -> None:
 
 def test_dtypes_that_torch_lacks_pass_through(tmp_path: Path) -> None:
     specs = [("f6", TensorSpec("F6_E2M3", (8,))), ("u8", TensorSpec("U8", (2,)))]
-    source = _file(tmp_path / "x.safetensors", header.encode(specs, {}) + bytes(range(8)))
+    source = tiny.file(tmp_path / "x.safetensors", header.encode(specs, {}) + bytes(range(8)))
     streammap.open(source).save(tmp_path / "y.safetensors")
     slots, _ = header.read(tmp_path / "y.safetensors")
     content = (tmp_path / "y.safetensors").read_bytes()
@@ -226,7 +215,7 @@ def test_opening_does_not_read_the_tensors(tmp_path: Path) -> None:
     huge = 10_000_000_000
     specs = [("first", TensorSpec("F32", (2,))), ("huge", TensorSpec("U8", (huge,)))]
     head = header.encode([*specs, ("last", TensorSpec("F32", (2,)))], {})
-    file = _file(tmp_path / "model.safetensors", head + tiny.bits(torch.tensor([1.0, 2.0])))
+    file = tiny.file(tmp_path / "model.safetensors", head + tiny.bits(torch.tensor([1.0, 2.0])))
     os.truncate(file, len(head) + 8 + huge)
     with file.open("ab") as end:
         end.write(tiny.bits(torch.tensor([3.0, 4.0])))
@@ -254,7 +243,7 @@ def test_opening_a_torch_file_does_not_read_the_tensors(tmp_path: Path) -> None:
 
 def test_config_comes_from_the_folder_or_from_where_it_is_said(tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "in", STATE, {"x": 1})
-    other = _file(tmp_path / "config.json", '{"x": 2}')
+    other = tiny.file(tmp_path / "config.json", '{"x": 2}')
     assert streammap.open(source).config == {"x": 1}
     assert streammap.open(source / "model.safetensors").config == {"x": 1}
     assert streammap.open(source, config=other).config == {"x": 2}
@@ -291,12 +280,12 @@ def test_a_path_too_long_for_the_system_is_refused(tmp_path: Path) -> None:
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     for name in ("x.txt", "model.safetensors.index.json", "x.gguf", "model"):
         with pytest.raises(CheckpointError, match="is no weight file"):
-            streammap.open(_file(tmp_path / name, b"{}"))
+            streammap.open(tiny.file(tmp_path / name, b"{}"))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
-    _file(tmp_path / "config.json", "{}")
-    _file(tmp_path / "training_args.bin", "")
+    tiny.file(tmp_path / "config.json", "{}")
+    tiny.file(tmp_path / "training_args.bin", "")
     with pytest.raises(CheckpointError, match=r"no weights: expected one of model\.safetensors,"):
         streammap.open(tmp_path)
 
@@ -361,7 +350,7 @@ def test_an_index_can_only_name_files_that_can_be(tmp_path: Path, name: str) -> 
 )
 def test_a_broken_index_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     source = tiny.write(tmp_path, STATE, None, n_shards=2)
-    _file(source / tiny.INDEX, text)
+    tiny.file(source / tiny.INDEX, text)
     with pytest.raises(CheckpointError, match=expected):
         streammap.open(source)
 
@@ -425,7 +414,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
 )
 def test_a_broken_config_is_refused(tmp_path: Path, text: bytes, expected: str) -> None:
     source = tiny.write(tmp_path, STATE, None)
-    _file(source / "config.json", text)
+    tiny.file(source / "config.json", text)
     with pytest.raises(CheckpointError, match=expected):
         streammap.open(source)
 
@@ -487,14 +476,14 @@ def test_a_torch_file_of_the_old_form_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"hello", pickle.dumps({"a": 1})])
 def test_a_file_that_is_no_zip_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"x.pth: not a torch file in the zip form"):
-        streammap.open(_file(tmp_path / "x.pth", content))
+        streammap.open(tiny.file(tmp_path / "x.pth", content))
 
 
 def test_a_truncated_torch_file_is_refused(tmp_path: Path) -> None:
     content = _torch_file(tmp_path / "x.bin", STATE).read_bytes()
     for n in range(0, len(content), 97):
         with pytest.raises(CheckpointError, match=r"x.bin: "):
-            streammap.open(_file(tmp_path / "x.bin", content[:n]))
+            streammap.open(tiny.file(tmp_path / "x.bin", content[:n]))
 
 
 @pytest.mark.parametrize("nest", [None, "model", "optimizer"])
@@ -623,14 +612,14 @@ def test_a_zip_file_that_lies_about_an_entry_is_refused(
         entry = content.index(b"PK\x01\x02", entry + 4)
     content[entry + at : entry + at + len(value)] = value
     with pytest.raises(CheckpointError, match=r"x\.pth: "):
-        streammap.open(_file(tmp_path / "x.pth", bytes(content)))
+        streammap.open(tiny.file(tmp_path / "x.pth", bytes(content)))
 
 
 def test_a_zip_file_on_several_disks_is_refused(tmp_path: Path) -> None:
     content = bytearray(_torch_file(tmp_path / "x.pth", STATE).read_bytes())
     content[content.rindex(b"PK\x06\x07") + 16] = 2
     with pytest.raises(CheckpointError, match=r"x\.pth: "):
-        streammap.open(_file(tmp_path / "x.pth", bytes(content)))
+        streammap.open(tiny.file(tmp_path / "x.pth", bytes(content)))
 
 
 def test_a_big_endian_torch_file_is_refused(tmp_path: Path) -> None:
@@ -690,7 +679,7 @@ def test_a_mutated_torch_file_is_read_or_refused(scratch: Path, data: st.DataObj
     content = bytearray(_torch_file(scratch / "whole.pth", {"a": torch.zeros(4, 4)}).read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    mutated = _file(scratch / "mutated.pth", bytes(content))
+    mutated = tiny.file(scratch / "mutated.pth", bytes(content))
     with contextlib.suppress(CheckpointError):
         tiny.opened(mutated)
 

@@ -9,23 +9,13 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from click.testing import CliRunner, Result
 
 import streammap
 from streammap.cli import main
 from tests import tiny
+from tests.typed import ok, run
 
 SIZES = tiny.Sizes(heads=4, layers=4)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def refused(*arguments: object) -> str:

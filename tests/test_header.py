@@ -37,12 +37,6 @@ ENTRIES = st.fixed_dictionaries(
 HEADERS = st.dictionaries(st.text(max_size=4) | st.just("__metadata__"), ENTRIES | JSON, max_size=4)
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all examples of this module's random tests write to."""
-    return tmp_path_factory.mktemp("scratch")
-
-
 def _decode(entries: object, nbytes: int = 8) -> tuple[header.Slot, ...]:
     """The slots of a header (a value, or its text) in a file with `nbytes` after it."""
     text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
@@ -51,11 +45,6 @@ def _decode(entries: object, nbytes: int = 8) -> tuple[header.Slot, ...]:
 
 def _with(**change: object) -> dict[str, object]:
     return {"a": {**F32, **change}}
-
-
-def _file(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 def test_a_header_has_these_bytes() -> None:
@@ -156,20 +145,20 @@ def test_tensors_need_no_alignment() -> None:
 
 @pytest.mark.parametrize("nbytes", range(8))
 def test_a_file_shorter_than_its_length_is_refused(tmp_path: Path, nbytes: int) -> None:
-    file = _file(tmp_path / "x.safetensors", bytes(nbytes))
+    file = tiny.file(tmp_path / "x.safetensors", bytes(nbytes))
     with pytest.raises(CheckpointError, match=rf"x\.safetensors: {nbytes} bytes, .* at least 8"):
         header.read(file)
 
 
 @pytest.mark.parametrize("n", [header.MAX_HEADER_NBYTES + 1, 2**63, 2**64 - 1])
 def test_a_huge_header_is_refused_unread(tmp_path: Path, n: int) -> None:
-    file = _file(tmp_path / "x.safetensors", n.to_bytes(8, "little") + b"{}")
+    file = tiny.file(tmp_path / "x.safetensors", n.to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match=f"its header has {n} bytes, at most 100000000"):
         header.read(file)
 
 
 def test_a_header_past_the_end_of_its_file_is_refused(tmp_path: Path) -> None:
-    file = _file(tmp_path / "x.safetensors", (3).to_bytes(8, "little") + b"{}")
+    file = tiny.file(tmp_path / "x.safetensors", (3).to_bytes(8, "little") + b"{}")
     with pytest.raises(CheckpointError, match="truncated: 10 bytes, its header alone needs 11"):
         header.read(file)
 
@@ -337,7 +326,7 @@ def test_a_key_that_no_file_can_hold_is_refused() -> None:
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_read_or_refused(scratch: Path, content: bytes) -> None:
-    file = _file(scratch / "random.safetensors", content)
+    file = tiny.file(scratch / "random.safetensors", content)
     with contextlib.suppress(CheckpointError):
         header.read(file)
 

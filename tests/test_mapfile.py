@@ -30,7 +30,7 @@ SCHEME = {"width_scheme": [[0, 4], [1, 5], [6, 2], [3, 7]], "depth_scheme": [[0,
 
 
 def _level(**merging: AxisMap) -> Level:
-    return Level(merging, {name: (m.n_in, m.n_out) for name, m in merging.items()})
+    return Level(merging)
 
 
 LEVELS = (
@@ -53,17 +53,6 @@ class Evil:
         return os.system, (self.command,)
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all examples of this module's random tests write to."""
-    return tmp_path_factory.mktemp("scratch")
-
-
-def _file(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
-
-
 def _positive(n_out: int, n_in: int, seed: int) -> Tensor:
     """A random matrix whose rows sum to 1, as the original's maps."""
     source = torch.Generator().manual_seed(seed)
@@ -75,7 +64,7 @@ def _positive(n_out: int, n_in: int, seed: int) -> Tensor:
 
 
 def test_block_maps_are_saved_and_loaded(tmp_path: Path) -> None:
-    file = _file(tmp_path / mapfile.NAME, mapfile.encode(LEVELS))
+    file = tiny.file(tmp_path / mapfile.NAME, mapfile.encode(LEVELS))
     assert mapfile.load(file) == LEVELS == mapfile.load(tmp_path)
     assert [level.digest for level in mapfile.load(file)] == [level.digest for level in LEVELS]
 
@@ -83,7 +72,7 @@ def test_block_maps_are_saved_and_loaded(tmp_path: Path) -> None:
 def test_dense_maps_are_saved_and_loaded(tmp_path: Path) -> None:
     matrix = _positive(3, 20, 1)
     levels = (_level(embed=DenseMap(matrix), layer=maps.merging([(0, 1)], 2)),)
-    (found,) = mapfile.load(_file(tmp_path / mapfile.NAME, mapfile.encode(levels)))
+    (found,) = mapfile.load(tiny.file(tmp_path / mapfile.NAME, mapfile.encode(levels)))
     dense = found.merging["embed"]
     assert isinstance(dense, DenseMap)
     assert torch.equal(dense.matrix, matrix)
@@ -93,11 +82,11 @@ def test_dense_maps_are_saved_and_loaded(tmp_path: Path) -> None:
 
 
 def test_no_levels_are_saved_and_loaded(tmp_path: Path) -> None:
-    assert mapfile.load(_file(tmp_path / mapfile.NAME, mapfile.encode(()))) == ()
+    assert mapfile.load(tiny.file(tmp_path / mapfile.NAME, mapfile.encode(()))) == ()
 
 
 def test_a_map_file_is_a_safetensors_file(tmp_path: Path) -> None:
-    file = _file(tmp_path / mapfile.NAME, mapfile.encode(LEVELS))
+    file = tiny.file(tmp_path / mapfile.NAME, mapfile.encode(LEVELS))
     found = load_file(file)
     assert found["0.heads.places"].tolist() == [[0, 0], [0, 2], [1, 1], [2, 3], [2, 0]]
     assert found["0.heads.values"].tolist() == [0.5, 0.5, 1.0, 0.5, 0.5]
@@ -121,7 +110,7 @@ def test_any_block_map_is_saved_and_loaded(scratch: Path, data: st.DataObject) -
     pair = st.tuples(st.integers(0, n_in - 1), st.floats(allow_nan=False, allow_infinity=False))
     rows = data.draw(st.lists(st.lists(pair, max_size=3).map(tuple), min_size=1, max_size=4))
     levels = (_level(embed=BlockMap(tuple(rows), n_in, block)),)
-    file = _file(scratch / "x.safetensors", mapfile.encode(levels))
+    file = tiny.file(scratch / "x.safetensors", mapfile.encode(levels))
     assert mapfile.load(file) == levels
 
 
@@ -156,9 +145,9 @@ def test_the_originals_map_may_hold_one_matrix(tmp_path: Path, name: str) -> Non
 def test_our_map_comes_before_the_originals(tmp_path: Path) -> None:
     torch.save({"R": torch.eye(2)}, tmp_path / mapfile.ORIGINAL)
     assert len(mapfile.find(tmp_path)) == 1
-    _file(tmp_path / mapfile.NAME, mapfile.encode(LEVELS))
+    tiny.file(tmp_path / mapfile.NAME, mapfile.encode(LEVELS))
     assert mapfile.find(tmp_path) == LEVELS
-    _file(tmp_path / "x.map.safetensors", mapfile.encode(LEVELS[:1]))
+    tiny.file(tmp_path / "x.map.safetensors", mapfile.encode(LEVELS[:1]))
     assert mapfile.find(tmp_path / "x.pth") == LEVELS[:1]
     assert mapfile.find(tmp_path / "y.pth") == LEVELS
 
@@ -212,14 +201,14 @@ def test_code_in_an_original_map_does_not_run(tmp_path: Path) -> None:
 def test_a_truncated_original_map_is_refused(tmp_path: Path, n: int) -> None:
     torch.save({"R": torch.eye(2)}, tmp_path / mapfile.ORIGINAL)
     content = (tmp_path / mapfile.ORIGINAL).read_bytes()
-    _file(tmp_path / mapfile.ORIGINAL, content[:n])
+    tiny.file(tmp_path / mapfile.ORIGINAL, content[:n])
     with pytest.raises(SchemeError, match=r"MapMatrix\.bin: no MapMatrix of tensors"):
         mapfile.load(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02}q\x00.", b"\x80\x02", bytes(99)])
 def test_an_original_map_of_other_bytes_is_refused(tmp_path: Path, content: bytes) -> None:
-    _file(tmp_path / mapfile.ORIGINAL, content)
+    tiny.file(tmp_path / mapfile.ORIGINAL, content)
     with pytest.raises(SchemeError, match=r"MapMatrix\.bin: "):
         mapfile.load(tmp_path)
 
@@ -418,7 +407,7 @@ def test_a_dtype_that_torch_lacks_is_refused(tmp_path: Path) -> None:
         ("0.heads.places", TensorSpec("I32", (4, 2))),
         ("0.heads.values", TensorSpec("F6_E2M3", (4,))),
     ]
-    _file(tmp_path / mapfile.NAME, header.encode(specs, about) + bytes(35))
+    tiny.file(tmp_path / mapfile.NAME, header.encode(specs, about) + bytes(35))
     with pytest.raises(SchemeError, match="torch has no dtype F6_E2M3"):
         mapfile.load(tmp_path)
 
@@ -440,7 +429,7 @@ def test_a_small_file_can_not_ask_for_all_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("n", [0, 7, 8, 100, -1])
 def test_a_truncated_map_is_refused(tmp_path: Path, n: int) -> None:
-    _file(tmp_path / mapfile.NAME, mapfile.encode(LEVELS)[:n])
+    tiny.file(tmp_path / mapfile.NAME, mapfile.encode(LEVELS)[:n])
     with pytest.raises(SchemeError, match=r"map file streammap\.map\.safetensors: "):
         mapfile.load(tmp_path)
     with pytest.raises(SchemeError, match=r"map file "):
@@ -450,7 +439,7 @@ def test_a_truncated_map_is_refused(tmp_path: Path, n: int) -> None:
 @given(st.binary(max_size=200), st.sampled_from(["x.map.safetensors", "MapMatrix.bin"]))
 def test_any_bytes_are_read_or_refused(scratch: Path, content: bytes, name: str) -> None:
     with contextlib.suppress(SchemeError):
-        mapfile.load(_file(scratch / name, content))
+        mapfile.load(tiny.file(scratch / name, content))
 
 
 @given(st.data())
@@ -458,7 +447,7 @@ def test_a_mutated_map_is_read_or_refused(scratch: Path, data: st.DataObject) ->
     content = bytearray(mapfile.encode(LEVELS))
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(8, len(content) - 1))] = data.draw(st.integers(0, 255))
-    file = _file(scratch / "mutated.map.safetensors", bytes(content))
+    file = tiny.file(scratch / "mutated.map.safetensors", bytes(content))
     try:
         levels = mapfile.load(file)
     except SchemeError:
@@ -548,14 +537,14 @@ def test_two_levels_in_one_pass_are_the_two_passes(tmp_path: Path) -> None:
 
 def test_a_saved_map_of_another_model_is_not_used(tmp_path: Path) -> None:
     source = _bert(tmp_path / "0", tiny.Sizes(heads=3, layers=3))
-    _file(source / mapfile.NAME, mapfile.encode(LEVELS))
+    tiny.file(source / mapfile.NAME, mapfile.encode(LEVELS))
     with pytest.raises(PlanError, match="nothing says how to decoalesce"):
         streammap.open(source).decoalesce()
 
 
 def test_a_broken_map_beside_the_weights_is_refused(tmp_path: Path) -> None:
     source = _bert(tmp_path / "0", SMALL)
-    _file(source / mapfile.NAME, b"broken")
+    tiny.file(source / mapfile.NAME, b"broken")
     with pytest.raises(SchemeError, match=r"map file streammap\.map\.safetensors: 6 bytes"):
         streammap.open(source)
 

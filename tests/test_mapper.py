@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import streammap
-from streammap.cli import main
 from streammap.errors import PlanError
 from tests import oracle, tiny
 from tests.oracle import Change, Direction, Groups
+from tests.typed import ok, run
 
 LARGE = tiny.Sizes(heads=4, layers=4, head_dim=64, mlp_per_head=256)
 SMALL = tiny.Sizes(heads=2, layers=2, head_dim=64, mlp_per_head=256)
@@ -22,16 +21,6 @@ MAKERS = {
     "bert": (tiny.bert, tiny.bert_config, oracle.bert),
     "gpt2": (tiny.gpt2, tiny.gpt2_config, oracle.gpt2),
 }
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def ok(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def folder(path: Path, arch: str, sizes: tiny.Sizes, *, seed: int = 0) -> tiny.State:

@@ -48,17 +48,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> streammap.LazyCheckpoint:
     return streammap.open(tiny.write(folder, tiny.bert(sizes), tiny.bert_config(sizes)))
 
 
-@pytest.fixture(scope="module")
-def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder that all examples of this module's random tests write to."""
-    return tmp_path_factory.mktemp("scratch")
-
-
-def _file(path: Path, content: bytes | str) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
 # The form.
 
 
@@ -66,7 +55,7 @@ def _file(path: Path, content: bytes | str) -> Path:
 def test_a_scheme_has_groups_of_heads_or_layers_or_both(
     tmp_path: Path, content: Mapping[str, object]
 ) -> None:
-    found = scheme.load_scheme(_file(tmp_path / "s.json", json.dumps(content)))
+    found = scheme.load_scheme(tiny.file(tmp_path / "s.json", json.dumps(content)))
     assert found.width == (((0, 2), (1, 3)) if "width_scheme" in content else None)
     assert found.depth == (((0, 1), (2, 3)) if "depth_scheme" in content else None)
     assert found.as_json() == content
@@ -76,7 +65,7 @@ def test_a_scheme_has_groups_of_heads_or_layers_or_both(
 
 def test_a_schemes_text_is_the_scheme(tmp_path: Path) -> None:
     found = scheme.load_scheme({**H4, **L4})
-    assert scheme.load_scheme(_file(tmp_path / "s.json", found.as_text())) == found
+    assert scheme.load_scheme(tiny.file(tmp_path / "s.json", found.as_text())) == found
 
 
 def test_groups_may_be_uneven_overlap_and_leave_members_out() -> None:
@@ -166,7 +155,7 @@ def test_a_factor_that_does_not_divide_a_model_is_refused(big: streammap.LazyChe
 @pytest.mark.parametrize("text", ["", "{", "[[0, 1]", '{"width_scheme": [[0 1]]}', "\x00", "{}{}"])
 def test_what_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(SchemeError, match=r"s\.json: not JSON"):
-        scheme.load_scheme(_file(tmp_path / "s.json", text))
+        scheme.load_scheme(tiny.file(tmp_path / "s.json", text))
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -181,7 +170,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
 )
 def test_json_that_is_no_object_is_refused(tmp_path: Path, text: str, kind: str) -> None:
     with pytest.raises(SchemeError, match=f"expected a JSON object, found {kind}"):
-        scheme.load_scheme(_file(tmp_path / "s.json", text))
+        scheme.load_scheme(tiny.file(tmp_path / "s.json", text))
 
 
 @pytest.mark.parametrize("key", ["with_scheme", "width", "", "WIDTH_SCHEME", "comment"])
@@ -194,7 +183,7 @@ def test_an_unknown_key_is_refused(key: str) -> None:
 def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     text = '{"width_scheme": [[0, 1]], "width_scheme": [[0, 2], [1, 3]]}'
     with pytest.raises(SchemeError, match="'width_scheme' twice"):
-        scheme.load_scheme(_file(tmp_path / "s.json", text))
+        scheme.load_scheme(tiny.file(tmp_path / "s.json", text))
 
 
 @pytest.mark.parametrize("groups", [[], {}, 3, "[[0, 1]]", True, 0.5, {"0": [0, 1]}])
@@ -285,12 +274,12 @@ def test_nesting_of_any_depth_is_refused(tmp_path: Path) -> None:
     for depth in (10, 100, *range(900, 1000, 7), 5_000, 1_000_000):
         text = '{"width_scheme": [' + '{"a":' * depth + "0" + "}" * depth + "]}"
         with pytest.raises(SchemeError, match=r"s\.json"):
-            scheme.load_scheme(_file(tmp_path / "s.json", text))
+            scheme.load_scheme(tiny.file(tmp_path / "s.json", text))
 
 
 @given(JSON | st.dictionaries(KEYS, GROUPS | JSON))
 def test_any_json_is_read_or_refused(scratch: Path, value: object) -> None:
-    file = _file(scratch / "s.json", json.dumps(value))
+    file = tiny.file(scratch / "s.json", json.dumps(value))
     try:
         found = scheme.load_scheme(file)
     except SchemeError:
@@ -308,4 +297,4 @@ def test_any_dict_is_read_or_refused(value: dict[str, object]) -> None:
 @given(st.binary(max_size=100))
 def test_any_bytes_are_read_or_refused(scratch: Path, content: bytes) -> None:
     with contextlib.suppress(SchemeError):
-        scheme.load_scheme(_file(scratch / "s.json", content))
+        scheme.load_scheme(tiny.file(scratch / "s.json", content))

@@ -151,6 +151,12 @@ def timm_config(sizes: Sizes) -> Config:
     return {"model_args": {"num_heads": sizes.heads}}
 
 
+def file(path: Path, content: bytes | str) -> Path:
+    """A file with this content."""
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
 def write(folder: Path, state: State, config: Config | None, *, n_shards: int = 1) -> Path:
     """A checkpoint folder, written by the safetensors library."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -128,20 +128,16 @@ class Resize:
             model, depth_axis, "layers", "depth_scheme", notes, n_known=known.get("layer", 0)
         )
         merging: dict[str, AxisMap] = {}
-        sizes: dict[str, tuple[int, int]] = {}
         if width is not None:
-            groups, n_large = width
-            for axis, m in self._width_maps(model, groups, n_large).items():
-                merging[axis], sizes[axis] = m, (m.n_in, m.n_out)
+            merging.update(self._width_maps(model, *width))
         if depth is not None:
-            m = maps.merging(depth[0], depth[1])
-            merging["layer"], sizes["layer"] = m, (m.n_in, m.n_out)
+            merging["layer"] = maps.merging(*depth)
         if not merging and self.target is None:
             raise PlanError(
                 "the scheme has neither a width_scheme nor a depth_scheme",
                 hint="give one of them, or --width K, --depth K",
             )
-        return Level(merging, sizes), notes
+        return Level(merging), notes
 
     def _groups(
         self, model: Model, axis: str, what: str, entry: str, notes: list[str], *, n_known: int

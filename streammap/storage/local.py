@@ -1,7 +1,7 @@
 """Files on this machine, memory-mapped for reading.
 
 The mapping is shared and read-only: a private writable one counts against the overcommit limit, so
-that a 60 GB file can't be mapped on a 24 GB machine. Pages are given back by `release`, because
+that a file larger than memory may be refused. Pages are given back by `release`, because
 mapped pages count as resident memory until then.
 """
 
