@@ -1,4 +1,4 @@
-"""The calls a training launcher makes. The defaults of all options are here, and only here.
+"""The calls a training launcher makes. The defaults of options are here and in options.py only.
 
 big = streammap.open("bert-base")
 small = big.coalesce(width=2, depth=2)      # nothing is read yet
@@ -10,25 +10,22 @@ grown.interpolate(big, alpha=0.5).save("bert-base-2")
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, mapfile, plan, scheme, sizes
-from streammap.checkpoint import open_checkpoint, read_config
+from streammap import executor, layout, mapfile, options, plan
+from streammap.checkpoint import open_checkpoint
 from streammap.events import Listener, nobody
 from streammap.executor import Report, Where
 from streammap.operators.interpolate import Interpolate
-from streammap.operators.resize import Direction, Resize
+from streammap.operators.resize import Direction
+from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
-from streammap.planner import Rule
-from streammap.scheme import Grouping, Scheme
 from streammap.spec import TensorSpec
 from streammap.summary import Summary, summarize
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PathLike = str | Path
-SchemeLike = PathLike | Mapping[str, object] | Scheme
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -75,51 +72,25 @@ class LazyCheckpoint:
         """What a run would do: shapes, formulas, bytes, memory, promise."""
         return summarize(self.plan)
 
-    def coalesce(
-        self,
-        *,
-        scheme: SchemeLike | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        grouping: Grouping = "stacked",
-        map: PathLike | None = None,
-        target: "TargetLike | None" = None,
-        rule: Rule = "exact",
-    ) -> "LazyCheckpoint":
-        """The smaller model: heads and layers of a group become their mean.
+    def coalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
+        """The smaller model: units of a group (heads, layers ...) become their mean.
 
         Args:
-            scheme: File or dict in the original's form, {"width_scheme": [[0, 6], ...], ...}.
-            width: Factor on all widths, instead of a scheme.
-            depth: Factor on the layers, instead of a scheme.
-            grouping: "stacked" merges i with i + n/factor, "adjacent" merges neighbours.
-            map: Map file, or a folder that holds one, instead of a scheme.
-            target: config.json (its folder, a dict, or an opened checkpoint) whose sizes the
-                result must have.
-            rule: "exact", or "reference" for the original's numbers.
+            options: See options.py: scheme, width, depth, hidden, heads, kv_heads, mlp, experts,
+                layers, axes, grouping, kv_merge, map, target, rule, untie.
 
         Raises:
             StreammapError: a request that does not fit, see errors.py.
         """
-        return self._resize("coalesce", scheme, width, depth, grouping, map, target, rule)
+        return self._resize("coalesce", options)
 
-    def decoalesce(
-        self,
-        *,
-        scheme: SchemeLike | None = None,
-        width: int | None = None,
-        depth: int | None = None,
-        grouping: Grouping = "stacked",
-        map: PathLike | None = None,
-        target: "TargetLike | None" = None,
-        rule: Rule = "exact",
-    ) -> "LazyCheckpoint":
-        """The larger model: each head and layer is copied to the members of its group.
+    def decoalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
+        """The larger model: each unit is copied to the members of its group.
 
-        The scheme is the one for coalescing. Without one, the map saved with the source is used.
-        Arguments and errors are those of `coalesce`.
+        Groups are those for coalescing. Without any, the map saved with the source is used.
+        Arguments and errors are those of `coalesce`; more are new_layers and head_dim.
         """
-        return self._resize("decoalesce", scheme, width, depth, grouping, map, target, rule)
+        return self._resize("decoalesce", options)
 
     def interpolate(self, target: "LazyCheckpoint | PathLike", *, alpha: float) -> "LazyCheckpoint":
         """(1 - alpha) * target + alpha * self, every tensor; files and dtypes are target's.
@@ -154,38 +125,8 @@ class LazyCheckpoint:
         size = layout.parse_size(max_shard_size)
         return executor.run(self.plan, Where(Path(output), size, overwrite, fsync), progress)
 
-    def _resize(
-        self,
-        direction: Direction,
-        groups: SchemeLike | None,
-        width: int | None,
-        depth: int | None,
-        grouping: Grouping,
-        map_file: PathLike | None,
-        target: "TargetLike | None",
-        rule: Rule,
-    ) -> "LazyCheckpoint":
-        levels = None if map_file is None else mapfile.load(Path(map_file))
-        op = Resize(
-            direction,
-            None if groups is None else scheme.load_scheme(groups),
-            width,
-            depth,
-            grouping,
-            levels,
-            None if target is None else self._target_sizes(target),
-            rule,
-        )
-        return LazyCheckpoint(op.plan(self.plan))
-
-    def _target_sizes(self, target: "TargetLike") -> Mapping[str, int]:
-        if isinstance(target, LazyCheckpoint):
-            return target.sizes
-        config = target if isinstance(target, Mapping) else read_config(target)
-        return sizes.of_config(self.plan.model.architecture, config)
-
-
-TargetLike = PathLike | Mapping[str, object] | LazyCheckpoint
+    def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
+        return LazyCheckpoint(options.resize(direction, self.plan, given).plan(self.plan))
 
 
 def open(
@@ -214,22 +155,13 @@ def coalesce(
     source: PathLike,
     output: PathLike,
     *,
-    scheme: SchemeLike | None = None,
-    width: int | None = None,
-    depth: int | None = None,
-    grouping: Grouping = "stacked",
-    map: PathLike | None = None,
-    target: "TargetLike | None" = None,
-    rule: Rule = "exact",
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Listener = nobody,
+    **options: Unpack[ResizeOptions],
 ) -> Report:
     """Write the coalesced `source` to `output`. See LazyCheckpoint.coalesce and .save."""
-    lazy = open(source).coalesce(
-        scheme=scheme, width=width, depth=depth, grouping=grouping, map=map, target=target,
-        rule=rule,
-    )  # fmt: skip
+    lazy = open(source).coalesce(**options)
     return lazy.save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
 
 
@@ -237,18 +169,12 @@ def decoalesce(
     source: PathLike,
     output: PathLike,
     *,
-    scheme: SchemeLike | None = None,
-    width: int | None = None,
-    depth: int | None = None,
-    grouping: Grouping = "stacked",
-    map: PathLike | None = None,
-    target: "TargetLike | None" = None,
-    rule: Rule = "exact",
     blend_with: PathLike | None = None,
     alpha: float = 0.5,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Listener = nobody,
+    **options: Unpack[ResizeOptions],
 ) -> Report:
     """Write the decoalesced `source` to `output`, blended with `blend_with` where it is given.
 
@@ -256,10 +182,9 @@ def decoalesce(
     See LazyCheckpoint.decoalesce, .interpolate and .save.
     """
     big = None if blend_with is None else open(blend_with)
-    lazy = open(source).decoalesce(
-        scheme=scheme, width=width, depth=depth, grouping=grouping, map=map,
-        target=big if target is None else target, rule=rule,
-    )  # fmt: skip
+    if big is not None and options.get("target") is None:
+        options["target"] = big
+    lazy = open(source).decoalesce(**options)
     if big is not None:
         lazy = lazy.interpolate(big, alpha=alpha)
     return lazy.save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)

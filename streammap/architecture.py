@@ -1,43 +1,24 @@
-"""Architecture specs: what each tensor of a model is made of, as data.
+"""What a spec says of one checkpoint: rules for its tensors, axes, heads, norms, as plain values.
 
-A spec is one TOML file of `architectures/`. Its tables:
+`specfile` reads these from TOML, with the conditions of the spec decided by a config.json. The
+format is described in architectures/README.md.
 
-    model_types   the config.json model_type it serves; `detect`: keys that tell it without one
-    [vars]        alternatives used in patterns: base = ["bert.", ""]
-    [axes]        axis = config field | "=expression" | a list of these, the first that is there
-    [axis_kind]   "width" (default), "depth" (an index of the key), "frozen" (never resized)
-    [alias]       names for expressions: qk = "heads*head_dim"
-    [constraints] rules = ["embed == heads*head_dim"], held by source and result
-    [modules]     pattern = "linear in -> out" | "conv1d ..." (stored in x out) | "conv ..."
-                  | "embedding n -> width" | "norm width": expands to .weight, .bias (.gamma, .beta)
-    [tensors]     pattern = one entry a dimension, "expression:role"; "_" keeps, "..." is the rest
-    [buffers]     keys that are copied as they are
-    [drop]        keys that the result doesn't have
-    [required]    keys that must be there, for every layer where they have one
-    [head]        the head tied to the embedding, the norm that feeds it, other readers of that norm
-    [config]      further config fields to rewrite: field = expression
-
-A role is `out` (the tensor makes this axis), `in` (it reads it), or none (kept as it is).
+A role is `out` (the tensor makes this axis), `in` (it reads it), or `keep` (neither).
 """
 
 import fnmatch
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from importlib import resources
 from typing import Literal
 
-from streammap.errors import ArchitectureError
-from streammap.pattern import Expression, KeyPattern, compile_pattern, parse_expression
+from streammap.expression import Expression
+from streammap.pattern import KeyPattern
 
 Role = Literal["out", "in", "keep"]
-Kind = Literal["width", "depth", "frozen"]
+Kind = Literal["width", "depth", "frozen", "group", "expert"]
+SPACES = ("hidden", "heads", "kv_heads", "mlp", "experts")
+"""Names under which users ask for axes; layers are those of kind depth."""
 REST = "..."
-_TABLES = (
-    "schema", "model_types", "detect", "vars", "axes", "axis_kind", "alias", "constraints",
-    "modules", "tensors", "buffers", "drop", "required", "head", "config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +31,33 @@ class Dim:
     role: Role
 
 
+KEEP = Dim("_", None, "keep")
+
+
 @dataclass(frozen=True, slots=True)
+class Norm:
+    """What a normalisation does."""
+
+    kind: Literal["rms", "layer"]
+    offset: float
+    """It multiplies by offset + weight."""
+    eps: tuple[str, ...]
+    """Config fields of its epsilon."""
+    is_post: bool
+    """Whether it stands after the residual addition."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCondition:
+    """Whether a per-layer list of config.json has a value at the layer of a key."""
+
+    field: str
+    axis: str
+    value: str
+    negated: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Rule:
     """What the tensors of one key pattern are."""
 
@@ -58,31 +65,50 @@ class Rule:
     kind: str
     """linear, conv1d, conv, embedding, norm, tensor, buffer or drop."""
     dims: tuple[Dim, ...] = ()
+    generation: int = 0
+    """0 for the spec's own rules, 1 for those of the spec it extends; the lower one counts."""
+    when: tuple[LayerCondition, ...] = ()
+    norm: Norm | None = None
 
     def dims_for(self, rank: int) -> tuple[Dim, ...] | None:
         """One Dim for each dimension of a tensor of `rank`, or None where that can't be."""
         if self.kind in ("buffer", "drop"):
-            return (_KEEP,) * rank
+            return (KEEP,) * rank
         at = next((i for i, dim in enumerate(self.dims) if dim.text == REST), None)
         if at is None:
             return self.dims if len(self.dims) == rank else None
         n_rest = rank - len(self.dims) + 1
         if n_rest < 0:
             return None
-        return self.dims[:at] + (_KEEP,) * n_rest + self.dims[at + 1 :]
+        return self.dims[:at] + (KEEP,) * n_rest + self.dims[at + 1 :]
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """What a model multiplies an activation by: expression ** exponent."""
+
+    expression: Expression
+    exponent: float
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """A head that may share the embedding's tensor, and what reads the norm before it."""
 
-    norm: KeyPattern
-    embed: KeyPattern
-    head: KeyPattern
+    norms: tuple[tuple[KeyPattern, ...], ...]
+    """The norm before the head; the first that is there counts."""
+    embed: tuple[KeyPattern, ...]
+    head: tuple[KeyPattern, ...]
     readers: tuple[KeyPattern, ...]
     """Other tensors that read what the norm makes."""
     classes: tuple[str, ...]
     """Model classes that have the head (glob patterns); empty for "wherever the norm is there"."""
+    is_tied: bool
+    """What a config.json that doesn't say it means."""
+    scale: Factor | None
+    """What the model multiplies the head's input by."""
+    path: str
+    """Where in config.json its fields are: "" or "text_config."."""
 
     def is_in(self, classes: Iterable[str]) -> bool:
         """Whether a model of config.json's `architectures` has this head."""
@@ -90,6 +116,44 @@ class Head:
         return not (self.classes and given) or any(
             fnmatch.fnmatchcase(name, glob) for name in given for glob in self.classes
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What config.json says of a mixture of experts."""
+
+    multiply: tuple[str, ...]
+    """Fields that grow with the number of experts: top_k, groups."""
+    groups: str | None
+    """Field: in how many consecutive groups the experts lie."""
+    inexact: str | None
+    """Why copies of experts change the function; None where they don't."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions over all of a head."""
+
+    theta: tuple[str, ...]
+    layout: Literal["half", "interleaved"]
+    scores: Literal["head_dim", "constant"]
+    query: tuple[KeyPattern, ...]
+    query_norm: tuple[KeyPattern, ...]
+    key_norm: tuple[KeyPattern, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """What config.json says of single layers of one depth axis. Entries are config fields."""
+
+    lists: tuple[str, ...] = ()
+    index_lists: tuple[str, ...] = ()
+    prefix_counts: tuple[str, ...] = ()
+    last_index: tuple[str, ...] = ()
+    periods: tuple[tuple[str, ...], ...] = ()
+    tail: str | None = None
+    first: bool = False
+    delete: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,219 +171,39 @@ class Axis:
         return tuple(source for source in self.sources if isinstance(source, str))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
-    """One spec."""
+    """One spec, as it stands for one config.json."""
 
     name: str
     model_types: tuple[str, ...]
     detect: tuple[KeyPattern, ...]
     axes: Mapping[str, Axis]
+    spaces: Mapping[str, tuple[str, ...]]
+    """Space -> its axes."""
     aliases: Mapping[str, Expression]
     constraints: tuple[tuple[str, Expression, Expression], ...]
     rules: tuple[Rule, ...]
     required: tuple[KeyPattern, ...]
-    head: Head | None
+    heads: tuple[Head, ...]
+    forward_scale: tuple[tuple[KeyPattern, Factor], ...]
+    experts: Mapping[str, Experts]
+    """Expert axis -> what config.json says of it."""
+    rope: Mapping[str, Rope]
+    """Axis of the head size -> its rotary positions."""
+    depth: Mapping[str, Depth]
+    """Depth axis -> what config.json says of its layers."""
     config: Mapping[str, Expression]
+    caveats: Mapping[str, str]
+    """Axis -> why a change of it is never exact."""
+    proof: tuple[Mapping[str, object], ...]
+    """Tiny models: name, model_type, class, config, neutral, except, shapes_only."""
 
     @property
-    def depth_axis(self) -> str:
-        """The axis that counts layers."""
-        return next(axis.name for axis in self.axes.values() if axis.kind == "depth")
+    def depth_axes(self) -> tuple[str, ...]:
+        """The axes that count layers."""
+        return tuple(axis.name for axis in self.axes.values() if axis.kind == "depth")
 
-
-_HEAD = ("norm", "embed", "head", "readers", "classes")
-_KEEP = Dim("_", None, "keep")
-
-
-@cache
-def names() -> tuple[str, ...]:
-    """The shipped specs."""
-    folder = resources.files("streammap") / "architectures"
-    return tuple(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".toml")))
-
-
-@cache
-def load(name: str) -> Architecture:
-    """A shipped spec by name.
-
-    Raises:
-        ArchitectureError: there is none, or its file is wrong.
-    """
-    if name not in names():
-        raise ArchitectureError(f"no architecture {name!r}", hint=f"there are {', '.join(names())}")
-    file = resources.files("streammap") / "architectures" / f"{name}.toml"
-    return parse(file.read_text(), name=name)
-
-
-def parse(text: str, *, name: str) -> Architecture:
-    """Read a spec from TOML.
-
-    Raises:
-        ArchitectureError: naming the spec and the entry.
-    """
-    try:
-        return _parse(tomllib.loads(text), name)
-    except tomllib.TOMLDecodeError as error:
-        raise ArchitectureError(f"{name}.toml: {error}", hint="mend the file") from error
-    except ArchitectureError as error:
-        raise ArchitectureError(f"{name}.toml: {error.message}", hint=error.hint) from error
-
-
-def for_model_type(model_type: str) -> Architecture | None:
-    """The shipped spec that serves a config.json model_type."""
-    return next((a for a in map(load, names()) if model_type in a.model_types), None)
-
-
-def for_keys(keys: Iterable[str]) -> Architecture | None:
-    """The shipped spec whose `detect` keys are all there."""
-    found = tuple(keys)
-    for architecture in map(load, names()):
-        patterns = architecture.detect
-        if patterns and all(any(p.match(key) is not None for key in found) for p in patterns):
-            return architecture
-    return None
-
-
-def _parse(content: Mapping[str, object], name: str) -> Architecture:
-    unknown = [table for table in content if table not in _TABLES]
-    if unknown:
-        raise ArchitectureError(
-            f"unknown entry {unknown[0]!r}", hint=f"known: {', '.join(_TABLES)}"
-        )
-    if content.get("schema") != 1:
-        raise ArchitectureError(f"schema is {content.get('schema')!r}, expected 1")
-    variables = {k: _strings(v, f"[vars] {k}") for k, v in _table(content, "vars").items()}
-
-    def pattern(text: str) -> KeyPattern:
-        return compile_pattern(text, variables)
-
-    def patterns(table: str) -> tuple[KeyPattern, ...]:
-        keys = _known(content, table, ("keys",)).get("keys", [])
-        return tuple(pattern(text) for text in _strings(keys, f"[{table}] keys"))
-
-    rules = []
-    for text, words in _table(content, "modules").items():
-        rules += [Rule(pattern(text + end), k, dims) for end, k, dims in _module(text, words)]
-    for text, words in _table(content, "tensors").items():
-        rules.append(Rule(pattern(text), "tensor", _dims(_string(words, text))))
-    rules += [Rule(found, "buffer") for found in patterns("buffers")]
-    rules += [Rule(found, "drop") for found in patterns("drop")]
-    kinds = _known(content, "axis_kind", tuple(_table(content, "axes")))
-    axes = {k: _axis(k, v, kinds.get(k, "width")) for k, v in _table(content, "axes").items()}
-    aliases = {k: parse_expression(_string(v, k)) for k, v in _table(content, "alias").items()}
-    if sum(axis.kind == "depth" for axis in axes.values()) != 1:
-        raise ArchitectureError("expected one axis of kind depth")
-    rules_text = _strings(
-        _known(content, "constraints", ("rules",)).get("rules", []), "[constraints] rules"
-    )
-    head = content.get("head")
-    return Architecture(
-        name=name,
-        model_types=_strings(content.get("model_types"), "model_types"),
-        detect=tuple(map(pattern, _strings(content.get("detect", []), "detect"))),
-        axes=axes,
-        aliases=aliases,
-        constraints=tuple(_constraint(text) for text in rules_text),
-        rules=tuple(rules),
-        required=patterns("required"),
-        head=None if head is None else _head(_known(content, "head", _HEAD), variables),
-        config={k: parse_expression(_string(v, k)) for k, v in _table(content, "config").items()},
-    )
-
-
-def _module(text: str, words: object) -> list[tuple[str, str, tuple[Dim, ...]]]:
-    kind, _, shape = _string(words, text).partition(" ")
-    before, arrow, after = (part.strip() for part in shape.partition("->"))
-    if kind == "norm" and not arrow:
-        width = (_dim(f"{before}:out"),)
-        return [(end, kind, width) for end in (".weight", ".bias", ".gamma", ".beta")]
-    if not arrow or kind not in ("linear", "conv1d", "conv", "embedding"):
-        raise ArchitectureError(f"{text}: {words!r} is no module such as 'linear embed -> mlp'")
-    reads, makes = _dim(f"{before}:in"), _dim(f"{after}:out")
-    if kind == "embedding":
-        return [(".weight", kind, (_dim(before), makes))]
-    weight = {
-        "linear": (makes, reads),
-        "conv1d": (reads, makes),
-        "conv": (makes, reads, Dim(REST, None, "keep")),
-    }[kind]
-    return [(".weight", kind, weight), (".bias", kind, (makes,))]
-
-
-def _dims(words: str) -> tuple[Dim, ...]:
-    return tuple(_dim(part.strip()) for part in words.split(","))
-
-
-def _dim(text: str) -> Dim:
-    body, _, role = text.partition(":")
-    if body == REST:
-        return Dim(REST, None, "keep")
-    if role not in ("", "out", "in", "keep"):
-        raise ArchitectureError(f"{text!r}: a role is out, in or keep, not {role!r}")
-    if body == "_":
-        return _KEEP
-    kept: Role = "out" if role == "out" else "in" if role == "in" else "keep"
-    return Dim(body, parse_expression(body), kept)
-
-
-def _axis(name: str, value: object, kind: object) -> Axis:
-    if kind not in ("width", "depth", "frozen"):
-        raise ArchitectureError(f"[axis_kind] {name}: {kind!r} is not width, depth or frozen")
-    texts = _strings([value] if isinstance(value, str) else value, f"[axes] {name}")
-    sources = tuple(parse_expression(text[1:]) if text.startswith("=") else text for text in texts)
-    known: Kind = "width" if kind == "width" else "depth" if kind == "depth" else "frozen"
-    return Axis(name, known, sources)
-
-
-def _constraint(text: str) -> tuple[str, Expression, Expression]:
-    left, equals, right = text.partition("==")
-    if not equals:
-        raise ArchitectureError(f"[constraints] {text!r}: expected 'a == b'")
-    return text, parse_expression(left), parse_expression(right)
-
-
-def _head(table: Mapping[str, object], variables: Mapping[str, tuple[str, ...]]) -> Head:
-    def pattern(entry: str, suffix: str = "") -> KeyPattern:
-        return compile_pattern(_string(table.get(entry), f"[head] {entry}") + suffix, variables)
-
-    readers = _strings(table.get("readers", []), "[head] readers")
-    return Head(
-        norm=pattern("norm", ".*"),
-        embed=pattern("embed"),
-        head=pattern("head"),
-        readers=tuple(compile_pattern(text, variables) for text in readers),
-        classes=_strings(table.get("classes", []), "[head] classes"),
-    )
-
-
-def _table(content: Mapping[str, object], name: str) -> Mapping[str, object]:
-    table = content.get(name, {})
-    if not isinstance(table, dict):
-        raise ArchitectureError(f"[{name}] is no table")
-    return table
-
-
-def _known(
-    content: Mapping[str, object], name: str, entries: tuple[str, ...]
-) -> Mapping[str, object]:
-    """A table that has no other entries than these."""
-    table = _table(content, name)
-    unknown = [entry for entry in table if entry not in entries]
-    if unknown:
-        raise ArchitectureError(
-            f"[{name}]: unknown entry {unknown[0]!r}", hint=f"known: {', '.join(entries)}"
-        )
-    return table
-
-
-def _strings(value: object, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise ArchitectureError(f"{where}: expected a list of strings, found {value!r}")
-    return tuple(value)
-
-
-def _string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise ArchitectureError(f"{where}: expected a string, found {value!r}")
-    return value
+    def expanded(self, name: str) -> Expression | None:
+        """What an alias stands for."""
+        return self.aliases.get(name)

@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
+SPACES = {
+    "hidden": "The hidden size",
+    "heads": "Query heads",
+    "kv-heads": "Key and value heads",
+    "mlp": "Intermediate sizes",
+    "experts": "The number of experts",
+    "layers": "The number of layers",
+}
 
 
 class _Commands(click.Group):
@@ -86,9 +94,32 @@ def _resize_options(command: Command) -> Command:
             "--rule", type=click.Choice(RULES), default="exact", show_default=True,
             help="reference: the original tools' factor 2 or 0.5 on embeddings.",
         ),
+        *(
+            click.option(f"--{name}", metavar="R", help=f"{what} alone: a factor, =SIZE or groups.")
+            for name, what in SPACES.items()
+        ),
+        click.option(
+            "--axis", "axes", multiple=True, metavar="NAME=R",
+            help="Any one axis that `inspect` lists: NAME=2, NAME==768 or NAME=[[0,1],...].",
+        ),
+        click.option(
+            "--kv-merge", type=click.Choice(("mean", "first")), default="mean", show_default=True,
+            help="What merged kv heads become.",
+        ),
+        click.option("--untie", is_flag=True, help="Give a tied head a tensor of its own."),
     )):  # fmt: skip
         command = option(command)
     return command
+
+
+def _growth_options(command: Command) -> Command:
+    command = click.option(
+        "--head-dim", type=int, metavar="N", help="New size of a head, where positions are rotary."
+    )(command)
+    return click.option(
+        "--new-layers", type=click.Choice(("copy", "zero")), default="copy", show_default=True,
+        help="zero: layers that are added write nothing at first, so nothing changes.",
+    )(command)  # fmt: skip
 
 
 def _blend_options(command: Command) -> Command:
@@ -125,7 +156,18 @@ def _open(source: str, config: str | None, arch: str | None) -> "LazyCheckpoint"
 
 
 def _coalesced(source: "LazyCheckpoint", options: Mapping[str, Any]) -> "LazyCheckpoint":
-    return source.coalesce(**options)
+    return source.coalesce(**_with_axes(options))
+
+
+def _with_axes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with each --axis NAME=R taken apart."""
+    axes = {}
+    for text in options["axes"]:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise click.UsageError(f"--axis {text}: expected NAME=R, such as moe_mlp=2")
+        axes[name] = value
+    return {**options, "axes": axes}
 
 
 def _decoalesced(
@@ -139,10 +181,10 @@ def _decoalesced(
     if blend_with is None:
         if alpha is not None:
             raise click.UsageError("--alpha needs --blend-with BIG")
-        return source.decoalesce(**options)
+        return source.decoalesce(**_with_axes(options))
     big = api.open(blend_with)
     target = options["target"] or big
-    grown = source.decoalesce(**{**options, "target": target})
+    grown = source.decoalesce(**_with_axes({**options, "target": target}))
     return grown.interpolate(big, alpha=0.5 if alpha is None else alpha)
 
 
@@ -235,6 +277,7 @@ def coalesce(
 @click.argument("source", metavar="SRC")
 @click.argument("output", metavar="OUT")
 @_resize_options
+@_growth_options
 @_blend_options
 @_source_options
 @_output_options
@@ -315,6 +358,7 @@ def plan_coalesce(
 @click.argument("source", metavar="SRC")
 @click.argument("output", metavar="[OUT]", required=False)
 @_resize_options
+@_growth_options
 @_blend_options
 @_source_options
 @_json_option

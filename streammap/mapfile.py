@@ -42,7 +42,9 @@ class Level:
     """The merging maps between one model and the next smaller one."""
 
     merging: Mapping[str, AxisMap]
-    """Axis or alias -> F (small x large); the depth axis under "layer"."""
+    """Axis or alias -> F (small x large)."""
+    filled: frozenset[str] = frozenset()
+    """Axes whose uncovered units are empty ones, for which norms are compensated."""
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -56,6 +58,8 @@ class Level:
         for name, m in sorted(self.merging.items()):
             found.update(f"{name} {m.n_out} {m.n_in} ".encode())
             found.update(_content_of(m))
+        if self.filled:
+            found.update(" ".join(sorted(self.filled)).encode())
         return found.hexdigest()
 
 
@@ -116,7 +120,8 @@ def encode(levels: tuple[Level, ...]) -> bytes:
                 specs.append((f"{i}.{name}.{suffix}", spec))
                 chunks.append(content)
         sizes = {name: list(pair) for name, pair in sorted(level.sizes.items())}
-        about.append({"axes": axes, "sizes": sizes})
+        entry: dict[str, object] = {"axes": axes, "sizes": sizes}
+        about.append({**entry, "filled": sorted(level.filled)} if level.filled else entry)
     text = {"format": "pt", "streammap": json.dumps({"version": 1, "levels": about})}
     return header.encode(specs, text) + b"".join(chunks)
 
@@ -177,7 +182,10 @@ def _level(
         places, values = (tensors.tensor(f"{i}.{name}.{part}") for part in ("places", "values"))
         merging[name] = _block_map(places, values, small // block, large // block, block)
     sizes = {name: (_count(a), _count(b)) for name, (a, b) in entry["sizes"].items()}
-    level = Level(merging)
+    filled = entry.get("filled", [])
+    if not isinstance(filled, list) or not all(name in merging for name in filled):
+        raise ValueError(f"filled axes {filled!r} have no maps")
+    level = Level(merging, frozenset(filled))
     if sizes != level.sizes:
         raise ValueError(f"sizes {sizes} are not those of the maps, {level.sizes}")
     return level

@@ -157,7 +157,7 @@ class _Mapper:
         if sizes is None:
             return self._groups
         own = self._result.sizes
-        depth_axis = self._result.plan.model.architecture.depth_axis
+        depth_axis = self._result.plan.model.architecture.depth_axes[0]
         width, depth = self._groups.width, self._groups.depth
         heads = sorted((own["heads"], sizes.get("heads", own["heads"])))
         layers = sorted((own[depth_axis], sizes.get(depth_axis, own[depth_axis])))

@@ -133,10 +133,31 @@ def identity(n: int, *, block: int = 1) -> BlockMap:
     return BlockMap(tuple(((i, 1.0),) for i in range(n)), n, block)
 
 
-def merging(groups: Sequence[Sequence[int]], n_large: int, *, block: int = 1) -> BlockMap:
-    """F of a scheme: row i is the mean of the blocks in groups[i]."""
-    rows = tuple(tuple((j, 1.0 / len(group)) for j in group) for group in groups)
+def merging(
+    groups: Sequence[Sequence[int]],
+    n_large: int,
+    *,
+    block: int = 1,
+    weights: Sequence[Sequence[float]] | None = None,
+) -> BlockMap:
+    """F of a scheme: row i is the mean of the blocks in groups[i], weighted where weights are given.
+
+    A member of weight 0 gives nothing to the mean, but belongs to the group on the way back.
+    """
+    if weights is None:
+        rows = tuple(tuple((j, 1.0 / len(group)) for j in group) for group in groups)
+    else:
+        rows = tuple(
+            tuple(zip(group, parts, strict=True))
+            for group, parts in zip(groups, weights, strict=True)
+        )
     return BlockMap(rows, n_large, block)
+
+
+def first_of(m: BlockMap) -> BlockMap:
+    """The map that takes the first of each group instead of their mean."""
+    rows = tuple(tuple((j, 0.0 if at else 1.0) for at, (j, _) in enumerate(row)) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
 
 
 def transposed(m: AxisMap) -> AxisMap:
@@ -151,14 +172,15 @@ def transposed(m: AxisMap) -> AxisMap:
 
 
 def row_normalized(m: AxisMap) -> AxisMap:
-    """Each row divided by its sum; a row that sums to 0 stays as it is."""
+    """Each row divided by its sum; members of a row that sums to 0 count alike."""
     if isinstance(m, DenseMap):
         sums = m.matrix.sum(dim=1, keepdim=True)
         return DenseMap(m.matrix / sums.masked_fill(sums == 0, 1.0))
     rows = []
     for row in m.rows:
         total = sum(value for _, value in row)
-        rows.append(tuple((j, value / total) for j, value in row) if total else row)
+        alike = 1.0 / len(row) if row else 0.0
+        rows.append(tuple((j, value / total if total else alike) for j, value in row))
     return BlockMap(tuple(rows), m.n_in_blocks, m.block)
 
 
@@ -173,7 +195,14 @@ def pair_of(m: AxisMap) -> MapPair:
     in(M) = rownorm(M^T) stands at the right of a weight; seen as a map of the read dimension it is
     the transpose of that.
     """
-    return MapPair(m, transposed(row_normalized(transposed(m))))
+    return MapPair(_without_zeros(m), transposed(row_normalized(transposed(m))))
+
+
+def _without_zeros(m: AxisMap) -> AxisMap:
+    if isinstance(m, DenseMap) or all(value for row in m.rows for _, value in row):
+        return m
+    rows = tuple(tuple((j, value) for j, value in row if value) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
 
 
 def scaled(m: AxisMap, factor: float) -> AxisMap:

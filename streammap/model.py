@@ -1,28 +1,26 @@
 """A checkpoint as its architecture spec sees it: sizes of the axes, tensors by family.
 
-Each key must match exactly one rule, each dimension must equal its expression, and each layer must
-have what the others have; else the checkpoint is refused, with the nearest patterns named.
+Each key must match exactly one rule, each dimension must equal its expression, and layers of one
+kind must have the same tensors; else the checkpoint is refused, with the nearest patterns named.
 """
 
 import difflib
 import itertools
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from streammap import architecture as architectures
-from streammap import pattern, sizes
-from streammap.architecture import Architecture, Dim, Rule
+from streammap import catalogue, configfields, layers, pattern, quantized, sizes
+from streammap import expression as expressions
+from streammap.architecture import Architecture, Depth, Dim, Head, Rule
 from streammap.errors import ArchitectureError, CheckpointError, some
-from streammap.pattern import Expression
+from streammap.expression import Expression, Name
+from streammap.pattern import KeyPattern, first_match
 from streammap.spec import TensorSpec
 
-_MAX_SIZE = 2**40
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Family:
-    """The tensors that one rule describes under one name, over all layers."""
+    """The tensors that one rule describes under one name, over all layers and experts."""
 
     rule: Rule
     name: str
@@ -43,34 +41,78 @@ class Family:
             found = found.replace(f"{{{index}}}", str(value))
         return found
 
+    def index_expression(self, index: str) -> Expression:
+        """What an index counts: an axis, or an expression of its own."""
+        return self.rule.pattern.counts.get(index, Name(index))
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiedHead:
+    """A head that shares the embedding's tensor, at its place in a checkpoint."""
+
+    head: Head
+    norm: tuple[KeyPattern, ...]
+    """Of the head's norms, the one that is there; empty where none is."""
+
+    def feeds(self, key: str, n_last: Mapping[str, int]) -> bool:
+        """Whether the tensor `key` belongs to the norm before the head.
+
+        Args:
+            n_last: Depth axis -> its last layer.
+        """
+        for found in self.norm:
+            values = found.match(key)
+            if values is not None:
+                return all(values[name] == n_last.get(name) for name in found.last)
+        return False
+
+    def is_head(self, key: str) -> bool:
+        """Whether `key` is the head's own tensor (a copy of the embedding)."""
+        return first_match(self.head.head, key) is not None
+
+    def is_embedding(self, key: str) -> bool:
+        """Whether `key` is the tensor that the head shares."""
+        return first_match(self.head.embed, key) is not None
+
+    def reads(self, key: str) -> bool:
+        """Whether `key` also reads what the norm makes."""
+        return first_match(self.head.readers, key) is not None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """A resolved checkpoint."""
 
     architecture: Architecture
+    config: Mapping[str, object]
     sizes: Mapping[str, int]
     """Axis -> size, for each axis whose size is known."""
     families: tuple[Family, ...]
-    tied: bool
-    """Whether the head shares the embedding's tensor."""
+    tied_heads: tuple[TiedHead, ...]
+
+    @property
+    def tied(self) -> bool:
+        """Whether a head shares the embedding's tensor."""
+        return bool(self.tied_heads)
 
     @property
     def n_layers(self) -> int:
-        """Layers, by config.json."""
-        return self.sizes[self.architecture.depth_axis]
+        """Layers of the first depth axis, by config.json."""
+        return self.sizes[self.architecture.depth_axes[0]]
 
     def size(self, expression: Expression) -> int:
         """The value of a dimension expression."""
-        return self._evaluate(expression)
 
-    def _evaluate(self, expression: Expression) -> int:
         def value_of(name: str) -> int:
-            if name in self.architecture.aliases:
-                return self._evaluate(self.architecture.aliases[name])
-            return self.sizes[name]
+            alias = self.architecture.aliases.get(name)
+            return self.size(alias) if alias is not None else self.sizes[name]
 
-        return pattern.evaluate(expression, value_of, _no_calls)
+        return expressions.evaluate(expression, value_of, _no_calls)
+
+    def kinds(self, axis: str) -> tuple[layers.Kind, ...]:
+        """What config.json says of each layer of a depth axis."""
+        depth = self.architecture.depth.get(axis, Depth())
+        return layers.kinds(depth, self.config, self.sizes[axis])
 
 
 def resolve(
@@ -83,40 +125,48 @@ def resolve(
 
     Args:
         specs: Key -> dtype and shape.
-        name: The spec to take, where the checkpoint doesn't tell.
+        name: The spec to take, where the checkpoint doesn't tell: a name, or a file (*.toml).
 
     Raises:
         ArchitectureError: no spec serves it.
-        CheckpointError: a key that no rule knows, a missing tensor, a shape that does not fit.
+        CheckpointError: a key that no rule knows, a missing tensor, a shape that does not fit, a
+            quantised checkpoint.
     """
-    spec = _find(specs, config, name)
+    quantized.check(specs, config or {})
+    spec = find(specs, config, name)
     found = sizes.read(spec, config or {}, specs)
-    families = _families(spec, specs)
-    model = Model(spec, found, families, _is_tied(spec, specs, config or {}))
+    families = _families(spec, specs, config or {})
+    heads = tuple(
+        tied for head in spec.heads if (tied := _tied(head, specs, config or {})) is not None
+    )
+    model = Model(spec, config or {}, found, families, heads)
     _check_shapes(model, specs)
     _check_complete(model)
     return model
 
 
-def _no_calls(function: str, arguments: tuple[str, ...]) -> int:
-    raise ArchitectureError(f"{function}({', '.join(arguments)}) can't stand in a dimension")
-
-
-def _find(
+def find(
     specs: Mapping[str, TensorSpec], config: Mapping[str, object] | None, name: str | None
 ) -> Architecture:
+    """The spec that serves a checkpoint.
+
+    Raises:
+        ArchitectureError: there is none; the hint says how to get one.
+    """
+    fields = config or {}
     if name is not None:
-        return architectures.load(name)
-    model_type = (config or {}).get("model_type")
+        return catalogue.load(name, fields)
+    model_type = fields.get("model_type")
     if model_type is not None:
-        found = architectures.for_model_type(str(model_type))
+        found = catalogue.for_model_type(str(model_type), fields)
         if found is None:
             raise ArchitectureError(
                 f"no architecture spec serves model_type {str(model_type)[:80]!r}",
-                hint=f"there are {', '.join(architectures.names())}; --arch names one",
+                hint="`streammap spec infer CHECKPOINT > mine.toml` writes one (needs transformers), "
+                "--arch mine.toml uses it; `streammap architectures` lists those there are",
             )
         return found
-    found = architectures.for_keys(specs)
+    found = catalogue.for_keys(specs, fields)
     if found is None:
         what = "config.json has no model_type" if config is not None else "there is no config.json"
         raise ArchitectureError(
@@ -126,52 +176,68 @@ def _find(
     return found
 
 
-def _families(spec: Architecture, specs: Mapping[str, TensorSpec]) -> tuple[Family, ...]:
+def _no_calls(function: str, arguments: tuple[str, ...]) -> int:
+    raise ArchitectureError(f"{function}({', '.join(arguments)}) can't stand in a dimension")
+
+
+def _families(
+    spec: Architecture, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
+) -> tuple[Family, ...]:
     """Match every key. Candidates are found once per key shape, so the cost is linear in keys."""
     candidates: dict[str, tuple[Rule, ...]] = {}
-    found: dict[str, tuple[Rule, dict[tuple[int, ...], str], int]] = {}
+    found: dict[tuple[int, str], tuple[Rule, dict[tuple[int, ...], str], int]] = {}
     unknown = []
     for key, tensor in specs.items():
         shape = pattern.INDEX.sub("0", key)
         if shape not in candidates:
-            candidates[shape] = tuple(r for r in spec.rules if _could_match(r, key, shape))
+            candidates[shape] = tuple(r for r in spec.rules if r.pattern.loose.fullmatch(shape))
         matches = [
             (rule, values)
             for rule in candidates[shape]
-            if (values := rule.pattern.match(key)) is not None
+            if (values := rule.pattern.match(key)) is not None and _applies(rule, values, config)
         ]
         if not matches:
             unknown.append(key)
             continue
-        rule, values = matches[0]
-        if len(matches) > 1:
+        lowest = min(rule.generation for rule, _ in matches)
+        own = [match for match in matches if match[0].generation == lowest]
+        rule, values = own[0]
+        if len(own) > 1:
             raise ArchitectureError(
-                f"{spec.name}.toml: {key} matches {rule.pattern.text} and "
-                f"{matches[1][0].pattern.text}"
+                f"{spec.name}.toml: {key} matches {rule.pattern.text} and {own[1][0].pattern.text}"
             )
-        name = _family_name(key, rule, values)
-        entry = found.setdefault(name, (rule, {}, len(tensor.shape)))
+        name = _family_name(key, rule)
+        entry = found.setdefault((id(rule), name), (rule, {}, len(tensor.shape)))
         entry[1][tuple(values[index] for index in rule.pattern.indices)] = key
     if unknown:
         _refuse_unknown(spec, unknown)
     return tuple(
         Family(rule, name, members, _dims(rule, name, rank))
-        for name, (rule, members, rank) in found.items()
+        for (_, name), (rule, members, rank) in found.items()
     )
 
 
-def _could_match(rule: Rule, key: str, shape: str) -> bool:
-    return rule.pattern.match(key) is not None or rule.pattern.match(shape) is not None
+def _applies(rule: Rule, values: Mapping[str, int], config: Mapping[str, object]) -> bool:
+    """Whether the layer of a key is one that the rule is for."""
+    for condition in rule.when:
+        listed = configfields.field_value(config, condition.field)
+        at = values.get(condition.axis)
+        known = isinstance(listed, list) and at is not None and at < len(listed)
+        same = known and str(listed[at]) == condition.value
+        if same == condition.negated:
+            return False
+    return True
 
 
-def _family_name(key: str, rule: Rule, values: Mapping[str, int]) -> str:
-    if not values:
+def _family_name(key: str, rule: Rule) -> str:
+    indices = rule.pattern.indices
+    if not indices:
         return key
     found = rule.pattern.regex.fullmatch(key)
     assert found is not None
     name = key
-    for index in sorted(values, key=lambda index: -found.start(index)):
-        name = f"{name[: found.start(index)]}{{{index}}}{name[found.end(index) :]}"
+    for at in sorted(range(len(indices)), key=lambda at: -found.start(at + 1)):
+        name = f"{name[: found.start(at + 1)]}{{{indices[at]}}}{name[found.end(at + 1) :]}"
     return name
 
 
@@ -187,7 +253,7 @@ def _dims(rule: Rule, name: str, rank: int) -> tuple[Dim, ...]:
 
 
 def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
-    rendered = {_sample(rule): rule.pattern.text for rule in spec.rules}
+    rendered = {pattern.sample(rule.pattern): rule.pattern.text for rule in spec.rules}
     near = difflib.get_close_matches(pattern.INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3)
     told = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
     raise CheckpointError(
@@ -197,29 +263,31 @@ def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
     )
 
 
-def _sample(rule: Rule) -> str:
-    """A pattern's text as a key might look, for the search of near ones."""
-    text = re.sub(r"\{\w+:([^|}]*)[^}]*\}", r"\1", rule.pattern.text)
-    text = text.replace("{L}", "encoder.layer.0.").replace("{layer}", "0")
-    return re.sub(r"\{\w+\}", "", text)
-
-
-def _is_tied(
-    spec: Architecture, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
-) -> bool:
-    """Whether there is a head that shares the embedding, by the file or by config.json.
+def _tied(
+    head: Head, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
+) -> TiedHead | None:
+    """The head, where it shares the embedding, by the file or by config.json.
 
     A head tensor beside `tie_word_embeddings: true` is a copy; it is treated as tied, which is
     right whether the loader ties it or not.
     """
-    head = spec.head
-    if head is None or not any(head.norm.match(key) is not None for key in specs):
-        return False
     classes = config.get("architectures")
     if isinstance(classes, list) and not head.is_in(str(name) for name in classes):
-        return False
-    has_tensor = any(head.head.match(key) is not None for key in specs)
-    return not has_tensor or config.get("tie_word_embeddings", True) is not False
+        return None
+    norm = next(
+        (n for n in head.norms if any(first_match(n, k) is not None for k in specs)), ()
+    )
+    if head.norms and not norm and not (isinstance(classes, list) and head.classes):
+        return None
+    if not any(first_match(head.embed, key) is not None for key in specs):
+        return None
+    has_tensor = any(first_match(head.head, key) is not None for key in specs)
+    if not has_tensor:
+        return TiedHead(head, norm)
+    flag = configfields.field_value(config, f"{head.path}tie_word_embeddings")
+    if flag is None:
+        flag = config.get("tie_word_embeddings", head.is_tied)
+    return TiedHead(head, norm) if flag is not False else None
 
 
 def _check_shapes(model: Model, specs: Mapping[str, TensorSpec]) -> None:
@@ -254,27 +322,16 @@ def _expected(model: Model, family: Family, dim: Dim) -> int | None:
 
 
 def _check_complete(model: Model) -> None:
-    depth, n_layers = model.architecture.depth_axis, model.n_layers
     missing: list[str] = []
-    surplus: list[str] = []
     n_missing = 0
-    for family in model.families:
-        if family.indices != (depth,):
-            continue
-        lacking = ((i,) for i in range(n_layers) if (i,) not in family.members)
-        missing += [family.key(values) for values in itertools.islice(lacking, 3)]
-        n_missing += n_layers - sum(i < n_layers for (i,) in family.members)
-        surplus += [key for (i,), key in family.members.items() if i >= n_layers]
-    if surplus:
-        raise CheckpointError(
-            f"{surplus[0]}: config.json says {n_layers} layers (0 to {n_layers - 1}); "
-            f"{len(surplus)} tensors are of later ones",
-            hint="is this config.json the checkpoint's own?",
-        )
-    for required in model.architecture.required:
-        if not any(required.match(k) is not None for f in model.families for k in _some(f)):
-            missing.append(_sample(Rule(required, "tensor")))
-            n_missing += 1
+    for axis in model.architecture.depth_axes:
+        _check_surplus(model, axis)
+        found = list(_missing(model, axis))
+        missing += found[:3]
+        n_missing += len(found)
+    for required in _unmet(model):
+        missing.append(required)
+        n_missing += 1
     if missing:
         told = ", ".join(missing[:3])
         if n_missing > 3:
@@ -285,6 +342,64 @@ def _check_complete(model: Model) -> None:
         )
 
 
-def _some(family: Family) -> Iterable[str]:
-    """One key of a family: enough to know which rule it is."""
-    return (next(iter(family.members.values())),)
+def _unmet(model: Model) -> Iterable[str]:
+    """Required patterns that no family fits; alternatives of one text count as one."""
+    by_text: dict[str, list[KeyPattern]] = {}
+    for required in model.architecture.required:
+        by_text.setdefault(required.text, []).append(required)
+    for patterns in by_text.values():
+        keys = (next(iter(family.members.values())) for family in model.families)
+        if not any(first_match(patterns, key) is not None for key in keys):
+            yield pattern.sample(patterns[0])
+
+
+def _check_surplus(model: Model, axis: str) -> None:
+    n_layers = model.sizes[axis]
+    depth = model.architecture.depth.get(axis)
+    tail = 0
+    if depth is not None and depth.tail is not None:
+        value = configfields.field_value(model.config, depth.tail)
+        # Checkpoints with such a tail exist whose config.json doesn't count it.
+        tail = value if isinstance(value, int) and value > 0 else 1
+    surplus = [
+        key
+        for family in model.families
+        if axis in family.indices
+        for values, key in family.members.items()
+        if values[family.indices.index(axis)] >= n_layers + tail
+    ]
+    if surplus:
+        raise CheckpointError(
+            f"{surplus[0]}: config.json says {n_layers} layers (0 to {n_layers - 1}); "
+            f"{len(surplus)} tensors are of later ones",
+            hint="is this config.json the checkpoint's own?",
+        )
+
+
+def _missing(model: Model, axis: str) -> Iterable[str]:
+    """Keys that layers lack and others of their kind have."""
+    kinds = model.kinds(axis)
+    members: dict[layers.Kind, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        members.setdefault(kind, []).append(i)
+    for family in model.families:
+        if axis not in family.indices or family.rule.kind == "drop":
+            continue
+        at = family.indices.index(axis)
+        rests: dict[tuple[int, ...], set[int]] = {}
+        for values in family.members:
+            rests.setdefault((*values[:at], *values[at + 1 :]), set()).add(values[at])
+        for rest, there in rests.items():
+            for same in members.values():
+                if there.isdisjoint(same):
+                    continue
+                lacking = (i for i in same if i not in there)
+                yield from (family.key((*rest[:at], i, *rest[at:])) for i in lacking)
+    held = {
+        values[family.indices.index(axis)]
+        for family in model.families
+        if axis in family.indices
+        for values in family.members
+    }
+    empty = (i for i in range(len(kinds)) if i not in held)
+    yield from (f"layer {i} of {axis}" for i in itertools.islice(empty, 3))

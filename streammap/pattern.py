@@ -1,253 +1,172 @@
-"""The small languages of an architecture spec.
+"""Key patterns: "{L}attention.{p:query|key}.weight".
 
-Key patterns     "{L}attention.{p:query|key}.weight", where
     {name}       one of the alternatives of the spec's [vars], or an index when it has none
     {name:a|b}   one of the alternatives a, b
+    {name@size}  an index that counts to the expression `size`
+    {name=last}  an index, only where it is the last
     *            anything
 
-Expressions      "3*q", "q+2*kv", "heads*3*head_dim", "kv_heads*(q_group+2)*head_dim"
-    A product is ordered, slowest first; a sum is a concatenation: together they say how a
-    dimension is laid out in storage. `evaluate` also takes "-", "/" and function calls, for sizes.
+A variable whose alternatives hold indices makes several patterns of one text.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from streammap.errors import ArchitectureError
+from streammap.expression import Expression, parse_expression
 
 INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 """A part of a key that is a number: a layer, an expert."""
-_MAX_ALTERNATIVES = 4096
-_MAX_BRACKETS = 32
+_PIECE = re.compile(r"(\{[^{}]*\}|\*)")
+_LITERAL = re.compile(r"(?<=[.|:])\d+(?=[\\|)]|$)")
+_NUMBER = "0|[1-9][0-9]{0,8}"
+_MAX_LENGTH = 4096
+_MAX_PATTERNS = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class KeyPattern:
     """A compiled key pattern."""
 
     text: str
     """As the spec has it."""
     regex: re.Pattern[str]
-    """Named groups are the indices."""
     indices: tuple[str, ...]
+    """Names of the indices, in the order of the regex' groups; dotted inside an included spec."""
+    counts: Mapping[str, Expression]
+    """Index -> how many there are, for those that are no axis."""
+    last: tuple[str, ...]
+    """Indices of which only the last counts."""
+    loose: re.Pattern[str]
+    """The regex with any number in place of each number of the text."""
 
     def match(self, key: str) -> dict[str, int] | None:
         """The index values in `key`, or None where the pattern doesn't fit."""
         found = self.regex.fullmatch(key)
         if found is None:
             return None
-        return {name: int(found[name]) for name in self.indices}
+        return {name: int(value) for name, value in zip(self.indices, found.groups(), strict=True)}
 
 
-def compile_pattern(text: str, variables: Mapping[str, Sequence[str]]) -> KeyPattern:
-    """Compile one key pattern; `variables` are the alternatives of [vars].
+def first_match(patterns: Iterable[KeyPattern], key: str) -> dict[str, int] | None:
+    """The index values in `key` by the first pattern that fits it."""
+    for pattern in patterns:
+        values = pattern.match(key)
+        if values is not None:
+            return values
+    return None
+
+
+def sample(found: KeyPattern) -> str:
+    """A key that a pattern fits: the first of each alternatives, indices 0."""
+    text = re.sub(r"\(\?P<i\d+>[^)]*\)", "0", found.regex.pattern)
+    while "(?:" in text:
+        text = re.sub(r"\(\?:([^()|]*)[^()]*\)", r"\1", text)
+    return text.replace("\\", "")
+
+
+def compile_patterns(
+    text: str, variables: Mapping[str, Sequence[str]], *, scope: str = ""
+) -> tuple[KeyPattern, ...]:
+    """Compile a key pattern; `variables` are the alternatives of [vars].
+
+    Args:
+        scope: What the names of indices begin with: "text." inside an included spec.
 
     Raises:
         ArchitectureError: unbalanced braces, or variables that expand without an end.
     """
-    indices: list[str] = []
-    regex = _regex(text, variables, indices, depth=0)
-    return KeyPattern(text, re.compile(regex), tuple(indices))
+    expanded = _expanded(text, text, variables)
+    return tuple(_compiled(text, one, variables, scope) for one in expanded)
 
 
-def _regex(
-    text: str, variables: Mapping[str, Sequence[str]], indices: list[str], *, depth: int
-) -> str:
-    if depth > 8 or len(text) > _MAX_ALTERNATIVES:
+def _expanded(text: str, whole: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
+    """`text` without variables that hold indices: one text for each of their alternatives."""
+    if len(text) > _MAX_LENGTH:
+        raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
+    for piece in _PIECE.findall(text):
+        name = piece[1:-1]
+        if name in variables and any(_has_index(a, variables, 0) for a in variables[name]):
+            found: list[str] = []
+            for alternative in variables[name]:
+                found += _expanded(text.replace(piece, alternative, 1), whole, variables)
+                if len(found) > _MAX_PATTERNS:
+                    raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
+            return found
+    return [text]
+
+
+def _has_index(text: str, variables: Mapping[str, Sequence[str]], depth: int) -> bool:
+    if depth > 8:
         raise ArchitectureError(f"pattern {text[:80]!r}: [vars] expand without an end")
+    for piece in _PIECE.findall(text):
+        name = piece[1:-1]
+        if piece == "*" or ":" in name:
+            continue
+        if name not in variables:
+            return True
+        if any(_has_index(a, variables, depth + 1) for a in variables[name]):
+            return True
+    return False
+
+
+def _compiled(
+    whole: str, text: str, variables: Mapping[str, Sequence[str]], scope: str
+) -> KeyPattern:
+    indices: list[str] = []
+    counts: dict[str, Expression] = {}
+    last: list[str] = []
     parts: list[str] = []
-    for piece in re.split(r"(\{[^{}]*\}|\*)", text):
+    for piece in _PIECE.split(text):
         if piece == "*":
             parts.append(".*")
-        elif piece.startswith("{") and piece.endswith("}"):
-            parts.append(_braces(piece[1:-1], variables, indices, depth=depth))
-        elif "{" in piece or "}" in piece:
-            raise ArchitectureError(f"pattern {text!r}: unbalanced braces")
-        else:
+        elif not piece.startswith("{"):
+            if "{" in piece or "}" in piece:
+                raise ArchitectureError(f"pattern {whole!r}: unbalanced braces")
             parts.append(re.escape(piece))
-    return "".join(parts)
+        elif ":" in piece or piece[1:-1] in variables:
+            parts.append(_alternatives(piece, variables, whole, depth=0))
+        else:
+            name, at, size = piece[1:-1].partition("@")
+            name, equals, which = name.partition("=")
+            if not name.isidentifier() or (equals and which != "last"):
+                raise ArchitectureError(f"pattern {piece}: not a name")
+            name = scope + name
+            if name in indices:
+                parts.append(f"(?P=i{indices.index(name)})")
+                continue
+            parts.append(f"(?P<i{len(indices)}>{_NUMBER})")
+            indices.append(name)
+            if at:
+                counts[name] = parse_expression(size)
+            if which:
+                last.append(name)
+    regex = "".join(parts)
+    loose = re.compile(_LITERAL.sub(r"\\d+", regex))
+    return KeyPattern(whole, re.compile(regex), tuple(indices), counts, tuple(last), loose)
 
 
-def _braces(
-    inside: str, variables: Mapping[str, Sequence[str]], indices: list[str], *, depth: int
+def _alternatives(
+    piece: str, variables: Mapping[str, Sequence[str]], whole: str, *, depth: int
 ) -> str:
-    name, colon, choices = inside.partition(":")
+    """A piece in braces that holds no index, as a regex."""
+    if depth > 8:
+        raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
+    name, colon, choices = piece[1:-1].partition(":")
     if colon:
         return f"(?:{'|'.join(re.escape(choice) for choice in choices.split('|'))})"
-    if name in variables:
-        # Every alternative holds the same indices; count them once.
-        expanded: list[str] = []
-        found: list[str] = []
-        for position, alternative in enumerate(variables[name]):
-            own: list[str] = []
-            regex = _regex(alternative, variables, own, depth=depth + 1)
-            if position == 0:
-                found = own
-            elif own != found:
-                raise ArchitectureError(f"[vars] {name}: alternatives with different indices")
-            expanded.append(regex)
-        if set(found) & set(indices):
-            raise ArchitectureError(f"pattern {{{name}}}: its index stands in the pattern already")
-        indices.extend(found)
-        if not found:
-            return f"(?:{'|'.join(expanded)})"
-        if len(expanded) > 1:
-            # Two groups of one name are not allowed in a regex: share the index.
-            return _shared_index(name, expanded, found)
-        return expanded[0]
-    if name in indices:
-        return f"(?P={name})"
-    if not name.isidentifier():
-        raise ArchitectureError(f"pattern {{{inside}}}: not a name")
-    indices.append(name)
-    return f"(?P<{name}>0|[1-9][0-9]{{0,8}})"
-
-
-def _shared_index(name: str, expanded: Sequence[str], found: Sequence[str]) -> str:
-    if len(found) != 1:
-        raise ArchitectureError(f"[vars] {name}: several alternatives with several indices")
-    group = f"(?P<{found[0]}>0|[1-9][0-9]{{0,8}})"
-    sides = [regex.split(group) for regex in expanded]
-    if any(len(side) != 2 for side in sides):
-        raise ArchitectureError(f"[vars] {name}: an index that stands twice")
-    tails = {side[1] for side in sides}
-    if len(tails) != 1:
-        raise ArchitectureError(f"[vars] {name}: alternatives must end alike after the index")
-    return f"(?:{'|'.join(side[0] for side in sides)}){group}{tails.pop()}"
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """An axis or alias by name."""
-
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A literal."""
-
-    value: int
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """Two expressions under one operator."""
-
-    operator: Literal["+", "-", "*", "/"]
-    left: "Expression"
-    right: "Expression"
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A function of the evaluator's, with its arguments as they were written."""
-
-    function: str
-    arguments: tuple[str, ...]
-
-
-Expression = Name | Number | Operation | Call
-
-_TOKEN = re.compile(r"\s*(?:(\d+)|([A-Za-z_]\w*)(\([^()]*\))?|([-+*/()]))")
-
-
-def parse_expression(text: str) -> Expression:
-    """Parse a dimension or size expression.
-
-    Raises:
-        ArchitectureError: anything that is not one.
-    """
-    tokens = _tokens(text)
-    tree, rest = _sum(tokens, 0, text)
-    if rest != len(tokens):
-        raise ArchitectureError(f"expression {text!r}: {tokens[rest]!r} is out of place")
-    return tree
-
-
-def _tokens(text: str) -> list[str]:
-    tokens: list[str] = []
-    position = 0
-    stripped = text.rstrip()
-    if len(stripped) > 400:
-        raise ArchitectureError(f"expression of {len(stripped)} characters, at most 400")
-    while position < len(stripped):
-        found = _TOKEN.match(stripped, position)
-        if found is None:
-            raise ArchitectureError(f"expression {text!r}: can't read {stripped[position:]!r}")
-        tokens.append(found[0].strip())
-        position = found.end()
-    if tokens.count("(") > _MAX_BRACKETS:
-        raise ArchitectureError(f"expression {text[:40]!r}: more than {_MAX_BRACKETS} brackets")
-    return tokens
-
-
-def _sum(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
-    tree, at = _product(tokens, at, text)
-    while at < len(tokens) and tokens[at] in "+-":
-        operator = tokens[at]
-        right, at = _product(tokens, at + 1, text)
-        tree = Operation("+" if operator == "+" else "-", tree, right)
-    return tree, at
-
-
-def _product(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
-    tree, at = _atom(tokens, at, text)
-    while at < len(tokens) and tokens[at] in "*/":
-        operator = tokens[at]
-        right, at = _atom(tokens, at + 1, text)
-        tree = Operation("*" if operator == "*" else "/", tree, right)
-    return tree, at
-
-
-def _atom(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
-    if at >= len(tokens) or tokens[at] in "+-*/)":
-        raise ArchitectureError(f"expression {text!r}: a name or number is missing")
-    token = tokens[at]
-    if token == "(":
-        tree, at = _sum(tokens, at + 1, text)
-        if at >= len(tokens) or tokens[at] != ")":
-            raise ArchitectureError(f"expression {text!r}: a bracket is not closed")
-        return tree, at + 1
-    if token.isdigit():
-        return Number(int(token)), at + 1
-    name, bracket, arguments = token.partition("(")
-    if bracket:
-        return Call(name, tuple(part.strip() for part in arguments[:-1].split(","))), at + 1
-    return Name(name), at + 1
-
-
-class InexactDivisionError(ArchitectureError):
-    """A size that would be no whole number; whose it is, the caller says."""
-
-
-def evaluate(
-    tree: Expression,
-    value_of: Callable[[str], int],
-    call: Callable[[str, tuple[str, ...]], int],
-) -> int:
-    """The whole number that `tree` stands for.
-
-    Raises:
-        ArchitectureError: a division that leaves a rest.
-    """
-    match tree:
-        case Number(value):
-            return value
-        case Name(name):
-            return value_of(name)
-        case Call(function, arguments):
-            return call(function, arguments)
-        case Operation(operator, left, right):
-            a, b = evaluate(left, value_of, call), evaluate(right, value_of, call)
-            if operator == "+":
-                return a + b
-            if operator == "-":
-                return a - b
-            if operator == "*":
-                return a * b
-            if b == 0 or a % b:
-                raise InexactDivisionError(f"{a} does not divide by {b}")
-            return a // b
+    found = []
+    for alternative in variables[name]:
+        inner = []
+        for part in _PIECE.split(alternative):
+            if part == "*":
+                inner.append(".*")
+            elif part.startswith("{"):
+                inner.append(_alternatives(part, variables, whole, depth=depth + 1))
+            elif "{" in part or "}" in part:
+                raise ArchitectureError(f"pattern {whole!r}: unbalanced braces")
+            else:
+                inner.append(re.escape(part))
+        found.append("".join(inner))
+    return f"(?:{'|'.join(found)})"

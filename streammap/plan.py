@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of what a digest and a provenance file mean."""
-Promise = Literal["exact", "approximate"]
+Promise = Literal["bit-exact", "exact", "exact up to eps", "approximate"]
+PROMISES: tuple[Promise, ...] = ("bit-exact", "exact", "exact up to eps", "approximate")
+"""From the strongest to the weakest; promises.py says what they mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,8 @@ class Step:
     """Why the promise is what it is, in one line."""
     notes: tuple[str, ...] = ()
     """What a user might not expect: heads in no group, entries that are not used."""
+    axes: Mapping[str, tuple[Promise, str]] = field(default_factory=dict)
+    """Axis -> what its change promises, and why."""
 
 
 @final
@@ -73,12 +77,12 @@ class Plan:
     @property
     def promise(self) -> tuple[Promise, str]:
         """What the whole chain promises, and the reason."""
-        for step in self.steps:
-            if step.promise != "exact":
-                return step.promise, f"{step.operator}: {step.reason}"
         if not self.steps:
-            return "exact", "nothing is changed"
-        return "exact", "; ".join(f"{step.operator}: {step.reason}" for step in self.steps)
+            return "bit-exact", "nothing is changed"
+        weakest = max(self.steps, key=lambda step: PROMISES.index(step.promise))
+        alike = [step for step in self.steps if step.promise == weakest.promise]
+        told = alike[:1] if weakest.promise == "approximate" else alike
+        return weakest.promise, "; ".join(f"{step.operator}: {step.reason}" for step in told)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -10,19 +10,18 @@ used. The form is that of the original map tools; see schemes/README.md.
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from streammap import strictjson
+from streammap import requests, strictjson
 from streammap.errors import SchemeError, some
+from streammap.requests import GROUPINGS, Grouping, Groups, Request
 
-Groups = tuple[tuple[int, ...], ...]
-Grouping = Literal["stacked", "adjacent"]
-GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
+__all__ = ["GROUPINGS", "Grouping", "Groups", "Scheme", "load_scheme", "uniform"]
 UNUSED = ("reserved_heads", "reserved_layers")
-_KEYS = ("width_scheme", "depth_scheme", *UNUSED)
-_MAX_INDEX = 1_000_000
+SPACES = ("width", "hidden", "heads", "kv_heads", "mlp", "experts", "layers")
+"""Entries with a request each, see requests.py; `axes` holds further ones by the axis' own name."""
+_KEYS = ("width_scheme", "depth_scheme", *SPACES, "axes", *UNUSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +32,10 @@ class Scheme:
     depth: Groups | None = None
     unused: tuple[str, ...] = ()
     """Entries that were there and are not used."""
+    spaces: Mapping[str, Request] = field(default_factory=dict)
+    """Space ("hidden", "kv_heads", "width" ...) -> what becomes of it."""
+    axes: Mapping[str, Request] = field(default_factory=dict)
+    """Axis of the architecture spec -> what becomes of it."""
 
     def as_json(self) -> dict[str, object]:
         """The scheme in the file's form."""
@@ -136,26 +139,28 @@ def _parse(content: Mapping[str, object], where: str) -> Scheme:
         )
     width = _groups(content.get("width_scheme"), f"{where}: width_scheme")
     depth = _groups(content.get("depth_scheme"), f"{where}: depth_scheme")
-    return Scheme(width, depth, tuple(key for key in UNUSED if key in content))
+    axes = content.get("axes", {})
+    if not isinstance(axes, Mapping):
+        raise SchemeError(f"{where}: axes is {axes!r}, expected a table of axes")
+    return Scheme(
+        width,
+        depth,
+        tuple(key for key in UNUSED if key in content),
+        {
+            space: requests.parse_request(content[space], f"{where}: {space}")
+            for space in SPACES
+            if space in content
+        },
+        {str(k): requests.parse_request(v, f"{where}: axes: {k}") for k, v in axes.items()},
+    )
 
 
 def _groups(value: object, where: str) -> Groups | None:
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or not value:
-        raise SchemeError(f"{where}: expected a list of groups such as [[0, 6], [1, 7]]")
-    return tuple(_group(group, f"{where}[{i}]") for i, group in enumerate(value))
-
-
-def _group(group: object, where: str) -> tuple[int, ...]:
-    if not isinstance(group, list | tuple):
-        raise SchemeError(f"{where}: expected a list of numbers such as [0, 6], found {group!r}")
-    if not group:
-        raise SchemeError(f"{where}: an empty group", hint="remove it, or give it a member")
-    for member in group:
-        if type(member) is not int or not 0 <= member <= _MAX_INDEX:
-            raise SchemeError(f"{where}: {member!r} is no index, expected 0, 1, 2 ...")
-    if len(set(group)) != len(group):
-        twice = next(member for member in group if group.count(member) > 1)
-        raise SchemeError(f"{where}: member {twice} stands twice", hint="name each member once")
-    return tuple(group)
+    groups, weights = requests.parse_groups(value, where)
+    if weights is not None:
+        raise SchemeError(
+            f"{where}: weighted members", hint='give them as {"heads": {"groups": [...]}}'
+        )
+    return groups

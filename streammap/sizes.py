@@ -1,12 +1,14 @@
 """Sizes of a model's axes, read from config.json and, where a spec says so, from the tensors."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from streammap import expression as expressions
 from streammap import pattern
 from streammap.architecture import Architecture, Axis
+from streammap.configfields import field_value
 from streammap.errors import ArchitectureError, CheckpointError
-from streammap.pattern import Expression
+from streammap.expression import Expression, InexactDivisionError
 from streammap.spec import TensorSpec
 
 _MAX_SIZE = 2**40
@@ -45,16 +47,6 @@ def of_config(spec: Architecture, config: Mapping[str, object]) -> dict[str, int
     return found
 
 
-def field_value(config: Mapping[str, object], field: str) -> object:
-    """config.json's value of a field, "a.b" being b inside a; None where there is none."""
-    value: object = config
-    for part in field.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(part)
-    return value
-
-
 def axis_origin(axis: Axis, config: Mapping[str, object]) -> str | Expression | None:
     """Which of an axis' sources gives its size: the first that is there."""
     for source in axis.sources:
@@ -78,7 +70,7 @@ def evaluate_axis(
             raise ArchitectureError(f"{spec.name}.toml: no axis {name!r}")
         return sizes[name]
 
-    return pattern.evaluate(expression, value_of, lambda f, a: _measured(f, a, specs))
+    return expressions.evaluate(expression, value_of, lambda f, a: _called(f, a, value_of, specs))
 
 
 class _Sizes:
@@ -95,8 +87,8 @@ class _Sizes:
         for name in self._spec.axes:
             if axis_origin(self._spec.axes[name], self._config) is not None:
                 self.size(name)
-        if self._spec.depth_axis not in self._known:
-            self.size(self._spec.depth_axis)
+        for name in self._spec.depth_axes:
+            self.size(name)
         return self._known
 
     def size(self, name: str) -> int:
@@ -121,7 +113,7 @@ class _Sizes:
                 self._known[name] = _size(field_value(self._config, origin), origin)
             else:
                 self._known[name] = self._evaluate(origin)
-        except pattern.InexactDivisionError as error:
+        except InexactDivisionError as error:
             raise CheckpointError(
                 f"config.json: {name} is no whole number: {error.message}",
                 hint="is this config.json the checkpoint's own?",
@@ -131,10 +123,17 @@ class _Sizes:
         return self._known[name]
 
     def _evaluate(self, expression: Expression) -> int:
-        return pattern.evaluate(expression, self.size, lambda f, a: _measured(f, a, self._specs))
+        return expressions.evaluate(
+            expression, self.size, lambda f, a: _called(f, a, self.size, self._specs)
+        )
 
 
-def _measured(function: str, arguments: tuple[str, ...], specs: Mapping[str, TensorSpec]) -> int:
+def _called(
+    function: str,
+    arguments: tuple[str, ...],
+    value_of: Callable[[str], int],
+    specs: Mapping[str, TensorSpec],
+) -> int:
     if function == "shape":
         if len(arguments) != 2 or not arguments[1].isdigit():
             raise ArchitectureError(
@@ -145,16 +144,19 @@ def _measured(function: str, arguments: tuple[str, ...], specs: Mapping[str, Ten
             raise CheckpointError(f"{key}: expected in this architecture, not there")
         return specs[key].shape[int(dim)]
     if function == "count":
-        compiled = pattern.compile_pattern(arguments[0], {})
-        found = sum(compiled.match(key) is not None for key in specs)
+        compiled = pattern.compile_patterns(arguments[0], {})
+        found = sum(pattern.first_match(compiled, key) is not None for key in specs)
         if not found:
             raise CheckpointError(f"{arguments[0]}: expected in this architecture, not there")
         return found
-    raise ArchitectureError(f"no function {function!r}", hint="there are shape and count")
+    if function == "swiglu8" and len(arguments) == 2:
+        # DINOv2's gated MLP: two thirds of the plain one's size, rounded up to a multiple of 8.
+        return (value_of(arguments[0]) * value_of(arguments[1]) * 2 // 3 + 7) // 8 * 8
+    raise ArchitectureError(f"no function {function!r}", hint="there are shape, count and swiglu8")
 
 
 def _size(value: object, field: str) -> int:
-    if type(value) is not int or not 0 < value <= _MAX_SIZE:
+    if type(value) is not int or not 0 <= value <= _MAX_SIZE:
         raise CheckpointError(
             f"config.json: {field} is {value!r}, expected a size",
             hint="is this config.json the checkpoint's own?",

@@ -39,9 +39,9 @@ class Interpolate:
         for mine, theirs in sorted(mixed):
             notes.append(f"source {mine} and target {theirs}: the result is {theirs}")
         if self.alpha == 0.0:
-            step = Step("interpolate", options, "exact", "alpha 0 is the target", tuple(notes))
+            step = Step("interpolate", options, "bit-exact", "alpha 0 is the target", tuple(notes))
         elif self.alpha == 1.0:
-            step = Step("interpolate", options, "exact", "alpha 1 is the source", tuple(notes))
+            step = Step("interpolate", options, "bit-exact", "alpha 1 is the source", tuple(notes))
         else:
             reason = "the mean of two models' weights is a third model"
             step = Step("interpolate", options, "approximate", reason, tuple(notes))

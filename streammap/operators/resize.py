@@ -1,6 +1,6 @@
-"""Coalesce and decoalesce: merge heads and layers, and the way back.
+"""Coalesce and decoalesce: merge units of any axis, and the way back.
 
-One Level (merging maps F of each width axis, R of the layers) serves both directions:
+One Level (a merging map F for each axis) serves both directions:
 
     coalesce     out = F (mean of a group),   into = sum of a group,        layers = R (mean)
     decoalesce   out = T (copy),              into = copy / size of group,  layers = G (copy)
@@ -9,19 +9,25 @@ Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from streammap import maps, planner, scheme
-from streammap.errors import PlanError, SchemeError, some
+from streammap import maps, planner, promises, spaces
+from streammap.compensation import compensate
+from streammap.errors import PlanError
+from streammap.headsize import HeadSize
 from streammap.mapfile import Level
-from streammap.maps import AxisMap, BlockMap
+from streammap.maps import AxisMap
 from streammap.model import Model
-from streammap.plan import Plan, Promise, Step
+from streammap.plan import Plan, Step
 from streammap.planner import Change, Rule
-from streammap.scheme import Grouping, Groups, Scheme
+from streammap.requests import Grouping, Request
+from streammap.scheme import Scheme
+from streammap.spaces import Asked, KvMerge
 
 Direction = Literal["coalesce", "decoalesce"]
+NewLayers = Literal["copy", "zero"]
+NEW_LAYERS: tuple[NewLayers, ...] = ("copy", "zero")
 REFERENCE_FACTORS: dict[Direction, float] = {"coalesce": 2.0, "decoalesce": 0.5}
 
 
@@ -42,23 +48,43 @@ class Resize:
     target: Mapping[str, int] | None = None
     """Axis sizes that the result must have; parts whose sizes don't change are then left out."""
     rule: Rule = "exact"
+    spaces: Mapping[str, Request] = field(default_factory=dict)
+    """Space (hidden, heads, kv_heads, mlp, experts, layers) -> what becomes of it."""
+    axes: Mapping[str, Request] = field(default_factory=dict)
+    """Axis of the architecture spec -> what becomes of it."""
+    head_dim: int | None = None
+    """New size of a head, larger than before."""
+    kv_merge: KvMerge = "mean"
+    new_layers: NewLayers = "copy"
+    """Whether layers that are copied run twice, or are silent at first."""
+    untie: bool = False
+    """Whether a tied head gets a tensor of its own."""
 
     def __post_init__(self) -> None:
         given = [n for n in ("width", "depth") if getattr(self, n) is not None]
-        ways = [*(["a scheme"] if self.scheme else []), *(f"--{name}" for name in given)]
+        given += [*self.spaces, *self.axes]
+        given = [f"--{name.replace('_', '-')}" for name in given]
+        ways = [*(["a scheme"] if self.scheme else []), *given]
         if self.scheme is not None and given:
-            raise PlanError(f"both a scheme and --{given[0]}", hint="give one of the two")
+            raise PlanError(f"both a scheme and {given[0]}", hint="give one of the two")
         if self.levels is not None and ways:
             raise PlanError(f"both a map file and {ways[0]}", hint="give one of the two")
-        for name in given:
-            if getattr(self, name) < 1:
+        for name in ("width", "depth"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise PlanError(f"--{name} is {getattr(self, name)}, expected 1 or more")
+        if self.new_layers == "zero" and self.direction == "coalesce":
+            raise PlanError("--new-layers zero with coalesce, which makes no new layers")
+        if self.head_dim is not None and self.direction == "coalesce":
+            raise PlanError(
+                "--head-dim with coalesce: a head can't become smaller without a loss",
+                hint="merge heads instead: --heads",
+            )
 
     def plan(self, source: Plan) -> Plan:
         """The resized plan.
 
         Raises:
-            SchemeError: a scheme that does not fit the model.
+            SchemeError: groups that do not fit the model.
             PlanError: nothing to do, or a request that makes no sense.
         """
         model = source.model
@@ -67,12 +93,15 @@ class Resize:
 
     def _level(self, source: Plan, model: Model) -> tuple[Level, list[str]]:
         saved = source.levels if self.levels is None else self.levels
-        explicit = self.scheme is not None or self.width is not None or self.depth is not None
+        explicit = (
+            self.scheme is not None or self.width is not None or self.depth is not None
+            or bool(self.spaces) or bool(self.axes) or self.head_dim is not None
+        )  # fmt: skip
         found = fitting(saved, model, self.direction, self.target)
         if explicit and self.levels is None:
             known = {} if found is None else {n: pair[0] for n, pair in found.sizes.items()}
-            level, notes = self._from_groups(model, known)
-            if found is not None and found.digest != level.digest:
+            level, notes = self._from_requests(model, known)
+            if found is not None and level.merging and found.digest != level.digest:
                 notes.append("the map saved with the source is another one; it is not used")
             return level, notes
         if found is not None:
@@ -83,134 +112,91 @@ class Resize:
                 hint="give the map that was saved when this model was made",
             )
         if self.target is not None:
-            return self._from_target(model)
+            return self._from_requests(model, {})
         raise PlanError(
             f"nothing says how to {self.direction}: no map is saved with the source",
-            hint="give --scheme FILE, or --width K and --depth K",
+            hint="give --scheme FILE, or --width K and --depth K, or a space such as --mlp K",
         )
 
-    def _from_target(self, model: Model) -> tuple[Level, list[str]]:
-        """Factors from the ratio of the sizes."""
-        assert self.target is not None
-        depth_axis = model.architecture.depth_axis
-        factors = {}
-        for what, axis in (("width", "heads"), ("depth", depth_axis)):
-            large, small = self._ordered(model.sizes[axis], self.target.get(axis))
-            if large % small:
-                raise PlanError(f"{axis}: {large} is no multiple of {small}", hint="give a scheme")
-            factors[what] = large // small
-        return replace(self, width=factors["width"], depth=factors["depth"])._from_groups(model)
-
-    def _ordered(self, own: int, other: int | None) -> tuple[int, int]:
-        """(large, small) of the source's size and the result's."""
-        wanted = own if other is None else other
-        large, small = (own, wanted) if self.direction == "coalesce" else (wanted, own)
-        if large < small:
-            raise PlanError(
-                f"can't {self.direction} from {own} to {wanted}",
-                hint="coalesce makes a model smaller, decoalesce larger",
-            )
-        return large, small
-
-    def _from_groups(
-        self, model: Model, known: Mapping[str, int] | None = None
+    def _from_requests(
+        self, model: Model, known: Mapping[str, int]
     ) -> tuple[Level, list[str]]:
-        """Maps from groups; `known` are sizes of a large model that this one was made from."""
-        depth_axis = model.architecture.depth_axis
+        """Maps from requests; `known` are sizes of a large model that this one was made from."""
         notes: list[str] = []
         if self.scheme is not None and self.scheme.unused:
             notes.append(f"{', '.join(self.scheme.unused)}: accepted, and not used")
-        known = known if known is not None and self.scheme is not None else {}
-        width = self._groups(
-            model, "heads", "heads", "width_scheme", notes, n_known=known.get("heads", 0)
-        )
-        depth = self._groups(
-            model, depth_axis, "layers", "depth_scheme", notes, n_known=known.get("layer", 0)
-        )
-        merging: dict[str, AxisMap] = {}
-        if width is not None:
-            merging.update(self._width_maps(model, *width))
-        if depth is not None:
-            merging["layer"] = maps.merging(*depth)
-        if not merging and self.target is None:
+        width, requested = self._requests(model)
+        large = dict(known) if self.scheme is not None and self.direction == "decoalesce" else {}
+        if self.target is not None:
+            if width is None and not requested:
+                requested = self._of_target(model)
+            requested = {a: r for a, r in requested.items() if self._differs(model, a)}
+            if width is not None and not self._differs(model, "heads"):
+                width = None
+            if self.direction == "decoalesce":
+                large |= self.target
+        asked = Asked(requested, width, self.grouping, self.kv_merge, large)
+        merging, told = spaces.merging_maps(model, asked, grows=self.direction == "decoalesce")
+        found: dict[str, AxisMap] = dict(merging)
+        if self.scheme is not None and self.target is None and width is None and not requested:
             raise PlanError(
                 "the scheme has neither a width_scheme nor a depth_scheme",
                 hint="give one of them, or --width K, --depth K",
             )
-        return Level(merging), notes
+        return Level(found), [*notes, *told]
 
-    def _groups(
-        self, model: Model, axis: str, what: str, entry: str, notes: list[str], *, n_known: int
-    ) -> tuple[Groups, int] | None:
-        """The groups of one axis and the large model's size there; None where it stays."""
-        own = model.sizes[axis]
-        wanted = None if self.target is None else self.target.get(axis)
-        if wanted == own:
-            return None
-        groups = None
+    def _differs(self, model: Model, axis: str) -> bool:
+        assert self.target is not None
+        own = model.sizes.get(axis)
+        return self.target.get(axis, None) is None or self.target[axis] != own
+
+    def _of_target(self, model: Model) -> dict[str, Request]:
+        """The sizes of a target config.json, asked for axis by axis."""
+        assert self.target is not None
+        return {
+            name: Request(size=self.target[name])
+            for name, axis in model.architecture.axes.items()
+            if axis.kind in ("width", "depth", "expert")
+            and self.target.get(name) and name in model.sizes
+        }  # fmt: skip
+
+    def _requests(self, model: Model) -> tuple[Request | None, dict[str, Request]]:
+        """The request on all widths, and those on single axes."""
+        spec = model.architecture
+        width = None if self.width is None else Request(factor=self.width)
+        found: dict[str, Request] = {}
+        by_space = dict(self.spaces)
+        by_axis = dict(self.axes)
+        if self.depth is not None:
+            by_space["layers"] = Request(factor=self.depth)
         if self.scheme is not None:
-            groups = self.scheme.width if axis == "heads" else self.scheme.depth
-        else:
-            factor = self.width if axis == "heads" else self.depth
-            if factor is not None and factor > 1:
-                n_large = own if self.direction == "coalesce" else own * factor
-                groups = scheme.uniform(n_large, factor, self.grouping, what=what)
-        if groups is None:
-            if wanted is not None:
+            by_space |= self.scheme.spaces
+            by_axis |= self.scheme.axes
+            width = by_space.pop("width", None)
+            if self.scheme.width is not None:
+                width = Request(groups=self.scheme.width)
+            if self.scheme.depth is not None:
+                by_space["layers"] = Request(groups=self.scheme.depth)
+        for space, request in by_space.items():
+            members = spec.depth_axes if space == "layers" else spec.spaces.get(space, ())
+            there = [axis for axis in members if model.sizes.get(axis)]
+            if not there:
+                told = ", ".join(s for s in spec.spaces) or "none"
                 raise PlanError(
-                    f"{what}: source {own}, target {wanted}, and no {entry} says how",
-                    hint=f"give a scheme with a {entry}",
+                    f"{spec.name} has no {space.replace('_', ' ')}",
+                    hint=f"its spaces are {told} and layers; `streammap inspect` lists its axes",
                 )
-            return None
-        n_large = self._check_groups(groups, own, wanted, what, entry, notes, n_known=n_known)
-        return groups, n_large
-
-    def _check_groups(
-        self,
-        groups: Groups,
-        own: int,
-        wanted: int | None,
-        what: str,
-        entry: str,
-        notes: list[str],
-        *,
-        n_known: int,
-    ) -> int:
-        shrinks = self.direction == "coalesce"
-        n_small = wanted if shrinks else own
-        if n_small is not None and len(groups) != n_small:
-            raise SchemeError(
-                f"{entry}: {len(groups)} groups, the small model has {n_small} {what}",
-                hint="write the scheme for this pair of models; `streammap scheme` prints one",
-            )
-        n_large = own if shrinks else wanted
-        if n_large is None:
-            n_large = max(n_known, 1 + max(member for group in groups for member in group))
-        scheme.check_range(groups, n_large, where=entry, what=what)
-        left = scheme.uncovered(groups, n_large)
-        if left:
-            fate = "dropped" if shrinks else "zeros in the result"
-            notes.append(f"{what} {some(left)} of {n_large}: in no group, {fate}")
-        twice = scheme.overlapping(groups)
-        if twice:
-            notes.append(f"{what} {some(twice)}: in more than one group")
-        return n_large
-
-    def _width_maps(self, model: Model, groups: Groups, n_large: int) -> dict[str, BlockMap]:
-        """One map for each width axis: a group of heads is a group of equal parts of any width."""
-        own = model.sizes["heads"]
-        found = {}
-        for name, axis in model.architecture.axes.items():
-            if axis.kind != "width" or name not in model.sizes:
-                continue
-            size = model.sizes[name]
-            if size % own:
+            for axis in there:
+                if len(there) == 1 or not spaces.must_follow(model, axis):
+                    found[axis] = request
+        for axis, request in by_axis.items():
+            if not model.sizes.get(axis):
                 raise PlanError(
-                    f"{name}: {size} does not divide into {own} parts, one for each head",
-                    hint="this model's widths can't follow its heads",
+                    f"{spec.name} has no axis {axis!r}",
+                    hint=f"its axes are {', '.join(model.sizes)}",
                 )
-            found[name] = maps.merging(groups, n_large, block=size // own)
-        return found
+            found[axis] = request
+        return width, found
 
 
 def fitting(
@@ -221,15 +207,13 @@ def fitting(
 ) -> Level | None:
     """The last level whose large (or small) side is this model."""
     side = 0 if direction == "coalesce" else 1
-    depth_axis = model.architecture.depth_axis
     for level in reversed(levels):
         fits = True
         for axis, pair in level.sizes.items():
-            name = depth_axis if axis == "layer" else axis
-            own = model.sizes.get(name, _alias_size(model, name))
+            own = model.sizes.get(axis, _alias_size(model, axis))
             fits = fits and pair[side] == own
-            if target is not None and name in target:
-                fits = fits and pair[1 - side] == target[name]
+            if target is not None and axis in target:
+                fits = fits and pair[1 - side] == target[axis]
         if fits:
             return level
     return None
@@ -241,80 +225,125 @@ def _alias_size(model: Model, name: str) -> int | None:
 
 
 def _from_to(direction: Direction, model: Model) -> str:
-    sizes = ", ".join(f"{n} {model.sizes[n]}" for n in ("embed", "heads", "layer"))
+    known = ("embed", "heads", *model.architecture.depth_axes)
+    sizes = ", ".join(f"{n} {model.sizes[n]}" for n in known if n in model.sizes)
     return f"{'from' if direction == 'coalesce' else 'up from'} this size ({sizes})"
 
 
 def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str]) -> Plan:
     grows = op.direction == "decoalesce"
-    depth_axis = model.architecture.depth_axis
+    spec = model.architecture
     chosen = {name: maps.growing(m) if grows else m for name, m in level.merging.items()}
-    layers = chosen.pop("layer", None)
+    layers = {name: chosen.pop(name) for name in spec.depth_axes if name in chosen}
+    head_size = None if op.head_dim is None else HeadSize.of(model, op.head_dim)
+    found = compensate(model, chosen, layers, grows=grows, filled=level.filled, op_rule=op.rule)
+    if head_size is not None:
+        found = head_size.added_to(found)
     pairs = {name: maps.pair_of(m) for name, m in chosen.items() if not m.is_identity}
-    sizes = {name: m.n_out for name, m in chosen.items() if name in model.sizes}
-    if layers is not None:
-        sizes[depth_axis] = layers.n_out
-    if "embed" in sizes and "heads" not in sizes:
-        sizes["heads"] = model.sizes["heads"] * sizes["embed"] // model.sizes["embed"]
-    changed = {name: size for name, size in sizes.items() if size != model.sizes[name]}
-    for name, size in {**model.sizes, **changed}.items():
+    pairs |= found.pairs
+    sizes = _sizes(model, chosen, layers)
+    if head_size is not None:
+        sizes[head_size.axis] = head_size.size
+    for name, size in {**model.sizes, **sizes}.items():
         if op.target is not None and op.target.get(name, size) != size:
             raise PlanError(
                 f"{name} would be {size}, the target says {op.target[name]}",
                 hint="is the target config.json of the same family, in proportion?",
             )
-    promise, reason = _promise(op, model, chosen, layers)
-    step = Step(op.direction, _options(op, model, chosen, layers), promise, reason, tuple(notes))
-    factor = REFERENCE_FACTORS[op.direction]
-    change = Change(pairs, layers, changed, op.rule, factor)
+    silent = _silent(op, model, layers)
+    _check_tied(op, model, chosen)
+    by_axis = promises.of_axes(
+        model, chosen, layers, grows=grows, silent=silent, fills=found, head_size=head_size
+    )
+    reference = REFERENCE_FACTORS[op.direction] if op.rule == "reference" else None
+    promise, reason = promises.of_all(model, by_axis, reference=reference, untie=op.untie)
+    options = _options(op, model, chosen, layers)
+    step = Step(op.direction, options, promise, reason, (*notes, *found.notes), by_axis)
+    change = Change(
+        pairs, layers, sizes, op.rule, REFERENCE_FACTORS[op.direction], found.fills, silent,
+        found.factors, found.fields, op.untie,
+    )  # fmt: skip
     result = planner.remap(source, change, step)
+    if not level.merging:
+        return result
+    kept = replace(level, filled=frozenset(found.fills) or level.filled)
     digests = {known.digest for known in source.levels}
-    levels = source.levels if level.digest in digests else (*source.levels, level)
-    return replace(result, levels=levels if level.merging else source.levels)
+    levels = source.levels if kept.digest in digests else (*source.levels, kept)
+    return replace(result, levels=levels)
+
+
+def _sizes(
+    model: Model, chosen: Mapping[str, AxisMap], layers: Mapping[str, AxisMap]
+) -> dict[str, int]:
+    """Axis -> new size, for each that changes; groups of query heads and heads of old maps too."""
+    sizes = {name: m.n_out for name, m in chosen.items() if name in model.sizes}
+    sizes |= {name: m.n_out for name, m in layers.items()}
+    if "embed" in sizes and "heads" not in sizes and ("qk" in chosen or "v" in chosen):
+        # A map file of the original tools has no map of heads: they go with the hidden size.
+        sizes["heads"] = model.sizes["heads"] * sizes["embed"] // model.sizes["embed"]
+    after = {**model.sizes, **sizes}
+    for kv, groups in spaces.joint_axes(model.architecture).items():
+        for group, heads in groups.items():
+            if group in after:
+                sizes[group] = after[heads] // after[kv]
+    return {name: size for name, size in sizes.items() if size != model.sizes[name]}
+
+
+def _silent(
+    op: Resize, model: Model, layers: Mapping[str, AxisMap]
+) -> dict[str, frozenset[int]]:
+    """Depth axis -> layers of the result that are to write nothing."""
+    if op.new_layers == "copy":
+        return {}
+    if not layers:
+        raise PlanError("--new-layers zero, but no layers are added", hint="give --layers K")
+    post = next((f for f in model.families if f.rule.norm is not None and f.rule.norm.is_post), None)
+    if post is not None:
+        raise PlanError(
+            f"{post.name} stands after the residual addition (post-LN): a layer that writes nothing "
+            "still normalises, so silent layers are not exact there",
+            hint="leave --new-layers zero out: layers are copied then",
+        )
+    found = {}
+    for axis, m in layers.items():
+        seen: list[int] = []
+        quiet = set()
+        for i in range(m.n_out):
+            (j, _), *_ = m.members(i) or ((0, 0.0),)
+            if j in seen:
+                quiet.add(i)
+            else:
+                seen.append(j)
+        if seen != sorted(seen) or len(seen) != m.n_in:
+            raise PlanError(
+                f"{axis}: the first copies of the layers are not in their old order ({seen})",
+                hint="give groups that keep it, or leave --new-layers zero out",
+            )
+        found[axis] = frozenset(quiet)
+    return found
+
+
+def _check_tied(op: Resize, model: Model, chosen: Mapping[str, AxisMap]) -> None:
+    """A tied head without a norm before it can't be compensated."""
+    hidden = model.architecture.spaces.get("hidden", ())
+    if op.rule == "reference" or op.untie or not any(axis in chosen for axis in hidden):
+        return
+    for tied in model.tied_heads:
+        if not tied.norm:
+            raise PlanError(
+                f"{model.architecture.name}: the head is tied to the embedding, and no norm with "
+                "weights stands before it that could be compensated",
+                hint="give --untie: the head gets a tensor of its own",
+            )
 
 
 def _options(
-    op: Resize, model: Model, chosen: Mapping[str, AxisMap], layers: AxisMap | None
+    op: Resize, model: Model, chosen: Mapping[str, AxisMap], layers: Mapping[str, AxisMap]
 ) -> dict[str, object]:
     """What was done, for the provenance file."""
-    made = {name: [m.n_in, m.n_out, m.describe()] for name, m in chosen.items()}
-    if layers is not None:
-        made["layer"] = [layers.n_in, layers.n_out, layers.describe()]
-    return {"architecture": model.architecture.name, "rule": op.rule, "maps": made}
-
-
-def _promise(
-    op: Resize, model: Model, chosen: Mapping[str, AxisMap], layers: AxisMap | None
-) -> tuple[Promise, str]:
-    """Whether the result computes what the source does, from the maps."""
-    grows = op.direction == "decoalesce"
-    if layers is not None and not layers.is_identity:
-        if not grows:
-            return "approximate", f"layers are merged ({layers.describe()})"
-        return "approximate", "copied layers are run twice: depth growth by copying is not exact"
-    if all(m.is_identity for m in chosen.values()):
-        return "exact", "nothing is resized"
-    has_embeddings = any(f.rule.kind == "embedding" for f in model.families)
-    if op.rule == "reference" and has_embeddings:
-        factor = REFERENCE_FACTORS[op.direction]
-        return "approximate", f"the reference rule multiplies the embeddings by {factor:g}"
-    for name, m in chosen.items():
-        if isinstance(m, maps.DenseMap):
-            return "approximate", f"{name} is mapped by a dense matrix"
-        uses = _uses(m)
-        if any(len(row) != 1 or row[0][1] != 1.0 for row in m.rows):
-            what = "are merged" if not grows else "are in several groups or in none"
-            return "approximate", f"units of {name} {what} ({m.describe()})"
-        if len(uses) != 1:
-            low, high = min(uses), max(uses)
-            return "approximate", f"{name} is copied unevenly ({low} to {high} times)"
-    tied = "; the tied head is folded into the norm before it" if model.tied else ""
-    return "exact", f"each unit is copied as often as the others, its readers are split{tied}"
-
-
-def _uses(m: BlockMap) -> set[int]:
-    counts = [0] * m.n_in_blocks
-    for row in m.rows:
-        for j, _ in row:
-            counts[j] += 1
-    return set(counts)
+    made = {name: [m.n_in, m.n_out, m.describe()] for name, m in {**chosen, **layers}.items()}
+    found: dict[str, object] = {
+        "architecture": model.architecture.name, "rule": op.rule, "maps": made
+    }  # fmt: skip
+    defaults = {"head_dim": None, "kv_merge": "mean", "new_layers": "copy", "untie": False}
+    return found | {k: getattr(op, k) for k, v in defaults.items() if getattr(op, k) != v}

@@ -1,0 +1,122 @@
+"""Which specs there are: those shipped, and those in the folder that STREAMMAP_ARCHITECTURES names."""
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from streammap import specfile
+from streammap.architecture import Architecture
+from streammap.errors import ArchitectureError
+from streammap.pattern import first_match
+from streammap.specfile import Tables
+
+FOLDER = "STREAMMAP_ARCHITECTURES"
+"""Environment variable: a folder with further specs."""
+_NO_CONFIG: dict[str, object] = {}
+
+
+def names() -> tuple[str, ...]:
+    """The specs, by name."""
+    return tuple(sorted(_texts(os.environ.get(FOLDER, ""))))
+
+
+def load(name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
+    """A spec by name, or by its file (*.toml), as it stands for a config.json.
+
+    Raises:
+        ArchitectureError: there is none, or its file is wrong.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            return parse(path.read_text(encoding="utf-8"), name=path.stem, config=config)
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArchitectureError(f"{path}: {error}", hint="check the path") from error
+    return specfile.build(name, _merged(name), config, _merged)
+
+
+def parse(
+    text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG
+) -> Architecture:
+    """Read a spec from TOML.
+
+    Raises:
+        ArchitectureError: naming the spec and the entry.
+    """
+    tables = specfile.merged(specfile.read(text, name=name), _tables)
+    return specfile.build(name, tables, config, _merged)
+
+
+def model_types() -> dict[str, str]:
+    """model_type -> name of the spec that serves it."""
+    found: dict[str, str] = {}
+    for name in names():
+        listed = _tables(name).get("model_types", [])
+        for model_type in listed if isinstance(listed, list) else []:
+            found[str(model_type)] = name
+    return found
+
+
+def for_model_type(model_type: str, config: Mapping[str, object]) -> Architecture | None:
+    """The spec that serves a config.json with this model_type."""
+    quoted = f'"{model_type}"'
+    for name, text in _texts(os.environ.get(FOLDER, "")).items():
+        # Reading TOML is slow; most files do not even hold the word.
+        if quoted in text:
+            listed = _tables(name).get("model_types", [])
+            if isinstance(listed, list) and model_type in listed:
+                return load(name, config)
+    return None
+
+
+def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture | None:
+    """The spec whose `detect` keys are all there."""
+    found = tuple(keys)
+    for name, text in _texts(os.environ.get(FOLDER, "")).items():
+        if "\ndetect" not in text:
+            continue
+        architecture = load(name, config)
+        patterns = architecture.detect
+        if patterns and all(any(first_match((p,), key) is not None for key in found) for p in patterns):
+            return architecture
+    return None
+
+
+@cache
+def _texts(folder: str) -> Mapping[str, str]:
+    """Name -> TOML; a user's own file counts before a shipped one of its name."""
+    shipped = resources.files("streammap") / "architectures"
+    found = {f.name[:-5]: f.read_text() for f in shipped.iterdir() if f.name.endswith(".toml")}
+    if folder:
+        try:
+            own = {p.stem: p.read_text(encoding="utf-8") for p in sorted(Path(folder).glob("*.toml"))}
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArchitectureError(f"{folder}: {error}", hint=f"check {FOLDER}") from error
+        found = {**found, **own}
+        return {**own, **found}
+    return found
+
+
+def _tables(name: str) -> Tables:
+    return _read(os.environ.get(FOLDER, ""), name)
+
+
+@cache
+def _read(folder: str, name: str) -> Tables:
+    texts = _texts(folder)
+    if name not in texts:
+        raise ArchitectureError(
+            f"no architecture {name!r}", hint=f"there are {', '.join(sorted(texts))}"
+        )
+    return specfile.read(texts[name], name=name)
+
+
+def _merged(name: str) -> Tables:
+    return _merged_in(os.environ.get(FOLDER, ""), name)
+
+
+@cache
+def _merged_in(folder: str, name: str) -> Tables:
+    return specfile.merged(_read(folder, name), lambda above: _read(folder, above))

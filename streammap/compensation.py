@@ -1,0 +1,195 @@
+"""What a change of axes asks of other tensors and of config.json, so that the function stays.
+
+Empty units. A hidden size may grow to any size: new units stay empty. Behind a norm that needs two
+corrections, with r = (old units that are copied, all copies counted) / new size:
+
+    RMSNorm      new units are 0,             gain * sqrt(r), eps * r
+    LayerNorm    new units are the mean,      gain * sqrt(r), eps * r, new gains and biases 0
+
+Experts. Copies of all experts change nothing if top_k (and the counts of groups) grow alike.
+
+Source: Wang et al., LEMON, ICLR 2024, arXiv:2310.07999 (empty units).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from streammap import maps
+from streammap.configfields import field_value
+from streammap.expression import Name
+from streammap.maps import AxisMap, BlockMap, DenseMap, MapPair
+from streammap.model import Model
+from streammap.pattern import KeyPattern
+from streammap.planner import Fill
+
+_MAX_DENSE = 2**27
+
+
+@dataclass(frozen=True, slots=True)
+class Compensation:
+    """What else changes."""
+
+    pairs: Mapping[str, MapPair] = field(default_factory=dict)
+    """Axis -> maps that take the place of plain ones."""
+    fills: Mapping[str, Fill] = field(default_factory=dict)
+    factors: tuple[tuple[tuple[KeyPattern, ...], float], ...] = ()
+    fields: Mapping[str, object] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    inexact_eps: frozenset[str] = frozenset()
+    """Filled axes whose epsilon could not follow, or is shared with other norms."""
+
+
+def compensate(
+    model: Model,
+    chosen: Mapping[str, AxisMap],
+    layers: Mapping[str, AxisMap],
+    *,
+    grows: bool,
+    filled: frozenset[str],
+    op_rule: str,
+) -> Compensation:
+    """The compensations that maps of axes need.
+
+    Args:
+        chosen: Width and expert axis -> the map of its producers.
+        filled: Axes that an earlier growth filled with empty units, on the way back down.
+    """
+    pairs: dict[str, MapPair] = {}
+    fills: dict[str, Fill] = {}
+    fields: dict[str, object] = {}
+    notes: list[str] = []
+    inexact: set[str] = set()
+    for axis, m in chosen.items():
+        if op_rule == "exact" and isinstance(m, BlockMap):
+            ratio = _ratio(m) if grows else _ratio_down(m) if axis in filled else None
+            if ratio is not None and ratio != 1.0 and _can_fill(model, axis):
+                fills[axis] = Fill(m, math.sqrt(ratio))
+                if grows and _kinds(model, axis) == {"layer"}:
+                    pairs[axis] = _mean_filled(m)
+                if not _scale_eps(model, axis, ratio, fields, notes):
+                    inexact.add(axis)
+        if axis in model.architecture.experts:
+            _follow_experts(model, axis, m, grows, fields, notes)
+    return Compensation(pairs, fills, (), fields, tuple(notes), frozenset(inexact))
+
+
+def _ratio(m: BlockMap) -> float | None:
+    """R of a growth that copies all units alike and leaves others empty; None where it doesn't."""
+    uses = [0] * m.n_in_blocks
+    for row in m.rows:
+        if len(row) > 1 or any(value != 1.0 for _, value in row):
+            return None
+        for j, _ in row:
+            uses[j] += 1
+    if len(set(uses)) != 1 or not uses[0]:
+        return None
+    return uses[0] * m.n_in_blocks / len(m.rows)
+
+
+def _ratio_down(m: BlockMap) -> float | None:
+    grown = maps.growing(m)
+    ratio = _ratio(grown) if isinstance(grown, BlockMap) else None
+    return None if ratio is None else 1.0 / ratio
+
+
+def _norms(model: Model, axis: str) -> list[tuple[str, tuple[str, ...], bool]]:
+    """(kind, eps fields, post) of each norm over an axis."""
+    return [
+        (family.rule.norm.kind, family.rule.norm.eps, family.rule.norm.is_post)
+        for family in model.families
+        if family.rule.norm is not None and family.dims[0].expression == Name(axis)
+    ]
+
+
+def _kinds(model: Model, axis: str) -> set[str]:
+    return {kind for kind, _, _ in _norms(model, axis)}
+
+
+def _can_fill(model: Model, axis: str) -> bool:
+    norms = _norms(model, axis)
+    return bool(norms) and not any(post for _, _, post in norms) and len(_kinds(model, axis)) == 1
+
+
+def _mean_filled(m: BlockMap) -> MapPair:
+    """Maps of a growth whose empty units are to hold the mean of the others."""
+    import torch
+
+    n_out, n_in = m.n_out, m.n_in
+    if n_out * n_in > _MAX_DENSE:
+        return maps.pair_of(m)
+    matrix = maps.to_matrix(m, like=torch.zeros(0, dtype=torch.float64))
+    empty = [i * m.block + k for i, row in enumerate(m.rows) if not row for k in range(m.block)]
+    matrix[empty] = 1.0 / n_in
+    return MapPair(DenseMap(matrix), maps.pair_of(m).into)
+
+
+def _scale_eps(
+    model: Model, axis: str, ratio: float, fields: dict[str, object], notes: list[str]
+) -> bool:
+    """Multiply the epsilon of the norms over `axis`; whether that makes the change exact."""
+    names = {name for _, eps, _ in _norms(model, axis) for name in eps}
+    there = [n for n in sorted(names) if isinstance(field_value(model.config, n), float)]
+    for name in there:
+        value = field_value(model.config, name)
+        assert isinstance(value, float)
+        fields[name] = value * ratio
+        notes.append(f"config.json: {name} {value:g} -> {value * ratio:g}, for units that stay empty")
+    shared = any(
+        family.rule.norm is not None
+        and family.dims[0].expression != Name(axis)
+        and set(family.rule.norm.eps) & names
+        for family in model.families
+    )
+    return bool(there) and not shared
+
+
+def _follow_experts(
+    model: Model,
+    axis: str,
+    m: AxisMap,
+    grows: bool,
+    fields: dict[str, object],
+    notes: list[str],
+) -> None:
+    """Let top_k and the like grow or shrink with the experts."""
+    large, small = (m.n_out, m.n_in) if grows else (m.n_in, m.n_out)
+    for name in model.architecture.experts[axis].multiply:
+        value = field_value(model.config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or large == small:
+            continue
+        if large % small == 0 and (grows or value % (large // small) == 0):
+            times = large // small
+            fields[name] = value * times if grows else value // times
+        elif not grows:
+            fields[name] = min(value, small)
+        if name in fields:
+            notes.append(f"config.json: {name} {value} -> {fields[name]}, with the experts")
+        if fields.get(name, value) == value:
+            notes.append(f"config.json: {name} stays {value}")
+
+
+def copies_are_exact(model: Model, axis: str, m: AxisMap) -> str | None:
+    """Why copies of experts change the function; None where they don't."""
+    about = model.architecture.experts.get(axis)
+    if about is None:
+        return "the spec doesn't say how experts are chosen"
+    if about.inexact is not None:
+        return about.inexact
+    if not isinstance(m, BlockMap):
+        return "experts are mapped by a dense matrix"
+    uses = [0] * m.n_in
+    for i in range(m.n_out):
+        for j, _ in m.members(i):
+            uses[j] += 1
+    if len(set(uses)) != 1:
+        return "experts are copied unevenly"
+    n_groups = field_value(model.config, about.groups) if about.groups else 1
+    if isinstance(n_groups, int) and n_groups > 1:
+        size = m.n_in // n_groups
+        for start in range(0, m.n_out, size):
+            sources = {j // size for i in range(start, start + size) for j, _ in m.members(i)}
+            distinct = {j for i in range(start, start + size) for j, _ in m.members(i)}
+            if len(sources) != 1 or len(distinct) != size:
+                return f"copies of experts inside one of the {n_groups} groups change its score"
+    return None

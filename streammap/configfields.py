@@ -1,0 +1,101 @@
+"""Fields of a config.json by path, and the conditions of specs on them.
+
+A path is dotted: "a.b" is b inside a, "a.*.b" the b of the first entry of a that has one, "a.-1" the
+last item of a list.
+"""
+
+import re
+from collections.abc import Mapping
+
+from streammap.errors import ArchitectureError, PlanError
+
+_LAYER = re.compile(r"\s*([\w.]+)\[(\w+)\]\s*==\s*(\S+)\s*")
+
+
+def field_value(config: Mapping[str, object], path: str) -> object:
+    """config.json's value of a field; None where there is none."""
+    return _value(config, path.split("."))
+
+
+def set_field(config: dict[str, object], path: str, value: object) -> None:
+    """Set a field, in each entry that a "*" stands for. `config` is changed.
+
+    Raises:
+        PlanError: a part of the path is no table.
+    """
+    *parts, last = path.split(".")
+    for table in _tables(config, parts):
+        if isinstance(table, list):
+            table[int(last)] = value
+        else:
+            table[last] = value
+
+
+def delete_field(config: dict[str, object], path: str) -> None:
+    """Remove a field where it is there. `config` is changed."""
+    *parts, last = path.split(".")
+    if field_value(config, path) is not None:
+        for table in _tables(config, parts):
+            if isinstance(table, dict):
+                table.pop(last, None)
+
+
+def holds(condition: str, config: Mapping[str, object]) -> bool:
+    """Whether a spec's condition holds: "field", "field == value", "field != value".
+
+    Raises:
+        ArchitectureError: it is none of these.
+    """
+    for operator in ("==", "!="):
+        field, found, value = (part.strip() for part in condition.partition(operator))
+        if found:
+            other = field_value(config, value)
+            expected = value if other is None else _text(other)
+            return (_text(field_value(config, field)) == expected) == (operator == "==")
+    if not re.fullmatch(r"[\w.*-]+", condition.strip()):
+        raise ArchitectureError(f"condition {condition!r}: expected 'field', or 'field == value'")
+    return bool(field_value(config, condition.strip()))
+
+
+def layer_condition(condition: str) -> tuple[str, str, str] | None:
+    """(list, axis, value) of "list[axis] == value"; None where it is no such condition."""
+    found = _LAYER.fullmatch(condition)
+    return None if found is None else (found[1], found[2], found[3])
+
+
+def _value(value: object, parts: list[str]) -> object:
+    for i, part in enumerate(parts):
+        if part == "*" and isinstance(value, Mapping):
+            inner = (_value(entry, parts[i + 1 :]) for entry in value.values())
+            return next((found for found in inner if found is not None), None)
+        if isinstance(value, list) and re.fullmatch(r"-?\d{1,6}", part):
+            at = int(part)
+            value = value[at] if -len(value) <= at < len(value) else None
+        elif isinstance(value, Mapping):
+            value = value.get(part)
+        else:
+            return None
+    return value
+
+
+def _tables(config: dict[str, object], parts: list[str]) -> list[dict[str, object] | list[object]]:
+    found: list[dict[str, object] | list[object]] = [config]
+    for part in parts:
+        inner: list[dict[str, object] | list[object]] = []
+        for table in found:
+            if isinstance(table, list):
+                raise PlanError(f"config.json: {part} of a list can't be written")
+            values = list(table.values()) if part == "*" else [table.setdefault(part, {})]
+            for value in values:
+                if isinstance(value, dict | list):
+                    inner.append(value)
+                elif part != "*":
+                    raise PlanError(f"config.json: {part} is {value!r}, expected a table")
+        found = inner
+    return found
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "null" if value is None else str(value)

@@ -1,0 +1,113 @@
+"""What config.json says of single layers, and how that follows when layers change.
+
+A layer's *kind* is all that config.json says of it: its entry of each per-layer list, whether its
+number stands in a list of numbers, on which side of a count it is. Layers of one kind have the same
+tensors.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from streammap import configfields
+from streammap.architecture import Depth
+from streammap.errors import PlanError
+
+Kind = tuple[str, ...]
+
+
+def kinds(depth: Depth, config: Mapping[str, object], n_layers: int) -> tuple[Kind, ...]:
+    """The kind of each layer."""
+    return tuple(_kind(depth, config, i) for i in range(n_layers))
+
+
+def follow(
+    depth: Depth, config: dict[str, object], sources: Sequence[int], *, what: str
+) -> tuple[str, ...]:
+    """Rewrite config.json for layers that come from others. `config` is changed.
+
+    Args:
+        sources: For each layer of the result, the source layer that it takes after.
+        what: The axis' name, for messages.
+
+    Returns:
+        What a user might not expect.
+
+    Raises:
+        PlanError: config.json can't say it.
+    """
+    notes = []
+    for field in depth.lists:
+        old = configfields.field_value(config, field)
+        if isinstance(old, list) and len(old) > max(sources):
+            configfields.set_field(config, field, [old[j] for j in sources])
+    for field in depth.index_lists:
+        old = configfields.field_value(config, field)
+        if isinstance(old, list):
+            new: list[object] = [i for i, j in enumerate(sources) if j in old]
+            configfields.set_field(config, field, new)
+    for field in depth.prefix_counts:
+        old = configfields.field_value(config, field)
+        if isinstance(old, int) and old > 0:
+            new_count = _leading([j < old for j in sources], field, what)
+            configfields.set_field(config, field, new_count)
+    for field in depth.last_index:
+        old = configfields.field_value(config, field)
+        if isinstance(old, int) and old >= 0:
+            new_count = _leading([j <= old for j in sources], field, what)
+            configfields.set_field(config, field, new_count - 1)
+    for period in depth.periods:
+        for i, j in enumerate(sources):
+            if _in_period(period, config, i) != _in_period(period, config, j):
+                raise PlanError(
+                    f"{what} {i} would come from {j}, but config.json's {period[0]} "
+                    f"({configfields.field_value(config, period[0])}) says they are of two kinds",
+                    hint=f"take groups that keep a layer's place in the period of {period[0]}",
+                )
+    for field in depth.delete:
+        if configfields.field_value(config, field) is not None:
+            configfields.delete_field(config, field)
+            notes.append(f"config.json: {field} is removed, it names layers by number")
+    return tuple(notes)
+
+
+def _kind(depth: Depth, config: Mapping[str, object], i: int) -> Kind:
+    found = []
+    for field in depth.lists:
+        listed = configfields.field_value(config, field)
+        if isinstance(listed, list) and i < len(listed):
+            found.append(f"{field} {listed[i]}")
+    for field in depth.index_lists:
+        listed = configfields.field_value(config, field)
+        if isinstance(listed, list):
+            found.append(f"{'in' if i in listed else 'not in'} {field}")
+    for field, rest in (*((f, 0) for f in depth.prefix_counts), *((f, 1) for f in depth.last_index)):
+        count = configfields.field_value(config, field)
+        if isinstance(count, int) and count >= 0:
+            found.append(f"{'before' if i < count + rest else 'after'} {field} {count}")
+    for period in depth.periods:
+        if isinstance(configfields.field_value(config, period[0]), int):
+            found.append(f"{'at' if _in_period(period, config, i) else 'off'} {period[0]}")
+    if depth.first:
+        found.append("first" if i == 0 else "later")
+    return tuple(found)
+
+
+def _in_period(period: tuple[str, ...], config: Mapping[str, object], i: int) -> bool:
+    every = configfields.field_value(config, period[0])
+    if not isinstance(every, int) or every < 1:
+        return True
+    offset: object = 0
+    if len(period) > 1:
+        last = period[1].rpartition(".")[2]
+        literal = last.removeprefix("-").isdigit()
+        offset = int(last) if literal else configfields.field_value(config, period[1])
+    return (i - (offset if isinstance(offset, int) else 0)) % every == 0
+
+
+def _leading(flags: Sequence[bool], field: str, what: str) -> int:
+    count = sum(flags)
+    if not all(flags[:count]):
+        raise PlanError(
+            f"config.json's {field} counts leading layers, but {what} of that kind would not lead",
+            hint="take groups that keep the kinds of layers apart and in order",
+        )
+    return count

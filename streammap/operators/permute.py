@@ -1,0 +1,97 @@
+"""Permute: units of every width axis change places, at random; the function stays.
+
+This is the proof of a spec: if a tensor's dimension were labelled wrongly, or its layout, units would
+no longer meet their own weights, and the outputs would differ.
+"""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from streammap import configfields, maps, planner
+from streammap.architecture import Axis
+from streammap.dimmaps import joint_axes
+from streammap.maps import BlockMap
+from streammap.model import Model
+from streammap.plan import Plan, Step
+from streammap.planner import Change
+
+
+@dataclass(frozen=True, slots=True)
+class Permute:
+    """Which axes to permute, and how."""
+
+    seed: int
+    without: tuple[str, ...] = ()
+    """Axes that stay."""
+    only: tuple[str, ...] = ()
+    """Axes to permute; all when empty."""
+
+    def plan(self, source: Plan) -> Plan:
+        """The permuted plan."""
+        model = source.model
+        chosen = dict(self._maps(model))
+        pairs = {name: maps.pair_of(m) for name, m in chosen.items()}
+        step = Step("permute", {"seed": self.seed}, "exact", "units change places")
+        return planner.remap(source, Change(pairs, {}, {}, "exact", 1.0), step)
+
+    def _maps(self, model: Model) -> Iterable[tuple[str, BlockMap]]:
+        source = random.Random(self.seed)
+        joint = joint_axes(model.architecture)
+        of_heads: dict[str, list[str]] = {}
+        for kv, groups in joint.items():
+            for heads in groups.values():
+                of_heads.setdefault(heads, []).append(kv)
+        made: dict[str, list[int]] = {}
+        for axis in model.architecture.axes.values():
+            if not self._is_free(model, axis) or axis.name in of_heads:
+                continue
+            made[axis.name] = self._places(model, axis, source)
+        for heads, kvs in of_heads.items():
+            there = [kv for kv in kvs if kv in model.sizes]
+            if heads in model.sizes and there:
+                made |= self._heads(model, heads, there, made, source)
+        for name, places in made.items():
+            yield name, BlockMap(tuple(((j, 1.0),) for j in places), len(places))
+
+    def _heads(
+        self,
+        model: Model,
+        heads: str,
+        kvs: Sequence[str],
+        made: Mapping[str, list[int]],
+        source: random.Random,
+    ) -> dict[str, list[int]]:
+        """Places of query heads: kv heads change places, and heads inside each group do."""
+        kv = kvs[0]
+        n_kv, group = model.sizes[kv], model.sizes[heads] // model.sizes[kv]
+        order = made.get(kv, list(range(n_kv)))
+        if not self._is_free(model, model.architecture.axes[heads]) or len(kvs) > 1:
+            group_orders = [list(range(group)) for _ in range(n_kv)]
+        else:
+            group_orders = [source.sample(range(group), group) for _ in range(n_kv)]
+        found = {heads: [k * group + j for k in order for j in group_orders[k]]}
+        for other in kvs[1:]:
+            alike = model.sizes[other] == n_kv
+            found[other] = order if alike else list(range(model.sizes[other]))
+            if not alike:
+                found[kv], found[heads] = list(range(n_kv)), list(range(model.sizes[heads]))
+        return found
+
+    def _places(self, model: Model, axis: Axis, source: random.Random) -> list[int]:
+        size = model.sizes[axis.name]
+        about = model.architecture.experts.get(axis.name)
+        n_groups = 1
+        if about is not None and about.groups is not None:
+            value = configfields.field_value(model.config, about.groups)
+            n_groups = value if isinstance(value, int) and value and size % value == 0 else 1
+        inside = size // n_groups
+        order = source.sample(range(n_groups), n_groups)
+        return [g * inside + j for g in order for j in source.sample(range(inside), inside)]
+
+    def _is_free(self, model: Model, axis: Axis) -> bool:
+        if axis.kind not in ("width", "expert") or not model.sizes.get(axis.name):
+            return False
+        if axis.name in self.without or (self.only and axis.name not in self.only):
+            return False
+        return True

@@ -1,0 +1,126 @@
+"""What a change keeps of the function, read from the maps and the spec.
+
+    bit-exact         the outputs are the same numbers
+    exact             the same in real arithmetic; floating point rounds a little differently
+    exact up to eps   the same but for the epsilon of norms
+    approximate       another function; how near is for training to say
+"""
+
+from collections.abc import Mapping
+
+from streammap.compensation import Compensation, copies_are_exact
+from streammap.headsize import HeadSize
+from streammap.maps import AxisMap, BlockMap
+from streammap.model import Model
+from streammap.plan import PROMISES, Promise
+from streammap.spaces import normed_axes
+
+Found = tuple[Promise, str]
+
+
+def worst(found: Mapping[str, Found]) -> Found:
+    """The weakest of several promises; the first of its kind."""
+    if not found:
+        return "bit-exact", "nothing is resized"
+    return max(found.values(), key=lambda one: PROMISES.index(one[0]))
+
+
+def of_axes(
+    model: Model,
+    chosen: Mapping[str, AxisMap],
+    layers: Mapping[str, AxisMap],
+    *,
+    grows: bool,
+    silent: Mapping[str, frozenset[int]],
+    fills: Compensation,
+    head_size: HeadSize | None,
+) -> dict[str, Found]:
+    """Axis -> what its change promises, with the reason."""
+    normed = normed_axes(model)
+    found: dict[str, Found] = {}
+    for axis, m in layers.items():
+        if not m.is_identity:
+            found[axis] = _of_layers(axis, m, grows=grows, silent=axis in silent)
+    for axis, m in chosen.items():
+        if m.is_identity:
+            continue
+        caveat = model.architecture.caveats.get(axis)
+        if caveat is not None:
+            found[axis] = "approximate", f"{axis}: {caveat}"
+        elif axis in fills.fills and grows:
+            if axis in fills.inexact_eps:
+                found[axis] = "exact up to eps", f"{axis}: other norms share the epsilon"
+            else:
+                found[axis] = "exact", f"{axis}: new units stay empty, norms are compensated"
+        else:
+            found[axis] = _of_units(model, axis, m, grows=grows, normed=axis in normed)
+    if head_size is not None:
+        found[head_size.axis] = head_size.promise
+    return found
+
+
+def of_all(
+    model: Model, by_axis: Mapping[str, Found], *, reference: float | None, untie: bool
+) -> Found:
+    """What the whole change promises."""
+    if reference is not None and by_axis:
+        has_embeddings = any(f.rule.kind == "embedding" for f in model.families)
+        widths = [axis for axis in by_axis if axis not in model.architecture.depth_axes]
+        if has_embeddings and widths:
+            why = f"the reference rule multiplies the embeddings by {reference:g}"
+            return "approximate", why
+    promise, reason = worst(by_axis)
+    hidden = model.architecture.spaces.get("hidden", ())
+    if promise == "exact" and any(axis in by_axis for axis in hidden) and model.tied:
+        how = "has a tensor of its own" if untie else "is folded into the norm before it"
+        reason = f"{reason}; the tied head {how}"
+    return promise, reason
+
+
+def _of_layers(axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Found:
+    if silent:
+        return "bit-exact", f"{axis}: new layers write nothing at first"
+    if grows:
+        return "approximate", "copied layers are run twice: depth growth by copying is not exact"
+    return "approximate", f"layers are merged ({m.describe()})"
+
+
+def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool) -> Found:
+    if not isinstance(m, BlockMap):
+        return "approximate", f"{axis} is mapped by a dense matrix"
+    if is_permutation(m):
+        return "exact", f"units of {axis} change places"
+    uses = _uses(m)
+    if any(len(row) > 1 or (row and row[0][1] != 1.0) for row in m.rows):
+        what = "are merged" if not grows else "are in several groups"
+        return "approximate", f"units of {axis} {what} ({m.describe()})"
+    if 0 in uses:
+        return "approximate", f"units of {axis} are dropped ({m.describe()})"
+    if model.architecture.axes.get(axis) and model.architecture.axes[axis].kind == "expert":
+        why = copies_are_exact(model, axis, m)
+        if why is not None:
+            return "approximate", f"{axis}: {why}"
+        return "exact", "each expert is copied as often as the others, and as many more are chosen"
+    empty = any(not row for row in m.rows)
+    if normed and (len(uses) != 1 or empty):
+        low, high = min(uses), max(uses)
+        what = "has new empty units" if empty else f"is copied unevenly ({low} to {high} times)"
+        return "approximate", f"{axis} {what}, which a norm over it sees"
+    if len(uses) != 1:
+        return "exact", f"units of {axis} are copied, their readers are split; no norm sees them"
+    return "exact", "each unit is copied as often as the others, its readers are split"
+
+
+def is_permutation(m: BlockMap) -> bool:
+    """Whether units only change places."""
+    return len(m.rows) == m.n_in_blocks and sorted(
+        (row[0] if len(row) == 1 else (-1, 0.0)) for row in m.rows
+    ) == [(i, 1.0) for i in range(m.n_in_blocks)]
+
+
+def _uses(m: BlockMap) -> set[int]:
+    counts = [0] * m.n_in_blocks
+    for row in m.rows:
+        for j, _ in row:
+            counts[j] += 1
+    return set(counts)

@@ -1,0 +1,289 @@
+"""The functional proof of a spec: tiny random models, resized through files, compute the same.
+
+Each model of a spec's [proof] is made, saved and resized by streammap, and loaded again by its own
+library, which must find each key it wants and no other:
+
+    source       it is made, saved, loaded and run
+    growth       every width axis x 2: the same outputs, else the axes that change them
+    round trip   the grown model merged again by its saved map: the source, bit for bit
+    permutation  every width axis in random order: the same outputs
+    shrink       twice the width and depth, and half of that in other groups: both of them run
+
+Outputs are compared element by element where they are logits. Hidden states, of a model without a
+head, have axes that are resized: there the sorted numbers of a position are compared, each of the
+source's as often as it was copied.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from streammap import api, catalogue, tinymodels
+from streammap.api import LazyCheckpoint
+from streammap.architecture import Architecture
+from streammap.errors import ArchitectureError, PlanError, some
+from streammap.operators.permute import Permute
+from streammap.tinymodels import FEATURES, TinyModel
+
+CheckName = Literal["source", "growth", "round trip", "permutation", "shrink"]
+CHECKS: tuple[CheckName, ...] = ("source", "growth", "round trip", "permutation", "shrink")
+TOLERANCE = 1e-9
+"""Largest relative difference of outputs that are called the same."""
+_ROUNDING = 2.0**-50
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check of one model found."""
+
+    name: CheckName
+    passed: bool
+    error: float | None
+    """Largest difference / largest number, of the outputs; None where nothing was compared."""
+    message: str
+    """What went wrong, or why nothing was compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All checks of one model."""
+
+    model: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether each check did."""
+        return all(check.passed for check in self.checks)
+
+
+def models(architecture: Architecture) -> tuple[TinyModel, ...]:
+    """The tiny models under a spec's [proof].
+
+    Raises:
+        ArchitectureError: an entry that is none.
+    """
+    return tuple(map(_tiny_model, architecture.proof))
+
+
+def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[Report, ...]:
+    """Prove a spec with its tiny models.
+
+    Args:
+        arch: Its name, or its file (*.toml).
+        name: The only model to try; None for all.
+        scratch: Folder that the models are written to, one below it each.
+
+    Raises:
+        ArchitectureError: no such spec or model.
+    """
+    known = models(catalogue.load(arch))
+    found = tuple(model for model in known if name in (None, model.name))
+    if not found:
+        raise ArchitectureError(
+            f"{arch}: no model {name or ''} under [proof]".replace("  ", " "),
+            hint=f"there are {some([model.name for model in known]) or 'none'}",
+        )
+    return tuple(prove(model, arch, scratch / model.name) for model in found)
+
+
+def prove(model: TinyModel, arch: str, scratch: Path) -> Report:
+    """Check one tiny model; the checks after "source" need a source."""
+    work = _Proof(model, arch, scratch)
+    found = [_check("source", work.build)]
+    if found[0].passed:
+        found += [
+            _check("growth", work.growth),
+            _check("round trip", work.round_trip),
+            _check("permutation", work.permutation),
+            _check("shrink", work.shrink),
+        ]
+    return Report(model.name, tuple(found))
+
+
+def difference(found: Tensor, expected: Tensor, *, in_order: bool) -> float:
+    """How far an output is from the expected one, relative to its largest number.
+
+    Args:
+        in_order: Whether the last dimension is one that no axis has. Where it is not, its numbers
+            are sorted, and the expected ones repeated.
+
+    Raises:
+        PlanError: another shape.
+    """
+    if not in_order and found.shape[:-1] == expected.shape[:-1]:
+        n_copies = found.shape[-1] // expected.shape[-1]
+        expected = expected.sort().values.repeat_interleave(n_copies, dim=-1)
+        found = found.sort().values
+    if found.shape != expected.shape:
+        raise PlanError(f"shape {list(found.shape)} of outputs, expected {list(expected.shape)}")
+    return _relative(found, expected)
+
+
+@final
+class _Proof:
+    """The checks of one model. Each gives the error it found, or raises with what is wrong."""
+
+    def __init__(self, model: TinyModel, arch: str, scratch: Path) -> None:
+        self._model, self._arch, self._scratch = model, arch, scratch
+        self._expected: Mapping[str, Tensor] = {}
+        self._hidden: set[str] = set()
+
+    def build(self) -> None:
+        """The small model, and what it computes."""
+        tinymodels.build(self._model, self._scratch / "source")
+        self._expected = tinymodels.outputs(self._scratch / "source", self._model)
+
+    def growth(self) -> float | None:
+        """Every axis twice as wide; on failure each axis alone."""
+        try:
+            error = self._error(self._grown(self._factors), "grown")
+        except Exception as failure:
+            raise PlanError(f"{_told(failure)}; {self._axis_by_axis()}") from failure
+        if error is not None and not error < TOLERANCE:
+            raise _WrongError(error, self._axis_by_axis())
+        return error
+
+    def round_trip(self) -> float | None:
+        """The grown files merged by the map that is saved with them."""
+        grown = self._grown(self._factors)
+        grown.save(self._scratch / "grown", overwrite=True, fsync=False)
+        merged = self._open("grown").coalesce()
+        merged.save(self._scratch / "merged", overwrite=True, fsync=False)
+        if set(merged.keys()) != set(grown.keys()):
+            raise PlanError("the merged model has other keys than the grown one")
+        pairs = {key: (x, self._source.read(key)) for key, x in self._open("merged").tensors()}
+        wrong = {k: _relative(x, old) for k, (x, old) in pairs.items() if not torch.equal(x, old)}
+        # What a scale of the forward pass multiplied by sqrt(2) does not come back to the last bit.
+        is_scaled = bool(self._source.plan.model.architecture.forward_scale)
+        error = max(wrong.values(), default=0.0)
+        if error > (_ROUNDING if is_scaled else 0.0):
+            raise _WrongError(error, f"{some(sorted(wrong))} differ from the source")
+        if merged.config != self._source.config:
+            raise PlanError("the merged model has another config.json than the source")
+        return error
+
+    def permutation(self) -> float | None:
+        """Every axis in random order."""
+        plan = Permute(seed=0).plan(self._source.plan)
+        error = self._error(LazyCheckpoint(plan), "permuted")
+        if error is not None and not error < TOLERANCE:
+            raise _WrongError(error, "the outputs differ")
+        return error
+
+    def shrink(self) -> float | None:
+        """Twice as wide and deep, and half of that in groups of its own: both of them run."""
+        self._run(self._grown(self._factors, depth=2), "deep")
+        deep = self._open("deep")
+        if self._model.exempt:
+            small = deep.coalesce(axes=self._factors, depth=2, grouping="adjacent")
+        else:
+            small = deep.coalesce(width=2, depth=2, grouping="adjacent")
+        self._run(small, "small")
+        return None
+
+    @cached_property
+    def _source(self) -> LazyCheckpoint:
+        return self._open("source")
+
+    @cached_property
+    def _factors(self) -> dict[str, int]:
+        """2 for each axis that can be resized."""
+        axes = self._source.plan.model.architecture.axes
+        names = [name for name in self._source.sizes if axes[name].kind == "width"]
+        return {name: 2 for name in names if name not in self._model.exempt}
+
+    def _open(self, name: str) -> LazyCheckpoint:
+        return api.open(self._scratch / name, arch=self._arch)
+
+    def _grown(self, factors: Mapping[str, int], depth: int | None = None) -> LazyCheckpoint:
+        if factors == self._factors and not self._model.exempt:
+            return self._source.decoalesce(width=2, depth=depth)
+        return self._source.decoalesce(axes=factors, depth=depth)
+
+    def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
+        """What a resized model computes, through its files."""
+        lazy.save(self._scratch / name, overwrite=True, fsync=False)
+        found = tinymodels.outputs(self._scratch / name, self._model)
+        if found.keys() != self._expected.keys():
+            raise PlanError(f"outputs are {sorted(found)}, expected {sorted(self._expected)}")
+        wrong = [output for output, x in found.items() if not x.isfinite().all()]
+        if wrong:
+            raise PlanError(f"{', '.join(wrong)}: not finite")
+        return found
+
+    def _error(self, lazy: LazyCheckpoint, name: str) -> float | None:
+        """How far a resized model's outputs are from the source's."""
+        found = self._run(lazy, name)
+        errors = []
+        for output, x in self._expected.items():
+            if "logits" not in output or found[output].shape != x.shape:
+                self._hidden.add(output)
+            errors.append(difference(found[output], x, in_order=output not in self._hidden))
+        return max(errors, default=None)
+
+    def _axis_by_axis(self) -> str:
+        """What each axis alone does to the outputs."""
+        told = []
+        for axis in self._factors:
+            try:
+                error = self._error(self._grown({axis: 2}), "axis")
+            except Exception as failure:
+                told.append(f"{axis}: {_told(failure)}")
+            else:
+                told.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
+        return f"each axis alone: {', '.join(told)}"
+
+
+class _WrongError(Exception):
+    """A check that compared, and found a difference."""
+
+    def __init__(self, error: float, message: str) -> None:
+        super().__init__(message)
+        self.error = error
+
+
+def _check(name: CheckName, check: Callable[[], float | None]) -> Check:
+    try:
+        error = check()
+    except _WrongError as found:
+        return Check(name, passed=False, error=found.error, message=str(found))
+    # Model code that gets a wrong shape raises whatever it likes; all of it is the spec's failure.
+    except Exception as failure:
+        return Check(name, passed=False, error=None, message=_told(failure))
+    return Check(name, passed=True, error=error, message="")
+
+
+def _told(failure: Exception) -> str:
+    lines = str(failure).splitlines() or [type(failure).__name__]
+    return lines[0]
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    if not found.is_floating_point():
+        return float(not torch.equal(found, expected))
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return float((found - expected).abs().max()) / (scale or 1.0)
+
+
+def _tiny_model(entry: Mapping[str, object]) -> TinyModel:
+    name, class_name, config = entry.get("name"), entry.get("class"), entry.get("config")
+    neutral, exempt = entry.get("neutral", []), entry.get("except", [])
+    if not (
+        isinstance(name, str)
+        and isinstance(class_name, str)
+        and isinstance(config, Mapping)
+        and isinstance(neutral, list)
+        and isinstance(exempt, list)
+    ):
+        raise ArchitectureError(f"[[proof.models]] {name}: expected a name, a class and a config")
+    unknown = [feature for feature in neutral if feature not in FEATURES]
+    if unknown:
+        raise ArchitectureError(f"[[proof.models]] {name}: no feature {unknown[0]!r} is known")
+    only_shapes = entry.get("shapes_only") is True
+    return TinyModel(name, class_name, config, tuple(neutral), tuple(exempt), only_shapes)

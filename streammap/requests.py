@@ -1,0 +1,184 @@
+"""What becomes of one axis: a factor, a new size, or groups.
+
+    2                                         a factor, put together by the grouping asked for
+    "=768"                                    a new size, whatever it is
+    [[0, 6], [1, 7], ...]                     groups: entry i lists the units of the large model that
+                                              unit i of the small one stands for
+    {"factor": 2, "grouping": "adjacent"}     a factor with a grouping of its own
+    {"groups": [{"members": [0, 6], "weights": [0.7, 0.3]}, ...]}     weighted members
+
+Each may stand on the command line, in a scheme file, and in Python.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from streammap.errors import SchemeError
+
+Groups = tuple[tuple[int, ...], ...]
+Weights = tuple[tuple[float, ...], ...]
+Grouping = Literal["stacked", "adjacent"]
+GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
+_MAX_INDEX = 1_000_000
+_MAX_TEXT = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of one axis; exactly one of factor, size and groups is given."""
+
+    factor: int | None = None
+    size: int | None = None
+    groups: Groups | None = None
+    weights: Weights | None = None
+    """For each member of a group, its part of the mean; None for equal parts."""
+    grouping: Grouping | None = None
+    """How a factor puts units together; None for the way asked for overall."""
+
+
+def parse_request(value: object, where: str) -> Request:
+    """A request from what a user wrote.
+
+    Raises:
+        SchemeError: naming `where`.
+    """
+    if isinstance(value, Request):
+        return value
+    if isinstance(value, str):
+        value = _of_text(value, where)
+    if type(value) is int:
+        if value < 1:
+            raise SchemeError(f"{where} is {value}, expected 1 or more")
+        return Request(factor=value)
+    if isinstance(value, str):
+        size = value.removeprefix("=")
+        if value.startswith("=") and size.isascii() and size.isdigit() and 0 < int(size) < 2**40:
+            return Request(size=int(size))
+    if isinstance(value, list | tuple):
+        groups, weights = parse_groups(value, where)
+        return Request(groups=groups, weights=weights)
+    if isinstance(value, Mapping):
+        return _of_table(value, where)
+    raise SchemeError(
+        f"{where}: {str(value)[:60]!r} is no request",
+        hint="give a factor such as 2, a size such as =768, or groups such as [[0, 1], [2, 3]]",
+    )
+
+
+def parse_groups(value: object, where: str) -> tuple[Groups, Weights | None]:
+    """Groups, and the weights of their members where they have some.
+
+    Raises:
+        SchemeError: an empty group, a repeated member, a bad index or weight.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise SchemeError(f"{where}: expected a list of groups such as [[0, 6], [1, 7]]")
+    pairs = [_group(group, f"{where}[{i}]") for i, group in enumerate(value)]
+    groups = tuple(members for members, _ in pairs)
+    if all(weights is None for _, weights in pairs):
+        return groups, None
+    return groups, tuple(
+        tuple(1.0 / len(members) for _ in members) if weights is None else weights
+        for members, weights in pairs
+    )
+
+
+def _of_text(text: str, where: str) -> object:
+    stripped = text.strip()
+    if re.fullmatch(r"-?\d{1,12}", stripped):
+        return int(stripped)
+    if stripped.startswith(("[", "{")) and len(stripped) <= _MAX_TEXT:
+        try:
+            found: object = json.loads(stripped)
+        except (ValueError, RecursionError) as error:
+            raise SchemeError(f"{where}: not JSON: {error}") from error
+        return found
+    return stripped
+
+
+def _of_table(table: Mapping[str, object], where: str) -> Request:
+    known = ("factor", "size", "groups", "grouping")
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise SchemeError(f"{where}: unknown key {unknown[0]!r}", hint=f"known: {', '.join(known)}")
+    given = [key for key in ("factor", "size", "groups") if key in table]
+    if len(given) != 1:
+        raise SchemeError(f"{where}: expected one of factor, size and groups")
+    grouping = next((g for g in GROUPINGS if g == table.get("grouping")), None)
+    if "grouping" in table and grouping is None:
+        raise SchemeError(f"{where}: grouping {table['grouping']!r}, expected stacked or adjacent")
+    value = table[given[0]]
+    if given[0] == "groups":
+        groups, weights = parse_groups(value, where)
+        return Request(groups=groups, weights=weights)
+    if type(value) is not int or value < 1:
+        raise SchemeError(f"{where}: {given[0]} is {value!r}, expected 1 or more")
+    return Request(factor=value, grouping=grouping) if given[0] == "factor" else Request(size=value)
+
+
+def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+    weights: object = None
+    if isinstance(group, Mapping):
+        if set(group) != {"members", "weights"}:
+            raise SchemeError(f"{where}: expected members and weights, found {sorted(group)}")
+        group, weights = group["members"], group["weights"]
+    if not isinstance(group, list | tuple):
+        raise SchemeError(f"{where}: expected a list of numbers such as [0, 6], found {group!r}")
+    if not group:
+        raise SchemeError(f"{where}: an empty group", hint="remove it, or give it a member")
+    for member in group:
+        if type(member) is not int or not 0 <= member <= _MAX_INDEX:
+            raise SchemeError(f"{where}: {member!r} is no index, expected 0, 1, 2 ...")
+    if len(set(group)) != len(group):
+        twice = next(member for member in group if group.count(member) > 1)
+        raise SchemeError(f"{where}: member {twice} stands twice", hint="name each member once")
+    members = tuple(group)
+    return members, None if weights is None else _weights(weights, len(members), where)
+
+
+def _weights(weights: object, n: int, where: str) -> tuple[float, ...]:
+    if not isinstance(weights, list | tuple) or len(weights) != n:
+        raise SchemeError(f"{where}: expected {n} weights, found {weights!r}")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
+            raise SchemeError(f"{where}: {weight!r} is no weight, expected 0 or more")
+    total = sum(weights)
+    if not total > 0:
+        raise SchemeError(f"{where}: the weights add up to {total}, expected more than 0")
+    return tuple(weight / total for weight in weights)
+
+
+def near_even(n_large: int, n_small: int) -> Groups:
+    """n_small groups of neighbours, as even as can be."""
+    bounds = [i * n_large // n_small for i in range(n_small + 1)]
+    return tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+
+
+def cyclic(n_large: int, n_small: int) -> Groups:
+    """n_small groups: i with i + n_small, i + 2*n_small ..., as far as they go."""
+    return tuple(tuple(range(i, n_large, n_small)) for i in range(n_small))
+
+
+def copies(n_large: int, n_small: int) -> Groups:
+    """n_small groups of n_large // n_small whole copies; units left over are in no group."""
+    times = n_large // n_small
+    return tuple(tuple(range(i, n_small * times, n_small)) for i in range(n_small))
+
+
+def check_members(groups: Sequence[Sequence[int]], n_large: int, where: str) -> None:
+    """Refuse a member that the large model does not have.
+
+    Raises:
+        SchemeError: naming the entry.
+    """
+    for i, group in enumerate(groups):
+        for member in group:
+            if member >= n_large:
+                raise SchemeError(
+                    f"{where}[{i}]: {member} is out of range, the large model has {n_large} "
+                    f"(0 to {n_large - 1})",
+                    hint="write the groups for this model",
+                )

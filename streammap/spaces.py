@@ -1,0 +1,566 @@
+"""Requests on single axes -> a merging map F (small x large) for every axis that must change.
+
+What is not asked for stays, but for what is coupled: hidden size = heads x head size in BERT, an
+intermediate size that is always 4 x hidden size. Such axes follow in proportion. Query and key/value
+heads are planned together, for a map of query heads must keep to the groups:
+
+    for each query head i of the result:  {group of h : h in sources(i)}  is in  sources(group of i)
+
+Source: research on grouped-query attention maps; Ainslie et al., arXiv:2305.13245 (merging kv heads).
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd
+from typing import Literal
+
+from streammap import expression as expressions
+from streammap import maps, requests, rewriting, sizes
+from streammap.dimmaps import joint_axes
+from streammap.errors import PlanError, SchemeError, some
+from streammap.expression import Expression
+from streammap.maps import AxisMap, BlockMap
+from streammap.model import Model
+from streammap.requests import Grouping, Request
+
+KvMerge = Literal["mean", "first"]
+KV_MERGES: tuple[KvMerge, ...] = ("mean", "first")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a user asks for."""
+
+    axes: Mapping[str, Request]
+    """Axis -> what becomes of it."""
+    width: Request | None
+    """What becomes of all widths together: a factor, or groups of heads."""
+    grouping: Grouping
+    kv_merge: KvMerge
+    large: Mapping[str, int]
+    """Axis -> size of the large model, where it is known and groups don't tell."""
+
+
+def merging_maps(
+    model: Model, asked: Asked, *, grows: bool
+) -> tuple[dict[str, BlockMap], list[str]]:
+    """Axis -> F for each axis that changes, and what a user might not expect.
+
+    Raises:
+        SchemeError: groups that do not fit the model.
+        PlanError: a request that this architecture can't follow, with the reason.
+    """
+    work = _Planning(model, asked, grows)
+    work.direct()
+    work.follow()
+    work.check_heads()
+    return {axis: m for axis, m in work.found.items() if not m.is_identity}, work.notes
+
+
+class _Planning:
+    def __init__(self, model: Model, asked: Asked, grows: bool) -> None:
+        self._model, self._asked, self._grows = model, asked, grows
+        self._spec, self._own = model.architecture, model.sizes
+        self._joint = [
+            (kv, group, heads)
+            for kv, groups in joint_axes(self._spec).items()
+            for group, heads in groups.items()
+            if kv in self._own and heads in self._own
+        ]
+        self.found: dict[str, BlockMap] = {}
+        self.notes: list[str] = []
+
+    def direct(self) -> None:
+        """Maps of the axes that were asked for."""
+        for kv, _, heads in self._joint:
+            self._heads(heads, kv)
+        for axis, request in self._asked.axes.items():
+            if axis not in self.found:
+                self._check_axis(axis)
+                self._put(axis, self._map(axis, request))
+        if self._asked.width is not None:
+            heads = self._spec.spaces.get("heads", ())
+            for axis in sorted(self._widths(), key=lambda axis: axis not in heads):
+                if axis not in self.found:
+                    self._put(axis, self._width(axis, self._asked.width))
+
+    def follow(self) -> None:
+        """Maps of the axes that are coupled to those."""
+        for _ in range(len(self._own) + 1):
+            if not (self._follow_constraints() or self._follow_expressions()):
+                break
+        for text, left, right in self._spec.constraints:
+            a, b = self._value(left), self._value(right)
+            if a is not None and b is not None and a != b:
+                raise PlanError(
+                    f"{self._spec.name}: {text} would not hold: {a} is not {b}",
+                    hint="ask for sizes that keep it, or leave one of them out: it follows",
+                )
+
+    def check_heads(self) -> None:
+        """Refuse a map of query heads that breaks the groups of their kv heads."""
+        for kv, _, heads in self._joint:
+            if kv in self.found or heads in self.found:
+                self._check_joint(heads, kv)
+
+    # One axis.
+
+    def _map(self, axis: str, request: Request) -> BlockMap | None:
+        own, where = self._own[axis], axis
+        if request.factor is not None:
+            grouping = request.grouping or self._asked.grouping
+            large = own * request.factor if self._grows else own
+            return self._uniform(axis, large, request.factor, grouping)
+        if request.size is not None:
+            return self._sized(axis, own, request.size)
+        assert request.groups is not None
+        groups = request.groups
+        n_large = own
+        if self._grows:
+            if len(groups) != own:
+                raise SchemeError(
+                    f"{where}: {len(groups)} groups, the small model has {own}",
+                    hint="write the scheme for this pair of models; `streammap scheme` prints one",
+                )
+            n_large = self._asked.large.get(axis, 0)
+            n_large = max(n_large, 1 + max(member for group in groups for member in group))
+        requests.check_members(groups, n_large, where)
+        self._tell_left(axis, groups, n_large)
+        return maps.merging(groups, n_large, weights=request.weights)
+
+    def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:
+        if factor == 1:
+            return None
+        if large % factor:
+            divisors = [d for d in range(2, min(large, 4096) + 1) if large % d == 0]
+            raise SchemeError(
+                f"{large} {self._word(axis)} do not divide into groups of {factor}",
+                hint=f"take a factor of {large} ({some(divisors, limit=6)}), a size such as "
+                f"={max(1, large // factor)}, or give groups",
+            )
+        parts = self._parts(axis, large, factor, grouping)
+        n = parts // factor
+        groups = [
+            range(i * factor, (i + 1) * factor) if grouping == "adjacent" else range(i, parts, n)
+            for i in range(n)
+        ]
+        return maps.merging([tuple(group) for group in groups], parts, block=large // parts)
+
+    def _word(self, axis: str) -> str:
+        name = axis.rpartition(".")[2]
+        words = {"heads": "heads", "layer": "layers", "expert": "experts", "kv_heads": "kv heads"}
+        return words.get(name, f"units of {axis}")
+
+    def _parts(self, axis: str, large: int, factor: int, grouping: Grouping) -> int:
+        """Into how many parts an axis is cut: as many as there are heads, where that fits."""
+        if self._spec.axes[axis].kind != "width":
+            return large
+        heads = self._own.get("heads", 0) * (factor if self._grows else 1)
+        if heads and large % heads == 0 and heads % factor == 0:
+            return heads
+        return large if grouping == "adjacent" else factor
+
+    def _sized(self, axis: str, own: int, size: int) -> BlockMap | None:
+        if size == own:
+            return None
+        large, small = (size, own) if self._grows else (own, size)
+        if large < small:
+            raise PlanError(
+                f"{axis}: {'decoalesce' if self._grows else 'coalesce'} can't go from {own} to {size}",
+                hint="coalesce makes a model smaller, decoalesce larger",
+            )
+        if large % small == 0 and self._spec.axes[axis].kind != "depth":
+            return self._uniform(axis, large, large // small, self._asked.grouping)
+        if not self._grows or self._spec.axes[axis].kind == "depth":
+            return maps.merging(requests.near_even(large, small), large)
+        if axis in normed_axes(self._model):
+            groups = requests.copies(large, small)
+            left = large - small * (large // small)
+            self.notes.append(f"{axis}: {left} of {large} units are new and stay empty at first")
+            return maps.merging(groups, large)
+        return maps.merging(requests.cyclic(large, small), large)
+
+    def _tell_left(self, axis: str, groups: Sequence[Sequence[int]], n_large: int) -> None:
+        used = [member for group in groups for member in group]
+        left = sorted(set(range(n_large)) - set(used))
+        if left:
+            fate = "zeros in the result" if self._grows else "dropped"
+            self.notes.append(f"{self._word(axis)} {some(left)} of {n_large}: in no group, {fate}")
+        twice = sorted({a for a, b in itertools.pairwise(sorted(used)) if a == b})
+        if twice:
+            self.notes.append(f"{self._word(axis)} {some(twice)}: in more than one group")
+
+    def _put(self, axis: str, m: BlockMap | None) -> None:
+        if m is not None:
+            self.found[axis] = m
+
+    def _check_axis(self, axis: str) -> None:
+        kind = self._spec.axes[axis].kind
+        if kind in ("width", "depth", "expert"):
+            return
+        why = "it follows the heads" if kind == "group" else "its order means something"
+        raise PlanError(
+            f"{axis} can't be resized in {self._spec.name}: {why}",
+            hint="`streammap inspect` lists the axes that can",
+        )
+
+    # All widths together.
+
+    def _widths(self) -> list[str]:
+        return [
+            axis.name
+            for axis in self._spec.axes.values()
+            if axis.kind == "width" and self._own.get(axis.name) and not must_follow(self._model, axis.name)
+        ]
+
+    def _width(self, axis: str, request: Request) -> BlockMap | None:
+        if request.groups is not None:
+            return self._proportional(axis, request.groups)
+        named = {a for space in self._spec.spaces.values() for a in space}
+        factor = request.factor or 1
+        if not self._grows and self._own[axis] % factor and axis not in named:
+            self.notes.append(f"{axis}: {self._own[axis]} does not divide by {factor}, it stays")
+            return None
+        return self._map(axis, request)
+
+    def _proportional(self, axis: str, groups: Sequence[Sequence[int]]) -> BlockMap:
+        """Groups of heads, applied to as many equal parts of another axis."""
+        heads = self._own["heads"]
+        if self._own[axis] % heads:
+            raise PlanError(
+                f"{axis}: {self._own[axis]} does not divide into {heads} parts, one for each head",
+                hint="this model's widths can't follow its heads; ask for each by itself",
+            )
+        n_large = heads
+        if self._grows:
+            n_large = self._asked.large.get("heads", 0)
+            n_large = max(n_large, 1 + max(member for group in groups for member in group))
+        return maps.merging(groups, n_large, block=self._own[axis] // heads)
+
+    # Query heads and kv heads.
+
+    def _heads(self, heads: str, kv: str) -> None:
+        asked, width = self._asked.axes, self._asked.width
+        wanted, wanted_kv = asked.get(heads), asked.get(kv)
+        automatic = False
+        if wanted is None and wanted_kv is None and width is not None:
+            if width.groups is not None:
+                wanted = width
+            else:
+                wanted, automatic = width, True
+        if wanted is None and wanted_kv is None:
+            return
+        if heads in self.found and wanted_kv is None:
+            self._again(heads, kv)
+            return
+        explicit = any(r is not None and r.groups is not None for r in (wanted, wanted_kv))
+        if explicit:
+            self._explicit_heads(heads, kv, wanted, wanted_kv)
+            return
+        own_heads, own_kv = self._own[heads], self._own[kv]
+        a = self._target(heads, wanted)
+        if automatic or (wanted_kv is None and self._follows(kv, heads)):
+            b = self._kv_for(heads, kv, a)
+        else:
+            b = self._target(kv, wanted_kv)
+        large = (a, b) if self._grows else (own_heads, own_kv)
+        small = (own_heads, own_kv) if self._grows else (a, b)
+        grouping = next(
+            (r.grouping for r in (wanted, wanted_kv) if r is not None and r.grouping),
+            self._asked.grouping,
+        )
+        found, found_kv = self._joined(heads, kv, large, small, grouping)
+        self._put_heads(heads, kv, found, found_kv)
+
+    def _again(self, heads: str, kv: str) -> None:
+        """Kv heads of another kind of layers, whose query heads are planned already."""
+        others = [self.found[other] for other, _, of in self._joint if of == heads and other != kv]
+        alike = [m for m in others if self._own[kv] == (m.n_out if self._grows else m.n_in)]
+        for m in (maps.identity(self._own[kv]), *alike):
+            self.found[kv] = m
+            if self._misplaced(heads, kv) is None:
+                return
+        self.found[kv] = self._kv_of(heads, kv, self.found[heads])
+
+    def _put_heads(self, heads: str, kv: str, found: BlockMap, found_kv: BlockMap) -> None:
+        if self._asked.kv_merge == "first" and not self._grows:
+            found_kv = maps.first_of(found_kv)
+        self.found[heads], self.found[kv] = found, found_kv
+
+    def _target(self, axis: str, request: Request | None) -> int:
+        own = self._own[axis]
+        if request is None:
+            return own
+        if request.size is not None:
+            if (request.size < own) == self._grows and request.size != own:
+                raise PlanError(
+                    f"{axis}: can't go from {own} to {request.size} this way",
+                    hint="coalesce makes a model smaller, decoalesce larger",
+                )
+            return request.size
+        factor = request.factor or 1
+        if self._grows:
+            return own * factor
+        if own % factor:
+            divisors = [d for d in range(2, own + 1) if own % d == 0]
+            raise SchemeError(
+                f"{own} {self._word(axis)} do not divide into groups of {factor}",
+                hint=f"take a factor of {own} ({some(divisors, limit=6)}), or give groups",
+            )
+        return own // factor
+
+    def _follows(self, kv: str, heads: str) -> bool:
+        """Whether config.json has no kv heads, so that there are as many as heads."""
+        origin = sizes.axis_origin(self._spec.axes[kv], self._model.config)
+        return not isinstance(origin, str) and self._own[kv] == self._own[heads]
+
+    def _kv_for(self, heads: str, kv: str, n_heads: int) -> int:
+        """How many kv heads go with a new number of heads, where all widths change alike."""
+        own_heads, own_kv = self._own[heads], self._own[kv]
+        origin = sizes.axis_origin(self._spec.axes[kv], self._model.config)
+        fixed = origin is not None and not isinstance(origin, str) and own_kv != own_heads
+        if fixed:
+            return own_kv
+        if self._grows:
+            return own_kv * n_heads // own_heads if n_heads % own_heads == 0 else own_kv
+        part = gcd(own_kv, own_heads // n_heads) if own_heads % n_heads == 0 else 1
+        return own_kv // part
+
+    def _joined(
+        self,
+        heads: str,
+        kv: str,
+        large: tuple[int, int],
+        small: tuple[int, int],
+        grouping: Grouping,
+    ) -> tuple[BlockMap, BlockMap]:
+        """F of query heads and of kv heads, for sizes (heads, kv heads) of both models."""
+        (h_large, kv_large), (h_small, kv_small) = large, small
+        for n, n_kv in (large, small):
+            if n % n_kv:
+                raise PlanError(
+                    f"{n} {heads} can't share {n_kv} {kv} evenly: {n} does not divide by {n_kv}",
+                    hint=f"take {kv} that divide {heads}",
+                )
+        if kv_large < kv_small or h_large < h_small:
+            raise PlanError(f"{heads} and {kv} can't change in opposite directions at once")
+        group, small_group = h_large // kv_large, h_small // kv_small
+        if kv_large == kv_small:
+            inner = self._some(group, small_group, grouping)
+            found = maps.kron(maps.identity(kv_large), inner)
+            assert isinstance(found, BlockMap)
+            return found, maps.identity(kv_large)
+        if h_large == h_small:
+            return maps.identity(h_large), self._neighbours(kv, kv_large, kv_small)
+        if group >= small_group:
+            of_kv = self._some(kv_large, kv_small, grouping)
+            found = maps.kron(of_kv, self._some(group, small_group, grouping))
+            assert isinstance(found, BlockMap)
+            return found, of_kv
+        # Fewer kv heads than heads would ask for: merge both alike first, then kv heads alone.
+        between = h_small // group
+        if h_small % group or kv_large % between or between % kv_small:
+            raise PlanError(
+                f"{h_large} {heads} with {kv_large} {kv} to {h_small} with {kv_small}: no plan keeps "
+                "each query head with its own kv heads",
+                hint="do it in two steps, or give groups for both",
+            )
+        first_heads, first_kv = self._joined(
+            heads, kv, large, (h_small, between), grouping
+        )
+        rest = maps.compose(self._neighbours(kv, between, kv_small), first_kv)
+        assert isinstance(rest, BlockMap)
+        return first_heads, rest
+
+    def _neighbours(self, kv: str, n_large: int, n_small: int) -> BlockMap:
+        if n_large % n_small:
+            raise PlanError(
+                f"{kv}: {n_large} do not divide into {n_small} groups of neighbours, and query heads "
+                "must stay with their own kv heads",
+                hint=f"take a number that divides {n_large}, or give groups for heads and kv heads",
+            )
+        times = n_large // n_small
+        groups = [tuple(range(i * times, (i + 1) * times)) for i in range(n_small)]
+        return maps.merging(groups, n_large)
+
+    def _some(self, n_large: int, n_small: int, grouping: Grouping) -> BlockMap:
+        if n_large == n_small:
+            return maps.identity(n_large)
+        if n_large % n_small == 0 and grouping == "adjacent":
+            return maps.merging(requests.near_even(n_large, n_small), n_large)
+        if n_large % n_small == 0 or self._grows:
+            return maps.merging(requests.cyclic(n_large, n_small), n_large)
+        return maps.merging(requests.near_even(n_large, n_small), n_large)
+
+    def _explicit_heads(
+        self, heads: str, kv: str, wanted: Request | None, wanted_kv: Request | None
+    ) -> None:
+        found = maps.identity(self._own[heads])
+        if wanted is not None:
+            found = self._map(heads, wanted) or found
+        if wanted_kv is not None:
+            found_kv = self._map(kv, wanted_kv) or maps.identity(self._own[kv])
+        elif wanted is self._asked.width or self._follows(kv, heads):
+            found_kv = self._kv_of(heads, kv, found)
+        else:
+            found_kv = maps.identity(self._own[kv])
+        self._put_heads(heads, kv, found, found_kv)
+
+    def _kv_of(self, heads: str, kv: str, found: BlockMap) -> BlockMap:
+        """Kv groups that go with groups of heads, with as many heads to a kv head as before."""
+        group = self._own[heads] // self._own[kv]
+        n_small, n_large = found.n_out, found.n_in
+        if n_small % group or n_large % group:
+            raise PlanError(
+                f"{n_small} {heads} do not divide by the {group} of each of the {kv}",
+                hint=f"give groups for {kv} too",
+            )
+        groups = []
+        for i in range(n_small // group):
+            members = (j for h in range(group) for j, _ in found.members(i * group + h))
+            groups.append(tuple(dict.fromkeys(j // group for j in members)))
+        return maps.merging(groups, n_large // group)
+
+    def _check_joint(self, heads: str, kv: str) -> None:
+        problem = self._misplaced(heads, kv)
+        if problem is not None:
+            raise PlanError(
+                problem,
+                hint=f"group heads so that each keeps to its {kv}, or give groups for {kv} too",
+            )
+
+    def _misplaced(self, heads: str, kv: str) -> str | None:
+        """The predicate: sources of a query head read kv heads that its own kv head comes from."""
+        of_heads, of_kv = self._applied(heads), self._applied(kv)
+        n_heads, n_kv = of_heads.n_out, of_kv.n_out
+        if n_heads % n_kv:
+            return f"{n_heads} {heads} can't share {n_kv} {kv} evenly"
+        before, after = self._own[heads] // self._own[kv], n_heads // n_kv
+        for i in range(n_heads):
+            read = {j // before for j, _ in of_heads.members(i)}
+            there = {j for j, _ in of_kv.members(i // after)}
+            if not read <= there:
+                return (
+                    f"{heads} {i} would come from heads that read {kv} {some(sorted(read))}, but its "
+                    f"own, {i // after}, comes from {some(sorted(there)) or 'none'}"
+                )
+        return None
+
+    def _applied(self, axis: str) -> AxisMap:
+        m = self.found.get(axis)
+        if m is None:
+            return maps.identity(self._own[axis])
+        return maps.growing(m) if self._grows else m
+
+    # What follows.
+
+    def _size(self, axis: str) -> int:
+        m = self.found.get(axis)
+        if m is None:
+            return self._own[axis]
+        return m.n_in if self._grows else m.n_out
+
+    def _value(self, expression: Expression) -> int | None:
+        after = {axis: self._size(axis) for axis in self._own}
+        for kv, group, heads in self._joint:
+            after[group] = after[heads] // max(1, after[kv])
+        try:
+            return sizes.evaluate_axis(self._spec, expression, after, {})
+        except (expressions.InexactDivisionError, PlanError):
+            return None
+
+    def _names(self, expression: Expression) -> list[str]:
+        found: list[str] = []
+        for name in expressions.names(expression):
+            alias = self._spec.aliases.get(name)
+            found += self._names(alias) if alias is not None else [name]
+        return [name for name in found if name in self._own]
+
+    def _follow_constraints(self) -> bool:
+        for _, left, right in self._spec.constraints:
+            if self._value(left) == self._value(right):
+                continue
+            names = [*self._names(left), *self._names(right)]
+            changed = [n for n in names if self._size(n) != self._own[n]]
+            free = [
+                n for n in names
+                if n not in self.found and n not in self._asked.axes
+                and self._spec.axes[n].kind == "width"
+            ]  # fmt: skip
+            if changed and len(free) == 1:
+                self._follow(free[0], changed[0])
+                return True
+        return False
+
+    def _follow_expressions(self) -> bool:
+        for axis in self._spec.axes.values():
+            if axis.kind != "width" or axis.name in self.found or not self._own.get(axis.name):
+                continue
+            origin = sizes.axis_origin(axis, self._model.config)
+            if origin is None or isinstance(origin, str) or axis.fields:
+                continue
+            if rewriting.is_measured(origin):
+                continue
+            changed = [n for n in self._names(origin) if self._size(n) != self._own[n]]
+            wanted = self._value(origin)
+            if changed and wanted is not None and wanted != self._own[axis.name]:
+                self._follow(axis.name, changed[0], wanted)
+                return True
+        return False
+
+    def _follow(self, axis: str, leader: str, wanted: int | None = None) -> None:
+        """Give `axis` the map of `leader`, in proportion."""
+        m, own = self.found[leader], self._own[axis]
+        before, after = self._own[leader], self._size(leader)
+        size = own * after // before if wanted is None else wanted
+        large, small = (size, own) if self._grows else (own, size)
+        n_large, n_small = m.n_in_blocks, len(m.rows)
+        if large % n_large == 0 and small % n_small == 0 and large // n_large == small // n_small:
+            self.found[axis] = BlockMap(m.rows, n_large, large // n_large)
+        else:
+            exact = own * after % before == 0
+            self._put(axis, self._sized(axis, own, size) if exact or wanted is not None else None)
+        if axis in self.found:
+            self.notes.append(f"{axis} follows {leader}: {own} -> {size}")
+            for kv, _, heads in self._joint:
+                if heads == axis and kv not in self.found and self._follows(kv, heads):
+                    self.found[kv] = self.found[axis]
+
+
+def must_follow(model: Model, axis: str) -> bool:
+    """Whether config.json has no field for an axis, so that others decide its size."""
+    found = model.architecture.axes[axis]
+    if any(isinstance(source, str) for source in found.sources):
+        return False
+    origin = sizes.axis_origin(found, model.config)
+    return (
+        origin is not None
+        and not isinstance(origin, str)
+        and any(name in model.sizes for name in expressions.names(origin))
+    )
+
+
+def normed_axes(model: Model) -> frozenset[str]:
+    """Axes over which a norm takes its mean: their units must be copied alike."""
+    found: set[str] = set()
+    joint = {
+        (kv, group): heads
+        for kv, groups in joint_axes(model.architecture).items()
+        for group, heads in groups.items()
+    }
+    for family in model.families:
+        if family.rule.kind != "norm" or family.dims[0].expression is None:
+            continue
+        names = _expanded(model, family.dims[0].expression)
+        found |= set(names)
+        found |= {heads for (kv, group), heads in joint.items() if {kv, group} <= set(names)}
+    return frozenset(found)
+
+
+def _expanded(model: Model, expression: Expression) -> list[str]:
+    found: list[str] = []
+    for name in expressions.names(expression):
+        alias = model.architecture.aliases.get(name)
+        found += _expanded(model, alias) if alias is not None else [name]
+    return found

@@ -1,0 +1,532 @@
+"""Spec files: TOML -> Architecture, for one config.json. The format: architectures/README.md.
+
+`merged` joins a spec's tables with those of the spec that it extends; `build` decides the conditions
+by a config.json and makes the values.
+"""
+
+import itertools
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from streammap import configfields
+from streammap.architecture import (
+    KEEP, REST, SPACES, Architecture, Axis, Depth, Dim, Experts, Factor, Head, Kind, LayerCondition,
+    Norm, Role, Rope, Rule,
+)  # fmt: skip
+from streammap.errors import ArchitectureError
+from streammap.expression import Expression, Name, parse_expression, scoped
+from streammap.pattern import KeyPattern, compile_patterns
+
+Tables = Mapping[str, object]
+_MERGED = (
+    "vars", "axes", "axis_kind", "spaces", "alias", "norm", "head", "forward_scale", "experts",
+    "rope", "config", "caveat",
+)  # fmt: skip
+_STACKED = ("modules", "tensors", "buffers", "drop")
+_INHERITED = ("constraints", "required", "include", "same_axis")
+_OWN = ("schema", "extends", "model_types", "detect", "proof", "depth")
+_HEAD = ("norm", "embed", "head", "tied", "classes", "readers", "scale")
+_NORM = ("kind", "offset", "plain", "eps", "post")
+_ROPE = ("theta", "layout", "scores", "query", "query_norm", "key_norm")
+_DEPTH = tuple(Depth.__dataclass_fields__)
+_PROOF = ("name", "model_type", "class", "config", "neutral", "except", "shapes_only")
+_MODULES = ("linear", "conv1d", "conv", "embedding")
+_KINDS: tuple[Kind, ...] = ("width", "depth", "frozen", "group", "expert")
+_MAX_EXTENDS = 8
+
+
+def read(text: str, *, name: str) -> Tables:
+    """A spec file's tables.
+
+    Raises:
+        ArchitectureError: no TOML, an unknown table, another schema.
+    """
+    try:
+        content = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ArchitectureError(f"{name}.toml: {error}", hint="mend the file") from error
+    known = (*_MERGED, *_STACKED, *_INHERITED, *_OWN)
+    unknown = [table for table in content if table not in known]
+    if unknown:
+        raise ArchitectureError(
+            f"{name}.toml: unknown entry {unknown[0]!r}", hint=f"known: {', '.join(known)}"
+        )
+    if content.get("schema") != 1:
+        raise ArchitectureError(f"{name}.toml: schema is {content.get('schema')!r}, expected 1")
+    return content
+
+
+def merged(tables: Tables, parent: Callable[[str], Tables], *, n_above: int = 0) -> Tables:
+    """The tables joined with those of the spec that they extend.
+
+    [modules], [tensors], [buffers] and [drop] become lists of tables, the spec's own first.
+    """
+    found: dict[str, object] = dict(tables)
+    for name in _STACKED:
+        found[name] = [_table(tables, name)]
+    if "extends" not in tables:
+        return found
+    if n_above >= _MAX_EXTENDS:
+        raise ArchitectureError(f"more than {_MAX_EXTENDS} specs extend one another")
+    above = _string(tables["extends"], "extends")
+    base = merged(parent(above), parent, n_above=n_above + 1)
+    for name in _MERGED:
+        found[name] = {**_table(base, name), **_table(tables, name)}
+    for name in _STACKED:
+        found[name] = [_table(tables, name), *_list(base.get(name, []), name)]
+    for name in _INHERITED:
+        if name not in tables and name in base:
+            found[name] = base[name]
+    depths = {**_table(base, "depth")}
+    for axis, entries in _table(tables, "depth").items():
+        depths[axis] = {**_table(depths, axis), **_as_table(entries, f"[depth.{axis}]")}
+    found["depth"] = depths
+    return found
+
+
+def build(
+    name: str, tables: Tables, config: Mapping[str, object], included: Callable[[str], Tables]
+) -> Architecture:
+    """The spec as it stands for a config.json.
+
+    Args:
+        tables: As `merged` gives them.
+        included: Merged tables of the specs that this one includes.
+
+    Raises:
+        ArchitectureError: naming the spec and the entry.
+    """
+    try:
+        return _build(name, tables, config, included)
+    except ArchitectureError as error:
+        raise ArchitectureError(f"{name}.toml: {error.message}", hint=error.hint) from error
+
+
+def _build(
+    name: str, tables: Tables, config: Mapping[str, object], included: Callable[[str], Tables]
+) -> Architecture:
+    same = {k: _string(v, k) for k, v in _table(tables, "same_axis").items()}
+    own = _Part(tables, config, "", ("",), "", same)
+    parts = [own]
+    for entry in _list(tables.get("include", []), "[[include]]"):
+        table = _only(_as_table(entry, "[[include]]"), ("spec", "as", "prefix", "config"), "include")
+        path = _string(table.get("config", ""), "[[include]] config")
+        inner = configfields.field_value(config, path) if path else config
+        if not isinstance(inner, Mapping):
+            # Older checkpoints have the fields of the inner model at the top.
+            path, inner = "", config
+        parts.append(
+            _Part(
+                included(_string(table.get("spec"), "[[include]] spec")),
+                inner,
+                f"{_string(table.get('as'), '[[include]] as')}.",
+                _strings(table.get("prefix", [""]), "[[include]] prefix"),
+                f"{path}." if path else "",
+                same,
+            )
+        )
+    return _joined(name, tables, parts, same, config)
+
+
+def _joined(
+    name: str,
+    tables: Tables,
+    parts: Sequence["_Part"],
+    same: Mapping[str, str],
+    config: Mapping[str, object],
+) -> Architecture:
+    own = parts[0]
+    axes = {axis.name: axis for part in parts for axis in part.axes()}
+    fields = {field: found for part in parts for field, found in part.config_fields().items()}
+    for other, axis in same.items():
+        listed = axes.pop(other).fields if other in axes else ()
+        there = (f for f in listed if configfields.field_value(config, f) is not None)
+        for field in itertools.islice(there, 1):
+            fields[field] = Name(axis)
+    spaces: dict[str, tuple[str, ...]] = {}
+    for part in parts:
+        for space, members in part.spaces().items():
+            found = (same.get(axis, axis) for axis in members)
+            spaces[space] = (*spaces.get(space, ()), *(axis for axis in found if axis in axes))
+    if not any(axis.kind == "depth" for axis in axes.values()):
+        raise ArchitectureError("expected an axis of kind depth")
+    return Architecture(
+        name=name,
+        model_types=_strings(tables.get("model_types"), "model_types"),
+        detect=own.patterns(tables.get("detect", []), "detect"),
+        axes=axes,
+        spaces={space: tuple(dict.fromkeys(found)) for space, found in spaces.items() if found},
+        aliases={k: v for part in parts for k, v in part.aliases().items()},
+        constraints=tuple(c for part in parts for c in part.constraints()),
+        rules=tuple(rule for part in parts for rule in part.rules()),
+        required=tuple(p for part in parts for p in part.keys("required")),
+        heads=tuple(h for part in parts for h in part.heads()),
+        forward_scale=tuple(f for part in parts for f in part.forward_scale()),
+        experts={k: v for part in parts for k, v in part.experts().items()},
+        rope={k: v for part in parts for k, v in part.rope().items()},
+        depth={k: v for part in parts for k, v in part.depth().items()},
+        config=fields,
+        caveats={k: v for part in parts for k, v in part.caveats().items()},
+        proof=_proof(_table(tables, "proof")),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One spec's tables, at their place inside a model."""
+
+    tables: Tables
+    config: Mapping[str, object]
+    scope: str
+    """What its axes begin with: "text."."""
+    prefixes: tuple[str, ...]
+    """What its keys begin with."""
+    path: str
+    """What its config fields begin with: "text_config."."""
+    same: Mapping[str, str]
+
+    def _decided(self, value: object, where: str) -> object:
+        """The value that holds for this config.json."""
+        if not isinstance(value, dict):
+            return value
+        for condition, found in value.items():
+            if condition == "default" or configfields.holds(condition, self.config):
+                return found
+        raise ArchitectureError(f"{where}: no condition holds, and there is no default")
+
+    def _entry(self, table: str, name: str, default: object) -> object:
+        found = self._decided(_table(self.tables, table).get(name, default), f"[{table}] {name}")
+        return default if found is None else found
+
+    def _axis_name(self, name: str) -> str:
+        return self.same.get(self.scope + name, self.scope + name)
+
+    def _expression(self, text: object, where: str) -> Expression:
+        return scoped(parse_expression(_string(text, where)), self.scope, self.same)
+
+    def _compiled(self, text: str) -> tuple[KeyPattern, ...]:
+        variables = {
+            k: _strings(v, f"[vars] {k}") for k, v in _table(self.tables, "vars").items()
+        }
+        if self.prefixes == ("",):
+            return compile_patterns(text, variables, scope=self.scope)
+        variables[" prefix"] = self.prefixes
+        return compile_patterns("{ prefix}" + text, variables, scope=self.scope)
+
+    def patterns(self, texts: object, where: str) -> tuple[KeyPattern, ...]:
+        """Key patterns from a list of texts, or one."""
+        found = [texts] if isinstance(texts, str) else texts
+        return tuple(p for text in _strings(found, where) for p in self._compiled(text))
+
+    def keys(self, table: str) -> tuple[KeyPattern, ...]:
+        """The patterns under `keys`."""
+        content = _only(_table(self.tables, table), ("keys",), table)
+        return self.patterns(self._decided(content.get("keys", []), table), f"[{table}] keys")
+
+    def axes(self) -> list[Axis]:
+        table = _table(self.tables, "axes")
+        kinds = _only(_table(self.tables, "axis_kind"), tuple(table), "axis_kind")
+        return [self._axis(k, v, self._decided(kinds.get(k, "width"), k)) for k, v in table.items()]
+
+    def _axis(self, name: str, value: object, kind: object) -> Axis:
+        found = next((known for known in _KINDS if known == kind), None)
+        if found is None:
+            raise ArchitectureError(
+                f"[axis_kind] {name}: {kind!r} is not one of {', '.join(_KINDS)}"
+            )
+        chosen = self._decided(value, f"[axes] {name}")
+        texts = _strings([chosen] if isinstance(chosen, str) else chosen, f"[axes] {name}")
+        sources = tuple(
+            self._expression(text[1:], name) if text.startswith("=") else self.path + text
+            for text in texts
+        )
+        return Axis(self.scope + name, found, sources)
+
+    def spaces(self) -> dict[str, tuple[str, ...]]:
+        defaults = {space: [space] for space in SPACES}
+        defaults |= {"hidden": ["embed"], "experts": ["expert"]}
+        given = _only(_table(self.tables, "spaces"), SPACES, "spaces")
+        return {
+            space: tuple(self.scope + axis for axis in _strings(given.get(space, d), space))
+            for space, d in defaults.items()
+        }
+
+    def aliases(self) -> dict[str, Expression]:
+        return {
+            self.scope + k: self._expression(self._decided(v, k), f"[alias] {k}")
+            for k, v in _table(self.tables, "alias").items()
+        }
+
+    def constraints(self) -> list[tuple[str, Expression, Expression]]:
+        table = _only(_table(self.tables, "constraints"), ("rules",), "constraints")
+        found = []
+        for text in _strings(self._decided(table.get("rules", []), "rules"), "[constraints] rules"):
+            left, equals, right = text.partition("==")
+            if not equals:
+                raise ArchitectureError(f"[constraints] {text!r}: expected 'a == b'")
+            found.append((text, self._expression(left, text), self._expression(right, text)))
+        return found
+
+    def rules(self) -> list[Rule]:
+        norm = self._norm()
+        plain = _strings(self._entry("norm", "plain", []), "[norm] plain")
+        found: list[Rule] = []
+        for generation, table in enumerate(_list(self.tables["modules"], "modules")):
+            for text, value in _as_table(table, "[modules]").items():
+                own = replace(norm, offset=0.0) if text in plain else norm
+                for words, when in self._choices(value, text):
+                    for end, kind, dims in self._module(text, words):
+                        found += [
+                            Rule(p, kind, dims, generation, when, own if kind == "norm" else None)
+                            for p in self._compiled(text + end)
+                        ]
+        for generation, table in enumerate(_list(self.tables["tensors"], "tensors")):
+            for text, value in _as_table(table, "[tensors]").items():
+                for words, when in self._choices(value, text):
+                    dims = tuple(self._dim(part.strip()) for part in words.split(",") if part)
+                    found += [
+                        Rule(p, "tensor", dims, generation, when) for p in self._compiled(text)
+                    ]
+        for name, kind in (("buffers", "buffer"), ("drop", "drop")):
+            for generation, table in enumerate(_list(self.tables[name], name)):
+                keys = _only(_as_table(table, name), ("keys",), name).get("keys", [])
+                found += [
+                    Rule(p, kind, (), generation) for p in self.patterns(keys, f"[{name}] keys")
+                ]
+        return found
+
+    def _choices(
+        self, value: object, where: str
+    ) -> list[tuple[str, tuple[LayerCondition, ...]]]:
+        """What may stand for a pattern, each with the condition on the layer that it needs."""
+        if not isinstance(value, dict):
+            return [(_string(value, where), ())]
+        found: list[tuple[str, tuple[LayerCondition, ...]]] = []
+        others: tuple[LayerCondition, ...] = ()
+        for condition, words in value.items():
+            parts = configfields.layer_condition(condition)
+            if parts is not None:
+                field, axis, expected = parts
+                axis = self._axis_name(axis)
+                this = LayerCondition(self.path + field, axis, expected, negated=False)
+                found.append((_string(words, where), (*others, this)))
+                others = (*others, replace(this, negated=True))
+            elif condition == "default" or configfields.holds(condition, self.config):
+                found.append((_string(words, where), others))
+                break
+        return found
+
+    def _module(self, text: str, words: str) -> list[tuple[str, str, tuple[Dim, ...]]]:
+        kind, _, shape = words.partition(" ")
+        before, arrow, after = (part.strip() for part in shape.partition("->"))
+        if kind == "norm" and not arrow:
+            width = (self._dim(f"{before}:out"),)
+            return [(end, kind, width) for end in (".weight", ".bias", ".gamma", ".beta")]
+        if not arrow or kind not in _MODULES:
+            raise ArchitectureError(f"{text}: {words!r} is no module such as 'linear embed -> mlp'")
+        reads, makes = self._dim(f"{before}:in"), self._dim(f"{after}:out")
+        if kind == "embedding":
+            return [(".weight", kind, (self._dim(before), makes))]
+        weight = {
+            "linear": (makes, reads),
+            "conv1d": (reads, makes),
+            "conv": (makes, reads, Dim(REST, None, "keep")),
+        }[kind]
+        return [(".weight", kind, weight), (".bias", kind, (makes,))]
+
+    def _dim(self, text: str) -> Dim:
+        body, _, role = (part.strip() for part in text.partition(":"))
+        if body == REST:
+            return Dim(REST, None, "keep")
+        if role not in ("", "out", "in", "keep"):
+            raise ArchitectureError(f"{text!r}: a role is out, in or keep, not {role!r}")
+        if body == "_":
+            return KEEP
+        kept: Role = "out" if role == "out" else "in" if role == "in" else "keep"
+        return Dim(body, self._expression(body, text), kept)
+
+    def _norm(self) -> Norm:
+        _only(_table(self.tables, "norm"), _NORM, "norm")
+        kind = self._entry("norm", "kind", "layer")
+        known: Literal["rms", "layer"] = "rms" if kind == "rms" else "layer"
+        if kind not in ("rms", "layer"):
+            raise ArchitectureError(f"[norm] kind: {kind!r} is not rms or layer")
+        eps = _strings(self._entry("norm", "eps", []), "[norm] eps")
+        offset = _number(self._entry("norm", "offset", 0.0), "[norm] offset")
+        post = bool(self._entry("norm", "post", False))
+        return Norm(known, offset, tuple(self.path + field for field in eps), post)
+
+    def heads(self) -> list[Head]:
+        table = _only(_table(self.tables, "head"), _HEAD, "head")
+        if not table:
+            return []
+        norm = self._entry("head", "norm", [])
+        texts = [norm] if isinstance(norm, str) else _strings(norm, "[head] norm")
+        scale = self._entry("head", "scale", None)
+        return [
+            Head(
+                norms=tuple(self.patterns(f"{text}.*", "[head] norm") for text in texts),
+                embed=self.patterns(self._entry("head", "embed", []), "[head] embed"),
+                head=self.patterns(self._entry("head", "head", []), "[head] head"),
+                readers=self.patterns(self._entry("head", "readers", []), "[head] readers"),
+                classes=_strings(self._entry("head", "classes", []), "[head] classes"),
+                is_tied=bool(self._entry("head", "tied", True)),
+                scale=None if scale is None else self._factor(scale, "[head] scale"),
+                path=self.path,
+            )
+        ]
+
+    def _factor(self, text: object, where: str) -> Factor:
+        body, power, exponent = _string(text, where).partition("**")
+        try:
+            value = float(exponent) if power else 1.0
+        except ValueError as error:
+            raise ArchitectureError(f"{where}: {exponent!r} is no exponent") from error
+        return Factor(self._expression(body, where), value)
+
+    def forward_scale(self) -> list[tuple[KeyPattern, Factor]]:
+        found = []
+        for text, value in _table(self.tables, "forward_scale").items():
+            words = self._decided(value, f"[forward_scale] {text}")
+            if words != "1":
+                factor = self._factor(words, text)
+                found += [(pattern, factor) for pattern in self._compiled(text)]
+        return found
+
+    def experts(self) -> dict[str, Experts]:
+        table = _only(_table(self.tables, "experts"), ("multiply", "groups", "inexact"), "experts")
+        axes = self.spaces()["experts"]
+        if not table or not axes:
+            return {}
+        multiply = _strings(self._entry("experts", "multiply", []), "[experts] multiply")
+        groups, inexact = self._entry("experts", "groups", ""), self._entry("experts", "inexact", "")
+        group = _string(groups, "[experts] groups")
+        return {
+            axes[0]: Experts(
+                tuple(self.path + field for field in multiply),
+                self.path + group if group else None,
+                _string(inexact, "[experts] inexact") or None,
+            )
+        }
+
+    def rope(self) -> dict[str, Rope]:
+        table = _only(_table(self.tables, "rope"), _ROPE, "rope")
+        if not table or not self._entry("rope", "theta", []):
+            return {}
+        layout, scores = self._entry("rope", "layout", "half"), self._entry("rope", "scores", "head_dim")
+        if layout not in ("half", "interleaved") or scores not in ("head_dim", "constant"):
+            raise ArchitectureError("[rope]: layout is half or interleaved, scores head_dim or constant")
+
+        def patterns(entry: str) -> tuple[KeyPattern, ...]:
+            texts = _strings(self._entry("rope", entry, []), f"[rope] {entry}")
+            return self.patterns([f"{text}.*" for text in texts], f"[rope] {entry}")
+
+        theta = _strings(self._entry("rope", "theta", []), "[rope] theta")
+        return {
+            self.scope + "head_dim": Rope(
+                tuple(self.path + field for field in theta),
+                "half" if layout == "half" else "interleaved",
+                "head_dim" if scores == "head_dim" else "constant",
+                patterns("query"), patterns("query_norm"), patterns("key_norm"),
+            )
+        }  # fmt: skip
+
+    def depth(self) -> dict[str, Depth]:
+        return {
+            self.scope + axis: self._depth(axis, _as_table(entries, f"[depth.{axis}]"))
+            for axis, entries in _table(self.tables, "depth").items()
+        }
+
+    def _depth(self, axis: str, entries: Tables) -> Depth:
+        table = _only(entries, _DEPTH, f"depth.{axis}")
+
+        def fields(entry: str) -> tuple[str, ...]:
+            found = _strings(table.get(entry, []), f"[depth.{axis}] {entry}")
+            return tuple(self.path + field for field in found)
+
+        periods = _list(table.get("periods", []), f"[depth.{axis}] periods")
+        tail = table.get("tail")
+        return Depth(
+            lists=fields("lists"),
+            index_lists=fields("index_lists"),
+            prefix_counts=fields("prefix_counts"),
+            last_index=fields("last_index"),
+            periods=tuple(
+                tuple(self.path + f for f in _strings(period, "periods")) for period in periods
+            ),
+            tail=None if tail is None else self.path + _string(tail, "tail"),
+            first=bool(self._decided(table.get("first", False), "first")),
+            delete=fields("delete"),
+        )
+
+    def config_fields(self) -> dict[str, Expression]:
+        return {
+            self.path + k: self._expression(self._decided(v, k), f"[config] {k}")
+            for k, v in _table(self.tables, "config").items()
+        }
+
+    def caveats(self) -> dict[str, str]:
+        found = {
+            self.scope + k: self._decided(v, f"[caveat] {k}")
+            for k, v in _table(self.tables, "caveat").items()
+        }
+        return {k: _string(v, f"[caveat] {k}") for k, v in found.items() if v}
+
+
+def _proof(table: Tables) -> tuple[Mapping[str, object], ...]:
+    _only(table, ("config", "models"), "proof")
+    common = _as_table(table.get("config", {}), "[proof] config")
+    found = []
+    for entry in _list(table.get("models", []), "[[proof.models]]"):
+        model = _only(_as_table(entry, "[[proof.models]]"), _PROOF, "proof.models")
+        name = _string(model.get("name"), "[[proof.models]] name")
+        own = _as_table(model.get("config", {}), f"[[proof.models]] {name}")
+        defaults = {"model_type": name, "neutral": [], "except": [], "shapes_only": False}
+        found.append({**defaults, **model, "config": {**common, **own}})
+    return tuple(found)
+
+
+def _table(content: Tables, name: str) -> Tables:
+    return _as_table(content.get(name, {}), f"[{name}]")
+
+
+def _as_table(value: object, where: str) -> Tables:
+    if not isinstance(value, dict):
+        raise ArchitectureError(f"{where} is no table")
+    return value
+
+
+def _only(table: Tables, entries: Sequence[str], name: str) -> Tables:
+    """A table that has no other entries than these."""
+    unknown = [entry for entry in table if entry not in entries]
+    if unknown:
+        raise ArchitectureError(
+            f"[{name}]: unknown entry {unknown[0]!r}", hint=f"known: {', '.join(entries)}"
+        )
+    return table
+
+
+def _list(value: object, where: str) -> list[object]:
+    if not isinstance(value, list):
+        raise ArchitectureError(f"{where}: expected a list, found {value!r}")
+    return value
+
+
+def _strings(value: object, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
+        raise ArchitectureError(f"{where}: expected a list of strings, found {value!r}")
+    return tuple(value)
+
+
+def _string(value: object, where: str) -> str:
+    if not isinstance(value, str):
+        raise ArchitectureError(f"{where}: expected a string, found {value!r}")
+    return value
+
+
+def _number(value: object, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArchitectureError(f"{where}: expected a number, found {value!r}")
+    return float(value)
