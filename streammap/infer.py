@@ -44,6 +44,8 @@ _PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|to
 _INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
 _SMALL = 160
 """A hidden size up to this is that of a tiny model already."""
+_LARGE = 32
+"""A dimension of this size should have a reason."""
 _TINY_WIDTHS = (92, 76, 44, 38, 28, 26, 22, 34, 46, 52, 58, 62, 68, 74)
 
 
@@ -84,8 +86,8 @@ def infer(config: Mapping[str, object], *, name: str) -> Inferred:
     """
     start = time.perf_counter()
     bench = Workbench(config, name=name)
-    bench.explicit(88)
     _shorten(bench)
+    bench.explicit(_TINY_WIDTHS[0] - 4)
     anatomy = bench.anatomy()
     solution = solving.solve(bench, anatomy)
     writer = _Writer(bench, anatomy, solution)
@@ -143,10 +145,9 @@ class _Writer:
     def __init__(self, bench: Workbench, anatomy: Anatomy, solution: Solution) -> None:
         self._bench, self._anatomy, self._solution = bench, anatomy, solution
         self._fields = {f.name: f for f in bench.numbers()}
-        self.unresolved = [
-            f"{key} dimension {i}: moves with {', '.join(fields)}, as no product of them"
-            for (key, i), fields in solution.unresolved.items()
-        ]
+        self.unresolved: list[str] = []
+        self._kept: list[str] = []
+        self._dims = dict(solution.dims) | {k: solution.dims[v] for k, v in anatomy.tied.items()}
         self._same = {b: a for a, b in solution.structural}
         self._indices = {
             start: count
@@ -157,13 +158,18 @@ class _Writer:
         self._tensors = list(self._grouped())
         self._kinds = self._axis_kinds()
         self._base = self._prefix()
+        for (key, i), fields in solution.unresolved.items():
+            line = f"{key} dimension {i}: moves with {', '.join(fields)}, as no product of them"
+            widths = {self._kinds.get(self._names.get(f, ""), "frozen") for f in fields}
+            (self._kept if widths == {"frozen"} else self.unresolved).append(line)
+        self._kept += self._constants()
 
     def text(self) -> str:
         """The spec."""
         parts = [self._top(), self._axes(), self._rules(), self._norm(), self._head()]
         parts += [self._experts(), *self._depth(), self._config(), self._proof()]
-        checked = [line for line in self.unresolved if line]
-        notes = "".join(f"# Not explained: {line}.\n" for line in checked)
+        notes = "".join(f"# Not explained: {line}.\n" for line in self.unresolved)
+        notes += "".join(f"# Kept as it is: {line}.\n" for line in self._kept)
         first, rest = parts[0], [part for part in parts[1:] if part]
         return "\n".join([first + notes, *rest])
 
@@ -206,7 +212,7 @@ class _Writer:
     def _grouped(self) -> Iterator[_Tensors]:
         """One entry for each pattern, or for each of its meanings where a list of layers tells."""
         found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-        for key, dims in self._solution.dims.items():
+        for key, dims in self._dims.items():
             found[self._pattern(key)][repr(dims)].append(key)
         for pattern, meanings in found.items():
             groups = list(meanings.values())
@@ -224,9 +230,9 @@ class _Writer:
     def _meaning(
         self, pattern: str, key: str, condition: str | None, others: Sequence[Sequence[str]] = ()
     ) -> _Tensors:
-        dims = list(self._solution.dims[key])
+        dims = list(self._dims[key])
         for keys in others:
-            for i, polynomial in enumerate(self._solution.dims[keys[0]][: len(dims)]):
+            for i, polynomial in enumerate(self._dims[keys[0]][: len(dims)]):
                 if polynomial != dims[i]:
                     dims[i] = None
         path, _, parameter = key.rpartition(".")
@@ -503,6 +509,17 @@ class _Writer:
         lines += [f"{name} = {_value([start])}" for start, name in self._stacks().items()]
         return "\n".join(lines) + "\n"
 
+    def _constants(self) -> Iterator[str]:
+        """Large dimensions that no field moves."""
+        seen = set()
+        for key, dims in self._solution.dims.items():
+            shape = self._bench.base().shapes[key]
+            for i, polynomial in enumerate(dims):
+                if polynomial is not None and not any(polynomial) and shape[i] >= _LARGE:
+                    if (template(key), i) not in seen:
+                        yield f"{template(key)} dimension {i}: {shape[i]} whatever the fields are"
+                    seen.add((template(key), i))
+
     def _prefix(self) -> str:
         """The base model's name, where keys begin with it."""
         prefix = self._anatomy.base.partition(".")[0]
@@ -544,8 +561,12 @@ class _Writer:
         modules: dict[str, list[_Tensors]] = defaultdict(list)
         for tensors in self._tensors:
             modules[re.sub(r"\.(weight|bias)$", "", tensors.pattern)].append(tensors)
+        buffers: list[str] = []
         lines: dict[str, dict[str, dict[str | None, str]]] = {"modules": {}, "tensors": {}}
         for module, members in modules.items():
+            if members[0].part.kind == "buffer":
+                buffers += [self._written(tensors.pattern) for tensors in members]
+                continue
             words = self._module(members)
             if words is not None:
                 lines["modules"][self._written(module)] = words
@@ -559,6 +580,8 @@ class _Writer:
                 text.append(f"[{table}]")
                 text += [self._line(pattern, words) for pattern, words in entries.items()]
                 text.append("")
+        if buffers:
+            text += ["[buffers]", f"keys = {_value(buffers)}", ""]
         return "\n".join(text)
 
     def _line(self, pattern: str, words: Mapping[str | None, str]) -> str:
@@ -844,7 +867,10 @@ class _Writer:
             found[heads] = int(str(found[kv])) * min(3, self._fields[heads].value // self._fields[kv].value)
         for hidden in {h for h, _ in self._solution.head_sizes.values()} | {self._residual()}:
             scope = hidden.rpartition(".")[0]
-            counts = [int(str(n)) for s, n in found.items() if _is_heads(s) and s.rpartition(".")[0] == scope]
+            counts = [
+                int(str(n)) for s, n in found.items()
+                if _plain_name(s) == "heads" and s.rpartition(".")[0] == scope
+            ]
             found[hidden] = math.lcm(*counts, 1) * 8
         for name, value in probing.leaves(self._bench.fields):
             if re.search(r"token_id$", name) and isinstance(value, int) and value >= 90:

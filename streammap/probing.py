@@ -37,6 +37,7 @@ REBUILT = ("out_features", "out_indices", "stage_names")
 _DERIVED = (
     "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", *REBUILT,
 )  # fmt: skip
+_MAX_LIST = 8
 _LIST_SIZE = re.compile(r"dim|size|channels|width")
 _NO_SIZE = re.compile(r"_ids?$|_index$|seed|version|^id2label|^label2id|^task_specific|^chunk_size_")
 _RATIO = re.compile(r"ratio|mult|expan|factor")
@@ -170,8 +171,6 @@ class Workbench:
         """
         given = _decoded({k: v for k, v in config.items() if k not in ("auto_map", "dtype")})
         self.model_type, self._config_class = _config_class(config, name)
-        self.class_name = ""
-        self.given = given
         self.n_probes = 0
         self._cache: dict[str, Snapshot | None] = {}
         try:
@@ -187,17 +186,21 @@ class Workbench:
                 f"{name}: transformers can't read its config: {str(error)[:200]}",
                 hint="is this config.json the model's own?",
             ) from error
-        self.class_name = self._net_class.__name__
-        if self.snapshot({}) is None:
-            raise ArchitectureError(
-                f"{name}: {self.class_name} can't be built: {self._why({})}",
-                hint="check config.json, or write a spec by hand",
-            )
+        self.class_name = str(getattr(self._net_class, "__name__", ""))
+        self._name = name
 
     def base(self) -> Snapshot:
-        """The model of the configuration itself."""
+        """The model of the configuration itself.
+
+        Raises:
+            ArchitectureError: it can't be built.
+        """
         found = self.snapshot({})
-        assert found is not None
+        if found is None:
+            raise ArchitectureError(
+                f"{self._name}: {self.class_name} can't be built: {self._why()}",
+                hint="check config.json, or write a spec by hand",
+            )
         return found
 
     def numbers(self) -> tuple[Field, ...]:
@@ -207,7 +210,7 @@ class Workbench:
             leaf = name.rpartition(".")[2]
             if isinstance(value, bool) or _NO_SIZE.search(leaf):
                 continue
-            if isinstance(value, list) and value and _LIST_SIZE.search(leaf):
+            if isinstance(value, list) and 0 < len(value) <= _MAX_LIST and _LIST_SIZE.search(leaf):
                 name, value = f"{name}.-1", value[-1]
             whole = isinstance(value, int) and value > 0
             ratio = isinstance(value, float) and value >= 1 and value.is_integer()
@@ -293,7 +296,7 @@ class Workbench:
             for leaf, entries in self.lists(scope).items():
                 spread = _spread(entries)
                 if len(spread) == old:
-                    longer = [*spread, *[spread[-1]] * (value - len(spread))][:value]
+                    longer = [*spread, *[spread[0]] * (value - len(spread))][:value]
                     more[f"{scope}.{leaf}".lstrip(".")] = (
                         longer if spread is entries else [[longer, 1]]
                     )
@@ -315,10 +318,10 @@ class Workbench:
                 setattr(owner, leaf, value)
         return self._shot(finished)
 
-    def _why(self, changes: Changes) -> str:
+    def _why(self) -> str:
         try:
             with quiet():
-                self._plainly(changes)
+                self._plainly({})
         except Exception as error:  # noqa: BLE001  whatever it is, it is told
             return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         return "no reason given"

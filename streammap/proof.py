@@ -25,9 +25,10 @@ from torch import Tensor
 
 from streammap import api, catalogue, tinymodels
 from streammap.api import LazyCheckpoint
-from streammap.architecture import Architecture
+from streammap.architecture import Architecture, Kind
 from streammap.errors import ArchitectureError, PlanError, some
 from streammap.operators.permute import Permute
+from streammap.requests import GROUPINGS, Grouping
 from streammap.tinymodels import FEATURES, TinyModel
 
 CheckName = Literal["source", "growth", "round trip", "permutation", "shrink"]
@@ -142,7 +143,7 @@ class _Proof:
     def growth(self) -> float | None:
         """Every axis twice as wide; on failure each axis alone."""
         try:
-            error = self._error(self._grown(self._factors), "grown")
+            error = self._error(self._grown(), "grown")
         except Exception as failure:
             raise PlanError(f"{_told(failure)}; {self._axis_by_axis()}") from failure
         if error is not None and not error < TOLERANCE:
@@ -151,18 +152,18 @@ class _Proof:
 
     def round_trip(self) -> float | None:
         """The grown files merged by the map that is saved with them."""
-        grown = self._grown(self._factors)
+        grown = self._grown()
         grown.save(self._scratch / "grown", overwrite=True, fsync=False)
         merged = self._open("grown").coalesce()
         merged.save(self._scratch / "merged", overwrite=True, fsync=False)
-        if set(merged.keys()) != set(grown.keys()):
-            raise PlanError("the merged model has other keys than the grown one")
+        families = self._source.plan.model.families
+        kept = {key for f in families if f.rule.kind != "drop" for key in f.members.values()}
+        if kept != set(merged.keys()):
+            raise PlanError(f"{some(sorted(kept ^ set(merged.keys())))}: not in both models")
         pairs = {key: (x, self._source.read(key)) for key, x in self._open("merged").tensors()}
         wrong = {k: _relative(x, old) for k, (x, old) in pairs.items() if not torch.equal(x, old)}
-        # What a scale of the forward pass multiplied by sqrt(2) does not come back to the last bit.
-        is_scaled = bool(self._source.plan.model.architecture.forward_scale)
         error = max(wrong.values(), default=0.0)
-        if error > (_ROUNDING if is_scaled else 0.0):
+        if error > (_ROUNDING if self._rounds() else 0.0):
             raise _WrongError(error, f"{some(sorted(wrong))} differ from the source")
         if merged.config != self._source.config:
             raise PlanError("the merged model has another config.json than the source")
@@ -170,22 +171,38 @@ class _Proof:
 
     def permutation(self) -> float | None:
         """Every axis in random order."""
-        plan = Permute(seed=0).plan(self._source.plan)
+        plan = Permute(seed=0, without=self._model.exempt).plan(self._source.plan)
         error = self._error(LazyCheckpoint(plan), "permuted")
         if error is not None and not error < TOLERANCE:
             raise _WrongError(error, "the outputs differ")
         return error
 
     def shrink(self) -> float | None:
-        """Twice as wide and deep, and half of that in groups of its own: both of them run."""
-        self._run(self._grown(self._factors, depth=2), "deep")
-        deep = self._open("deep")
-        if self._model.exempt:
-            small = deep.coalesce(axes=self._factors, depth=2, grouping="adjacent")
-        else:
-            small = deep.coalesce(width=2, depth=2, grouping="adjacent")
-        self._run(small, "small")
+        """Twice as wide and deep, and half of that in other groups of widths."""
+        deep, grouping = self._deep()
+        self._run(deep, "deep")
+        other: Grouping = "stacked" if grouping == "adjacent" else "adjacent"
+        halves = {axis: {"factor": 2, "grouping": other} for axis in self._factors}
+        halves |= {axis: {"factor": 2, "grouping": grouping} for axis in self._depths}
+        self._run(self._open("deep").coalesce(axes=halves), "small")
         return None
+
+    def _deep(self) -> tuple[LazyCheckpoint, Grouping]:
+        """The layers repeated, or where they are of several kinds that forbid it, each of them."""
+        failures = []
+        for grouping in GROUPINGS:
+            try:
+                factors = self._factors | dict.fromkeys(self._depths, 2)
+                return self._source.decoalesce(axes=factors, grouping=grouping), grouping
+            except PlanError as failure:
+                failures.append(f"{grouping}: {_told(failure)}")
+        raise PlanError("; ".join(failures))
+
+    def _rounds(self) -> bool:
+        """Whether growing and merging rounds: gains of 1 + w, and factors such as sqrt(2)."""
+        spec = self._source.plan.model.architecture
+        has_offset = any(rule.norm is not None and rule.norm.offset for rule in spec.rules)
+        return has_offset or bool(spec.forward_scale) or any(head.scale for head in spec.heads)
 
     @cached_property
     def _source(self) -> LazyCheckpoint:
@@ -193,18 +210,25 @@ class _Proof:
 
     @cached_property
     def _factors(self) -> dict[str, int]:
-        """2 for each axis that can be resized."""
+        """2 for each width that can be resized."""
+        return dict.fromkeys(self._axes("width"), 2)
+
+    @cached_property
+    def _depths(self) -> tuple[str, ...]:
+        return self._axes("depth")
+
+    def _axes(self, kind: Kind) -> tuple[str, ...]:
         axes = self._source.plan.model.architecture.axes
-        names = [name for name in self._source.sizes if axes[name].kind == "width"]
-        return {name: 2 for name in names if name not in self._model.exempt}
+        names = [name for name in self._source.sizes if axes[name].kind == kind]
+        return tuple(name for name in names if name not in self._model.exempt)
 
     def _open(self, name: str) -> LazyCheckpoint:
         return api.open(self._scratch / name, arch=self._arch)
 
-    def _grown(self, factors: Mapping[str, int], depth: int | None = None) -> LazyCheckpoint:
-        if factors == self._factors and not self._model.exempt:
-            return self._source.decoalesce(width=2, depth=depth)
-        return self._source.decoalesce(axes=factors, depth=depth)
+    def _grown(self) -> LazyCheckpoint:
+        if self._model.exempt:
+            return self._source.decoalesce(axes=self._factors)
+        return self._source.decoalesce(width=2)
 
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
         """What a resized model computes, through its files."""
@@ -232,7 +256,7 @@ class _Proof:
         told = []
         for axis in self._factors:
             try:
-                error = self._error(self._grown({axis: 2}), "axis")
+                error = self._error(self._source.decoalesce(axes={axis: 2}), "axis")
             except Exception as failure:
                 told.append(f"{axis}: {_told(failure)}")
             else:

@@ -276,12 +276,12 @@ def _regions(anatomy: Anatomy, probed: Probed) -> dict[str, dict[str, str]]:
         if path not in anatomy.classes:
             continue
         moved = {
-            f: Fraction(s.attributes[path, name], value)
+            f: s.attributes[path, name]
             for f, s in probed.singles.items()
-            if value and s.attributes.get((path, name), value) != value
+            if s.attributes.get((path, name), value) != value
         }
-        heads = [f for f, r in moved.items() if r * ratio[f] == 1]
-        hidden = [f for f, r in moved.items() if r == ratio[f]]
+        heads = [f for f, n in moved.items() if n == int(value / ratio[f])]
+        hidden = [f for f, n in moved.items() if n == value * ratio[f]]
         if len(heads) == 1 and len(hidden) == 1:
             region = path
             for above in _ancestors(path.rpartition(".")[0]):

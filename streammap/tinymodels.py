@@ -69,9 +69,10 @@ def build(model: TinyModel, folder: Path, *, seed: int = 0) -> None:
             return
         with _quiet():
             kind = _class_of(model)
-            config = kind.config_class(**model.config)
-            net = kind._from_config(config, dtype=torch.float64, **_EAGER)
-            _randomize(net.eval())
+            net = kind._from_config(
+                kind.config_class(**model.config), dtype=torch.float64, **_EAGER
+            )
+            _randomize(net)
             net.save_pretrained(folder)
 
 
@@ -90,12 +91,13 @@ def outputs(folder: Path, model: TinyModel, *, seed: int = 0) -> dict[str, Tenso
             torch.manual_seed(seed)
             with torch.no_grad():
                 return {"logits": image_model(torch.randn(_BATCH, 3, side, side))}
-        net = _load(folder, model)
-        if model.shapes_only:
-            return {}
-        torch.manual_seed(seed)  # What loading drew depends on the sizes.
-        with _without(model.neutral, net), torch.no_grad():
-            result = net(**_inputs(net))
+        with _quiet():
+            net = _load(folder, model)
+            if model.shapes_only:
+                return {}
+            torch.manual_seed(seed)  # What loading drew depends on the sizes.
+            with _without(model.neutral, net), torch.no_grad():
+                result = net(**_inputs(net))
     found = _named(result)
     if not found:
         raise PlanError(f"{model.class_name} gives no tensors", hint="set shapes_only = true")
@@ -167,10 +169,9 @@ class _ImageModel(_Module, Protocol):
 
 
 def _load(folder: Path, model: TinyModel) -> _Net:
-    with _quiet():
-        net, found = _class_of(model).from_pretrained(
-            folder, dtype=torch.float64, output_loading_info=True, **_EAGER
-        )
+    net, found = _class_of(model).from_pretrained(
+        folder, dtype=torch.float64, output_loading_info=True, **_EAGER
+    )
     wrong = [f"{what}: {some(sorted(map(str, keys)))}" for what, keys in found.items() if keys]
     if wrong:
         raise PlanError("; ".join(wrong))
