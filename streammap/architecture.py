@@ -8,7 +8,7 @@ A role is `out` (the tensor makes this axis), `in` (it reads it), or `keep` (nei
 
 import fnmatch
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from streammap.expression import Expression
@@ -154,6 +154,9 @@ class Depth:
     tail: str | None = None
     first: bool = False
     delete: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    patterns: tuple[str, ...] = ()
+    default: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Which specs there are: those shipped, and those in the folder that STREAMMAP_ARCHITECTURES names."""
+"""Which specs there are: those shipped, and those of the folder in STREAMMAP_ARCHITECTURES."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from streammap import specfile
 from streammap.architecture import Architecture
 from streammap.errors import ArchitectureError
 from streammap.pattern import first_match
-from streammap.specfile import Tables
+from streammap.spectables import Tables
 
 FOLDER = "STREAMMAP_ARCHITECTURES"
 """Environment variable: a folder with further specs."""
@@ -37,9 +37,7 @@ def load(name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
     return specfile.build(name, _merged(name), config, _merged)
 
 
-def parse(
-    text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG
-) -> Architecture:
+def parse(text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
     """Read a spec from TOML.
 
     Raises:
@@ -79,7 +77,9 @@ def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture 
             continue
         architecture = load(name, config)
         patterns = architecture.detect
-        if patterns and all(any(first_match((p,), key) is not None for key in found) for p in patterns):
+        if patterns and all(
+            any(first_match((p,), key) is not None for key in found) for p in patterns
+        ):
             return architecture
     return None
 
@@ -91,7 +91,9 @@ def _texts(folder: str) -> Mapping[str, str]:
     found = {f.name[:-5]: f.read_text() for f in shipped.iterdir() if f.name.endswith(".toml")}
     if folder:
         try:
-            own = {p.stem: p.read_text(encoding="utf-8") for p in sorted(Path(folder).glob("*.toml"))}
+            own = {
+                p.stem: p.read_text(encoding="utf-8") for p in sorted(Path(folder).glob("*.toml"))
+            }
         except (OSError, UnicodeDecodeError) as error:
             raise ArchitectureError(f"{folder}: {error}", hint=f"check {FOLDER}") from error
         found = {**found, **own}

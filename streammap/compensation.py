@@ -134,7 +134,9 @@ def _scale_eps(
         value = field_value(model.config, name)
         assert isinstance(value, float)
         fields[name] = value * ratio
-        notes.append(f"config.json: {name} {value:g} -> {value * ratio:g}, for units that stay empty")
+        notes.append(
+            f"config.json: {name} {value:g} -> {value * ratio:g}, for units that stay empty"
+        )
     shared = any(
         family.rule.norm is not None
         and family.dims[0].expression != Name(axis)

@@ -1,7 +1,7 @@
 """Fields of a config.json by path, and the conditions of specs on them.
 
-A path is dotted: "a.b" is b inside a, "a.*.b" the b of the first entry of a that has one, "a.-1" the
-last item of a list.
+A path is dotted: "a.b" is b inside a, "a.*.b" the b of the first entry of a that has one, "a.-1"
+the last item of a list.
 """
 
 import re

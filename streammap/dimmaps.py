@@ -1,9 +1,9 @@
 """The map of a dimension, from the maps of the axes that make it up.
 
 Products of axes are Kronecker products, sums stand side by side. One thing is not a product: query
-heads of grouped-query attention. They lie as kv_heads * q_group, but any map of heads that keeps to
-the groups is allowed, so that pair counts as the axis heads. Where something stands between the two,
-as in kv_heads*(q_group+2), the sum is taken apart first and its parts are put back in place after:
+heads of grouped-query attention. They lie as kv_heads * q_group, but any map of heads that keeps
+to the groups is allowed, so that pair counts as the axis heads. Where something stands between the
+two, as in kv_heads*(q_group+2), the sum is taken apart first and put together again after:
 
     map of a*(b+c)  =  (put back)  .  [map of a*b, map of a*c]  .  (take apart)
 """

@@ -1,8 +1,8 @@
 """Expressions: the sizes and the storage layout of a dimension.
 
 "3*q", "q+2*kv", "heads*3*head_dim", "kv_heads*(q_group+2)*head_dim": a product is ordered, slowest
-first; a sum is a concatenation. `evaluate` also takes "-", "/" and function calls, for sizes. A name
-may be dotted: "text.embed" is the axis embed of the part that is included as text.
+first; a sum is a concatenation. `evaluate` also takes "-", "/" and function calls, for sizes. A
+name may be dotted: "text.embed" is the axis embed of the part that is included as text.
 """
 
 import re

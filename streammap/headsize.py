@@ -50,14 +50,19 @@ class HeadSize:
         name = spec.name
         if not spec.rope:
             raise PlanError(
-                f"{name}: the head size can't grow: its heads have no full rotary positions, or the "
-                "spec doesn't say so",
+                f"{name}: the head size can't grow, its heads don't rotate as a whole",
                 hint="grow the number of heads instead: --heads",
             )
         axis, rope = next(iter(spec.rope.items()))
         old = model.sizes[axis]
         if size <= old or size % 2 or old % 2:
             raise PlanError(f"{axis}: from {old} to {size}, expected an even size above {old}")
+        partial = field_value(model.config, "partial_rotary_factor")
+        if isinstance(partial, float) and partial < 1:
+            raise PlanError(
+                f"partial_rotary_factor {partial}: only heads that rotate as a whole can grow",
+                hint="grow the number of heads instead: --heads",
+            )
         kind = _rope_type(model)
         if kind not in _EXACT_TYPES:
             raise PlanError(

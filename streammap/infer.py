@@ -33,12 +33,16 @@ _NAMES = (
     (r"type_vocab_size", "types"),
     (r"num_channels|in_channels", "channels"),
     (r"(num_)?(hidden_)?layers|n_layers?|depth|num_hidden_groups", "layer"),
-    (r"n(um)?_(local_|routed_)?experts", "expert"),
+    (r"(moe_)?n(um)?_(local_|routed_)?experts", "expert"),
     (r"embedding_size|word_embed_proj_dim", "emb_in"),
     (r"num_labels", "labels"),
 )
 _RATIO = re.compile(r"ratio|mult|expan|factor")
 _HEAD_SIZE = re.compile(r"head_dim$|^d_kv$|head_size$|rotary|rope")
+_FROZEN = re.compile(
+    r"ratio|mult|expan|factor|head_dim$|^d_kv$|head_size$|rotary|rope|n(um)?_shared"
+    r"|vocab|position|channels|labels"
+)
 _DOWN = re.compile(r"down|w2|output_linear|(^|[._])wo($|[._])|fc2|c_proj")
 _PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
 _INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
@@ -93,7 +97,11 @@ def infer(config: Mapping[str, object], *, name: str) -> Inferred:
     writer = _Writer(bench, anatomy, solution)
     toml = writer.text()
     return Inferred(
-        toml, bench.model_type, tuple(writer.unresolved), bench.n_probes, time.perf_counter() - start
+        toml,
+        bench.model_type,
+        tuple(writer.unresolved),
+        bench.n_probes,
+        time.perf_counter() - start,
     )
 
 
@@ -103,13 +111,14 @@ def _shorten(bench: Workbench) -> None:
     least = max((f.value for f in numbers if _PER_TOKEN.search(f.leaf)), default=1)
     for field in numbers:
         value = field.value
-        if "expert" in field.leaf and not _PER_TOKEN.search(field.leaf):
+        if "experts" in field.leaf and not _PER_TOKEN.search(field.leaf):
             while value % 2 == 0 and value // 2 >= max(8, 2 * least):
                 value //= 2
             if value < field.value:
                 bench.adopt({field.name: value})
     for field in numbers:
-        if not re.search(r"layer|depth|block|group", field.leaf) or field.value <= 4:
+        named = re.search(r"layer|depth|block|group", field.leaf)
+        if not named or field.leaf.endswith(("_period", "_offset")) or field.value <= 4:
             continue
         full = bench.base()
         for n in (2, 3, 4, 6, 8, 12, 16, 24, 32):
@@ -148,7 +157,6 @@ class _Writer:
         self.unresolved: list[str] = []
         self._kept: list[str] = []
         self._dims = dict(solution.dims) | {k: solution.dims[v] for k, v in anatomy.tied.items()}
-        self._same = {b: a for a, b in solution.structural}
         self._indices = {
             start: count
             for start, count in solution.counts.items()
@@ -255,14 +263,16 @@ class _Writer:
         return f"index@{self._expression(count)}"
 
     def _conditions(self, pattern: str, groups: Sequence[Sequence[str]]) -> list[str] | None:
-        """"layer_types[layer] == full" for each group of keys, where a list of the config tells."""
+        """ "layer_types[layer] == full" for each group of keys, where a list of the config tells."""
         for count in self._indices.values():
             single = solving.sole(count)
             if single is None or f"{{{self._names[single[0]]}}}" not in pattern:
                 continue
-            at = re.compile(re.escape(pattern).replace(
-                re.escape(f"{{{self._names[single[0]]}}}"), r"(\d+)", 1
-            ).replace(r"\{", "{"))
+            at = re.compile(
+                re.escape(pattern)
+                .replace(re.escape(f"{{{self._names[single[0]]}}}"), r"(\d+)", 1)
+                .replace(r"\{", "{")
+            )
             at = re.compile(re.sub(r"\{[^{}]*\}", r"\\d+", at.pattern))
             field = self._fields[single[0]]
             for leaf, entries in self._bench.lists(field.scope).items():
@@ -279,6 +289,8 @@ class _Writer:
 
     def _roles(self, part: Part, dims: Sequence[Polynomial | None]) -> tuple[str, ...]:
         rank, rest = len(dims), [""] * max(0, len(dims) - 2)
+        if part.kind == "buffer":
+            return ("",) * rank
         if part.kind == "stack":
             return self._stack_roles(part, dims)
         if part.kind == "embedding" and rank == 2:
@@ -304,7 +316,8 @@ class _Writer:
         widths = Counter(
             single[0]
             for key, dims in self._solution.dims.items()
-            if (part := self._anatomy.parts.get(key)) and part.kind == "norm"
+            if (part := self._anatomy.parts.get(key))
+            and part.kind == "norm"
             and (single := solving.sole(dims[-1] if dims else None))
         )
         return widths.most_common(1)[0][0] if widths else ""
@@ -332,11 +345,12 @@ class _Writer:
                 kinds[name] = "expert"
             elif symbol in counted and not _is_heads(symbol):
                 kinds[name] = "depth"
-            elif symbol in self._solution.head_sizes or _HEAD_SIZE.search(leaf):
-                kinds[name] = "frozen"
-            elif not width and not self._fits_head(symbol):
-                kinds[name] = "frozen"
-            elif symbol in powers or _RATIO.search(leaf) or re.search(r"n(um)?_shared", leaf):
+            elif (
+                symbol in self._solution.head_sizes
+                or symbol in powers
+                or _FROZEN.search(leaf)
+                or not (width or self._fits_head(symbol))
+            ):
                 kinds[name] = "frozen"
             else:
                 kinds[name] = "width"
@@ -355,8 +369,9 @@ class _Writer:
         leaf = symbol.rpartition(".")[2]
         first = re.sub(r"\.\d+\.", ".*.", symbol)
         absent = self._absent(symbol)
-        if absent is None or (leaf == first and absent[0] == "number"
-                              and self._kinds[self._names[symbol]] != "frozen"):
+        if absent is None or (
+            leaf == first and absent[0] == "number" and self._kinds[self._names[symbol]] != "frozen"
+        ):
             return [first]
         return [first, f"={absent[1]}"]
 
@@ -364,8 +379,11 @@ class _Writer:
         bench, value = self._bench, self._bench.default(symbol, {})
         scope = symbol.rpartition(".")[0]
         others = [
-            s for s, name in self._names.items()
-            if s in self._fields and s != symbol and s.rpartition(".")[0] == scope
+            s
+            for s, name in self._names.items()
+            if s in self._fields
+            and s != symbol
+            and s.rpartition(".")[0] == scope
             and self._kinds[name] != "depth"
         ]
         read = bench.default
@@ -389,7 +407,7 @@ class _Writer:
                 return shape[at] if at < len(shape) else None
 
             value = read(symbol, {})
-        if not value:
+        if value is None or value <= 0:
             return None
         moved = {}
         for other in others:
@@ -427,20 +445,15 @@ class _Writer:
             lines += ["", "[alias]", *(f'{k} = "{v}"' for v, k in aliases.items())]
         if rules:
             lines += ["", "[constraints]", f"rules = {_value(rules)}"]
-        if self._same:
-            lines += ["", "[same_axis]"]
-            lines += [
-                f'{self._names[a]} = "{self._names[b]}"'
-                for a, b in self._same.items()
-                if a in self._names and b in self._names
-            ]
         return "\n".join(lines) + "\n"
 
     # Expressions
 
     def _aliases(self) -> dict[str, str]:
         """Text -> name: q and kv, where there is one kind of attention."""
-        found = [n for n in self._names.values() if n in ("heads", "head_dim", "kv_heads", "q_group")]
+        found = [
+            n for n in self._names.values() if n in ("heads", "head_dim", "kv_heads", "q_group")
+        ]
         if not {"heads", "head_dim"} <= set(found):
             return {}
         if {"kv_heads", "q_group"} <= set(found):
@@ -523,9 +536,11 @@ class _Writer:
     def _prefix(self) -> str:
         """The base model's name, where keys begin with it."""
         prefix = self._anatomy.base.partition(".")[0]
-        return f"{prefix}." if prefix and any(
-            key.startswith(f"{prefix}.") for key in self._solution.dims
-        ) else ""
+        return (
+            f"{prefix}."
+            if prefix and any(key.startswith(f"{prefix}.") for key in self._solution.dims)
+            else ""
+        )
 
     def _stacks(self) -> dict[str, str]:
         """Beginning of a layer's keys -> its variable."""
@@ -634,7 +649,12 @@ class _Writer:
         words = []
         for i, (polynomial, role) in enumerate(zip(tensors.dims, tensors.roles, strict=True)):
             text = self._text(tensors, i)
-            named = {self._kinds[self._names[s]] for m in polynomial or () for s, _ in m if s in self._names}
+            named = {
+                self._kinds[self._names[s]]
+                for m in polynomial or ()
+                for s, _ in m
+                if s in self._names
+            }
             loose = text == "_" or (tensors.part.kind == "other" and not named & {"width", "group"})
             words.append(text if loose or not role else f"{text}:{role}")
         return ", ".join(words)
@@ -675,9 +695,11 @@ class _Writer:
     def _last_norm(self, inside: str) -> str | None:
         """Key of the last norm of a part of the model, the one of its last layer if it has no own."""
         paths = [
-            n.path for n in self._anatomy.norms
+            n.path
+            for n in self._anatomy.norms
             if (not inside or n.path.startswith(f"{inside}."))
-            and n.path in self._anatomy.keys and "embed" not in n.path.rpartition(".")[2]
+            and n.path in self._anatomy.keys
+            and "embed" not in n.path.rpartition(".")[2]
             and not re.search(r"(q|k|query|key)_(layer)?norm", n.path)
         ]
         keys = [self._anatomy.keys[path] for path in paths]
@@ -693,7 +715,11 @@ class _Writer:
         if embed is None or head is None or embed not in anatomy.keys:
             return ""
         width = self._solution.dims[anatomy.keys[embed]][-1]
-        own = [n.path for n in anatomy.norms if anatomy.base and not n.path.startswith(f"{anatomy.base}.")]
+        own = [
+            n.path
+            for n in anatomy.norms
+            if anatomy.base and not n.path.startswith(f"{anatomy.base}.")
+        ]
         norm = anatomy.keys.get(own[-1]) if own else self._last_norm(anatomy.decoder)
         if norm is None or self._solution.dims[norm][-1] != width:
             # A linear between the two: OPT-350m's project_out.
@@ -701,8 +727,10 @@ class _Writer:
                 (
                     key
                     for path, key in anatomy.keys.items()
-                    if anatomy.parts[key].kind == "linear" and path not in (embed, head)
-                    and self._solution.dims[key][0] == width and not self._in_stack(key)
+                    if anatomy.parts[key].kind == "linear"
+                    and path not in (embed, head)
+                    and self._solution.dims[key][0] == width
+                    and not self._in_stack(key)
                 ),
                 None,
             )
@@ -747,13 +775,26 @@ class _Writer:
                 "lists": full,
                 "index_lists": some,
                 "prefix_counts": list(self._prefix_counts(field, name)),
-                "delete": [k for k in probing.REBUILT if isinstance(self._bench.finished.get(k), (list, str))],
+                "delete": [
+                    k
+                    for k in probing.REBUILT
+                    if isinstance(self._bench.finished.get(k), (list, str))
+                ],
             }
             scope = f"{field.scope}." if field.scope else ""
-            lines = [f"{k} = {_value([scope + leaf for leaf in v])}" for k, v in entries.items() if v]
-            if "num_nextn_predict_layers" in self._leaves(field.scope):
+            lines = [
+                f"{k} = {_value([scope + leaf for leaf in v])}" for k, v in entries.items() if v
+            ]
+            leaves = self._leaves(field.scope)
+            pairs = [(k, k.replace("period", "offset")) for k in leaves if k.endswith("_period")]
+            periods = [[scope + k for k in pair] for pair in pairs if pair[1] in leaves]
+            lines += [f"periods = {_value(periods)}"] if periods else []
+            ends = [scope + k for k in leaves if k.endswith("layer_end_index")]
+            lines += [f"last_index = {_value(ends)}"] if ends else []
+            if "num_nextn_predict_layers" in leaves:
                 lines.append('tail = "num_nextn_predict_layers"')
-            if not full and not entries["prefix_counts"] and self._first_is_odd(name):
+            told = full or periods or entries["prefix_counts"] or any(lists[k] for k in some)
+            if not told and self._first_is_odd(name):
                 lines.append("first = true")
             if lines:
                 yield "\n".join([f"[depth.{name}]", *lines]) + "\n"
@@ -765,7 +806,9 @@ class _Writer:
             pattern = self._pattern(key)
             start, index, _ = pattern.partition(f"{{{name}}}")
             if index:
-                number = list(INDEX.finditer(key))[len(re.findall(r"\{|(?<![^.])\d+(?![^.])", start))]
+                number = list(INDEX.finditer(key))[
+                    len(re.findall(r"\{|(?<![^.])\d+(?![^.])", start))
+                ]
                 found[pattern].add(int(number[0]))
         return found
 
@@ -782,8 +825,10 @@ class _Writer:
     def _first_is_odd(self, name: str) -> bool:
         found = list(self._layers_of(name).values())
         every: set[int] = set().union(*found) if found else set()
-        return len(every) > 1 and any(n != every for n in found) and all(
-            n in (every, {0}, every - {0}) for n in found
+        return (
+            len(every) > 1
+            and any(n != every for n in found)
+            and all(n in (every, {0}, every - {0}) for n in found)
         )
 
     def _config(self) -> str:
@@ -792,6 +837,13 @@ class _Writer:
             for symbol, (heads, kv) in self._solution.groups.items()
             if symbol in self._names
         ]
+        for field in self._fields.values():
+            # A head count that makes no dimension must go with the one that does.
+            twin = next((s for s, n in self._names.items() if n == "heads"), "")
+            if field.leaf == "num_key_value_heads" and field.name not in self._names and twin:
+                if field.value == self._fields[twin].value:
+                    lines.append(f'{_key(field.name)} = "heads"')
+        lines += [f"{_key(a)} = {_value(self._names[b])}" for a, b in self._solution.same.items()]
         return "\n".join(["[config]", *lines]) + "\n" if lines else ""
 
     # The tiny model
@@ -800,39 +852,49 @@ class _Writer:
         self._check()
         config = _different(self._bench.fields, self._bench.defaults())
         config.pop("model_type", None)
-        return "\n".join([
-            "[[proof.models]]",
-            f"name = {_value(self._bench.model_type)}",
-            f"class = {_value(self._bench.class_name)}",
-            f"config = {_value(config)}",
-            "",
-        ])
+        return "\n".join(
+            [
+                "[[proof.models]]",
+                f"name = {_value(self._bench.model_type)}",
+                f"class = {_value(self._bench.class_name)}",
+                f"config = {_value(config)}",
+                "",
+            ]
+        )
 
     def _check(self) -> None:
         """Build a model whose sizes all differ from the probed ones, and keep it if it is tiny."""
         hidden = self._fields.get(self._residual())
         large = hidden is not None and hidden.value > _SMALL
-        tiny = self._tiny() if large else {
-            s: 3 * self._fields[s].value
-            for s, name in self._names.items()
-            if s in self._fields and self._kinds[name] != "depth"
-        }
+        tiny = (
+            self._tiny()
+            if large
+            else {
+                s: 3 * self._fields[s].value
+                for s, name in self._names.items()
+                if s in self._fields and self._kinds[name] != "depth"
+            }
+        )
         snapshot = self._bench.snapshot(tiny)
         if snapshot is None:
             self.unresolved.append("the model that checks all sizes at once can't be built")
             return
+
         def size(symbol: str) -> Fraction:
             for table in (self._solution.head_sizes, self._solution.groups):
                 if symbol in table:
                     above, below = table[symbol]
                     return size(above) / size(below)
             return Fraction(int(str(tiny.get(symbol, self._fields[symbol].value))))
+
         wrong: dict[str, None] = {}
         for key, dims in self._solution.dims.items():
             for polynomial, found in zip(dims, snapshot.shapes.get(key, ()), strict=False):
                 if polynomial is not None and solving.value_of(polynomial, size) != found:
                     wrong[template(key)] = None
-        self.unresolved += [f"{key}: its sizes differ in the model that checks them" for key in wrong]
+        self.unresolved += [
+            f"{key}: its sizes differ in the model that checks them" for key in wrong
+        ]
         if large:
             self._bench.adopt(tiny)
 
@@ -864,11 +926,14 @@ class _Writer:
             else:
                 found[symbol] = min(field.value, next(widths))
         for heads, kv in self._solution.groups.values():
-            found[heads] = int(str(found[kv])) * min(3, self._fields[heads].value // self._fields[kv].value)
+            found[heads] = int(str(found[kv])) * min(
+                3, self._fields[heads].value // self._fields[kv].value
+            )
         for hidden in {h for h, _ in self._solution.head_sizes.values()} | {self._residual()}:
             scope = hidden.rpartition(".")[0]
             counts = [
-                int(str(n)) for s, n in found.items()
+                int(str(n))
+                for s, n in found.items()
                 if _plain_name(s) == "heads" and s.rpartition(".")[0] == scope
             ]
             found[hidden] = math.lcm(*counts, 1) * 8

@@ -12,6 +12,7 @@ from streammap.architecture import Depth
 from streammap.errors import PlanError
 
 Kind = tuple[str, ...]
+_MAX_LAYERS = 100_000
 
 
 def kinds(depth: Depth, config: Mapping[str, object], n_layers: int) -> tuple[Kind, ...]:
@@ -34,9 +35,8 @@ def follow(
     Raises:
         PlanError: config.json can't say it.
     """
-    notes = []
     for field in depth.lists:
-        old = configfields.field_value(config, field)
+        old = _listed(depth, config, field, 1 + max(sources))
         if isinstance(old, list) and len(old) > max(sources):
             configfields.set_field(config, field, [old[j] for j in sources])
     for field in depth.index_lists:
@@ -44,6 +44,15 @@ def follow(
         if isinstance(old, list):
             new: list[object] = [i for i, j in enumerate(sources) if j in old]
             configfields.set_field(config, field, new)
+    for field in depth.tables:
+        old = configfields.field_value(config, field)
+        if isinstance(old, Mapping):
+            new_table = {str(i): old[str(j)] for i, j in enumerate(sources) if str(j) in old}
+            configfields.set_field(config, field, new_table)
+    for field in depth.patterns:
+        old = _unrolled(configfields.field_value(config, field))
+        if len(old) > max(sources):
+            configfields.set_field(config, field, [[[old[j] for j in sources], 1]])
     for field in depth.prefix_counts:
         old = configfields.field_value(config, field)
         if isinstance(old, int) and old > 0:
@@ -62,24 +71,45 @@ def follow(
                     f"({configfields.field_value(config, period[0])}) says they are of two kinds",
                     hint=f"take groups that keep a layer's place in the period of {period[0]}",
                 )
-    for field in depth.delete:
-        if configfields.field_value(config, field) is not None:
-            configfields.delete_field(config, field)
-            notes.append(f"config.json: {field} is removed, it names layers by number")
-    return tuple(notes)
+    there = [f for f in depth.delete if configfields.field_value(config, f) is not None]
+    for field in there:
+        configfields.delete_field(config, field)
+    return tuple(f"config.json: {f} is removed, it names layers by number" for f in there)
+
+
+def _listed(depth: Depth, config: Mapping[str, object], field: str, n_layers: int) -> object:
+    """A per-layer list of config.json, or what loaders make of its absence."""
+    found = configfields.field_value(config, field)
+    pattern = depth.default.get(field, ())
+    if found is None and pattern:
+        return [pattern[i % len(pattern)] for i in range(n_layers)]
+    return found
+
+
+def _unrolled(value: object) -> list[object]:
+    """[[["global", "local"], 6]] -> the entries one by one."""
+    found: list[object] = []
+    for item in value if isinstance(value, list) else []:
+        match item:
+            case [list(entries), int(times)] if 0 <= times <= _MAX_LAYERS:
+                found += entries * times
+    return found
 
 
 def _kind(depth: Depth, config: Mapping[str, object], i: int) -> Kind:
     found = []
     for field in depth.lists:
-        listed = configfields.field_value(config, field)
+        listed = _listed(depth, config, field, i + 1)
         if isinstance(listed, list) and i < len(listed):
             found.append(f"{field} {listed[i]}")
     for field in depth.index_lists:
         listed = configfields.field_value(config, field)
         if isinstance(listed, list):
             found.append(f"{'in' if i in listed else 'not in'} {field}")
-    for field, rest in (*((f, 0) for f in depth.prefix_counts), *((f, 1) for f in depth.last_index)):
+    for field, rest in (
+        *((f, 0) for f in depth.prefix_counts),
+        *((f, 1) for f in depth.last_index),
+    ):
         count = configfields.field_value(config, field)
         if isinstance(count, int) and count >= 0:
             found.append(f"{'before' if i < count + rest else 'after'} {field} {count}")

@@ -182,7 +182,7 @@ def _level(
         places, values = (tensors.tensor(f"{i}.{name}.{part}") for part in ("places", "values"))
         merging[name] = _block_map(places, values, small // block, large // block, block)
     sizes = {name: (_count(a), _count(b)) for name, (a, b) in entry["sizes"].items()}
-    filled = entry.get("filled", [])
+    filled: object = entry.get("filled", [])
     if not isinstance(filled, list) or not all(name in merging for name in filled):
         raise ValueError(f"filled axes {filled!r} have no maps")
     level = Level(merging, frozenset(filled))

@@ -140,7 +140,7 @@ def merging(
     block: int = 1,
     weights: Sequence[Sequence[float]] | None = None,
 ) -> BlockMap:
-    """F of a scheme: row i is the mean of the blocks in groups[i], weighted where weights are given.
+    """F of a scheme: row i is the (weighted) mean of the blocks in groups[i].
 
     A member of weight 0 gives nothing to the mean, but belongs to the group on the way back.
     """

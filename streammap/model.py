@@ -162,8 +162,8 @@ def find(
         if found is None:
             raise ArchitectureError(
                 f"no architecture spec serves model_type {str(model_type)[:80]!r}",
-                hint="`streammap spec infer CHECKPOINT > mine.toml` writes one (needs transformers), "
-                "--arch mine.toml uses it; `streammap architectures` lists those there are",
+                hint="`streammap spec infer CHECKPOINT > mine.toml` writes one (needs "
+                "transformers), --arch mine.toml uses it; `streammap architectures` lists all",
             )
         return found
     found = catalogue.for_keys(specs, fields)
@@ -222,8 +222,9 @@ def _applies(rule: Rule, values: Mapping[str, int], config: Mapping[str, object]
     for condition in rule.when:
         listed = configfields.field_value(config, condition.field)
         at = values.get(condition.axis)
-        known = isinstance(listed, list) and at is not None and at < len(listed)
-        same = known and str(listed[at]) == condition.value
+        same = False
+        if isinstance(listed, list) and at is not None and at < len(listed):
+            same = str(listed[at]) == condition.value
         if same == condition.negated:
             return False
     return True
@@ -274,9 +275,7 @@ def _tied(
     classes = config.get("architectures")
     if isinstance(classes, list) and not head.is_in(str(name) for name in classes):
         return None
-    norm = next(
-        (n for n in head.norms if any(first_match(n, k) is not None for k in specs)), ()
-    )
+    norm = next((n for n in head.norms if any(first_match(n, k) is not None for k in specs)), ())
     if head.norms and not norm and not (isinstance(classes, list) and head.classes):
         return None
     if not any(first_match(head.embed, key) is not None for key in specs):

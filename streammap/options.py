@@ -1,4 +1,4 @@
-"""Options of coalesce and decoalesce, as a user gives them: from Python, or from the command line."""
+"""Options of coalesce and decoalesce, as users give them: in Python, or on the command line."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +72,6 @@ class ResizeOptions(TypedDict, total=False):
     """ "exact" (default), or "reference" for the original's numbers."""
     untie: bool
     """Whether a tied head gets a tensor of its own."""
-
 
 
 def resize(direction: Direction, plan: "Plan", options: ResizeOptions) -> Resize:

@@ -1,4 +1,4 @@
-"""Plans from plans: apply maps to the axes of a model, or blend two models. Reads no tensor.
+"""Plans from plans: apply maps to the axes of a model. Reads no tensor.
 
 `remap` is the heart: for each tensor, the spec says what its dimensions are, the maps say what
 becomes of these, and the role says which side applies:
@@ -24,7 +24,7 @@ from typing import Literal
 from streammap import graph, maps, rewriting
 from streammap.architecture import Depth, Dim, Factor, Role
 from streammap.dimmaps import DimMaps
-from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
+from streammap.errors import ArchitectureError, PlanError, some
 from streammap.expression import Name
 from streammap.graph import Form
 from streammap.maps import AxisMap, MapPair
@@ -111,29 +111,6 @@ def remap(plan: Plan, change: Change, step: Step) -> Plan:
     return result
 
 
-def blend(source: Plan, target: Plan, alpha: float, step: Step) -> Plan:
-    """(1 - alpha) * target + alpha * source, everywhere; the frame (files, dtypes) is target's.
-
-    Raises:
-        PlanError: tensors that only one of them has, or whose shapes differ.
-    """
-    _check_alike(source, target)
-    targets: dict[str, Form] = {}
-    for key, form in target.targets.items():
-        other = source.targets.get(key)
-        if other is None or not form.spec.is_float:
-            targets[key] = form
-        else:
-            parts = [(1.0 - alpha, form), (alpha, other)]
-            targets[key] = graph.combine(parts, dtype=form.spec.dtype)
-    sources = tuple(dict.fromkeys((*source.sources, *target.sources)))
-    levels = source.levels or target.levels
-    return replace(
-        target, targets=targets, sources=sources, steps=(*source.steps, *target.steps, step),
-        levels=levels,
-    )  # fmt: skip
-
-
 def natural(key: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts layer 2 before layer 10."""
     parts = re.split(r"(\d+)", key)
@@ -147,7 +124,7 @@ def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
 
 
 def writes(family: Family, hidden: tuple[str, ...]) -> bool:
-    """Whether tensors of a family write to the residual stream: without them a layer does nothing."""
+    """Whether tensors of a family write to the residual stream; without, a layer does nothing."""
     spans = [dim.expression for dim in family.dims if dim.role == "out"]
     makes = any(isinstance(e, Name) and e.name in hidden for e in spans)
     reads = any(dim.role == "in" for dim in family.dims)
@@ -182,11 +159,11 @@ class _Remapping:
         for values, key in family.members.items():
             if self._is_tail(family, values):
                 continue
-            found = [((), 1.0)]
+            found: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
             for at, value in enumerate(values):
                 m = next((m for i, m in rows if i == at), None)
                 options = ((value, 1.0),) if m is None else self._columns(m)[value]
-                found = [((*t, i), c * d) for t, c in found for i, d in options]  # type: ignore[misc]
+                found = [((*t, i), c * d) for t, c in found for i, d in options]
             for target, coefficient in found:
                 parts.setdefault(target, []).append((coefficient, key))
         if any(self._is_tail(family, values) for values in family.members):
@@ -210,8 +187,8 @@ class _Remapping:
             for i in range(1, m.n_out):
                 if any(j == 0 for j, _ in m.members(i)):
                     raise PlanError(
-                        f"{index} {i} would come from layer 0, which has no {family.name}: the first "
-                        "layer is of another kind",
+                        f"{index} {i} would come from layer 0, which has no {family.name}: the "
+                        "first layer is of another kind",
                         hint="give groups in which layer 0 stands alone, and is the first",
                     )
 
@@ -316,7 +293,9 @@ class _Remapping:
                 hint="dequantise the checkpoint, or save it in a float dtype",
             )
         offset = self._offset(family, target)
-        if not offset or not (factor != 1.0 or self._feeds(target) is not None or self._fill(family)):
+        if not offset or not (
+            factor != 1.0 or self._feeds(target) is not None or self._fill(family)
+        ):
             return graph.scale(graph.map_dims(blended, dims), factor)
         shifted = graph.map_dims(graph.shift(blended, offset), dims)
         return graph.shift(graph.scale(shifted, factor), -offset)
@@ -442,42 +421,3 @@ def _check_sizes(result: Plan, sizes: Mapping[str, int]) -> None:
             f"{name} would be {sizes[name]}, but config.json would say {found.get(name)}",
             hint="this architecture can't express the request",
         )
-
-
-def _check_alike(source: Plan, target: Plan) -> None:
-    buffers = _buffers(target) | _buffers(source)
-    missing = [k for k in target.targets if k not in source.targets and k not in buffers]
-    surplus = [k for k in source.targets if k not in target.targets and k not in buffers]
-    if missing or surplus:
-        told = (
-            f"lacks {some(missing)}" if missing else f"has {some(surplus)}, which the target lacks"
-        )
-        raise PlanError(
-            f"the source {told} ({len(missing)} missing, {len(surplus)} surplus of "
-            f"{len(target.targets)} tensors)",
-            hint="blend two checkpoints of the same model",
-        )
-    for key, form in target.targets.items():
-        other = source.targets.get(key)
-        if other is not None and other.spec.shape != form.spec.shape and key not in buffers:
-            raise PlanError(
-                f"{key}: source shape {list(other.spec.shape)}, "
-                f"target shape {list(form.spec.shape)}",
-                hint="blend two checkpoints of the same size",
-            )
-        if other is not None and form.spec.is_float and not other.spec.is_float:
-            raise PlanError(f"{key}: source dtype {other.spec.dtype}, target {form.spec.dtype}")
-
-
-def _buffers(plan: Plan) -> set[str]:
-    """Keys that the spec calls buffers; none where no spec is known."""
-    try:
-        model = plan.model
-    except (ArchitectureError, CheckpointError):
-        return set()
-    return {
-        key
-        for f in model.families
-        if f.rule.kind in ("buffer", "drop")
-        for key in f.members.values()
-    }

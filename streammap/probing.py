@@ -39,7 +39,7 @@ _DERIVED = (
 )  # fmt: skip
 _MAX_LIST = 8
 _LIST_SIZE = re.compile(r"dim|size|channels|width")
-_NO_SIZE = re.compile(r"_ids?$|_index$|seed|version|^id2label|^label2id|^task_specific|^chunk_size_")
+_NO_SIZE = re.compile(r"_ids?$|seed|version|^id2label|^label2id|^task_specific|^chunk_size_")
 _RATIO = re.compile(r"ratio|mult|expan|factor")
 _OPTIONAL = re.compile(r"dim|size|inner|heads|rank|width")
 
@@ -238,8 +238,10 @@ class Workbench:
         for name, value in list(leaves(self.fields)):
             if value is None and _OPTIONAL.search(name.rpartition(".")[2]):
                 after = self.snapshot({name: guess})
-                if after and after.shapes.keys() == before.shapes.keys() and (
-                    after.shapes != before.shapes
+                if (
+                    after
+                    and after.shapes.keys() == before.shapes.keys()
+                    and (after.shapes != before.shapes)
                 ):
                     self.adopt({name: guess})
                     before = self.base()
@@ -296,10 +298,13 @@ class Workbench:
             for leaf, entries in self.lists(scope).items():
                 spread = _spread(entries)
                 if len(spread) == old:
-                    longer = [*spread, *[spread[0]] * (value - len(spread))][:value]
-                    more[f"{scope}.{leaf}".lstrip(".")] = (
-                        longer if spread is entries else [[longer, 1]]
-                    )
+                    longer = [spread[i % old] for i in range(value)]
+                    more[_joined(scope, leaf)] = longer if spread is entries else [[longer, 1]]
+            layers = value_at(self.fields, _joined(scope, "per_layer_config"))
+            if isinstance(layers, dict) and type(old) is int:
+                more[_joined(scope, "per_layer_config")] = {
+                    str(at): v for k, v in layers.items() for at in range(int(k), value, old)
+                }
         return self._shot(self._config_class(**changed(self.fields, more)))
 
     def _afterwards(self, changes: Changes) -> Snapshot:
@@ -481,6 +486,10 @@ def _plain(value: Mapping[str, object]) -> dict[str, object]:
     }
 
 
+def _joined(scope: str, leaf: str) -> str:
+    return f"{scope}.{leaf}" if scope else leaf
+
+
 def _spread(entries: list[object]) -> list[object]:
     """One entry a layer, of GPT-Neo's [[["global", "local"], 12]] too."""
     pairs = [e for e in entries if isinstance(e, list) and len(e) == 2 and isinstance(e[0], list)]
@@ -641,7 +650,9 @@ def _norm_facts(module: _Module, path: str) -> NormFacts | None:
     """Whether a norm takes the mean away, and what it adds to its weight: by trying it."""
     import torch
 
-    width = next((x.shape[-1] for n, x in module.named_parameters(recurse=False) if n == "weight"), 0)
+    width = next(
+        (x.shape[-1] for n, x in module.named_parameters(recurse=False) if n == "weight"), 0
+    )
     if not width or width > 1 << 20:
         return None
     with contextlib.suppress(Exception), torch.no_grad():

@@ -1,9 +1,9 @@
 """What a change keeps of the function, read from the maps and the spec.
 
-    bit-exact         the outputs are the same numbers
-    exact             the same in real arithmetic; floating point rounds a little differently
-    exact up to eps   the same but for the epsilon of norms
-    approximate       another function; how near is for training to say
+bit-exact         the outputs are the same numbers
+exact             the same in real arithmetic; floating point rounds a little differently
+exact up to eps   the same but for the epsilon of norms
+approximate       another function; how near is for training to say
 """
 
 from collections.abc import Mapping

@@ -28,7 +28,8 @@ from streammap.api import LazyCheckpoint
 from streammap.architecture import Architecture, Kind
 from streammap.errors import ArchitectureError, PlanError, some
 from streammap.operators.permute import Permute
-from streammap.requests import GROUPINGS, Grouping
+from streammap.options import RequestLike, ResizeOptions
+from streammap.requests import Grouping
 from streammap.tinymodels import FEATURES, TinyModel
 
 CheckName = Literal["source", "growth", "round trip", "permutation", "shrink"]
@@ -179,23 +180,24 @@ class _Proof:
 
     def shrink(self) -> float | None:
         """Twice as wide and deep, and half of that in other groups of widths."""
-        deep, grouping = self._deep()
+        deep, layers = self._deep()
         self._run(deep, "deep")
-        other: Grouping = "stacked" if grouping == "adjacent" else "adjacent"
-        halves = {axis: {"factor": 2, "grouping": other} for axis in self._factors}
-        halves |= {axis: {"factor": 2, "grouping": grouping} for axis in self._depths}
-        self._run(self._open("deep").coalesce(axes=halves), "small")
+        small = self._open("deep").coalesce(**self._widths("adjacent"))
+        self._run(small.coalesce(axes=layers) if layers else small, "small")
         return None
 
-    def _deep(self) -> tuple[LazyCheckpoint, Grouping]:
-        """The layers repeated, or where they are of several kinds that forbid it, each of them."""
+    def _deep(self) -> tuple[LazyCheckpoint, Mapping[str, RequestLike]]:
+        """The model with twice the layers, and how: as its kinds of layers allow it."""
+        grown = self._grown()
+        if not self._depths:
+            return grown, {}
         failures = []
-        for grouping in GROUPINGS:
+        for way in (_repeated, _doubled, _doubled_but_first):
+            layers = {axis: way(self._source.sizes[axis]) for axis in self._depths}
             try:
-                factors = self._factors | dict.fromkeys(self._depths, 2)
-                return self._source.decoalesce(axes=factors, grouping=grouping), grouping
+                return grown.decoalesce(axes=layers), layers
             except PlanError as failure:
-                failures.append(f"{grouping}: {_told(failure)}")
+                failures.append(_told(failure))
         raise PlanError("; ".join(failures))
 
     def _rounds(self) -> bool:
@@ -218,17 +220,21 @@ class _Proof:
         return self._axes("depth")
 
     def _axes(self, kind: Kind) -> tuple[str, ...]:
-        axes = self._source.plan.model.architecture.axes
-        names = [name for name in self._source.sizes if axes[name].kind == kind]
+        axes, sizes = self._source.plan.model.architecture.axes, self._source.sizes
+        names = [name for name, size in sizes.items() if size and axes[name].kind == kind]
         return tuple(name for name in names if name not in self._model.exempt)
 
     def _open(self, name: str) -> LazyCheckpoint:
         return api.open(self._scratch / name, arch=self._arch)
 
     def _grown(self) -> LazyCheckpoint:
+        return self._source.decoalesce(**self._widths("stacked"))
+
+    def _widths(self, grouping: Grouping) -> ResizeOptions:
+        """Twice every width, or half of it."""
         if self._model.exempt:
-            return self._source.decoalesce(axes=self._factors)
-        return self._source.decoalesce(width=2)
+            return {"axes": self._factors, "grouping": grouping}
+        return {"width": 2, "grouping": grouping}
 
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
         """What a resized model computes, through its files."""
@@ -262,6 +268,19 @@ class _Proof:
             else:
                 told.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
         return f"each axis alone: {', '.join(told)}"
+
+
+def _repeated(n: int) -> RequestLike:
+    return {"factor": 2, "grouping": "stacked"}
+
+
+def _doubled(n: int) -> RequestLike:
+    return {"factor": 2, "grouping": "adjacent"}
+
+
+def _doubled_but_first(n: int) -> RequestLike:
+    # Where the first layer has other tensors than the rest, it can't stand in a second place.
+    return {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
 
 
 class _WrongError(Exception):

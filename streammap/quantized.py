@@ -16,7 +16,16 @@ _KEYS = (
     (re.compile(r".*\.weight\.(absmax|quant_map|quant_state\..*)"), "bitsandbytes"),
     (re.compile(r".*\.weight_(packed|shape|zero_point)"), "compressed-tensors"),
 )
-_DTYPES = ("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2")
+_DTYPES = (
+    "F8_E5M2",
+    "F8_E4M3",
+    "F8_E8M0",
+    "F8_E4M3FNUZ",
+    "F8_E5M2FNUZ",
+    "F4",
+    "F6_E2M3",
+    "F6_E3M2",
+)
 _HINT = "dequantise it first: load it with transformers and save it in bfloat16"
 
 

@@ -1,15 +1,16 @@
 """What becomes of one axis: a factor, a new size, or groups.
 
     2                                         a factor, put together by the grouping asked for
-    "=768"                                    a new size, whatever it is
-    [[0, 6], [1, 7], ...]                     groups: entry i lists the units of the large model that
-                                              unit i of the small one stands for
+    "=768"                                    a new size
+    [[0, 6], [1, 7], ...]                     groups: entry i lists the units of the large model
+                                              that unit i of the small one stands for
     {"factor": 2, "grouping": "adjacent"}     a factor with a grouping of its own
     {"groups": [{"members": [0, 6], "weights": [0.7, 0.3]}, ...]}     weighted members
 
 Each may stand on the command line, in a scheme file, and in Python.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -120,11 +121,10 @@ def _of_table(table: Mapping[str, object], where: str) -> Request:
 
 
 def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
-    weights: object = None
     if isinstance(group, Mapping):
         if set(group) != {"members", "weights"}:
             raise SchemeError(f"{where}: expected members and weights, found {sorted(group)}")
-        group, weights = group["members"], group["weights"]
+        return _group(group["members"], where)[0], _weights(group, where)
     if not isinstance(group, list | tuple):
         raise SchemeError(f"{where}: expected a list of numbers such as [0, 6], found {group!r}")
     if not group:
@@ -135,11 +135,11 @@ def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...
     if len(set(group)) != len(group):
         twice = next(member for member in group if group.count(member) > 1)
         raise SchemeError(f"{where}: member {twice} stands twice", hint="name each member once")
-    members = tuple(group)
-    return members, None if weights is None else _weights(weights, len(members), where)
+    return tuple(group), None
 
 
-def _weights(weights: object, n: int, where: str) -> tuple[float, ...]:
+def _weights(table: Mapping[str, object], where: str) -> tuple[float, ...]:
+    weights, n = table["weights"], len(_group(table["members"], where)[0])
     if not isinstance(weights, list | tuple) or len(weights) != n:
         raise SchemeError(f"{where}: expected {n} weights, found {weights!r}")
     for weight in weights:
@@ -154,7 +154,7 @@ def _weights(weights: object, n: int, where: str) -> tuple[float, ...]:
 def near_even(n_large: int, n_small: int) -> Groups:
     """n_small groups of neighbours, as even as can be."""
     bounds = [i * n_large // n_small for i in range(n_small + 1)]
-    return tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))
 
 
 def cyclic(n_large: int, n_small: int) -> Groups:

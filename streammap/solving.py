@@ -18,11 +18,13 @@ from streammap.probing import Anatomy, Field, Snapshot, Workbench, template
 Monomial = tuple[tuple[str, int], ...]
 """(symbol, exponent), sorted. A symbol is a field, or "a/b" of two fields: a part of a head axis."""
 Polynomial = Mapping[Monomial, int]
-Piece = str | tuple[str, ...]
-"""A literal part of a key, or the symbols of the polynomial that counts an index, as a key of it."""
+Explained = tuple[Polynomial | None, ...]
+"""What each dimension of a tensor is; None where no field explains it."""
+Dims = Mapping[str, Explained]
 
 _MAX_FIELDS = 6
 _HEADS = re.compile(r"head")
+_ASIDE = re.compile(r"proj|embedding")
 _KV = re.compile(r"kv|key_value|key_heads")
 _ATTENTION = re.compile(r"atten|attn|mixer", re.IGNORECASE)
 _QUERY = re.compile(r"^(w?(q|k|v|qk|kv|qkv)|query|key|value|c_attn|in_proj|query_key_value)$")
@@ -34,12 +36,12 @@ _OUTPUT_WORDS = {"o", "out", "output", "dense", "proj", "projection", "wo"}
 class Solution:
     """What is known of a model's tensors."""
 
-    dims: Mapping[str, tuple[Polynomial | None, ...]]
-    """On-disk key -> what each of its dimensions is; None where no field explains it."""
+    dims: Dims
+    """By on-disk key."""
     counts: Mapping[str, Polynomial]
     """Template of a key's beginning, up to an index -> how many there are of it."""
-    structural: tuple[tuple[str, str], ...]
-    """Pairs of fields that must be equal: else the model has other tensors."""
+    same: Mapping[str, str]
+    """Field -> the one that it must be equal to, as the model has other tensors where it is not."""
     unresolved: Mapping[tuple[str, int], tuple[str, ...]]
     """(template, dimension) that no polynomial fits -> the fields that move it."""
     head_sizes: Mapping[str, tuple[str, str]]
@@ -84,12 +86,12 @@ def solve(bench: Workbench, anatomy: Anatomy) -> Solution:
     groups = _groups(dims, probed)
     for symbol, (heads, kv) in groups.items():
         new: Monomial = ((kv, 1), (symbol, 1))
-        dims = {
-            k: tuple(None if p is None else _replaced(p, ((heads, 1),), new) for p in v)
-            for k, v in dims.items()
-        }
+        dims = _everywhere(dims, ((heads, 1),), new)
         counts = {k: _replaced(p, ((heads, 1),), new) for k, p in counts.items()}
-    return Solution(dims, counts, _structural(bench, probed), unresolved, head_sizes, groups)
+    same = _structural(bench, probed)
+    for field, other in same.items():
+        dims = _everywhere(dims, ((field, 1),), ((other, 1),))
+    return Solution(dims, counts, same, unresolved, head_sizes, groups)
 
 
 def value_of(polynomial: Polynomial, sizes: Callable[[str], Fraction]) -> Fraction:
@@ -210,7 +212,7 @@ def _oddity(exponents: tuple[int, ...]) -> tuple[int, int]:
     return sum(e != 1 for e in exponents), sum(e == 2 for e in exponents)
 
 
-def _structural(bench: Workbench, probed: Probed) -> tuple[tuple[str, str], ...]:
+def _structural(bench: Workbench, probed: Probed) -> dict[str, str]:
     """Fields that change which tensors there are, but not together with another of their value."""
     base, odd = probed.base.templates, []
     for field, snapshot in probed.singles.items():
@@ -218,26 +220,29 @@ def _structural(bench: Workbench, probed: Probed) -> tuple[tuple[str, str], ...]
             snapshot.shapes[k] != x for k, x in probed.base.shapes.items() if k in snapshot.shapes
         ):
             odd.append(field)
-    found = []
+    found: dict[str, str] = {}
     for a, b in itertools.combinations(odd, 2):
         if probed.fields[a].value == probed.fields[b].value and probed.steps[a] == probed.steps[b]:
             both = bench.snapshot({a: probed.steps[a], b: probed.steps[b]})
             if both is not None and both.templates == base:
-                found.append((a, b))
-    return tuple(found)
+                first, other = (a, b) if _ASIDE.search(a) else (b, a)
+                found[first] = other
+    return found
 
 
 def _with_heads(
-    dims: Mapping[str, tuple[Polynomial | None, ...]], anatomy: Anatomy, probed: Probed
-) -> tuple[dict[str, tuple[Polynomial | None, ...]], dict[str, tuple[str, str]]]:
+    dims: Dims, anatomy: Anatomy, probed: Probed
+) -> tuple[dict[str, Explained], dict[str, tuple[str, str]]]:
     """Hidden sizes that are heads x head size inside attention, and hidden/heads as one symbol."""
     regions = _regions(anatomy, probed)
-    found: dict[str, tuple[Polynomial | None, ...]] = {}
+    found: dict[str, Explained] = {}
     used: dict[str, tuple[str, str]] = {}
     for key, polynomials in dims.items():
         part = anatomy.parts.get(key)
         fresh = list(polynomials)
-        inside = next((regions[p] for p in _ancestors(part.path) if p in regions), {}) if part else {}
+        inside = (
+            next((regions[p] for p in _ancestors(part.path) if p in regions), {}) if part else {}
+        )
         at = () if part is None else _headed(part.kind, f"{part.path}.{part.parameter}", len(fresh))
         for i, polynomial in enumerate(fresh):
             if polynomial is None:
@@ -318,9 +323,7 @@ def _headed(kind: str, path: str, rank: int) -> tuple[int, ...]:
     return ()
 
 
-def _groups(
-    dims: Mapping[str, tuple[Polynomial | None, ...]], probed: Probed
-) -> dict[str, tuple[str, str]]:
+def _groups(dims: Dims, probed: Probed) -> dict[str, tuple[str, str]]:
     """Pairs of heads and kv heads that stand in the dimensions."""
     symbols = {s for ps in dims.values() for p in ps if p for m in p for s, _ in m}
     present = [f for f in probed.fields if f in symbols and _HEADS.search(f.rpartition(".")[2])]
@@ -340,6 +343,13 @@ def _groups(
         if len(others) == 1 and probed.fields[others[0]].value % probed.fields[kv].value == 0:
             found[f"{others[0]}/{kv}"] = others[0], kv
     return found
+
+
+def _everywhere(dims: Dims, old: Monomial, new: Monomial) -> dict[str, Explained]:
+    return {
+        key: tuple(None if p is None else _replaced(p, old, new) for p in found)
+        for key, found in dims.items()
+    }
 
 
 def _replaced(polynomial: Polynomial, old: Monomial, new: Monomial) -> Polynomial:

@@ -1,12 +1,8 @@
 """Requests on single axes -> a merging map F (small x large) for every axis that must change.
 
 What is not asked for stays, but for what is coupled: hidden size = heads x head size in BERT, an
-intermediate size that is always 4 x hidden size. Such axes follow in proportion. Query and key/value
-heads are planned together, for a map of query heads must keep to the groups:
-
-    for each query head i of the result:  {group of h : h in sources(i)}  is in  sources(group of i)
-
-Source: research on grouped-query attention maps; Ainslie et al., arXiv:2305.13245 (merging kv heads).
+intermediate size that is always 4 x hidden size. Such axes follow in proportion. Query and kv heads
+are planned together, see headmaps.py.
 """
 
 import itertools
@@ -16,10 +12,11 @@ from math import gcd
 from typing import Literal
 
 from streammap import expression as expressions
-from streammap import maps, requests, rewriting, sizes
+from streammap import headmaps, maps, requests, rewriting, sizes
 from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError, SchemeError, some
 from streammap.expression import Expression
+from streammap.headmaps import Counts, Sharing
 from streammap.maps import AxisMap, BlockMap
 from streammap.model import Model
 from streammap.requests import Grouping, Request
@@ -80,8 +77,8 @@ class _Planning:
                 self._check_axis(axis)
                 self._put(axis, self._map(axis, request))
         if self._asked.width is not None:
-            heads = self._spec.spaces.get("heads", ())
-            for axis in sorted(self._widths(), key=lambda axis: axis not in heads):
+            first = self._spec.spaces.get("heads", ())
+            for axis in sorted(self._widths(), key=lambda axis: axis not in first):
                 if axis not in self.found:
                     self._put(axis, self._width(axis, self._asked.width))
 
@@ -167,7 +164,7 @@ class _Planning:
         large, small = (size, own) if self._grows else (own, size)
         if large < small:
             raise PlanError(
-                f"{axis}: {'decoalesce' if self._grows else 'coalesce'} can't go from {own} to {size}",
+                f"{axis}: can't go from {own} to {size} this way",
                 hint="coalesce makes a model smaller, decoalesce larger",
             )
         if large % small == 0 and self._spec.axes[axis].kind != "depth":
@@ -211,7 +208,9 @@ class _Planning:
         return [
             axis.name
             for axis in self._spec.axes.values()
-            if axis.kind == "width" and self._own.get(axis.name) and not must_follow(self._model, axis.name)
+            if axis.kind == "width"
+            and self._own.get(axis.name)
+            and not must_follow(self._model, axis.name)
         ]
 
     def _width(self, axis: str, request: Request) -> BlockMap | None:
@@ -264,13 +263,14 @@ class _Planning:
             b = self._kv_for(heads, kv, a)
         else:
             b = self._target(kv, wanted_kv)
-        large = (a, b) if self._grows else (own_heads, own_kv)
-        small = (own_heads, own_kv) if self._grows else (a, b)
+        own, wanted_counts = Counts(own_heads, own_kv), Counts(a, b)
+        large, small = (wanted_counts, own) if self._grows else (own, wanted_counts)
         grouping = next(
             (r.grouping for r in (wanted, wanted_kv) if r is not None and r.grouping),
             self._asked.grouping,
         )
-        found, found_kv = self._joined(heads, kv, large, small, grouping)
+        names = self._sharing(heads, kv)
+        found, found_kv = headmaps.merging(names, large, small, grouping, grows=self._grows)
         self._put_heads(heads, kv, found, found_kv)
 
     def _again(self, heads: str, kv: str) -> None:
@@ -281,7 +281,7 @@ class _Planning:
             self.found[kv] = m
             if self._misplaced(heads, kv) is None:
                 return
-        self.found[kv] = self._kv_of(heads, kv, self.found[heads])
+        self.found[kv] = headmaps.kv_of(self._sharing(heads, kv), self.found[heads])
 
     def _put_heads(self, heads: str, kv: str, found: BlockMap, found_kv: BlockMap) -> None:
         if self._asked.kv_merge == "first" and not self._grows:
@@ -327,72 +327,6 @@ class _Planning:
         part = gcd(own_kv, own_heads // n_heads) if own_heads % n_heads == 0 else 1
         return own_kv // part
 
-    def _joined(
-        self,
-        heads: str,
-        kv: str,
-        large: tuple[int, int],
-        small: tuple[int, int],
-        grouping: Grouping,
-    ) -> tuple[BlockMap, BlockMap]:
-        """F of query heads and of kv heads, for sizes (heads, kv heads) of both models."""
-        (h_large, kv_large), (h_small, kv_small) = large, small
-        for n, n_kv in (large, small):
-            if n % n_kv:
-                raise PlanError(
-                    f"{n} {heads} can't share {n_kv} {kv} evenly: {n} does not divide by {n_kv}",
-                    hint=f"take {kv} that divide {heads}",
-                )
-        if kv_large < kv_small or h_large < h_small:
-            raise PlanError(f"{heads} and {kv} can't change in opposite directions at once")
-        group, small_group = h_large // kv_large, h_small // kv_small
-        if kv_large == kv_small:
-            inner = self._some(group, small_group, grouping)
-            found = maps.kron(maps.identity(kv_large), inner)
-            assert isinstance(found, BlockMap)
-            return found, maps.identity(kv_large)
-        if h_large == h_small:
-            return maps.identity(h_large), self._neighbours(kv, kv_large, kv_small)
-        if group >= small_group:
-            of_kv = self._some(kv_large, kv_small, grouping)
-            found = maps.kron(of_kv, self._some(group, small_group, grouping))
-            assert isinstance(found, BlockMap)
-            return found, of_kv
-        # Fewer kv heads than heads would ask for: merge both alike first, then kv heads alone.
-        between = h_small // group
-        if h_small % group or kv_large % between or between % kv_small:
-            raise PlanError(
-                f"{h_large} {heads} with {kv_large} {kv} to {h_small} with {kv_small}: no plan keeps "
-                "each query head with its own kv heads",
-                hint="do it in two steps, or give groups for both",
-            )
-        first_heads, first_kv = self._joined(
-            heads, kv, large, (h_small, between), grouping
-        )
-        rest = maps.compose(self._neighbours(kv, between, kv_small), first_kv)
-        assert isinstance(rest, BlockMap)
-        return first_heads, rest
-
-    def _neighbours(self, kv: str, n_large: int, n_small: int) -> BlockMap:
-        if n_large % n_small:
-            raise PlanError(
-                f"{kv}: {n_large} do not divide into {n_small} groups of neighbours, and query heads "
-                "must stay with their own kv heads",
-                hint=f"take a number that divides {n_large}, or give groups for heads and kv heads",
-            )
-        times = n_large // n_small
-        groups = [tuple(range(i * times, (i + 1) * times)) for i in range(n_small)]
-        return maps.merging(groups, n_large)
-
-    def _some(self, n_large: int, n_small: int, grouping: Grouping) -> BlockMap:
-        if n_large == n_small:
-            return maps.identity(n_large)
-        if n_large % n_small == 0 and grouping == "adjacent":
-            return maps.merging(requests.near_even(n_large, n_small), n_large)
-        if n_large % n_small == 0 or self._grows:
-            return maps.merging(requests.cyclic(n_large, n_small), n_large)
-        return maps.merging(requests.near_even(n_large, n_small), n_large)
-
     def _explicit_heads(
         self, heads: str, kv: str, wanted: Request | None, wanted_kv: Request | None
     ) -> None:
@@ -402,25 +336,17 @@ class _Planning:
         if wanted_kv is not None:
             found_kv = self._map(kv, wanted_kv) or maps.identity(self._own[kv])
         elif wanted is self._asked.width or self._follows(kv, heads):
-            found_kv = self._kv_of(heads, kv, found)
+            found_kv = headmaps.kv_of(self._sharing(heads, kv), found)
         else:
             found_kv = maps.identity(self._own[kv])
         self._put_heads(heads, kv, found, found_kv)
 
-    def _kv_of(self, heads: str, kv: str, found: BlockMap) -> BlockMap:
-        """Kv groups that go with groups of heads, with as many heads to a kv head as before."""
-        group = self._own[heads] // self._own[kv]
-        n_small, n_large = found.n_out, found.n_in
-        if n_small % group or n_large % group:
-            raise PlanError(
-                f"{n_small} {heads} do not divide by the {group} of each of the {kv}",
-                hint=f"give groups for {kv} too",
-            )
-        groups = []
-        for i in range(n_small // group):
-            members = (j for h in range(group) for j, _ in found.members(i * group + h))
-            groups.append(tuple(dict.fromkeys(j // group for j in members)))
-        return maps.merging(groups, n_large // group)
+    def _sharing(self, heads: str, kv: str) -> Sharing:
+        return Sharing(heads, kv, self._own[heads] // self._own[kv])
+
+    def _misplaced(self, heads: str, kv: str) -> str | None:
+        names = self._sharing(heads, kv)
+        return headmaps.misplaced(names, self._applied(heads), self._applied(kv))
 
     def _check_joint(self, heads: str, kv: str) -> None:
         problem = self._misplaced(heads, kv)
@@ -429,23 +355,6 @@ class _Planning:
                 problem,
                 hint=f"group heads so that each keeps to its {kv}, or give groups for {kv} too",
             )
-
-    def _misplaced(self, heads: str, kv: str) -> str | None:
-        """The predicate: sources of a query head read kv heads that its own kv head comes from."""
-        of_heads, of_kv = self._applied(heads), self._applied(kv)
-        n_heads, n_kv = of_heads.n_out, of_kv.n_out
-        if n_heads % n_kv:
-            return f"{n_heads} {heads} can't share {n_kv} {kv} evenly"
-        before, after = self._own[heads] // self._own[kv], n_heads // n_kv
-        for i in range(n_heads):
-            read = {j // before for j, _ in of_heads.members(i)}
-            there = {j for j, _ in of_kv.members(i // after)}
-            if not read <= there:
-                return (
-                    f"{heads} {i} would come from heads that read {kv} {some(sorted(read))}, but its "
-                    f"own, {i // after}, comes from {some(sorted(there)) or 'none'}"
-                )
-        return None
 
     def _applied(self, axis: str) -> AxisMap:
         m = self.found.get(axis)

@@ -1,7 +1,7 @@
 """Spec files: TOML -> Architecture, for one config.json. The format: architectures/README.md.
 
-`merged` joins a spec's tables with those of the spec that it extends; `build` decides the conditions
-by a config.json and makes the values.
+`merged` joins a spec's tables with those of the spec that it extends; `build` decides the
+conditions by a config.json and makes the values.
 """
 
 import itertools
@@ -11,15 +11,30 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from streammap import configfields
+from streammap import spectables as reading
 from streammap.architecture import (
-    KEEP, REST, SPACES, Architecture, Axis, Depth, Dim, Experts, Factor, Head, Kind, LayerCondition,
-    Norm, Role, Rope, Rule,
+    KEEP,
+    REST,
+    SPACES,
+    Architecture,
+    Axis,
+    Depth,
+    Dim,
+    Experts,
+    Factor,
+    Head,
+    Kind,
+    LayerCondition,
+    Norm,
+    Role,
+    Rope,
+    Rule,
 )  # fmt: skip
 from streammap.errors import ArchitectureError
 from streammap.expression import Expression, Name, parse_expression, scoped
 from streammap.pattern import KeyPattern, compile_patterns
+from streammap.spectables import Tables
 
-Tables = Mapping[str, object]
 _MERGED = (
     "vars", "axes", "axis_kind", "spaces", "alias", "norm", "head", "forward_scale", "experts",
     "rope", "config", "caveat",
@@ -38,7 +53,7 @@ _MAX_EXTENDS = 8
 
 
 def read(text: str, *, name: str) -> Tables:
-    """A spec file's tables.
+    """A spec file's reading.
 
     Raises:
         ArchitectureError: no TOML, an unknown table, another schema.
@@ -65,23 +80,26 @@ def merged(tables: Tables, parent: Callable[[str], Tables], *, n_above: int = 0)
     """
     found: dict[str, object] = dict(tables)
     for name in _STACKED:
-        found[name] = [_table(tables, name)]
+        found[name] = [reading.table(tables, name)]
     if "extends" not in tables:
         return found
     if n_above >= _MAX_EXTENDS:
         raise ArchitectureError(f"more than {_MAX_EXTENDS} specs extend one another")
-    above = _string(tables["extends"], "extends")
+    above = reading.string(tables["extends"], "extends")
     base = merged(parent(above), parent, n_above=n_above + 1)
     for name in _MERGED:
-        found[name] = {**_table(base, name), **_table(tables, name)}
+        found[name] = {**reading.table(base, name), **reading.table(tables, name)}
     for name in _STACKED:
-        found[name] = [_table(tables, name), *_list(base.get(name, []), name)]
+        found[name] = [reading.table(tables, name), *reading.listed(base.get(name, []), name)]
     for name in _INHERITED:
         if name not in tables and name in base:
             found[name] = base[name]
-    depths = {**_table(base, "depth")}
-    for axis, entries in _table(tables, "depth").items():
-        depths[axis] = {**_table(depths, axis), **_as_table(entries, f"[depth.{axis}]")}
+    depths = {**reading.table(base, "depth")}
+    for axis, entries in reading.table(tables, "depth").items():
+        depths[axis] = {
+            **reading.table(depths, axis),
+            **reading.as_table(entries, f"[depth.{axis}]"),
+        }
     found["depth"] = depths
     return found
 
@@ -107,22 +125,24 @@ def build(
 def _build(
     name: str, tables: Tables, config: Mapping[str, object], included: Callable[[str], Tables]
 ) -> Architecture:
-    same = {k: _string(v, k) for k, v in _table(tables, "same_axis").items()}
+    same = {k: reading.string(v, k) for k, v in reading.table(tables, "same_axis").items()}
     own = _Part(tables, config, "", ("",), "", same)
     parts = [own]
-    for entry in _list(tables.get("include", []), "[[include]]"):
-        table = _only(_as_table(entry, "[[include]]"), ("spec", "as", "prefix", "config"), "include")
-        path = _string(table.get("config", ""), "[[include]] config")
+    for entry in reading.listed(tables.get("include", []), "[[include]]"):
+        table = reading.only(
+            reading.as_table(entry, "[[include]]"), ("spec", "as", "prefix", "config"), "include"
+        )
+        path = reading.string(table.get("config", ""), "[[include]] config")
         inner = configfields.field_value(config, path) if path else config
         if not isinstance(inner, Mapping):
             # Older checkpoints have the fields of the inner model at the top.
             path, inner = "", config
         parts.append(
             _Part(
-                included(_string(table.get("spec"), "[[include]] spec")),
+                included(reading.string(table.get("spec"), "[[include]] spec")),
                 inner,
-                f"{_string(table.get('as'), '[[include]] as')}.",
-                _strings(table.get("prefix", [""]), "[[include]] prefix"),
+                f"{reading.string(table.get('as'), '[[include]] as')}.",
+                reading.strings(table.get("prefix", [""]), "[[include]] prefix"),
                 f"{path}." if path else "",
                 same,
             )
@@ -154,7 +174,7 @@ def _joined(
         raise ArchitectureError("expected an axis of kind depth")
     return Architecture(
         name=name,
-        model_types=_strings(tables.get("model_types"), "model_types"),
+        model_types=reading.strings(tables.get("model_types"), "model_types"),
         detect=own.patterns(tables.get("detect", []), "detect"),
         axes=axes,
         spaces={space: tuple(dict.fromkeys(found)) for space, found in spaces.items() if found},
@@ -169,7 +189,7 @@ def _joined(
         depth={k: v for part in parts for k, v in part.depth().items()},
         config=fields,
         caveats={k: v for part in parts for k, v in part.caveats().items()},
-        proof=_proof(_table(tables, "proof")),
+        proof=_proof(reading.table(tables, "proof")),
     )
 
 
@@ -197,18 +217,21 @@ class _Part:
         raise ArchitectureError(f"{where}: no condition holds, and there is no default")
 
     def _entry(self, table: str, name: str, default: object) -> object:
-        found = self._decided(_table(self.tables, table).get(name, default), f"[{table}] {name}")
+        found = self._decided(
+            reading.table(self.tables, table).get(name, default), f"[{table}] {name}"
+        )
         return default if found is None else found
 
     def _axis_name(self, name: str) -> str:
         return self.same.get(self.scope + name, self.scope + name)
 
     def _expression(self, text: object, where: str) -> Expression:
-        return scoped(parse_expression(_string(text, where)), self.scope, self.same)
+        return scoped(parse_expression(reading.string(text, where)), self.scope, self.same)
 
     def _compiled(self, text: str) -> tuple[KeyPattern, ...]:
         variables = {
-            k: _strings(v, f"[vars] {k}") for k, v in _table(self.tables, "vars").items()
+            k: reading.strings(v, f"[vars] {k}")
+            for k, v in reading.table(self.tables, "vars").items()
         }
         if self.prefixes == ("",):
             return compile_patterns(text, variables, scope=self.scope)
@@ -218,16 +241,16 @@ class _Part:
     def patterns(self, texts: object, where: str) -> tuple[KeyPattern, ...]:
         """Key patterns from a list of texts, or one."""
         found = [texts] if isinstance(texts, str) else texts
-        return tuple(p for text in _strings(found, where) for p in self._compiled(text))
+        return tuple(p for text in reading.strings(found, where) for p in self._compiled(text))
 
     def keys(self, table: str) -> tuple[KeyPattern, ...]:
         """The patterns under `keys`."""
-        content = _only(_table(self.tables, table), ("keys",), table)
+        content = reading.only(reading.table(self.tables, table), ("keys",), table)
         return self.patterns(self._decided(content.get("keys", []), table), f"[{table}] keys")
 
     def axes(self) -> list[Axis]:
-        table = _table(self.tables, "axes")
-        kinds = _only(_table(self.tables, "axis_kind"), tuple(table), "axis_kind")
+        table = reading.table(self.tables, "axes")
+        kinds = reading.only(reading.table(self.tables, "axis_kind"), tuple(table), "axis_kind")
         return [self._axis(k, v, self._decided(kinds.get(k, "width"), k)) for k, v in table.items()]
 
     def _axis(self, name: str, value: object, kind: object) -> Axis:
@@ -237,7 +260,7 @@ class _Part:
                 f"[axis_kind] {name}: {kind!r} is not one of {', '.join(_KINDS)}"
             )
         chosen = self._decided(value, f"[axes] {name}")
-        texts = _strings([chosen] if isinstance(chosen, str) else chosen, f"[axes] {name}")
+        texts = reading.strings([chosen] if isinstance(chosen, str) else chosen, f"[axes] {name}")
         sources = tuple(
             self._expression(text[1:], name) if text.startswith("=") else self.path + text
             for text in texts
@@ -247,22 +270,24 @@ class _Part:
     def spaces(self) -> dict[str, tuple[str, ...]]:
         defaults = {space: [space] for space in SPACES}
         defaults |= {"hidden": ["embed"], "experts": ["expert"]}
-        given = _only(_table(self.tables, "spaces"), SPACES, "spaces")
+        given = reading.only(reading.table(self.tables, "spaces"), SPACES, "spaces")
         return {
-            space: tuple(self.scope + axis for axis in _strings(given.get(space, d), space))
+            space: tuple(self.scope + axis for axis in reading.strings(given.get(space, d), space))
             for space, d in defaults.items()
         }
 
     def aliases(self) -> dict[str, Expression]:
         return {
             self.scope + k: self._expression(self._decided(v, k), f"[alias] {k}")
-            for k, v in _table(self.tables, "alias").items()
+            for k, v in reading.table(self.tables, "alias").items()
         }
 
     def constraints(self) -> list[tuple[str, Expression, Expression]]:
-        table = _only(_table(self.tables, "constraints"), ("rules",), "constraints")
+        table = reading.only(reading.table(self.tables, "constraints"), ("rules",), "constraints")
         found = []
-        for text in _strings(self._decided(table.get("rules", []), "rules"), "[constraints] rules"):
+        for text in reading.strings(
+            self._decided(table.get("rules", []), "rules"), "[constraints] rules"
+        ):
             left, equals, right = text.partition("==")
             if not equals:
                 raise ArchitectureError(f"[constraints] {text!r}: expected 'a == b'")
@@ -271,10 +296,10 @@ class _Part:
 
     def rules(self) -> list[Rule]:
         norm = self._norm()
-        plain = _strings(self._entry("norm", "plain", []), "[norm] plain")
+        plain = reading.strings(self._entry("norm", "plain", []), "[norm] plain")
         found: list[Rule] = []
-        for generation, table in enumerate(_list(self.tables["modules"], "modules")):
-            for text, value in _as_table(table, "[modules]").items():
+        for generation, table in enumerate(reading.listed(self.tables["modules"], "modules")):
+            for text, value in reading.as_table(table, "[modules]").items():
                 own = replace(norm, offset=0.0) if text in plain else norm
                 for words, when in self._choices(value, text):
                     for end, kind, dims in self._module(text, words):
@@ -282,27 +307,25 @@ class _Part:
                             Rule(p, kind, dims, generation, when, own if kind == "norm" else None)
                             for p in self._compiled(text + end)
                         ]
-        for generation, table in enumerate(_list(self.tables["tensors"], "tensors")):
-            for text, value in _as_table(table, "[tensors]").items():
+        for generation, table in enumerate(reading.listed(self.tables["tensors"], "tensors")):
+            for text, value in reading.as_table(table, "[tensors]").items():
                 for words, when in self._choices(value, text):
                     dims = tuple(self._dim(part.strip()) for part in words.split(",") if part)
                     found += [
                         Rule(p, "tensor", dims, generation, when) for p in self._compiled(text)
                     ]
         for name, kind in (("buffers", "buffer"), ("drop", "drop")):
-            for generation, table in enumerate(_list(self.tables[name], name)):
-                keys = _only(_as_table(table, name), ("keys",), name).get("keys", [])
+            for generation, table in enumerate(reading.listed(self.tables[name], name)):
+                keys = reading.only(reading.as_table(table, name), ("keys",), name).get("keys", [])
                 found += [
                     Rule(p, kind, (), generation) for p in self.patterns(keys, f"[{name}] keys")
                 ]
         return found
 
-    def _choices(
-        self, value: object, where: str
-    ) -> list[tuple[str, tuple[LayerCondition, ...]]]:
+    def _choices(self, value: object, where: str) -> list[tuple[str, tuple[LayerCondition, ...]]]:
         """What may stand for a pattern, each with the condition on the layer that it needs."""
         if not isinstance(value, dict):
-            return [(_string(value, where), ())]
+            return [(reading.string(value, where), ())]
         found: list[tuple[str, tuple[LayerCondition, ...]]] = []
         others: tuple[LayerCondition, ...] = ()
         for condition, words in value.items():
@@ -311,10 +334,10 @@ class _Part:
                 field, axis, expected = parts
                 axis = self._axis_name(axis)
                 this = LayerCondition(self.path + field, axis, expected, negated=False)
-                found.append((_string(words, where), (*others, this)))
+                found.append((reading.string(words, where), (*others, this)))
                 others = (*others, replace(this, negated=True))
             elif condition == "default" or configfields.holds(condition, self.config):
-                found.append((_string(words, where), others))
+                found.append((reading.string(words, where), others))
                 break
         return found
 
@@ -348,22 +371,22 @@ class _Part:
         return Dim(body, self._expression(body, text), kept)
 
     def _norm(self) -> Norm:
-        _only(_table(self.tables, "norm"), _NORM, "norm")
+        reading.only(reading.table(self.tables, "norm"), _NORM, "norm")
         kind = self._entry("norm", "kind", "layer")
         known: Literal["rms", "layer"] = "rms" if kind == "rms" else "layer"
         if kind not in ("rms", "layer"):
             raise ArchitectureError(f"[norm] kind: {kind!r} is not rms or layer")
-        eps = _strings(self._entry("norm", "eps", []), "[norm] eps")
-        offset = _number(self._entry("norm", "offset", 0.0), "[norm] offset")
+        eps = reading.strings(self._entry("norm", "eps", []), "[norm] eps")
+        offset = reading.number(self._entry("norm", "offset", 0.0), "[norm] offset")
         post = bool(self._entry("norm", "post", False))
         return Norm(known, offset, tuple(self.path + field for field in eps), post)
 
     def heads(self) -> list[Head]:
-        table = _only(_table(self.tables, "head"), _HEAD, "head")
+        table = reading.only(reading.table(self.tables, "head"), _HEAD, "head")
         if not table:
             return []
         norm = self._entry("head", "norm", [])
-        texts = [norm] if isinstance(norm, str) else _strings(norm, "[head] norm")
+        texts = [norm] if isinstance(norm, str) else reading.strings(norm, "[head] norm")
         scale = self._entry("head", "scale", None)
         return [
             Head(
@@ -371,7 +394,7 @@ class _Part:
                 embed=self.patterns(self._entry("head", "embed", []), "[head] embed"),
                 head=self.patterns(self._entry("head", "head", []), "[head] head"),
                 readers=self.patterns(self._entry("head", "readers", []), "[head] readers"),
-                classes=_strings(self._entry("head", "classes", []), "[head] classes"),
+                classes=reading.strings(self._entry("head", "classes", []), "[head] classes"),
                 is_tied=bool(self._entry("head", "tied", True)),
                 scale=None if scale is None else self._factor(scale, "[head] scale"),
                 path=self.path,
@@ -379,7 +402,7 @@ class _Part:
         ]
 
     def _factor(self, text: object, where: str) -> Factor:
-        body, power, exponent = _string(text, where).partition("**")
+        body, power, exponent = reading.string(text, where).partition("**")
         try:
             value = float(exponent) if power else 1.0
         except ValueError as error:
@@ -388,7 +411,7 @@ class _Part:
 
     def forward_scale(self) -> list[tuple[KeyPattern, Factor]]:
         found = []
-        for text, value in _table(self.tables, "forward_scale").items():
+        for text, value in reading.table(self.tables, "forward_scale").items():
             words = self._decided(value, f"[forward_scale] {text}")
             if words != "1":
                 factor = self._factor(words, text)
@@ -396,34 +419,44 @@ class _Part:
         return found
 
     def experts(self) -> dict[str, Experts]:
-        table = _only(_table(self.tables, "experts"), ("multiply", "groups", "inexact"), "experts")
+        table = reading.only(
+            reading.table(self.tables, "experts"), ("multiply", "groups", "inexact"), "experts"
+        )
         axes = self.spaces()["experts"]
         if not table or not axes:
             return {}
-        multiply = _strings(self._entry("experts", "multiply", []), "[experts] multiply")
-        groups, inexact = self._entry("experts", "groups", ""), self._entry("experts", "inexact", "")
-        group = _string(groups, "[experts] groups")
+        multiply = reading.strings(self._entry("experts", "multiply", []), "[experts] multiply")
+        groups, inexact = (
+            self._entry("experts", "groups", ""),
+            self._entry("experts", "inexact", ""),
+        )
+        group = reading.string(groups, "[experts] groups")
         return {
             axes[0]: Experts(
                 tuple(self.path + field for field in multiply),
                 self.path + group if group else None,
-                _string(inexact, "[experts] inexact") or None,
+                reading.string(inexact, "[experts] inexact") or None,
             )
         }
 
     def rope(self) -> dict[str, Rope]:
-        table = _only(_table(self.tables, "rope"), _ROPE, "rope")
+        table = reading.only(reading.table(self.tables, "rope"), _ROPE, "rope")
         if not table or not self._entry("rope", "theta", []):
             return {}
-        layout, scores = self._entry("rope", "layout", "half"), self._entry("rope", "scores", "head_dim")
+        layout, scores = (
+            self._entry("rope", "layout", "half"),
+            self._entry("rope", "scores", "head_dim"),
+        )
         if layout not in ("half", "interleaved") or scores not in ("head_dim", "constant"):
-            raise ArchitectureError("[rope]: layout is half or interleaved, scores head_dim or constant")
+            raise ArchitectureError(
+                "[rope]: layout is half or interleaved, scores head_dim or constant"
+            )
 
         def patterns(entry: str) -> tuple[KeyPattern, ...]:
-            texts = _strings(self._entry("rope", entry, []), f"[rope] {entry}")
+            texts = reading.strings(self._entry("rope", entry, []), f"[rope] {entry}")
             return self.patterns([f"{text}.*" for text in texts], f"[rope] {entry}")
 
-        theta = _strings(self._entry("rope", "theta", []), "[rope] theta")
+        theta = reading.strings(self._entry("rope", "theta", []), "[rope] theta")
         return {
             self.scope + "head_dim": Rope(
                 tuple(self.path + field for field in theta),
@@ -435,18 +468,18 @@ class _Part:
 
     def depth(self) -> dict[str, Depth]:
         return {
-            self.scope + axis: self._depth(axis, _as_table(entries, f"[depth.{axis}]"))
-            for axis, entries in _table(self.tables, "depth").items()
+            self.scope + axis: self._depth(axis, reading.as_table(entries, f"[depth.{axis}]"))
+            for axis, entries in reading.table(self.tables, "depth").items()
         }
 
     def _depth(self, axis: str, entries: Tables) -> Depth:
-        table = _only(entries, _DEPTH, f"depth.{axis}")
+        table = reading.only(entries, _DEPTH, f"depth.{axis}")
 
         def fields(entry: str) -> tuple[str, ...]:
-            found = _strings(table.get(entry, []), f"[depth.{axis}] {entry}")
+            found = reading.strings(table.get(entry, []), f"[depth.{axis}] {entry}")
             return tuple(self.path + field for field in found)
 
-        periods = _list(table.get("periods", []), f"[depth.{axis}] periods")
+        periods = reading.listed(table.get("periods", []), f"[depth.{axis}] periods")
         tail = table.get("tail")
         return Depth(
             lists=fields("lists"),
@@ -454,79 +487,45 @@ class _Part:
             prefix_counts=fields("prefix_counts"),
             last_index=fields("last_index"),
             periods=tuple(
-                tuple(self.path + f for f in _strings(period, "periods")) for period in periods
+                tuple(self.path + f for f in reading.strings(period, "periods"))
+                for period in periods
             ),
-            tail=None if tail is None else self.path + _string(tail, "tail"),
+            tail=None if tail is None else self.path + reading.string(tail, "tail"),
             first=bool(self._decided(table.get("first", False), "first")),
             delete=fields("delete"),
+            tables=fields("tables"),
+            patterns=fields("patterns"),
+            default=self._defaults(axis, table),
         )
+
+    def _defaults(self, axis: str, table: Tables) -> dict[str, tuple[str, ...]]:
+        where = f"[depth.{axis}] default"
+        given = reading.as_table(table.get("default", {}), where)
+        decided = {k: self._decided(v, where) for k, v in given.items()}
+        return {self.path + k: reading.strings(v, where) for k, v in decided.items() if v}
 
     def config_fields(self) -> dict[str, Expression]:
         return {
             self.path + k: self._expression(self._decided(v, k), f"[config] {k}")
-            for k, v in _table(self.tables, "config").items()
+            for k, v in reading.table(self.tables, "config").items()
         }
 
     def caveats(self) -> dict[str, str]:
         found = {
             self.scope + k: self._decided(v, f"[caveat] {k}")
-            for k, v in _table(self.tables, "caveat").items()
+            for k, v in reading.table(self.tables, "caveat").items()
         }
-        return {k: _string(v, f"[caveat] {k}") for k, v in found.items() if v}
+        return {k: reading.string(v, f"[caveat] {k}") for k, v in found.items() if v}
 
 
 def _proof(table: Tables) -> tuple[Mapping[str, object], ...]:
-    _only(table, ("config", "models"), "proof")
-    common = _as_table(table.get("config", {}), "[proof] config")
+    reading.only(table, ("config", "models"), "proof")
+    common = reading.as_table(table.get("config", {}), "[proof] config")
     found = []
-    for entry in _list(table.get("models", []), "[[proof.models]]"):
-        model = _only(_as_table(entry, "[[proof.models]]"), _PROOF, "proof.models")
-        name = _string(model.get("name"), "[[proof.models]] name")
-        own = _as_table(model.get("config", {}), f"[[proof.models]] {name}")
+    for entry in reading.listed(table.get("models", []), "[[proof.models]]"):
+        model = reading.only(reading.as_table(entry, "[[proof.models]]"), _PROOF, "proof.models")
+        name = reading.string(model.get("name"), "[[proof.models]] name")
+        own = reading.as_table(model.get("config", {}), f"[[proof.models]] {name}")
         defaults = {"model_type": name, "neutral": [], "except": [], "shapes_only": False}
         found.append({**defaults, **model, "config": {**common, **own}})
     return tuple(found)
-
-
-def _table(content: Tables, name: str) -> Tables:
-    return _as_table(content.get(name, {}), f"[{name}]")
-
-
-def _as_table(value: object, where: str) -> Tables:
-    if not isinstance(value, dict):
-        raise ArchitectureError(f"{where} is no table")
-    return value
-
-
-def _only(table: Tables, entries: Sequence[str], name: str) -> Tables:
-    """A table that has no other entries than these."""
-    unknown = [entry for entry in table if entry not in entries]
-    if unknown:
-        raise ArchitectureError(
-            f"[{name}]: unknown entry {unknown[0]!r}", hint=f"known: {', '.join(entries)}"
-        )
-    return table
-
-
-def _list(value: object, where: str) -> list[object]:
-    if not isinstance(value, list):
-        raise ArchitectureError(f"{where}: expected a list, found {value!r}")
-    return value
-
-
-def _strings(value: object, where: str) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(text, str) for text in value):
-        raise ArchitectureError(f"{where}: expected a list of strings, found {value!r}")
-    return tuple(value)
-
-
-def _string(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise ArchitectureError(f"{where}: expected a string, found {value!r}")
-    return value
-
-
-def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArchitectureError(f"{where}: expected a number, found {value!r}")
-    return float(value)

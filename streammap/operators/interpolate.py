@@ -4,10 +4,11 @@ Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from streammap import planner
-from streammap.errors import ArchitectureError, CheckpointError, PlanError
+from streammap import graph
+from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
+from streammap.graph import Form
 from streammap.plan import Plan, Step
 
 
@@ -45,7 +46,7 @@ class Interpolate:
         else:
             reason = "the mean of two models' weights is a third model"
             step = Step("interpolate", options, "approximate", reason, tuple(notes))
-        return planner.blend(source, target, self.alpha, step)
+        return _blend(source, target, self.alpha, step)
 
 
 def _check_sizes(source: Plan, target: Plan) -> None:
@@ -60,3 +61,65 @@ def _check_sizes(source: Plan, target: Plan) -> None:
                 f"{axis}: source {mine[axis]}, target {size}",
                 hint="blend two checkpoints of the same size",
             )
+
+
+def _blend(source: Plan, target: Plan, alpha: float, step: Step) -> Plan:
+    """(1 - alpha) * target + alpha * source, everywhere; the frame (files, dtypes) is target's.
+
+    Raises:
+        PlanError: tensors that only one of them has, or whose shapes differ.
+    """
+    _check_alike(source, target)
+    targets: dict[str, Form] = {}
+    for key, form in target.targets.items():
+        other = source.targets.get(key)
+        if other is None or not form.spec.is_float:
+            targets[key] = form
+        else:
+            parts = [(1.0 - alpha, form), (alpha, other)]
+            targets[key] = graph.combine(parts, dtype=form.spec.dtype)
+    sources = tuple(dict.fromkeys((*source.sources, *target.sources)))
+    levels = source.levels or target.levels
+    return replace(
+        target, targets=targets, sources=sources, steps=(*source.steps, *target.steps, step),
+        levels=levels,
+    )  # fmt: skip
+
+
+def _check_alike(source: Plan, target: Plan) -> None:
+    buffers = _buffers(target) | _buffers(source)
+    missing = [k for k in target.targets if k not in source.targets and k not in buffers]
+    surplus = [k for k in source.targets if k not in target.targets and k not in buffers]
+    if missing or surplus:
+        told = (
+            f"lacks {some(missing)}" if missing else f"has {some(surplus)}, which the target lacks"
+        )
+        raise PlanError(
+            f"the source {told} ({len(missing)} missing, {len(surplus)} surplus of "
+            f"{len(target.targets)} tensors)",
+            hint="blend two checkpoints of the same model",
+        )
+    for key, form in target.targets.items():
+        other = source.targets.get(key)
+        if other is not None and other.spec.shape != form.spec.shape and key not in buffers:
+            raise PlanError(
+                f"{key}: source shape {list(other.spec.shape)}, "
+                f"target shape {list(form.spec.shape)}",
+                hint="blend two checkpoints of the same size",
+            )
+        if other is not None and form.spec.is_float and not other.spec.is_float:
+            raise PlanError(f"{key}: source dtype {other.spec.dtype}, target {form.spec.dtype}")
+
+
+def _buffers(plan: Plan) -> set[str]:
+    """Keys that the spec calls buffers; none where no spec is known."""
+    try:
+        model = plan.model
+    except (ArchitectureError, CheckpointError):
+        return set()
+    return {
+        key
+        for f in model.families
+        if f.rule.kind in ("buffer", "drop")
+        for key in f.members.values()
+    }

@@ -1,7 +1,7 @@
 """Permute: units of every width axis change places, at random; the function stays.
 
-This is the proof of a spec: if a tensor's dimension were labelled wrongly, or its layout, units would
-no longer meet their own weights, and the outputs would differ.
+This is the proof of a spec: if a dimension were labelled wrongly, or its layout, units would no
+longer meet their own weights, and the outputs would differ.
 """
 
 import random
@@ -92,6 +92,4 @@ class Permute:
     def _is_free(self, model: Model, axis: Axis) -> bool:
         if axis.kind not in ("width", "expert") or not model.sizes.get(axis.name):
             return False
-        if axis.name in self.without or (self.only and axis.name not in self.only):
-            return False
-        return True
+        return axis.name not in self.without and (not self.only or axis.name in self.only)

@@ -14,6 +14,7 @@ from typing import Literal
 
 from streammap import maps, planner, promises, spaces
 from streammap.compensation import compensate
+from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError
 from streammap.headsize import HeadSize
 from streammap.mapfile import Level
@@ -118,9 +119,7 @@ class Resize:
             hint="give --scheme FILE, or --width K and --depth K, or a space such as --mlp K",
         )
 
-    def _from_requests(
-        self, model: Model, known: Mapping[str, int]
-    ) -> tuple[Level, list[str]]:
+    def _from_requests(self, model: Model, known: Mapping[str, int]) -> tuple[Level, list[str]]:
         """Maps from requests; `known` are sizes of a large model that this one was made from."""
         notes: list[str] = []
         if self.scheme is not None and self.scheme.unused:
@@ -282,26 +281,26 @@ def _sizes(
         # A map file of the original tools has no map of heads: they go with the hidden size.
         sizes["heads"] = model.sizes["heads"] * sizes["embed"] // model.sizes["embed"]
     after = {**model.sizes, **sizes}
-    for kv, groups in spaces.joint_axes(model.architecture).items():
+    for kv, groups in joint_axes(model.architecture).items():
         for group, heads in groups.items():
             if group in after:
                 sizes[group] = after[heads] // after[kv]
     return {name: size for name, size in sizes.items() if size != model.sizes[name]}
 
 
-def _silent(
-    op: Resize, model: Model, layers: Mapping[str, AxisMap]
-) -> dict[str, frozenset[int]]:
+def _silent(op: Resize, model: Model, layers: Mapping[str, AxisMap]) -> dict[str, frozenset[int]]:
     """Depth axis -> layers of the result that are to write nothing."""
     if op.new_layers == "copy":
         return {}
     if not layers:
         raise PlanError("--new-layers zero, but no layers are added", hint="give --layers K")
-    post = next((f for f in model.families if f.rule.norm is not None and f.rule.norm.is_post), None)
+    post = next(
+        (f for f in model.families if f.rule.norm is not None and f.rule.norm.is_post), None
+    )
     if post is not None:
         raise PlanError(
-            f"{post.name} stands after the residual addition (post-LN): a layer that writes nothing "
-            "still normalises, so silent layers are not exact there",
+            f"{post.name} stands after the residual addition (post-LN): a silent layer "
+            "still normalises, so it is not exact there",
             hint="leave --new-layers zero out: layers are copied then",
         )
     found = {}
