@@ -10,7 +10,7 @@ from streammap import specfile
 from streammap.architecture import Architecture
 from streammap.errors import ArchitectureError
 from streammap.pattern import first_match
-from streammap.spectables import Tables
+from streammap.tomlvalues import Tables
 
 FOLDER = "STREAMMAP_ARCHITECTURES"
 """Environment variable: a folder with further specs."""

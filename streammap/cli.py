@@ -9,12 +9,23 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from streammap import clispec
+from streammap.clioptions import (
+    GROUPINGS,
+    RULES,
+    blend_options,
+    growth_options,
+    json_option,
+    output_options,
+    resize_options,
+    source_options,
+)  # fmt: skip
 from streammap.errors import StreammapError
 from streammap.version import VERSION
 
@@ -22,18 +33,6 @@ if TYPE_CHECKING:
     from streammap.api import LazyCheckpoint
     from streammap.events import Listener
     from streammap.executor import Report
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-GROUPINGS = ("stacked", "adjacent")
-RULES = ("exact", "reference")
-SPACES = {
-    "hidden": "The hidden size",
-    "heads": "Query heads",
-    "kv-heads": "Key and value heads",
-    "mlp": "Intermediate sizes",
-    "experts": "The number of experts",
-    "layers": "The number of layers",
-}
 
 
 class _Commands(click.Group):
@@ -66,87 +65,6 @@ def main(show_traceback: bool) -> None:
     streammap coalesce bert-base-uncased/ small/ --width 2 --depth 2
     streammap decoalesce small/ grown/ --blend-with bert-base-uncased/ --alpha 0.5
     """
-
-
-def _source_options(command: Command) -> Command:
-    command = click.option(
-        "--config", metavar="FILE", help="config.json of SRC, where it is not beside the weights."
-    )(command)
-    return click.option(
-        "--arch", metavar="NAME", help="Architecture spec of SRC, where config.json doesn't tell."
-    )(command)
-
-
-def _resize_options(command: Command) -> Command:
-    for option in reversed((
-        click.option("--scheme", metavar="FILE", help="Groups of heads and layers, JSON."),
-        click.option("--width", type=int, metavar="K", help="Factor on all widths."),
-        click.option("--depth", type=int, metavar="K", help="Factor on the layers."),
-        click.option(
-            "--grouping", type=click.Choice(GROUPINGS), default="stacked", show_default=True,
-            help="Which ones --width and --depth put together: i with i+n/K, or neighbours.",
-        ),
-        click.option("--map", "map", metavar="FILE", help="Map file saved by an earlier run."),
-        click.option(
-            "--target", metavar="CONFIG", help="config.json with the sizes of the result."
-        ),
-        click.option(
-            "--rule", type=click.Choice(RULES), default="exact", show_default=True,
-            help="reference: the original tools' factor 2 or 0.5 on embeddings.",
-        ),
-        *(
-            click.option(f"--{name}", metavar="R", help=f"{what} alone: a factor, =SIZE or groups.")
-            for name, what in SPACES.items()
-        ),
-        click.option(
-            "--axis", "axes", multiple=True, metavar="NAME=R",
-            help="Any one axis that `inspect` lists: NAME=2, NAME==768 or NAME=[[0,1],...].",
-        ),
-        click.option(
-            "--kv-merge", type=click.Choice(("mean", "first")), default="mean", show_default=True,
-            help="What merged kv heads become.",
-        ),
-        click.option("--untie", is_flag=True, help="Give a tied head a tensor of its own."),
-    )):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def _growth_options(command: Command) -> Command:
-    command = click.option(
-        "--head-dim", type=int, metavar="N", help="New size of a head, where positions are rotary."
-    )(command)
-    return click.option(
-        "--new-layers", type=click.Choice(("copy", "zero")), default="copy", show_default=True,
-        help="zero: layers that are added write nothing at first, so nothing changes.",
-    )(command)  # fmt: skip
-
-
-def _blend_options(command: Command) -> Command:
-    command = click.option(
-        "--alpha", type=float, help="Part of the grown model in the blend. [default: 0.5]"
-    )(command)
-    return click.option(
-        "--blend-with", metavar="BIG", help="Blend the result with this checkpoint."
-    )(command)
-
-
-def _output_options(command: Command) -> Command:
-    for option in reversed((
-        click.option(
-            "--max-shard-size", default="5GB", show_default=True, metavar="SIZE",
-            help="Largest file: 5GB is 5*10^9 bytes, 5GiB is 5*2^30.",
-        ),
-        click.option("--overwrite", is_flag=True, help="Replace an output that is there."),
-        click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
-        click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
-    )):  # fmt: skip
-        command = option(command)
-    return _json_option(command)
-
-
-def _json_option(command: Command) -> Command:
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
 
 
 def _open(source: str, config: str | None, arch: str | None) -> "LazyCheckpoint":
@@ -235,8 +153,8 @@ def _print_plan(lazy: "LazyCheckpoint", *, as_json: bool) -> None:
 
 @main.command()
 @click.argument("source", metavar="SRC")
-@_source_options
-@_json_option
+@source_options
+@json_option
 def inspect(source: str, config: str | None, arch: str | None, as_json: bool) -> None:
     """Say what a checkpoint is: its architecture, sizes, files, and tensors.
 
@@ -253,9 +171,9 @@ def inspect(source: str, config: str | None, arch: str | None, as_json: bool) ->
 @main.command()
 @click.argument("source", metavar="SRC")
 @click.argument("output", metavar="OUT")
-@_resize_options
-@_source_options
-@_output_options
+@resize_options
+@source_options
+@output_options
 def coalesce(
     source: str, output: str, config: str | None, arch: str | None, max_shard_size: str,
     overwrite: bool, no_fsync: bool, quiet: bool, as_json: bool, **options: object,
@@ -276,11 +194,11 @@ def coalesce(
 @main.command()
 @click.argument("source", metavar="SRC")
 @click.argument("output", metavar="OUT")
-@_resize_options
-@_growth_options
-@_blend_options
-@_source_options
-@_output_options
+@resize_options
+@growth_options
+@blend_options
+@source_options
+@output_options
 def decoalesce(
     source: str, output: str, config: str | None, arch: str | None, blend_with: str | None,
     alpha: float | None, max_shard_size: str, overwrite: bool, no_fsync: bool, quiet: bool,
@@ -306,8 +224,8 @@ def decoalesce(
 @click.argument("target", metavar="TGT")
 @click.argument("output", metavar="OUT")
 @click.option("--alpha", type=float, required=True, help="Part of SRC in the result, 0 to 1.")
-@_source_options
-@_output_options
+@source_options
+@output_options
 def interpolate(
     source: str, target: str, output: str, alpha: float, config: str | None, arch: str | None,
     max_shard_size: str, overwrite: bool, no_fsync: bool, quiet: bool, as_json: bool,
@@ -338,9 +256,9 @@ def plan() -> None:
 @plan.command("coalesce")
 @click.argument("source", metavar="SRC")
 @click.argument("output", metavar="[OUT]", required=False)
-@_resize_options
-@_source_options
-@_json_option
+@resize_options
+@source_options
+@json_option
 def plan_coalesce(
     source: str, output: str | None, config: str | None, arch: str | None, as_json: bool,
     **options: object,
@@ -357,11 +275,11 @@ def plan_coalesce(
 @plan.command("decoalesce")
 @click.argument("source", metavar="SRC")
 @click.argument("output", metavar="[OUT]", required=False)
-@_resize_options
-@_growth_options
-@_blend_options
-@_source_options
-@_json_option
+@resize_options
+@growth_options
+@blend_options
+@source_options
+@json_option
 def plan_decoalesce(
     source: str, output: str | None, config: str | None, arch: str | None,
     blend_with: str | None, alpha: float | None, as_json: bool, **options: object,
@@ -381,8 +299,8 @@ def plan_decoalesce(
 @click.argument("target", metavar="TGT")
 @click.argument("output", metavar="[OUT]", required=False)
 @click.option("--alpha", type=float, required=True, help="Part of SRC in the result, 0 to 1.")
-@_source_options
-@_json_option
+@source_options
+@json_option
 def plan_interpolate(
     source: str, target: str, output: str | None, alpha: float, config: str | None,
     arch: str | None, as_json: bool,
@@ -444,7 +362,7 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
 @click.option("--rule", type=click.Choice(RULES), default="reference", show_default=True,
               help="exact: keep the function instead of the original's numbers.")  # fmt: skip
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")
-@_json_option
+@json_option
 def map_(quiet: bool, as_json: bool, **options: Any) -> None:
     """The original map tools' command line, flag by flag.
 
@@ -462,7 +380,7 @@ def map_(quiet: bool, as_json: bool, **options: Any) -> None:
 
 @main.command()
 @click.option("--scheme", metavar="FILE", help="Groups of heads and layers; default L6-H6.")
-@_json_option
+@json_option
 def testbench(scheme: str | None, as_json: bool) -> None:
     """Print the original's table of function differences, for both rules.
 
@@ -491,3 +409,7 @@ def demo(folder: Path) -> None:
     from streammap import demo as show
 
     show.main(folder)
+
+
+main.add_command(clispec.architectures)
+main.add_command(clispec.spec)

@@ -54,6 +54,8 @@ class HeadSize:
                 hint="grow the number of heads instead: --heads",
             )
         axis, rope = next(iter(spec.rope.items()))
+        if "." in axis:
+            raise PlanError(f"{name}: the head size of an included model can't grow")
         old = model.sizes[axis]
         if size <= old or size % 2 or old % 2:
             raise PlanError(f"{axis}: from {old} to {size}, expected an even size above {old}")
@@ -116,6 +118,8 @@ class HeadSize:
 def _rope_type(model: Model) -> str:
     for name in ("rope_parameters", "rope_scaling"):
         table = field_value(model.config, name)
+        if isinstance(table, dict) and "mrope_section" in table:
+            return "mrope"
         if isinstance(table, dict):
             return str(table.get("rope_type", table.get("type", "default")))
     return "default"

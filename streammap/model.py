@@ -400,5 +400,6 @@ def _missing(model: Model, axis: str) -> Iterable[str]:
         if axis in family.indices
         for values in family.members
     }
-    empty = (i for i in range(len(kinds)) if i not in held)
+    # A model may be the encoder or the decoder alone: then an axis has no layers at all.
+    empty = (i for i in range(len(kinds)) if held and i not in held)
     yield from (f"layer {i} of {axis}" for i in itertools.islice(empty, 3))

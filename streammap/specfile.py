@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from streammap import configfields
-from streammap import spectables as reading
+from streammap import tomlvalues as reading
 from streammap.architecture import (
     KEEP,
     REST,
@@ -33,7 +33,7 @@ from streammap.architecture import (
 from streammap.errors import ArchitectureError
 from streammap.expression import Expression, Name, parse_expression, scoped
 from streammap.pattern import KeyPattern, compile_patterns
-from streammap.spectables import Tables
+from streammap.tomlvalues import Tables
 
 _MERGED = (
     "vars", "axes", "axis_kind", "spaces", "alias", "norm", "head", "forward_scale", "experts",

@@ -1,0 +1,105 @@
+"""Groups of options that commands share."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+GROUPINGS = ("stacked", "adjacent")
+RULES = ("exact", "reference")
+SPACES = {
+    "hidden": "The hidden size",
+    "heads": "Query heads",
+    "kv-heads": "Key and value heads",
+    "mlp": "Intermediate sizes",
+    "experts": "The number of experts",
+    "layers": "The number of layers",
+}
+
+
+def source_options(command: Command) -> Command:
+    """Where the source is, and by which spec it is read."""
+    command = click.option(
+        "--config", metavar="FILE", help="config.json of SRC, where it is not beside the weights."
+    )(command)
+    return click.option(
+        "--arch", metavar="NAME", help="Architecture spec of SRC, where config.json doesn't tell."
+    )(command)
+
+
+def resize_options(command: Command) -> Command:
+    """What to resize, and how."""
+    for option in reversed((
+        click.option("--scheme", metavar="FILE", help="Groups of heads and layers, JSON."),
+        click.option("--width", type=int, metavar="K", help="Factor on all widths."),
+        click.option("--depth", type=int, metavar="K", help="Factor on the layers."),
+        click.option(
+            "--grouping", type=click.Choice(GROUPINGS), default="stacked", show_default=True,
+            help="Which ones --width and --depth put together: i with i+n/K, or neighbours.",
+        ),
+        click.option("--map", "map", metavar="FILE", help="Map file saved by an earlier run."),
+        click.option(
+            "--target", metavar="CONFIG", help="config.json with the sizes of the result."
+        ),
+        click.option(
+            "--rule", type=click.Choice(RULES), default="exact", show_default=True,
+            help="reference: the original tools' factor 2 or 0.5 on embeddings.",
+        ),
+        *(
+            click.option(f"--{name}", metavar="R", help=f"{what} alone: a factor, =SIZE or groups.")
+            for name, what in SPACES.items()
+        ),
+        click.option(
+            "--axis", "axes", multiple=True, metavar="NAME=R",
+            help="Any one axis that `inspect` lists: NAME=2, NAME==768 or NAME=[[0,1],...].",
+        ),
+        click.option(
+            "--kv-merge", type=click.Choice(("mean", "first")), default="mean", show_default=True,
+            help="What merged kv heads become.",
+        ),
+        click.option("--untie", is_flag=True, help="Give a tied head a tensor of its own."),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def growth_options(command: Command) -> Command:
+    """What only growth has."""
+    command = click.option(
+        "--head-dim", type=int, metavar="N", help="New size of a head, where positions are rotary."
+    )(command)
+    return click.option(
+        "--new-layers", type=click.Choice(("copy", "zero")), default="copy", show_default=True,
+        help="zero: layers that are added write nothing at first, so nothing changes.",
+    )(command)  # fmt: skip
+
+
+def blend_options(command: Command) -> Command:
+    """What to blend the result with."""
+    command = click.option(
+        "--alpha", type=float, help="Part of the grown model in the blend. [default: 0.5]"
+    )(command)
+    return click.option(
+        "--blend-with", metavar="BIG", help="Blend the result with this checkpoint."
+    )(command)
+
+
+def output_options(command: Command) -> Command:
+    """How the result is written."""
+    for option in reversed((
+        click.option(
+            "--max-shard-size", default="5GB", show_default=True, metavar="SIZE",
+            help="Largest file: 5GB is 5*10^9 bytes, 5GiB is 5*2^30.",
+        ),
+        click.option("--overwrite", is_flag=True, help="Replace an output that is there."),
+        click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
+        click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
+    )):  # fmt: skip
+        command = option(command)
+    return json_option(command)
+
+
+def json_option(command: Command) -> Command:
+    """--json."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
