@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, mapfile, options, plan
+from streammap import executor, layout, mapfile, options, plan, validation
 from streammap.checkpoint import open_checkpoint
 from streammap.events import Listener, nobody
 from streammap.executor import Report, Where
@@ -121,8 +121,12 @@ class LazyCheckpoint:
 
         Raises:
             OutputError: the place is taken or too small, or a source's own folder.
+            PlanError: a config.json that transformers, where it is installed, would refuse.
         """
         size = layout.parse_size(max_shard_size)
+        side = self.plan.side
+        before = None if side is None else side.config
+        validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
         return executor.run(self.plan, Where(Path(output), size, overwrite, fsync), progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from streammap import maps
 from streammap.configfields import field_value
+from streammap.errors import PlanError
 from streammap.expression import Name
 from streammap.maps import AxisMap, BlockMap, DenseMap, MapPair
 from streammap.model import Model
@@ -98,7 +99,7 @@ def _norms(model: Model, axis: str) -> list[tuple[str, tuple[str, ...], bool]]:
     return [
         (family.rule.norm.kind, family.rule.norm.eps, family.rule.norm.is_post)
         for family in model.families
-        if family.rule.norm is not None and family.dims[0].expression == Name(axis)
+        if family.rule.norm is not None and family.dims[-1].expression == Name(axis)
     ]
 
 
@@ -139,7 +140,7 @@ def _scale_eps(
         )
     shared = any(
         family.rule.norm is not None
-        and family.dims[0].expression != Name(axis)
+        and family.dims[-1].expression != Name(axis)
         and set(family.rule.norm.eps) & names
         for family in model.families
     )
@@ -156,7 +157,8 @@ def _follow_experts(
 ) -> None:
     """Let top_k and the like grow or shrink with the experts."""
     large, small = (m.n_out, m.n_in) if grows else (m.n_in, m.n_out)
-    for name in model.architecture.experts[axis].multiply:
+    about = model.architecture.experts[axis]
+    for name in about.multiply:
         value = field_value(model.config, name)
         if not isinstance(value, int) or isinstance(value, bool) or large == small:
             continue
@@ -169,6 +171,14 @@ def _follow_experts(
             notes.append(f"config.json: {name} {value} -> {fields[name]}, with the experts")
         if fields.get(name, value) == value:
             notes.append(f"config.json: {name} stays {value}")
+    n_groups = (
+        fields.get(about.groups, field_value(model.config, about.groups)) if about.groups else 1
+    )
+    if isinstance(n_groups, int) and n_groups > 0 and m.n_out % n_groups:
+        raise PlanError(
+            f"{axis}: {m.n_out} experts do not divide into {n_groups} groups ({about.groups})",
+            hint=f"take a multiple of {n_groups}",
+        )
 
 
 def copies_are_exact(model: Model, axis: str, m: AxisMap) -> str | None:
@@ -180,6 +190,8 @@ def copies_are_exact(model: Model, axis: str, m: AxisMap) -> str | None:
         return about.inexact
     if not isinstance(m, BlockMap):
         return "experts are mapped by a dense matrix"
+    if not about.multiply:
+        return None  # One of equal experts is chosen, whichever it is.
     uses = [0] * m.n_in
     for i in range(m.n_out):
         for j, _ in m.members(i):

@@ -66,11 +66,12 @@ def merging(
     # More kv heads go than query heads: first both alike, then kv heads alone.
     between = Counts(small.heads, small.heads // group)
     if small.heads % group or large.kv % between.kv or between.kv % small.kv:
-        raise PlanError(
-            f"{large.heads} {names.heads} with {large.kv} {names.kv} and {small.heads} with "
-            f"{small.kv}: no plan keeps each query head with its own kv head",
-            hint="do it in two steps, or give groups for both",
-        )
+        # First kv heads of neighbours, then the query heads that share one.
+        of_kv = _neighbours(names.kv, large.kv, small.kv)
+        inner = _alike(large.heads // small.kv, small_group, grouping, grows=grows)
+        of_heads = maps.kron(maps.identity(small.kv), inner)
+        assert isinstance(of_heads, BlockMap)
+        return of_heads, of_kv
     merged, first = merging(names, large, between, grouping, grows=grows)
     rest = maps.compose(_neighbours(names.kv, between.kv, small.kv), first)
     assert isinstance(rest, BlockMap)

@@ -5,7 +5,16 @@ from dataclasses import asdict, dataclass
 
 from streammap.api import LazyCheckpoint
 from streammap.errors import ArchitectureError
+from streammap.layers import Kind
 from streammap.model import Family
+
+_AXES = {
+    "width": "widths",
+    "depth": "layers",
+    "expert": "experts",
+    "group": "groups",
+    "frozen": "fixed sizes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +29,8 @@ class Pattern:
     """What each dimension is: "embed:out, heads*head_dim:in"."""
     kind: str
     """linear, norm, embedding, buffer ..."""
+    rule: str
+    """The pattern of the spec that it matched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,10 @@ class Inspection:
     dtypes: Mapping[str, int]
     """dtype -> bytes."""
     n_saved_maps: int
+    axes: Mapping[str, str]
+    """Axis -> what can be done with it: width, depth, expert, group, frozen."""
+    layer_kinds: Mapping[str, tuple[str, ...]]
+    """Depth axis -> its kinds of layers, "0-2: before first_k_dense_replace 3"."""
     patterns: tuple[Pattern, ...]
 
     def as_json(self) -> dict[str, object]:
@@ -56,7 +71,13 @@ class Inspection:
             f"architecture  {self.architecture or f'none ({self.problem})'}",
         ]
         if self.sizes:
-            lines.append(f"sizes         {', '.join(f'{k} {v}' for k, v in self.sizes.items())}")
+            by_kind: dict[str, list[str]] = {}
+            for axis, size in self.sizes.items():
+                by_kind.setdefault(self.axes.get(axis, "frozen"), []).append(f"{axis} {size}")
+            for kind, told in by_kind.items():
+                lines.append(f"{_AXES[kind]:<14}{', '.join(told)}")
+        for axis, kinds in self.layer_kinds.items():
+            lines.append(f"{axis + ' kinds':<14}{'; '.join(kinds)}")
         if self.architecture is not None:
             lines.append(
                 f"head          {'tied to the embedding' if self.tied else 'none or its own'}"
@@ -71,7 +92,7 @@ class Inspection:
             shape = str(list(pattern.shape))
             lines.append(
                 f"{pattern.name:<{width}}  {pattern.n_tensors:>4}  {pattern.dtype:<5}"
-                f"{shape:<16}  {pattern.kind:<9} {pattern.dims}"
+                f"{shape:<16}  {pattern.kind:<9} {pattern.dims:<32} {pattern.rule}"
             )
         return "\n".join(lines)
 
@@ -84,11 +105,16 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
     """
     plan = lazy.plan
     problem, sizes, tied, architecture = None, {}, False, None
+    axes: dict[str, str] = {}
+    layer_kinds: dict[str, tuple[str, ...]] = {}
     patterns: tuple[Pattern, ...] = ()
     try:
         model = plan.model
         architecture, sizes, tied = model.architecture.name, dict(model.sizes), model.tied
         patterns = tuple(_pattern(lazy, family) for family in model.families)
+        axes = {name: axis.kind for name, axis in model.architecture.axes.items()}
+        found = {axis: _runs(model.kinds(axis)) for axis in model.architecture.depth_axes}
+        layer_kinds = {axis: kinds for axis, kinds in found.items() if len(kinds) > 1}
     except ArchitectureError as error:
         problem = error.message
     dtypes: dict[str, int] = {}
@@ -105,8 +131,28 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
         n_parameters=sum(form.spec.n_elements for form in plan.targets.values()),
         dtypes=dtypes,
         n_saved_maps=len(plan.levels),
+        axes=axes,
+        layer_kinds=layer_kinds,
         patterns=patterns,
     )
+
+
+def _runs(kinds: tuple[Kind, ...]) -> tuple[str, ...]:
+    """Layers of one kind, as "0-2: before first_k_dense_replace 3"."""
+    found: dict[Kind, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(i)
+    return tuple(f"{_ranges(layers)}: {', '.join(kind)}" for kind, layers in found.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def _pattern(lazy: LazyCheckpoint, family: Family) -> Pattern:
@@ -114,4 +160,12 @@ def _pattern(lazy: LazyCheckpoint, family: Family) -> Pattern:
     dims = ", ".join(
         dim.text if dim.role == "keep" else f"{dim.text}:{dim.role}" for dim in family.dims
     )
-    return Pattern(family.name, len(family.members), spec.dtype, spec.shape, dims, family.rule.kind)
+    return Pattern(
+        family.name,
+        len(family.members),
+        spec.dtype,
+        spec.shape,
+        dims,
+        family.rule.kind,
+        family.rule.pattern.text.replace("{ prefix}", ""),
+    )

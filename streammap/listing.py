@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from streammap import catalogue
+from streammap import expression as expressions
 from streammap.architecture import Architecture
 
 
@@ -16,7 +17,7 @@ class Row:
     exact: tuple[str, ...]
     """Spaces whose growth by whole factors keeps the function."""
     any_size: bool
-    """Whether the hidden size can grow to any size."""
+    """Whether the hidden size can grow to any size (of whole heads, where it is made of heads)."""
     silent_layers: bool
     """Whether layers can be added that change nothing."""
     head_size: bool
@@ -72,24 +73,32 @@ def _row(model_type: str, name: str) -> Row:
     for axis, experts in spec.experts.items():
         if experts.inexact is not None:
             caveats.setdefault(axis, experts.inexact)
+    spoilt = _coupled(spec, set(caveats))
     exact = tuple(
         space.replace("_", " ")
         for space, axes in spec.spaces.items()
-        if any(_can_grow(spec, axis) and axis not in caveats for axis in axes)
-    )
-    hidden = spec.spaces.get("hidden", ())
-    coupled = any(
-        axis in rule for axis in hidden for rule in (text for text, _, _ in spec.constraints)
+        if any(_can_grow(spec, axis) and axis not in spoilt for axis in axes)
     )
     return Row(
         model_type,
         name,
         exact,
-        any_size="hidden" in exact and not is_post and not coupled,
-        silent_layers=not is_post,
+        any_size="hidden" in exact and not is_post,
+        silent_layers=not is_post and not set(spec.depth_axes) & set(caveats),
         head_size=bool(spec.rope),
         caveats=tuple(f"{axis}: {why}" for axis, why in caveats.items()),
     )
+
+
+def _coupled(spec: Architecture, axes: set[str]) -> set[str]:
+    """These axes and those that can't change without them."""
+    found = set(axes)
+    for _ in spec.constraints:
+        for _, left, right in spec.constraints:
+            together = {*expressions.names(left), *expressions.names(right)}
+            if together & found:
+                found |= {name for name in together if name in spec.axes}
+    return found
 
 
 def _can_grow(spec: Architecture, axis: str) -> bool:

@@ -40,7 +40,8 @@ def of_axes(
     found: dict[str, Found] = {}
     for axis, m in layers.items():
         if not m.is_identity:
-            found[axis] = _of_layers(axis, m, grows=grows, silent=axis in silent)
+            caveat = model.architecture.caveats.get(axis)
+            found[axis] = _of_layers(axis, m, grows=grows, silent=axis in silent and caveat is None)
     for axis, m in chosen.items():
         if m.is_identity:
             continue
@@ -100,7 +101,7 @@ def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool)
         why = copies_are_exact(model, axis, m)
         if why is not None:
             return "approximate", f"{axis}: {why}"
-        return "exact", "each expert is copied as often as the others, and as many more are chosen"
+        return "exact", "copies of experts are equal, and as many more are chosen as there are"
     empty = any(not row for row in m.rows)
     if normed and (len(uses) != 1 or empty):
         low, high = min(uses), max(uses)
@@ -116,6 +117,11 @@ def is_permutation(m: BlockMap) -> bool:
     return len(m.rows) == m.n_in_blocks and sorted(
         (row[0] if len(row) == 1 else (-1, 0.0)) for row in m.rows
     ) == [(i, 1.0) for i in range(m.n_in_blocks)]
+
+
+def is_even(m: BlockMap) -> bool:
+    """Whether every unit is copied, and as often as the others."""
+    return len(_uses(m)) == 1 and all(m.rows)
 
 
 def _uses(m: BlockMap) -> set[int]:

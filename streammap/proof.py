@@ -4,17 +4,18 @@ Each model of a spec's [proof] is made, saved and resized by streammap, and load
 library, which must find each key it wants and no other:
 
     source       it is made, saved, loaded and run
-    growth       every width axis x 2: the same outputs, else the axes that change them
+    growth       every width axis x 2: the same outputs; where not, the axes that change them
     round trip   the grown model merged again by its saved map: the source, bit for bit
-    permutation  every width axis in random order: the same outputs
+    permutation  every width axis in random order, experts too: the same outputs
     shrink       twice the width and depth, and half of that in other groups: both of them run
+    promises     other growth that says it is exact (experts, head size, layers): the same outputs
 
-Outputs are compared element by element where they are logits. Hidden states, of a model without a
-head, have axes that are resized: there the sorted numbers of a position are compared, each of the
+Outputs are compared number by number where they are logits. Hidden states, of a model without a
+head, have a width that is resized: there the sorted numbers of a position are compared, each of the
 source's as often as it was copied.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,17 +27,21 @@ from torch import Tensor
 from streammap import api, catalogue, tinymodels
 from streammap.api import LazyCheckpoint
 from streammap.architecture import Architecture, Kind
-from streammap.errors import ArchitectureError, PlanError, some
+from streammap.errors import ArchitectureError, PlanError, StreammapError, some
 from streammap.operators.permute import Permute
 from streammap.options import RequestLike, ResizeOptions
+from streammap.plan import Promise
 from streammap.requests import Grouping
 from streammap.tinymodels import FEATURES, TinyModel
 
-CheckName = Literal["source", "growth", "round trip", "permutation", "shrink"]
-CHECKS: tuple[CheckName, ...] = ("source", "growth", "round trip", "permutation", "shrink")
+CheckName = Literal["source", "growth", "round trip", "permutation", "shrink", "promises"]
+CHECKS: tuple[CheckName, ...] = (
+    "source", "growth", "round trip", "permutation", "shrink", "promises",
+)  # fmt: skip
 TOLERANCE = 1e-9
 """Largest relative difference of outputs that are called the same."""
 _ROUNDING = 2.0**-50
+_ALLOWED: Mapping[Promise, float] = {"bit-exact": 0.0, "exact": TOLERANCE, "exact up to eps": 1e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,7 @@ def prove(model: TinyModel, arch: str, scratch: Path) -> Report:
             _check("round trip", work.round_trip),
             _check("permutation", work.permutation),
             _check("shrink", work.shrink),
+            _check("promises", work.promises),
         ]
     return Report(model.name, tuple(found))
 
@@ -142,14 +148,10 @@ class _Proof:
         self._expected = tinymodels.outputs(self._scratch / "source", self._model)
 
     def growth(self) -> float | None:
-        """Every axis twice as wide; on failure each axis alone."""
-        try:
-            error = self._error(self._grown(), "grown")
-        except Exception as failure:
-            raise PlanError(f"{_told(failure)}; {self._axis_by_axis()}") from failure
-        if error is not None and not error < TOLERANCE:
-            raise _WrongError(error, self._axis_by_axis())
-        return error
+        """Every width twice as large."""
+        return self._same(
+            self._grown, lambda axis: self._source.decoalesce(axes={axis: 2}), self._axes("width")
+        )
 
     def round_trip(self) -> float | None:
         """The grown files merged by the map that is saved with them."""
@@ -171,12 +173,38 @@ class _Proof:
         return error
 
     def permutation(self) -> float | None:
-        """Every axis in random order."""
-        plan = Permute(seed=0, without=self._model.exempt).plan(self._source.plan)
-        error = self._error(LazyCheckpoint(plan), "permuted")
-        if error is not None and not error < TOLERANCE:
-            raise _WrongError(error, "the outputs differ")
-        return error
+        """Every width, and the experts, in random order."""
+        return self._same(
+            lambda: self._permuted(()),
+            lambda axis: self._permuted((axis,)),
+            (*self._axes("width"), *self._axes("expert")),
+        )
+
+    def promises(self) -> float | None:
+        """All other growth that says it is exact."""
+        head_dim = 2 * self._source.sizes.get("head_dim", 0)
+        asked: dict[str, ResizeOptions] = {
+            "experts": {"experts": 2},
+            "head_dim": {"head_dim": head_dim},
+            "untie": {**self._widths("stacked"), "untie": True},
+        }
+        for way in _WAYS if self._axes("depth") else ():
+            asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
+        errors, wrong = [0.0], []
+        for name, options in asked.items():
+            try:
+                lazy = self._source.decoalesce(**options)
+            except StreammapError:
+                continue  # A refusal promises nothing.
+            allowed = _ALLOWED.get(lazy.promise[0])
+            error = None if allowed is None else self._told_error(name, lazy)
+            if allowed is not None and error is not None:
+                errors.append(error)
+                if not error <= allowed:
+                    wrong.append(f"{name}: {error:.1e}, though it is called {lazy.promise[0]}")
+        if wrong:
+            raise _WrongError(max(errors), ", ".join(wrong))
+        return max(errors)
 
     def shrink(self) -> float | None:
         """Twice as wide and deep, and half of that in other groups of widths."""
@@ -189,16 +217,18 @@ class _Proof:
     def _deep(self) -> tuple[LazyCheckpoint, Mapping[str, RequestLike]]:
         """The model with twice the layers, and how: as its kinds of layers allow it."""
         grown = self._grown()
-        if not self._depths:
+        if not self._axes("depth"):
             return grown, {}
         failures = []
-        for way in (_repeated, _doubled, _doubled_but_first):
-            layers = {axis: way(self._source.sizes[axis]) for axis in self._depths}
+        for way in _WAYS:
             try:
-                return grown.decoalesce(axes=layers), layers
+                return grown.decoalesce(axes=self._layers(way)), self._layers(way)
             except PlanError as failure:
                 failures.append(_told(failure))
         raise PlanError("; ".join(failures))
+
+    def _layers(self, way: "_Way") -> dict[str, RequestLike]:
+        return {axis: way(self._source.sizes[axis]) for axis in self._axes("depth")}
 
     def _rounds(self) -> bool:
         """Whether growing and merging rounds: gains of 1 + w, and factors such as sqrt(2)."""
@@ -209,15 +239,6 @@ class _Proof:
     @cached_property
     def _source(self) -> LazyCheckpoint:
         return self._open("source")
-
-    @cached_property
-    def _factors(self) -> dict[str, int]:
-        """2 for each width that can be resized."""
-        return dict.fromkeys(self._axes("width"), 2)
-
-    @cached_property
-    def _depths(self) -> tuple[str, ...]:
-        return self._axes("depth")
 
     def _axes(self, kind: Kind) -> tuple[str, ...]:
         axes, sizes = self._source.plan.model.architecture.axes, self._source.sizes
@@ -233,8 +254,12 @@ class _Proof:
     def _widths(self, grouping: Grouping) -> ResizeOptions:
         """Twice every width, or half of it."""
         if self._model.exempt:
-            return {"axes": self._factors, "grouping": grouping}
+            return {"axes": dict.fromkeys(self._axes("width"), 2), "grouping": grouping}
         return {"width": 2, "grouping": grouping}
+
+    def _permuted(self, only: tuple[str, ...]) -> LazyCheckpoint:
+        operator = Permute(seed=0, only=only, without=self._model.exempt)
+        return LazyCheckpoint(operator.plan(self._source.plan))
 
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
         """What a resized model computes, through its files."""
@@ -247,9 +272,9 @@ class _Proof:
             raise PlanError(f"{', '.join(wrong)}: not finite")
         return found
 
-    def _error(self, lazy: LazyCheckpoint, name: str) -> float | None:
+    def _error(self, lazy: LazyCheckpoint) -> float | None:
         """How far a resized model's outputs are from the source's."""
-        found = self._run(lazy, name)
+        found = self._run(lazy, "resized")
         errors = []
         for output, x in self._expected.items():
             if "logits" not in output or found[output].shape != x.shape:
@@ -257,17 +282,37 @@ class _Proof:
             errors.append(difference(found[output], x, in_order=output not in self._hidden))
         return max(errors, default=None)
 
-    def _axis_by_axis(self) -> str:
-        """What each axis alone does to the outputs."""
+    def _same(
+        self,
+        whole: Callable[[], LazyCheckpoint],
+        alone: Callable[[str], LazyCheckpoint],
+        axes: Sequence[str],
+    ) -> float | None:
+        """The error of a change of all axes; where it is too large, that of each axis is told."""
+        try:
+            error = self._error(whole())
+        except Exception as failure:
+            raise PlanError(f"{_told(failure)}; {self._by_axis(alone, axes)}") from failure
+        if error is not None and not error < TOLERANCE:
+            raise _WrongError(error, self._by_axis(alone, axes))
+        return error
+
+    def _by_axis(self, alone: Callable[[str], LazyCheckpoint], axes: Sequence[str]) -> str:
         told = []
-        for axis in self._factors:
+        for axis in axes:
             try:
-                error = self._error(self._source.decoalesce(axes={axis: 2}), "axis")
+                error = self._error(alone(axis))
             except Exception as failure:
                 told.append(f"{axis}: {_told(failure)}")
             else:
                 told.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
         return f"each axis alone: {', '.join(told)}"
+
+    def _told_error(self, name: str, lazy: LazyCheckpoint) -> float | None:
+        try:
+            return self._error(lazy)
+        except Exception as failure:
+            raise PlanError(f"{name}: {_told(failure)}") from failure
 
 
 def _repeated(n: int) -> RequestLike:
@@ -281,6 +326,10 @@ def _doubled(n: int) -> RequestLike:
 def _doubled_but_first(n: int) -> RequestLike:
     # Where the first layer has other tensors than the rest, it can't stand in a second place.
     return {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
+
+
+_Way = Callable[[int], RequestLike]
+_WAYS: tuple[_Way, ...] = (_repeated, _doubled, _doubled_but_first)
 
 
 class _WrongError(Exception):

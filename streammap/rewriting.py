@@ -4,6 +4,7 @@ Each field that gave a size gives the new one; a size that an expression gave ("
 written out where it no longer holds; all other fields stay as they are.
 """
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 
@@ -12,7 +13,7 @@ from streammap import layers, sizes
 from streammap.architecture import Architecture
 from streammap.configfields import field_value, set_field
 from streammap.errors import PlanError
-from streammap.expression import MEASURES, Call, Expression, Operation
+from streammap.expression import MEASURES, Call, Expression, InexactDivisionError, Operation
 from streammap.model import Model
 
 
@@ -74,8 +75,11 @@ def _write_out(
         return
     if any(other not in after for other in _axes_of(spec, origin)):
         return
-    if axis.kind == "group" or sizes.evaluate_axis(spec, origin, after, {}) == after[name]:
+    if axis.kind == "group":
         return
+    with contextlib.suppress(InexactDivisionError):
+        if sizes.evaluate_axis(spec, origin, after, {}) == after[name]:
+            return
     if not axis.fields:
         raise PlanError(
             f"config.json can't say that {name} is {after[name]}: it has no field for it",

@@ -166,7 +166,13 @@ def _size(value: object, field: str) -> int:
 
 def _check_constraints(spec: Architecture, sizes: Mapping[str, int]) -> None:
     for text, left, right in spec.constraints:
-        a, b = evaluate_axis(spec, left, sizes, {}), evaluate_axis(spec, right, sizes, {})
+        try:
+            a, b = evaluate_axis(spec, left, sizes, {}), evaluate_axis(spec, right, sizes, {})
+        except InexactDivisionError as error:
+            raise CheckpointError(
+                f"{spec.name}: {text} does not hold: {error.message}",
+                hint="is this config.json the checkpoint's own?",
+            ) from error
         if a != b:
             told = ", ".join(f"{name}={size}" for name, size in sizes.items() if name in text)
             raise CheckpointError(

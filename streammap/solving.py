@@ -12,11 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
-from streammap.probing import Anatomy, Field, Snapshot, Workbench, template
+from streammap.anatomy import Anatomy
+from streammap.probing import Field, Snapshot, Workbench, template
 
 Monomial = tuple[tuple[str, int], ...]
-"""(symbol, exponent), sorted. A symbol is a field, or "a/b" of two fields: a part of a head axis."""
+"""(symbol, exponent), sorted. A symbol is a field, or "a/b" of two: a part of a head axis."""
 Polynomial = Mapping[Monomial, int]
 Explained = tuple[Polynomial | None, ...]
 """What each dimension of a tensor is; None where no field explains it."""
@@ -41,7 +43,7 @@ class Solution:
     counts: Mapping[str, Polynomial]
     """Template of a key's beginning, up to an index -> how many there are of it."""
     same: Mapping[str, str]
-    """Field -> the one that it must be equal to, as the model has other tensors where it is not."""
+    """Field -> the one that it must equal: else the model has other tensors."""
     unresolved: Mapping[tuple[str, int], tuple[str, ...]]
     """(template, dimension) that no polynomial fits -> the fields that move it."""
     head_sizes: Mapping[str, tuple[str, str]]
@@ -66,20 +68,23 @@ def solve(bench: Workbench, anatomy: Anatomy) -> Solution:
     """Explain every dimension and every index."""
     probed = _probe(bench)
     fitter = _Fitter(bench, probed)
-    dims, unresolved = {}, {}
+    dims: dict[str, Explained] = {}
+    unresolved = {}
     for key, shape in probed.base.shapes.items():
         found = []
         for i, size in enumerate(shape):
-            moved = fitter.moving(lambda s, k=key, i=i: _size(s, k, i), size)
-            fitted = fitter.fit(lambda s, k=key, i=i: _size(s, k, i), size, moved)
+            read = partial(_size, key, i)
+            moved = fitter.moving(read, size)
+            fitted = fitter.fit(read, size, moved)
             if fitted is None:
                 unresolved[template(key), i] = tuple(moved)
             found.append(fitted)
         dims[key] = tuple(found)
     counts = {}
     for start, n in probed.base.counts.items():
-        moved = fitter.moving(lambda s, at=start: s.counts.get(at), n)
-        fitted = fitter.fit(lambda s, at=start: s.counts.get(at), n, moved) if moved else None
+        counted = partial(_count, start)
+        moved = fitter.moving(counted, n)
+        fitted = fitter.fit(counted, n, moved) if moved else None
         if fitted is not None:
             counts[start] = fitted
     dims, head_sizes = _with_heads(dims, anatomy, probed)
@@ -127,7 +132,11 @@ def _probe(bench: Workbench) -> Probed:
     return Probed(base, fields, steps, singles)
 
 
-def _size(snapshot: Snapshot, key: str, dim: int) -> int | None:
+def _count(start: str, snapshot: Snapshot) -> int | None:
+    return snapshot.counts.get(start)
+
+
+def _size(key: str, dim: int, snapshot: Snapshot) -> int | None:
     shape = snapshot.shapes.get(key)
     return shape[dim] if shape is not None and dim < len(shape) else None
 

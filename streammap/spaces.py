@@ -89,9 +89,11 @@ class _Planning:
                 break
         for text, left, right in self._spec.constraints:
             a, b = self._value(left), self._value(right)
-            if a is not None and b is not None and a != b:
+            if a is None or a != b:
+                names = dict.fromkeys([*self._names(left), *self._names(right)])
+                told = ", ".join(f"{name} {self._size(name)}" for name in names)
                 raise PlanError(
-                    f"{self._spec.name}: {text} would not hold: {a} is not {b}",
+                    f"{self._spec.name}: {text} would not hold ({told})",
                     hint="ask for sizes that keep it, or leave one of them out: it follows",
                 )
 
@@ -387,8 +389,8 @@ class _Planning:
         return [name for name in found if name in self._own]
 
     def _follow_constraints(self) -> bool:
-        for _, left, right in self._spec.constraints:
-            if self._value(left) == self._value(right):
+        for text, left, right in self._spec.constraints:
+            if "%" in text or self._value(left) == self._value(right):
                 continue
             names = [*self._names(left), *self._names(right)]
             changed = [n for n in names if self._size(n) != self._own[n]]
@@ -425,7 +427,9 @@ class _Planning:
         size = own * after // before if wanted is None else wanted
         large, small = (size, own) if self._grows else (own, size)
         n_large, n_small = m.n_in_blocks, len(m.rows)
-        if large % n_large == 0 and small % n_small == 0 and large // n_large == small // n_small:
+        in_blocks = large % n_large == 0 and small % n_small == 0
+        even = len({len(row) for row in m.rows}) == 1 or axis not in normed_axes(self._model)
+        if in_blocks and large // n_large == small // n_small and (even or not self._grows):
             self.found[axis] = BlockMap(m.rows, n_large, large // n_large)
         else:
             exact = own * after % before == 0
@@ -459,9 +463,9 @@ def normed_axes(model: Model) -> frozenset[str]:
         for group, heads in groups.items()
     }
     for family in model.families:
-        if family.rule.kind != "norm" or family.dims[0].expression is None:
+        if family.rule.kind != "norm" or family.dims[-1].expression is None:
             continue
-        names = _expanded(model, family.dims[0].expression)
+        names = _expanded(model, family.dims[-1].expression)
         found |= set(names)
         found |= {heads for (kv, group), heads in joint.items() if {kv, group} <= set(names)}
     return frozenset(found)

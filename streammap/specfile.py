@@ -290,7 +290,13 @@ class _Part:
         ):
             left, equals, right = text.partition("==")
             if not equals:
-                raise ArchitectureError(f"[constraints] {text!r}: expected 'a == b'")
+                raise ArchitectureError(
+                    f"[constraints] {text!r}: expected 'a == b' or 'a % b == 0'"
+                )
+            whole, percent, part = left.partition("%")
+            if percent and right.strip() == "0":
+                # a divides by b where a is b * (a/b): the division refuses a rest.
+                left, right = whole, f"({part})*(({whole})/({part}))"
             found.append((text, self._expression(left, text), self._expression(right, text)))
         return found
 
@@ -345,7 +351,7 @@ class _Part:
         kind, _, shape = words.partition(" ")
         before, arrow, after = (part.strip() for part in shape.partition("->"))
         if kind == "norm" and not arrow:
-            width = (self._dim(f"{before}:out"),)
+            width = tuple(self._dim(f"{part.strip()}:out") for part in before.split(","))
             return [(end, kind, width) for end in (".weight", ".bias", ".gamma", ".beta")]
         if not arrow or kind not in _MODULES:
             raise ArchitectureError(f"{text}: {words!r} is no module such as 'linear embed -> mlp'")

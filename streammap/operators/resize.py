@@ -18,7 +18,7 @@ from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError
 from streammap.headsize import HeadSize
 from streammap.mapfile import Level
-from streammap.maps import AxisMap
+from streammap.maps import AxisMap, BlockMap
 from streammap.model import Model
 from streammap.plan import Plan, Step
 from streammap.planner import Change, Rule
@@ -249,6 +249,8 @@ def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str
                 f"{name} would be {size}, the target says {op.target[name]}",
                 hint="is the target config.json of the same family, in proportion?",
             )
+    if grows and op.rule == "exact":
+        _check_even(model, chosen)
     silent = _silent(op, model, layers)
     _check_tied(op, model, chosen)
     by_axis = promises.of_axes(
@@ -320,6 +322,22 @@ def _silent(op: Resize, model: Model, layers: Mapping[str, AxisMap]) -> dict[str
             )
         found[axis] = frozenset(quiet)
     return found
+
+
+def _check_even(model: Model, chosen: Mapping[str, AxisMap]) -> None:
+    """Refuse uneven copies of heads behind a norm over all of them: nothing could compensate it."""
+    of_heads = {
+        *model.architecture.spaces.get("heads", ()),
+        *model.architecture.spaces.get("kv_heads", ()),
+    }
+    normed = spaces.normed_axes(model)
+    for axis, m in chosen.items():
+        if axis in of_heads & normed and isinstance(m, BlockMap) and not promises.is_even(m):
+            raise PlanError(
+                f"{axis}: {m.n_in} -> {m.n_out} copies some heads more often than others, and a norm "
+                "over all of them (full-width q_norm, k_norm) would see it",
+                hint=f"take a multiple of {m.n_in}",
+            )
 
 
 def _check_tied(op: Resize, model: Model, chosen: Mapping[str, AxisMap]) -> None:
