@@ -232,13 +232,11 @@ class Meanings:
 
     def _roles(self, part: Part, dims: Sequence[Polynomial | None]) -> tuple[str, ...]:
         rank, rest = len(dims), [""] * max(0, len(dims) - 2)
-        if part.kind == "buffer":
-            return ("",) * rank
         if part.kind == "stack":
             return self._stack_roles(part, dims)
         if part.kind == "embedding" and rank == 2:
             return ("", "out")
-        if rank < 2 or part.kind in ("other", "norm", "embedding"):
+        if rank < 2 or part.kind in ("other", "norm", "embedding", "buffer"):
             return ("out",) * rank
         return ("in", "out", *rest) if part.kind == "conv1d" else ("out", "in", *rest)
 

@@ -6,14 +6,16 @@ exact up to eps   the same but for the epsilon of norms
 approximate       another function; how near is for training to say
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 
+from streammap.axisfacts import normed_axes
 from streammap.compensation import Compensation, copies_are_exact
+from streammap.graph import Form
 from streammap.headsize import HeadSize
 from streammap.maps import AxisMap, BlockMap
 from streammap.model import Model
-from streammap.plan import PROMISES, Promise
-from streammap.spaces import normed_axes
+from streammap.plan import PROMISES, Plan, Promise
 
 Found = tuple[Promise, str]
 
@@ -76,6 +78,45 @@ def of_all(
         how = "has a tensor of its own" if untie else "is folded into the norm before it"
         reason = f"{reason}; the tied head {how}"
     return promise, reason
+
+
+def of_family(plan: Plan, axes: Container[str], form: Form) -> Promise:
+    """What a chain of steps keeps of one family of tensors.
+
+    Where its axes keep the function, "bit-exact" says that its numbers are kept too: they are
+    copied, or split by powers of two.
+
+    Args:
+        axes: Those that the family is made of.
+        form: What computes one of its tensors.
+    """
+    found: dict[str, Found] = {}
+    for i, step in enumerate(plan.steps):
+        if step.axes:
+            for axis, promise in step.axes.items():
+                if axis in axes:
+                    found[f"{i} {axis}"] = promise
+        else:
+            found[str(i)] = (step.promise, step.reason)
+    promise, _ = worst(found)
+    if promise in ("bit-exact", "exact"):
+        return "bit-exact" if _keeps_bits(form) else "exact"
+    return promise
+
+
+def _keeps_bits(form: Form) -> bool:
+    """Whether each number of the result is one of the source's times a power of two, or 0."""
+    if len(form.terms) != 1 or len(form.terms[0].blend) != 1:
+        return False
+    values = [form.terms[0].blend[0][0]]
+    for m in form.terms[0].maps:
+        if isinstance(m, BlockMap):
+            if m.longest > 1:
+                return False
+            values += (value for row in m.rows for _, value in row)
+        elif m is not None:
+            return False
+    return all(math.frexp(abs(value))[0] in (0.0, 0.5) for value in set(values))
 
 
 def _of_layers(axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Found:

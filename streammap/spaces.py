@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Literal
 
+from streammap import axisfacts, headmaps, maps, requests, rewriting, sizes
 from streammap import expression as expressions
-from streammap import headmaps, maps, requests, rewriting, sizes
 from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError, SchemeError, some
 from streammap.expression import Expression
@@ -173,7 +173,7 @@ class _Planning:
             return self._uniform(axis, large, large // small, self._asked.grouping)
         if not self._grows or self._spec.axes[axis].kind == "depth":
             return maps.merging(requests.near_even(large, small), large)
-        if axis in normed_axes(self._model):
+        if axis in axisfacts.normed_axes(self._model):
             groups = requests.copies(large, small)
             left = large - small * (large // small)
             self.notes.append(f"{axis}: {left} of {large} units are new and stay empty at first")
@@ -212,7 +212,7 @@ class _Planning:
             for axis in self._spec.axes.values()
             if axis.kind == "width"
             and self._own.get(axis.name)
-            and not must_follow(self._model, axis.name)
+            and not axisfacts.must_follow(self._model, axis.name)
         ]
 
     def _width(self, axis: str, request: Request) -> BlockMap | None:
@@ -428,7 +428,9 @@ class _Planning:
         large, small = (size, own) if self._grows else (own, size)
         n_large, n_small = m.n_in_blocks, len(m.rows)
         in_blocks = large % n_large == 0 and small % n_small == 0
-        even = len({len(row) for row in m.rows}) == 1 or axis not in normed_axes(self._model)
+        even = len({len(row) for row in m.rows}) == 1 or axis not in axisfacts.normed_axes(
+            self._model
+        )
         if in_blocks and large // n_large == small // n_small and (even or not self._grows):
             self.found[axis] = BlockMap(m.rows, n_large, large // n_large)
         else:
@@ -439,41 +441,3 @@ class _Planning:
             for kv, _, heads in self._joint:
                 if heads == axis and kv not in self.found and self._follows(kv, heads):
                     self.found[kv] = self.found[axis]
-
-
-def must_follow(model: Model, axis: str) -> bool:
-    """Whether config.json has no field for an axis, so that others decide its size."""
-    found = model.architecture.axes[axis]
-    if any(isinstance(source, str) for source in found.sources):
-        return False
-    origin = sizes.axis_origin(found, model.config)
-    return (
-        origin is not None
-        and not isinstance(origin, str)
-        and any(name in model.sizes for name in expressions.names(origin))
-    )
-
-
-def normed_axes(model: Model) -> frozenset[str]:
-    """Axes over which a norm takes its mean: their units must be copied alike."""
-    found: set[str] = set()
-    joint = {
-        (kv, group): heads
-        for kv, groups in joint_axes(model.architecture).items()
-        for group, heads in groups.items()
-    }
-    for family in model.families:
-        if family.rule.kind != "norm" or family.dims[-1].expression is None:
-            continue
-        names = _expanded(model, family.dims[-1].expression)
-        found |= set(names)
-        found |= {heads for (kv, group), heads in joint.items() if {kv, group} <= set(names)}
-    return frozenset(found)
-
-
-def _expanded(model: Model, expression: Expression) -> list[str]:
-    found: list[str] = []
-    for name in expressions.names(expression):
-        alias = model.architecture.aliases.get(name)
-        found += _expanded(model, alias) if alias is not None else [name]
-    return found

@@ -137,7 +137,7 @@ class Text:
         buffers: list[str] = []
         lines: dict[str, dict[str, dict[str | None, str]]] = {"modules": {}, "tensors": {}}
         for module, members in modules.items():
-            if members[0].part.kind == "buffer":
+            if all(map(self._is_constant, members)):
                 buffers += [self.written(tensors.pattern) for tensors in members]
                 continue
             words = self._module(members)
@@ -156,6 +156,12 @@ class Text:
         if buffers:
             text += ["[buffers]", f"keys = {toml_value(buffers)}", ""]
         return "\n".join(text)
+
+    def _is_constant(self, tensors: Tensors) -> bool:
+        """Whether it is a buffer that no resizing changes."""
+        symbols = [s for p in tensors.dims for m in p or () for s, _ in m]
+        kinds = {self._m.kinds.get(self._m.names.get(s, ""), "frozen") for s in symbols}
+        return tensors.part.kind == "buffer" and kinds <= {"frozen"}
 
     def _line(self, pattern: str, words: Mapping[str | None, str]) -> str:
         if None in words or len(words) == 1:
@@ -210,7 +216,8 @@ class Text:
                 for s, _ in m
                 if s in self._m.names
             }
-            loose = text == "_" or (tensors.part.kind == "other" and not named & {"width", "group"})
+            resized = bool(named & {"width", "group", "expert"})
+            loose = text == "_" or (tensors.part.kind in ("other", "buffer") and not resized)
             words.append(text if loose or not role else f"{text}:{role}")
         return ", ".join(words)
 

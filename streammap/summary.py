@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from streammap import executor, pattern
+from streammap import axisfacts, executor, pattern, promises
 from streammap.graph import Form, Term
 from streammap.plan import Plan
 
@@ -22,6 +22,8 @@ class Row:
     after: tuple[int, ...]
     formula: str
     """What happens, in words."""
+    promise: str
+    """What is kept of the function, as far as these tensors go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ def summarize(plan: Plan) -> Summary:
     for key, form in plan.targets.items():
         after.setdefault(pattern.INDEX.sub("*", key), []).append(form)
     rows = []
+    axes = _axes_by_key(plan)
+    first = {pattern.INDEX.sub("*", key): key for key in reversed(plan.targets)}
     for name, forms in after.items():
         form = forms[0]
         source_spec = form.terms[0].blend[0][1].spec
@@ -82,6 +86,7 @@ def summarize(plan: Plan) -> Summary:
                 source_spec.shape,
                 form.spec.shape,
                 formula(form),
+                promises.of_family(plan, axes.get(first[name], frozenset()), form),
             )
         )
     promise, reason = plan.promise
@@ -97,6 +102,18 @@ def summarize(plan: Plan) -> Summary:
         reason=reason,
         notes=plan.notes,
     )
+
+
+def _axes_by_key(plan: Plan) -> dict[str, frozenset[str]]:
+    """Key -> the axes that its tensor is made of; empty where no spec is known."""
+    if not any(step.axes for step in plan.steps):
+        return {}
+    return {
+        key: axes
+        for family in plan.model.families
+        for axes in (axisfacts.axes_of(plan.model, family),)
+        for key in family.members.values()
+    }
 
 
 def formula(form: Form) -> str:
@@ -148,4 +165,4 @@ def _line(row: Row, rows: tuple[Row, ...]) -> str:
     shape = str(list(row.after))
     if row.before != row.after:
         shape = f"{list(row.before)} -> {shape}"
-    return f"{row.pattern:<{width}}  {count}  {shape:<30}  {row.formula}"
+    return f"{row.pattern:<{width}}  {count}  {shape:<30}  {row.promise:<12} {row.formula}"

@@ -58,7 +58,7 @@ def _refusal(
     """Why a class doesn't take a config, in one line."""
     try:
         made(dict(config))
-    except Exception as error:  # noqa: BLE001 (a validator may raise anything)
+    except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[-1] if lines else type(error).__name__
     return None

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from streammap import maps, planner, promises, spaces
+from streammap import axisfacts, maps, planner, promises, spaces
 from streammap.compensation import compensate
 from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError
@@ -186,7 +186,7 @@ class Resize:
                     hint=f"its spaces are {told} and layers; `streammap inspect` lists its axes",
                 )
             for axis in there:
-                if len(there) == 1 or not spaces.must_follow(model, axis):
+                if len(there) == 1 or not axisfacts.must_follow(model, axis):
                     found[axis] = request
         for axis, request in by_axis.items():
             if not model.sizes.get(axis):
@@ -326,16 +326,14 @@ def _silent(op: Resize, model: Model, layers: Mapping[str, AxisMap]) -> dict[str
 
 def _check_even(model: Model, chosen: Mapping[str, AxisMap]) -> None:
     """Refuse uneven copies of heads behind a norm over all of them: nothing could compensate it."""
-    of_heads = {
-        *model.architecture.spaces.get("heads", ()),
-        *model.architecture.spaces.get("kv_heads", ()),
-    }
-    normed = spaces.normed_axes(model)
+    by_space = model.architecture.spaces
+    of_heads = {*by_space.get("heads", ()), *by_space.get("kv_heads", ())}
+    normed = axisfacts.normed_axes(model)
     for axis, m in chosen.items():
         if axis in of_heads & normed and isinstance(m, BlockMap) and not promises.is_even(m):
             raise PlanError(
-                f"{axis}: {m.n_in} -> {m.n_out} copies some heads more often than others, and a norm "
-                "over all of them (full-width q_norm, k_norm) would see it",
+                f"{axis}: {m.n_in} -> {m.n_out} copies some heads more often than others, which "
+                "a norm over all of them (full-width q_norm, k_norm) would see",
                 hint=f"take a multiple of {m.n_in}",
             )
 
