@@ -180,6 +180,11 @@ def shift(form: Form, offset: float) -> Form:
     return _collected(form.spec, (*form.terms, term))
 
 
+def is_constant(term: Term) -> bool:
+    """Whether a term reads no tensor."""
+    return all(isinstance(found.source, _Ones) for _, found in term.blend)
+
+
 def _composed(
     after: Sequence[AxisMap | None], before: Sequence[AxisMap | None]
 ) -> tuple[AxisMap | None, ...]:

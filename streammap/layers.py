@@ -113,9 +113,11 @@ def _kind(depth: Depth, config: Mapping[str, object], i: int) -> Kind:
         count = configfields.field_value(config, field)
         if isinstance(count, int) and count >= 0:
             found.append(f"{'before' if i < count + rest else 'after'} {field} {count}")
-    for period in depth.periods:
-        if isinstance(configfields.field_value(config, period[0]), int):
-            found.append(f"{'at' if _in_period(period, config, i) else 'off'} {period[0]}")
+    found += (
+        f"{'at' if _in_period(period, config, i) else 'off'} {period[0]}"
+        for period in depth.periods
+        if isinstance(configfields.field_value(config, period[0]), int)
+    )
     if depth.first:
         found.append("first" if i == 0 else "later")
     return tuple(found)

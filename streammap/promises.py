@@ -93,15 +93,13 @@ def of_family(plan: Plan, axes: Container[str], form: Form) -> Promise:
     found: dict[str, Found] = {}
     for i, step in enumerate(plan.steps):
         if step.axes:
-            for axis, promise in step.axes.items():
-                if axis in axes:
-                    found[f"{i} {axis}"] = promise
+            found |= {f"{i} {axis}": one for axis, one in step.axes.items() if axis in axes}
         else:
             found[str(i)] = (step.promise, step.reason)
-    promise, _ = worst(found)
-    if promise in ("bit-exact", "exact"):
+    weakest = worst(found)[0]
+    if weakest in ("bit-exact", "exact"):
         return "bit-exact" if _keeps_bits(form) else "exact"
-    return promise
+    return weakest
 
 
 def _keeps_bits(form: Form) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from streammap import axisfacts, executor, pattern, promises
+from streammap import axisfacts, executor, graph, pattern, promises
 from streammap.graph import Form, Term
 from streammap.plan import Plan
 
@@ -73,7 +73,7 @@ def summarize(plan: Plan) -> Summary:
         after.setdefault(pattern.INDEX.sub("*", key), []).append(form)
     rows = []
     axes = _axes_by_key(plan)
-    first = {pattern.INDEX.sub("*", key): key for key in reversed(plan.targets)}
+    first = {pattern.INDEX.sub("*", key): key for key in reversed(tuple(plan.targets))}
     for name, forms in after.items():
         form = forms[0]
         source_spec = form.terms[0].blend[0][1].spec
@@ -120,8 +120,10 @@ def formula(form: Form) -> str:
     """What a form computes, in words."""
     if form.copied is not None:
         return "copied"
-    several = len({id(found.source) for found in form.loads()}) > 1
-    return " + ".join(_term_words(term, named=several) for term in form.terms)
+    terms = [term for term in form.terms if not graph.is_constant(term)]
+    several = len({id(found.source) for term in terms for _, found in term.blend}) > 1
+    words = " + ".join(_term_words(term, named=several) for term in terms)
+    return words if len(terms) == len(form.terms) else f"{words}, of gains that count from 1"
 
 
 def _term_words(term: Term, *, named: bool) -> str:
