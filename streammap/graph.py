@@ -180,9 +180,9 @@ def shift(form: Form, offset: float) -> Form:
     return _collected(form.spec, (*form.terms, term))
 
 
-def is_constant(term: Term) -> bool:
-    """Whether a term reads no tensor."""
-    return all(isinstance(found.source, _Ones) for _, found in term.blend)
+def is_constant(found: Load) -> bool:
+    """Whether a load reads no tensor."""
+    return isinstance(found.source, _Ones)
 
 
 def _composed(

@@ -120,10 +120,12 @@ def formula(form: Form) -> str:
     """What a form computes, in words."""
     if form.copied is not None:
         return "copied"
-    terms = [term for term in form.terms if not graph.is_constant(term)]
+    blends = [[(c, f) for c, f in term.blend if not graph.is_constant(f)] for term in form.terms]
+    terms = [Term(t.maps, tuple(b)) for t, b in zip(form.terms, blends, strict=True) if b]
     several = len({id(found.source) for term in terms for _, found in term.blend}) > 1
     words = " + ".join(_term_words(term, named=several) for term in terms)
-    return words if len(terms) == len(form.terms) else f"{words}, of gains that count from 1"
+    has_offset = any(map(graph.is_constant, form.loads()))
+    return f"{words}, of gains that count from 1" if has_offset else words
 
 
 def _term_words(term: Term, *, named: bool) -> str:

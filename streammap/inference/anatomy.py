@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from streammap.probing import MetaTensor, Module, Net, on_disk, saved
+from streammap.inference.probing import MetaTensor, Module, Net, on_disk, saved
 
 PartKind = Literal["linear", "conv1d", "conv", "embedding", "norm", "stack", "buffer", "other"]
 

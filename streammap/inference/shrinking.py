@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-from streammap import configchanges, probing, solving
-from streammap.meanings import HEAD_SIZE, Meanings, is_heads, plain_name
-from streammap.probing import Snapshot, Workbench, template
-from streammap.spectables import INDEX_LIST, PER_TOKEN
+from streammap.inference import configchanges, probing, solving
+from streammap.inference.meanings import HEAD_SIZE, Meanings, is_heads, plain_name
+from streammap.inference.probing import Snapshot, Workbench, template
+from streammap.inference.spectables import INDEX_LIST, PER_TOKEN
 
 _SMALL = 160
 """A hidden size up to this is that of a tiny model already."""

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
-from streammap import probing, solving
-from streammap.meanings import Meanings, Tensors
-from streammap.probing import template
+from streammap.inference import probing, solving
+from streammap.inference.meanings import Meanings, Tensors
+from streammap.inference.probing import template
 
 _LARGE = 32
 """A dimension of this size should have a reason."""

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
-from streammap.anatomy import Anatomy
-from streammap.probing import Field, Snapshot, Workbench, template
+from streammap.inference.anatomy import Anatomy
+from streammap.inference.probing import Field, Snapshot, Workbench, template
 
 Monomial = tuple[tuple[str, int], ...]
 """(symbol, exponent), sorted. A symbol is a field, or "a/b" of two: a part of a head axis."""

@@ -10,11 +10,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammap import configchanges, solving
-from streammap.anatomy import Anatomy, Part
+from streammap.inference import configchanges, solving
+from streammap.inference.anatomy import Anatomy, Part
+from streammap.inference.probing import Workbench, template
+from streammap.inference.solving import Explained, Monomial, Polynomial, Solution
 from streammap.pattern import INDEX
-from streammap.probing import Workbench, template
-from streammap.solving import Explained, Monomial, Polynomial, Solution
 
 _NAMES = (
     (r"hidden_size|d_model|n_embd|embed_dim|dim|hidden_states_size", "embed"),

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol, cast
 
-from streammap import configchanges
-from streammap.configchanges import Changes, Fields
 from streammap.errors import ArchitectureError, PlanError
+from streammap.inference import configchanges
+from streammap.inference.configchanges import Changes, Fields
 from streammap.pattern import INDEX
 
 _AUTO = (

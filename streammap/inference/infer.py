@@ -10,11 +10,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streammap import anatomy, shrinking, solving
-from streammap.meanings import Meanings
-from streammap.probing import Workbench
-from streammap.spectables import Tables
-from streammap.spectext import Text, toml_value
+from streammap.inference import anatomy, shrinking, solving
+from streammap.inference.meanings import Meanings
+from streammap.inference.probing import Workbench
+from streammap.inference.spectables import Tables
+from streammap.inference.spectext import Text, toml_value
 
 _GUESS = 88
 """For sizes that are null in config.json, which means "as usual"."""

@@ -4,10 +4,10 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from streammap import probing
-from streammap.meanings import Meanings
+from streammap.inference import probing
+from streammap.inference.meanings import Meanings
+from streammap.inference.spectext import Text, toml_key, toml_value
 from streammap.pattern import INDEX
-from streammap.spectext import Text, toml_key, toml_value
 
 PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
 """Fields that must grow with the number of experts."""
