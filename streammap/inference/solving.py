@@ -28,6 +28,7 @@ _MAX_FIELDS = 6
 _HEADS = re.compile(r"head")
 _ASIDE = re.compile(r"proj|embedding")
 _KV = re.compile(r"kv|key_value|key_heads")
+_LENGTH = re.compile(r"position|ctx|max_|seq|length|vocab")
 _ATTENTION = re.compile(r"atten|attn|mixer", re.IGNORECASE)
 _QUERY = re.compile(r"^(w?(q|k|v|qk|kv|qkv)|query|key|value|c_attn|in_proj|query_key_value)$")
 _QUERY_WORDS = {"pos", "q", "k", "v", "kv", "qkv", "query", "key", "value", "wqkv"}
@@ -283,9 +284,13 @@ def _divided(polynomial: Polynomial) -> tuple[Polynomial, dict[str, tuple[str, s
 
 
 def _regions(anatomy: Anatomy, probed: Probed) -> dict[str, dict[str, str]]:
-    """Attention module -> {hidden field: heads field}, where an attribute of it is hidden/heads."""
+    """Attention module -> {hidden field: heads field}.
+
+    An attribute of it is hidden/heads; or it has both, each as an attribute of its own.
+    """
     fields, steps, found = probed.fields, probed.steps, dict[str, dict[str, str]]()
     ratio = {f: Fraction(steps[f], fields[f].value) for f in fields}
+    alone: dict[str, dict[bool, set[str]]] = {}
     for (path, name), value in probed.base.attributes.items():
         if path not in anatomy.classes:
             continue
@@ -297,15 +302,33 @@ def _regions(anatomy: Anatomy, probed: Probed) -> dict[str, dict[str, str]]:
         heads = [f for f, n in moved.items() if n == int(value / ratio[f])]
         hidden = [f for f, n in moved.items() if n == value * ratio[f]]
         if len(heads) == 1 and len(hidden) == 1:
-            region = path
-            for above in _ancestors(path.rpartition(".")[0]):
-                last = above.rpartition(".")[2]
-                kind = anatomy.classes.get(above, "")
-                if kind.endswith(("Layer", "Block")) or not _ATTENTION.search(f"{last}.{kind}"):
-                    break
-                region = above
-            found.setdefault(region, {})[hidden[0]] = heads[0]
+            found.setdefault(_region(path, anatomy), {})[hidden[0]] = heads[0]
+        elif (
+            len(moved) == len(hidden) == 1
+            and fields[hidden[0]].value == value
+            and not _LENGTH.search(hidden[0])
+        ):
+            counts_heads = bool(_HEADS.search(hidden[0].rpartition(".")[2]))
+            alone.setdefault(path, {}).setdefault(counts_heads, set()).add(hidden[0])
+    for path, both in alone.items():
+        region = _region(path, anatomy)
+        named = f"{path.rpartition('.')[2]}.{anatomy.classes[path]}"
+        plain = len(both) == 2 and all(len(names) == 1 for names in both.values())
+        if plain and region not in found and _ATTENTION.search(named):
+            found[region] = {next(iter(both[False])): next(iter(both[True]))}
     return found
+
+
+def _region(path: str, anatomy: Anatomy) -> str:
+    """The outermost attention module around a module."""
+    region = path
+    for above in _ancestors(path.rpartition(".")[0]):
+        last = above.rpartition(".")[2]
+        kind = anatomy.classes.get(above, "")
+        if kind.endswith(("Layer", "Block")) or not _ATTENTION.search(f"{last}.{kind}"):
+            break
+        region = above
+    return region
 
 
 def _ancestors(path: str) -> Iterator[str]:
