@@ -11,7 +11,7 @@ from streammap.cli import main
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "schemes/README.md")
+PAGES = ("README.md", "schemes/README.md", "streammap/architectures/README.md")
 SIZES = tiny.Sizes(heads=4, layers=4)
 
 
