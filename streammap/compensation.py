@@ -24,7 +24,8 @@ from streammap.model import Model
 from streammap.pattern import KeyPattern
 from streammap.planner import Fill
 
-_MAX_DENSE = 2**27
+_MAX_DENSE = 2**25
+"""Elements; 256 MB in float64, while planning and in the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def compensate(
     for axis, m in chosen.items():
         if op_rule == "exact" and isinstance(m, BlockMap):
             ratio = _ratio(m) if grows else _ratio_down(m) if axis in filled else None
-            if ratio is not None and ratio != 1.0 and _can_fill(model, axis):
+            if ratio is not None and ratio != 1.0 and _can_fill(model, axis, m, grows=grows):
                 fills[axis] = Fill(m, math.sqrt(ratio))
                 if grows and _kinds(model, axis) == {"layer"}:
                     pairs[axis] = _mean_filled(m)
@@ -107,21 +108,21 @@ def _kinds(model: Model, axis: str) -> set[str]:
     return {kind for kind, _, _ in _norms(model, axis)}
 
 
-def _can_fill(model: Model, axis: str) -> bool:
-    norms = _norms(model, axis)
-    return bool(norms) and not any(post for _, _, post in norms) and len(_kinds(model, axis)) == 1
+def _can_fill(model: Model, axis: str, m: BlockMap, *, grows: bool) -> bool:
+    norms, kinds = _norms(model, axis), _kinds(model, axis)
+    if not norms or any(post for _, _, post in norms) or len(kinds) != 1:
+        return False
+    # A mean takes a dense map.
+    return kinds == {"rms"} or not grows or m.n_out * m.n_in <= _MAX_DENSE
 
 
 def _mean_filled(m: BlockMap) -> MapPair:
     """Maps of a growth whose empty units are to hold the mean of the others."""
     import torch
 
-    n_out, n_in = m.n_out, m.n_in
-    if n_out * n_in > _MAX_DENSE:
-        return maps.pair_of(m)
     matrix = maps.to_matrix(m, like=torch.zeros(0, dtype=torch.float64))
     empty = [i * m.block + k for i, row in enumerate(m.rows) if not row for k in range(m.block)]
-    matrix[empty] = 1.0 / n_in
+    matrix[empty] = 1.0 / m.n_in
     return MapPair(DenseMap(matrix), maps.pair_of(m).into)
 
 
