@@ -18,6 +18,7 @@ from streammap.events import Finished, Listener, Started, Wrote
 from streammap.graph import Form, Load
 from streammap.header import Slot
 from streammap.layout import Shard
+from streammap.maps import DenseMap
 from streammap.output import Output
 from streammap.plan import Plan
 from streammap.version import VERSION
@@ -83,10 +84,19 @@ _TORCH = (".pth", ".pt", ".bin")
 def planned_nbytes(plan: Plan) -> int:
     """Memory that a run of `plan` adds to a process that has torch imported, at most.
 
-    Tiles, scratch, mapped pages, one entry of bookkeeping a tensor, and what torch's threads take.
+    Tiles, dense maps, scratch, mapped pages, one entry of bookkeeping a tensor, and what torch's
+    threads take.
     """
     tile = max((tiling.scratch_nbytes(form) for form in plan.targets.values()), default=0)
-    return tile + 2 * tiling.WINDOW_NBYTES + 8192 * len(plan.targets) + 32 * 2**20
+    matrices = {
+        id(m): m.matrix.nbytes
+        for form in plan.targets.values()
+        for term in form.terms
+        for m in term.maps
+        if isinstance(m, DenseMap)
+    }
+    maps = sum(matrices.values())
+    return tile + maps + 2 * tiling.WINDOW_NBYTES + 8192 * len(plan.targets) + 32 * 2**20
 
 
 def read_nbytes(plan: Plan) -> int:

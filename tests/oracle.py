@@ -14,9 +14,15 @@ Written from what the original map tools compute, and shares no code with stream
 Rule "exact" has no factor. Where a head shares the embedding, the norm before it takes in(M)^T in
 the place of M, and what else reads that norm takes M^T in the place of in(M).
 
-Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
+Where rule "exact" grows a model whose norms stand before their blocks (GPT-2, DeiT), T copies each
+head equally often and leaves others out, these are not zeros: what writes to the residual stream
+takes T with 1/s in all of an empty row (the mean of the s units), and the gains of norms take
+sqrt(r) T, r = (rows that are not empty) / t. The epsilon in config.json is multiplied by r.
+
+Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999; Wang et al., LEMON, arXiv:2310.07999.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +60,17 @@ def growing(m: Tensor) -> Tensor:
     return rownorm(m.T)
 
 
+def filled(t: Tensor) -> tuple[Tensor, float]:
+    """T with the mean in its empty rows, and sqrt(r); as it is, where it copies unevenly."""
+    n_copies = (t != 0).sum(dim=0)
+    is_even = bool((n_copies == n_copies[0]).all()) and int(n_copies[0]) > 0
+    if not is_even or int((t != 0).sum(dim=1).max()) > 1:
+        return t, 1.0
+    is_empty = (t == 0).all(dim=1, keepdim=True)
+    ratio = 1 - int(is_empty.sum()) / t.shape[0]
+    return torch.where(is_empty, torch.full_like(t, 1 / t.shape[1]), t), math.sqrt(ratio)
+
+
 def from_rows(rows: Sequence[Sequence[tuple[int, float]]], n_in_blocks: int, block: int) -> Tensor:
     """kron(S, I_block), S given by its non-zeros."""
     sparse = torch.zeros(len(rows), n_in_blocks, dtype=torch.float64)
@@ -75,6 +92,10 @@ class Widths:
 
     hidden: Tensor
     """M of the hidden size, of q, k and v."""
+    writes: Tensor
+    """M of what writes to the hidden state; another one where empty units are filled."""
+    gain: float
+    """What the gains of norms are multiplied by."""
     mlp: Tensor
     factor: float
     """What embeddings are multiplied by."""
@@ -118,9 +139,10 @@ def resized(
         m, mlp = (merging(change.width, change.n_heads, n) for n in (head_dim, mlp_per_head))
         factor = FACTORS[change.direction] if change.rule == "reference" else 1.0
         folds = tied and change.rule == "exact"
-        widths = Widths(
-            growing(m) if grows else m, growing(mlp) if grows else mlp, factor, folds, tied
-        )
+        hidden, mlp = (growing(m), growing(mlp)) if grows else (m, mlp)
+        fills = grows and change.rule == "exact" and of is not bert
+        writes, gain = filled(hidden) if fills else (hidden, 1.0)
+        widths = Widths(hidden, writes, gain, mlp, factor, folds, tied)
         found = {key: of(key, x, widths) for key, x in found.items()}
     if change.depth is not None:
         layers = merging(change.depth, change.n_layers)
@@ -167,35 +189,36 @@ def gpt2(key: str, x: Tensor, m: Widths) -> Tensor:
     if name.endswith(".attn.bias"):
         return x
     if name in ("wte.weight", "wpe.weight"):
-        return x @ m.hidden.T * m.factor
+        return x @ m.writes.T * m.factor
     if name == "lm_head.weight":
-        return x @ m.hidden.T * m.factor if m.tied else x @ into(m.hidden)
-    if name.startswith("ln_f.") and m.folds:
-        return into(m.hidden).T @ x
+        return x @ m.writes.T * m.factor if m.tied else x @ into(m.hidden)
     if re.match(r"(h\.\d+\.)?ln_[12f]\.", name):
-        return m.hidden @ x
+        is_folded = name.startswith("ln_f.") and m.folds
+        mapped = (into(m.hidden).T if is_folded else m.hidden) @ x
+        return mapped * m.gain if name.endswith("weight") else mapped
     if re.match(r"score|classifier|qa_outputs|multiple_choice_head", name):
         if m.folds and name.endswith("weight"):
-            return x @ m.hidden.T
+            return x @ m.writes.T
         return _linear(x, None, m.hidden)
     if ".c_attn." in name:
         return _transposed(x, _thrice(m.hidden), m.hidden)
     if ".c_fc." in name:
         return _transposed(x, m.mlp, m.hidden)
     if ".mlp.c_proj." in name:
-        return _transposed(x, m.hidden, m.mlp)
+        return _transposed(x, m.writes, m.mlp)
     assert ".attn.c_proj." in name
-    return _transposed(x, m.hidden, m.hidden)
+    return _transposed(x, m.writes, m.hidden)
 
 
 def deit(name: str, x: Tensor, m: Widths) -> Tensor:
     """ViT and DeiT by timm's names: attn.qkv is q, k, v stacked; no embedding takes a factor."""
     if name in ("cls_token", "dist_token", "pos_embed"):
-        return x @ m.hidden.T
+        return x @ m.writes.T
     if name.startswith("patch_embed.proj."):
-        return torch.einsum("ij,j...->i...", m.hidden, x)
+        return torch.einsum("ij,j...->i...", m.writes, x)
     if re.match(r"(blocks\.\d+\.)?norm[12]?\.", name):
-        return m.hidden @ x
+        mapped = m.hidden @ x
+        return mapped * m.gain if name.endswith("weight") else mapped
     if re.match(r"head(_dist)?\.", name):
         return _linear(x, None, m.hidden)
     if ".qkv." in name:
@@ -203,9 +226,9 @@ def deit(name: str, x: Tensor, m: Widths) -> Tensor:
     if ".fc1." in name:
         return _linear(x, m.mlp, m.hidden)
     if ".fc2." in name:
-        return _linear(x, m.hidden, m.mlp)
+        return _linear(x, m.writes, m.mlp)
     assert ".attn.proj." in name
-    return _linear(x, m.hidden, m.hidden)
+    return _linear(x, m.writes, m.hidden)
 
 
 def _linear(x: Tensor, makes: Tensor | None, reads: Tensor) -> Tensor:

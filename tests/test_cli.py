@@ -184,7 +184,7 @@ def test_usage_errors_exit_with_2(big: Path) -> None:
         (("--width", 3), "4 heads do not divide into groups of 3"),
         (("--width", 0), "--width is 0, expected 1 or more"),
         (("--width", 2, "--scheme", "schemes/L6-H6.json"), "both a scheme and --width"),
-        (("--scheme", "schemes/L6-H6.json"), "out of range, the large model has 4 heads"),
+        (("--scheme", "schemes/L6-H6.json"), "is out of range, the large model has 4"),
         (("--scheme", "nowhere.json"), "nowhere.json: No such file"),
         (("--map", "nowhere.safetensors"), "no such map file"),
         (("--width", 2, "--config", "nowhere.json"), "nowhere.json: No such file"),

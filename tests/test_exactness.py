@@ -211,6 +211,43 @@ def test_it_does_in_float32_too(tmp_path: Path, sources: Sources, case: Case) ->
     assert_equal_outputs(outputs(case, tmp_path / "large", torch.float32), expected, 1e-4)
 
 
+@pytest.mark.parametrize("hidden", [12, 20])
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if not case.name.startswith("Bert")],
+    ids=lambda case: f"{case.name}{case.label and '-' + case.label}",
+)
+def test_a_hidden_size_may_grow_to_any_size(
+    tmp_path: Path, sources: Sources, case: Case, hidden: int
+) -> None:
+    """12 is 1.5 times 8: each unit is there once, 4 are new; 20 has each twice and 4 are new."""
+    source = sources(case, torch.float64)
+    grown = streammap.open(source.folder).decoalesce(hidden=f"={hidden}")
+    assert grown.promise[0] == "exact"
+    assert (grown.sizes["embed"], grown.sizes["heads"]) == (hidden, hidden // HEAD_DIM)
+    grown.save(tmp_path / "large", fsync=False)
+    found = outputs(case, tmp_path / "large", torch.float64)
+    times = hidden // 8
+    for name in {"last_hidden_state", "pooler_output"} & found.keys():
+        x = found[name]
+        if name == "last_hidden_state":
+            assert bool((x[..., 8 * times :] == 0).all())
+        torch.testing.assert_close(x[..., 8 : 8 * times], x[..., : 8 * (times - 1)])
+        found[name] = x[..., :8]
+    assert_equal_outputs(found, source.outputs, 1e-11)
+    eps = "layer_norm_epsilon" if case.name.startswith("GPT2") else "layer_norm_eps"
+    before = transformers.AutoConfig.from_pretrained(source.folder)
+    after = transformers.AutoConfig.from_pretrained(tmp_path / "large")
+    assert getattr(after, eps) == pytest.approx(getattr(before, eps) * 8 * times / hidden)
+
+
+def test_new_empty_units_behind_norms_after_the_addition_are_not_exact(sources: Sources) -> None:
+    source = streammap.open(sources(CASES[1], torch.float32).folder)
+    promise, reason = source.decoalesce(hidden="=12").promise
+    assert promise == "approximate"
+    assert "new empty units" in reason
+
+
 @every_case
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_a_grown_model_shrinks_back_to_its_source(

@@ -206,7 +206,7 @@ def test_groups_that_do_not_fit_the_target_are_refused(tmp_path: Path) -> None:
     mapper = streammap.BertMapper(
         tmp_path / "src", tmp_path / "tgt", width_scheme=[[0], [1], [2]], depth_scheme=DEPTH
     )
-    with pytest.raises(streammap.SchemeError, match="3 groups, the small model has 2 heads"):
+    with pytest.raises(streammap.SchemeError, match="3 groups, the small model has 2"):
         mapper.coalesce()
 
 

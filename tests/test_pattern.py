@@ -1,4 +1,4 @@
-"""Key patterns and dimension expressions."""
+"""Key patterns."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streammap import pattern
 from streammap.errors import ArchitectureError
-from streammap.pattern import Call, Expression, Name, Number, Operation
+from streammap.expression import Name, Number, Operation
 
 VARS = {"base": ["bert.", ""], "L": ["{base}layer.{i}."]}
 
@@ -17,17 +17,7 @@ VARS = {"base": ["bert.", ""], "L": ["{base}layer.{i}."]}
 def _match(
     text: str, key: str, variables: Mapping[str, Sequence[str]] = VARS
 ) -> dict[str, int] | None:
-    return pattern.compile_pattern(text, variables).match(key)
-
-
-def _value(text: str, **sizes: int) -> int:
-    def call(function: str, arguments: tuple[str, ...]) -> int:
-        return len(function) + 100 * len(arguments)
-
-    return pattern.evaluate(pattern.parse_expression(text), sizes.__getitem__, call)
-
-
-# Key patterns.
+    return pattern.first_match(pattern.compile_patterns(text, variables), key)
 
 
 def test_text_matches_itself_and_nothing_else() -> None:
@@ -55,7 +45,7 @@ def test_an_index_that_stands_twice_is_one() -> None:
 
 
 def test_alternatives_are_text() -> None:
-    compiled = pattern.compile_pattern("{n:query|key.a|v*}.weight", {})
+    (compiled,) = pattern.compile_patterns("{n:query|key.a|v*}.weight", {})
     assert compiled.indices == ()
     assert compiled.text == "{n:query|key.a|v*}.weight"
     for name in ("query", "key.a", "v*"):
@@ -76,13 +66,100 @@ def test_variables_are_alternatives_and_nest() -> None:
     assert _match("{L}dense", "gpt.layer.5.dense") is None
 
 
-def test_variables_share_their_index() -> None:
+def test_a_variable_whose_alternatives_hold_indices_makes_several_patterns() -> None:
     variables = {"base": ["vit.", ""], "L": ["{base}encoder.layer.{i}.", "{base}layers.{i}."]}
-    compiled = pattern.compile_pattern("{L}x", variables)
-    assert compiled.indices == ("i",)
+    compiled = pattern.compile_patterns("{L}x", variables)
+    assert [(one.text, one.indices) for one in compiled] == [("{L}x", ("i",))] * 2
     for before in ("vit.encoder.layer.", "encoder.layer.", "vit.layers.", "layers."):
-        assert compiled.match(f"{before}4.x") == {"i": 4}
-    assert compiled.match("vit.4.x") is None
+        assert pattern.first_match(compiled, f"{before}4.x") == {"i": 4}
+    assert pattern.first_match(compiled, "vit.4.x") is None
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "keys"),
+    [
+        (["a.{i}", "b"], {"a.3.": {"i": 3}, "b.": {}}),
+        (["a.{i}", "b.{j}"], {"a.3.": {"i": 3}, "b.4.": {"j": 4}}),
+        (["a.{i}.{j}", "b.{j}"], {"a.3.5.": {"i": 3, "j": 5}, "b.4.": {"j": 4}}),
+        (["a.{i}.x", "b.{i}.y"], {"a.3.x.": {"i": 3}, "b.4.y.": {"i": 4}}),
+        (["{w}", "c.{i}"], {"a.3.": {"i": 3}, "b.": {}, "c.4.": {"i": 4}}),
+    ],
+)
+def test_alternatives_may_have_different_indices_and_tails(
+    alternatives: list[str], keys: Mapping[str, Mapping[str, int]]
+) -> None:
+    variables = {"v": alternatives, "w": ["a.{i}", "b"]}
+    for key, values in keys.items():
+        assert _match("{v}.", key, variables) == values
+    compiled = pattern.compile_patterns("{v}.", variables)
+    assert sum(one.match(key) is not None for one in compiled for key in keys) == len(keys)
+    for key in ("a.", "a.3.b.", "b.x.", "a.3.x.y."):
+        assert _match("{v}.", key, variables) is None
+
+
+def test_an_index_in_a_variable_and_behind_it_is_one() -> None:
+    variables = {"v": ["a.{i}.", "b.{j}."]}
+    assert _match("{v}x.{i}", "a.2.x.2", variables) == {"i": 2}
+    assert _match("{v}x.{i}", "a.2.x.3", variables) is None
+    assert _match("{v}x.{i}", "b.2.x.3", variables) == {"j": 2, "i": 3}
+
+
+def test_an_index_may_have_a_size_of_its_own() -> None:
+    (compiled,) = pattern.compile_patterns("norms.{head@kv_heads*2}.{layer}.weight", {})
+    assert compiled.match("norms.3.1.weight") == {"head": 3, "layer": 1}
+    assert compiled.counts == {"head": Operation("*", Name("kv_heads"), Number(2))}
+    assert compiled.last == ()
+
+
+def test_the_size_of_an_index_may_stand_in_a_variable() -> None:
+    variables = {"v": ["a.{head@n+1}.", "b."]}
+    one, two = pattern.compile_patterns("{v}x", variables)
+    assert (list(one.counts), list(two.counts)) == (["head"], [])
+
+
+@pytest.mark.parametrize("text", ["{head@}", "{head@2*}", "{head@a b}", "{head@(a}"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ArchitectureError, match="expression"):
+        pattern.compile_patterns(text, {})
+
+
+def test_an_index_may_be_the_last_only() -> None:
+    (compiled,) = pattern.compile_patterns("h.{layer=last}.ln.{i}", {})
+    assert compiled.last == ("layer",)
+    assert compiled.indices == ("layer", "i")
+    # Which one is the last, the caller knows.
+    assert compiled.match("h.3.ln.1") == {"layer": 3, "i": 1}
+
+
+@pytest.mark.parametrize("text", ["{x=first}", "{x=}", "{x=last=last}", "{=last}", "{x=3}"])
+def test_an_index_that_is_something_else_than_last_is_refused(text: str) -> None:
+    with pytest.raises(ArchitectureError, match="not a name"):
+        pattern.compile_patterns(text, {})
+
+
+def test_indices_have_a_scope() -> None:
+    variables = {"L": ["h.{layer}."]}
+    (compiled,) = pattern.compile_patterns("{L}e.{expert@n}.{i=last}", variables, scope="text.")
+    assert compiled.indices == ("text.layer", "text.expert", "text.i")
+    assert list(compiled.counts) == ["text.expert"]
+    assert compiled.last == ("text.i",)
+    assert compiled.match("h.1.e.2.3") == {"text.layer": 1, "text.expert": 2, "text.i": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("h.{layer}.x", "h.0.x"),
+        ("{L}dense", "bert.layer.0.dense"),
+        ("{p:query|key}.weight", "query.weight"),
+        ("e.{i}.{i}", "e.0.0"),
+        ("{base}a+b", "bert.a+b"),
+    ],
+)
+def test_a_sample_is_a_key_that_fits(text: str, key: str) -> None:
+    (compiled,) = pattern.compile_patterns(text, VARS)
+    assert pattern.sample(compiled) == key
+    assert compiled.match(key) is not None
 
 
 def test_a_star_is_anything() -> None:
@@ -94,174 +171,57 @@ def test_a_star_is_anything() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{a", "a}", "a{", "}{", "{{a}}", "{a{b}}", "{base}{i", "{i}}", "{"]
+    "text",
+    [
+        "{a",
+        "{ab",
+        "{a:b|c",
+        "{base}{layer",
+        "a}",
+        "a{",
+        "}{",
+        "{{a}}",
+        "{a{b}}",
+        "{base}{i",
+        "{i}}",
+        "{",
+    ],
 )
 def test_unbalanced_braces_are_refused(text: str) -> None:
     with pytest.raises(ArchitectureError, match="unbalanced braces"):
-        pattern.compile_pattern(text, VARS)
+        pattern.compile_patterns(text, VARS)
 
 
 @pytest.mark.parametrize("text", ["{}", "{1}", "{a b}", "{a|b}", "{a-b}", "x.{*}"])
 def test_names_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(ArchitectureError, match=r"not a name|unbalanced"):
-        pattern.compile_pattern(text, VARS)
+        pattern.compile_patterns(text, VARS)
 
 
 def test_variables_without_an_end_are_refused() -> None:
     with pytest.raises(ArchitectureError, match="expand without an end"):
-        pattern.compile_pattern("{a}", {"a": ["x{a}"]})
+        pattern.compile_patterns("{a}", {"a": ["x{a}"]})
     with pytest.raises(ArchitectureError, match="expand without an end"):
-        pattern.compile_pattern("{a}", {"a": ["{b}"], "b": ["{a}"]})
+        pattern.compile_patterns("{a}", {"a": ["{b}"], "b": ["{a}"]})
     with pytest.raises(ArchitectureError, match="expand without an end"):
-        pattern.compile_pattern("x" * 5000, {})
+        pattern.compile_patterns("x" * 5000, {})
 
 
-@pytest.mark.parametrize(
-    ("alternatives", "expected"),
-    [
-        (["a.{i}", "b"], "alternatives with different indices"),
-        (["a.{i}", "b.{j}"], "alternatives with different indices"),
-        (["a.{i}.{j}", "b.{i}.{j}"], "several alternatives with several indices"),
-        (["a.{i}.x", "b.{i}.y"], "alternatives must end alike"),
-    ],
-)
-def test_variables_whose_indices_differ_are_refused(alternatives: list[str], expected: str) -> None:
-    with pytest.raises(ArchitectureError, match=expected):
-        pattern.compile_pattern("{v}", {"v": alternatives})
+def test_too_many_patterns_of_one_text_are_refused() -> None:
+    variables = {"v": ["a.{i}.", "b.{i}."]}
+    assert len(pattern.compile_patterns("{v}" * 8, variables)) == 256
+    with pytest.raises(ArchitectureError, match="expand without an end"):
+        pattern.compile_patterns("{v}" * 9, variables)
 
 
 @pytest.mark.parametrize("text", ["{L}{L}", "{i}.{L}"])
-def test_an_index_in_two_variables_is_one_or_refused(text: str) -> None:
-    try:
-        compiled = pattern.compile_pattern(text, VARS)
-    except ArchitectureError:
-        return
-    assert compiled.match("2.layer.3." if text.startswith("{i}") else "layer.2.layer.3.") is None
+def test_an_index_in_two_variables_is_one(text: str) -> None:
+    key = "2.layer." if text.startswith("{i}") else "layer.2.layer."
+    assert _match(text, f"{key}2.") == {"i": 2}
+    assert _match(text, f"{key}3.") is None
 
 
-@given(st.text(alphabet="ab{}:|*.0\\[(", max_size=20))
+@given(st.text(alphabet="ab{}:|*.0\\[(@=", max_size=20))
 def test_any_text_compiles_or_is_refused(text: str) -> None:
     with contextlib.suppress(ArchitectureError):
-        pattern.compile_pattern(text, {"a": ["x.{b}.", "y"], "b": ["{ab}"]})
-
-
-# Expressions.
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("7", 7),
-        ("q", 5),
-        ("3*q", 15),
-        ("q+2*kv", 11),
-        ("2*kv+q", 11),
-        ("(q+2)*kv", 21),
-        ("q-kv-1", 1),
-        ("q-(kv-1)", 3),
-        ("12/kv/2", 2),
-        ("12/(kv*2)", 2),
-        ("2*q/5*kv", 6),
-        ("  q  +\tkv ", 8),
-        ("((q))", 5),
-        ("f(a, b)", 201),
-        ("2*gg(x.0.*)+q", 209),
-        ("1-2", -1),
-    ],
-)
-def test_expressions_have_the_usual_precedence(text: str, value: int) -> None:
-    assert _value(text, q=5, kv=3) == value
-
-
-def test_a_product_keeps_its_order() -> None:
-    heads, three, dim = Name("heads"), Number(3), Name("head_dim")
-    ordered = Operation("*", Operation("*", heads, three), dim)
-    assert pattern.parse_expression("heads*3*head_dim") == ordered
-    other = Operation("*", Operation("*", three, heads), dim)
-    assert pattern.parse_expression("3*heads*head_dim") == other
-    assert ordered != other
-
-
-def test_a_sum_keeps_its_order() -> None:
-    q, kv = Name("q"), Operation("*", Number(2), Name("kv"))
-    assert pattern.parse_expression("q+2*kv") == Operation("+", q, kv)
-    assert pattern.parse_expression("2*kv+q") == Operation("+", kv, q)
-
-
-def test_a_call_keeps_its_arguments_as_written() -> None:
-    call = Call("shape", ("patch_embed.proj.weight", "0"))
-    assert pattern.parse_expression("shape(patch_embed.proj.weight, 0)") == call
-    assert pattern.parse_expression("count(blocks.{layer}.x)") == Call(
-        "count", ("blocks.{layer}.x",)
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("", "a name or number is missing"),
-        ("  ", "a name or number is missing"),
-        ("a+", "a name or number is missing"),
-        ("*a", "a name or number is missing"),
-        ("a**b", "a name or number is missing"),
-        ("a*-b", "a name or number is missing"),
-        ("()", "a name or number is missing"),
-        ("(a", "a bracket is not closed"),
-        ("(a*(b+c)", "a bracket is not closed"),
-        ("a)", r"'\)' is out of place"),
-        ("a b", "'b' is out of place"),
-        ("2a", "'a' is out of place"),
-        ("f(a", r"'\(' is out of place"),
-        ("a.b", r"can't read '\.b'"),
-        ("a%b", "can't read '%b'"),
-        ("a==b", "can't read '==b'"),
-        ("1.5", r"can't read '\.5'"),
-        ("a" * 401, "401 characters, at most 400"),
-    ],
-)
-def test_what_is_no_expression_is_refused(text: str, expected: str) -> None:
-    with pytest.raises(ArchitectureError, match=expected):
-        pattern.parse_expression(text)
-
-
-@pytest.mark.parametrize("text", ["(" * 399, "(" * 199 + "a" + ")" * 199])
-def test_brackets_of_any_depth_are_read_or_refused(text: str) -> None:
-    with contextlib.suppress(ArchitectureError):
-        pattern.parse_expression(text)
-
-
-@pytest.mark.parametrize(("a", "b"), [(7, 2), (1, 2), (5, 0), (0, 0)])
-def test_a_division_with_a_rest_is_refused(a: int, b: int) -> None:
-    with pytest.raises(ArchitectureError, match=f"{a} does not divide by {b}"):
-        _value("a/b", a=a, b=b)
-
-
-def _text(tree: Expression) -> str:
-    match tree:
-        case Number(value):
-            return str(value)
-        case Name(name):
-            return name
-        case Operation(operator, left, right):
-            return f"({_text(left)}{operator}{_text(right)})"
-        case Call(function, arguments):
-            return f"{function}({', '.join(arguments)})"
-
-
-LEAVES = st.integers(0, 99).map(Number) | st.sampled_from(["q", "kv", "head_dim"]).map(Name)
-TREES: st.SearchStrategy[Expression] = st.recursive(
-    LEAVES,
-    lambda inner: st.builds(Operation, st.sampled_from("+-*/"), inner, inner),
-    max_leaves=8,
-)
-
-
-@given(TREES)
-def test_a_written_expression_parses_to_itself(tree: Expression) -> None:
-    assert pattern.parse_expression(_text(tree)) == tree
-
-
-@given(st.text(alphabet="ab12+-*/() .,", max_size=30) | st.text(max_size=20))
-def test_any_text_parses_or_is_refused(text: str) -> None:
-    with contextlib.suppress(ArchitectureError):
-        pattern.parse_expression(text)
+        pattern.compile_patterns(text, {"a": ["x.{b}.", "y"], "b": ["{ab}"]})

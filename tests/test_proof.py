@@ -77,7 +77,8 @@ FAULTS = {
         '[forward_scale]\n"{base}wte.weight" = "embed**0.5"', "growth", "embed: ",
     ),
     "another layout of q, k, v": (
-        '[modules]\n"{L}attn.c_attn" = "conv1d embed -> heads*3*head_dim"', "permutation", "differ",
+        '[modules]\n"{L}attn.c_attn" = "conv1d embed -> heads*3*head_dim"',
+        "permutation", "heads: ",
     ),
     "a role the wrong way round": (
         '[tensors]\n"{L}mlp.c_fc.weight" = "embed:in, mlp:in"', "growth", "mlp: ",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import streammap
 from streammap import scheme
 from streammap.errors import PlanError, SchemeError
+from streammap.requests import Request
 from streammap.scheme import Grouping, Scheme
 from tests import tiny
 
@@ -72,8 +73,6 @@ def test_groups_may_be_uneven_overlap_and_leave_members_out() -> None:
     groups = ((0, 2, 5), (2,), (7, 1))
     found = scheme.load_scheme({"width_scheme": groups})
     assert found.width == groups
-    assert scheme.uncovered(groups, 9) == (3, 4, 6, 8)
-    assert scheme.overlapping(groups) == (2,)
 
 
 def test_null_stands_for_none() -> None:
@@ -92,6 +91,57 @@ def test_reserved_entries_are_accepted_and_reported(big: streammap.LazyCheckpoin
 def test_heads_left_out_or_used_twice_are_reported(big: streammap.LazyCheckpoint) -> None:
     notes = big.coalesce(scheme={"width_scheme": [[0, 1], [1, 3]]}).plan.notes
     assert notes == ("heads 2 of 4: in no group, dropped", "heads 1: in more than one group")
+
+
+def test_a_scheme_has_entries_for_spaces_and_axes(big: streammap.LazyCheckpoint) -> None:
+    content = {
+        "hidden": 2,
+        "heads": {"factor": 2, "grouping": "adjacent"},
+        "mlp": "=6",
+        "layers": [[0, 1], [2, 3]],
+        "axes": {"types": "=2"},
+    }
+    found = scheme.load_scheme(content)
+    assert found.spaces == {
+        "hidden": Request(factor=2),
+        "heads": Request(factor=2, grouping="adjacent"),
+        "mlp": Request(size=6),
+        "layers": Request(groups=((0, 1), (2, 3))),
+    }
+    assert found.axes == {"types": Request(size=2)}
+    shrunk = big.coalesce(scheme={key: content[key] for key in ("heads", "mlp", "layers")})
+    assert {k: shrunk.sizes[k] for k in ("embed", "heads", "mlp", "layer")} == {
+        "embed": 4, "heads": 2, "mlp": 6, "layer": 2,
+    }  # fmt: skip
+
+
+def test_width_in_a_scheme_is_what_the_option_is(big: streammap.LazyCheckpoint) -> None:
+    one, two = big.coalesce(scheme={"width": 2}), big.coalesce(width=2)
+    tiny.assert_same(dict(one.tensors()), dict(two.tensors()))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"heads": 0}, "scheme: heads is 0, expected 1 or more"),
+        ({"mlp": "=0"}, "scheme: mlp: '=0' is no request"),
+        ({"layers": [[0, 0]]}, r"scheme: layers\[0\]: member 0 stands twice"),
+        ({"axes": 3}, "scheme: axes is 3, expected a table of axes"),
+        ({"axes": {"embed": None}}, "scheme: axes: embed: 'None' is no request"),
+    ],
+)
+def test_an_entry_that_is_no_request_is_refused(
+    content: Mapping[str, object], expected: str
+) -> None:
+    with pytest.raises(SchemeError, match=expected):
+        scheme.load_scheme(content)
+
+
+def test_an_entry_that_the_model_lacks_is_refused(big: streammap.LazyCheckpoint) -> None:
+    with pytest.raises(PlanError, match=r"bert has no kv heads\n.*its spaces are hidden, heads"):
+        big.coalesce(scheme={"kv_heads": 2})
+    with pytest.raises(PlanError, match=r"bert has no axis 'width'\n.*its axes are .*heads"):
+        big.coalesce(scheme={"axes": {"width": 2}})
 
 
 def test_every_shipped_scheme_loads() -> None:
@@ -129,8 +179,7 @@ def test_uniform_groups_hold_each_member_once(n: int, factor: int, grouping: Gro
     groups = scheme.uniform(n * factor, factor, grouping, what="heads")
     assert len(groups) == n
     assert {len(group) for group in groups} == {factor}
-    assert scheme.uncovered(groups, n * factor) == ()
-    assert scheme.overlapping(groups) == ()
+    assert sorted(member for group in groups for member in group) == list(range(n * factor))
 
 
 @pytest.mark.parametrize("factor", [0, -1, 5, 7, 13, 24])
@@ -173,7 +222,7 @@ def test_json_that_is_no_object_is_refused(tmp_path: Path, text: str, kind: str)
         scheme.load_scheme(tiny.file(tmp_path / "s.json", text))
 
 
-@pytest.mark.parametrize("key", ["with_scheme", "width", "", "WIDTH_SCHEME", "comment"])
+@pytest.mark.parametrize("key", ["with_scheme", "widths", "", "WIDTH_SCHEME", "comment"])
 def test_an_unknown_key_is_refused(key: str) -> None:
     expected = f"unknown key '{key}'\n.*known are width_scheme, depth_scheme"
     with pytest.raises(SchemeError, match=expected):
@@ -193,10 +242,20 @@ def test_a_scheme_that_is_no_list_of_groups_is_refused(key: str, groups: object)
         scheme.load_scheme({key: groups})
 
 
-@pytest.mark.parametrize("group", [3, "01", None, {"0": 1}, True])
+@pytest.mark.parametrize("group", [3, "01", None, 0.5, True])
 def test_a_group_that_is_no_list_is_refused(group: object) -> None:
     with pytest.raises(SchemeError, match=r"width_scheme\[1\]: expected a list of numbers such as"):
         scheme.load_scheme({"width_scheme": [[0], group]})
+
+
+def test_a_group_that_is_a_table_has_members_and_weights() -> None:
+    expected = r"width_scheme\[1\]: expected members and weights, found \['0'\]"
+    with pytest.raises(SchemeError, match=expected):
+        scheme.load_scheme({"width_scheme": [[0], {"0": 1}]})
+    weighted = {"width_scheme": [[0], {"members": [1, 2], "weights": [1, 3]}]}
+    with pytest.raises(SchemeError, match=r"width_scheme: weighted members\n.*\"heads\"") as told:
+        scheme.load_scheme(weighted)
+    assert '"groups": [...]' in (told.value.hint or "")
 
 
 def test_an_empty_group_is_refused() -> None:
@@ -219,11 +278,11 @@ def test_a_member_that_is_no_index_is_refused(member: object) -> None:
 
 def test_a_member_out_of_range_is_refused_by_name(big: streammap.LazyCheckpoint) -> None:
     wide = {"width_scheme": [[0], [1], [2], [3, 4]]}
-    expected = r"width_scheme\[3\]: head 4 is out of range, the large model has 4 heads \(0 to 3\)"
+    expected = r"\[3\]: .*4 is out of range, the large model has 4 .*\(0 to 3\)\n.*hint"
     with pytest.raises(SchemeError, match=expected):
         big.coalesce(scheme=wide)
     deep = {"depth_scheme": [[0, 9], [1]]}
-    expected = r"depth_scheme\[0\]: layer 9 is out of range, the large model has 4 layers"
+    expected = r"layer\[0\]: 9 is out of range, the large model has 4 \(0 to 3\)\n.*hint"
     with pytest.raises(SchemeError, match=expected):
         big.coalesce(scheme=deep)
 
@@ -232,7 +291,7 @@ def test_a_member_that_the_target_lacks_is_refused(
     big: streammap.LazyCheckpoint, small: streammap.LazyCheckpoint
 ) -> None:
     groups = {"width_scheme": [[0, 2], [1, 4]], **L4}
-    with pytest.raises(SchemeError, match=r"width_scheme\[1\]: head 4 is out of range.* 4 heads"):
+    with pytest.raises(SchemeError, match=r"\[1\]: .*4 is out of range, the large model has 4"):
         small.decoalesce(scheme=groups, target=big)
 
 
@@ -240,12 +299,12 @@ def test_a_wrong_number_of_groups_is_refused(
     big: streammap.LazyCheckpoint, small: streammap.LazyCheckpoint
 ) -> None:
     three = {"width_scheme": [[0], [1], [2, 3]], **L4}
-    with pytest.raises(SchemeError, match="width_scheme: 3 groups, the small model has 2 heads"):
+    with pytest.raises(SchemeError, match="3 groups, the small model has 2"):
         small.decoalesce(scheme=three)
-    with pytest.raises(SchemeError, match="width_scheme: 3 groups, the small model has 2 heads"):
+    with pytest.raises(SchemeError, match="3 groups, the small model has 2"):
         big.coalesce(scheme=three, target=small)
     one = {**H4, "depth_scheme": [[0, 1, 2, 3]]}
-    with pytest.raises(SchemeError, match="depth_scheme: 1 groups, the small model has 2 layers"):
+    with pytest.raises(PlanError, match="layer would be 1, the target says 2"):
         big.coalesce(scheme=one, target=small)
 
 
@@ -259,7 +318,7 @@ def test_a_scheme_without_groups_is_refused(big: streammap.LazyCheckpoint) -> No
 def test_a_scheme_that_misses_what_the_target_needs_is_refused(
     big: streammap.LazyCheckpoint, small: streammap.LazyCheckpoint
 ) -> None:
-    with pytest.raises(PlanError, match="layers: source 4, target 2, and no depth_scheme says how"):
+    with pytest.raises(PlanError, match="layer would be 4, the target says 2"):
         big.coalesce(scheme=H4, target=small)
 
 
