@@ -109,6 +109,8 @@ class Head:
     """What the model multiplies the head's input by."""
     path: str
     """Where in config.json its fields are: "" or "text_config."."""
+    copies: Mapping[str, str]
+    """End of a key -> end of the key whose tensor it gets when the head is untied."""
 
     def is_in(self, classes: Iterable[str]) -> bool:
         """Whether a model of config.json's `architectures` has this head."""
@@ -157,6 +159,7 @@ class Depth:
     tables: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
     default: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ones: tuple[KeyPattern, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

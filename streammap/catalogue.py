@@ -50,10 +50,10 @@ def parse(text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG) ->
 def model_types() -> dict[str, str]:
     """model_type -> name of the spec that serves it."""
     found: dict[str, str] = {}
-    for name in names():
+    for name in _texts(os.environ.get(FOLDER, "")):
         listed = _tables(name).get("model_types", [])
         for model_type in listed if isinstance(listed, list) else []:
-            found[str(model_type)] = name
+            found.setdefault(str(model_type), name)
     return found
 
 

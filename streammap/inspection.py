@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from streammap import quantized
 from streammap.api import LazyCheckpoint
-from streammap.errors import ArchitectureError
+from streammap.errors import ArchitectureError, CheckpointError
 from streammap.layers import Kind
 from streammap.model import Family
 
@@ -116,6 +117,10 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
         found = {axis: _runs(model.kinds(axis)) for axis in model.architecture.depth_axes}
         layer_kinds = {axis: kinds for axis, kinds in found.items() if len(kinds) > 1}
     except ArchitectureError as error:
+        problem = error.message
+    except CheckpointError as error:
+        if not quantized.is_quantized(plan.specs, plan.config or {}):
+            raise
         problem = error.message
     dtypes: dict[str, int] = {}
     for form in plan.targets.values():

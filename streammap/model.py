@@ -5,7 +5,6 @@ kind must have the same tensors; else the checkpoint is refused, with the neares
 """
 
 import difflib
-import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -325,9 +324,9 @@ def _check_complete(model: Model) -> None:
     n_missing = 0
     for axis in model.architecture.depth_axes:
         _check_surplus(model, axis)
-        found = list(_missing(model, axis))
-        missing += found[:3]
-        n_missing += len(found)
+        names, n = _missing(model, axis)
+        missing += names
+        n_missing += n
     for required in _unmet(model):
         missing.append(required)
         n_missing += 1
@@ -375,12 +374,14 @@ def _check_surplus(model: Model, axis: str) -> None:
         )
 
 
-def _missing(model: Model, axis: str) -> Iterable[str]:
-    """Keys that layers lack and others of their kind have."""
-    kinds = model.kinds(axis)
+def _missing(model: Model, axis: str) -> tuple[list[str], int]:
+    """Some of the keys that layers lack and others of their kind have, and how many these are."""
     members: dict[layers.Kind, list[int]] = {}
-    for i, kind in enumerate(kinds):
+    for i, kind in enumerate(model.kinds(axis)):
         members.setdefault(kind, []).append(i)
+    names: list[str] = []
+    n_missing = 0
+    held: set[int] = set()
     for family in model.families:
         if axis not in family.indices or family.rule.kind == "drop":
             continue
@@ -389,17 +390,15 @@ def _missing(model: Model, axis: str) -> Iterable[str]:
         for values in family.members:
             rests.setdefault((*values[:at], *values[at + 1 :]), set()).add(values[at])
         for rest, there in rests.items():
+            held |= there
             for same in members.values():
-                if there.isdisjoint(same):
+                if there.isdisjoint(same) or there.issuperset(same):
                     continue
-                lacking = (i for i in same if i not in there)
-                yield from (family.key((*rest[:at], i, *rest[at:])) for i in lacking)
-    held = {
-        values[family.indices.index(axis)]
-        for family in model.families
-        if axis in family.indices
-        for values in family.members
-    }
+                lacking = [i for i in same if i not in there]
+                n_missing += len(lacking)
+                names += [family.key((*rest[:at], i, *rest[at:])) for i in lacking[:3]]
     # A model may be the encoder or the decoder alone: then an axis has no layers at all.
-    empty = (i for i in range(len(kinds)) if held and i not in held)
-    yield from (f"layer {i} of {axis}" for i in itertools.islice(empty, 3))
+    if not n_missing and held:
+        empty = [i for same in members.values() for i in same if i not in held]
+        return [f"layer {i} of {axis}" for i in empty[:3]], len(empty)
+    return names[:3], n_missing

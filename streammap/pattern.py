@@ -12,6 +12,7 @@ A variable whose alternatives hold indices makes several patterns of one text.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from streammap.errors import ArchitectureError
 from streammap.expression import Expression, parse_expression
@@ -60,7 +61,7 @@ def first_match(patterns: Iterable[KeyPattern], key: str) -> dict[str, int] | No
 
 def sample(found: KeyPattern) -> str:
     """A key that a pattern fits: the first of each alternatives, indices 0."""
-    text = re.sub(r"\(\?P<i\d+>[^)]*\)", "0", found.regex.pattern)
+    text = re.sub(r"\(\?P<i\d+>[^)]*\)|\(\?P=i\d+\)", "0", found.regex.pattern)
     while "(?:" in text:
         text = re.sub(r"\(\?:([^()|]*)[^()]*\)", r"\1", text)
     return text.replace("\\", "")
@@ -77,8 +78,15 @@ def compile_patterns(
     Raises:
         ArchitectureError: unbalanced braces, or variables that expand without an end.
     """
-    expanded = _expanded(text, text, variables)
-    return tuple(_compiled(text, one, variables, scope) for one in expanded)
+    return _cached(text, tuple((name, tuple(found)) for name, found in variables.items()), scope)
+
+
+@cache
+def _cached(
+    text: str, variables: tuple[tuple[str, tuple[str, ...]], ...], scope: str
+) -> tuple[KeyPattern, ...]:
+    known = dict(variables)
+    return tuple(_compiled(text, one, known, scope) for one in _expanded(text, text, known))
 
 
 def _expanded(text: str, whole: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
@@ -121,7 +129,7 @@ def _compiled(
     for piece in _PIECE.split(text):
         if piece == "*":
             parts.append(".*")
-        elif not piece.startswith("{"):
+        elif not _PIECE.fullmatch(piece):
             if "{" in piece or "}" in piece:
                 raise ArchitectureError(f"pattern {whole!r}: unbalanced braces")
             parts.append(re.escape(piece))
@@ -162,7 +170,7 @@ def _alternatives(
         for part in _PIECE.split(alternative):
             if part == "*":
                 inner.append(".*")
-            elif part.startswith("{"):
+            elif _PIECE.fullmatch(part):
                 inner.append(_alternatives(part, variables, whole, depth=depth + 1))
             elif "{" in part or "}" in part:
                 raise ArchitectureError(f"pattern {whole!r}: unbalanced braces")

@@ -27,6 +27,7 @@ from streammap.dimmaps import DimMaps
 from streammap.errors import ArchitectureError, PlanError, some
 from streammap.expression import Name
 from streammap.graph import Form
+from streammap.mapfile import Level
 from streammap.maps import AxisMap, MapPair
 from streammap.model import Family, Model, TiedHead
 from streammap.pattern import KeyPattern, first_match, sample
@@ -71,8 +72,13 @@ class Change:
     """Whether a tied head gets a tensor of its own."""
 
 
-def remap(plan: Plan, change: Change, step: Step) -> Plan:
+def remap(
+    plan: Plan, change: Change, step: Step, *, levels: tuple[Level, ...] | None = None
+) -> Plan:
     """The plan with each axis changed.
+
+    Args:
+        levels: The maps to save with the result; None for those of the plan.
 
     Raises:
         PlanError: a tensor that can't be computed with, layers that can't be mixed, a size that
@@ -90,7 +96,7 @@ def remap(plan: Plan, change: Change, step: Step) -> Plan:
             targets.update(work.family(family))
     fields = dict(change.fields)
     if change.untie:
-        targets.update(work.untied())
+        targets.update(work.untied(targets))
         fields |= {f"{tied.head.path}tie_word_embeddings": False for tied in model.tied_heads}
     notes += work.notes
     config = None
@@ -106,7 +112,10 @@ def remap(plan: Plan, change: Change, step: Step) -> Plan:
         sized[axis] = (sized.get(axis, (model.sizes[axis], 0))[0], new)
     step = replace(step, notes=tuple(notes))
     ordered = {key: targets[key] for key in sorted(targets, key=natural)}
-    result = replace(plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized)
+    result = replace(
+        plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized,
+        levels=plan.levels if levels is None else levels,
+    )  # fmt: skip
     _check_sizes(result, sizes)
     return result
 
@@ -156,7 +165,8 @@ class _Remapping:
                 key: self._tensor(family, key, ((1.0, key),)) for key in family.members.values()
             }
         parts: dict[tuple[int, ...], list[tuple[float, str]]] = {}
-        for values, key in family.members.items():
+        # In order, so that sums don't depend on how the source is sharded.
+        for values, key in sorted(family.members.items()):
             if self._is_tail(family, values):
                 continue
             found: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
@@ -175,6 +185,8 @@ class _Remapping:
             if whole:
                 key = family.key(target)
                 made[key] = self._tensor(family, key, whole, self._is_silent(family, target))
+                if self._is_one(family, target, key):
+                    made[key] = graph.shift(graph.scale(made[key], 0.0), 1.0)
         return made
 
     def _check_first(self, family: Family) -> None:
@@ -192,7 +204,7 @@ class _Remapping:
                         hint="give groups in which layer 0 stands alone, and is the first",
                     )
 
-    def untied(self) -> dict[str, Form]:
+    def untied(self, targets: Mapping[str, Form]) -> dict[str, Form]:
         """A tensor of its own for each tied head: the embedding as its reader sees it."""
         made: dict[str, Form] = {}
         for tied in self._model.tied_heads:
@@ -211,7 +223,17 @@ class _Remapping:
                     if name not in self._plan.targets:
                         made[name] = graph.scale(mapped, self._head_factor(tied))
                     break
+            made |= self._copies(tied, targets)
         return made
+
+    def _copies(self, tied: TiedHead, targets: Mapping[str, Form]) -> dict[str, Form]:
+        """Tensors that other parts shared, and look for under their own names once untied."""
+        return {
+            key.removesuffix(end) + name: form
+            for name, end in tied.head.copies.items()
+            for key, form in targets.items()
+            if key.endswith(end) and key.removesuffix(end) + name not in targets
+        }
 
     def _indices(self, family: Family) -> list[tuple[Family, str]]:
         return [(family, index) for index in family.indices]
@@ -247,6 +269,15 @@ class _Remapping:
             for index, value in zip(family.indices, target, strict=True)
         )
         return found and writes(family, self._hidden)
+
+    def _is_one(self, family: Family, target: tuple[int, ...], key: str) -> bool:
+        """Whether a tensor of a silent layer is to be 1."""
+        return any(
+            value in self._change.silent.get(index, ())
+            and index in self._model.architecture.depth
+            and first_match(self._model.architecture.depth[index].ones, key) is not None
+            for index, value in zip(family.indices, target, strict=True)
+        )
 
     def _whole(
         self,

@@ -29,6 +29,15 @@ _DTYPES = (
 _HINT = "dequantise it first: load it with transformers and save it in bfloat16"
 
 
+def is_quantized(specs: Mapping[str, TensorSpec], config: Mapping[str, object]) -> bool:
+    """Whether `check` refuses it."""
+    try:
+        check(specs, config)
+    except CheckpointError:
+        return True
+    return False
+
+
 def check(specs: Mapping[str, TensorSpec], config: Mapping[str, object]) -> None:
     """Refuse a quantised checkpoint.
 

@@ -113,18 +113,27 @@ def _of_table(table: Mapping[str, object], where: str) -> Request:
         raise SchemeError(f"{where}: grouping {table['grouping']!r}, expected stacked or adjacent")
     value = table[given[0]]
     if given[0] == "groups":
+        if grouping is not None:
+            raise SchemeError(f"{where}: both groups and a grouping", hint="give one of the two")
         groups, weights = parse_groups(value, where)
         return Request(groups=groups, weights=weights)
     if type(value) is not int or value < 1:
         raise SchemeError(f"{where}: {given[0]} is {value!r}, expected 1 or more")
-    return Request(factor=value, grouping=grouping) if given[0] == "factor" else Request(size=value)
+    if given[0] == "size":
+        return Request(size=value, grouping=grouping)
+    return Request(factor=value, grouping=grouping)
 
 
 def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
     if isinstance(group, Mapping):
         if set(group) != {"members", "weights"}:
             raise SchemeError(f"{where}: expected members and weights, found {sorted(group)}")
-        return _group(group["members"], where)[0], _weights(group, where)
+        members = _members(group["members"], where)
+        return members, _weights(group["weights"], len(members), where)
+    return _members(group, where), None
+
+
+def _members(group: object, where: str) -> tuple[int, ...]:
     if not isinstance(group, list | tuple):
         raise SchemeError(f"{where}: expected a list of numbers such as [0, 6], found {group!r}")
     if not group:
@@ -135,11 +144,10 @@ def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...
     if len(set(group)) != len(group):
         twice = next(member for member in group if group.count(member) > 1)
         raise SchemeError(f"{where}: member {twice} stands twice", hint="name each member once")
-    return tuple(group), None
+    return tuple(group)
 
 
-def _weights(table: Mapping[str, object], where: str) -> tuple[float, ...]:
-    weights, n = table["weights"], len(_group(table["members"], where)[0])
+def _weights(weights: object, n: int, where: str) -> tuple[float, ...]:
     if not isinstance(weights, list | tuple) or len(weights) != n:
         raise SchemeError(f"{where}: expected {n} weights, found {weights!r}")
     for weight in weights:
@@ -168,7 +176,7 @@ def copies(n_large: int, n_small: int) -> Groups:
     return tuple(tuple(range(i, n_small * times, n_small)) for i in range(n_small))
 
 
-def check_members(groups: Sequence[Sequence[int]], n_large: int, where: str) -> None:
+def check_members(groups: Sequence[Sequence[int]], n_large: int, where: str, what: str) -> None:
     """Refuse a member that the large model does not have.
 
     Raises:
@@ -178,7 +186,7 @@ def check_members(groups: Sequence[Sequence[int]], n_large: int, where: str) -> 
         for member in group:
             if member >= n_large:
                 raise SchemeError(
-                    f"{where}[{i}]: {member} is out of range, the large model has {n_large} "
-                    f"(0 to {n_large - 1})",
-                    hint="write the groups for this model",
+                    f"{where}[{i}]: {what} {member} is out of range, the large model has "
+                    f"{n_large} {what} (0 to {n_large - 1})",
+                    hint="write the scheme for this model; `streammap scheme` prints one",
                 )

@@ -7,7 +7,6 @@ One scheme serves both directions. `reserved_heads` and `reserved_layers` may be
 used. The form is that of the original map tools; see schemes/README.md.
 """
 
-import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -101,34 +100,6 @@ def template(n_large: int, n_small: int) -> Groups:
     return tuple(
         (i, n_small + i) if n_small + i < n_large else (i,) for i in range(min(n_small, n_large))
     )
-
-
-def check_range(groups: Groups, n_large: int, *, where: str, what: str) -> None:
-    """Refuse a member that the large model does not have.
-
-    Raises:
-        SchemeError: naming the entry.
-    """
-    for i, group in enumerate(groups):
-        for member in group:
-            if member >= n_large:
-                raise SchemeError(
-                    f"{where}[{i}]: {what[:-1]} {member} is out of range, "
-                    f"the large model has {n_large} {what} (0 to {n_large - 1})",
-                    hint="write the scheme for this model; `streammap scheme` prints one",
-                )
-
-
-def uncovered(groups: Groups, n_large: int) -> tuple[int, ...]:
-    """Members of the large model that are in no group."""
-    used = {member for group in groups for member in group}
-    return tuple(i for i in range(n_large) if i not in used)
-
-
-def overlapping(groups: Groups) -> tuple[int, ...]:
-    """Members that are in more than one group."""
-    members = sorted(member for group in groups for member in group)
-    return tuple(sorted({a for a, b in itertools.pairwise(members) if a == b}))
 
 
 def _parse(content: Mapping[str, object], where: str) -> Scheme:

@@ -35,8 +35,10 @@ class Asked:
     """What becomes of all widths together: a factor, or groups of heads."""
     grouping: Grouping
     kv_merge: KvMerge
-    large: Mapping[str, int]
-    """Axis -> size of the large model, where it is known and groups don't tell."""
+    known: Mapping[str, int]
+    """Axis -> size of a large model that this one was made from, where groups don't tell."""
+    wanted: Mapping[str, int]
+    """Axis -> size that the result must have; empty where nothing is said."""
 
 
 def merging_maps(
@@ -106,27 +108,39 @@ class _Planning:
     # One axis.
 
     def _map(self, axis: str, request: Request) -> BlockMap | None:
-        own, where = self._own[axis], axis
+        own = self._own[axis]
         if request.factor is not None:
             grouping = request.grouping or self._asked.grouping
             large = own * request.factor if self._grows else own
             return self._uniform(axis, large, request.factor, grouping)
         if request.size is not None:
-            return self._sized(axis, own, request.size)
+            return self._sized(axis, own, request.size, request.grouping)
         assert request.groups is not None
-        groups = request.groups
-        n_large = own
-        if self._grows:
-            if len(groups) != own:
-                raise SchemeError(
-                    f"{where}: {len(groups)} groups, the small model has {own}",
-                    hint="write the scheme for this pair of models; `streammap scheme` prints one",
-                )
-            n_large = self._asked.large.get(axis, 0)
-            n_large = max(n_large, 1 + max(member for group in groups for member in group))
-        requests.check_members(groups, n_large, where)
-        self._tell_left(axis, groups, n_large)
-        return maps.merging(groups, n_large, weights=request.weights)
+        n_large = self._n_large(axis, request.groups)
+        self._tell_left(axis, request.groups, n_large)
+        return maps.merging(request.groups, n_large, weights=request.weights)
+
+    def _n_large(self, axis: str, groups: Sequence[Sequence[int]]) -> int:
+        """The large model's size of an axis that groups are given for.
+
+        Raises:
+            SchemeError: another number of groups than the small model has, or a member that the
+                large one doesn't have.
+        """
+        own, wanted = self._own[axis], self._asked.wanted.get(axis)
+        entry = {"heads": "width_scheme", "layer": "depth_scheme"}.get(axis, axis)
+        n_small = own if self._grows else wanted
+        if n_small is not None and len(groups) != n_small:
+            raise SchemeError(
+                f"{entry}: {len(groups)} groups, the small model has {n_small} {self._word(axis)}",
+                hint="write the scheme for this pair of models; `streammap scheme` prints one",
+            )
+        n_large = wanted if self._grows else own
+        if n_large is None:
+            most = 1 + max(member for group in groups for member in group)
+            n_large = max(self._asked.known.get(axis, 0), most)
+        requests.check_members(groups, n_large, entry, self._word(axis))
+        return n_large
 
     def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:
         if factor == 1:
@@ -160,7 +174,9 @@ class _Planning:
             return heads
         return large if grouping == "adjacent" else factor
 
-    def _sized(self, axis: str, own: int, size: int) -> BlockMap | None:
+    def _sized(
+        self, axis: str, own: int, size: int, grouping: Grouping | None = None
+    ) -> BlockMap | None:
         if size == own:
             return None
         large, small = (size, own) if self._grows else (own, size)
@@ -170,7 +186,7 @@ class _Planning:
                 hint="coalesce makes a model smaller, decoalesce larger",
             )
         if large % small == 0 and self._spec.axes[axis].kind != "depth":
-            return self._uniform(axis, large, large // small, self._asked.grouping)
+            return self._uniform(axis, large, large // small, grouping or self._asked.grouping)
         if not self._grows or self._spec.axes[axis].kind == "depth":
             return maps.merging(requests.near_even(large, small), large)
         if axis in axisfacts.normed_axes(self._model):
@@ -233,10 +249,9 @@ class _Planning:
                 f"{axis}: {self._own[axis]} does not divide into {heads} parts, one for each head",
                 hint="this model's widths can't follow its heads; ask for each by itself",
             )
-        n_large = heads
-        if self._grows:
-            n_large = self._asked.large.get("heads", 0)
-            n_large = max(n_large, 1 + max(member for group in groups for member in group))
+        n_large = self._n_large("heads", groups)
+        if axis == "heads":
+            self._tell_left(axis, groups, n_large)
         return maps.merging(groups, n_large, block=self._own[axis] // heads)
 
     # Query heads and kv heads.

@@ -28,7 +28,7 @@ from streammap.expression import Expression, parse_expression, scoped
 from streammap.pattern import KeyPattern, compile_patterns
 from streammap.tomlvalues import Tables
 
-_HEAD = ("norm", "embed", "head", "tied", "classes", "readers", "scale")
+_HEAD = ("norm", "embed", "head", "tied", "classes", "readers", "scale", "copies")
 _NORM = ("kind", "offset", "plain", "eps", "post")
 _ROPE = ("theta", "layout", "scores", "query", "query_norm", "key_norm")
 _DEPTH = tuple(Depth.__dataclass_fields__)
@@ -164,7 +164,9 @@ class Part:
         for generation, table in enumerate(reading.listed(self.tables["tensors"], "tensors")):
             for text, value in reading.as_table(table, "[tensors]").items():
                 for words, when in self._choices(value, text):
-                    dims = tuple(self._dim(part.strip()) for part in words.split(",") if part)
+                    dims = (
+                        tuple(self._dim(part.strip()) for part in words.split(",")) if words else ()
+                    )
                     found += [
                         Rule(p, "tensor", dims, generation, when) for p in self._compiled(text)
                     ]
@@ -243,6 +245,7 @@ class Part:
         norm = self._entry("head", "norm", [])
         texts = [norm] if isinstance(norm, str) else reading.strings(norm, "[head] norm")
         scale = self._entry("head", "scale", None)
+        copies = reading.as_table(table.get("copies", {}), "[head] copies")
         return [
             Head(
                 norms=tuple(self.patterns(f"{text}.*", "[head] norm") for text in texts),
@@ -253,6 +256,7 @@ class Part:
                 is_tied=bool(self._entry("head", "tied", True)),
                 scale=None if scale is None else self._factor(scale, "[head] scale"),
                 path=self.path,
+                copies={k: reading.string(v, "[head] copies") for k, v in copies.items()},
             )
         ]
 
@@ -355,6 +359,7 @@ class Part:
             tables=fields("tables"),
             patterns=fields("patterns"),
             default=self._defaults(axis, table),
+            ones=self.patterns(table.get("ones", []), f"[depth.{axis}] ones"),
         )
 
     def _defaults(self, axis: str, table: Tables) -> dict[str, tuple[str, ...]]:

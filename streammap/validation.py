@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -56,9 +57,13 @@ def _refusal(
     made: Callable[[dict[str, object]], object], config: Mapping[str, object]
 ) -> str | None:
     """Why a class doesn't take a config, in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         made(dict(config))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[-1] if lines else type(error).__name__
+    finally:
+        logging.disable(before)
     return None

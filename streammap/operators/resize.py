@@ -125,16 +125,14 @@ class Resize:
         if self.scheme is not None and self.scheme.unused:
             notes.append(f"{', '.join(self.scheme.unused)}: accepted, and not used")
         width, requested = self._requests(model)
-        large = dict(known) if self.scheme is not None and self.direction == "decoalesce" else {}
+        known = known if self.scheme is not None else {}
         if self.target is not None:
             if width is None and not requested:
                 requested = self._of_target(model)
             requested = {a: r for a, r in requested.items() if self._differs(model, a)}
             if width is not None and not self._differs(model, "heads"):
                 width = None
-            if self.direction == "decoalesce":
-                large |= self.target
-        asked = Asked(requested, width, self.grouping, self.kv_merge, large)
+        asked = Asked(requested, width, self.grouping, self.kv_merge, known, self.target or {})
         merging, told = spaces.merging_maps(model, asked, grows=self.direction == "decoalesce")
         found: dict[str, AxisMap] = dict(merging)
         if self.scheme is not None and self.target is None and width is None and not requested:
@@ -264,13 +262,12 @@ def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str
         pairs, layers, sizes, op.rule, REFERENCE_FACTORS[op.direction], found.fills, silent,
         found.factors, found.fields, op.untie,
     )  # fmt: skip
-    result = planner.remap(source, change, step)
-    if not level.merging:
-        return result
     kept = replace(level, filled=frozenset(found.fills) or level.filled)
-    digests = {known.digest for known in source.levels}
-    levels = source.levels if kept.digest in digests else (*source.levels, kept)
-    return replace(result, levels=levels)
+    known = {one.digest for one in source.levels}
+    levels = source.levels
+    if level.merging and kept.digest not in known:
+        levels = (*levels, kept)
+    return planner.remap(source, change, step, levels=levels)
 
 
 def _sizes(
@@ -341,6 +338,11 @@ def _check_even(model: Model, chosen: Mapping[str, AxisMap]) -> None:
 def _check_tied(op: Resize, model: Model, chosen: Mapping[str, AxisMap]) -> None:
     """A tied head without a norm before it can't be compensated."""
     hidden = model.architecture.spaces.get("hidden", ())
+    if op.untie and not all(tied.head.head for tied in model.tied_heads):
+        raise PlanError(
+            f"{model.architecture.name}: --untie, but this head has no tensor of its own",
+            hint="leave --untie out: the norm before the head is compensated",
+        )
     if op.rule == "reference" or op.untie or not any(axis in chosen for axis in hidden):
         return
     for tied in model.tied_heads:
