@@ -176,7 +176,7 @@ def copies(n_large: int, n_small: int) -> Groups:
     return tuple(tuple(range(i, n_small * times, n_small)) for i in range(n_small))
 
 
-def check_members(groups: Sequence[Sequence[int]], n_large: int, where: str, what: str) -> None:
+def check_members(groups: Sequence[Sequence[int]], n_large: int, where: str) -> None:
     """Refuse a member that the large model does not have.
 
     Raises:
@@ -186,7 +186,7 @@ def check_members(groups: Sequence[Sequence[int]], n_large: int, where: str, wha
         for member in group:
             if member >= n_large:
                 raise SchemeError(
-                    f"{where}[{i}]: {what} {member} is out of range, the large model has "
-                    f"{n_large} {what} (0 to {n_large - 1})",
+                    f"{where}[{i}]: {member} is out of range, the large model has {n_large} "
+                    f"(0 to {n_large - 1})",
                     hint="write the scheme for this model; `streammap scheme` prints one",
                 )

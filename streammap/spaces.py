@@ -139,7 +139,7 @@ class _Planning:
         if n_large is None:
             most = 1 + max(member for group in groups for member in group)
             n_large = max(self._asked.known.get(axis, 0), most)
-        requests.check_members(groups, n_large, entry, self._word(axis))
+        requests.check_members(groups, n_large, entry)
         return n_large
 
     def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:

@@ -282,7 +282,7 @@ def test_a_member_out_of_range_is_refused_by_name(big: streammap.LazyCheckpoint)
     with pytest.raises(SchemeError, match=expected):
         big.coalesce(scheme=wide)
     deep = {"depth_scheme": [[0, 9], [1]]}
-    expected = r"layer\[0\]: 9 is out of range, the large model has 4 \(0 to 3\)\n.*hint"
+    expected = r"depth_scheme\[0\]: 9 is out of range, the large model has 4 \(0 to 3\)\n.*hint"
     with pytest.raises(SchemeError, match=expected):
         big.coalesce(scheme=deep)
 
@@ -304,7 +304,7 @@ def test_a_wrong_number_of_groups_is_refused(
     with pytest.raises(SchemeError, match="3 groups, the small model has 2"):
         big.coalesce(scheme=three, target=small)
     one = {**H4, "depth_scheme": [[0, 1, 2, 3]]}
-    with pytest.raises(PlanError, match="layer would be 1, the target says 2"):
+    with pytest.raises(SchemeError, match="1 groups, the small model has 2 layers"):
         big.coalesce(scheme=one, target=small)
 
 
