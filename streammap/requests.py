@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from streammap.errors import SchemeError
@@ -38,6 +38,8 @@ class Request:
     """For each member of a group, its part of the mean; None for equal parts."""
     grouping: Grouping | None = None
     """How a factor puts units together; None for the way asked for overall."""
+    where: str = field(default="", compare=False)
+    """What the user calls it, for messages."""
 
 
 def parse_request(value: object, where: str) -> Request:
@@ -46,6 +48,10 @@ def parse_request(value: object, where: str) -> Request:
     Raises:
         SchemeError: naming `where`.
     """
+    return replace(_request(value, where), where=where)
+
+
+def _request(value: object, where: str) -> Request:
     if isinstance(value, Request):
         return value
     if isinstance(value, str):

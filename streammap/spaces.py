@@ -116,11 +116,11 @@ class _Planning:
         if request.size is not None:
             return self._sized(axis, own, request.size, request.grouping)
         assert request.groups is not None
-        n_large = self._n_large(axis, request.groups)
+        n_large = self._n_large(axis, request.groups, request.where or axis)
         self._tell_left(axis, request.groups, n_large)
         return maps.merging(request.groups, n_large, weights=request.weights)
 
-    def _n_large(self, axis: str, groups: Sequence[Sequence[int]]) -> int:
+    def _n_large(self, axis: str, groups: Sequence[Sequence[int]], where: str) -> int:
         """The large model's size of an axis that groups are given for.
 
         Raises:
@@ -128,18 +128,17 @@ class _Planning:
                 large one doesn't have.
         """
         own, wanted = self._own[axis], self._asked.wanted.get(axis)
-        entry = {"heads": "width_scheme", "layer": "depth_scheme"}.get(axis, axis)
         n_small = own if self._grows else wanted
         if n_small is not None and len(groups) != n_small:
             raise SchemeError(
-                f"{entry}: {len(groups)} groups, the small model has {n_small} {self._word(axis)}",
+                f"{where}: {len(groups)} groups, the small model has {n_small} {self._word(axis)}",
                 hint="write the scheme for this pair of models; `streammap scheme` prints one",
             )
         n_large = wanted if self._grows else own
         if n_large is None:
             most = 1 + max(member for group in groups for member in group)
             n_large = max(self._asked.known.get(axis, 0), most)
-        requests.check_members(groups, n_large, entry)
+        requests.check_members(groups, n_large, where)
         return n_large
 
     def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:
@@ -249,7 +248,7 @@ class _Planning:
                 f"{axis}: {self._own[axis]} does not divide into {heads} parts, one for each head",
                 hint="this model's widths can't follow its heads; ask for each by itself",
             )
-        n_large = self._n_large("heads", groups)
+        n_large = self._n_large("heads", groups, "width_scheme")
         if axis == "heads":
             self._tell_left(axis, groups, n_large)
         return maps.merging(groups, n_large, block=self._own[axis] // heads)

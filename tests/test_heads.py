@@ -37,7 +37,7 @@ def bench(scratch: Path) -> Bench:
 
 def llama(heads: int, kv: int) -> TinyModel:
     config = {
-        "vocab_size": 31, "hidden_size": EMBED, "intermediate_size": 16, "num_hidden_layers": 2,
+        "vocab_size": 31, "hidden_size": EMBED, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": HEAD_DIM,
         "max_position_embeddings": 32, "attention_bias": True, "tie_word_embeddings": False,
     }  # fmt: skip
@@ -148,17 +148,15 @@ def test_what_is_accepted_is_exact_and_what_is_refused_is_wrong(bench: Bench, se
     source = bench.source(model)
     counts = {"num_attention_heads": len(maps.from_heads), "num_key_value_heads": len(maps.from_kv)}
     by_hand = grown_by_hand(truth.state_of(source), maps)
-    folder = truth.write(
-        source.with_name("by-hand"), by_hand, {**truth.config_of(source), **counts}
-    )
-    error = truth.difference(truth.outputs(folder, model), bench.expected(source, model))
     lazy, refusal = tried(source, maps)
     if lazy is None:
+        folder = source.with_name("by-hand")
+        truth.write(folder, by_hand, {**truth.config_of(source), **counts})
+        error = truth.difference(truth.outputs(folder, model), bench.expected(source, model))
         assert error > 1e-6
         assert "would come from heads that read kv_heads" in refusal
         assert "hint: group heads so that each keeps to its kv_heads" in refusal
         return
-    assert error < 1e-10
     assert lazy.promise[0] == "exact"
     assert bench.error(lazy, source, model) < 1e-10
     result = source.with_name("result")

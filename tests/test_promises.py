@@ -47,23 +47,26 @@ def outcome(
     source = bench.source(model)
     try:
         lazy = planned(source, direction, options)
-        bench.saved(lazy)
+        folder = bench.saved(lazy)
     except StreammapError as found:
         refusal = found
     else:
-        return promised(bench, model, direction, options)
+        error = truth.difference(truth.outputs(folder, model), bench.expected(source, model))
+        kept(bench, model, (direction, options), lazy, error)
+        return lazy.promise[0]
     assert refusal.hint, refusal
     return "refused"
 
 
-def promised(
-    bench: Bench, model: TinyModel, direction: Direction, options: ResizeOptions
-) -> Promise:
-    """What is promised of a change that is accepted, once it is seen to be true."""
-    source = bench.source(model)
-    lazy = planned(source, direction, options)
+def kept(
+    bench: Bench,
+    model: TinyModel,
+    asked: tuple[Direction, ResizeOptions],
+    lazy: LazyCheckpoint,
+    error: float,
+) -> None:
+    """See that a promise is true, for an error that was found with the first seed."""
     promise, reason = lazy.promise
-    error = bench.error(lazy, source, model)
     assert reason
     if promise == "bit-exact":
         assert error == 0
@@ -74,7 +77,7 @@ def promised(
         fields = eps_fields(lazy)
         for eps, same in ((1e-30, True), (1e-3, False)) if fields else ():
             changed = bench.edited(model, seed=0, changes=dict.fromkeys(fields, eps))
-            error = bench.error(planned(changed, direction, options), changed, model)
+            error = bench.error(planned(changed, *asked), changed, model)
             assert (error < SAME) == same or model.name in OWN_EPS, (eps, error, reason)
     else:
         errors = [error]
@@ -82,9 +85,7 @@ def promised(
             assert len(errors) < len(SEEDS), (errors, reason)
             seed = SEEDS[len(errors)]
             other = bench.source(model, seed=seed)
-            lazy = planned(other, direction, options)
-            errors.append(bench.error(lazy, other, model, seed=seed))
-    return promise
+            errors.append(bench.error(planned(other, *asked), other, model, seed=seed))
 
 
 def eps_fields(lazy: LazyCheckpoint) -> list[str]:
@@ -212,6 +213,11 @@ BROKEN: tuple[tuple[str, str, ResizeOptions], ...] = (
     # Norms without weights, which the spec doesn't name, share the epsilon or the scale.
     ("llama4", "llama4_text", {"hidden": "=72"}),
     ("gemma4", "gemma4_moe", {"hidden": "=72"}),
+    # Norms without tensors, and norms over several times the hidden size.
+    ("olmo", "olmo", {"hidden": "=72"}),
+    ("qwen_vl", "qwen3_vl", {"axes": {"vision.embed": "=48"}}),
+    # The last layer has to be a full one.
+    ("gemma4", "gemma4_text", {"layers": [[0, 6], [1], [2], [3], [4], [5]]}),
     # The gated norm is over one group.
     ("mamba2", "mamba2_groups", {"kv_heads": 2}),
     # The model class computes the head size, whatever config.json says.
@@ -233,6 +239,7 @@ def faults() -> Iterator[object]:
         yield pytest.param(arch, name, options, id=f"{name}-{options}", marks=marks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arch", "name", "options"), list(faults()))
 def test_what_was_wrong_once_is_not_promised(
     bench: Bench, arch: str, name: str, options: ResizeOptions

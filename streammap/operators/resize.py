@@ -96,7 +96,7 @@ class Resize:
         saved = source.levels if self.levels is None else self.levels
         explicit = (
             self.scheme is not None or self.width is not None or self.depth is not None
-            or bool(self.spaces) or bool(self.axes) or self.head_dim is not None
+            or bool(self.spaces) or bool(self.axes) or self.head_dim is not None or self.untie
         )  # fmt: skip
         found = fitting(saved, model, self.direction, self.target)
         if explicit and self.levels is None:
@@ -171,9 +171,9 @@ class Resize:
             by_axis |= self.scheme.axes
             width = by_space.pop("width", None)
             if self.scheme.width is not None:
-                width = Request(groups=self.scheme.width)
+                width = Request(groups=self.scheme.width, where="width_scheme")
             if self.scheme.depth is not None:
-                by_space["layers"] = Request(groups=self.scheme.depth)
+                by_space["layers"] = Request(groups=self.scheme.depth, where="depth_scheme")
         for space, request in by_space.items():
             members = spec.depth_axes if space == "layers" else spec.spaces.get(space, ())
             there = [axis for axis in members if model.sizes.get(axis)]
