@@ -19,18 +19,15 @@ streammap file to file, and loaded again with from_pretrained. DeiT is transform
 the distillation token the two are one model. Blending knows no rule: both columns are alike.
 """
 
-import contextlib
-import importlib
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from streammap import api, scheme
-from streammap.errors import PlanError, SchemeError
+from streammap import api, optional, scheme
+from streammap.errors import SchemeError
 from streammap.planner import Rule
 from streammap.scheme import Groups, Scheme
 
@@ -130,7 +127,7 @@ def compare(name: ModelName, sizes: Sizes, groups: Scheme) -> tuple[Row, ...]:
     Raises:
         PlanError: transformers is not installed.
     """
-    with _quiet(), tempfile.TemporaryDirectory(prefix="streammap-") as folder:
+    with optional.quiet(), tempfile.TemporaryDirectory(prefix="streammap-") as folder:
         bench = _Bench(name, sizes, groups, Path(folder))
         reference, exact = bench.resized("reference"), bench.resized("exact")
         rows = [Row(name, step, reference[step], exact[step]) for step in exact]
@@ -282,7 +279,7 @@ def _random_input(name: ModelName, sizes: Sizes) -> "Tensor":
 
 
 def _auto_class(name: ModelName) -> type[_Net]:
-    found: type[_Net] = getattr(_transformers(), _CLASSES[name][0])
+    found: type[_Net] = getattr(optional.library("transformers"), _CLASSES[name][0])
     return found
 
 
@@ -295,31 +292,5 @@ def _config(name: ModelName, sizes: Sizes) -> _Config:
         fields |= {"vocab_size": sizes.vocab}
     if name != "GPT-2":
         fields |= {"intermediate_size": 4 * width}
-    config: _Config = getattr(_transformers(), _CLASSES[name][1])(**fields)
+    config: _Config = getattr(optional.library("transformers"), _CLASSES[name][1])(**fields)
     return config
-
-
-def _transformers(module: str = "transformers") -> ModuleType:
-    # By name: its annotations are partial, and differ from version to version.
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise PlanError(
-            "the testbench makes its models with transformers, which is not installed",
-            hint="pip install 'streammap[transformers]'",
-        ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No word from transformers inside, and as many as before after it."""
-    logging = _transformers("transformers.utils.logging")
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from streammap import optional
 from streammap.errors import PlanError, some
 
 FEATURES = ("alibi", "sinusoidal")
@@ -67,7 +67,7 @@ def build(model: TinyModel, folder: Path, *, seed: int = 0) -> None:
             content = {"num_features": model.config["embed_dim"], "model_args": {**model.config}}
             (folder / _CONFIG).write_text(json.dumps(content))
             return
-        with _quiet():
+        with optional.quiet():
             kind = _class_of(model)
             net = kind._from_config(
                 kind.config_class(**model.config), dtype=torch.float64, **_EAGER
@@ -91,7 +91,7 @@ def outputs(folder: Path, model: TinyModel, *, seed: int = 0) -> dict[str, Tenso
             torch.manual_seed(seed)
             with torch.no_grad():
                 return {"logits": image_model(torch.randn(_BATCH, 3, side, side))}
-        with _quiet():
+        with optional.quiet():
             net = _load(folder, model)
             if model.shapes_only:
                 return {}
@@ -179,7 +179,7 @@ def _load(folder: Path, model: TinyModel) -> _Net:
 
 
 def _class_of(model: TinyModel) -> _NetClass:
-    library = _library("transformers")
+    library = optional.library("transformers")
     try:
         found: _NetClass = getattr(library, model.class_name)
     except (AttributeError, ImportError) as error:
@@ -195,19 +195,9 @@ def _load_timm(folder: Path, model: TinyModel) -> _ImageModel:
 
 
 def _timm_model(model: TinyModel, arguments: Mapping[str, object]) -> _ImageModel:
-    library = _library("timm.models.vision_transformer")
+    library = optional.library("timm.models.vision_transformer")
     kind: Callable[..., _ImageModel] = getattr(library, model.class_name.removeprefix(_TIMM))
     return kind(**arguments).eval()
-
-
-def _library(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        package = name.partition(".")[0]
-        raise PlanError(
-            f"the tiny models are made with {package}: {error}", hint=f"pip install {package}"
-        ) from error
 
 
 def _randomize(model: _Module) -> None:
@@ -352,18 +342,3 @@ class _InFloat64(TorchFunctionMode):
 
 def _widened(given: object) -> object:
     return torch.float64 if given is torch.float32 else given
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No word from transformers inside, and as many as before after it."""
-    logging = _library("transformers.utils.logging")
-    verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_bars:
-            logging.enable_progress_bar()

@@ -425,7 +425,7 @@ REFUSED: tuple[tuple[Make, Direction, ResizeOptions, str], ...] = (
     (bert, "decoalesce", {"layers": 2, "new_layers": "zero"}, "after the residual addition"),
     (llama, "decoalesce", {"mlp": 2, "new_layers": "zero"}, "no layers are added"),
     (llama, "coalesce", {"layers": 2, "new_layers": "zero"}, "makes no new layers"),
-    (llama, "decoalesce", {"untie": True}, "nothing says how to decoalesce"),
+    (llama, "decoalesce", {}, "nothing says how to decoalesce"),
     (
         llama, "decoalesce", {"layers": [[4, 1], [0], [2], [3]], "new_layers": "zero"},
         "not in their old order",

@@ -13,16 +13,6 @@ NO_SIZE = re.compile(r"_ids?$|seed|version|^id2label|^label2id|^task_specific|^c
 """Names of fields that are no sizes."""
 
 
-def value_at(fields: object, name: str) -> object:
-    """The value of a dotted field, or None."""
-    for part in name.split("."):
-        if isinstance(fields, list) and re.fullmatch(r"-?\d+", part):
-            fields = fields[int(part)] if int(part) < len(fields) else None
-        else:
-            fields = fields.get(part) if isinstance(fields, dict) else None
-    return fields
-
-
 def changed(fields: Fields, changes: Changes) -> dict[str, object]:
     """A copy with the fields changed; None takes a field out."""
     found = copy.deepcopy(dict(fields))

@@ -10,7 +10,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammap.inference import configchanges, solving
+from streammap import configfields
+from streammap.inference import solving
 from streammap.inference.anatomy import Anatomy, Part
 from streammap.inference.probing import Workbench, template
 from streammap.inference.solving import Explained, Monomial, Polynomial, Solution
@@ -130,7 +131,7 @@ class Meanings:
 
     def leaves(self, scope: str) -> Mapping[str, object]:
         """The fields of one part of the configuration."""
-        inside = configchanges.value_at(self.bench.fields, scope) if scope else self.bench.fields
+        inside = configfields.field_value(self.bench.fields, scope) if scope else self.bench.fields
         return inside if isinstance(inside, dict) else {}
 
     def text_of(self, tensors: Tensors, i: int) -> str:

@@ -10,15 +10,14 @@ have is refused.
 
 import contextlib
 import copy
-import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Protocol, cast
 
-from streammap.errors import ArchitectureError, PlanError
+from streammap import configfields, optional
+from streammap.errors import ArchitectureError
 from streammap.inference import configchanges
 from streammap.inference.configchanges import Changes, Fields
 from streammap.pattern import INDEX
@@ -198,7 +197,7 @@ class Workbench:
 
     def lists(self, scope: str) -> dict[str, list[object]]:
         """The list-valued fields of one part of the configuration."""
-        inside = configchanges.value_at(self.fields, scope) if scope else self.fields
+        inside = configfields.field_value(self.fields, scope) if scope else self.fields
         entries = inside.items() if isinstance(inside, dict) else ()
         return {k: v for k, v in entries if isinstance(v, list)}
 
@@ -240,7 +239,7 @@ class Workbench:
         """What the configuration class makes of a `field` that is not there."""
         with contextlib.suppress(Exception), quiet():
             fields = configchanges.changed(self.fields, {**changes, field: None})
-            found = configchanges.value_at(self._config_class(**fields).to_dict(), field)
+            found = configfields.field_value(self._config_class(**fields).to_dict(), field)
             return found if isinstance(found, int) and not isinstance(found, bool) else None
         return None
 
@@ -269,7 +268,7 @@ class Workbench:
         # One entry a layer: a longer stack needs longer lists.
         more = dict(changes)
         for name, value in changes.items():
-            scope, old = name.rpartition(".")[0], configchanges.value_at(self.fields, name)
+            scope, old = name.rpartition(".")[0], configfields.field_value(self.fields, name)
             if not isinstance(value, int):
                 continue
             for leaf, entries in self.lists(scope).items():
@@ -279,7 +278,7 @@ class Workbench:
                     more[configchanges.joined(scope, leaf)] = (
                         longer if spread is entries else [[longer, 1]]
                     )
-            layers = configchanges.value_at(
+            layers = configfields.field_value(
                 self.fields, configchanges.joined(scope, "per_layer_config")
             )
             if isinstance(layers, dict) and type(old) is int:
@@ -316,7 +315,7 @@ class Workbench:
         import torch
 
         self.n_probes += 1
-        no_weights = _transformers("transformers.initialization").no_init_weights
+        no_weights = optional.library("transformers.initialization").no_init_weights
         with torch.device("meta"), no_weights():
             net = self._net_class(finished)
         net.tie_weights()
@@ -351,7 +350,7 @@ def _index_counts(keys: Iterable[str]) -> dict[str, int]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No word from transformers inside."""
-    logging = _transformers("transformers.utils.logging")
+    logging = optional.library("transformers.utils.logging")
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
@@ -364,23 +363,12 @@ def quiet() -> Iterator[None]:
 
 def transformers_version() -> str:
     """The version that the models are from."""
-    return str(getattr(_transformers(), "__version__", "?"))
-
-
-def _transformers(module: str = "transformers") -> ModuleType:
-    # By name: its annotations are partial, and differ from version to version.
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise PlanError(
-            "a spec is inferred with transformers, which is not installed or too old",
-            hint="pip install -U 'streammap[transformers]'",
-        ) from error
+    return str(getattr(optional.library("transformers"), "__version__", "?"))
 
 
 def _config_class(config: Fields, name: str) -> tuple[str, _ConfigClass]:
     model_type = config.get("model_type")
-    known = _transformers("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    known = optional.library("transformers.models.auto.configuration_auto").CONFIG_MAPPING
     if isinstance(model_type, str) and model_type in known:
         return model_type, cast("_ConfigClass", known[model_type])
     if not isinstance(model_type, str):
@@ -402,10 +390,10 @@ def _config_class(config: Fields, name: str) -> tuple[str, _ConfigClass]:
 def _net_class(finished: _Config, config: Fields, name: str) -> Callable[[_Config], Net]:
     named = config.get("architectures")
     for class_name in named if isinstance(named, list) else ():
-        found = getattr(_transformers(), str(class_name), None)
+        found = getattr(optional.library("transformers"), str(class_name), None)
         if isinstance(found, type) and hasattr(found, "base_model_prefix"):
             return cast("Callable[[_Config], Net]", found)
-    auto = _transformers("transformers.models.auto.modeling_auto")
+    auto = optional.library("transformers.models.auto.modeling_auto")
     for mapping in _AUTO:
         options = getattr(auto, mapping, {})
         if type(finished) in options:
@@ -432,13 +420,13 @@ def saved(net: Net) -> dict[str, MetaTensor]:
     state = net.state_dict()
     for key in net._keys_to_ignore_on_save or ():
         state.pop(key, None)
-    modeling = _transformers("transformers.modeling_utils")
+    modeling = optional.library("transformers.modeling_utils")
     found: dict[str, MetaTensor] = modeling.remove_tied_weights_from_state_dict(state, net)
     return found
 
 
 def on_disk(net: Net, state: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
     """The tensors as files hold them."""
-    loading = _transformers("transformers.core_model_loading")
+    loading = optional.library("transformers.core_model_loading")
     found: dict[str, MetaTensor] = loading.revert_weight_conversion(net, state)
     return found
