@@ -45,6 +45,8 @@ class Norm:
     """Config fields of its epsilon."""
     is_post: bool
     """Whether it stands after the residual addition."""
+    keeps_mean: bool
+    """Whether a unit may hold the mean of the others: only linears and residuals come between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ class Depth:
     periods: tuple[tuple[str, ...], ...] = ()
     tail: str | None = None
     first: bool = False
+    last: bool = False
     delete: tuple[str, ...] = ()
     tables: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
@@ -192,6 +195,8 @@ class Architecture:
     rules: tuple[Rule, ...]
     required: tuple[KeyPattern, ...]
     heads: tuple[Head, ...]
+    weightless: tuple[str, ...]
+    """Axes that norms without weights see."""
     forward_scale: tuple[tuple[KeyPattern, Factor], ...]
     experts: Mapping[str, Experts]
     """Expert axis -> what config.json says of it."""

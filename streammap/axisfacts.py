@@ -22,7 +22,7 @@ def must_follow(model: Model, axis: str) -> bool:
 
 def normed_axes(model: Model) -> frozenset[str]:
     """Axes over which a norm takes its mean: their units must be copied alike."""
-    found: set[str] = set()
+    found: set[str] = set(model.architecture.weightless)
     joint = {
         (kv, group): heads
         for kv, groups in joint_axes(model.architecture).items()

@@ -15,7 +15,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from streammap import maps
+from streammap import axisfacts, maps
+from streammap.architecture import Norm
 from streammap.configfields import field_value
 from streammap.errors import PlanError
 from streammap.expression import Name
@@ -95,25 +96,52 @@ def _ratio_down(m: BlockMap) -> float | None:
     return None if ratio is None else 1.0 / ratio
 
 
-def _norms(model: Model, axis: str) -> list[tuple[str, tuple[str, ...], bool]]:
-    """(kind, eps fields, post) of each norm over an axis."""
+def _norms(model: Model, axis: str) -> list[Norm]:
+    """Each norm over an axis."""
     return [
-        (family.rule.norm.kind, family.rule.norm.eps, family.rule.norm.is_post)
+        family.rule.norm
         for family in model.families
         if family.rule.norm is not None and family.dims[-1].expression == Name(axis)
     ]
 
 
 def _kinds(model: Model, axis: str) -> set[str]:
-    return {kind for kind, _, _ in _norms(model, axis)}
+    return {norm.kind for norm in _norms(model, axis)}
 
 
 def _can_fill(model: Model, axis: str, m: BlockMap, *, grows: bool) -> bool:
     norms, kinds = _norms(model, axis), _kinds(model, axis)
-    if not norms or any(post for _, _, post in norms) or len(kinds) != 1:
+    if not norms or any(norm.is_post for norm in norms) or len(kinds) != 1:
         return False
-    # A mean takes a dense map.
-    return kinds == {"rms"} or not grows or m.n_out * m.n_in <= _MAX_DENSE
+    if axis in model.architecture.weightless or _is_normed_with_others(model, axis):
+        return False
+    if kinds == {"rms"}:
+        return True
+    # A mean takes a dense map, and stays one only where each unit is treated as the others are.
+    alike = all(norm.keeps_mean for norm in norms) and not _has_scales(model, axis)
+    return alike and (not grows or m.n_out * m.n_in <= _MAX_DENSE)
+
+
+def _is_normed_with_others(model: Model, axis: str) -> bool:
+    """Whether a norm sees several of the axis' units as one."""
+    return any(
+        family.rule.norm is not None
+        and (last := family.dims[-1].expression) is not None
+        and last != Name(axis)
+        and axis in axisfacts.expanded(model, last)
+        for family in model.families
+    )
+
+
+def _has_scales(model: Model, axis: str) -> bool:
+    """Whether layers multiply each unit by a number of its own (layer scale)."""
+    return any(
+        family.rule.kind == "tensor"
+        and [dim.expression for dim in family.dims] == [Name(axis)]
+        and family.indices
+        and not family.name.endswith("bias")
+        for family in model.families
+    )
 
 
 def _mean_filled(m: BlockMap) -> MapPair:
@@ -130,7 +158,7 @@ def _scale_eps(
     model: Model, axis: str, ratio: float, fields: dict[str, object], notes: list[str]
 ) -> bool:
     """Multiply the epsilon of the norms over `axis`; whether that makes the change exact."""
-    names = {name for _, eps, _ in _norms(model, axis) for name in eps}
+    names = {name for norm in _norms(model, axis) for name in norm.eps}
     there = [n for n in sorted(names) if isinstance(field_value(model.config, n), float)]
     for name in there:
         value = field_value(model.config, name)
@@ -145,7 +173,7 @@ def _scale_eps(
         and set(family.rule.norm.eps) & names
         for family in model.families
     )
-    return bool(there) and not shared
+    return bool(there) and not shared and not model.architecture.weightless
 
 
 def _follow_experts(
@@ -168,10 +196,11 @@ def _follow_experts(
             fields[name] = value * times if grows else value // times
         elif not grows:
             fields[name] = min(value, small)
-        if name in fields:
-            notes.append(f"config.json: {name} {value} -> {fields[name]}, with the experts")
         if fields.get(name, value) == value:
+            fields.pop(name, None)
             notes.append(f"config.json: {name} stays {value}")
+        else:
+            notes.append(f"config.json: {name} {value} -> {fields[name]}, with the experts")
     n_groups = (
         fields.get(about.groups, field_value(model.config, about.groups)) if about.groups else 1
     )

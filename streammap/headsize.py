@@ -55,10 +55,16 @@ class HeadSize:
             )
         axis, rope = next(iter(spec.rope.items()))
         if "." in axis:
-            raise PlanError(f"{name}: the head size of an included model can't grow")
+            raise PlanError(
+                f"{name}: the head size of an included model can't grow",
+                hint="grow the number of its heads instead: --heads",
+            )
         old = model.sizes[axis]
         if size <= old or size % 2 or old % 2:
-            raise PlanError(f"{axis}: from {old} to {size}, expected an even size above {old}")
+            raise PlanError(
+                f"{axis}: from {old} to {size}, expected an even size above {old}",
+                hint=f"take {2 * old}, or another even number above {old}",
+            )
         partial = field_value(model.config, "partial_rotary_factor")
         if isinstance(partial, float) and partial < 1:
             raise PlanError(

@@ -21,13 +21,14 @@ def kinds(depth: Depth, config: Mapping[str, object], n_layers: int) -> tuple[Ki
 
 
 def follow(
-    depth: Depth, config: dict[str, object], sources: Sequence[int], *, what: str
+    depth: Depth, config: dict[str, object], sources: Sequence[int], *, what: str, n_before: int
 ) -> tuple[str, ...]:
     """Rewrite config.json for layers that come from others. `config` is changed.
 
     Args:
         sources: For each layer of the result, the source layer that it takes after.
         what: The axis' name, for messages.
+        n_before: Layers of the source.
 
     Returns:
         What a user might not expect.
@@ -35,6 +36,12 @@ def follow(
     Raises:
         PlanError: config.json can't say it.
     """
+    if depth.last and sources[-1] != n_before - 1:
+        raise PlanError(
+            f"the last {what} would come from {sources[-1]}, but loaders take the last one to be "
+            f"of the kind of {n_before - 1}",
+            hint=f"give groups of which the last begins with {n_before - 1}",
+        )
     for field in depth.lists:
         old = _listed(depth, config, field, 1 + max(sources))
         if isinstance(old, list) and len(old) > max(sources):
@@ -139,7 +146,7 @@ def _leading(flags: Sequence[bool], field: str, what: str) -> int:
     count = sum(flags)
     if not all(flags[:count]):
         raise PlanError(
-            f"config.json's {field} counts leading layers, but {what} of that kind would not lead",
+            f"config.json's {field} counts leading layers of {what}, and they would not lead",
             hint="take groups that keep the kinds of layers apart and in order",
         )
     return count

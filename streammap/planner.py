@@ -98,7 +98,9 @@ def remap(
     if change.untie:
         targets.update(work.untied(targets))
         fields |= {f"{tied.head.path}tie_word_embeddings": False for tied in model.tied_heads}
-    notes += work.notes
+    if work.n_after:
+        notes.append(f"{work.n_after} tensors of layers after the stack (MTP) are dropped")
+    notes += _mixed(model, change)
     config = None
     if plan.config is not None:
         sources = {name: _sources(m) for name, m in change.layers.items()}
@@ -155,7 +157,8 @@ class _Remapping:
         }
         self._hidden = model.architecture.spaces.get("hidden", ())
         self._inverted: dict[int, list[list[tuple[int, float]]]] = {}
-        self.notes: list[str] = []
+        self.n_after = 0
+        """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""
 
     def family(self, family: Family) -> dict[str, Form]:
         """The result's tensors of one family."""
@@ -176,8 +179,7 @@ class _Remapping:
                 found = [((*t, i), c * d) for t, c in found for i, d in options]
             for target, coefficient in found:
                 parts.setdefault(target, []).append((coefficient, key))
-        if any(self._is_tail(family, values) for values in family.members):
-            self.notes.append(f"{family.name}: layers after the stack are dropped")
+        self.n_after += sum(self._is_tail(family, values) for values in family.members)
         self._check_first(family)
         made: dict[str, Form] = {}
         for target, row in parts.items():
@@ -430,6 +432,24 @@ def _sources(m: AxisMap) -> tuple[int, ...]:
     """For each layer of the result, the source layer that it takes after."""
     rows = [m.members(i) for i in range(m.n_out)]
     return tuple(max(row, key=lambda pair: pair[1])[0] if row else 0 for row in rows)
+
+
+def _mixed(model: Model, change: Change) -> list[str]:
+    """Layers of the result that mix kinds of config.json; the first one's entries count."""
+    found = []
+    for axis, m in change.layers.items():
+        kinds, sources = model.kinds(axis), _sources(m)
+        mixed = [
+            i for i in range(m.n_out)
+            if len({kinds[j] for j, _ in m.members(i)}) > 1
+        ]  # fmt: skip
+        if mixed:
+            first = mixed[0]
+            told = ", ".join(kinds[sources[first]])
+            found.append(
+                f"{axis} {some(mixed)}: made of layers of several kinds; {first} is {told}"
+            )
+    return found
 
 
 def _tails(model: Model, change: Change) -> dict[str, object]:

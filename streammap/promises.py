@@ -73,6 +73,8 @@ def of_all(
             why = f"the reference rule multiplies the embeddings by {reference:g}"
             return "approximate", why
     promise, reason = worst(by_axis)
+    if not by_axis and untie:
+        reason = "the tied head gets a tensor of its own"
     hidden = model.architecture.spaces.get("hidden", ())
     if promise == "exact" and any(axis in by_axis for axis in hidden) and model.tied:
         how = "has a tensor of its own" if untie else "is folded into the norm before it"

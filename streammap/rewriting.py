@@ -55,7 +55,7 @@ def rewritten(
     for name, found in sources.items():
         depth = spec.depth.get(name)
         if depth is not None:
-            notes += layers.follow(depth, changed, found, what=name)
+            notes += layers.follow(depth, changed, found, what=name, n_before=model.sizes[name])
     for field, given in fields.items():
         set_field(changed, field, given)
     return changed, tuple(notes)

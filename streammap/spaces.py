@@ -15,7 +15,7 @@ from streammap import axisfacts, headmaps, maps, requests, rewriting, sizes
 from streammap import expression as expressions
 from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError, SchemeError, some
-from streammap.expression import Expression
+from streammap.expression import Expression, Name
 from streammap.headmaps import Counts, Sharing
 from streammap.maps import AxisMap, BlockMap
 from streammap.model import Model
@@ -273,18 +273,22 @@ class _Planning:
         if explicit:
             self._explicit_heads(heads, kv, wanted, wanted_kv)
             return
-        own_heads, own_kv = self._own[heads], self._own[kv]
+        own_kv = self._own[kv]
         a = self._target(heads, wanted)
-        if automatic or (wanted_kv is None and self._follows(kv, heads)):
+        alone = wanted_kv is None and not automatic
+        if automatic or (alone and (self._follows(kv, heads) or a % own_kv)):
             b = self._kv_for(heads, kv, a)
         else:
             b = self._target(kv, wanted_kv)
-        own, wanted_counts = Counts(own_heads, own_kv), Counts(a, b)
-        large, small = (wanted_counts, own) if self._grows else (own, wanted_counts)
         grouping = next(
             (r.grouping for r in (wanted, wanted_kv) if r is not None and r.grouping),
             self._asked.grouping,
         )
+        self._put_counts(heads, kv, Counts(a, b), grouping)
+
+    def _put_counts(self, heads: str, kv: str, result: Counts, grouping: Grouping) -> None:
+        own = Counts(self._own[heads], self._own[kv])
+        large, small = (result, own) if self._grows else (own, result)
         names = self._sharing(heads, kv)
         found, found_kv = headmaps.merging(names, large, small, grouping, grows=self._grows)
         self._put_heads(heads, kv, found, found_kv)
@@ -328,15 +332,20 @@ class _Planning:
 
     def _follows(self, kv: str, heads: str) -> bool:
         """Whether config.json has no kv heads, so that there are as many as heads."""
+        if self._own[kv] != self._own[heads]:
+            return False
         origin = sizes.axis_origin(self._spec.axes[kv], self._model.config)
-        return not isinstance(origin, str) and self._own[kv] == self._own[heads]
+        tied = (
+            {left, right} == {Name(kv), Name(heads)} for _, left, right in self._spec.constraints
+        )
+        return not isinstance(origin, str) or any(tied)
 
     def _kv_for(self, heads: str, kv: str, n_heads: int) -> int:
         """How many kv heads go with a new number of heads, where all widths change alike."""
         own_heads, own_kv = self._own[heads], self._own[kv]
         origin = sizes.axis_origin(self._spec.axes[kv], self._model.config)
         fixed = origin is not None and not isinstance(origin, str) and own_kv != own_heads
-        if fixed:
+        if fixed or self._spec.axes[kv].kind != "width":
             return own_kv
         if self._grows:
             return own_kv * n_heads // own_heads if n_heads % own_heads == 0 else own_kv
@@ -436,6 +445,14 @@ class _Planning:
 
     def _follow(self, axis: str, leader: str, wanted: int | None = None) -> None:
         """Give `axis` the map of `leader`, in proportion."""
+        kv = next((k for k, _, h in self._joint if h == axis and k not in self._asked.axes), None)
+        ratio = self._size(leader) / self._own[leader]
+        if kv is not None and kv not in self.found and (self._own[axis] * ratio).is_integer():
+            n_heads = round(self._own[axis] * ratio)
+            counts = Counts(n_heads, self._kv_for(axis, kv, n_heads))
+            self._put_counts(axis, kv, counts, self._asked.grouping)
+            self.notes.append(f"{axis} follows {leader}: {self._own[axis]} -> {n_heads}")
+            return
         m, own = self.found[leader], self._own[axis]
         before, after = self._own[leader], self._size(leader)
         size = own * after // before if wanted is None else wanted

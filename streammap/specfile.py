@@ -160,6 +160,7 @@ def _joined(
         rules=tuple(rule for part in parts for rule in part.rules()),
         required=tuple(p for part in parts for p in part.keys("required")),
         heads=tuple(h for part in parts for h in part.heads()),
+        weightless=tuple(axis for part in parts for axis in part.weightless()),
         forward_scale=tuple(f for part in parts for f in part.forward_scale()),
         experts={k: v for part in parts for k, v in part.experts().items()},
         rope={k: v for part in parts for k, v in part.rope().items()},

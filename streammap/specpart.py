@@ -29,7 +29,7 @@ from streammap.pattern import KeyPattern, compile_patterns
 from streammap.tomlvalues import Tables
 
 _HEAD = ("norm", "embed", "head", "tied", "classes", "readers", "scale", "copies")
-_NORM = ("kind", "offset", "plain", "eps", "post")
+_NORM = ("kind", "offset", "plain", "eps", "post", "mean", "weightless")
 _ROPE = ("theta", "layout", "scores", "query", "query_norm", "key_norm")
 _DEPTH = tuple(Depth.__dataclass_fields__)
 _MODULES = ("linear", "conv1d", "conv", "embedding")
@@ -235,7 +235,13 @@ class Part:
         eps = reading.strings(self._entry("norm", "eps", []), "[norm] eps")
         offset = reading.number(self._entry("norm", "offset", 0.0), "[norm] offset")
         post = bool(self._entry("norm", "post", False))
-        return Norm(known, offset, tuple(self.path + field for field in eps), post)
+        mean = bool(self._entry("norm", "mean", False))
+        return Norm(known, offset, tuple(self.path + field for field in eps), post, mean)
+
+    def weightless(self) -> list[str]:
+        """Axes that norms without weights see."""
+        found = reading.strings(self._entry("norm", "weightless", []), "[norm] weightless")
+        return [self._axis_name(axis) for axis in found]
 
     def heads(self) -> list[Head]:
         """The head, if there is one."""
@@ -355,6 +361,7 @@ class Part:
             ),
             tail=None if tail is None else self.path + reading.string(tail, "tail"),
             first=bool(self._decided(table.get("first", False), "first")),
+            last=bool(self._decided(table.get("last", False), "last")),
             delete=fields("delete"),
             tables=fields("tables"),
             patterns=fields("patterns"),

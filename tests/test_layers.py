@@ -17,7 +17,7 @@ Config = dict[str, object]
 def followed(depth: Depth, config: Config, sources: Sequence[int]) -> Config:
     """config.json after a change of layers."""
     found = copy.deepcopy(config)
-    layers.follow(depth, found, sources, what="layer")
+    layers.follow(depth, found, sources, what="layer", n_before=max(sources) + 1)
     return found
 
 
@@ -89,7 +89,7 @@ def test_a_last_index_is_that_of_the_last_layer_of_its_kind() -> None:
     "depth", [Depth(prefix_counts=("first",)), Depth(last_index=("first",))], ids=["count", "last"]
 )
 def test_layers_of_the_leading_kind_must_lead(depth: Depth) -> None:
-    expected = r"first counts leading layers, but layer of that kind would not lead\n  hint: "
+    expected = r"first counts leading layers of layer, and they would not lead\n  hint: "
     with pytest.raises(PlanError, match=expected):
         followed(depth, {"first": 1}, [0, 2, 0, 2])
 
@@ -167,7 +167,7 @@ def test_a_pattern_that_is_none_is_left_alone(value: object) -> None:
 def test_fields_that_name_layers_by_number_are_removed_with_a_note() -> None:
     depth = Depth(delete=("out_indices", "text.stages", "absent"))
     config: Config = {"out_indices": [1], "text": {"stages": [2], "kept": 1}}
-    notes = layers.follow(depth, config, [0], what="layer")
+    notes = layers.follow(depth, config, [0], what="layer", n_before=1)
     assert config == {"text": {"kept": 1}}
     assert notes == (
         "config.json: out_indices is removed, it names layers by number",
@@ -229,3 +229,15 @@ def test_kinds_after_a_change_of_layers_in_order_are_kinds_before() -> None:
     sources = [0, 1, 2, 1, 0, 3]
     after = followed(depth, config, sources)
     assert layers.kinds(depth, after, 6) == tuple(before[j] for j in sources)
+
+
+# A last layer of a kind of its own.
+
+
+def test_the_last_layer_stays_the_last_where_loaders_take_it_for_another_kind() -> None:
+    depth = Depth(last=True, lists=("types",))
+    config: Config = {"types": ["a", "a", "full"]}
+    layers.follow(depth, config, [0, 2], what="layer", n_before=3)
+    assert config == {"types": ["a", "full"]}
+    with pytest.raises(PlanError, match=r"the last layer would come from 1.*kind of 2"):
+        layers.follow(depth, {"types": ["a", "a", "full"]}, [0, 1], what="layer", n_before=3)

@@ -186,7 +186,7 @@ def test_a_chosen_request_keeps_its_promise(bench: Bench, chosen: Chosen) -> Non
 # Promises that were broken once: each must be kept, weakened or refused.
 
 ZERO: ResizeOptions = {"layers": 2, "new_layers": "zero"}
-MENDED: tuple[tuple[str, str, ResizeOptions], ...] = (
+ONCE_WRONG: tuple[tuple[str, str, ResizeOptions], ...] = (
     # Each layer scales the residual stream; later layers take keys and values from earlier ones.
     ("gemma4", "gemma4_text", ZERO),
     ("gemma4", "gemma4_tied", {**ZERO, "grouping": "adjacent"}),
@@ -197,8 +197,6 @@ MENDED: tuple[tuple[str, str, ResizeOptions], ...] = (
     ("roberta", "roberta", {"width": 2, "untie": True}),
     ("bart", "bart", {"hidden": 2, "untie": True}),
     ("biogpt", "biogpt", {"mlp": 2, "untie": True}),
-)
-BROKEN: tuple[tuple[str, str, ResizeOptions], ...] = (
     # Empty units that hold the mean: not the mean any more behind a scale of each unit ...
     ("dinov2", "dinov2", {"hidden": "=72"}),
     ("beit", "beit", {"heads": "=9"}),
@@ -233,10 +231,8 @@ BROKEN: tuple[tuple[str, str, ResizeOptions], ...] = (
 
 
 def faults() -> Iterator[object]:
-    known = pytest.mark.xfail(strict=True, reason="not mended yet")
-    for arch, name, options in (*MENDED, *BROKEN):
-        marks = (known,) if (arch, name, options) in BROKEN else ()
-        yield pytest.param(arch, name, options, id=f"{name}-{options}", marks=marks)
+    for arch, name, options in ONCE_WRONG:
+        yield pytest.param(arch, name, options, id=f"{name}-{options}")
 
 
 @pytest.mark.slow

@@ -250,6 +250,11 @@ def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str
     if grows and op.rule == "exact":
         _check_even(model, chosen)
     silent = _silent(op, model, layers)
+    if op.untie and not model.tied:
+        raise PlanError(
+            "--untie, but no head is tied to the embedding",
+            hint="leave it out: the head has a tensor of its own",
+        )
     _check_tied(op, model, chosen)
     by_axis = promises.of_axes(
         model, chosen, layers, grows=grows, silent=silent, fills=found, head_size=head_size
@@ -263,6 +268,10 @@ def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str
         found.factors, found.fields, op.untie,
     )  # fmt: skip
     kept = replace(level, filled=frozenset(found.fills) or level.filled)
+    if silent:
+        # On the way back silent layers are left out, not averaged in.
+        spoken = {axis: _spoken(kept.merging[axis], quiet) for axis, quiet in silent.items()}
+        kept = replace(kept, merging={**kept.merging, **spoken})
     known = {one.digest for one in source.levels}
     levels = source.levels
     if level.merging and kept.digest not in known:
@@ -319,6 +328,14 @@ def _silent(op: Resize, model: Model, layers: Mapping[str, AxisMap]) -> dict[str
             )
         found[axis] = frozenset(quiet)
     return found
+
+
+def _spoken(m: AxisMap, quiet: frozenset[int]) -> AxisMap:
+    """A merging map of layers in which silent ones count nothing."""
+    rows = tuple(
+        tuple((j, 0.0 if j in quiet else 1.0) for j, _ in m.members(i)) for i in range(m.n_out)
+    )
+    return BlockMap(rows, m.n_in)
 
 
 def _check_even(model: Model, chosen: Mapping[str, AxisMap]) -> None:
