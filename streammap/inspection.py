@@ -8,6 +8,7 @@ from streammap.api import LazyCheckpoint
 from streammap.errors import ArchitectureError, CheckpointError
 from streammap.layers import Kind
 from streammap.model import Family
+from streammap.pattern import INDEX
 
 _AXES = {
     "width": "widths",
@@ -43,6 +44,8 @@ class Inspection:
     """The spec that serves it; None where none does."""
     problem: str | None
     """Why none does."""
+    hint: str | None
+    """What to do then."""
     tied: bool
     sizes: Mapping[str, int]
     files: Mapping[str, int]
@@ -71,6 +74,8 @@ class Inspection:
             f"tensors       {self.n_tensors}, {self.n_parameters / 1e6:.1f} M values ({dtypes})",
             f"architecture  {self.architecture or f'none ({self.problem})'}",
         ]
+        if self.hint is not None:
+            lines.append(f"{'':<14}{self.hint}")
         if self.sizes:
             by_kind: dict[str, list[str]] = {}
             for axis, size in self.sizes.items():
@@ -105,7 +110,7 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
         CheckpointError: a spec serves it, but the tensors are not what that says.
     """
     plan = lazy.plan
-    problem, sizes, tied, architecture = None, {}, False, None
+    problem, hint, sizes, tied, architecture = None, None, {}, False, None
     axes: dict[str, str] = {}
     layer_kinds: dict[str, tuple[str, ...]] = {}
     patterns: tuple[Pattern, ...] = ()
@@ -117,11 +122,13 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
         found = {axis: _runs(model.kinds(axis)) for axis in model.architecture.depth_axes}
         layer_kinds = {axis: kinds for axis, kinds in found.items() if len(kinds) > 1}
     except ArchitectureError as error:
-        problem = error.message
+        problem, hint = error.message, error.hint
     except CheckpointError as error:
         if not quantized.is_quantized(plan.specs, plan.config or {}):
             raise
-        problem = error.message
+        problem, hint = error.message, error.hint
+    if architecture is None:
+        patterns = _unmatched(lazy)
     dtypes: dict[str, int] = {}
     for form in plan.targets.values():
         dtypes[form.spec.dtype] = dtypes.get(form.spec.dtype, 0) + form.spec.nbytes
@@ -129,6 +136,7 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
         path=str(plan.sources[0].path),
         architecture=architecture,
         problem=problem,
+        hint=hint,
         tied=tied,
         sizes=sizes,
         files={file.name: file.nbytes for file in plan.sources[0].files},
@@ -158,6 +166,18 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def _unmatched(lazy: LazyCheckpoint) -> tuple[Pattern, ...]:
+    """The keys with their numbers as *, where no spec says what they are."""
+    found: dict[str, list[str]] = {}
+    for key in lazy.keys():  # noqa: SIM118 (a method of its own)
+        found.setdefault(INDEX.sub("*", key), []).append(key)
+    specs = {name: lazy.spec(keys[0]) for name, keys in found.items()}
+    return tuple(
+        Pattern(name, len(keys), specs[name].dtype, specs[name].shape, "", "unknown", "")
+        for name, keys in found.items()
+    )
 
 
 def _pattern(lazy: LazyCheckpoint, family: Family) -> Pattern:
