@@ -103,7 +103,7 @@ def remap(
     notes += _mixed(model, change)
     config = None
     if plan.config is not None:
-        sources = {name: _sources(m) for name, m in change.layers.items()}
+        sources = {name: _sources(m, model, name) for name, m in change.layers.items()}
         fields |= _tails(model, change)
         config, told = rewriting.rewritten(
             plan.config, model, sizes, sources=sources, fields=fields
@@ -428,17 +428,21 @@ def is_gain(key: str) -> bool:
     return key.endswith((".weight", ".gamma"))
 
 
-def _sources(m: AxisMap) -> tuple[int, ...]:
+def _sources(m: AxisMap, model: Model, axis: str) -> tuple[int, ...]:
     """For each layer of the result, the source layer that it takes after."""
     rows = [m.members(i) for i in range(m.n_out)]
-    return tuple(max(row, key=lambda pair: pair[1])[0] if row else 0 for row in rows)
+    found = [max(row, key=lambda pair: pair[1])[0] if row else 0 for row in rows]
+    is_last = model.architecture.depth.get(axis, Depth()).last
+    if is_last and any(j == m.n_in - 1 for j, _ in rows[-1]):
+        found[-1] = m.n_in - 1
+    return tuple(found)
 
 
 def _mixed(model: Model, change: Change) -> list[str]:
     """Layers of the result that mix kinds of config.json; the first one's entries count."""
     found = []
     for axis, m in change.layers.items():
-        kinds, sources = model.kinds(axis), _sources(m)
+        kinds, sources = model.kinds(axis), _sources(m, model, axis)
         mixed = [
             i for i in range(m.n_out)
             if len({kinds[j] for j, _ in m.members(i)}) > 1
