@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from streammap import mapfile, requests, scheme, sizes
+from streammap.axisrequests import KvMerge
 from streammap.checkpoint import read_config
 from streammap.errors import PlanError
 from streammap.operators.resize import Direction, NewLayers, Resize
 from streammap.planner import Rule
 from streammap.requests import Grouping
 from streammap.scheme import Scheme
-from streammap.spaces import KvMerge
 
 if TYPE_CHECKING:
     from streammap.plan import Plan

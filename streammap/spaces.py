@@ -5,14 +5,12 @@ intermediate size that is always 4 x hidden size. Such axes follow in proportion
 are planned together, see headmaps.py.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import gcd
-from typing import Literal
 
-from streammap import axisfacts, headmaps, maps, requests, rewriting, sizes
+from streammap import axisfacts, headmaps, maps, rewriting, sizes
 from streammap import expression as expressions
+from streammap.axisrequests import Asked, AxisRequests
 from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError, SchemeError, some
 from streammap.expression import Expression, Name
@@ -20,25 +18,6 @@ from streammap.headmaps import Counts, Sharing
 from streammap.maps import AxisMap, BlockMap
 from streammap.model import Model
 from streammap.requests import Grouping, Request
-
-KvMerge = Literal["mean", "first"]
-KV_MERGES: tuple[KvMerge, ...] = ("mean", "first")
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """What a user asks for."""
-
-    axes: Mapping[str, Request]
-    """Axis -> what becomes of it."""
-    width: Request | None
-    """What becomes of all widths together: a factor, or groups of heads."""
-    grouping: Grouping
-    kv_merge: KvMerge
-    known: Mapping[str, int]
-    """Axis -> size of a large model that this one was made from, where groups don't tell."""
-    wanted: Mapping[str, int]
-    """Axis -> size that the result must have; empty where nothing is said."""
 
 
 def merging_maps(
@@ -69,6 +48,7 @@ class _Planning:
         ]
         self.found: dict[str, BlockMap] = {}
         self.notes: list[str] = []
+        self._one = AxisRequests(model, asked, self.notes, grows=grows)
 
     def direct(self) -> None:
         """Maps of the axes that were asked for."""
@@ -77,7 +57,7 @@ class _Planning:
         for axis, request in self._asked.axes.items():
             if axis not in self.found:
                 self._check_axis(axis)
-                self._put(axis, self._map(axis, request))
+                self._put(axis, self._one.map(axis, request))
         if self._asked.width is not None:
             first = self._spec.spaces.get("heads", ())
             for axis in sorted(self._widths(), key=lambda axis: axis not in first):
@@ -106,104 +86,6 @@ class _Planning:
                 self._check_joint(heads, kv)
 
     # One axis.
-
-    def _map(self, axis: str, request: Request) -> BlockMap | None:
-        own = self._own[axis]
-        if request.factor is not None:
-            grouping = request.grouping or self._asked.grouping
-            large = own * request.factor if self._grows else own
-            return self._uniform(axis, large, request.factor, grouping)
-        if request.size is not None:
-            return self._sized(axis, own, request.size, request.grouping)
-        assert request.groups is not None
-        n_large = self._n_large(axis, request.groups, request.where or axis)
-        self._tell_left(axis, request.groups, n_large)
-        return maps.merging(request.groups, n_large, weights=request.weights)
-
-    def _n_large(self, axis: str, groups: Sequence[Sequence[int]], where: str) -> int:
-        """The large model's size of an axis that groups are given for.
-
-        Raises:
-            SchemeError: another number of groups than the small model has, or a member that the
-                large one doesn't have.
-        """
-        own, wanted = self._own[axis], self._asked.wanted.get(axis)
-        n_small = own if self._grows else wanted
-        if n_small is not None and len(groups) != n_small:
-            raise SchemeError(
-                f"{where}: {len(groups)} groups, the small model has {n_small} {self._word(axis)}",
-                hint="write the scheme for this pair of models; `streammap scheme` prints one",
-            )
-        n_large = wanted if self._grows else own
-        if n_large is None:
-            most = 1 + max(member for group in groups for member in group)
-            n_large = max(self._asked.known.get(axis, 0), most)
-        requests.check_members(groups, n_large, where)
-        return n_large
-
-    def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:
-        if factor == 1:
-            return None
-        if large % factor:
-            divisors = [d for d in range(2, min(large, 4096) + 1) if large % d == 0]
-            raise SchemeError(
-                f"{large} {self._word(axis)} do not divide into groups of {factor}",
-                hint=f"take a factor of {large} ({some(divisors, limit=6)}), a size such as "
-                f"={max(1, large // factor)}, or give groups",
-            )
-        parts = self._parts(axis, large, factor, grouping)
-        n = parts // factor
-        groups = [
-            range(i * factor, (i + 1) * factor) if grouping == "adjacent" else range(i, parts, n)
-            for i in range(n)
-        ]
-        return maps.merging([tuple(group) for group in groups], parts, block=large // parts)
-
-    def _word(self, axis: str) -> str:
-        name = axis.rpartition(".")[2]
-        words = {"heads": "heads", "layer": "layers", "expert": "experts", "kv_heads": "kv heads"}
-        return words.get(name, f"units of {axis}")
-
-    def _parts(self, axis: str, large: int, factor: int, grouping: Grouping) -> int:
-        """Into how many parts an axis is cut: as many as there are heads, where that fits."""
-        if self._spec.axes[axis].kind != "width":
-            return large
-        heads = self._own.get("heads", 0) * (factor if self._grows else 1)
-        if heads and large % heads == 0 and heads % factor == 0:
-            return heads
-        return large if grouping == "adjacent" else factor
-
-    def _sized(
-        self, axis: str, own: int, size: int, grouping: Grouping | None = None
-    ) -> BlockMap | None:
-        if size == own:
-            return None
-        large, small = (size, own) if self._grows else (own, size)
-        if large < small:
-            raise PlanError(
-                f"{axis}: can't go from {own} to {size} this way",
-                hint="coalesce makes a model smaller, decoalesce larger",
-            )
-        if large % small == 0 and self._spec.axes[axis].kind != "depth":
-            return self._uniform(axis, large, large // small, grouping or self._asked.grouping)
-        if not self._grows or self._spec.axes[axis].kind == "depth":
-            return maps.merging(requests.near_even(large, small), large)
-        if axis in axisfacts.normed_axes(self._model):
-            groups = requests.copies(large, small)
-            left = large - small * (large // small)
-            self.notes.append(f"{axis}: {left} of {large} units are new and stay empty at first")
-            return maps.merging(groups, large)
-        return maps.merging(requests.cyclic(large, small), large)
-
-    def _tell_left(self, axis: str, groups: Sequence[Sequence[int]], n_large: int) -> None:
-        used = [member for group in groups for member in group]
-        left = sorted(set(range(n_large)) - set(used))
-        if left:
-            fate = "zeros in the result" if self._grows else "dropped"
-            self.notes.append(f"{self._word(axis)} {some(left)} of {n_large}: in no group, {fate}")
-        twice = sorted({a for a, b in itertools.pairwise(sorted(used)) if a == b})
-        if twice:
-            self.notes.append(f"{self._word(axis)} {some(twice)}: in more than one group")
 
     def _put(self, axis: str, m: BlockMap | None) -> None:
         if m is not None:
@@ -238,7 +120,7 @@ class _Planning:
         if not self._grows and self._own[axis] % factor and axis not in named:
             self.notes.append(f"{axis}: {self._own[axis]} does not divide by {factor}, it stays")
             return None
-        return self._map(axis, request)
+        return self._one.map(axis, request)
 
     def _proportional(self, axis: str, groups: Sequence[Sequence[int]]) -> BlockMap:
         """Groups of heads, applied to as many equal parts of another axis."""
@@ -248,9 +130,9 @@ class _Planning:
                 f"{axis}: {self._own[axis]} does not divide into {heads} parts, one for each head",
                 hint="this model's widths can't follow its heads; ask for each by itself",
             )
-        n_large = self._n_large("heads", groups, "width_scheme")
+        n_large = self._one.n_large("heads", groups, "width_scheme")
         if axis == "heads":
-            self._tell_left(axis, groups, n_large)
+            self._one.tell_left(axis, groups, n_large)
         return maps.merging(groups, n_large, block=self._own[axis] // heads)
 
     # Query heads and kv heads.
@@ -325,7 +207,7 @@ class _Planning:
         if own % factor:
             divisors = [d for d in range(2, own + 1) if own % d == 0]
             raise SchemeError(
-                f"{own} {self._word(axis)} do not divide into groups of {factor}",
+                f"{own} {self._one.word(axis)} do not divide into groups of {factor}",
                 hint=f"take a factor of {own} ({some(divisors, limit=6)}), or give groups",
             )
         return own // factor
@@ -357,9 +239,9 @@ class _Planning:
     ) -> None:
         found = maps.identity(self._own[heads])
         if wanted is not None:
-            found = self._map(heads, wanted) or found
+            found = self._one.map(heads, wanted) or found
         if wanted_kv is not None:
-            found_kv = self._map(kv, wanted_kv) or maps.identity(self._own[kv])
+            found_kv = self._one.map(kv, wanted_kv) or maps.identity(self._own[kv])
         elif wanted is self._asked.width or self._follows(kv, heads):
             found_kv = headmaps.kv_of(self._sharing(heads, kv), found)
         else:
@@ -466,7 +348,9 @@ class _Planning:
             self.found[axis] = BlockMap(m.rows, n_large, large // n_large)
         else:
             exact = own * after % before == 0
-            self._put(axis, self._sized(axis, own, size) if exact or wanted is not None else None)
+            self._put(
+                axis, self._one.sized(axis, own, size) if exact or wanted is not None else None
+            )
         if axis in self.found:
             self.notes.append(f"{axis} follows {leader}: {own} -> {size}")
             for kv, _, heads in self._joint:

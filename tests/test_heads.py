@@ -11,9 +11,9 @@ from torch import Tensor
 
 import streammap
 from streammap.api import LazyCheckpoint
+from streammap.axisrequests import KvMerge
 from streammap.errors import PlanError
 from streammap.options import ResizeOptions
-from streammap.spaces import KvMerge
 from streammap.tinymodels import TinyModel
 from tests import tiny, truth
 from tests.truth import Bench

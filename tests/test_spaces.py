@@ -10,13 +10,13 @@ import pytest
 import streammap
 from streammap import graph
 from streammap.api import LazyCheckpoint
+from streammap.axisrequests import KvMerge
 from streammap.checkpoint import Checkpoint
 from streammap.errors import CheckpointError, PlanError, SchemeError, StreammapError
 from streammap.graph import TensorSource
 from streammap.operators.resize import Direction
 from streammap.options import RequestLike, ResizeOptions
 from streammap.plan import Plan
-from streammap.spaces import KvMerge
 from streammap.spec import TensorSpec
 from tests import tiny
 from tests.typed import ok

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from streammap import axisfacts, maps, planner, promises, spaces
+from streammap.axisrequests import Asked, KvMerge
 from streammap.compensation import compensate
 from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError
@@ -24,7 +25,6 @@ from streammap.plan import Plan, Step
 from streammap.planner import Change, Rule
 from streammap.requests import Grouping, Request
 from streammap.scheme import Scheme
-from streammap.spaces import Asked, KvMerge
 
 Direction = Literal["coalesce", "decoalesce"]
 NewLayers = Literal["copy", "zero"]
