@@ -179,7 +179,9 @@ class _Planning:
         """Kv heads of another kind of layers, whose query heads are planned already."""
         others = [self.found[other] for other, _, of in self._joint if of == heads and other != kv]
         alike = [m for m in others if self._own[kv] == (m.n_out if self._grows else m.n_in)]
-        for m in (maps.identity(self._own[kv]), *alike):
+        origin = sizes.axis_origin(self._spec.axes[kv], self._model.config)
+        same = maps.identity(self._own[kv])
+        for m in (same, *alike) if isinstance(origin, str) else (*alike, same):
             self.found[kv] = m
             if self._misplaced(heads, kv) is None:
                 return
