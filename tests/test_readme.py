@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
+from streammap import catalogue
 from streammap.cli import main
 from tests import tiny
 
@@ -64,3 +65,7 @@ def test_all_shipped_schemes_are_on_their_page() -> None:
     page = (ROOT / "schemes" / "README.md").read_text()
     for path in (ROOT / "schemes").glob("*.json"):
         assert f"`{path.name}`" in page
+
+
+def test_the_readme_counts_the_model_types_that_there_are() -> None:
+    assert f"{len(catalogue.model_types())} model types" in (ROOT / "README.md").read_text()
