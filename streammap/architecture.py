@@ -11,7 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from streammap.expression import Expression
+from streammap import expression as expressions
+from streammap.errors import ArchitectureError
+from streammap.expression import Expression, Name, Operation
 from streammap.pattern import KeyPattern
 
 Role = Literal["out", "in", "keep"]
@@ -180,6 +182,15 @@ class Axis:
         return tuple(source for source in self.sources if isinstance(source, str))
 
 
+@dataclass(frozen=True, slots=True)
+class SharedHeads:
+    """Names of three axes: kv heads, the query heads of each, and all query heads."""
+
+    kv: str
+    group: str
+    heads: str
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
     """One spec, as it stands for one config.json."""
@@ -215,6 +226,45 @@ class Architecture:
         """The axes that count layers."""
         return tuple(axis.name for axis in self.axes.values() if axis.kind == "depth")
 
-    def expanded(self, name: str) -> Expression | None:
-        """What an alias stands for."""
-        return self.aliases.get(name)
+    @property
+    def shared_heads(self) -> tuple[SharedHeads, ...]:
+        """The kv heads that query heads share.
+
+        Raises:
+            ArchitectureError: an axis of kind group that is no quotient of two axes.
+        """
+        found = []
+        for axis in self.axes.values():
+            match axis.sources:
+                case (Operation("/", Name(heads), Name(kv)),) if axis.kind == "group":
+                    found.append(SharedHeads(kv, axis.name, heads))
+                case _ if axis.kind == "group":
+                    raise ArchitectureError(
+                        f"{self.name}.toml: {axis.name} is a group, expected '=heads/kv_heads'"
+                    )
+        return tuple(found)
+
+    def axes_in(self, expression: Expression) -> list[str]:
+        """The axes that stand in an expression, aliases taken apart."""
+        found: list[str] = []
+        for name in expressions.names(expression):
+            alias = self.aliases.get(name)
+            found += self.axes_in(alias) if alias is not None else [name]
+        return found
+
+    def size(self, expression: Expression, sizes: Mapping[str, int]) -> int:
+        """The value of a dimension expression, for given sizes of axes.
+
+        Raises:
+            KeyError: the size of an axis that is not known.
+        """
+
+        def value_of(name: str) -> int:
+            alias = self.aliases.get(name)
+            return self.size(alias, sizes) if alias is not None else sizes[name]
+
+        return expressions.evaluate(expression, value_of, _no_call)
+
+
+def _no_call(function: str, arguments: tuple[str, ...]) -> int:
+    raise ArchitectureError(f"{function}({', '.join(arguments)}) can't stand in a dimension")

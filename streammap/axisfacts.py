@@ -1,16 +1,16 @@
 """What a model says of its axes: which others decide their sizes, which norms see them."""
 
+from collections.abc import Iterable
+
 from streammap import expression as expressions
 from streammap import sizes
-from streammap.dimmaps import joint_axes
-from streammap.expression import Expression
 from streammap.model import Family, Model
 
 
 def must_follow(model: Model, axis: str) -> bool:
     """Whether config.json has no field for an axis, so that others decide its size."""
     found = model.architecture.axes[axis]
-    if any(isinstance(source, str) for source in found.sources):
+    if found.fields:
         return False
     origin = sizes.axis_origin(found, model.config)
     return (
@@ -22,28 +22,12 @@ def must_follow(model: Model, axis: str) -> bool:
 
 def normed_axes(model: Model) -> frozenset[str]:
     """Axes over which a norm takes its mean: their units must be copied alike."""
-    found: set[str] = set(model.architecture.weightless)
-    joint = {
-        (kv, group): heads
-        for kv, groups in joint_axes(model.architecture).items()
-        for group, heads in groups.items()
-    }
+    spec = model.architecture
+    found: set[str] = set(spec.weightless)
     for family in model.families:
-        if family.rule.kind != "norm" or family.dims[-1].expression is None:
-            continue
-        names = expanded(model, family.dims[-1].expression)
-        found |= set(names)
-        found |= {heads for (kv, group), heads in joint.items() if {kv, group} <= set(names)}
+        if family.rule.kind == "norm" and family.dims[-1].expression is not None:
+            found |= _with_heads(model, spec.axes_in(family.dims[-1].expression))
     return frozenset(found)
-
-
-def expanded(model: Model, expression: Expression) -> list[str]:
-    """The axes that stand in an expression, aliases taken apart."""
-    found: list[str] = []
-    for name in expressions.names(expression):
-        alias = model.architecture.aliases.get(name)
-        found += expanded(model, alias) if alias is not None else [name]
-    return found
 
 
 def axes_of(model: Model, family: Family) -> frozenset[str]:
@@ -51,7 +35,12 @@ def axes_of(model: Model, family: Family) -> frozenset[str]:
     found = set(family.indices)
     for dim in family.dims:
         if dim.expression is not None:
-            found |= set(expanded(model, dim.expression))
-    for kv, groups in joint_axes(model.architecture).items():
-        found |= {heads for group, heads in groups.items() if {kv, group} <= found}
-    return frozenset(found)
+            found |= set(model.architecture.axes_in(dim.expression))
+    return frozenset(_with_heads(model, found))
+
+
+def _with_heads(model: Model, axes: Iterable[str]) -> set[str]:
+    """These axes, and query heads where kv heads and their group stand for them."""
+    found = set(axes)
+    shared = model.architecture.shared_heads
+    return found | {one.heads for one in shared if {one.kv, one.group} <= found}

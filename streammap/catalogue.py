@@ -19,7 +19,7 @@ _NO_CONFIG: dict[str, object] = {}
 
 def names() -> tuple[str, ...]:
     """The specs, by name."""
-    return tuple(sorted(_texts(os.environ.get(FOLDER, ""))))
+    return tuple(sorted(_texts(_folder())))
 
 
 def load(name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
@@ -50,7 +50,7 @@ def parse(text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG) ->
 def model_types() -> dict[str, str]:
     """model_type -> name of the spec that serves it."""
     found: dict[str, str] = {}
-    for name in _texts(os.environ.get(FOLDER, "")):
+    for name in _texts(_folder()):
         listed = _tables(name).get("model_types", [])
         for model_type in listed if isinstance(listed, list) else []:
             found.setdefault(str(model_type), name)
@@ -60,7 +60,7 @@ def model_types() -> dict[str, str]:
 def for_model_type(model_type: str, config: Mapping[str, object]) -> Architecture | None:
     """The spec that serves a config.json with this model_type."""
     quoted = f'"{model_type}"'
-    for name, text in _texts(os.environ.get(FOLDER, "")).items():
+    for name, text in _texts(_folder()).items():
         # Reading TOML is slow; most files do not even hold the word.
         if quoted in text:
             listed = _tables(name).get("model_types", [])
@@ -72,7 +72,7 @@ def for_model_type(model_type: str, config: Mapping[str, object]) -> Architectur
 def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture | None:
     """The spec whose `detect` keys are all there."""
     found = tuple(keys)
-    for name, text in _texts(os.environ.get(FOLDER, "")).items():
+    for name, text in _texts(_folder()).items():
         if "\ndetect" not in text:
             continue
         architecture = load(name, config)
@@ -82,6 +82,10 @@ def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture 
         ):
             return architecture
     return None
+
+
+def _folder() -> str:
+    return os.environ.get(FOLDER, "")
 
 
 @cache
@@ -96,13 +100,12 @@ def _texts(folder: str) -> Mapping[str, str]:
             }
         except (OSError, UnicodeDecodeError) as error:
             raise ArchitectureError(f"{folder}: {error}", hint=f"check {FOLDER}") from error
-        found = {**found, **own}
-        return {**own, **found}
+        return {**own, **{name: text for name, text in found.items() if name not in own}}
     return found
 
 
 def _tables(name: str) -> Tables:
-    return _read(os.environ.get(FOLDER, ""), name)
+    return _read(_folder(), name)
 
 
 @cache
@@ -116,7 +119,7 @@ def _read(folder: str, name: str) -> Tables:
 
 
 def _merged(name: str) -> Tables:
-    return _merged_in(os.environ.get(FOLDER, ""), name)
+    return _merged_in(_folder(), name)
 
 
 @cache

@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from streammap import axisfacts, maps
+from streammap import maps
 from streammap.architecture import Norm
 from streammap.configfields import field_value
 from streammap.errors import PlanError
@@ -23,7 +23,7 @@ from streammap.expression import Name
 from streammap.maps import AxisMap, BlockMap, DenseMap, MapPair
 from streammap.model import Model
 from streammap.pattern import KeyPattern
-from streammap.planner import Fill
+from streammap.planner import Fill, Rule
 
 _MAX_DENSE = 2**25
 """Elements; 256 MB in float64, while planning and in the run."""
@@ -46,11 +46,10 @@ class Compensation:
 def compensate(
     model: Model,
     chosen: Mapping[str, AxisMap],
-    layers: Mapping[str, AxisMap],
     *,
     grows: bool,
     filled: frozenset[str],
-    op_rule: str,
+    rule: Rule,
 ) -> Compensation:
     """The compensations that maps of axes need.
 
@@ -64,7 +63,7 @@ def compensate(
     notes: list[str] = []
     inexact: set[str] = set()
     for axis, m in chosen.items():
-        if op_rule == "exact" and isinstance(m, BlockMap):
+        if rule == "exact" and isinstance(m, BlockMap):
             ratio = _ratio(m) if grows else _ratio_down(m) if axis in filled else None
             if ratio is not None and ratio != 1.0 and _can_fill(model, axis, m, grows=grows):
                 fills[axis] = Fill(m, math.sqrt(ratio))
@@ -79,15 +78,11 @@ def compensate(
 
 def _ratio(m: BlockMap) -> float | None:
     """R of a growth that copies all units alike and leaves others empty; None where it doesn't."""
-    uses = [0] * m.n_in_blocks
-    for row in m.rows:
-        if len(row) > 1 or any(value != 1.0 for _, value in row):
-            return None
-        for j, _ in row:
-            uses[j] += 1
-    if len(set(uses)) != 1 or not uses[0]:
+    if any(len(row) > 1 or any(value != 1.0 for _, value in row) for row in m.rows):
         return None
-    return uses[0] * m.n_in_blocks / len(m.rows)
+    if len(set(m.uses)) != 1 or not m.uses[0]:
+        return None
+    return m.uses[0] * m.n_in_blocks / len(m.rows)
 
 
 def _ratio_down(m: BlockMap) -> float | None:
@@ -128,7 +123,7 @@ def _is_normed_with_others(model: Model, axis: str) -> bool:
         family.rule.norm is not None
         and (last := family.dims[-1].expression) is not None
         and last != Name(axis)
-        and axis in axisfacts.expanded(model, last)
+        and axis in model.architecture.axes_in(last)
         for family in model.families
     )
 
@@ -222,11 +217,7 @@ def copies_are_exact(model: Model, axis: str, m: AxisMap) -> str | None:
         return "experts are mapped by a dense matrix"
     if not about.multiply:
         return None  # One of equal experts is chosen, whichever it is.
-    uses = [0] * m.n_in
-    for i in range(m.n_out):
-        for j, _ in m.members(i):
-            uses[j] += 1
-    if len(set(uses)) != 1:
+    if len(set(m.uses)) != 1:
         return "experts are copied unevenly"
     n_groups = field_value(model.config, about.groups) if about.groups else 1
     if isinstance(n_groups, int) and n_groups > 1:

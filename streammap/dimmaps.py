@@ -9,6 +9,7 @@ two, as in kv_heads*(q_group+2), the sum is taken apart first and put together a
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from streammap import expression as expressions
 from streammap import maps
@@ -29,7 +30,9 @@ class DimMaps:
         after: Mapping[str, int],
     ) -> None:
         self._spec, self._pairs, self._before, self._after = spec, pairs, before, after
-        self._joint = joint_axes(spec)
+        self._joint: dict[str, dict[str, str]] = {}
+        for shared in spec.shared_heads:
+            self._joint.setdefault(shared.kv, {})[shared.group] = shared.heads
         self._known: dict[tuple[Expression, bool], AxisMap | None] = {}
 
     def of(self, expression: Expression, role: Role) -> AxisMap | None:
@@ -62,9 +65,11 @@ class DimMaps:
             case Number(value):
                 return maps.identity(value)
             case Operation("+"):
-                return maps.concatenated([self._map(t, reads) for t in self._terms(expression)])
+                return maps.concatenated(
+                    [self._map(t, reads) for t in self._split("+", expression)]
+                )
             case Operation("*"):
-                return self._product(self._factors(expression), reads)
+                return self._product(self._split("*", expression), reads)
             case _:
                 raise ArchitectureError(f"{expression}: a dimension is a sum of products")
 
@@ -86,7 +91,7 @@ class DimMaps:
     def _taken_apart(self, factors: Sequence[Expression], at: int, reads: bool) -> AxisMap:
         """The map of a product whose factor `at` is a sum."""
         first, rest = list(factors[:at]), list(factors[at + 1 :])
-        terms = self._terms(factors[at])
+        terms = self._split("+", factors[at])
         if isinstance(factors[at], Number):
             terms = [Number(1)] * factors[at].value  # type: ignore[union-attr]
         if len(terms) < 2:
@@ -105,8 +110,11 @@ class DimMaps:
         sizes: Mapping[str, int],
     ) -> AxisMap:
         """The permutation from first*(sum of terms)*rest to the sum of first*term*rest."""
-        n_first, block = self._size(_as_product(first), sizes), self._size(_as_product(rest), sizes)
-        lengths = [self._size(term, sizes) for term in terms]
+        n_first, block = (
+            self._spec.size(_as_product(first), sizes),
+            self._spec.size(_as_product(rest), sizes),
+        )
+        lengths = [self._spec.size(term, sizes) for term in terms]
         rows = []
         offset, total = 0, sum(lengths)
         for length in lengths:
@@ -116,46 +124,15 @@ class DimMaps:
             offset += length
         return BlockMap(tuple(rows), n_first * total, block)
 
-    def _size(self, expression: Expression, sizes: Mapping[str, int]) -> int:
-        def value_of(name: str) -> int:
-            alias = self._spec.aliases.get(name)
-            return self._size(alias, sizes) if alias is not None else sizes[name]
-
-        return expressions.evaluate(expression, value_of, _no_call)
-
-    def _factors(self, expression: Expression) -> list[Expression]:
+    def _split(self, operator: Literal["*", "+"], expression: Expression) -> list[Expression]:
+        """The factors of a product, or the terms of a sum, aliases taken apart."""
         match expression:
-            case Operation("*", left, right):
-                return [*self._factors(left), *self._factors(right)]
+            case Operation(found, left, right) if found == operator:
+                return [*self._split(operator, left), *self._split(operator, right)]
             case Name(name) if name not in self._pairs and name in self._spec.aliases:
-                return self._factors(self._spec.aliases[name])
+                return self._split(operator, self._spec.aliases[name])
             case _:
                 return [expression]
-
-    def _terms(self, expression: Expression) -> list[Expression]:
-        match expression:
-            case Operation("+", left, right):
-                return [*self._terms(left), *self._terms(right)]
-            case Name(name) if name not in self._pairs and name in self._spec.aliases:
-                return self._terms(self._spec.aliases[name])
-            case _:
-                return [expression]
-
-
-def joint_axes(spec: Architecture) -> dict[str, dict[str, str]]:
-    """Kv heads axis -> {group axis: query heads axis}."""
-    found: dict[str, dict[str, str]] = {}
-    for axis in spec.axes.values():
-        if axis.kind != "group":
-            continue
-        match axis.sources:
-            case (Operation("/", Name(heads), Name(kv_heads)),):
-                found.setdefault(kv_heads, {})[axis.name] = heads
-            case _:
-                raise ArchitectureError(
-                    f"{spec.name}.toml: {axis.name} is a group, expected '=heads/kv_heads'"
-                )
-    return found
 
 
 def _as_product(factors: Sequence[Expression]) -> Expression:
@@ -164,7 +141,3 @@ def _as_product(factors: Sequence[Expression]) -> Expression:
     for factor in kept[1:]:
         found = Operation("*", found, factor)
     return found
-
-
-def _no_call(function: str, arguments: tuple[str, ...]) -> int:
-    raise ArchitectureError(f"{function}({', '.join(arguments)}) can't stand in a dimension")

@@ -60,6 +60,15 @@ class BlockMap:
         )
 
     @cached_property
+    def uses(self) -> tuple[int, ...]:
+        """How many rows read each in block."""
+        counts = [0] * self.n_in_blocks
+        for row in self.rows:
+            for j, _ in row:
+                counts[j] += 1
+        return tuple(counts)
+
+    @cached_property
     def longest(self) -> int:
         """Members of the longest row."""
         return max((len(row) for row in self.rows), default=0)
@@ -346,14 +355,10 @@ def _describe(m: BlockMap) -> str:
     if not filled:
         return "zeros"
     span = str(filled[0]) if len(filled) == 1 else f"{filled[0]}-{filled[-1]}"
-    uses = [0] * m.n_in_blocks
-    for row in m.rows:
-        for j, _ in row:
-            uses[j] += 1
-    copies = sorted({use for use in uses if use})
+    copies = sorted({use for use in m.uses if use})
     times = str(copies[0]) if len(copies) == 1 else f"{copies[0]}-{copies[-1]}"
     if filled == [1]:
-        words = _describe_copies(m, values, uses, times)
+        words = _describe_copies(m, values, times)
     elif all(_close(value, 1 / len(row)) for row in m.rows for _, value in row):
         words = f"mean of {span}"
     elif values == {1.0}:
@@ -365,12 +370,12 @@ def _describe(m: BlockMap) -> str:
     return words
 
 
-def _describe_copies(m: BlockMap, values: set[float], uses: Sequence[int], times: str) -> str:
+def _describe_copies(m: BlockMap, values: set[float], times: str) -> str:
     if values == {1.0}:
         if times != "1":
             return f"copy x{times}"
-        return "permutation" if all(uses) else "selection"
-    if all(_close(value * uses[j], 1.0) for row in m.rows for j, value in row):
+        return "permutation" if all(m.uses) else "selection"
+    if all(_close(value * m.uses[j], 1.0) for row in m.rows for j, value in row):
         return f"copy / {times}"
     return "scaled copy"
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from streammap import catalogue, configfields, layers, pattern, quantized, sizes
-from streammap import expression as expressions
 from streammap.architecture import Architecture, Depth, Dim, Head, Rule
 from streammap.errors import ArchitectureError, CheckpointError, some
 from streammap.expression import Expression, Name
@@ -101,12 +100,7 @@ class Model:
 
     def size(self, expression: Expression) -> int:
         """The value of a dimension expression."""
-
-        def value_of(name: str) -> int:
-            alias = self.architecture.aliases.get(name)
-            return self.size(alias) if alias is not None else self.sizes[name]
-
-        return expressions.evaluate(expression, value_of, _no_calls)
+        return self.architecture.size(expression, self.sizes)
 
     def kinds(self, axis: str) -> tuple[layers.Kind, ...]:
         """What config.json says of each layer of a depth axis."""
@@ -173,10 +167,6 @@ def find(
             hint="give the checkpoint's config.json with --config",
         )
     return found
-
-
-def _no_calls(function: str, arguments: tuple[str, ...]) -> int:
-    raise ArchitectureError(f"{function}({', '.join(arguments)}) can't stand in a dimension")
 
 
 def _families(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypedDict
 
-from streammap import mapfile, requests, scheme, sizes
+from streammap import architecture, mapfile, requests, scheme, sizes
 from streammap.axisrequests import KvMerge
 from streammap.checkpoint import read_config
 from streammap.errors import PlanError
@@ -20,7 +20,7 @@ PathLike = str | Path
 SchemeLike = PathLike | Mapping[str, object] | Scheme
 RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[str, object]
 """A factor, "=SIZE", groups, or a table of these: see requests.py."""
-SPACES = ("hidden", "heads", "kv_heads", "mlp", "experts", "layers")
+SPACES = (*architecture.SPACES, "layers")
 
 
 class HasSizes(Protocol):

@@ -130,9 +130,9 @@ def _of_layers(axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Found:
 def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool) -> Found:
     if not isinstance(m, BlockMap):
         return "approximate", f"{axis} is mapped by a dense matrix"
-    if is_permutation(m):
+    if _is_permutation(m):
         return "exact", f"units of {axis} change places"
-    uses = _uses(m)
+    uses = set(m.uses)
     if any(len(row) > 1 or (row and row[0][1] != 1.0) for row in m.rows):
         what = "are merged" if not grows else "are in several groups"
         return "approximate", f"units of {axis} {what} ({m.describe()})"
@@ -153,7 +153,7 @@ def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool)
     return "exact", "each unit is copied as often as the others, its readers are split"
 
 
-def is_permutation(m: BlockMap) -> bool:
+def _is_permutation(m: BlockMap) -> bool:
     """Whether units only change places."""
     return len(m.rows) == m.n_in_blocks and sorted(
         (row[0] if len(row) == 1 else (-1, 0.0)) for row in m.rows
@@ -162,12 +162,4 @@ def is_permutation(m: BlockMap) -> bool:
 
 def is_even(m: BlockMap) -> bool:
     """Whether every unit is copied, and as often as the others."""
-    return len(_uses(m)) == 1 and all(m.rows)
-
-
-def _uses(m: BlockMap) -> set[int]:
-    counts = [0] * m.n_in_blocks
-    for row in m.rows:
-        for j, _ in row:
-            counts[j] += 1
-    return set(counts)
+    return len(set(m.uses)) == 1 and all(m.rows)

@@ -16,6 +16,8 @@ _KEYS = (
     (re.compile(r".*\.weight\.(absmax|quant_map|quant_state\..*)"), "bitsandbytes"),
     (re.compile(r".*\.weight_(packed|shape|zero_point)"), "compressed-tensors"),
 )
+_PLAIN = (".weight", ".bias")
+"""How no key of a quantised tensor ends."""
 _DTYPES = (
     "F8_E5M2",
     "F8_E4M3",
@@ -52,7 +54,8 @@ def check(specs: Mapping[str, TensorSpec], config: Mapping[str, object]) -> None
             hint=_HINT,
         )
     for key, spec in specs.items():
-        for found, method in _KEYS:
+        # A cheap look first: a plan of 100,000 tensors asks this several times.
+        for found, method in () if key.endswith(_PLAIN) else _KEYS:
             if found.fullmatch(key):
                 raise CheckpointError(
                     f"{key}: quantised ({method}), its weights can't be resized", hint=_HINT

@@ -94,7 +94,8 @@ class Remapping:
 
     def family(self, family: Family) -> dict[str, Form]:
         """The result's tensors of one family."""
-        rows = [(i, m) for i, m in enumerate(map(self._index_map, self._indices(family))) if m]
+        found_maps = [self._index_map(family, index) for index in family.indices]
+        rows = {at: m for at, m in enumerate(found_maps) if m is not None}
         if not rows:
             return {
                 key: self._tensor(family, key, ((1.0, key),)) for key in family.members.values()
@@ -103,22 +104,23 @@ class Remapping:
         # In order, so that sums don't depend on how the source is sharded.
         for values, key in sorted(family.members.items()):
             if self._is_tail(family, values):
+                self.n_after += 1
                 continue
             found: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
             for at, value in enumerate(values):
-                m = next((m for i, m in rows if i == at), None)
+                m = rows.get(at)
                 options = ((value, 1.0),) if m is None else self._columns(m)[value]
                 found = [((*t, i), c * d) for t, c in found for i, d in options]
             for target, coefficient in found:
                 parts.setdefault(target, []).append((coefficient, key))
-        self.n_after += sum(self._is_tail(family, values) for values in family.members)
         self._check_first(family)
         made: dict[str, Form] = {}
         for target, row in parts.items():
             whole = self._whole(family, target, row, rows)
             if whole:
                 key = family.key(target)
-                made[key] = self._tensor(family, key, whole, self._is_silent(family, target))
+                silent = self._is_silent(family, target)
+                made[key] = self._tensor(family, key, whole, silent=silent)
                 if self._is_one(family, target, key):
                     made[key] = graph.shift(graph.scale(made[key], 0.0), 1.0)
         return made
@@ -169,11 +171,7 @@ class Remapping:
             if key.endswith(end) and key.removesuffix(end) + name not in targets
         }
 
-    def _indices(self, family: Family) -> list[tuple[Family, str]]:
-        return [(family, index) for index in family.indices]
-
-    def _index_map(self, place: tuple[Family, str]) -> AxisMap | None:
-        family, index = place
+    def _index_map(self, family: Family, index: str) -> AxisMap | None:
         if index in self._change.layers:
             return self._change.layers[index]
         expression = family.index_expression(index)
@@ -198,30 +196,33 @@ class Remapping:
         )
 
     def _is_silent(self, family: Family, target: tuple[int, ...]) -> bool:
-        found = any(
-            value in self._change.silent.get(index, ())
-            for index, value in zip(family.indices, target, strict=True)
-        )
-        return found and writes(family, self._hidden)
+        return bool(self._silent_axes(family, target)) and writes(family, self._hidden)
 
     def _is_one(self, family: Family, target: tuple[int, ...], key: str) -> bool:
         """Whether a tensor of a silent layer is to be 1."""
+        depths = self._model.architecture.depth
         return any(
-            value in self._change.silent.get(index, ())
-            and index in self._model.architecture.depth
-            and first_match(self._model.architecture.depth[index].ones, key) is not None
-            for index, value in zip(family.indices, target, strict=True)
+            axis in depths and first_match(depths[axis].ones, key) is not None
+            for axis in self._silent_axes(family, target)
         )
+
+    def _silent_axes(self, family: Family, target: tuple[int, ...]) -> list[str]:
+        """Depth axes by which a tensor of the result is in a silent layer."""
+        return [
+            index
+            for index, value in zip(family.indices, target, strict=True)
+            if value in self._change.silent.get(index, ())
+        ]
 
     def _whole(
         self,
         family: Family,
         target: tuple[int, ...],
         row: list[tuple[float, str]],
-        rows: list[tuple[int, AxisMap]],
+        rows: Mapping[int, AxisMap],
     ) -> tuple[tuple[float, str], ...]:
         """The row of one result tensor, if the layers that it mixes all have it."""
-        expected = math.prod(max(1, len(m.members(target[i]))) for i, m in rows)
+        expected = math.prod(max(1, len(m.members(target[i]))) for i, m in rows.items())
         for at, index in enumerate(family.indices):
             depth = self._model.architecture.depth.get(index, Depth())
             if depth.first and index in self._change.layers:
@@ -241,7 +242,12 @@ class Remapping:
         )
 
     def _tensor(
-        self, family: Family, target: str, row: tuple[tuple[float, str], ...], silent: bool = False
+        self,
+        family: Family,
+        target: str,
+        row: tuple[tuple[float, str], ...],
+        *,
+        silent: bool = False,
     ) -> Form:
         forms = [(value, self._plan.targets[key]) for value, key in row]
         if family.rule.kind == "buffer":

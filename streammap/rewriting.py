@@ -8,7 +8,6 @@ import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 
-from streammap import expression as expressions
 from streammap import layers, sizes
 from streammap.architecture import Architecture
 from streammap.configfields import field_value, set_field
@@ -73,7 +72,7 @@ def _write_out(
     origin = sizes.axis_origin(axis, config)
     if origin is None or isinstance(origin, str) or is_measured(origin) or name not in after:
         return
-    if any(other not in after for other in _axes_of(spec, origin)):
+    if any(other not in after for other in spec.axes_in(origin)):
         return
     if axis.kind == "group":
         return
@@ -97,11 +96,3 @@ def is_measured(expression: Expression) -> bool:
             return function in MEASURES
         case _:
             return False
-
-
-def _axes_of(spec: Architecture, expression: Expression) -> list[str]:
-    found: list[str] = []
-    for name in expressions.names(expression):
-        alias = spec.aliases.get(name)
-        found += _axes_of(spec, alias) if alias is not None else [name]
-    return found

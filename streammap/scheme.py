@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streammap import requests, strictjson
+from streammap import architecture, requests, strictjson
 from streammap.errors import SchemeError, some
 from streammap.requests import GROUPINGS, Grouping, Groups, Request
 
 __all__ = ["GROUPINGS", "Grouping", "Groups", "Scheme", "load_scheme", "uniform"]
 UNUSED = ("reserved_heads", "reserved_layers")
-SPACES = ("width", "hidden", "heads", "kv_heads", "mlp", "experts", "layers")
+SPACES = ("width", *architecture.SPACES, "layers")
 """Entries with a request each, see requests.py; `axes` holds further ones by the axis' own name."""
 _KEYS = ("width_scheme", "depth_scheme", *SPACES, "axes", *UNUSED)
 

@@ -11,7 +11,6 @@ from math import gcd
 from streammap import axisfacts, headmaps, maps, rewriting, sizes
 from streammap import expression as expressions
 from streammap.axisrequests import Asked, AxisRequests
-from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError, SchemeError, some
 from streammap.expression import Expression, Name
 from streammap.headmaps import Counts, Sharing
@@ -41,10 +40,9 @@ class _Planning:
         self._model, self._asked, self._grows = model, asked, grows
         self._spec, self._own = model.architecture, model.sizes
         self._joint = [
-            (kv, group, heads)
-            for kv, groups in joint_axes(self._spec).items()
-            for group, heads in groups.items()
-            if kv in self._own and heads in self._own
+            (shared.kv, shared.group, shared.heads)
+            for shared in self._spec.shared_heads
+            if shared.kv in self._own and shared.heads in self._own
         ]
         self.found: dict[str, BlockMap] = {}
         self.notes: list[str] = []
@@ -289,11 +287,7 @@ class _Planning:
             return None
 
     def _names(self, expression: Expression) -> list[str]:
-        found: list[str] = []
-        for name in expressions.names(expression):
-            alias = self._spec.aliases.get(name)
-            found += self._names(alias) if alias is not None else [name]
-        return [name for name in found if name in self._own]
+        return [name for name in self._spec.axes_in(expression) if name in self._own]
 
     def _follow_constraints(self) -> bool:
         for text, left, right in self._spec.constraints:
@@ -315,10 +309,10 @@ class _Planning:
         for axis in self._spec.axes.values():
             if axis.kind != "width" or axis.name in self.found or not self._own.get(axis.name):
                 continue
-            origin = sizes.axis_origin(axis, self._model.config)
-            if origin is None or isinstance(origin, str) or axis.fields:
+            if not axisfacts.must_follow(self._model, axis.name):
                 continue
-            if rewriting.is_measured(origin):
+            origin = sizes.axis_origin(axis, self._model.config)
+            if origin is None or isinstance(origin, str) or rewriting.is_measured(origin):
                 continue
             changed = [n for n in self._names(origin) if self._size(n) != self._own[n]]
             wanted = self._value(origin)

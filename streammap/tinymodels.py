@@ -175,7 +175,7 @@ def _load(folder: Path, model: TinyModel) -> _Net:
     wrong = [f"{what}: {some(sorted(map(str, keys)))}" for what, keys in found.items() if keys]
     if wrong:
         raise PlanError("; ".join(wrong))
-    for _, x in net.named_parameters():
+    for _, x in (*net.named_parameters(), *net.named_buffers()):
         # At the same alignment sums are the same to the last bit, wherever the file has them.
         x.data = x.data.clone()
     return net.eval()

@@ -2,11 +2,11 @@
 
 import importlib
 import importlib.util
-import logging
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
+from streammap import optional
 from streammap.errors import PlanError
 
 _LARGE_NBYTES = 10**9
@@ -17,8 +17,7 @@ def check(
 ) -> None:
     """Refuse a config.json that transformers would refuse, if it takes the source's.
 
-    transformers takes two seconds to import: where it isn't imported yet, only large results are
-    worth them.
+    transformers is slow to import: where it isn't imported yet, only a large result is worth it.
 
     Args:
         nbytes: Size of the result.
@@ -57,13 +56,10 @@ def _refusal(
     made: Callable[[dict[str, object]], object], config: Mapping[str, object]
 ) -> str | None:
     """Why a class doesn't take a config, in one line."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
     try:
-        made(dict(config))
+        with optional.quiet():
+            made(dict(config))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[-1] if lines else type(error).__name__
-    finally:
-        logging.disable(before)
     return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from streammap import catalogue, maps
 from streammap.architecture import Architecture, Role
-from streammap.dimmaps import DimMaps, joint_axes
+from streammap.dimmaps import DimMaps
 from streammap.errors import ArchitectureError
 from streammap.expression import parse_expression
 from streammap.maps import AxisMap, BlockMap, MapPair
@@ -257,7 +257,8 @@ def test_something_that_is_no_sum_between_kv_heads_and_their_group_is_refused() 
 
 
 def test_groups_of_query_heads_are_known_by_their_expression() -> None:
-    assert joint_axes(SPEC) == {"kv_heads": {"q_group": "heads"}, "lk": {"g": "lv"}}
+    found = {(shared.kv, shared.group, shared.heads) for shared in SPEC.shared_heads}
+    assert found == {("kv_heads", "q_group", "heads"), ("lk", "g", "lv")}
     text = """
 schema = 1
 model_types = ["toy"]
@@ -270,4 +271,4 @@ group = "group"
 layer = "depth"
 """
     with pytest.raises(ArchitectureError, match=r"toy\.toml: group is a group, expected '=heads"):
-        joint_axes(catalogue.parse(text, name="toy"))
+        _ = catalogue.parse(text, name="toy").shared_heads

@@ -291,7 +291,7 @@ def wrong(name: str, used: set[tuple[str, str, str]]) -> Iterator[str]:
 def _told(dim: Dim, found: Model) -> tuple[Layout | None, str]:
     if dim.expression is None:
         return None, dim.role
-    return layout(dim.expression, found.architecture.expanded), dim.role
+    return layout(dim.expression, found.architecture.aliases.get), dim.role
 
 
 def _wrong_sizes(found: Model, family: Family, key: str, shape: tuple[int, ...]) -> Iterator[str]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import final
 
-import pytest
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -83,23 +82,7 @@ def whole(model: TinyModel) -> TinyModel:
     return replace(model, neutral=())
 
 
-def outputs(folder: Path, model: TinyModel, *, seed: int = 0) -> Outputs:
-    """What a folder's model computes, from copies of its weights.
-
-    Where a tensor begins in memory decides how MKL adds: only copies give the same bits for the
-    same numbers.
-    """
-    load = tinymodels._load
-
-    def cloned(folder: Path, model: TinyModel) -> tinymodels._Net:
-        net = load(folder, model)
-        for _, x in (*net.named_parameters(), *net.named_buffers()):
-            x.data = x.data.clone()
-        return net
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tinymodels, "_load", cloned)
-        return tinymodels.outputs(folder, model, seed=seed)
+outputs = tinymodels.outputs
 
 
 def difference(found: Outputs, expected: Outputs) -> float:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from streammap import configfields, maps, planner
 from streammap.architecture import Axis
-from streammap.dimmaps import joint_axes
 from streammap.maps import BlockMap
 from streammap.model import Model
 from streammap.plan import Plan, Step
@@ -37,11 +36,9 @@ class Permute:
 
     def _maps(self, model: Model) -> Iterable[tuple[str, BlockMap]]:
         source = random.Random(self.seed)
-        joint = joint_axes(model.architecture)
         of_heads: dict[str, list[str]] = {}
-        for kv, groups in joint.items():
-            for heads in groups.values():
-                of_heads.setdefault(heads, []).append(kv)
+        for shared in model.architecture.shared_heads:
+            of_heads.setdefault(shared.heads, []).append(shared.kv)
         made: dict[str, list[int]] = {}
         for axis in model.architecture.axes.values():
             if not self._is_free(model, axis) or axis.name in of_heads:

@@ -15,7 +15,6 @@ from typing import Literal
 from streammap import axisfacts, maps, planner, promises, spaces
 from streammap.axisrequests import Asked, KvMerge
 from streammap.compensation import compensate
-from streammap.dimmaps import joint_axes
 from streammap.errors import PlanError
 from streammap.headsize import HeadSize
 from streammap.mapfile import Level
@@ -28,7 +27,6 @@ from streammap.scheme import Scheme
 
 Direction = Literal["coalesce", "decoalesce"]
 NewLayers = Literal["copy", "zero"]
-NEW_LAYERS: tuple[NewLayers, ...] = ("copy", "zero")
 REFERENCE_FACTORS: dict[Direction, float] = {"coalesce": 2.0, "decoalesce": 0.5}
 
 
@@ -233,7 +231,7 @@ def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str
     chosen = {name: maps.growing(m) if grows else m for name, m in level.merging.items()}
     layers = {name: chosen.pop(name) for name in spec.depth_axes if name in chosen}
     head_size = None if op.head_dim is None else HeadSize.of(model, op.head_dim)
-    found = compensate(model, chosen, layers, grows=grows, filled=level.filled, op_rule=op.rule)
+    found = compensate(model, chosen, grows=grows, filled=level.filled, rule=op.rule)
     if head_size is not None:
         found = head_size.added_to(found)
     pairs = {name: maps.pair_of(m) for name, m in chosen.items() if not m.is_identity}
@@ -289,10 +287,9 @@ def _sizes(
         # A map file of the original tools has no map of heads: they go with the hidden size.
         sizes["heads"] = model.sizes["heads"] * sizes["embed"] // model.sizes["embed"]
     after = {**model.sizes, **sizes}
-    for kv, groups in joint_axes(model.architecture).items():
-        for group, heads in groups.items():
-            if group in after:
-                sizes[group] = after[heads] // after[kv]
+    for shared in model.architecture.shared_heads:
+        if shared.group in after:
+            sizes[shared.group] = after[shared.heads] // after[shared.kv]
     return {name: size for name, size in sizes.items() if size != model.sizes[name]}
 
 
