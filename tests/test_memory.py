@@ -22,6 +22,7 @@ lazy = {
     "copy": lambda: big,
     "coalesce": lambda: big.coalesce(width=2, depth=2),
     "decoalesce": lambda: big.decoalesce(width=2),
+    "fill": lambda: big.decoalesce(hidden="=768"),
     "interpolate": lambda: big.interpolate(big.coalesce(width=2).decoalesce(), alpha=0.5),
 }[what]()
 report = lazy.save(folder + "-" + what, fsync=False)
@@ -67,7 +68,7 @@ def added(folder: Path, what: str) -> tuple[int, int]:
     return measured, planned
 
 
-@pytest.mark.parametrize("what", ["copy", "coalesce", "decoalesce", "interpolate"])
+@pytest.mark.parametrize("what", ["copy", "coalesce", "decoalesce", "fill", "interpolate"])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_a_run_needs_no_more_than_its_plan_says(tmp_path: Path, what: str, dtype: str) -> None:
     vocab = 150_000 if dtype == "F32" else 300_000

@@ -340,6 +340,14 @@ def test_per_layer_lists_follow_the_layers(
     assert config_of(result)["num_hidden_layers"] == len(kinds)
 
 
+def test_merging_layers_of_several_kinds_is_noted() -> None:
+    source = llama(layer_types=list("aabb"), no_rope_layers=[0, 0, 0, 0])
+    (note,) = (n for n in source.coalesce(layers=2).plan.notes if "several kinds" in n)
+    assert note.startswith("layer 0, 1: made of layers of several kinds; 0 is layer_types a")
+    notes = source.coalesce(layers=2, grouping="adjacent").plan.notes
+    assert not any("several kinds" in note for note in notes)
+
+
 def test_lists_of_layer_numbers_follow_the_layers() -> None:
     source = qwen3_moe(dense=(0,))
     for options, dense in (
