@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Unpack, final
 
 from streammap import executor, layout, mapfile, options, plan, validation
 from streammap.checkpoint import open_checkpoint
+from streammap.engine import EngineOptions, engine
 from streammap.events import Listener, nobody
 from streammap.executor import Report, Where
 from streammap.operators.interpolate import Interpolate
@@ -68,9 +69,16 @@ class LazyCheckpoint:
         """Whether the function is kept ("exact" or "approximate"), and why."""
         return self.plan.promise
 
-    def summary(self) -> Summary:
-        """What a run would do: shapes, formulas, bytes, memory, promise."""
-        return summarize(self.plan)
+    def summary(self, **options: Unpack[EngineOptions]) -> Summary:
+        """What a run would do: shapes, formulas, bytes, memory, promise.
+
+        Args:
+            options: See engine.py: memory, threads, device, reader.
+
+        Raises:
+            OutputError: the memory is too little for any run.
+        """
+        return summarize(self.plan, engine(options))
 
     def coalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
         """The smaller model: units of a group (heads, layers ...) become their mean.
@@ -109,6 +117,7 @@ class LazyCheckpoint:
         overwrite: bool = False,
         fsync: bool = True,
         progress: Listener = nobody,
+        **options: Unpack[EngineOptions],
     ) -> Report:
         """Compute and write the result; the model is never held.
 
@@ -118,16 +127,19 @@ class LazyCheckpoint:
             overwrite: Whether an output that is there may be replaced.
             fsync: Whether to wait until the disk has it.
             progress: Called with each event of events.py.
+            options: What the run may use, see engine.py: memory, threads, device, reader.
 
         Raises:
-            OutputError: the place is taken or too small, or a source's own folder.
+            OutputError: the place is taken or too small, or a source's own folder; or the memory
+                is too little.
             PlanError: a config.json that transformers, where it is installed, would refuse.
         """
         size = layout.parse_size(max_shard_size)
         side = self.plan.side
         before = None if side is None else side.config
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
-        return executor.run(self.plan, Where(Path(output), size, overwrite, fsync), progress)
+        where = Where(Path(output), size, overwrite, fsync, engine(options))
+        return executor.run(self.plan, where, progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
         return LazyCheckpoint(options.resize(direction, self.plan, given).plan(self.plan))

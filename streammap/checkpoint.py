@@ -8,7 +8,7 @@ An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "m
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -17,7 +17,7 @@ from streammap import header, strictjson, torchfile
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
 from streammap.spec import TensorSpec
-from streammap.storage.local import MappedFile
+from streammap.storage.local import LocalFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,7 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _MAX_JSON_NBYTES = 100_000_000
+_STRIP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Checkpoint:
     """The entry of a torch file that its state dict is nested under."""
     others: tuple[str, ...] = ()
     """What a torch file holds beside its state dict; not read."""
-    _mapped: dict[str, MappedFile] = field(default_factory=dict, repr=False)
+    _opened: dict[str, LocalFile] = field(default_factory=dict, repr=False)
 
     @property
     def name(self) -> str:
@@ -80,14 +81,45 @@ class Checkpoint:
         """Dtype and shape of a tensor."""
         return self.slots[key].spec
 
-    def file(self, key: str) -> MappedFile:
+    def file(self, key: str) -> LocalFile:
         """The opened file that holds `key`."""
-        return self._mapped[self.file_of[key]]
+        return self._opened[self.file_of[key]]
 
-    def start(self, key: str) -> int | None:
-        """First byte of a tensor in its file; None where it is not stored row by row."""
+    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.
+
+        Args:
+            mapped: Whether to read through a mapping.
+
+        Raises:
+            CheckpointError: the file ends before, or can't be read.
+        """
         slot = self.slots[key]
-        return slot.start if slot.strides is None else None
+        if slot.strides is None:
+            self.file(key).read_into(slot.start + start, view, mapped=mapped)
+        else:
+            self._gather_into(key, start, view)
+
+    def _gather_into(self, key: str, start: int, view: memoryview) -> None:
+        """For a tensor of a torch file that is stored in another order than row by row."""
+        import torch
+
+        whole = self.tensor(key)
+        item = whole.element_size()
+        out = torch.frombuffer(view, dtype=whole.dtype)
+        inner = whole[0].numel() if whole.dim() else 1
+        at = start // item
+        while len(out):
+            row, column = divmod(at, inner)
+            n = min(len(out), inner - column)
+            if n == inner and whole.dim() > 1:
+                n = len(out) // inner * inner
+                _copy_strips(whole[row : row + n // inner], out[:n], self.release)
+            else:
+                flat = whole[row].reshape(-1) if whole.dim() else whole.reshape(-1)
+                out[:n].copy_(flat[column : column + n])
+                self.release()
+            out, at = out[n:], at + n
 
     def tensor(self, key: str) -> "Tensor":
         """A tensor over the file's mapping; nothing is read until it is used. Do not write to it.
@@ -117,8 +149,8 @@ class Checkpoint:
 
     def release(self) -> None:
         """Give back the memory of mapped pages."""
-        for mapped in self._mapped.values():
-            mapped.release()
+        for opened in self._opened.values():
+            opened.release()
 
     def check_unchanged(self) -> None:
         """Refuse to go on with files that were written to since they were opened.
@@ -126,13 +158,21 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the file.
         """
-        for mapped in self._mapped.values():
-            mapped.check_unchanged()
+        for opened in self._opened.values():
+            opened.check_unchanged()
 
     def close(self) -> None:
         """Close all files."""
-        for mapped in self._mapped.values():
-            mapped.close()
+        for opened in self._opened.values():
+            opened.close()
+
+
+def _copy_strips(rows: "Tensor", out: "Tensor", release: Callable[[], None]) -> None:
+    """Copy rows, a few columns at a time: of a transposed tensor each column is a page or more."""
+    to = out.view(rows.shape)
+    for start in range(0, rows.shape[1], _STRIP):
+        to[:, start : start + _STRIP].copy_(rows[:, start : start + _STRIP])
+        release()
 
 
 def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Checkpoint:
@@ -175,11 +215,11 @@ def _open(path: Path, config: str | Path | None) -> Checkpoint:
         files.append(SourceFile(name, stat.st_size, stat.st_mtime_ns, digest))
     if weight_map is not None:
         _check_index(path.name, weight_map, file_of)
-    mapped = {f.name: MappedFile(folder / f.name, f.nbytes, f.mtime_ns) for f in files}
+    opened = {f.name: LocalFile(folder / f.name, f.nbytes, f.mtime_ns) for f in files}
     config_path = _find_config(folder, config)
     found_config = None if config_path is None else read_json(config_path)
     return Checkpoint(
-        path, tuple(files), slots, file_of, found_config, config_path, nest, others, mapped
+        path, tuple(files), slots, file_of, found_config, config_path, nest, others, opened
     )
 
 

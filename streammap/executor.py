@@ -1,32 +1,25 @@
-"""Run a plan: compute tile by tile, write each at its final place.
-
-Nothing is held but one tile and its scratch. Pages of the sources are given back every few MiB, so
-that mapped memory stays small too.
-"""
+"""Run a plan: compute tile by tile, write each at its final place, in a fixed amount of memory."""
 
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import final
 
-from streammap import layout, mapfile, output, sidefiles, tiling
+from streammap import graph, layout, mapfile, memory, output, pipeline, schedule, sidefiles
+from streammap.engine import Engine
 from streammap.errors import OutputError
 from streammap.events import Finished, Listener, Started, Wrote
-from streammap.graph import Form, Load
 from streammap.header import Slot
 from streammap.layout import Shard
-from streammap.maps import DenseMap
+from streammap.memory import Memory
 from streammap.output import Output
 from streammap.plan import Plan
+from streammap.schedule import Job
 from streammap.version import VERSION
-
-if TYPE_CHECKING:
-    from streammap.evaluate import Scratch
-
-_COPY_NBYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +62,7 @@ class Where:
     max_shard_nbytes: int
     overwrite: bool
     fsync: bool
+    engine: Engine
     may_replace_sources: bool = False
     """Whether the output may be the folder of a source; its files are replaced at the end."""
 
@@ -81,27 +75,20 @@ class Where:
 _TORCH = (".pth", ".pt", ".bin")
 
 
-def planned_nbytes(plan: Plan) -> int:
-    """Memory that a run of `plan` adds to a process that has torch imported, at most.
+def fit(plan: Plan, engine: Engine) -> Memory:
+    """The memory of a run of `plan`.
 
-    Tiles, dense maps, scratch, mapped pages, one entry of bookkeeping a tensor, and what torch's
-    threads take.
+    Raises:
+        OutputError: the engine's is too little.
     """
-    tile = max((tiling.scratch_nbytes(form) for form in plan.targets.values()), default=0)
-    matrices = {
-        id(m): m.matrix.nbytes
-        for form in plan.targets.values()
-        for term in form.terms
-        for m in term.maps
-        if isinstance(m, DenseMap)
-    }
-    maps = sum(matrices.values())
-    return tile + maps + 2 * tiling.WINDOW_NBYTES + 8192 * len(plan.targets) + 32 * 2**20
+    forms = plan.targets.values()
+    return memory.fit(forms, budget=engine.memory_nbytes, n_workers=engine.n_threads)
 
 
 def read_nbytes(plan: Plan) -> int:
-    """Bytes of source tensors that a run reads."""
-    return sum(found.spec.nbytes for form in plan.targets.values() for found in form.loads())
+    """Bytes of the source tensors that a run reads; where maps are dense, some are read again."""
+    loads = {found for form in plan.targets.values() for found in form.loads()}
+    return sum(found.spec.nbytes for found in loads if not graph.is_constant(found))
 
 
 def run(plan: Plan, where: Where, listener: Listener) -> Report:
@@ -112,11 +99,12 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         CheckpointError: a source changed or can't be read.
     """
     started, cpu = time.perf_counter(), time.process_time()
+    fitted = fit(plan, where.engine)
     single = where.path.name if where.is_file else None
     shards = layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
     total = sum(shard.nbytes for shard in shards)
     try:
-        _write(plan, where, shards, total, listener)
+        n_read = _write(plan, where, shards, total, fitted, listener)
     except OSError as error:
         raise OutputError(
             f"{where.path}: {error.strerror or error}", hint="check the path and the disk"
@@ -127,20 +115,26 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         output=str(where.path),
         n_tensors=len(plan.targets),
         n_shards=len(shards),
-        nbytes_read=read_nbytes(plan),
+        nbytes_read=n_read,
         nbytes_written=total,
         seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu,
         peak_nbytes=peak_nbytes(),
-        planned_nbytes=planned_nbytes(plan),
+        planned_nbytes=fitted.peak_nbytes,
         promise=promise,
         reason=reason,
     )
 
 
 def _write(
-    plan: Plan, where: Where, shards: Sequence[Shard], total: int, listener: Listener
-) -> None:
+    plan: Plan,
+    where: Where,
+    shards: Sequence[Shard],
+    total: int,
+    fitted: Memory,
+    listener: Listener,
+) -> int:
+    """Write everything; gives the bytes read."""
     beside = (mapfile.beside(where.path),) if where.is_file else ()
     kept = [] if where.may_replace_sources else [path for s in plan.sources for path in s.paths]
     output.check_place(
@@ -149,8 +143,13 @@ def _write(
     contents, side = _small_files(plan, where)
     listener(Started(len(plan.targets), plan.nbytes))
     with Output(where.path.parent if where.is_file else where.path, fsync=where.fsync) as out:
-        for shard in shards:
-            _write_shard(plan, shard, out, listener)
+        writer = _Writer(plan, shards, out, listener)
+        jobs = schedule.bundles(plan.targets, writer.slots(), fitted)
+        computes = any(form.copied is None for form in plan.targets.values())
+        with _torch_threads() if computes else nullcontext():
+            mapped = where.engine.reader == "mmap"
+            n_read = pipeline.run(jobs, fitted, writer.write, mapped=mapped)
+        writer.finish()
         for name, path in side.items():
             if name not in contents:
                 out.copy(name, path)
@@ -161,6 +160,53 @@ def _write(
         for source in plan.sources:
             source.check_unchanged()
         out.commit(stale=_stale(where))
+    return n_read
+
+
+def _torch_threads() -> AbstractContextManager[None]:
+    """Imports torch: a result of copies only does without."""
+    from streammap import kernels
+
+    return kernels.one_thread_each()
+
+
+@final
+class _Writer:
+    """Writes bytes of the shards, which begin when their first bytes come."""
+
+    def __init__(
+        self, plan: Plan, shards: Sequence[Shard], out: Output, listener: Listener
+    ) -> None:
+        """Torch files begin at once: their layout is known when they are there."""
+        self._out, self._listener = out, listener
+        nest = plan.side.nest if plan.side is not None else None
+        self._shards = [
+            out.begin_torch(s, nest) if Path(s.name).suffix in _TORCH else s for s in shards
+        ]
+        self._waiting = {s.name: s for s in self._shards if Path(s.name).suffix not in _TORCH}
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """(file, slot) of every tensor."""
+        for shard in self._shards:
+            for slot in shard.slots:
+                yield shard.name, slot
+
+    def write(self, job: Job, view: memoryview) -> None:
+        """Write a job's bytes to all of its places."""
+        for place in job.places:
+            self._begin(place.file)
+            self._out.write_at(place.file, place.offset, view)
+            self._listener(Wrote(job.key, len(view)))
+
+    def finish(self) -> None:
+        """Begin the shards that have no bytes but their header."""
+        for name in list(self._waiting):
+            self._begin(name)
+
+    def _begin(self, name: str) -> None:
+        shard = self._waiting.pop(name, None)
+        if shard is not None:
+            self._out.begin(shard)
 
 
 def _stale(where: Where) -> tuple[str, ...]:
@@ -191,68 +237,3 @@ def peak_nbytes() -> int:
         pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _write_shard(plan: Plan, shard: Shard, out: Output, listener: Listener) -> None:
-    if Path(shard.name).suffix in _TORCH:
-        nest = plan.side.nest if plan.side is not None else None
-        shard = out.begin_torch(shard, nest)
-    else:
-        out.begin(shard)
-    scratch = None
-    for slot in shard.slots:
-        form = plan.targets[slot.key]
-        copied = form.copied
-        start = None if copied is None else copied.source.start(copied.key)
-        if copied is not None and start is not None:
-            _copy(copied, start, slot, shard.name, out, listener)
-        else:
-            scratch = scratch or _new_scratch()
-            _compute(form, slot, shard.name, out, scratch, listener)
-
-
-def _new_scratch() -> "Scratch":
-    """Imports torch: a result of copies only does without."""
-    from streammap.evaluate import Scratch
-
-    return Scratch()
-
-
-def _copy(found: Load, start: int, slot: Slot, file: str, out: Output, listener: Listener) -> None:
-    descriptor = found.source.file(found.key).descriptor
-    for at in range(0, slot.spec.nbytes, _COPY_NBYTES):
-        nbytes = min(_COPY_NBYTES, slot.spec.nbytes - at)
-        out.copy_at(file, slot.start + at, descriptor, start + at, nbytes)
-        listener(Wrote(slot.key, nbytes))
-
-
-def _compute(
-    form: Form, slot: Slot, file: str, out: Output, scratch: "Scratch", listener: Listener
-) -> None:
-    import torch
-
-    from streammap import evaluate
-    from streammap.dtypes import to_torch
-
-    dtype = to_torch(slot.spec.dtype)
-    used = 0
-    per_element = tiling.loads_nbytes(form) / max(1, slot.spec.n_elements)
-    buffer = memoryview(b"")
-    for tile in tiling.tiles(slot.spec, tiling.widening(form)):
-        nbytes = tile.n_elements * dtype.itemsize
-        if len(buffer) < nbytes:
-            buffer = memoryview(bytearray(nbytes))
-        part = torch.frombuffer(buffer, dtype=dtype, count=tile.n_elements).view(tile.shape)
-        evaluate.compute(form, tile, part, scratch)
-        out.write_at(file, slot.start + tile.offset * dtype.itemsize, buffer[:nbytes])
-        listener(Wrote(slot.key, nbytes))
-        used += int(per_element * tile.n_elements)
-        if used >= tiling.WINDOW_NBYTES:
-            _release(form)
-            used = 0
-    _release(form)
-
-
-def _release(form: Form) -> None:
-    for source in {id(found.source): found.source for found in form.loads()}.values():
-        source.release()

@@ -14,16 +14,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, final
+from typing import Protocol, final
 
 from streammap import maps
 from streammap.maps import AxisMap, BlockMap
 from streammap.spec import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from streammap.storage.local import MappedFile
 
 
 class TensorSource(Protocol):
@@ -38,20 +33,8 @@ class TensorSource(Protocol):
         """Dtype and shape."""
         ...
 
-    def tensor(self, key: str) -> "Tensor":
-        """The tensor, over mapped memory."""
-        ...
-
-    def file(self, key: str) -> "MappedFile":
-        """The file with its bytes."""
-        ...
-
-    def start(self, key: str) -> int | None:
-        """Where its bytes begin in the file; None where they are not stored row by row."""
-        ...
-
-    def release(self) -> None:
-        """Give mapped memory back."""
+    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view` with the tensor's bytes, row by row, from its byte `start` on."""
         ...
 
 
@@ -231,19 +214,8 @@ class _Ones:
     def spec(self, key: str) -> TensorSpec:
         return self._spec
 
-    def tensor(self, key: str) -> "Tensor":
-        import torch
-
-        return torch.ones(()).expand(self._spec.shape)
-
-    def file(self, key: str) -> "MappedFile":
+    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
         raise KeyError(key)
-
-    def start(self, key: str) -> int | None:
-        return None
-
-    def release(self) -> None:
-        pass
 
 
 @cache

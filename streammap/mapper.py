@@ -15,12 +15,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, final
+from typing import Self, Unpack, final
 
 from streammap import api, executor, layout, scheme
 from streammap import sizes as axes
 from streammap.api import LazyCheckpoint
 from streammap.checkpoint import read_config
+from streammap.engine import EngineOptions, engine
 from streammap.errors import PlanError
 from streammap.events import Listener, nobody
 from streammap.executor import Report, Where
@@ -103,7 +104,11 @@ class _Mapper:
         return self._resize(direction)
 
     def save(
-        self, *, progress: Listener = nobody, max_shard_size: str | int = api.MAX_SHARD_SIZE
+        self,
+        *,
+        progress: Listener = nobody,
+        max_shard_size: str | int = api.MAX_SHARD_SIZE,
+        **options: Unpack[EngineOptions],
     ) -> Report:
         """Write the result to the save folder, replacing what is there, as the original does.
 
@@ -117,7 +122,9 @@ class _Mapper:
         if place.exists() and place.samefile(self._source.plan.sources[0].path):
             raise PlanError(f"{place}: is the source itself", hint="save to another folder")
         size = layout.parse_size(max_shard_size)
-        where = Where(place, size, overwrite=True, fsync=True, may_replace_sources=True)
+        where = Where(
+            place, size, overwrite=True, fsync=True, engine=engine(options), may_replace_sources=True
+        )
         return executor.run(self._result.plan, where, progress)
 
     def _resize(self, direction: Direction) -> Self:

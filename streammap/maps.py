@@ -21,10 +21,12 @@ from math import gcd
 from typing import TYPE_CHECKING, final
 
 from streammap import segments
-from streammap.segments import Row, Segment
+from streammap.segments import Row, Segments
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_MANY_SEGMENTS = 64
 
 
 @final
@@ -41,6 +43,13 @@ class BlockMap:
             for j, _ in row:
                 if not 0 <= j < self.n_in_blocks:
                     raise IndexError(j)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rows, self.n_in_blocks, self.block))
 
     @property
     def n_in(self) -> int:
@@ -74,9 +83,21 @@ class BlockMap:
         return max((len(row) for row in self.rows), default=0)
 
     @cached_property
-    def segments(self) -> tuple[Segment, ...]:
+    def segments(self) -> Segments:
         """The map as few regular runs of block moves, in the order in which they are added."""
-        return tuple(segments.segments(self.rows, self.block))
+        return segments.segments(self.rows, self.block)
+
+    @cached_property
+    def is_regular(self) -> bool:
+        """Whether few segments express it."""
+        return len(self.segments) <= _MANY_SEGMENTS
+
+    @cached_property
+    def common(self) -> float | None:
+        """The coefficient of all members, if it is one and not 0."""
+        values = {value for row in self.rows for _, value in row}
+        value = values.pop() if len(values) == 1 else 0.0
+        return value or None
 
     def members(self, unit: int) -> Row:
         """The (in unit, coefficient) pairs of one out unit."""

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of what a digest and a provenance file mean."""
+_READ_NBYTES = 64 * 2**20
+"""Scratch for reading one tensor."""
 Promise = Literal["bit-exact", "exact", "exact up to eps", "approximate"]
 PROMISES: tuple[Promise, ...] = ("bit-exact", "exact", "exact up to eps", "approximate")
 """From the strongest to the weakest; promises.py says what they mean."""
@@ -107,7 +109,7 @@ class Plan:
         """One tensor of the result, computed now."""
         from streammap import evaluate
 
-        return evaluate.read(self.targets[key])
+        return evaluate.read(self.targets[key], budget=_READ_NBYTES)
 
     @property
     def digest(self) -> str:

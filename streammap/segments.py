@@ -1,7 +1,9 @@
 """A block map as few regular runs of block moves, each of which is one kernel over views."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import final
 
 Row = tuple[tuple[int, float], ...]
 """One row of a sparse matrix: (column, coefficient) pairs."""
@@ -61,8 +63,30 @@ class Segment:
         )
 
 
-def segments(rows: Sequence[Row], block: int) -> Iterator[Segment]:
-    """The runs of a map with these rows over blocks of `block` units, in the order of adding.
+@final
+class Segments(tuple[Segment, ...]):
+    """Segments in the order in which they are applied; hashed once, as keys of caches are."""
+
+    def __hash__(self) -> int:
+        found: int | None = self.__dict__.get("hash")
+        if found is None:
+            found = self.__dict__["hash"] = super().__hash__()
+        return found
+
+
+@lru_cache(maxsize=1024)
+def shared(found: Segments) -> Segments:
+    """The same object for equal segments, where it was asked for lately."""
+    return found
+
+
+def segments(rows: Sequence[Row], block: int) -> Segments:
+    """The segments of a map with these rows over blocks of `block` units."""
+    return shared(Segments(_segments(rows, block)))
+
+
+def _segments(rows: Sequence[Row], block: int) -> Iterable[Segment]:
+    """The runs of a map, in the order of adding.
 
     Slot s of the map is the s-th member of every row; each slot is cut into regular runs.
     """

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from streammap import axisfacts, executor, graph, pattern, promises
+from streammap.engine import Engine
 from streammap.graph import Form, Term
 from streammap.plan import Plan
 
@@ -62,8 +63,8 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(plan: Plan) -> Summary:
-    """The figures of a plan."""
+def summarize(plan: Plan, engine: Engine) -> Summary:
+    """The figures of a plan, run by `engine`."""
     before: dict[str, set[str]] = {}
     after: dict[str, list[Form]] = {}
     for source in plan.sources[:1]:
@@ -97,7 +98,7 @@ def summarize(plan: Plan) -> Summary:
         n_parameters=sum(form.spec.n_elements for form in plan.targets.values()),
         nbytes_read=executor.read_nbytes(plan),
         nbytes_written=plan.nbytes,
-        peak_nbytes=executor.planned_nbytes(plan),
+        peak_nbytes=executor.fit(plan, engine).peak_nbytes,
         promise=promise,
         reason=reason,
         notes=plan.notes,

@@ -6,16 +6,15 @@ dimension, and all of the rest: its bytes are contiguous, and no tensor is too l
 
 import itertools
 import math
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from streammap.graph import Form
-from streammap.spec import DTYPE_BITS, TensorSpec
+from streammap.maps import AxisMap, BlockMap
+from streammap.pullback import Range
 
-TILE_NBYTES = 4 * 2**20
-"""Bytes of a tile in the accumulator's dtype: small enough to stay in the processor's cache."""
-WINDOW_NBYTES = 16 * 2**20
-"""Source bytes that may be mapped and used before their pages are given back."""
+_MAX_CUTS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,71 +36,105 @@ class Tile:
         """Product of the shape; 1 for a scalar."""
         return math.prod(self.shape)
 
+    def halves(self) -> tuple["Tile", "Tile"] | None:
+        """The same part as two tiles; None where it is one row already."""
+        n = self.end - self.start
+        if n < 2:
+            return None
+        middle = self.start + n // 2
+        row = self.n_elements // n
+        rest = self.shape[1:]
+        return (
+            Tile(self.prefix, self.start, middle, self.offset, (n // 2, *rest)),
+            Tile(
+                self.prefix, middle, self.end, self.offset + n // 2 * row, (n - n // 2, *rest)
+            ),
+        )  # fmt: skip
 
-def tiles(spec: TensorSpec, widest: int) -> Iterator[Tile]:
-    """Cut a tensor into tiles, in the order of their bytes.
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a tensor is cut: one index at a time in dimensions before `dim`, `rows` at a time in it."""
+
+    dim: int
+    rows: int
+
+
+def tile_at(shape: tuple[int, ...], prefix: tuple[int, ...], start: int, end: int) -> Tile:
+    """The tile with these indices."""
+    if not shape:
+        return Tile((), 0, 1, 0, ())
+    offset = 0
+    for n, i in zip(shape, (*prefix, start), strict=False):
+        offset = offset * n + i
+    rest = shape[len(prefix) + 1 :]
+    return Tile(prefix, start, end, offset * math.prod(rest), (end - start, *rest))
+
+
+def bundles(
+    shape: tuple[int, ...], terms: Sequence[Sequence[AxisMap | None]], cut: Cut
+) -> Iterator[tuple[Tile, ...]]:
+    """All tiles of a tensor; those that read the same units of a source come together.
 
     Args:
-        widest: What a row costs, in rows (see `widening`); the larger, the fewer rows a tile has.
+        terms: The maps of each term, one a dimension.
     """
-    if not spec.shape:
-        yield Tile((), 0, 1, 0, ())
+    if not shape:
+        yield (tile_at(shape, (), 0, 1),)
         return
-    if spec.n_elements == 0:
+    if 0 in shape:
         return
-    item = DTYPE_BITS[spec.accumulator] // 8
-    room = max(1, TILE_NBYTES // item)
-    dim = 0
-    while dim < len(spec.shape) - 1 and _row(spec, dim, widest) > room:
-        dim += 1
-    row = math.prod(spec.shape[dim + 1 :])
-    step = max(1, room // _row(spec, dim, widest))
-    for prefix in itertools.product(*(range(n) for n in spec.shape[:dim])):
-        base = 0
-        for n, i in zip(spec.shape, prefix, strict=False):
-            base = base * n + i
-        base *= spec.shape[dim] * row
-        for start in range(0, spec.shape[dim], step):
-            end = min(start + step, spec.shape[dim])
-            shape = (end - start, *spec.shape[dim + 1 :])
-            yield Tile(prefix, start, end, base + start * row, shape)
+    dims = [
+        _orbits(tuple(m[d] for m in terms), n, cut.rows if d == cut.dim else 1)
+        for d, n in enumerate(shape[: cut.dim + 1])
+    ]
+    for chosen in itertools.product(*dims[:-1]):
+        prefixes = list(itertools.product(*(orbit.starts for orbit in chosen)))
+        for orbit in dims[-1]:
+            for at in range(0, orbit.length, cut.rows):
+                n = min(cut.rows, orbit.length - at)
+                yield tuple(
+                    tile_at(shape, prefix, start + at, start + at + n)
+                    for prefix in prefixes
+                    for start in orbit.starts
+                )
 
 
-def _row(spec: TensorSpec, dim: int, widest: int) -> int:
-    return math.prod(spec.shape[dim + 1 :]) * (widest if dim + 1 < len(spec.shape) else 1)
+@dataclass(frozen=True, slots=True)
+class _Orbit:
+    """Ranges of a dimension, of one length, that are made of the same units of a source."""
+
+    length: int
+    starts: tuple[int, ...]
 
 
-def widening(form: Form) -> int:
-    """What a row of the result costs in scratch and mapped pages, in rows of the result.
+@lru_cache(maxsize=256)
+def _orbits(dims: tuple[AxisMap | None, ...], n: int, rows: int) -> tuple[_Orbit, ...]:
+    """A dimension of n units of the result, cut where long runs of any of its maps begin or end.
 
-    Scratch is as wide as the widest source; the pages that a tile reads are WINDOW_NBYTES at most
-    where its bytes are four tiles.
+    Runs of fewer than `rows` units are not told apart.
     """
-    result = max(1, math.prod(form.spec.shape[1:]))
-    widest = max(math.prod(term.blend[0][1].spec.shape[1:]) for term in form.terms)
-    item = DTYPE_BITS[form.spec.accumulator] // 8
-    wider = DTYPE_BITS[form.accumulator] // DTYPE_BITS[form.spec.accumulator]
-    pages = loads_nbytes(form) * TILE_NBYTES / WINDOW_NBYTES / max(1, form.spec.n_elements * item)
-    return max(wider, math.ceil(wider * widest / result), math.ceil(pages))
+    blocks = [m for m in dims if isinstance(m, BlockMap)]
+    places = {0, n} if rows > 1 else set(range(n + 1))
+    if rows > 1:
+        cuts = {cut for m in blocks if m.is_regular for cut in _cuts(m, rows)}
+        places |= cuts if len(cuts) <= _MAX_CUTS else set()
+    least = min(blocks, key=lambda m: m.n_in, default=None)
+    groups: dict[tuple[int, int], list[int]] = {}
+    for start, end in itertools.pairwise(sorted(places)):
+        # Ranges that begin with the same unit of the smallest source belong together.
+        first = -1 - start
+        if least is not None and least.n_in < n and least.members(start):
+            first = least.members(start)[0][0]
+        groups.setdefault((first, end - start), []).append(start)
+    return tuple(_Orbit(length, tuple(starts)) for (_, length), starts in groups.items())
 
 
-def loads_nbytes(form: Form) -> int:
-    """Bytes of the source tensors that a form reads."""
-    return sum(found.spec.nbytes for found in form.loads())
-
-
-def scratch_nbytes(form: Form) -> int:
-    """Upper bound of the memory that one tile of a form needs: the tile, scratch, conversions."""
-    first = next(tiles(form.spec, widening(form)), None)
-    if form.copied is not None or first is None:
-        return 0
-    item = DTYPE_BITS[form.accumulator] // 8
-    need = 2 * first.n_elements
-    for term in form.terms:
-        shape = [*first.shape[:1], *term.blend[0][1].spec.shape[len(first.prefix) + 1 :]]
-        need += 2 * math.prod(shape)
-        for d, m in enumerate(term.maps[len(first.prefix) + 1 :], start=1):
-            if m is not None:
-                shape[d] = m.n_out
-                need += math.prod(shape)
-    return need * item
+def _cuts(m: BlockMap, rows: int) -> Iterator[int]:
+    """Units of the result where a run begins or ends, or where its source is where another's is."""
+    runs = [s for s in m.segments if s.count == 1 and s.length >= rows and s.coefficient != 0.0]
+    ends = sorted({end for s in runs for end in (s.in_start, s.in_start + s.length)})
+    for s in runs:
+        first, last = bisect_left(ends, s.in_start), bisect_right(ends, s.in_start + s.length)
+        for end in ends[first:last]:
+            yield s.out_start + end - s.in_start

@@ -1,12 +1,14 @@
-"""Files on this machine, memory-mapped for reading.
+"""Files on this machine: opened once, read into memory of the caller's.
 
-The mapping is shared and read-only: a private writable one counts against the overcommit limit, so
-that a file larger than memory may be refused. Pages are given back by `release`, because
-mapped pages count as resident memory until then.
+By default bytes are read with pread, which takes no memory of its own and ends in an error where a
+file is cut short. A mapping is the other way: shared and read-only, because a private writable one
+counts against the overcommit limit, so that a file larger than memory may be refused; its pages
+count as resident memory, so that they are given back after each read.
 """
 
 import mmap
 import os
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @final
-class MappedFile:
-    """One file, opened and mapped on first use. Not to be used after `close`."""
+class LocalFile:
+    """One file, opened on first use. Not to be used after `close`."""
 
     def __init__(self, path: Path, nbytes: int, mtime_ns: int) -> None:
         """Remember `path`, and its size and time of writing when its header was read."""
@@ -29,21 +31,24 @@ class MappedFile:
         self._descriptor: int | None = None
         self._map: mmap.mmap | None = None
         self._bytes: Tensor | None = None
+        self._lock = threading.Lock()
 
     @property
     def descriptor(self) -> int:
         """The file's descriptor."""
-        if self._descriptor is None:
-            try:
-                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: {error.strerror}") from error
-            try:
-                self.check_unchanged()
-            except CheckpointError:
-                self.close()
-                raise
-        return self._descriptor
+        with self._lock:
+            if self._descriptor is None:
+                try:
+                    self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{self.path}: {error.strerror}") from error
+                try:
+                    self.check_unchanged()
+                except CheckpointError:
+                    os.close(self._descriptor)
+                    self._descriptor = None
+                    raise
+            return self._descriptor
 
     def check_unchanged(self) -> None:
         """Compare the opened file with what it was when its header was read.
@@ -66,15 +71,65 @@ class MappedFile:
                 hint="is another program writing it?",
             )
 
+    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view` with the file's bytes from `offset` on.
+
+        Args:
+            mapped: Whether to read through a mapping.
+
+        Raises:
+            CheckpointError: the file ends before, or can't be read.
+        """
+        if mapped:
+            self._copy_mapped(offset, view)
+            return
+        descriptor, at = self.descriptor, 0
+        while at < len(view):
+            try:
+                read = os.preadv(descriptor, [view[at:]], offset + at)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path}: {error.strerror} at byte {offset + at}",
+                    hint="check the disk, or copy the file again",
+                ) from error
+            if not read:
+                raise CheckpointError(
+                    f"{self.path}: ended at byte {offset + at}, it had {self.nbytes} bytes when "
+                    "it was opened",
+                    hint="is another program writing it?",
+                )
+            at += read
+
+    def _copy_mapped(self, offset: int, view: memoryview) -> None:
+        whole = self.mapping()
+        self.check_unchanged()  # a page past the end of a file that shrank ends the process
+        view[:] = memoryview(whole)[offset : offset + len(view)]
+        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
+        whole.madvise(mmap.MADV_DONTNEED, start, offset + len(view) - start)
+
+    def mapping(self) -> mmap.mmap:
+        """The whole file, mapped for reading."""
+        descriptor = self.descriptor
+        with self._lock:
+            if self._map is None:
+                try:
+                    self._map = mmap.mmap(
+                        descriptor, 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED
+                    )
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{self.path}: can't be mapped: {error.strerror}", hint="use --reader pread"
+                    ) from error
+            return self._map
+
     def bytes(self) -> "Tensor":
         """The whole file as a uint8 tensor over the mapping. Read only: do not write to it."""
         if self._bytes is None:
             import torch
 
-            self._map = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+                self._bytes = torch.frombuffer(self.mapping(), dtype=torch.uint8)
         return self._bytes
 
     def release(self) -> None:

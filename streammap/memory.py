@@ -1,0 +1,140 @@
+"""How much memory a run takes: fixed before it begins, whatever the model's size.
+
+    base       streammap's modules and torch's kernels, once they are used
+    tensors    a few hundred bytes of bookkeeping for each
+    matrices   dense maps, which are held
+    workers    each: a few places for parts of sources, and scratch
+    tiles      results on their way to the disk: one for each worker, and two
+
+The tile is what the budget leaves room for, up to 1 MiB: larger ones are not faster. Tiles of dense
+maps read the source once each, so they take what the budget has.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from streammap.errors import OutputError
+from streammap.graph import Form
+from streammap.maps import BlockMap, DenseMap
+
+BASE_NBYTES = 14 * 2**20
+"""Measured: 8 to 12 MiB; tests/test_memory.py holds runs to it."""
+TENSOR_NBYTES = 2048
+MAX_TILE_NBYTES = 2**20
+MIN_TILE_NBYTES = 2**14
+_TILES_NBYTES = 40 * 2**20
+"""What all tiles and scratch take at most, but for dense maps: many workers get smaller tiles."""
+_SCRATCH_TILES = 4
+N_PLACES = 4
+"""Parts of sources that a worker keeps."""
+_MAX_WORKERS = 8
+_MAX_DENSE_NBYTES = 64 * 2**20
+_MAX_ITEM_NBYTES = 8
+_STEP_NBYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one tile may take."""
+
+    out_nbytes: int
+    read_nbytes: int
+    """A part of one source."""
+    work_nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The memory of a run."""
+
+    n_workers: int
+    """Threads that read and compute; one more writes."""
+    n_tensors: int
+    tile_nbytes: int
+    dense_tile_nbytes: int
+    """0 where there is no dense map."""
+    matrices_nbytes: int
+
+    @property
+    def n_tiles(self) -> int:
+        """Results that are computed or wait to be written."""
+        return self.n_workers + 2
+
+    @property
+    def limits(self) -> Limits:
+        """For forms without dense maps."""
+        return Limits(self.tile_nbytes, self.tile_nbytes, _SCRATCH_TILES * self.tile_nbytes)
+
+    @property
+    def dense_limits(self) -> Limits:
+        """For forms with dense maps."""
+        largest = max(self.tile_nbytes, self.dense_tile_nbytes)
+        return Limits(largest, self.tile_nbytes, _SCRATCH_TILES * largest)
+
+    @property
+    def fixed_nbytes(self) -> int:
+        """What is taken whatever the tiles are."""
+        return BASE_NBYTES + TENSOR_NBYTES * self.n_tensors + self.matrices_nbytes
+
+    @property
+    def peak_nbytes(self) -> int:
+        """What the run adds to a process that has torch imported, at most."""
+        return _peak(self)
+
+    def room(self, budget: int) -> int:
+        """The tile that a budget has room for."""
+        each = (N_PLACES + _SCRATCH_TILES) * self.n_workers + self.n_tiles
+        return (budget - self.fixed_nbytes) // each // _STEP_NBYTES * _STEP_NBYTES
+
+
+def _peak(m: Memory) -> int:
+    return m.fixed_nbytes + m.n_workers * N_PLACES * m.tile_nbytes + (
+        (_SCRATCH_TILES * m.n_workers + m.n_tiles) * max(m.tile_nbytes, m.dense_tile_nbytes)
+    )
+
+
+def n_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def fit(forms: Iterable[Form], *, budget: int, n_workers: int | None) -> Memory:
+    """The memory of a run within a budget.
+
+    Args:
+        budget: Bytes that the run may add to the process.
+        n_workers: Threads that read and compute; by default one a processor, and fewer where the
+            budget is small.
+
+    Raises:
+        OutputError: no tile fits, or no thread is asked for.
+    """
+    if n_workers is not None and n_workers < 1:
+        raise OutputError(f"{n_workers} threads: expected at least 1", hint="pass --threads 1")
+    n_tensors, least, matrices = 0, MIN_TILE_NBYTES, {}
+    for form in forms:
+        n_tensors += 1
+        for term in form.terms:
+            longest = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
+            least = max(least, longest * _MAX_ITEM_NBYTES)
+            matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
+    wanted = n_workers or min(n_processors(), _MAX_WORKERS)
+    found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()))
+    # Fewer workers rather than tiles so small that each costs more than it holds.
+    while n_workers is None and found.n_workers > 1 and found.room(budget) < 8 * least:
+        found = replace(found, n_workers=found.n_workers - 1)
+    if found.peak_nbytes > budget:
+        needed = -(-found.peak_nbytes // 2**20)
+        raise OutputError(
+            f"memory {budget / 2**20:.0f} MiB: this run takes at least {needed} MiB beside torch",
+            hint=f"pass --memory {needed}MiB, or more",
+        )
+    tile = min(found.room(min(budget, found.fixed_nbytes + _TILES_NBYTES)), MAX_TILE_NBYTES)
+    found = replace(found, tile_nbytes=max(least, tile))
+    if not matrices:
+        return found
+    rest = budget - found.fixed_nbytes - found.n_workers * N_PLACES * found.tile_nbytes
+    dense = rest // (_SCRATCH_TILES * found.n_workers + found.n_tiles)
+    return replace(found, dense_tile_nbytes=max(found.tile_nbytes, min(dense, _MAX_DENSE_NBYTES)))

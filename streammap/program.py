@@ -1,0 +1,554 @@
+"""What is done to compute one tile: a short list of operations on views of a few buffers.
+
+    READ    request k -> its place              bytes of the source, as they are stored
+    others  views -> view                       one kernel each; none needs memory of its own
+
+Each element is computed by the same operations in the same order whatever the tile: sources are
+added up in the order of the blend, then each dimension is mapped in turn, members of a unit in the
+order of its row. Sums are kept in the form's accumulator; a factor that all members share is
+applied after the sum, and the result is rounded once. So tiles of any size give the same bits, but
+for matrix products, whose kernels add in an order of their own. No torch here.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+from streammap import graph, pullback
+from streammap.graph import Form, Load, Term
+from streammap.maps import BlockMap, DenseMap
+from streammap.pullback import Pullback, Range
+from streammap.segments import Segment
+from streammap.spec import DTYPE_BITS
+from streammap.tiling import Tile
+
+Kind = Literal[
+    "read", "copy", "mul", "add", "lerp", "fill", "matmul", "take", "scale", "put", "clear"
+]
+OUT, WORK = -1, -2
+"""Places of views beside those of requests, which count from 0."""
+STRIP = 512
+"""Units that a dense map takes in at once."""
+_ALIGN_NBYTES = 64
+_MAX_MOVES = 64
+_MAX_PROGRAMS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Elements of a buffer, strided."""
+
+    place: int
+    """OUT, WORK, or the number of a request."""
+    dtype: str
+    offset: int
+    """In elements of the dtype, as the strides."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def blocks(self, dim: int, segment: Segment, *, source: bool) -> "View":
+        """The blocks of a segment. Shapes: [.., n, ..] -> [.., count, length, ..]."""
+        start, step = (
+            (segment.in_start, segment.in_step)
+            if source
+            else (segment.out_start, segment.out_step)
+        )
+        stride = self.strides[dim]
+        return View(
+            self.place,
+            self.dtype,
+            self.offset + start * stride,
+            (*self.shape[:dim], segment.count, segment.length, *self.shape[dim + 1 :]),
+            (*self.strides[:dim], step * stride, stride, *self.strides[dim + 1 :]),
+        )
+
+    def folded(self, dim: int) -> "View":
+        """The same elements of a contiguous view as [before, n, after]."""
+        before, n = math.prod(self.shape[:dim]), self.shape[dim]
+        after = math.prod(self.shape[dim + 1 :])
+        return View(
+            self.place, self.dtype, self.offset, (before, n, after), (n * after, after, 1)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One kernel."""
+
+    kind: Kind
+    out: View
+    sources: tuple[View, ...] = ()
+    number: float = 0.0
+    """The factor of "mul", the weight of "lerp", the value of "fill"."""
+    indices: tuple[int, ...] = ()
+    """Of "take", "put" (adds to them) and "clear": units of dimension 1 of a folded view."""
+    numbers: tuple[float, ...] = ()
+    """Of "scale": a factor for each unit of dimension 1 of a folded view."""
+    matrix: "Strip | None" = None
+    """Of "matmul", over dimension 1 of a folded view."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Part of a dense map."""
+
+    dense: DenseMap
+    rows: Range
+    columns: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A part of a source tensor that a tile needs: a product of ranges, all but whole at the end.
+
+    Its elements stand in order; where a leading dimension has several ranges, side by side.
+    """
+
+    found: Load
+    ranges: tuple[tuple[Range, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Units of each dimension."""
+        return tuple(sum(end - start for start, end in r) for r in self.ranges)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all elements."""
+        return math.prod(self.shape) * DTYPE_BITS[self.found.spec.dtype] // 8
+
+    def stretches(self) -> Iterator[Range]:
+        """Bytes of the tensor that are read, one after the other."""
+        shape = self.found.spec.shape or (1,)
+        cut = [d for d, n in enumerate(shape) if self.ranges[d] != ((0, n),)]
+        dim = max(cut, default=0)
+        inner = math.prod(shape[dim + 1 :]) * DTYPE_BITS[self.found.spec.dtype] // 8
+        units = [[i for start, end in r for i in range(start, end)] for r in self.ranges[:dim]]
+        for index in itertools.product(*units):
+            base = 0
+            for i, n in zip(index, shape[1:], strict=False):
+                base = (base + i) * n
+            for start, end in self.ranges[dim]:
+                yield (base + start) * inner, (base + end) * inner
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """How one tile is computed."""
+
+    ops: tuple[Op, ...]
+    work_nbytes: int
+    """Scratch that the operations need."""
+    read_nbytes: int
+    """The largest request."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Dim:
+    """What a dimension of a term's source gives to a tile."""
+
+    m: BlockMap | DenseMap | None
+    pulled: Pullback
+    rows: Range
+    """Units of the result."""
+
+    @property
+    def changes(self) -> bool:
+        return isinstance(self.m, DenseMap) or self.pulled.segments is not None
+
+    @property
+    def n_out(self) -> int:
+        return self.rows[1] - self.rows[0]
+
+
+Part = tuple[_Dim, ...]
+"""One pass over a term: all of it, or, where dense maps are tiled, a strip."""
+
+
+def alike(form: Form) -> object:
+    """Equal for forms whose tiles have the same programs: all but what is read."""
+    return form.spec, tuple(
+        (
+            term.maps,
+            term.blend[0][1].spec.shape,
+            tuple((c, found.spec.dtype, graph.is_constant(found)) for c, found in term.blend),
+        )
+        for term in form.terms
+    )
+
+
+@final
+class Programs:
+    """The programs of a run: tiles of the same structure share one."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._found: dict[object, Program] = {}
+
+    def of(self, recipe: "Recipe", kind: object) -> Program:
+        """The program of a recipe of a form that is `alike(form)` = kind."""
+        if recipe.is_dense:  # matrices are cut at another place for each tile
+            return recipe.program()
+        key = (kind, recipe.structure)
+        found = self._found.get(key)
+        if found is None:
+            if len(self._found) >= _MAX_PROGRAMS:
+                self._found.clear()
+            found = self._found[key] = recipe.program()
+        return found
+
+
+@final
+class Recipe:
+    """A tile of a form: what it reads and, once asked for, its program."""
+
+    def __init__(self, form: Form, tile: Tile) -> None:
+        """Find out which parts of the sources the tile needs."""
+        self.form, self.tile = form, tile
+        self._parts = tuple(_parts(term, tile, _item_nbytes(term)) for term in form.terms)
+
+    @property
+    def key(self) -> object:
+        """Equal for tiles that are computed alike from the same bytes, of one form."""
+        return tuple(
+            tuple((d.pulled, d.rows if isinstance(d.m, DenseMap) else d.n_out) for d in part)
+            for parts in self._parts
+            for part in parts
+        )
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a matrix is multiplied with."""
+        return any(isinstance(d.m, DenseMap) for parts in self._parts for d in parts[0])
+
+    @property
+    def structure(self) -> object:
+        """Equal for tiles of forms that are `alike` and have the same program."""
+        return len(self.tile.prefix), self.tile.shape, tuple(
+            tuple(
+                (d.pulled.n_in, d.pulled.segments) for d in part
+            )
+            for parts in self._parts
+            for part in parts
+        )
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What is read, in the order in which the program does."""
+        return tuple(
+            Request(found, tuple(d.pulled.ranges for d in part))
+            for term, parts in zip(self.form.terms, self._parts, strict=True)
+            for part in parts
+            for coefficient, found in term.blend
+            if coefficient != 0.0 and not graph.is_constant(found)
+        )
+
+    def program(self) -> Program:
+        """The operations."""
+        return _Writer(self.form, self.tile, self._parts).written()
+
+
+def _item_nbytes(term: Term) -> int:
+    return DTYPE_BITS[term.blend[0][1].spec.dtype] // 8
+
+
+def _parts(term: Term, tile: Tile, item: int) -> tuple[Part, ...]:
+    source = term.blend[0][1].spec.shape
+    if not source:
+        return ((_Dim(None, pullback.whole(None, 1), (0, 1)),),)
+    last = len(tile.prefix)
+    choices: list[list[_Dim]] = []
+    for dim, (n, m) in enumerate(zip(source, term.maps, strict=True)):
+        n_out = n if m is None else m.n_out
+        if dim > last:
+            choices.append([_Dim(m, pullback.whole(m, n), (0, n_out))])
+            continue
+        rows = (tile.start, tile.end) if dim == last else (tile.prefix[dim], tile.prefix[dim] + 1)
+        if isinstance(m, DenseMap):
+            strips = [((at, min(at + STRIP, n)),) for at in range(0, n, STRIP)]
+            choices.append([_Dim(m, Pullback(strip, None), rows) for strip in strips])
+        else:
+            unit = math.prod(source[dim + 1 :]) * item
+            choices.append([_Dim(m, pullback.pull(m, *rows, unit), rows)])
+    return tuple(itertools.product(*choices))
+
+
+@final
+class _Writer:
+    """Writes the operations of one tile."""
+
+    def __init__(self, form: Form, tile: Tile, parts: Sequence[tuple[Part, ...]]) -> None:
+        self._form, self._parts = form, parts
+        self._shape = tile.shape or (1,)
+        prefix = len(tile.prefix)
+        # Maps act on the dimensions of the source, so the tile has its leading ones too.
+        self._shape = (*(1,) * prefix, *self._shape)
+        self._ops: list[Op] = []
+        self._used = self._peak = self._largest = self._n_requests = 0
+
+    def written(self) -> Program:
+        """The program."""
+        out = _contiguous(OUT, self._form.spec.dtype, 0, self._shape)
+        if not self._moved(out) and not self._blended(out):
+            self._summed(out)
+        return Program(tuple(self._ops), self._peak, self._largest)
+
+    def _moved(self, out: View) -> bool:
+        """One source whose elements are copied, or scaled by one number each: no accumulator."""
+        form = self._form
+        term = form.terms[0]
+        coefficient, found = term.blend[0]
+        blocks = [m for m in term.maps if m is not None]
+        if len(form.terms) > 1 or len(term.blend) > 1 or graph.is_constant(found):
+            return False
+        if found.spec.dtype != form.spec.dtype or coefficient == 0.0 or not blocks:
+            return False
+        if any(isinstance(m, DenseMap) or m.longest > 1 for m in blocks):
+            return False
+        if math.prod(len(m.segments) for m in blocks if isinstance(m, BlockMap)) > _MAX_MOVES:
+            return False
+        (part,) = self._parts[0]
+        held = self._read(found, part)
+        dims = [(d, dim.pulled.segments) for d, dim in enumerate(part) if dim.pulled.segments]
+        for chosen in itertools.product(*(segments for _, segments in dims)):
+            to, at, factor = out, held, coefficient
+            # From the last dimension on: `blocks` moves those behind it.
+            for (d, _), segment in reversed(list(zip(dims, chosen, strict=True))):
+                to = to.blocks(d, segment, source=False)
+                factor *= segment.coefficient
+                if segment.coefficient != 0.0:
+                    at = at.blocks(d, segment, source=True)
+            self._put(to, at, factor)
+        return True
+
+    def _blended(self, out: View) -> bool:
+        """Two whole tensors with weights that add up to 1: one kernel, which rounds once."""
+        form = self._form
+        term = form.terms[0]
+        if len(form.terms) > 1 or len(term.blend) != 2 or any(m is not None for m in term.maps):
+            return False
+        (first, a), (second, b) = term.blend
+        if abs(first - (1.0 - second)) > 1e-15 or graph.is_constant(a) or graph.is_constant(b):
+            return False
+        if {a.spec.dtype, b.spec.dtype} != {form.spec.dtype}:
+            return False
+        (part,) = self._parts[0]
+        pair = self._read(a, part), self._read(b, part)
+        if form.spec.dtype == "F16":  # its kernel rounds twice
+            wide = [self._new("F32", out.shape) for _ in pair]
+            for to, at in zip(wide, pair, strict=True):
+                self._ops.append(Op("copy", to, (at,)))
+            self._ops.append(Op("lerp", wide[0], tuple(wide), number=second))
+            self._ops.append(Op("copy", out, (wide[0],)))
+        else:
+            self._ops.append(Op("lerp", out, pair, number=second))
+        return True
+
+    def _summed(self, out: View) -> None:
+        """Any form."""
+        dtype = self._form.accumulator
+        direct = dtype == self._form.spec.dtype
+        total = out if direct else self._new(dtype, out.shape)
+        is_first = True
+        for term, parts in zip(self._form.terms, self._parts, strict=True):
+            for part in parts:
+                mark = self._used
+                self._add(term, part, total, is_first=is_first)
+                self._used = mark
+                is_first = False
+        if not direct:
+            self._ops.append(Op("copy", out, (total,)))
+
+    def _add(self, term: Term, part: Part, total: View, *, is_first: bool) -> None:
+        """Add a part of a term to the total, or put it there."""
+        dims = [(d, dim) for d, dim in enumerate(part) if dim.changes]
+        held, factor = self._blend(term, part, total, lands=is_first and not dims)
+        for number, (d, dim) in enumerate(dims):
+            lands = is_first and number == len(dims) - 1
+            shape = (*held.shape[:d], dim.n_out, *held.shape[d + 1 :])
+            to = total if lands else self._new(total.dtype, shape)
+            factor *= self._map(dim, held, to, d)
+            held = to
+        if held == total:
+            self._put(total, total, factor)
+        elif is_first:
+            self._put(total, held, factor)
+        else:
+            if factor != 1.0:
+                scaled = held if held.place == WORK else self._new(held.dtype, held.shape)
+                self._ops.append(Op("mul", scaled, (held,), number=factor))
+                held = scaled
+            self._ops.append(Op("add", total, (total, held)))
+
+    def _blend(self, term: Term, part: Part, total: View, *, lands: bool) -> tuple[View, float]:
+        """The blend, and a factor that is still to be applied."""
+        shape = tuple(dim.pulled.n_in for dim in part)
+        blend = [(c, found) for c, found in term.blend if c != 0.0]
+        values = {c for c, _ in blend}
+        factor = values.pop() if len(values) == 1 else 1.0
+        if len(blend) == 1 and blend[0][1].spec.dtype == total.dtype:
+            found = blend[0][1]
+            if not graph.is_constant(found):
+                return self._read(found, part), factor
+        held = total if lands else self._new(total.dtype, shape)
+        if not blend:
+            self._ops.append(Op("fill", held, number=0.0))
+        spare: View | None = None
+        first: View | None = None
+        for position, (coefficient, found) in enumerate(blend):
+            weight = coefficient / factor
+            to = held
+            if position:
+                plain = found.spec.dtype == total.dtype and weight == 1.0
+                if plain and not graph.is_constant(found):
+                    before = held
+                    if first is not None and position == 1:  # no need for a copy of its own
+                        self._ops.remove(Op("copy", held, (first,)))
+                        before = first
+                    self._ops.append(Op("add", held, (before, self._read(found, part))))
+                    continue
+                to = spare = spare or self._new(total.dtype, shape)
+            if graph.is_constant(found):
+                self._ops.append(Op("fill", to, number=weight))
+            else:
+                at = self._read(found, part)
+                self._ops.append(Op("copy", to, (at,)))
+                self._put(to, to, weight)
+                first = at if weight == 1.0 and at.dtype == to.dtype else None
+            if position:
+                self._ops.append(Op("add", held, (held, to)))
+        return held, factor
+
+    def _map(self, dim: _Dim, held: View, to: View, d: int) -> float:
+        """Apply a dimension's map; gives a factor that is still to be applied."""
+        if isinstance(dim.m, DenseMap):
+            ((start, end),) = dim.pulled.ranges
+            strip = Strip(dim.m, dim.rows, (start, end))
+            self._ops.append(Op("matmul", to.folded(d), (held.folded(d),), matrix=strip))
+            return 1.0
+        assert isinstance(dim.m, BlockMap)
+        factor = dim.m.common or 1.0
+        found = [
+            replace(s, coefficient=s.coefficient and 1.0) if dim.m.common else s
+            for s in dim.pulled.segments or ()
+        ]
+        if len(found) > _MAX_MOVES:
+            self._take(found, held, to, d)
+        else:
+            self._move(found, held, to, d)
+        return factor
+
+    def _move(self, found: Sequence[Segment], held: View, to: View, d: int) -> None:
+        n = sum(1 for s in found if not s.adds)
+        paired = len(found) >= 2 * n and all(
+            b.adds and _alike(a, b) for a, b in zip(found[:n], found[n : 2 * n], strict=True)
+        )
+        mark = self._used
+        for i, segment in enumerate(found):
+            place = to.blocks(d, segment, source=False)
+            if segment.coefficient == 0.0:
+                if not segment.adds:
+                    self._ops.append(Op("fill", place, number=0.0))
+                continue
+            at = held.blocks(d, segment, source=True)
+            if paired and i < n:
+                other = held.blocks(d, found[n + i], source=True)
+                self._ops.append(Op("add", place, (at, other)))
+            elif not segment.adds:
+                self._put(place, at, segment.coefficient)
+            elif not (paired and i < 2 * n):
+                if segment.coefficient != 1.0:
+                    scaled = self._new(held.dtype, place.shape)
+                    self._ops.append(Op("mul", scaled, (at,), number=segment.coefficient))
+                    at = scaled
+                self._ops.append(Op("add", place, (place, at)))
+                self._used = mark
+
+    def _take(self, found: Sequence[Segment], held: View, to: View, d: int) -> None:
+        """An irregular map: units by number, one slot of its rows after the other."""
+        mark = self._used
+        for slot in _slots(found):
+            units = [unit for segment in slot for unit in _units(segment)]
+            kept = [(to_unit, at, c) for to_unit, at, c in units if c != 0.0]
+            if not slot[0].adds:
+                target, places = to, dict.fromkeys(range(to.shape[d]), (0, 1.0))
+                places |= {to_unit: (at, c) for to_unit, at, c in kept}
+            else:
+                places = {to_unit: (at, c) for to_unit, at, c in kept}
+                shape = (*to.shape[:d], len(places), *to.shape[d + 1 :])
+                target = self._new(held.dtype, shape)
+            indices = tuple(at for at, _ in places.values())
+            numbers = tuple(c for _, c in places.values())
+            self._ops.append(Op("take", target.folded(d), (held.folded(d),), indices=indices))
+            if any(number != 1.0 for number in numbers):
+                self._ops.append(Op("scale", target.folded(d), numbers=numbers))
+            empty = tuple(to_unit for to_unit, _, c in units if c == 0.0)
+            if slot[0].adds:
+                into = tuple(places)
+                self._ops.append(
+                    Op("put", to.folded(d), (target.folded(d),), indices=into)
+                )
+            elif empty:
+                self._ops.append(Op("clear", to.folded(d), indices=empty))
+            self._used = mark
+
+    def _read(self, found: Load, part: Part) -> View:
+        request = Request(found, tuple(dim.pulled.ranges for dim in part))
+        self._largest = max(self._largest, request.nbytes)
+        shape = tuple(dim.pulled.n_in for dim in part)
+        view = _contiguous(self._n_requests, found.spec.dtype, 0, shape)
+        self._n_requests += 1
+        self._ops.append(Op("read", view))
+        return view
+
+    def _put(self, to: View, at: View, factor: float) -> None:
+        if factor == 0.0:
+            self._ops.append(Op("fill", to, number=0.0))
+        elif factor != 1.0:
+            self._ops.append(Op("mul", to, (at,), number=factor))
+        elif to != at:
+            self._ops.append(Op("copy", to, (at,)))
+
+    def _new(self, dtype: str, shape: tuple[int, ...]) -> View:
+        item = DTYPE_BITS[dtype] // 8
+        offset = self._used // item
+        nbytes = math.prod(shape) * item
+        self._used += -(-nbytes // _ALIGN_NBYTES) * _ALIGN_NBYTES
+        self._peak = max(self._peak, self._used)
+        return _contiguous(WORK, dtype, offset, shape)
+
+
+def _contiguous(place: int, dtype: str, offset: int, shape: tuple[int, ...]) -> View:
+    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    return View(place, dtype, offset, shape, strides)
+
+
+def _alike(a: Segment, b: Segment) -> bool:
+    """Whether two segments write to the same places, with coefficient 1."""
+    return a.coefficient == b.coefficient == 1.0 and (
+        (a.out_start, a.out_step, a.count, a.length)
+        == (b.out_start, b.out_step, b.count, b.length)
+    )  # fmt: skip
+
+
+def _units(segment: Segment) -> Iterator[tuple[int, int, float]]:
+    """(unit of the result, unit of the source, coefficient) of every move."""
+    for k, i in itertools.product(range(segment.count), range(segment.length)):
+        to = segment.out_start + k * segment.out_step + i
+        yield to, segment.in_start + k * segment.in_step + i, segment.coefficient
+
+
+def _slots(found: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments by the slot of the rows that they are of; a slot writes to no unit twice."""
+    slots: list[list[Segment]] = [[]]
+    taken: set[int] = set()
+    for segment in found:
+        units = {to for to, _, _ in _units(segment)}
+        if slots[-1] and (segment.adds != slots[-1][0].adds or taken & units):
+            slots.append([])
+            taken = set()
+        slots[-1].append(segment)
+        taken |= units
+    return slots

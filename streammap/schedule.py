@@ -1,0 +1,231 @@
+"""The order of a run's work: bundles of jobs, each bundle for one thread.
+
+Tensors that read one source tensor go together, and so do their tiles that read the same bytes of
+it: these are in one bundle, so that a source is read once. Tiles that are computed alike from the
+same bytes (a layer copied to four places, rows that are copies) are one job with several places.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from streammap import graph, tiling
+from streammap.errors import PlanError
+from streammap.graph import Form, Load
+from streammap.header import Slot
+from streammap.maps import AxisMap, BlockMap, DenseMap
+from streammap.memory import Limits, Memory
+from streammap.program import Program, Recipe, alike
+from streammap.spec import DTYPE_BITS, TensorSpec
+from streammap.tiling import Cut
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where bytes of a result go."""
+
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Bytes of a source that are bytes of the result."""
+
+    key: str
+    """Key of the (first) target."""
+    found: Load
+    start: int
+    """First byte, counted from the tensor's first."""
+    nbytes: int
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """A tile to compute."""
+
+    key: str
+    kind: object
+    """What its form is like, see program.alike."""
+    recipe: Recipe
+    places: tuple[Place, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tile."""
+        spec = self.recipe.form.spec
+        return self.recipe.tile.n_elements * DTYPE_BITS[spec.dtype] // 8
+
+    def halves(self) -> "tuple[Compute, Compute] | None":
+        """The same as two smaller tiles; None where it is one row already."""
+        tiles = self.recipe.tile.halves()
+        if tiles is None:
+            return None
+        first, second = (Recipe(self.recipe.form, tile) for tile in tiles)
+        one = Compute(self.key, self.kind, first, self.places)
+        later = tuple(Place(p.file, p.offset + one.nbytes) for p in self.places)
+        return one, Compute(self.key, self.kind, second, later)
+
+
+Job = Copy | Compute
+Bundle = tuple[Job, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor of the result and its places: one, or several for equal tensors."""
+
+    key: str
+    form: Form
+    places: tuple[Place, ...]
+
+
+def bundles(
+    targets: Mapping[str, Form], slots: Iterable[tuple[str, Slot]], memory: Memory
+) -> Iterator[Bundle]:
+    """All work, in the order of the slots.
+
+    Args:
+        slots: (file, slot) of every target.
+    """
+    cuts: dict[object, Cut] = {}
+    for family in _families(targets, slots):
+        groups: dict[object, list[Target]] = {}
+        for target in family:
+            if target.form.copied is not None:
+                yield from _copies(target, memory)
+            else:
+                groups.setdefault(alike(target.form), []).append(target)
+        for kind, group in groups.items():
+            if kind not in cuts:
+                form = group[0].form
+                cuts[kind] = cut_of(form, limits_of(form, memory))
+            yield from _tiles(group, kind, cuts[kind])
+
+
+def _families(
+    targets: Mapping[str, Form], slots: Iterable[tuple[str, Slot]]
+) -> Iterator[tuple[Target, ...]]:
+    """Targets that read a tensor in common, equal ones as one; in the order of their first."""
+    order = [(file, slot) for file, slot in slots]
+    parent = list(range(len(order)))
+    first: dict[Load, int] = {}
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i, (_, slot) in enumerate(order):
+        for found in targets[slot.key].loads():
+            if not graph.is_constant(found):
+                a, b = root(first.setdefault(found, i)), root(i)
+                parent[max(a, b)] = min(a, b)
+    members: dict[int, list[int]] = {}
+    for i in range(len(order)):
+        members.setdefault(root(i), []).append(i)
+    del first, parent
+    for group in members.values():
+        yield tuple(_merged([order[i] for i in group], targets))
+
+
+def _merged(group: list[tuple[str, Slot]], targets: Mapping[str, Form]) -> Iterator[Target]:
+    alike: list[tuple[Slot, Form, list[Place]]] = []
+    for file, slot in group:
+        form, place = targets[slot.key], Place(file, slot.start)
+        for _, other, places in alike:
+            if other == form:
+                places.append(place)
+                break
+        else:
+            alike.append((slot, form, [place]))
+    for slot, form, places in alike:
+        yield Target(slot.key, form, tuple(places))
+
+
+def _copies(target: Target, memory: Memory) -> Iterator[Bundle]:
+    found = target.form.copied
+    assert found is not None
+    step = memory.tile_nbytes
+    for at in range(0, found.spec.nbytes, step):
+        nbytes = min(step, found.spec.nbytes - at)
+        places = tuple(Place(p.file, p.offset + at) for p in target.places)
+        yield (Copy(target.key, found, at, nbytes, places),)
+
+
+def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:
+    """The tiles of targets that are alike."""
+    form = group[0].form
+    item = DTYPE_BITS[form.spec.dtype] // 8
+    for tiles in tiling.bundles(form.spec.shape, _maps(form), cut):
+        jobs: dict[tuple[int, object], tuple[str, Recipe, list[Place]]] = {}
+        for number, target in enumerate(group):
+            for tile in tiles:
+                recipe = Recipe(target.form, tile)
+                _, _, places = jobs.setdefault(
+                    (number, recipe.key if len(tiles) > 1 else 0), (target.key, recipe, [])
+                )
+                places += (Place(p.file, p.offset + tile.offset * item) for p in target.places)
+        yield tuple(
+            Compute(key, kind, recipe, tuple(places))
+            for key, recipe, places in jobs.values()
+        )
+
+
+def _maps(form: Form) -> tuple[tuple[AxisMap | None, ...], ...]:
+    return tuple(term.maps for term in form.terms)
+
+
+def limits_of(form: Form, memory: Memory) -> Limits:
+    """What a tile of the form may take."""
+    dense = any(isinstance(m, DenseMap) for maps in _maps(form) for m in maps)
+    return memory.dense_limits if dense else memory.limits
+
+
+def cut_of(form: Form, limits: Limits) -> Cut:
+    """The largest cut whose tiles stay within the limits.
+
+    Raises:
+        PlanError: a single number takes more.
+    """
+    spec = form.spec
+    if not spec.shape or spec.n_elements == 0:
+        return Cut(0, 1)
+    for dim in range(len(spec.shape)):
+        rows = _rows(spec, dim, limits)
+        while rows:
+            tile = tiling.tile_at(spec.shape, (0,) * dim, 0, rows)
+            if fits(Recipe(form, tile).program(), limits):
+                return Cut(dim, _aligned(form, dim, rows))
+            rows //= 2
+    raise PlanError(
+        f"a number of {spec} takes more than {limits.read_nbytes} bytes",
+        hint="give the run more memory",
+    )
+
+
+def fits(program: Program, limits: Limits) -> bool:
+    """Whether a tile stays within the limits."""
+    return (
+        program.read_nbytes <= limits.read_nbytes and program.work_nbytes <= limits.work_nbytes
+    )
+
+
+def _rows(spec: TensorSpec, dim: int, limits: Limits) -> int:
+    row = TensorSpec(spec.dtype, spec.shape[dim + 1 :]).nbytes
+    return min(spec.shape[dim], limits.out_nbytes // row)
+
+
+def _aligned(form: Form, dim: int, rows: int) -> int:
+    """Rows such that no pair of neighbours that share a source is torn apart."""
+    steps = [
+        segment.out_step
+        for maps in _maps(form)
+        for m in maps[dim : dim + 1]
+        if isinstance(m, BlockMap) and m.is_regular
+        for segment in m.segments
+        if segment.count > 1
+    ]
+    step = max((step for step in steps if step <= rows), default=1)
+    return rows - rows % step

@@ -1,0 +1,118 @@
+"""One thread's share of a run: reads what a tile needs, and computes it.
+
+A worker keeps the parts of sources that it read last, so that the tiles of a bundle read them once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import final
+
+from streammap.buffers import Buffer
+from streammap.errors import PlanError
+from streammap.memory import N_PLACES, Memory
+from streammap.program import OUT, WORK, Program, Programs, Request
+from streammap.schedule import Compute, Copy, Job, fits, limits_of
+
+Call = Callable[[], object]
+_MAX_BOUND = 256
+
+
+@final
+class Worker:
+    """Buffers of one thread. Not to be used by two at once."""
+
+    def __init__(self, memory: Memory, programs: Programs, *, mapped: bool) -> None:
+        """Buffers become resident as they are used."""
+        self._memory, self._programs, self._mapped = memory, programs, mapped
+        limits = memory.dense_limits
+        self._places = [Buffer(limits.read_nbytes) for _ in range(N_PLACES)]
+        self._held: list[object] = [None] * N_PLACES
+        """What was read into each place, by the order of use: the last one last."""
+        self._order = list(range(N_PLACES))
+        self._work = Buffer(limits.work_nbytes)
+        self.n_read = 0
+        """Bytes read so far."""
+        self._bound: dict[object, tuple[Call | None, ...]] = {}
+
+    def parts(self, job: Job) -> Iterator[Job]:
+        """The job, or smaller ones where it takes more memory than the first of its tensor."""
+        if isinstance(job, Copy):
+            yield job
+            return
+        program = self._programs.of(job.recipe, job.kind)
+        if fits(program, limits_of(job.recipe.form, self._memory)):
+            yield job
+            return
+        halves = job.halves()
+        if halves is None:
+            raise PlanError(
+                f"{job.key}: a row of its tile takes {program.work_nbytes} bytes of scratch",
+                hint="give the run more memory",
+            )
+        for half in halves:
+            yield from self.parts(half)
+
+    def do(self, job: Job, out: Buffer) -> None:
+        """Put the job's bytes at the beginning of `out`."""
+        if isinstance(job, Copy):
+            source, view = job.found.source, out.view[: job.nbytes]
+            source.read_into(job.found.key, job.start, view, mapped=self._mapped)
+            self.n_read += len(view)
+        else:
+            self._compute(job, out)
+
+    def _compute(self, job: Compute, out: Buffer) -> None:
+        program = self._programs.of(job.recipe, job.kind)
+        requests = job.recipe.requests
+        chosen = [self._place(request) for request in requests]
+        places = tuple(place for place, _ in chosen)
+        key = (id(program), id(out), places)
+        calls = self._bound.get(key)
+        if calls is None:
+            calls = self._bind(program, places, out)
+            if not job.recipe.is_dense:
+                if len(self._bound) >= _MAX_BOUND:
+                    self._bound.clear()
+                self._bound[key] = calls
+        reads = iter(zip(requests, chosen, strict=True))
+        for call in calls:
+            if call is not None:
+                call()
+                continue
+            request, (place, is_held) = next(reads)
+            if not is_held:
+                self._read(request, self._places[place].view)
+
+    def _place(self, request: Request) -> tuple[int, bool]:
+        """The place for a request, and whether it is there already."""
+        wanted = (id(request.found.source), request.found.key, request.ranges)
+        for place in self._order:
+            if self._held[place] == wanted:
+                is_held = True
+                break
+        else:
+            place, is_held = self._order[0], False
+            self._held[place] = wanted
+        self._order.remove(place)
+        self._order.append(place)
+        return place, is_held
+
+    def _bind(
+        self, program: Program, places: Sequence[int], out: Buffer
+    ) -> tuple[Call | None, ...]:
+        """The calls of a program; None stands for a read."""
+        from streammap.kernels import bind
+
+        special = {OUT: out, WORK: self._work}
+
+        def buffer(place: int) -> Buffer:
+            return special[place] if place < 0 else self._places[places[place]]
+
+        return tuple(None if op.kind == "read" else bind(op, buffer) for op in program.ops)
+
+    def _read(self, request: Request, view: memoryview) -> None:
+        source, at = request.found.source, 0
+        for start, end in request.stretches():
+            part = view[at : at + end - start]
+            source.read_into(request.found.key, start, part, mapped=self._mapped)
+            self.n_read += len(part)
+            at += end - start
