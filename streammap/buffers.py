@@ -15,7 +15,7 @@ class Buffer:
         """Room for `nbytes`."""
         self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
         self.view = memoryview(self._map)
-        self._typed: dict[str, "Tensor"] = {}
+        self._typed: dict[str, Tensor] = {}
 
     def typed(self, dtype: str) -> "Tensor":
         """All of it as a tensor of one dimension."""

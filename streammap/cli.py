@@ -20,9 +20,12 @@ from streammap.clioptions import (
     GROUPINGS,
     RULES,
     blend_options,
+    engine_of,
+    engine_options,
     growth_options,
     json_option,
     output_options,
+    resize_of,
     resize_options,
     source_options,
 )  # fmt: skip
@@ -106,23 +109,15 @@ def _decoalesced(
     return grown.interpolate(big, alpha=0.5 if alpha is None else alpha)
 
 
-def _save(
-    lazy: "LazyCheckpoint",
-    title: str,
-    output: str,
-    *,
-    max_shard_size: str,
-    overwrite: bool,
-    no_fsync: bool,
-    quiet: bool,
-    as_json: bool,
-) -> None:
+def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str, Any]) -> None:
+    quiet, as_json = options["quiet"], options["as_json"]
     report = lazy.save(
         output,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        fsync=not no_fsync,
+        max_shard_size=options["max_shard_size"],
+        overwrite=options["overwrite"],
+        fsync=not options["no_fsync"],
         progress=listener(title, quiet=quiet),
+        **engine_of(options),
     )
     print_report(report, lazy.plan.notes, quiet=quiet, as_json=as_json)
 
@@ -146,9 +141,10 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
         click.echo(f"{report} -> {report.output}")
 
 
-def _print_plan(lazy: "LazyCheckpoint", *, as_json: bool) -> None:
-    summary = lazy.summary()
-    click.echo(json.dumps(summary.as_json(), indent=2) if as_json else str(summary))
+def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
+    summary = lazy.summary(**engine_of(options))
+    text = json.dumps(summary.as_json(), indent=2) if options["as_json"] else str(summary)
+    click.echo(text)
 
 
 @main.command()
@@ -175,20 +171,16 @@ def inspect(source: str, config: str | None, arch: str | None, as_json: bool) ->
 @source_options
 @output_options
 def coalesce(
-    source: str, output: str, config: str | None, arch: str | None, max_shard_size: str,
-    overwrite: bool, no_fsync: bool, quiet: bool, as_json: bool, **options: object,
-) -> None:  # fmt: skip
+    source: str, output: str, config: str | None, arch: str | None, **options: Any
+) -> None:
     """Make a smaller model: heads and layers of a group become their mean.
 
     \b
     Example:
         streammap coalesce bert-L12-H12/ bert-L6-H6/ --scheme schemes/L6-H6.json
     """
-    lazy = _coalesced(_open(source, config, arch), options)
-    _save(
-        lazy, "coalesce", output, max_shard_size=max_shard_size, overwrite=overwrite,
-        no_fsync=no_fsync, quiet=quiet, as_json=as_json,
-    )  # fmt: skip
+    lazy = _coalesced(_open(source, config, arch), resize_of(options))
+    _save(lazy, "coalesce", output, options)
 
 
 @main.command()
@@ -201,8 +193,7 @@ def coalesce(
 @output_options
 def decoalesce(
     source: str, output: str, config: str | None, arch: str | None, blend_with: str | None,
-    alpha: float | None, max_shard_size: str, overwrite: bool, no_fsync: bool, quiet: bool,
-    as_json: bool, **options: object,
+    alpha: float | None, **options: Any,
 ) -> None:  # fmt: skip
     """Make a larger model: heads and layers are copied to their group.
 
@@ -212,11 +203,8 @@ def decoalesce(
     Example:
         streammap decoalesce small/ grown/ --blend-with big/ --alpha 0.5
     """
-    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, options)
-    _save(
-        lazy, "decoalesce", output, max_shard_size=max_shard_size, overwrite=overwrite,
-        no_fsync=no_fsync, quiet=quiet, as_json=as_json,
-    )  # fmt: skip
+    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, resize_of(options))
+    _save(lazy, "decoalesce", output, options)
 
 
 @main.command()
@@ -228,7 +216,7 @@ def decoalesce(
 @output_options
 def interpolate(
     source: str, target: str, output: str, alpha: float, config: str | None, arch: str | None,
-    max_shard_size: str, overwrite: bool, no_fsync: bool, quiet: bool, as_json: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Blend two checkpoints of one model: (1 - alpha) * TGT + alpha * SRC.
 
@@ -237,10 +225,7 @@ def interpolate(
         streammap interpolate grown/ big/ out/ --alpha 0.5
     """
     lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
-    _save(
-        lazy, "interpolate", output, max_shard_size=max_shard_size, overwrite=overwrite,
-        no_fsync=no_fsync, quiet=quiet, as_json=as_json,
-    )  # fmt: skip
+    _save(lazy, "interpolate", output, options)
 
 
 @main.group()
@@ -258,18 +243,18 @@ def plan() -> None:
 @click.argument("output", metavar="[OUT]", required=False)
 @resize_options
 @source_options
+@engine_options
 @json_option
 def plan_coalesce(
-    source: str, output: str | None, config: str | None, arch: str | None, as_json: bool,
-    **options: object,
-) -> None:  # fmt: skip
+    source: str, output: str | None, config: str | None, arch: str | None, **options: Any
+) -> None:
     """What `coalesce` would do.
 
     \b
     Example:
         streammap plan coalesce bert-L12-H12/ --width 2 --depth 2
     """
-    _print_plan(_coalesced(_open(source, config, arch), options), as_json=as_json)
+    _print_plan(_coalesced(_open(source, config, arch), resize_of(options)), options)
 
 
 @plan.command("decoalesce")
@@ -279,10 +264,11 @@ def plan_coalesce(
 @growth_options
 @blend_options
 @source_options
+@engine_options
 @json_option
 def plan_decoalesce(
     source: str, output: str | None, config: str | None, arch: str | None,
-    blend_with: str | None, alpha: float | None, as_json: bool, **options: object,
+    blend_with: str | None, alpha: float | None, **options: Any,
 ) -> None:  # fmt: skip
     """What `decoalesce` would do.
 
@@ -290,8 +276,8 @@ def plan_decoalesce(
     Example:
         streammap plan decoalesce small/ --blend-with big/ --alpha 0.5
     """
-    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, options)
-    _print_plan(lazy, as_json=as_json)
+    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, resize_of(options))
+    _print_plan(lazy, options)
 
 
 @plan.command("interpolate")
@@ -300,10 +286,11 @@ def plan_decoalesce(
 @click.argument("output", metavar="[OUT]", required=False)
 @click.option("--alpha", type=float, required=True, help="Part of SRC in the result, 0 to 1.")
 @source_options
+@engine_options
 @json_option
 def plan_interpolate(
     source: str, target: str, output: str | None, alpha: float, config: str | None,
-    arch: str | None, as_json: bool,
+    arch: str | None, **options: Any,
 ) -> None:  # fmt: skip
     """What `interpolate` would do.
 
@@ -312,7 +299,7 @@ def plan_interpolate(
         streammap plan interpolate grown/ big/ --alpha 0.5
     """
     lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
-    _print_plan(lazy, as_json=as_json)
+    _print_plan(lazy, options)
 
 
 @main.command()
@@ -362,6 +349,7 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
 @click.option("--rule", type=click.Choice(RULES), default="reference", show_default=True,
               help="exact: keep the function instead of the original's numbers.")  # fmt: skip
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")
+@engine_options
 @json_option
 def map_(quiet: bool, as_json: bool, **options: Any) -> None:
     """The original map tools' command line, flag by flag.
@@ -373,8 +361,9 @@ def map_(quiet: bool, as_json: bool, **options: Any) -> None:
     """
     from streammap import mapper
 
-    made = mapper.from_flags(**options)
-    report = made.save(progress=listener("map", quiet=quiet))
+    limits = engine_of(options)
+    made = mapper.from_flags(**{k: v for k, v in options.items() if k not in limits})
+    report = made.save(progress=listener("map", quiet=quiet), **limits)
     print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
 
 

@@ -1,13 +1,22 @@
 """Groups of options that commands share."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from streammap.engine import MEMORY, READERS
+
+if TYPE_CHECKING:
+    from streammap.engine import EngineOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
+_RUN = (
+    "max_shard_size", "overwrite", "no_fsync", "quiet", "as_json",
+    "memory", "threads", "device", "reader",
+)  # fmt: skip
 SPACES = {
     "hidden": "The hidden size",
     "heads": "Query heads",
@@ -97,7 +106,46 @@ def output_options(command: Command) -> Command:
         click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
     )):  # fmt: skip
         command = option(command)
-    return json_option(command)
+    return json_option(engine_options(command))
+
+
+def engine_options(command: Command) -> Command:
+    """What a run may use."""
+    for option in reversed((
+        click.option(
+            "--memory", default=MEMORY, show_default=True, metavar="SIZE",
+            help="What a run may add to the process, beside torch itself.",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), metavar="N",
+            help="Threads that read, compute and write.  [default: one a processor]",
+        ),
+        click.option(
+            "--device", default="auto", show_default=True, metavar="NAME",
+            help="auto, cpu, cuda or cuda:1; auto takes a GPU where the plan gains by it.",
+        ),
+        click.option(
+            "--reader", type=click.Choice(READERS), default=READERS[0], show_default=True,
+            help="How sources are read.",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def engine_of(options: Mapping[str, Any]) -> "EngineOptions":
+    """The options that `engine_options` gives."""
+    return {
+        "memory": options["memory"],
+        "threads": options["threads"],
+        "device": options["device"],
+        "reader": options["reader"],
+    }
+
+
+def resize_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    """All other options: what to resize, and how."""
+    return {name: value for name, value in options.items() if name not in _RUN}
 
 
 def json_option(command: Command) -> Command:

@@ -1,7 +1,6 @@
 """What a run may use: memory, threads, a device, a way to read. Defaults are here."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from typing import final
 from streammap import graph, layout, mapfile, memory, output, pipeline, schedule, sidefiles
 from streammap.engine import Engine
 from streammap.errors import OutputError
-from streammap.events import Finished, Listener, Started, Wrote
+from streammap.events import Finished, Listener, Started
 from streammap.header import Slot
 from streammap.layout import Shard
 from streammap.memory import Memory
@@ -143,12 +144,12 @@ def _write(
     contents, side = _small_files(plan, where)
     listener(Started(len(plan.targets), plan.nbytes))
     with Output(where.path.parent if where.is_file else where.path, fsync=where.fsync) as out:
-        writer = _Writer(plan, shards, out, listener)
+        writer = _Writer(plan, shards, out)
         jobs = schedule.bundles(plan.targets, writer.slots(), fitted)
         computes = any(form.copied is None for form in plan.targets.values())
         with _torch_threads() if computes else nullcontext():
             mapped = where.engine.reader == "mmap"
-            n_read = pipeline.run(jobs, fitted, writer.write, mapped=mapped)
+            n_read = pipeline.run(jobs, fitted, writer.write, listener=listener, mapped=mapped)
         writer.finish()
         for name, path in side.items():
             if name not in contents:
@@ -174,16 +175,15 @@ def _torch_threads() -> AbstractContextManager[None]:
 class _Writer:
     """Writes bytes of the shards, which begin when their first bytes come."""
 
-    def __init__(
-        self, plan: Plan, shards: Sequence[Shard], out: Output, listener: Listener
-    ) -> None:
+    def __init__(self, plan: Plan, shards: Sequence[Shard], out: Output) -> None:
         """Torch files begin at once: their layout is known when they are there."""
-        self._out, self._listener = out, listener
+        self._out = out
         nest = plan.side.nest if plan.side is not None else None
         self._shards = [
             out.begin_torch(s, nest) if Path(s.name).suffix in _TORCH else s for s in shards
         ]
         self._waiting = {s.name: s for s in self._shards if Path(s.name).suffix not in _TORCH}
+        self._locks = {s.name: threading.Lock() for s in self._shards}
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """(file, slot) of every tensor."""
@@ -194,9 +194,9 @@ class _Writer:
     def write(self, job: Job, view: memoryview) -> None:
         """Write a job's bytes to all of its places."""
         for place in job.places:
-            self._begin(place.file)
-            self._out.write_at(place.file, place.offset, view)
-            self._listener(Wrote(job.key, len(view)))
+            with self._locks[place.file]:
+                self._begin(place.file)
+                self._out.write_at(place.file, place.offset, view)
 
     def finish(self) -> None:
         """Begin the shards that have no bytes but their header."""

@@ -123,7 +123,12 @@ class _Mapper:
             raise PlanError(f"{place}: is the source itself", hint="save to another folder")
         size = layout.parse_size(max_shard_size)
         where = Where(
-            place, size, overwrite=True, fsync=True, engine=engine(options), may_replace_sources=True
+            place,
+            size,
+            overwrite=True,
+            fsync=True,
+            engine=engine(options),
+            may_replace_sources=True,
         )
         return executor.run(self._result.plan, where, progress)
 

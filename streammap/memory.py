@@ -3,11 +3,11 @@
     base       streammap's modules and torch's kernels, once they are used
     tensors    a few hundred bytes of bookkeeping for each
     matrices   dense maps, which are held
-    workers    each: a few places for parts of sources, and scratch
-    tiles      results on their way to the disk: one for each worker, and two
+    workers    each: a few places for parts of sources, a tile of the result, and scratch
 
-The tile is what the budget leaves room for, up to 1 MiB: larger ones are not faster. Tiles of dense
-maps read the source once each, so they take what the budget has.
+The tile is what the budget leaves room for, up to 2 MiB: larger ones are not faster. It is computed
+in chunks that stay in a processor's cache. Tiles of dense maps read the source once each, so they
+take what the budget has.
 """
 
 import math
@@ -22,12 +22,14 @@ from streammap.maps import BlockMap, DenseMap
 BASE_NBYTES = 14 * 2**20
 """Measured: 8 to 12 MiB; tests/test_memory.py holds runs to it."""
 TENSOR_NBYTES = 2048
-MAX_TILE_NBYTES = 2**20
+MAX_TILE_NBYTES = 2 * 2**20
 MIN_TILE_NBYTES = 2**14
+CHUNK_NBYTES = 2**20
+"""A part of a source in the accumulator's dtype: what a processor's cache holds."""
+_SCRATCH_CHUNKS = 4
 _TILES_NBYTES = 40 * 2**20
 """What all tiles and scratch take at most, but for dense maps: many workers get smaller tiles."""
-_SCRATCH_TILES = 4
-N_PLACES = 4
+N_PLACES = 3
 """Parts of sources that a worker keeps."""
 _MAX_WORKERS = 8
 _MAX_DENSE_NBYTES = 64 * 2**20
@@ -42,6 +44,8 @@ class Limits:
     out_nbytes: int
     read_nbytes: int
     """A part of one source."""
+    chunk_nbytes: int
+    """A part of one source in the accumulator's dtype, which is computed with at once."""
     work_nbytes: int
 
 
@@ -50,7 +54,7 @@ class Memory:
     """The memory of a run."""
 
     n_workers: int
-    """Threads that read and compute; one more writes."""
+    """Threads."""
     n_tensors: int
     tile_nbytes: int
     dense_tile_nbytes: int
@@ -58,20 +62,17 @@ class Memory:
     matrices_nbytes: int
 
     @property
-    def n_tiles(self) -> int:
-        """Results that are computed or wait to be written."""
-        return self.n_workers + 2
-
-    @property
     def limits(self) -> Limits:
         """For forms without dense maps."""
-        return Limits(self.tile_nbytes, self.tile_nbytes, _SCRATCH_TILES * self.tile_nbytes)
+        chunk = min(CHUNK_NBYTES, self.tile_nbytes)
+        return Limits(self.tile_nbytes, self.tile_nbytes, chunk, _SCRATCH_CHUNKS * chunk)
 
     @property
     def dense_limits(self) -> Limits:
         """For forms with dense maps."""
         largest = max(self.tile_nbytes, self.dense_tile_nbytes)
-        return Limits(largest, self.tile_nbytes, _SCRATCH_TILES * largest)
+        work = max(self.limits.work_nbytes, _SCRATCH_CHUNKS * self.dense_tile_nbytes)
+        return Limits(largest, self.tile_nbytes, work, work)
 
     @property
     def fixed_nbytes(self) -> int:
@@ -85,14 +86,18 @@ class Memory:
 
     def room(self, budget: int) -> int:
         """The tile that a budget has room for."""
-        each = (N_PLACES + _SCRATCH_TILES) * self.n_workers + self.n_tiles
-        return (budget - self.fixed_nbytes) // each // _STEP_NBYTES * _STEP_NBYTES
+        each = (budget - self.fixed_nbytes) // self.n_workers
+        tile = max(
+            each // (N_PLACES + 1 + _SCRATCH_CHUNKS),  # a chunk is a tile
+            (each - _SCRATCH_CHUNKS * CHUNK_NBYTES) // (N_PLACES + 1),
+        )
+        return tile // _STEP_NBYTES * _STEP_NBYTES
 
 
 def _peak(m: Memory) -> int:
-    return m.fixed_nbytes + m.n_workers * N_PLACES * m.tile_nbytes + (
-        (_SCRATCH_TILES * m.n_workers + m.n_tiles) * max(m.tile_nbytes, m.dense_tile_nbytes)
-    )
+    limits = m.dense_limits
+    each = N_PLACES * limits.read_nbytes + limits.out_nbytes + limits.work_nbytes
+    return m.fixed_nbytes + m.n_workers * each
 
 
 def n_processors() -> int:
@@ -100,12 +105,12 @@ def n_processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def fit(forms: Iterable[Form], *, budget: int, n_workers: int | None) -> Memory:
+def fit(forms: Iterable[Form], *, budget: int | None, n_workers: int | None) -> Memory:
     """The memory of a run within a budget.
 
     Args:
-        budget: Bytes that the run may add to the process.
-        n_workers: Threads that read and compute; by default one a processor, and fewer where the
+        budget: Bytes that the run may add to the process; None for what is best.
+        n_workers: Threads; by default one a processor, but two at least, and fewer where the
             budget is small.
 
     Raises:
@@ -113,15 +118,18 @@ def fit(forms: Iterable[Form], *, budget: int, n_workers: int | None) -> Memory:
     """
     if n_workers is not None and n_workers < 1:
         raise OutputError(f"{n_workers} threads: expected at least 1", hint="pass --threads 1")
-    n_tensors, least, matrices = 0, MIN_TILE_NBYTES, {}
+    n_tensors, least = 0, MIN_TILE_NBYTES
+    matrices: dict[int, int] = {}
     for form in forms:
         n_tensors += 1
         for term in form.terms:
             longest = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
             least = max(least, longest * _MAX_ITEM_NBYTES)
             matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
-    wanted = n_workers or min(n_processors(), _MAX_WORKERS)
+    wanted = n_workers or min(max(2, n_processors()), _MAX_WORKERS)
     found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()))
+    if budget is None:
+        budget = found.peak_nbytes + 4 * _TILES_NBYTES
     # Fewer workers rather than tiles so small that each costs more than it holds.
     while n_workers is None and found.n_workers > 1 and found.room(budget) < 8 * least:
         found = replace(found, n_workers=found.n_workers - 1)
@@ -135,6 +143,6 @@ def fit(forms: Iterable[Form], *, budget: int, n_workers: int | None) -> Memory:
     found = replace(found, tile_nbytes=max(least, tile))
     if not matrices:
         return found
-    rest = budget - found.fixed_nbytes - found.n_workers * N_PLACES * found.tile_nbytes
-    dense = rest // (_SCRATCH_TILES * found.n_workers + found.n_tiles)
-    return replace(found, dense_tile_nbytes=max(found.tile_nbytes, min(dense, _MAX_DENSE_NBYTES)))
+    each = (budget - found.fixed_nbytes) // found.n_workers - N_PLACES * found.tile_nbytes
+    dense = min(each // (1 + _SCRATCH_CHUNKS), _MAX_DENSE_NBYTES)
+    return replace(found, dense_tile_nbytes=max(found.tile_nbytes, dense))

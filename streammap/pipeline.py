@@ -1,31 +1,38 @@
-"""Workers that compute and one thread, the caller's, that writes: a bounded pipeline.
+"""Threads that each read, compute and write tiles of their own, one after the other.
 
-There are as many tiles as were made at the start. A worker takes a free one, fills it and hands it
-over; it is free again once it is written. So a slow disk makes workers wait and takes no memory.
+While one computes, another reads and a third writes: that is the overlap, and there is nothing to
+hand over and nothing that waits, so a slow disk takes no memory. One thread at a time writes to a
+file: the kernel lets no two, and waiting for it there would keep a processor busy.
 """
 
 import threading
 from collections.abc import Callable, Iterator
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import final
 
 from streammap.buffers import Buffer
+from streammap.events import Listener, Wrote
 from streammap.memory import Memory
 from streammap.program import Programs
 from streammap.schedule import Bundle, Job
 from streammap.worker import Worker
 
 Write = Callable[[Job, memoryview], None]
+_TOLD_SECONDS = 0.1
+"""Time between two events for the listener."""
 
 
-def run(bundles: Iterator[Bundle], memory: Memory, write: Write, *, mapped: bool) -> int:
-    """Do all bundles; `write` is called in this thread, with each job and its bytes.
+def run(
+    bundles: Iterator[Bundle], memory: Memory, write: Write, *, listener: Listener, mapped: bool
+) -> int:
+    """Do all bundles; gives the bytes that were read.
 
-    Gives the bytes that were read. What a worker or `write` raises is raised here, once no worker goes on.
+    `write` is called by the threads, with each job and its bytes; `listener` by the caller's own.
+    What any of them raises is raised here, once no thread goes on.
     """
-    shared = _Shared(bundles, memory)
+    shared = _Shared(bundles, write)
     threads = [
-        threading.Thread(target=_work, args=(shared, memory, mapped), name=f"streammap-{i}", daemon=True)
+        threading.Thread(target=_work, args=(shared, memory, mapped), name=f"streammap-{i}")
         for i in range(memory.n_workers)
     ]
     try:
@@ -33,17 +40,17 @@ def run(bundles: Iterator[Bundle], memory: Memory, write: Write, *, mapped: bool
             thread.start()
         active = len(threads)
         while active:
-            done = shared.done.get()
-            if done is None:
+            error = None
+            try:
+                error = shared.ended.get(timeout=_TOLD_SECONDS)
                 active -= 1
-            elif isinstance(done, BaseException):
-                raise done
-            else:
-                job, tile = done
-                write(job, tile.view[: job.nbytes])
-                shared.free.put(tile)
+            except Empty:
+                pass
+            if error is not None:
+                raise error
+            shared.tell(listener)
     finally:
-        shared.stop()
+        shared.stops = True
         for thread in threads:
             if thread.ident is not None:
                 thread.join()
@@ -54,48 +61,51 @@ def run(bundles: Iterator[Bundle], memory: Memory, write: Write, *, mapped: bool
 class _Shared:
     """What the threads share."""
 
-    def __init__(self, bundles: Iterator[Bundle], memory: Memory) -> None:
-        self.free: SimpleQueue[Buffer | None] = SimpleQueue()
-        self.done: SimpleQueue[tuple[Job, Buffer] | BaseException | None] = SimpleQueue()
+    def __init__(self, bundles: Iterator[Bundle], write: Write) -> None:
+        self.ended: SimpleQueue[BaseException | None] = SimpleQueue()
+        """Why a thread ended: an error, or None where all is done."""
         self.programs = Programs()
+        self.write = write
+        self.n_read = 0
+        self.stops = False
         self._bundles = bundles
         self._lock = threading.Lock()
-        self._n_workers = memory.n_workers
-        self._stops = False
-        self.n_read = 0
-        for _ in range(memory.n_tiles):
-            self.free.put(Buffer(memory.dense_limits.out_nbytes))
+        self._wrote = ("", 0)
 
     def next(self) -> Bundle | None:
         """The next bundle; None when there is none."""
         with self._lock:
-            return None if self._stops else next(self._bundles, None)
+            return None if self.stops else next(self._bundles, None)
 
-    def count(self, n_read: int) -> None:
-        """Add the bytes that a worker read."""
+    def count(self, job: Job, n_read: int) -> None:
+        """Remember what was done, until the listener is told."""
         with self._lock:
             self.n_read += n_read
+            self._wrote = job.key, self._wrote[1] + job.nbytes * len(job.places)
 
-    def stop(self) -> None:
-        """Let no worker begin anything more."""
-        self._stops = True
-        for _ in range(self._n_workers):
-            self.free.put(None)
+    def tell(self, listener: Listener) -> None:
+        """Tell the listener what was written since the last time."""
+        with self._lock:
+            (key, nbytes), self._wrote = self._wrote, ("", 0)
+        if nbytes:
+            listener(Wrote(key, nbytes))
 
 
-def _work(shared: _Shared, memory: Memory, mapped: bool) -> None:  # noqa: FBT001
+def _work(shared: _Shared, memory: Memory, mapped: bool) -> None:
     try:
         worker = Worker(memory, shared.programs, mapped=mapped)
+        tile = Buffer(memory.dense_limits.out_nbytes)
         while (bundle := shared.next()) is not None:
+            worker.begin()
             for job in bundle:
                 for part in worker.parts(job):
-                    tile = shared.free.get()
-                    if tile is None:
+                    if shared.stops:
                         return
+                    n_before = worker.n_read
                     worker.do(part, tile)
-                    shared.done.put((part, tile))
-        shared.count(worker.n_read)
-    except BaseException as error:  # noqa: BLE001 (raised again by the thread that writes)
-        shared.done.put(error)
+                    shared.write(part, tile.view[: part.nbytes])
+                    shared.count(part, worker.n_read - n_before)
+    except BaseException as error:
+        shared.ended.put(error)
     else:
-        shared.done.put(None)
+        shared.ended.put(None)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, final
 
-from streammap import graph, model
+from streammap import graph, memory, model
 from streammap.checkpoint import Checkpoint
 from streammap.errors import some
 from streammap.graph import Form
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Version of what a digest and a provenance file mean."""
-_READ_NBYTES = 64 * 2**20
-"""Scratch for reading one tensor."""
 Promise = Literal["bit-exact", "exact", "exact up to eps", "approximate"]
 PROMISES: tuple[Promise, ...] = ("bit-exact", "exact", "exact up to eps", "approximate")
 """From the strongest to the weakest; promises.py says what they mean."""
@@ -109,7 +107,8 @@ class Plan:
         """One tensor of the result, computed now."""
         from streammap import evaluate
 
-        return evaluate.read(self.targets[key], budget=_READ_NBYTES)
+        form = self.targets[key]
+        return evaluate.read(form, memory.fit([form], budget=None, n_workers=1))
 
     @property
     def digest(self) -> str:

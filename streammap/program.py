@@ -19,6 +19,7 @@ from typing import Literal, final
 from streammap import graph, pullback
 from streammap.graph import Form, Load, Term
 from streammap.maps import BlockMap, DenseMap
+from streammap.memory import N_PLACES
 from streammap.pullback import Pullback, Range
 from streammap.segments import Segment
 from streammap.spec import DTYPE_BITS
@@ -51,9 +52,7 @@ class View:
     def blocks(self, dim: int, segment: Segment, *, source: bool) -> "View":
         """The blocks of a segment. Shapes: [.., n, ..] -> [.., count, length, ..]."""
         start, step = (
-            (segment.in_start, segment.in_step)
-            if source
-            else (segment.out_start, segment.out_step)
+            (segment.in_start, segment.in_step) if source else (segment.out_start, segment.out_step)
         )
         stride = self.strides[dim]
         return View(
@@ -64,13 +63,21 @@ class View:
             (*self.strides[:dim], step * stride, stride, *self.strides[dim + 1 :]),
         )
 
+    def narrow(self, dim: int, start: int, end: int) -> "View":
+        """The units [start, end) of a dimension."""
+        return View(
+            self.place,
+            self.dtype,
+            self.offset + start * self.strides[dim],
+            (*self.shape[:dim], end - start, *self.shape[dim + 1 :]),
+            self.strides,
+        )
+
     def folded(self, dim: int) -> "View":
         """The same elements of a contiguous view as [before, n, after]."""
         before, n = math.prod(self.shape[:dim]), self.shape[dim]
         after = math.prod(self.shape[dim + 1 :])
-        return View(
-            self.place, self.dtype, self.offset, (before, n, after), (n * after, after, 1)
-        )
+        return View(self.place, self.dtype, self.offset, (before, n, after), (n * after, after, 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,16 +194,16 @@ class Programs:
         """None yet."""
         self._found: dict[object, Program] = {}
 
-    def of(self, recipe: "Recipe", kind: object) -> Program:
+    def of(self, recipe: "Recipe", kind: object, chunk_nbytes: int) -> Program:
         """The program of a recipe of a form that is `alike(form)` = kind."""
         if recipe.is_dense:  # matrices are cut at another place for each tile
-            return recipe.program()
+            return recipe.program(chunk_nbytes)
         key = (kind, recipe.structure)
         found = self._found.get(key)
         if found is None:
             if len(self._found) >= _MAX_PROGRAMS:
                 self._found.clear()
-            found = self._found[key] = recipe.program()
+            found = self._found[key] = recipe.program(chunk_nbytes)
         return found
 
 
@@ -226,12 +233,14 @@ class Recipe:
     @property
     def structure(self) -> object:
         """Equal for tiles of forms that are `alike` and have the same program."""
-        return len(self.tile.prefix), self.tile.shape, tuple(
+        return (
+            len(self.tile.prefix),
+            self.tile.shape,
             tuple(
-                (d.pulled.n_in, d.pulled.segments) for d in part
-            )
-            for parts in self._parts
-            for part in parts
+                tuple((d.pulled.n_in, d.pulled.segments) for d in part)
+                for parts in self._parts
+                for part in parts
+            ),
         )
 
     @property
@@ -245,9 +254,9 @@ class Recipe:
             if coefficient != 0.0 and not graph.is_constant(found)
         )
 
-    def program(self) -> Program:
-        """The operations."""
-        return _Writer(self.form, self.tile, self._parts).written()
+    def program(self, chunk_nbytes: int) -> Program:
+        """The operations; of a source, `chunk_nbytes` are computed with at once, or one row."""
+        return _Writer(self.form, self.tile, self._parts, chunk_nbytes).written()
 
 
 def _item_nbytes(term: Term) -> int:
@@ -279,14 +288,18 @@ def _parts(term: Term, tile: Tile, item: int) -> tuple[Part, ...]:
 class _Writer:
     """Writes the operations of one tile."""
 
-    def __init__(self, form: Form, tile: Tile, parts: Sequence[tuple[Part, ...]]) -> None:
-        self._form, self._parts = form, parts
+    def __init__(
+        self, form: Form, tile: Tile, parts: Sequence[tuple[Part, ...]], chunk_nbytes: int
+    ) -> None:
+        self._form, self._parts, self._chunk_nbytes = form, parts, chunk_nbytes
+        self._dim = len(tile.prefix)
         self._shape = tile.shape or (1,)
-        prefix = len(tile.prefix)
         # Maps act on the dimensions of the source, so the tile has its leading ones too.
-        self._shape = (*(1,) * prefix, *self._shape)
+        self._shape = (*(1,) * self._dim, *self._shape)
         self._ops: list[Op] = []
-        self._used = self._peak = self._largest = self._n_requests = 0
+        self._used = self._peak = self._largest = 0
+        self._staged: dict[tuple[int, int, Part], View] = {}
+        self._number = 0  # of the term at hand
 
     def written(self) -> Program:
         """The program."""
@@ -347,79 +360,128 @@ class _Writer:
         return True
 
     def _summed(self, out: View) -> None:
-        """Any form."""
+        """Any form, in chunks of rows."""
         dtype = self._form.accumulator
         direct = dtype == self._form.spec.dtype
-        total = out if direct else self._new(dtype, out.shape)
-        is_first = True
-        for term, parts in zip(self._form.terms, self._parts, strict=True):
-            for part in parts:
-                mark = self._used
-                self._add(term, part, total, is_first=is_first)
-                self._used = mark
-                is_first = False
-        if not direct:
-            self._ops.append(Op("copy", out, (total,)))
+        for start, end in self._chunks():
+            self._used = 0
+            target = out.narrow(self._dim, start, end)
+            total = target if direct else self._new(dtype, target.shape)
+            is_first = True
+            for number, term in enumerate(self._form.terms):
+                self._number = number
+                for part in self._parts[number]:
+                    mark = self._used
+                    self._add(term, part, (start, end), total, is_first=is_first)
+                    self._used = mark
+                    is_first = False
+            if not direct:
+                self._ops.append(Op("copy", target, (total,)))
 
-    def _add(self, term: Term, part: Part, total: View, *, is_first: bool) -> None:
+    def _chunks(self) -> list[Range]:
+        """The tile's rows, some at a time."""
+        n = self._shape[self._dim]
+        n_requests = sum(
+            len(parts) * len(term.blend)
+            for term, parts in zip(self._form.terms, self._parts, strict=True)
+        )
+        if n_requests > N_PLACES:  # they can't all be kept until the last chunk
+            return [(0, n)]
+        item = DTYPE_BITS[self._form.accumulator] // 8
+        largest = max(math.prod(d.pulled.n_in for d in part) for (part,) in self._parts) * item
+        n_chunks = max(1, min(n, -(-largest // self._chunk_nbytes)))
+        step = -(-n // n_chunks)
+        return [(at, min(at + step, n)) for at in range(0, n, step)]
+
+    def _add(self, term: Term, whole: Part, rows: Range, total: View, *, is_first: bool) -> None:
         """Add a part of a term to the total, or put it there."""
+        held, part, factor = self._blend(term, whole, rows, total, is_first=is_first)
         dims = [(d, dim) for d, dim in enumerate(part) if dim.changes]
-        held, factor = self._blend(term, part, total, lands=is_first and not dims)
         for number, (d, dim) in enumerate(dims):
             lands = is_first and number == len(dims) - 1
             shape = (*held.shape[:d], dim.n_out, *held.shape[d + 1 :])
             to = total if lands else self._new(total.dtype, shape)
             factor *= self._map(dim, held, to, d)
             held = to
-        if held == total:
-            self._put(total, total, factor)
-        elif is_first:
+        if held == total or is_first:
             self._put(total, held, factor)
-        else:
-            if factor != 1.0:
-                scaled = held if held.place == WORK else self._new(held.dtype, held.shape)
-                self._ops.append(Op("mul", scaled, (held,), number=factor))
-                held = scaled
-            self._ops.append(Op("add", total, (total, held)))
+            return
+        if factor != 1.0:
+            scaled = held if held.place == WORK else self._new(held.dtype, held.shape)
+            self._ops.append(Op("mul", scaled, (held,), number=factor))
+            held = scaled
+        self._ops.append(Op("add", total, (total, held)))
 
-    def _blend(self, term: Term, part: Part, total: View, *, lands: bool) -> tuple[View, float]:
-        """The blend, and a factor that is still to be applied."""
-        shape = tuple(dim.pulled.n_in for dim in part)
+    def _blend(
+        self, term: Term, whole: Part, rows: Range, total: View, *, is_first: bool
+    ) -> tuple[View, Part, float]:
+        """The blend, how it is mapped, and a factor that is still to be applied."""
         blend = [(c, found) for c, found in term.blend if c != 0.0]
         values = {c for c, _ in blend}
         factor = values.pop() if len(values) == 1 else 1.0
-        if len(blend) == 1 and blend[0][1].spec.dtype == total.dtype:
-            found = blend[0][1]
-            if not graph.is_constant(found):
-                return self._read(found, part), factor
+        if len(blend) == 1 and not graph.is_constant(blend[0][1]):
+            staged = self._as_read(blend[0][1], whole, rows, total.dtype)
+            if staged is not None:
+                return *staged, factor
+        part = self._within(whole, rows)
+        shape = tuple(dim.pulled.n_in for dim in part)
+        lands = is_first and not any(dim.changes for dim in part)
         held = total if lands else self._new(total.dtype, shape)
         if not blend:
             self._ops.append(Op("fill", held, number=0.0))
         spare: View | None = None
-        first: View | None = None
         for position, (coefficient, found) in enumerate(blend):
             weight = coefficient / factor
             to = held
             if position:
-                plain = found.spec.dtype == total.dtype and weight == 1.0
-                if plain and not graph.is_constant(found):
-                    before = held
-                    if first is not None and position == 1:  # no need for a copy of its own
-                        self._ops.remove(Op("copy", held, (first,)))
-                        before = first
-                    self._ops.append(Op("add", held, (before, self._read(found, part))))
-                    continue
-                to = spare = spare or self._new(total.dtype, shape)
+                spare = spare or self._new(total.dtype, shape)
+                to = spare
             if graph.is_constant(found):
                 self._ops.append(Op("fill", to, number=weight))
             else:
-                at = self._read(found, part)
-                self._ops.append(Op("copy", to, (at,)))
+                self._gather(self._read(found, whole), whole, part, to)
                 self._put(to, to, weight)
-                first = at if weight == 1.0 and at.dtype == to.dtype else None
             if position:
                 self._ops.append(Op("add", held, (held, to)))
-        return held, factor
+        return held, part, factor
+
+    def _as_read(
+        self, found: Load, whole: Part, rows: Range, dtype: str
+    ) -> tuple[View, Part] | None:
+        """A source to compute with where it was read to; None where that can't be."""
+        if found.spec.dtype != dtype or any(d.pulled.n_in != 1 for d in whole[: self._dim]):
+            return None
+        staged, dim = self._read(found, whole), whole[self._dim]
+        segments = dim.pulled.segments
+        if segments is None:
+            if isinstance(dim.m, DenseMap):
+                return staged, whole
+            return staged.narrow(self._dim, *rows), self._within(whole, rows)
+        pulled = Pullback(dim.pulled.ranges, pullback.clipped(segments, *rows))
+        return staged, self._with(whole, pulled, rows)
+
+    def _within(self, whole: Part, rows: Range) -> Part:
+        """A part cut down to some rows of the tile, and what they are made of."""
+        if isinstance(whole[self._dim].m, DenseMap):
+            return whole
+        return self._with(whole, pullback.within(whole[self._dim].pulled, *rows), rows)
+
+    def _with(self, whole: Part, pulled: Pullback, rows: Range) -> Part:
+        dim = whole[self._dim]
+        start = dim.rows[0]
+        cut = _Dim(dim.m, pulled, (start + rows[0], start + rows[1]))
+        return (*whole[: self._dim], cut, *whole[self._dim + 1 :])
+
+    def _gather(self, staged: View, whole: Part, part: Part, to: View) -> None:
+        """Convert what a chunk is made of."""
+        if isinstance(part[self._dim].m, DenseMap):
+            self._ops.append(Op("copy", to, (staged,)))
+            return
+        at = 0
+        for start, end in part[self._dim].pulled.ranges:
+            place = to.narrow(self._dim, at, at + end - start)
+            self._ops.append(Op("copy", place, (staged.narrow(self._dim, start, end),)))
+            at += end - start
 
     def _map(self, dim: _Dim, held: View, to: View, d: int) -> float:
         """Apply a dimension's map; gives a factor that is still to be applied."""
@@ -487,21 +549,22 @@ class _Writer:
             empty = tuple(to_unit for to_unit, _, c in units if c == 0.0)
             if slot[0].adds:
                 into = tuple(places)
-                self._ops.append(
-                    Op("put", to.folded(d), (target.folded(d),), indices=into)
-                )
+                self._ops.append(Op("put", to.folded(d), (target.folded(d),), indices=into))
             elif empty:
                 self._ops.append(Op("clear", to.folded(d), indices=empty))
             self._used = mark
 
     def _read(self, found: Load, part: Part) -> View:
-        request = Request(found, tuple(dim.pulled.ranges for dim in part))
-        self._largest = max(self._largest, request.nbytes)
-        shape = tuple(dim.pulled.n_in for dim in part)
-        view = _contiguous(self._n_requests, found.spec.dtype, 0, shape)
-        self._n_requests += 1
-        self._ops.append(Op("read", view))
-        return view
+        """Where a source is read to; a program reads it once for a part."""
+        key = self._number, id(found), part
+        if key not in self._staged:
+            request = Request(found, tuple(dim.pulled.ranges for dim in part))
+            self._largest = max(self._largest, request.nbytes)
+            shape = tuple(dim.pulled.n_in for dim in part)
+            view = _contiguous(len(self._staged), found.spec.dtype, 0, shape)
+            self._staged[key] = view
+            self._ops.append(Op("read", view))
+        return self._staged[key]
 
     def _put(self, to: View, at: View, factor: float) -> None:
         if factor == 0.0:

@@ -41,7 +41,22 @@ def pull(m: BlockMap | None, start: int, end: int, unit_nbytes: int) -> Pullback
     """What the units [start, end) of a result are made of; a unit has `unit_nbytes` bytes."""
     if m is None:
         return Pullback(((start, end),), None)
-    found = tuple(_moves(m, start, end, unit_nbytes))
+    return _compact(tuple(_moves(m, start, end, unit_nbytes)))
+
+
+def within(pulled: Pullback, start: int, end: int) -> Pullback:
+    """A part of a range, made of the units that were pulled for all of it."""
+    if pulled.segments is None:
+        return Pullback(((start, end),), None)
+    return _compact(clipped(pulled.segments, start, end))
+
+
+def clipped(found: Segments, start: int, end: int) -> Segments:
+    """The segments' parts that write to [start, end), places counted from `start`."""
+    return Segments(piece for segment in found for piece in segment.clipped(start, end))
+
+
+def _compact(found: Sequence[Segment]) -> Pullback:
     ranges = _merged(_reads(found))
     if not ranges:
         ranges = ((0, 1),)  # nothing but zeros: a tile still has a source, of one unit

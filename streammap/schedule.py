@@ -125,7 +125,6 @@ def _families(
     members: dict[int, list[int]] = {}
     for i in range(len(order)):
         members.setdefault(root(i), []).append(i)
-    del first, parent
     for group in members.values():
         yield tuple(_merged([order[i] for i in group], targets))
 
@@ -168,8 +167,7 @@ def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:
                 )
                 places += (Place(p.file, p.offset + tile.offset * item) for p in target.places)
         yield tuple(
-            Compute(key, kind, recipe, tuple(places))
-            for key, recipe, places in jobs.values()
+            Compute(key, kind, recipe, tuple(places)) for key, recipe, places in jobs.values()
         )
 
 
@@ -196,7 +194,7 @@ def cut_of(form: Form, limits: Limits) -> Cut:
         rows = _rows(spec, dim, limits)
         while rows:
             tile = tiling.tile_at(spec.shape, (0,) * dim, 0, rows)
-            if fits(Recipe(form, tile).program(), limits):
+            if fits(Recipe(form, tile).program(limits.chunk_nbytes), limits):
                 return Cut(dim, _aligned(form, dim, rows))
             rows //= 2
     raise PlanError(
@@ -207,9 +205,7 @@ def cut_of(form: Form, limits: Limits) -> Cut:
 
 def fits(program: Program, limits: Limits) -> bool:
     """Whether a tile stays within the limits."""
-    return (
-        program.read_nbytes <= limits.read_nbytes and program.work_nbytes <= limits.work_nbytes
-    )
+    return program.read_nbytes <= limits.read_nbytes and program.work_nbytes <= limits.work_nbytes
 
 
 def _rows(spec: TensorSpec, dim: int, limits: Limits) -> int:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from streammap.maps import AxisMap, BlockMap
-from streammap.pullback import Range
 
 _MAX_CUTS = 256
 
@@ -54,7 +53,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a tensor is cut: one index at a time in dimensions before `dim`, `rows` at a time in it."""
+    """How a tensor is cut: one index at a time before `dim`, and `rows` at a time in it."""
 
     dim: int
     rows: int

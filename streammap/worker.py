@@ -33,12 +33,20 @@ class Worker:
         """Bytes read so far."""
         self._bound: dict[object, tuple[Call | None, ...]] = {}
 
+    def begin(self) -> None:
+        """Forget what was read: a bundle follows, which reads nothing of what the last one did.
+
+        The first places are taken again, which are in the processor's cache.
+        """
+        self._held = [None] * N_PLACES
+        self._order = list(range(N_PLACES))
+
     def parts(self, job: Job) -> Iterator[Job]:
         """The job, or smaller ones where it takes more memory than the first of its tensor."""
         if isinstance(job, Copy):
             yield job
             return
-        program = self._programs.of(job.recipe, job.kind)
+        program = self._program(job)
         if fits(program, limits_of(job.recipe.form, self._memory)):
             yield job
             return
@@ -60,8 +68,12 @@ class Worker:
         else:
             self._compute(job, out)
 
+    def _program(self, job: Compute) -> Program:
+        limits = limits_of(job.recipe.form, self._memory)
+        return self._programs.of(job.recipe, job.kind, limits.chunk_nbytes)
+
     def _compute(self, job: Compute, out: Buffer) -> None:
-        program = self._programs.of(job.recipe, job.kind)
+        program = self._program(job)
         requests = job.recipe.requests
         chosen = [self._place(request) for request in requests]
         places = tuple(place for place, _ in chosen)

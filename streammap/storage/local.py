@@ -113,9 +113,7 @@ class LocalFile:
         with self._lock:
             if self._map is None:
                 try:
-                    self._map = mmap.mmap(
-                        descriptor, 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED
-                    )
+                    self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
                 except OSError as error:
                     raise CheckpointError(
                         f"{self.path}: can't be mapped: {error.strerror}", hint="use --reader pread"
