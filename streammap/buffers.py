@@ -13,7 +13,8 @@ class Buffer:
 
     def __init__(self, nbytes: int) -> None:
         """Room for `nbytes`."""
-        self._map = mmap.mmap(-1, max(nbytes, mmap.PAGESIZE))
+        pages = max(1, -(-nbytes // mmap.PAGESIZE))
+        self._map = mmap.mmap(-1, pages * mmap.PAGESIZE)
         self.view = memoryview(self._map)
         self._typed: dict[str, Tensor] = {}
 

@@ -184,6 +184,7 @@ class _Writer:
         ]
         self._waiting = {s.name: s for s in self._shards if Path(s.name).suffix not in _TORCH}
         self._locks = {s.name: threading.Lock() for s in self._shards}
+        self._left = {s.name: sum(slot.spec.nbytes for slot in s.slots) for s in self._shards}
 
     def slots(self) -> Iterator[tuple[str, Slot]]:
         """(file, slot) of every tensor."""
@@ -197,6 +198,9 @@ class _Writer:
             with self._locks[place.file]:
                 self._begin(place.file)
                 self._out.write_at(place.file, place.offset, view)
+                self._left[place.file] -= len(view)
+                if not self._left[place.file]:
+                    self._out.close(place.file)
 
     def finish(self) -> None:
         """Begin the shards that have no bytes but their header."""

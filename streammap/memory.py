@@ -7,7 +7,7 @@
 
 The tile is what the budget leaves room for, up to 2 MiB: larger ones are not faster. It is computed
 in chunks that stay in a processor's cache. Tiles of dense maps read the source once each, so they
-take what the budget has.
+are larger where the budget is.
 """
 
 import math
@@ -22,6 +22,8 @@ from streammap.maps import BlockMap, DenseMap
 BASE_NBYTES = 14 * 2**20
 """Measured: 8 to 12 MiB; tests/test_memory.py holds runs to it."""
 TENSOR_NBYTES = 2048
+PRODUCT_NBYTES = 10 * 2**20
+"""What the library of matrix products keeps for each thread; measured."""
 MAX_TILE_NBYTES = 2 * 2**20
 MIN_TILE_NBYTES = 2**14
 CHUNK_NBYTES = 2**20
@@ -35,6 +37,7 @@ _MAX_WORKERS = 8
 _MAX_DENSE_NBYTES = 64 * 2**20
 _MAX_ITEM_NBYTES = 8
 _STEP_NBYTES = 4096
+_DENSE_PART = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,8 @@ class Memory:
     @property
     def fixed_nbytes(self) -> int:
         """What is taken whatever the tiles are."""
-        return BASE_NBYTES + TENSOR_NBYTES * self.n_tensors + self.matrices_nbytes
+        products = PRODUCT_NBYTES * self.n_workers if self.matrices_nbytes else 0
+        return BASE_NBYTES + TENSOR_NBYTES * self.n_tensors + self.matrices_nbytes + products
 
     @property
     def peak_nbytes(self) -> int:
@@ -143,6 +147,8 @@ def fit(forms: Iterable[Form], *, budget: int | None, n_workers: int | None) -> 
     found = replace(found, tile_nbytes=max(least, tile))
     if not matrices:
         return found
-    each = (budget - found.fixed_nbytes) // found.n_workers - N_PLACES * found.tile_nbytes
+    # Not all of it: with larger tiles a source is read less often, which is soon often enough.
+    share = (budget - found.fixed_nbytes) // _DENSE_PART
+    each = share // found.n_workers - N_PLACES * found.tile_nbytes
     dense = min(each // (1 + _SCRATCH_CHUNKS), _MAX_DENSE_NBYTES)
-    return replace(found, dense_tile_nbytes=max(found.tile_nbytes, dense))
+    return replace(found, dense_tile_nbytes=max(found.tile_nbytes, dense // _STEP_NBYTES * _STEP_NBYTES))

@@ -90,6 +90,18 @@ class Output:
                     f"{self._folder / name}: {error.strerror} at byte {offset + at}",
                     hint="free disk space, or write elsewhere",
                 ) from error
+        if self._fsync and at:
+            # Begins to write these pages back, so that fsync has little left to wait for.
+            os.posix_fadvise(descriptor, offset, at, os.POSIX_FADV_DONTNEED)
+
+    def close(self, name: str) -> None:
+        """Let the disk have a file that is whole; it gets its name with all others."""
+        descriptor = self._descriptors.pop(name)
+        try:
+            if self._fsync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
     def copy_at(self, name: str, offset: int, source: int, start: int, nbytes: int) -> None:
         """Copy bytes of an open file to a place of a file that has begun."""
@@ -121,11 +133,8 @@ class Output:
 
     def commit(self, *, stale: Sequence[str]) -> None:
         """Sync all files and give them their names; remove `stale` ones (glob patterns) first."""
-        for name, descriptor in list(self._descriptors.items()):
-            if self._fsync:
-                os.fsync(descriptor)
-            os.close(descriptor)
-            del self._descriptors[name]
+        for name in list(self._descriptors):
+            self.close(name)
         for glob in stale:
             for old in self._folder.glob(glob):
                 old.unlink()

@@ -1,7 +1,14 @@
-"""A result's config.json against the validators of its own class, where transformers is there."""
+"""A result's config.json against the validators of its own class, where transformers is there.
+
+    python -m streammap.validation    two configs on stdin as a JSON list -> the refusal, if any
+
+That is how it is done where transformers isn't imported yet: it takes 100 MB, which a run has not.
+"""
 
 import importlib
 import importlib.util
+import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -10,6 +17,7 @@ from streammap import optional
 from streammap.errors import PlanError
 
 _LARGE_NBYTES = 10**9
+_MOST_SECONDS = 60.0
 
 
 def check(
@@ -27,12 +35,12 @@ def check(
     """
     if source is None or result is None or source == result:
         return
-    if "transformers" not in sys.modules and nbytes < _LARGE_NBYTES:
+    if "transformers" in sys.modules:
+        why = _compared(source, result)
+    elif nbytes >= _LARGE_NBYTES and importlib.util.find_spec("transformers") is not None:
+        why = _compared_apart(source, result)
+    else:
         return
-    made = _config_class(str(result.get("model_type")))
-    if made is None or _refusal(made, source) is not None:
-        return
-    why = _refusal(made, result)
     if why is not None:
         raise PlanError(
             f"config.json: transformers would refuse the result: {why}",
@@ -40,9 +48,28 @@ def check(
         )
 
 
-def _config_class(model_type: str) -> Callable[[dict[str, object]], object] | None:
-    if importlib.util.find_spec("transformers") is None:
+def _compared(source: Mapping[str, object], result: Mapping[str, object]) -> str | None:
+    """Why transformers takes the source's config and not the result's; None where it does."""
+    made = _config_class(str(result.get("model_type")))
+    if made is None or _refusal(made, source) is not None:
         return None
+    return _refusal(made, result)
+
+
+def _compared_apart(source: Mapping[str, object], result: Mapping[str, object]) -> str | None:
+    """The same, in a process of its own; None where that fails."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "streammap.validation"],
+            input=json.dumps([source, result]),
+            capture_output=True, text=True, check=True, timeout=_MOST_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _config_class(model_type: str) -> Callable[[dict[str, object]], object] | None:
     try:
         auto: ModuleType = importlib.import_module("transformers.models.auto.configuration_auto")
         found = auto.CONFIG_MAPPING[model_type]
@@ -63,3 +90,7 @@ def _refusal(
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[-1] if lines else type(error).__name__
     return None
+
+
+if __name__ == "__main__":
+    sys.stdout.write(_compared(*json.load(sys.stdin)) or "")
