@@ -38,7 +38,7 @@ def read(form: Form, memory: Memory) -> Tensor:
 
 
 def _computed(form: Form, memory: Memory) -> Iterator[tuple[Job, memoryview]]:
-    worker = Worker(memory, Programs(), mapped=False)
+    worker = Worker(memory, Programs(), mapped=False, matrices=None)
     tile = Buffer(memory.dense_limits.out_nbytes)
     for bundle in schedule.bundles({"": form}, [("", Slot("", form.spec, 0))], memory):
         for job in bundle:

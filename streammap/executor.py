@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import final
 
-from streammap import graph, layout, mapfile, memory, output, pipeline, schedule, sidefiles
+from streammap import devices, graph, layout, mapfile, memory, output, pipeline, schedule, sidefiles
+from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
 from streammap.events import Finished, Listener, Started
@@ -38,6 +39,8 @@ class Report:
     """Largest resident memory of the process so far (VmHWM)."""
     planned_nbytes: int
     """What the plan said the run would add to the process at most."""
+    n_threads: int
+    device: str
     promise: str
     reason: str
 
@@ -86,6 +89,15 @@ def fit(plan: Plan, engine: Engine) -> Memory:
     return memory.fit(forms, budget=engine.memory_nbytes, n_workers=engine.n_threads)
 
 
+def device(plan: Plan, engine: Engine) -> Choice:
+    """Where a run of `plan` computes.
+
+    Raises:
+        OutputError: the engine's GPU is not there.
+    """
+    return devices.choose(plan.targets.values(), engine.device)
+
+
 def read_nbytes(plan: Plan) -> int:
     """Bytes of the source tensors that a run reads; where maps are dense, some are read again."""
     loads = {found for form in plan.targets.values() for found in form.loads()}
@@ -100,12 +112,12 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         CheckpointError: a source changed or can't be read.
     """
     started, cpu = time.perf_counter(), time.process_time()
-    fitted = fit(plan, where.engine)
+    fitted, choice = fit(plan, where.engine), device(plan, where.engine)
     single = where.path.name if where.is_file else None
     shards = layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
     total = sum(shard.nbytes for shard in shards)
     try:
-        n_read = _write(plan, where, shards, total, fitted, listener)
+        n_read = _write(plan, where, shards, total, (fitted, choice), listener)
     except OSError as error:
         raise OutputError(
             f"{where.path}: {error.strerror or error}", hint="check the path and the disk"
@@ -122,6 +134,8 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         cpu_seconds=time.process_time() - cpu,
         peak_nbytes=peak_nbytes(),
         planned_nbytes=fitted.peak_nbytes,
+        n_threads=fitted.n_workers,
+        device=choice.device,
         promise=promise,
         reason=reason,
     )
@@ -132,10 +146,11 @@ def _write(
     where: Where,
     shards: Sequence[Shard],
     total: int,
-    fitted: Memory,
+    means: tuple[Memory, Choice],
     listener: Listener,
 ) -> int:
     """Write everything; gives the bytes read."""
+    fitted, choice = means
     beside = (mapfile.beside(where.path),) if where.is_file else ()
     kept = [] if where.may_replace_sources else [path for s in plan.sources for path in s.paths]
     output.check_place(
@@ -149,7 +164,10 @@ def _write(
         computes = any(form.copied is None for form in plan.targets.values())
         with _torch_threads() if computes else nullcontext():
             mapped = where.engine.reader == "mmap"
-            n_read = pipeline.run(jobs, fitted, writer.write, listener=listener, mapped=mapped)
+            n_read = pipeline.run(
+                jobs, fitted, writer.write,
+                listener=listener, mapped=mapped, device=choice.device,
+            )  # fmt: skip
         writer.finish()
         for name, path in side.items():
             if name not in contents:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from streammap.buffers import Buffer
+from streammap.maps import DenseMap
 from streammap.program import Op, View
 
 Call = Callable[[], object]
@@ -15,16 +16,25 @@ Call = Callable[[], object]
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """Threads started in here compute in one thread each; torch is as it was afterwards."""
-    before = torch.get_num_threads()
+    """Threads started in here compute in one thread each, and GPUs in float32 where it says so.
+
+    torch is as it was afterwards.
+    """
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
     torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
-def bind(op: Op, buffers: Callable[[int], Buffer]) -> Call:
+class _Typed(Protocol):
+    def typed(self, dtype: str) -> Tensor: ...
+
+
+def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap], Tensor]) -> Call:
     """The call that does what `op` says, on the buffers of its places."""
 
     def of(view: View) -> Tensor:
@@ -45,28 +55,31 @@ def bind(op: Op, buffers: Callable[[int], Buffer]) -> Call:
         case "fill":
             return partial(out.fill_, op.number)
         case "take":
-            return partial(torch.index_select, sources[0], 1, _indices(op), out=out)
+            return partial(torch.index_select, sources[0], 1, _indices(op, out), out=out)
         case "put":
-            return partial(out.index_add_, 1, _indices(op), sources[0])
+            return partial(out.index_add_, 1, _indices(op, out), sources[0])
         case "clear":
-            return partial(out.index_fill_, 1, _indices(op), 0.0)
+            return partial(out.index_fill_, 1, _indices(op, out), 0.0)
         case "scale":
-            numbers = torch.tensor(op.numbers, dtype=out.dtype).view(1, -1, 1)
-            return partial(torch.mul, out, numbers, out=out)
+            numbers = torch.tensor(op.numbers, dtype=out.dtype, device=out.device)
+            return partial(torch.mul, out, numbers.view(1, -1, 1), out=out)
         case "matmul":
-            return _product(op, sources, out)
+            return _product(op, sources, out, matrix_of)
     raise AssertionError(op.kind)
 
 
-def _indices(op: Op) -> Tensor:
-    return torch.tensor(op.indices, dtype=torch.int64)
+def _indices(op: Op, out: Tensor) -> Tensor:
+    return torch.tensor(op.indices, dtype=torch.int64, device=out.device)
 
 
-def _product(op: Op, sources: Sequence[Tensor], out: Tensor) -> Call:
+def _product(
+    op: Op, sources: Sequence[Tensor], out: Tensor, matrix_of: Callable[[DenseMap], Tensor]
+) -> Call:
     """Out = matrix times source, over the middle one of three dimensions."""
     strip = op.matrix
     assert strip is not None
-    matrix = strip.dense.matrix[slice(*strip.rows), slice(*strip.columns)].to(out.dtype)
+    whole = matrix_of(strip.dense)
+    matrix = whole[slice(*strip.rows), slice(*strip.columns)].to(out.dtype)
     (source,) = sources
     if out.shape[2] == 1:
         return partial(torch.mm, source[:, :, 0], matrix.T, out=out[:, :, 0])

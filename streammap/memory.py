@@ -151,4 +151,6 @@ def fit(forms: Iterable[Form], *, budget: int | None, n_workers: int | None) -> 
     share = (budget - found.fixed_nbytes) // _DENSE_PART
     each = share // found.n_workers - N_PLACES * found.tile_nbytes
     dense = min(each // (1 + _SCRATCH_CHUNKS), _MAX_DENSE_NBYTES)
-    return replace(found, dense_tile_nbytes=max(found.tile_nbytes, dense // _STEP_NBYTES * _STEP_NBYTES))
+    return replace(
+        found, dense_tile_nbytes=max(found.tile_nbytes, dense // _STEP_NBYTES * _STEP_NBYTES)
+    )

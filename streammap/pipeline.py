@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import final
 
 from streammap.buffers import Buffer
+from streammap.devices import Matrices
 from streammap.events import Listener, Wrote
 from streammap.memory import Memory
 from streammap.program import Programs
@@ -23,16 +24,22 @@ _TOLD_SECONDS = 0.1
 
 
 def run(
-    bundles: Iterator[Bundle], memory: Memory, write: Write, *, listener: Listener, mapped: bool
+    bundles: Iterator[Bundle],
+    memory: Memory,
+    write: Write,
+    *,
+    listener: Listener,
+    mapped: bool,
+    device: str,
 ) -> int:
     """Do all bundles; gives the bytes that were read.
 
     `write` is called by the threads, with each job and its bytes; `listener` by the caller's own.
     What any of them raises is raised here, once no thread goes on.
     """
-    shared = _Shared(bundles, write)
+    shared = _Shared(bundles, write, mapped=mapped, device=device)
     threads = [
-        threading.Thread(target=_work, args=(shared, memory, mapped), name=f"streammap-{i}")
+        threading.Thread(target=_work, args=(shared, memory), name=f"streammap-{i}")
         for i in range(memory.n_workers)
     ]
     try:
@@ -61,7 +68,11 @@ def run(
 class _Shared:
     """What the threads share."""
 
-    def __init__(self, bundles: Iterator[Bundle], write: Write) -> None:
+    def __init__(
+        self, bundles: Iterator[Bundle], write: Write, *, mapped: bool, device: str
+    ) -> None:
+        self.mapped = mapped
+        self.matrices = None if device == "cpu" else Matrices(device)
         self.ended: SimpleQueue[BaseException | None] = SimpleQueue()
         """Why a thread ended: an error, or None where all is done."""
         self.programs = Programs()
@@ -91,21 +102,27 @@ class _Shared:
             listener(Wrote(key, nbytes))
 
 
-def _work(shared: _Shared, memory: Memory, mapped: bool) -> None:
+def _work(shared: _Shared, memory: Memory) -> None:
     try:
-        worker = Worker(memory, shared.programs, mapped=mapped)
-        tile = Buffer(memory.dense_limits.out_nbytes)
-        while (bundle := shared.next()) is not None:
-            worker.begin()
-            for job in bundle:
-                for part in worker.parts(job):
-                    if shared.stops:
-                        return
-                    n_before = worker.n_read
-                    worker.do(part, tile)
-                    shared.write(part, tile.view[: part.nbytes])
-                    shared.count(part, worker.n_read - n_before)
-    except BaseException as error:
+        worker = Worker(memory, shared.programs, mapped=shared.mapped, matrices=shared.matrices)
+        try:
+            _do_all(worker, Buffer(memory.dense_limits.out_nbytes), shared)
+        finally:
+            worker.close()
+    except BaseException as error:  # raised again in the caller's thread
         shared.ended.put(error)
     else:
         shared.ended.put(None)
+
+
+def _do_all(worker: Worker, tile: Buffer, shared: _Shared) -> None:
+    while (bundle := shared.next()) is not None:
+        worker.begin()
+        for job in bundle:
+            for part in worker.parts(job):
+                if shared.stops:
+                    return
+                n_before = worker.n_read
+                worker.do(part, tile)
+                shared.write(part, tile.view[: part.nbytes])
+                shared.count(part, worker.n_read - n_before)

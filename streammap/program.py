@@ -126,6 +126,11 @@ class Request:
         """Bytes of all elements."""
         return math.prod(self.shape) * DTYPE_BITS[self.found.spec.dtype] // 8
 
+    @property
+    def key(self) -> object:
+        """Equal for requests of the same bytes."""
+        return id(self.found.source), self.found.key, self.ranges
+
     def stretches(self) -> Iterator[Range]:
         """Bytes of the tensor that are read, one after the other."""
         shape = self.found.spec.shape or (1,)

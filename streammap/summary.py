@@ -40,6 +40,10 @@ class Summary:
     nbytes_written: int
     peak_nbytes: int
     """Memory that the run adds to the process, at most."""
+    n_threads: int
+    device: str
+    """Where the run would compute."""
+    device_reason: str
     promise: str
     reason: str
     notes: tuple[str, ...]
@@ -56,7 +60,8 @@ class Summary:
         lines += [
             f"result   {self.n_tensors} tensors, {self.n_parameters / 1e6:.1f} M parameters",
             f"reads    {self.nbytes_read / 1e9:.3f} GB, writes {self.nbytes_written / 1e9:.3f} GB",
-            f"memory   at most {self.peak_nbytes / 1e6:.0f} MB beside torch itself",
+            f"memory   at most {self.peak_nbytes / 2**20:.0f} MiB beside torch itself",
+            f"device   {self.device}, {self.n_threads} threads: {self.device_reason}",
             f"promise  {self.promise}: {self.reason}",
         ]
         lines += [f"note     {note}" for note in self.notes]
@@ -91,6 +96,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
             )
         )
     promise, reason = plan.promise
+    fitted, choice = executor.fit(plan, engine), executor.device(plan, engine)
     return Summary(
         rows=tuple(rows),
         sizes={name: pair for name, pair in plan.sized.items() if pair[0] != pair[1]},
@@ -98,7 +104,10 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
         n_parameters=sum(form.spec.n_elements for form in plan.targets.values()),
         nbytes_read=executor.read_nbytes(plan),
         nbytes_written=plan.nbytes,
-        peak_nbytes=executor.fit(plan, engine).peak_nbytes,
+        peak_nbytes=fitted.peak_nbytes,
+        n_threads=fitted.n_workers,
+        device=choice.device,
+        device_reason=choice.reason,
         promise=promise,
         reason=reason,
         notes=plan.notes,

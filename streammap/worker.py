@@ -4,13 +4,18 @@ A worker keeps the parts of sources that it read last, so that the tiles of a bu
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from streammap.buffers import Buffer
+from streammap.devices import DeviceBuffer, DeviceSide, Matrices
 from streammap.errors import PlanError
+from streammap.maps import DenseMap
 from streammap.memory import N_PLACES, Memory
 from streammap.program import OUT, WORK, Program, Programs, Request
 from streammap.schedule import Compute, Copy, Job, fits, limits_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Call = Callable[[], object]
 _MAX_BOUND = 256
@@ -20,8 +25,15 @@ _MAX_BOUND = 256
 class Worker:
     """Buffers of one thread. Not to be used by two at once."""
 
-    def __init__(self, memory: Memory, programs: Programs, *, mapped: bool) -> None:
-        """Buffers become resident as they are used."""
+    def __init__(
+        self, memory: Memory, programs: Programs, *, mapped: bool, matrices: Matrices | None
+    ) -> None:
+        """Buffers become resident as they are used.
+
+        Args:
+            mapped: Whether to read through mappings.
+            matrices: Dense maps on the device to compute on; None for the processor.
+        """
         self._memory, self._programs, self._mapped = memory, programs, mapped
         limits = memory.dense_limits
         self._places = [Buffer(limits.read_nbytes) for _ in range(N_PLACES)]
@@ -31,7 +43,18 @@ class Worker:
         self._work = Buffer(limits.work_nbytes)
         self.n_read = 0
         """Bytes read so far."""
-        self._bound: dict[object, tuple[Call | None, ...]] = {}
+        self._bound: dict[object, tuple[Program, tuple[Call | None, ...]]] = {}
+        """With the program, so that no other one gets its id."""
+        self._side = None
+        if matrices is not None:
+            self._side = DeviceSide(limits, matrices)
+            for place in self._places:
+                self._side.pin(place)
+
+    def close(self) -> None:
+        """Give back what is on a device."""
+        if self._side is not None:
+            self._side.close()
 
     def begin(self) -> None:
         """Forget what was read: a bundle follows, which reads nothing of what the last one did.
@@ -65,8 +88,10 @@ class Worker:
             source, view = job.found.source, out.view[: job.nbytes]
             source.read_into(job.found.key, job.start, view, mapped=self._mapped)
             self.n_read += len(view)
-        else:
+        elif self._side is None:
             self._compute(job, out)
+        else:
+            self._compute_there(job, out, self._side)
 
     def _program(self, job: Compute) -> Program:
         limits = limits_of(job.recipe.form, self._memory)
@@ -78,13 +103,13 @@ class Worker:
         chosen = [self._place(request) for request in requests]
         places = tuple(place for place, _ in chosen)
         key = (id(program), id(out), places)
-        calls = self._bound.get(key)
+        _, calls = self._bound.get(key, (None, None))
         if calls is None:
             calls = self._bind(program, places, out)
             if not job.recipe.is_dense:
                 if len(self._bound) >= _MAX_BOUND:
                     self._bound.clear()
-                self._bound[key] = calls
+                self._bound[key] = program, calls
         reads = iter(zip(requests, chosen, strict=True))
         for call in calls:
             if call is not None:
@@ -94,9 +119,37 @@ class Worker:
             if not is_held:
                 self._read(request, self._places[place].view)
 
+    def _compute_there(self, job: Compute, out: Buffer, side: DeviceSide) -> None:
+        """The same on a device: what is read is copied there, the result is copied back."""
+        from streammap.kernels import bind
+
+        requests = iter(job.recipe.requests)
+        there: list[DeviceBuffer] = []
+        n_uploaded = 0
+
+        def buffer(place: int) -> DeviceBuffer:
+            return {OUT: side.out, WORK: side.work}[place] if place < 0 else there[place]
+
+        with side.stream():
+            for op in self._program(job).ops:
+                if op.kind != "read":
+                    bind(op, buffer, side.matrices.on_device)()
+                    continue
+                request = next(requests)
+                held = side.held(request.key)
+                if held is None:
+                    if n_uploaded and n_uploaded % N_PLACES == 0:
+                        side.wait()  # the places are about to be written again
+                    place = self._places[n_uploaded % N_PLACES]
+                    self._read(request, place.view)
+                    held = side.upload(request.key, place, request.nbytes)
+                    n_uploaded += 1
+                there.append(held)
+            side.download(out, job.nbytes)
+
     def _place(self, request: Request) -> tuple[int, bool]:
         """The place for a request, and whether it is there already."""
-        wanted = (id(request.found.source), request.found.key, request.ranges)
+        wanted = request.key
         for place in self._order:
             if self._held[place] == wanted:
                 is_held = True
@@ -119,7 +172,7 @@ class Worker:
         def buffer(place: int) -> Buffer:
             return special[place] if place < 0 else self._places[places[place]]
 
-        return tuple(None if op.kind == "read" else bind(op, buffer) for op in program.ops)
+        return tuple(None if op.kind == "read" else bind(op, buffer, _matrix) for op in program.ops)
 
     def _read(self, request: Request, view: memoryview) -> None:
         source, at = request.found.source, 0
@@ -128,3 +181,7 @@ class Worker:
             source.read_into(request.found.key, start, part, mapped=self._mapped)
             self.n_read += len(part)
             at += end - start
+
+
+def _matrix(m: DenseMap) -> "Tensor":
+    return m.matrix
