@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 MAX_SHARD_SIZE = "5GB"
 
 
+class RunOptions(ResizeOptions, EngineOptions, total=False):
+    """What to resize, and what the run may use: see options.py and engine.py."""
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class LazyCheckpoint:
@@ -174,11 +178,17 @@ def coalesce(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Listener = nobody,
-    **options: Unpack[ResizeOptions],
+    **options: Unpack[RunOptions],
 ) -> Report:
     """Write the coalesced `source` to `output`. See LazyCheckpoint.coalesce and .save."""
-    lazy = open(source).coalesce(**options)
-    return lazy.save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+    resize, run = _split(options)
+    return (
+        open(source)
+        .coalesce(**resize)
+        .save(
+            output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run
+        )
+    )  # fmt: skip
 
 
 def decoalesce(
@@ -190,20 +200,23 @@ def decoalesce(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Listener = nobody,
-    **options: Unpack[ResizeOptions],
+    **options: Unpack[RunOptions],
 ) -> Report:
     """Write the decoalesced `source` to `output`, blended with `blend_with` where it is given.
 
     The blend is (1 - alpha) * blend_with + alpha * grown, in the same pass.
     See LazyCheckpoint.decoalesce, .interpolate and .save.
     """
+    resize, run = _split(options)
     big = None if blend_with is None else open(blend_with)
-    if big is not None and options.get("target") is None:
-        options["target"] = big
-    lazy = open(source).decoalesce(**options)
+    if big is not None and resize.get("target") is None:
+        resize["target"] = big
+    lazy = open(source).decoalesce(**resize)
     if big is not None:
         lazy = lazy.interpolate(big, alpha=alpha)
-    return lazy.save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+    return lazy.save(
+        output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run
+    )
 
 
 def interpolate(
@@ -215,10 +228,20 @@ def interpolate(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Listener = nobody,
+    **run: Unpack[EngineOptions],
 ) -> Report:
     """Write (1 - alpha) * target + alpha * source to `output`. See LazyCheckpoint."""
     return (
         open(source)
         .interpolate(target, alpha=alpha)
-        .save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress)
+        .save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run)
     )
+
+
+def _split(options: RunOptions) -> tuple[ResizeOptions, EngineOptions]:
+    """What to resize, and what the run may use."""
+    resize, run = ResizeOptions(), EngineOptions()
+    for name, value in options.items():
+        table = run if name in EngineOptions.__annotations__ else resize
+        table[name] = value  # type: ignore[literal-required]
+    return resize, run

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from streammap import schedule
 from streammap.buffers import Buffer
+from streammap.compiler import Programs
 from streammap.dtypes import to_torch
 from streammap.graph import Form
 from streammap.header import Slot
 from streammap.memory import Memory
-from streammap.program import Programs
 from streammap.schedule import Job
 from streammap.worker import Worker
 

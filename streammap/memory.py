@@ -21,7 +21,7 @@ from streammap.maps import BlockMap, DenseMap
 
 BASE_NBYTES = 14 * 2**20
 """Measured: 8 to 12 MiB; tests/test_memory.py holds runs to it."""
-TENSOR_NBYTES = 2048
+TENSOR_NBYTES = 1280
 PRODUCT_NBYTES = 10 * 2**20
 """What the library of matrix products keeps for each thread; measured."""
 MAX_TILE_NBYTES = 2 * 2**20

@@ -11,10 +11,10 @@ from queue import Empty, SimpleQueue
 from typing import final
 
 from streammap.buffers import Buffer
+from streammap.compiler import Programs
 from streammap.devices import Matrices
 from streammap.events import Listener, Wrote
 from streammap.memory import Memory
-from streammap.program import Programs
 from streammap.schedule import Bundle, Job
 from streammap.worker import Worker
 

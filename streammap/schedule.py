@@ -8,13 +8,14 @@ same bytes (a layer copied to four places, rows that are copies) are one job wit
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from streammap import graph, tiling
+from streammap import compiler, graph, tiling
 from streammap.errors import PlanError
 from streammap.graph import Form, Load
 from streammap.header import Slot
 from streammap.maps import AxisMap, BlockMap, DenseMap
 from streammap.memory import Limits, Memory
-from streammap.program import Program, Recipe, alike
+from streammap.program import Program
+from streammap.recipe import Recipe, alike
 from streammap.spec import DTYPE_BITS, TensorSpec
 from streammap.tiling import Cut
 
@@ -194,7 +195,7 @@ def cut_of(form: Form, limits: Limits) -> Cut:
         rows = _rows(spec, dim, limits)
         while rows:
             tile = tiling.tile_at(spec.shape, (0,) * dim, 0, rows)
-            if fits(Recipe(form, tile).program(limits.chunk_nbytes), limits):
+            if fits(compiler.program(Recipe(form, tile), limits.chunk_nbytes), limits):
                 return Cut(dim, _aligned(form, dim, rows))
             rows //= 2
     raise PlanError(

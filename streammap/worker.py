@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 from streammap.buffers import Buffer
+from streammap.compiler import Programs
 from streammap.devices import DeviceBuffer, DeviceSide, Matrices
 from streammap.errors import PlanError
 from streammap.maps import DenseMap
 from streammap.memory import N_PLACES, Memory
-from streammap.program import OUT, WORK, Program, Programs, Request
+from streammap.program import OUT, WORK, Program
+from streammap.recipe import Request
 from streammap.schedule import Compute, Copy, Job, fits, limits_of
 
 if TYPE_CHECKING:

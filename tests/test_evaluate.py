@@ -10,22 +10,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streammap import evaluate, graph, maps, tiling
+from streammap import evaluate, graph, maps, memory, program, schedule, tiling, worker
+from streammap.buffers import Buffer
 from streammap.dtypes import from_torch, to_torch
+from streammap.errors import PlanError
 from streammap.graph import Form, Load, Term
+from streammap.header import Slot
 from streammap.maps import AxisMap, BlockMap, DenseMap
+from streammap.memory import Limits, Memory
+from streammap.program import OUT, WORK, Op, Program, Programs, View
+from streammap.schedule import Compute, Job
 from streammap.segments import Row
-from streammap.spec import FLOATS, TensorSpec
-from streammap.storage.local import MappedFile
-from streammap.tiling import Tile
-from tests import oracle
+from streammap.spec import DTYPE_BITS, FLOATS, TensorSpec
+from streammap.tiling import Cut
+from streammap.worker import Worker
+from tests import oracle, tiny
 
-TILE_NBYTES = (16, 64, 100, 256, 1000, 4096, 1 << 22)
-GUARD = 64
-"""NaNs before and after each tensor: a read out of its bounds shows in the result."""
+STRIP = 2
+"""Units that a dense map takes in at once, here."""
 SIMPLE = (1.0, 0.5, 2.0, -1.0)
 """Coefficients that float32 computes with exactly, given small integers."""
 ANY = (*SIMPLE, 1 / 3, 0.1, 0.0)
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that a tile is given, or what one number takes where that is more."""
+
+    tile: int
+    chunk: int
+    dense: int = 0
+
+
+ROOMS = (
+    Room(1, 1), Room(1, 1, 256), Room(200, 1), Room(256, 64), Room(256, 256, 512),
+    Room(1000, 100), Room(4096, 512), Room(1 << 20, 300), Room(1 << 20, 1 << 20, 1 << 21),
+)  # fmt: skip
+AMPLE = ROOMS[-1]
 
 
 @dataclass(eq=False)
@@ -36,9 +57,8 @@ class Held:
     name: str = "held"
 
     def add(self, x: Tensor) -> str:
-        storage = torch.full((x.numel() + 2 * GUARD,), math.nan, dtype=x.dtype)
         key = str(len(self.tensors))
-        self.tensors[key] = storage[GUARD : GUARD + x.numel()].view(x.shape).copy_(x)
+        self.tensors[key] = x
         return key
 
     def load(self, x: Tensor) -> Form:
@@ -48,17 +68,11 @@ class Held:
         x = self.tensors[key]
         return TensorSpec(from_torch(x.dtype, where=key), tuple(x.shape))
 
-    def tensor(self, key: str) -> Tensor:
-        return self.tensors[key]
-
-    def file(self, key: str) -> MappedFile:
-        raise AssertionError(key)
-
-    def start(self, key: str) -> int | None:
-        raise AssertionError(key)
-
-    def release(self) -> None:
-        pass
+    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+        content = tiny.bits(self.tensors[key])
+        assert not mapped
+        assert 0 <= start < start + len(view) <= len(content)
+        view[:] = content[start : start + len(view)]
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,7 @@ def drawn_forms(draw: st.DrawFn, kind: Kind) -> Drawn:
             key = source.add(x.to(to_torch(taken)))
             coefficient = draw(st.sampled_from(kind.coefficients))
             blend.append((coefficient, Load(source, key, source.spec(key))))
-            held = source.tensor(key).double()
+            held = source.tensors[key].double()
             wanted = wanted + coefficient * _mapped(held, dims, absolute=False)
             size = size + abs(coefficient) * _mapped(held.abs(), dims, absolute=True)
         terms.append(Term(dims, tuple(blend)))
@@ -150,18 +164,36 @@ def _matrix(m: AxisMap, *, absolute: bool = False) -> Tensor:
     return oracle.from_rows(rows, m.n_in_blocks, m.block)
 
 
-def _read(form: Form, tile_nbytes: int) -> Tensor:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
-        patch.setattr(evaluate, "_DENSE_STRIP", 2)
-        return evaluate.read(form)
+def poisoned(nbytes: int) -> Buffer:
+    """Memory that holds NaNs of any dtype: what is read before it is written shows."""
+    made = Buffer(nbytes)
+    made.view[:] = b"\xff" * len(made.view)
+    return made
 
 
-def _depth(form: Form, tile_nbytes: int) -> int:
-    """How many leading dimensions a tile of the form has an index in."""
+def _read(form: Form, room: Room = AMPLE) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
-        return len(next(tiling.tiles(form.spec, tiling.widening(form))).prefix)
+        return evaluate.read(form, _patched(patch, form, room))
+
+
+def _patched(patch: pytest.MonkeyPatch, form: Form, room: Room) -> Memory:
+    """The memory for tiles as small as `room`, but one number's members fit."""
+    least = 128
+    for term in form.terms:
+        members = [m.longest if isinstance(m, BlockMap) else STRIP for m in term.maps if m]
+        least = max(least, 2 * 8 * math.prod(members))
+    patch.setattr(memory, "CHUNK_NBYTES", max(room.chunk, least))
+    patch.setattr(program, "STRIP", STRIP)
+    patch.setattr(worker, "Buffer", poisoned)
+    patch.setattr(evaluate, "Buffer", poisoned)
+    return _memory(max(room.tile, least), room.dense)
+
+
+def _memory(tile_nbytes: int, dense_tile_nbytes: int = 0) -> Memory:
+    return Memory(
+        n_workers=1, n_tensors=0, tile_nbytes=tile_nbytes, dense_tile_nbytes=dense_tile_nbytes,
+        matrices_nbytes=0,
+    )  # fmt: skip
 
 
 def assert_rounded_once(got: Tensor, drawn: Drawn) -> None:
@@ -173,95 +205,112 @@ def assert_rounded_once(got: Tensor, drawn: Drawn) -> None:
     assert bool(((low <= got) & (got <= high)).all()), (got, drawn.wanted)
 
 
-@given(drawn_forms(RANDOM), st.sampled_from(TILE_NBYTES))
-def test_a_form_read_by_tiles_is_the_dense_product(drawn: Drawn, tile_nbytes: int) -> None:
-    assert_rounded_once(_read(drawn.form, tile_nbytes), drawn)
+@given(drawn_forms(RANDOM), st.sampled_from(ROOMS))
+def test_a_form_read_by_tiles_is_the_dense_product(drawn: Drawn, room: Room) -> None:
+    assert_rounded_once(_read(drawn.form, room), drawn)
 
 
-@given(drawn_forms(EXACT), st.sampled_from(TILE_NBYTES))
-def test_where_sums_are_exact_the_result_is_too(drawn: Drawn, tile_nbytes: int) -> None:
-    got = _read(drawn.form, tile_nbytes)
+@given(drawn_forms(EXACT), st.sampled_from(ROOMS))
+def test_where_sums_are_exact_the_result_is_too(drawn: Drawn, room: Room) -> None:
+    got = _read(drawn.form, room)
     assert torch.equal(got, drawn.wanted.to(got.dtype))
 
 
 @given(drawn_forms(BLOCKS))
-def test_the_rows_of_a_tile_do_not_change_a_bit(drawn: Drawn) -> None:
-    found: dict[int, Tensor] = {}
-    for tile_nbytes in TILE_NBYTES:
-        # A tile that is cut in a later dimension adds the same numbers in another order.
-        depth = _depth(drawn.form, tile_nbytes)
-        got = _read(drawn.form, tile_nbytes)
-        assert torch.equal(found.setdefault(depth, got), got)
-
-
-@given(
-    st.lists(st.integers(1, 9), max_size=4).map(tuple),
-    st.sampled_from(("F32", "F64", "BF16")),
-    st.integers(1, 8),
-    st.sampled_from(TILE_NBYTES),
-)
-def test_tiles_partition_a_tensor_in_order(
-    shape: tuple[int, ...], dtype: str, widest: int, tile_nbytes: int
-) -> None:
-    spec = TensorSpec(dtype, shape)
-    numbers = torch.arange(spec.n_elements).view(shape)
-    room = max(1, tile_nbytes // (8 if dtype == "F64" else 4))
-    reached = 0
-    for tile in _tiles(spec, widest, tile_nbytes):
-        assert tile.offset == reached
-        assert tile.n_elements == math.prod(tile.shape) > 0
-        part = numbers[tile.prefix] if tile.prefix else numbers
-        content = part[tile.start : tile.end] if shape else part
-        assert content.shape == tile.shape
-        assert content.flatten().tolist() == list(range(reached, reached + tile.n_elements))
-        is_row = len(tile.prefix) == len(shape) - 1
-        assert tile.n_elements * (1 if is_row else widest) <= room or tile.n_elements == 1
-        reached += tile.n_elements
-    assert reached == spec.n_elements
-
-
-def _tiles(spec: TensorSpec, widest: int, tile_nbytes: int) -> Iterator[Tile]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
-        yield from tiling.tiles(spec, widest)
+def test_tiles_of_any_size_give_the_same_bits(drawn: Drawn) -> None:
+    wanted = tiny.bits(_read(drawn.form))
+    for room in ROOMS:
+        assert tiny.bits(_read(drawn.form, room)) == wanted
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (2, 0, 2)])
 def test_a_tensor_without_elements_has_no_tiles(shape: tuple[int, ...]) -> None:
-    assert list(tiling.tiles(TensorSpec("F32", shape), 1)) == []
+    assert list(tiling.bundles(shape, (), Cut(0, 1))) == []
     halved = graph.scale(Held().load(torch.empty(shape)), 0.5)
-    assert evaluate.read(halved).shape == shape
+    assert list(schedule.bundles({"": halved}, [("", Slot("", halved.spec, 0))], _memory(64))) == []
+    assert _read(halved).shape == shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_a_scalar_is_computed_like_any_tensor(dtype: torch.dtype) -> None:
     source = Held()
     a, b = source.load(torch.tensor(3.0, dtype=dtype)), source.load(torch.tensor(5.0))
-    got = evaluate.read(graph.combine([(0.5, a), (2.0, b)]))
+    got = _read(graph.combine([(0.5, a), (2.0, b)]))
     assert torch.equal(got, torch.tensor(11.5, dtype=dtype))
 
 
-@given(drawn_forms(RANDOM), st.sampled_from(TILE_NBYTES))
-def test_scratch_is_bounded_by_what_the_plan_says(drawn: Drawn, tile_nbytes: int) -> None:
+def _jobs(form: Form, given: Memory, of: Worker) -> Iterator[Job]:
+    for bundle in schedule.bundles({"": form}, [("", Slot("", form.spec, 0))], given):
+        for job in bundle:
+            yield from of.parts(job)
+
+
+@given(drawn_forms(RANDOM), st.sampled_from(ROOMS))
+def test_every_part_of_a_job_stays_within_its_limits(drawn: Drawn, room: Room) -> None:
     form = drawn.form
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
-        planned = tiling.scratch_nbytes(form)
-        scratch = evaluate.Scratch()
-        taken: dict[int, int] = {}
-        take = scratch.take
+        given = _patched(patch, form, room)
+        limits = schedule.limits_of(form, given)
+        at_work = Worker(given, Programs(), mapped=False, matrices=None)
+        written = torch.zeros(form.spec.nbytes, dtype=torch.uint8)
+        for job in _jobs(form, given, at_work):
+            assert job.nbytes <= limits.out_nbytes
+            if isinstance(job, Compute):
+                found = job.recipe.program(limits.chunk_nbytes)
+                assert found.read_nbytes <= limits.read_nbytes
+                assert found.work_nbytes <= limits.work_nbytes
+                _follow(found, job, limits)
+            for place in job.places:
+                written[place.offset : place.offset + job.nbytes] += 1
+        assert bool((written == 1).all())
 
-        def watched(place: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-            nbytes = math.prod(shape) * dtype.itemsize
-            taken[place] = max(taken.get(place, 0), nbytes)
-            return take(place, shape, dtype)
 
-        patch.setattr(scratch, "take", watched)
-        out = torch.empty(form.spec.n_elements, dtype=to_torch(form.spec.dtype))
-        for tile in tiling.tiles(form.spec, tiling.widening(form)):
-            part = out[tile.offset : tile.offset + tile.n_elements].view(tile.shape)
-            evaluate.compute(form, tile, part, scratch)
-    assert sum(taken.values()) <= planned or form.copied is not None
+def _follow(found: Program, job: Compute, limits: Limits) -> None:
+    """Follow a program byte by byte: it stays inside of what it is given, reads only what it wrote
+    or asked for, and writes all of its tile.
+    """
+    requests = job.recipe.requests
+    assert sum(op.kind == "read" for op in found.ops) == len(requests)
+    assert all(request.nbytes <= limits.read_nbytes for request in requests)
+    buffers = {OUT: _unwritten(job.nbytes), WORK: _unwritten(found.work_nbytes)}
+    for op in found.ops:
+        if op.kind == "read":
+            assert op.out.place == len(buffers) - 2
+            request = requests[op.out.place]
+            assert op.out.shape == request.shape
+            assert sum(end - start for start, end in request.stretches()) == request.nbytes
+            buffers[op.out.place] = _unwritten(request.nbytes)
+        assert all(bool((_at(buffers, view) == -1).all()) for view in _sources(op)), op
+        _at(buffers, op.out).fill_(-1)
+    assert bool((buffers[OUT] == -1).all())
+
+
+def _unwritten(nbytes: int) -> Tensor:
+    return torch.zeros(nbytes, dtype=torch.int8)
+
+
+def _sources(op: Op) -> tuple[View, ...]:
+    """What an operation reads: some change what is there."""
+    return (*op.sources, op.out) if op.kind in ("put", "clear", "scale") else op.sources
+
+
+def _at(buffers: dict[int, Tensor], view: View) -> Tensor:
+    """The elements of a view as integers; an error where they reach out of their buffer."""
+    whole = buffers[view.place]
+    item = DTYPE_BITS[view.dtype] // 8
+    sizes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    whole = whole[: len(whole) // item * item].view(sizes[item])
+    return whole.as_strided(view.shape, view.strides, view.offset)
+
+
+def test_a_number_that_no_tile_has_room_for_is_refused() -> None:
+    source = Held()
+    form = graph.map_dims(
+        source.load(torch.ones(64)), [BlockMap((tuple((j, 1.0) for j in range(64)),), 64)]
+    )
+    assert evaluate.read(form, _memory(4096)).tolist() == [64.0]
+    with pytest.raises(PlanError, match=r"a number of F32 \[1\] takes more than 128 bytes"):
+        evaluate.read(form, _memory(128))
 
 
 def test_a_bare_load_is_copied() -> None:
@@ -297,7 +346,7 @@ def _turned(n: int, by: int) -> BlockMap:
 
 def test_a_copied_tensor_keeps_its_bits() -> None:
     bits = torch.tensor([0x7FC00001, -1, 1, -(2**31)], dtype=torch.int32)
-    got = evaluate.read(Held().load(bits.view(torch.float32)))
+    got = _read(Held().load(bits.view(torch.float32)))
     assert torch.equal(got.view(torch.int32), bits)
 
 
@@ -316,7 +365,7 @@ def test_maps_of_maps_are_one_map(data: st.DataObject, shape: list[int]) -> None
     assert steps == graph.map_dims(form, both)
     assert steps.spec == TensorSpec("F32", tuple(shape))
     wanted = _mapped(_mapped(x.double(), inner, absolute=False), outer, absolute=False)
-    torch.testing.assert_close(evaluate.read(steps).double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_read(steps).double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 def _plain(m: AxisMap | None) -> AxisMap | None:
@@ -357,7 +406,7 @@ def test_what_cancels_leaves_zeros() -> None:
         graph.scale(form, 0.0),
         graph.map_dims(form, [BlockMap(((), ()), 2)]),
     ):
-        assert torch.equal(evaluate.read(nothing), torch.zeros(2))
+        assert torch.equal(_read(nothing), torch.zeros(2))
 
 
 def test_the_first_part_or_the_caller_says_the_dtype() -> None:
@@ -368,7 +417,7 @@ def test_the_first_part_or_the_caller_says_the_dtype() -> None:
     # 1 + 2^-11 is no float16; a sum kept in float16 would lose it twice.
     small = source.load(torch.tensor([2.0**-11, 0.0]))
     total = graph.combine([(1.0, half), (1.0, small), (1.0, small)])
-    assert evaluate.read(total).tolist() == [1 + 2.0**-10, 1.0]
+    assert _read(total).tolist() == [1 + 2.0**-10, 1.0]
 
 
 @pytest.mark.parametrize("rows", [(((0, 0.5), (1, 0.5)),), (((0, 1.0), (1, 1.0)),), ((),)])
@@ -376,4 +425,4 @@ def test_a_map_takes_a_constant_along(rows: tuple[Row, ...]) -> None:
     shifted = graph.shift(Held().load(torch.tensor([1.0, 3.0])), 10.0)
     m = BlockMap(rows, 2)
     wanted = _matrix(m) @ torch.tensor([11.0, 13.0], dtype=torch.float64)
-    assert evaluate.read(graph.map_dims(shifted, [m])).tolist() == wanted.tolist()
+    assert _read(graph.map_dims(shifted, [m])).tolist() == wanted.tolist()

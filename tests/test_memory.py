@@ -1,6 +1,7 @@
 """Peak resident memory (VmHWM, mapped pages included), each run in a process of its own."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,23 +12,28 @@ from streammap import header
 from streammap.spec import TensorSpec
 
 _RUN = """
-import json, sys, torch
+import json, os, sys, time, torch
 import streammap
 from streammap.executor import peak_nbytes
-torch.ones(2) + torch.ones(2)
 before = peak_nbytes()
-folder, what = sys.argv[1:]
+folder, what, options, slow = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
+if slow:
+    write = os.pwrite
+    os.pwrite = lambda *args: (time.sleep(float(slow)), write(*args))[1]
 big = streammap.open(folder)
 lazy = {
     "copy": lambda: big,
     "coalesce": lambda: big.coalesce(width=2, depth=2),
     "decoalesce": lambda: big.decoalesce(width=2),
+    "layers": lambda: big.decoalesce(layers=4),
     "fill": lambda: big.decoalesce(hidden="=768"),
     "interpolate": lambda: big.interpolate(big.coalesce(width=2).decoalesce(), alpha=0.5),
 }[what]()
-report = lazy.save(folder + "-" + what, fsync=False)
-print(json.dumps([report.peak_nbytes - before, report.planned_nbytes]))
+report = lazy.save(folder + "-" + what, fsync=False, overwrite=True, **options)
+print(json.dumps([report.peak_nbytes - before, report.planned_nbytes, report.peak_nbytes]))
 """
+MIB = 2**20
+OPERATIONS = ("copy", "coalesce", "decoalesce", "layers", "fill", "interpolate")
 
 
 def write_gpt2(folder: Path, *, vocab: int, layers: int = 4, dtype: str = "F32") -> int:
@@ -59,20 +65,53 @@ def write_gpt2(folder: Path, *, vocab: int, layers: int = 4, dtype: str = "F32")
     return size
 
 
-def added(folder: Path, what: str) -> tuple[int, int]:
-    """Bytes that a run added to its process, and what the plan said it would at most."""
+def run(folder: Path, what: str, *, slow: str = "", **options: object) -> tuple[int, int, int]:
+    """Bytes that opening, planning and the run added to a process with torch imported, what the
+    plan said it would at most, and the process' peak.
+    """
     said = subprocess.run(
-        [sys.executable, "-c", _RUN, str(folder), what], check=True, capture_output=True, text=True
-    )
-    measured, planned = json.loads(said.stdout)
-    return measured, planned
+        [sys.executable, "-c", _RUN, str(folder), what, json.dumps(options), slow],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    shutil.rmtree(f"{folder}-{what}")
+    added, planned, peak = json.loads(said.stdout)
+    return added, planned, peak
 
 
-@pytest.mark.parametrize("what", ["copy", "coalesce", "decoalesce", "fill", "interpolate"])
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_a_run_needs_no_more_than_its_plan_says(tmp_path: Path, what: str, dtype: str) -> None:
-    vocab = 150_000 if dtype == "F32" else 300_000
-    size = write_gpt2(tmp_path / "big", vocab=vocab, dtype=dtype)
-    assert size > 330e6
-    measured, planned = added(tmp_path / "big", what)
-    assert measured <= planned < size / 2
+@pytest.mark.parametrize("what", OPERATIONS)
+@pytest.mark.parametrize(("memory", "most"), [("256MiB", 64), ("32MiB", 32)])
+def test_a_run_stays_in_its_budget(tmp_path: Path, what: str, memory: str, most: int) -> None:
+    size = write_gpt2(tmp_path / "big", vocab=150_000, dtype="BF16")
+    assert size > 2 * most * MIB
+    added, planned, _ = run(tmp_path / "big", what, memory=memory)
+    assert added <= planned
+    assert added < most * MIB
+    assert planned <= 256 * MIB if memory == "256MiB" else 32 * MIB
+
+
+def test_mapped_pages_count_too(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "big", vocab=100_000)
+    added, planned, _ = run(tmp_path / "big", "coalesce", reader="mmap")
+    assert added <= planned
+    assert added < 64 * MIB
+
+
+def test_a_slow_disk_takes_no_memory(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "big", vocab=20_000)
+    quick, _, _ = run(tmp_path / "big", "decoalesce")
+    slow, _, _ = run(tmp_path / "big", "decoalesce", slow="0.01")
+    assert abs(slow - quick) < 2 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", OPERATIONS)
+def test_ten_times_the_model_takes_the_same(tmp_path: Path, what: str) -> None:
+    """One tensor of it, and its shard, are ten times as large as well: 0.1 and 1 GB."""
+    peaks = []
+    for vocab in (100_000, 1_000_000):
+        size = write_gpt2(tmp_path / f"{vocab}", vocab=vocab, dtype="BF16")
+        added, planned, peak = run(tmp_path / f"{vocab}", what)
+        assert added <= planned
+        assert added < min(64 * MIB, size)
+        peaks.append(peak)
+    assert abs(peaks[1] - peaks[0]) < 0.05 * peaks[0]

@@ -1,0 +1,146 @@
+"""How fast a run is beside `cp`, beside the least any program does, and beside dense products.
+
+    python -m bench.speed [--runs 5] [--folder DIR] [--quick] [--cold] [--dense-runs 1]
+
+Prints wall and CPU seconds and the ratios of wall time to `cp` of the large model and to the floor:
+a process that reads the same bytes and writes as many with one buffer (bench/floor.py). What is
+started anyway is subtracted: `import torch` where the process imports it, the interpreter where it
+does not (copy, floor); that import's time varies, so that the ratios of a run's own clock, which
+starts after it, are given too, and the marks go by those. Dense is load_file, F W A in float32,
+save_file. Then the same with fsync.
+"""
+
+import argparse
+from pathlib import Path
+
+from bench import harness, models
+from bench.harness import IMPORT, PASS, PYTHON, Command, Options, Results, decimals
+
+_MARKS = {"copy": 1.1, "interpolate": 1.25, "coalesce": 1.5, "decoalesce": 1.25}
+FLOOR, DENSE = " floor", "dense F W A"
+
+
+def commands(folder: Path, dense_runs: int) -> dict[str, Command]:
+    """All that is measured without fsync."""
+    a, b, small, out = (folder / name for name in ("a", "b", "small", "out"))
+    big_file, other, small_file = (models.weights(path)[0] for path in (a, b, small))
+    large, little = big_file.stat().st_size, small_file.stat().st_size
+    halve, double = (((name, {"width": 2}),) for name in ("coalesce", "decoalesce"))
+    runs: dict[str, tuple[tuple[object, ...], tuple[Path, ...], int]] = {
+        "copy": (harness.job(a, out, torch=False), (big_file,), large),
+        "interpolate": (harness.job(a, out, blend=b, alpha=0.3), (big_file, other), large),
+        "coalesce": (harness.job(a, out, steps=halve), (big_file,), little),
+        "decoalesce": (harness.job(small, out, steps=double), (small_file,), large),
+    }
+    made = {
+        "python -c pass": Command(PASS),
+        "import torch": Command(IMPORT),
+        "cp": Command(("cp", big_file, out), (out,), (big_file,), large),
+    }
+    for title, (argv, sources, writes) in runs.items():
+        made[title] = Command(argv, (out,), sources, writes)
+        floor = (PYTHON, "-I", "-S", "bench/floor.py", out, writes, *sources)
+        made[title + FLOOR] = Command(floor, (out,), sources, writes)
+    dense = (PYTHON, "-m", "bench.dense", big_file, out)
+    made[DENSE] = Command(dense, (out,), (big_file,), little, most_runs=dense_runs)
+    return made
+
+
+def started(title: str) -> str | None:
+    """What is subtracted from a command."""
+    if title == "cp":
+        return None
+    return "python -c pass" if title == "copy" or title.endswith(FLOOR) else "import torch"
+
+
+def row(results: Results, title: str) -> tuple[object, ...]:
+    """A command's figures."""
+    less = started(title)
+    floor = "coalesce" + FLOOR if title == DENSE else title + FLOOR
+    has_floor = floor in results.runs
+    clock = to_cp = to_floor = None
+    if results.runs[title][0].said:
+        clock, to_cp = results.json(title, "seconds"), results.clock_ratio(title, "cp")
+        to_floor = results.clock_ratio(title, floor, started(floor)) if has_floor else None
+    beside = results.ratio(title, floor, less=less, other_less=started(floor)) if has_floor else 0
+    once = "" if results.n(title) == results.n("cp") else f"{results.n(title)} run"
+    return (
+        title, decimals(results.wall(title, less)), decimals(results.cpu(title, less)),
+        decimals(results.ratio(title, "cp", less=less)), decimals(beside) if has_floor else "",
+        decimals(clock), decimals(to_cp), decimals(to_floor),
+        _remark(title, to_cp, to_floor) or once,
+    )  # fmt: skip
+
+
+def _remark(title: str, to_cp: float | None, to_floor: float | None) -> str:
+    mark = _MARKS.get(title)
+    by_cp = title in ("copy", "interpolate")
+    found = to_cp if by_cp else to_floor
+    if mark is None or found is None:
+        return ""
+    return f"{'<=' if found <= mark else 'above'} {mark:g} {'cp' if by_cp else 'floor'}"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Options of this benchmark alone."""
+    parser.add_argument("--cold", action="store_true", help="sources are not in the page cache")
+    parser.add_argument("--dense-runs", type=int, default=1, help="rounds with dense products")
+
+
+def with_fsync(folder: Path, options: Options, *, cold: bool) -> Results:
+    """Interpolation beside cp, both until the disk has it."""
+    a, b, out = folder / "a", folder / "b", folder / "out"
+    sources = [models.weights(path)[0] for path in (a, b)]
+    large = sources[0].stat().st_size
+    blend = harness.job(a, out, blend=b, alpha=0.3, save={"fsync": True})
+    copy = ("sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", sources[0], out)
+    return harness.alternate(
+        {
+            "import torch": Command(IMPORT),
+            "cp": Command(copy, (out,), sources[:1], large),
+            "interpolate": Command(blend, (out,), sources, large),
+        },
+        options.runs, cold=cold, settle=True,
+    )  # fmt: skip
+
+
+def main(options: Options) -> None:
+    """Make, run, print."""
+    cold, folder = options.given.cold, options.folder
+    harness.need(folder, 8e9)
+    size = 0.2e9 if options.quick else 1.5e9
+    big = models.llama_of(size, largest=size / 12)
+    small = models.Llama(big.hidden // 2, big.mlp // 2, big.layers, big.vocab)
+    for name, model, seed in (("a", big, 0), ("b", big, 1), ("small", small, 2)):
+        models.make(folder / name, model, seed=seed)
+    results = harness.alternate(commands(folder, options.given.dense_runs), options.runs, cold=cold)
+    synced = with_fsync(folder, options, cold=cold)
+    cache = "cold cache" if cold else "warm cache"
+    about = f"large model {models.nbytes(big) / 1e9:.2f} GB, small {models.nbytes(small) / 1e9:.2f}"
+    harness.print_head(f"Speed, bf16 Llama: {about} GB", options.runs, cache, "no fsync")
+    print(
+        f"wall and CPU: without what starts them (import torch {results.wall('import torch'):.2f} "
+        "s); clock: the run's own, from after that import"
+    )
+    columns = (
+        "", "wall s", "CPU s", "wall / cp", "wall / floor", "clock s", "clock / cp",
+        "clock / floor", "",
+    )  # fmt: skip
+    titles = [t for t in results.runs if t not in ("python -c pass", "import torch")]
+    harness.print_table(columns, [row(results, title) for title in titles])
+    harness.print_head(f"Speed with fsync: {about} GB", options.runs, cache, "fsync by both")
+    rows: list[tuple[object, ...]] = []
+    for title, less in (("cp", None), ("interpolate", "import torch")):
+        clocked = title == "interpolate"
+        rows.append((
+            title, decimals(synced.wall(title, less)), decimals(synced.cpu(title, less)),
+            decimals(synced.ratio(title, "cp", less=less)),
+            decimals(synced.json(title, "seconds") if clocked else None),
+            decimals(synced.clock_ratio(title, "cp") if clocked else None),
+        ))  # fmt: skip
+    harness.print_table(("", "wall s", "CPU s", "wall / cp", "clock s", "clock / cp"), rows)
+
+
+if __name__ == "__main__":
+    with harness.options(__doc__, add) as given:
+        main(given)
