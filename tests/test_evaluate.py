@@ -10,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streammap import evaluate, graph, maps, memory, program, schedule, tiling, worker
+from streammap import compiler, evaluate, graph, maps, memory, recipe, schedule, tiling, worker
 from streammap.buffers import Buffer
+from streammap.compiler import Programs
 from streammap.dtypes import from_torch, to_torch
 from streammap.errors import PlanError
 from streammap.graph import Form, Load, Term
 from streammap.header import Slot
 from streammap.maps import AxisMap, BlockMap, DenseMap
 from streammap.memory import Limits, Memory
-from streammap.program import OUT, WORK, Op, Program, Programs, View
+from streammap.program import OUT, WORK, Op, Program, View
 from streammap.schedule import Compute, Job
 from streammap.segments import Row
 from streammap.spec import DTYPE_BITS, FLOATS, TensorSpec
@@ -183,7 +184,7 @@ def _patched(patch: pytest.MonkeyPatch, form: Form, room: Room) -> Memory:
         members = [m.longest if isinstance(m, BlockMap) else STRIP for m in term.maps if m]
         least = max(least, 2 * 8 * math.prod(members))
     patch.setattr(memory, "CHUNK_NBYTES", max(room.chunk, least))
-    patch.setattr(program, "STRIP", STRIP)
+    patch.setattr(recipe, "STRIP", STRIP)
     patch.setattr(worker, "Buffer", poisoned)
     patch.setattr(evaluate, "Buffer", poisoned)
     return _memory(max(room.tile, least), room.dense)
@@ -256,7 +257,7 @@ def test_every_part_of_a_job_stays_within_its_limits(drawn: Drawn, room: Room) -
         for job in _jobs(form, given, at_work):
             assert job.nbytes <= limits.out_nbytes
             if isinstance(job, Compute):
-                found = job.recipe.program(limits.chunk_nbytes)
+                found = compiler.program(job.recipe, limits.chunk_nbytes)
                 assert found.read_nbytes <= limits.read_nbytes
                 assert found.work_nbytes <= limits.work_nbytes
                 _follow(found, job, limits)

@@ -11,7 +11,6 @@ import streammap
 PACKAGE = Path(streammap.__file__).parent
 FLOORS = (
     (
-        "clioptions",
         "errors",
         "events",
         "inference.configchanges",
@@ -34,10 +33,13 @@ FLOORS = (
         "tomlvalues",
     ),
     (
+        "buffers",
         "graph",
         "headmaps",
         "layout",
         "pattern",
+        "pullback",
+        "tiling",
         "tinymodels",
         "torchfile",
         "validation",
@@ -45,14 +47,20 @@ FLOORS = (
     (
         "architecture",
         "checkpoint",
+        "engine",
         "inference.probing",
+        "memory",
         "output",
-        "tiling",
+        "program",
+        "recipe",
     ),
     (
+        "clioptions",
+        "compiler",
+        "devices",
         "dimmaps",
-        "evaluate",
         "inference.anatomy",
+        "kernels",
         "layers",
         "mapfile",
         "scheme",
@@ -61,16 +69,20 @@ FLOORS = (
     ),
     (
         "inference.solving",
+        "schedule",
         "specfile",
     ),
     (
         "catalogue",
         "inference.meanings",
+        "worker",
     ),
     (
+        "evaluate",
         "inference.spectext",
         "listing",
         "model",
+        "pipeline",
     ),
     (
         "axisfacts",

@@ -22,7 +22,7 @@ def test_a_config_that_transformers_refuses_is_refused(
         import transformers  # noqa: F401
     else:
         monkeypatch.delitem(sys.modules, "transformers", raising=False)
-    with pytest.raises(PlanError, match="transformers would refuse the result.*hidden size"):
+    with pytest.raises(PlanError, match=r"transformers would refuse the result.*hidden size"):
         validation.check(GOOD, BAD, nbytes=2 * 10**9)
     validation.check(GOOD, {**GOOD, "hidden_size": 128}, nbytes=2 * 10**9)
     validation.check(BAD, {**BAD, "num_hidden_layers": 2}, nbytes=2 * 10**9)
