@@ -243,11 +243,9 @@ class _Writer:
         if isinstance(part[self._dim].m, DenseMap):
             self._ops.append(Op("copy", to, (staged,)))
             return
-        at = 0
-        for start, end in part[self._dim].pulled.ranges:
-            place = to.narrow(self._dim, at, at + end - start)
-            self._ops.append(Op("copy", place, (staged.narrow(self._dim, start, end),)))
-            at += end - start
+        for move in _side_by_side(part[self._dim].pulled.ranges):
+            place = to.blocks(self._dim, move, source=False)
+            self._ops.append(Op("copy", place, (staged.blocks(self._dim, move, source=True),)))
 
     def _map(self, dim: Dim, held: View, to: View, d: int) -> float:
         """Apply a dimension's map; gives a factor that is still to be applied."""
@@ -347,6 +345,22 @@ class _Writer:
         self._used += -(-nbytes // _ALIGN_NBYTES) * _ALIGN_NBYTES
         self._peak = max(self._peak, self._used)
         return contiguous(WORK, dtype, offset, shape)
+
+
+def _side_by_side(ranges: Sequence[Range]) -> Iterator[Segment]:
+    """The moves that put ranges one after the other: one, where they are alike and evenly apart."""
+    steps = {b[0] - a[0] for a, b in itertools.pairwise(ranges)}
+    lengths = {end - start for start, end in ranges}
+    if len(steps) <= 1 and len(lengths) == 1:
+        (length,) = lengths
+        yield Segment(
+            0, length, ranges[0][0], max(steps, default=0), len(ranges), length, 1.0, False
+        )
+        return
+    at = 0
+    for start, end in ranges:
+        yield Segment(at, 0, start, 0, 1, end - start, 1.0, False)
+        at += end - start
 
 
 def _alike(a: Segment, b: Segment) -> bool:

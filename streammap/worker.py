@@ -100,7 +100,7 @@ class Worker:
         return self._programs.of(job.recipe, job.kind, limits.chunk_nbytes)
 
     def _compute(self, job: Compute, out: Buffer) -> None:
-        program = self._program(job)
+        program = self._program(job)  # a lookup: `parts` made it
         requests = job.recipe.requests
         chosen = [self._place(request) for request in requests]
         places = tuple(place for place, _ in chosen)
