@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from streammap.version import VERSION
 
@@ -288,12 +287,6 @@ def megabytes(value: float) -> str:
 def mebibytes(value: float) -> str:
     """Bytes as MiB."""
     return f"{value / 2**20:.1f}"
-
-
-def last_json(said: str) -> dict[str, Any]:
-    """The JSON object that a process printed last, on one line."""
-    found: dict[str, Any] = json.loads(said.splitlines()[-1])
-    return found
 
 
 def _processor() -> str:

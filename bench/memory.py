@@ -1,14 +1,16 @@
 """What a run adds to its process beside torch, and what its plan says: over sizes and operations.
 
-    python -m bench.memory [--runs 5] [--folder DIR] [--quick] [--all] [--plot FILE.svg]
+    python -m bench.memory [--runs 5] [--folder DIR] [--quick] [--all] [--large-runs N] [--plot F]
 
 Prints, for each run, VmHWM above `import torch` and the planned peak, in MiB. One thing is changed
 at a time: the operation, the memory asked for, the checkpoint's size (of source and result the
 larger one), its largest tensor, the size of shards; --all takes every combination. Sources are
-sparse files; results are real, 10 GB at a time, and removed after each run.
+sparse files; results are real, 10 GB at a time, and removed after each run. --large-runs 1 runs the
+cases of 3 GB and more once, and says so.
 """
 
 import argparse
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ DEFAULT = "default"
 MEMORIES = (DEFAULT, "32MiB")
 MARKS = {DEFAULT: 64, "32MiB": 48}
 """MiB above torch that a run should stay below."""
+LARGE = 3.0
 _SHRUNK = {"decoalesce width 2": 1024, "decoalesce and blend": 1024, "hidden =SIZE": 1536}
 """Hidden size of the source, where the result is the larger one; 2048 is that of the others."""
 
@@ -82,7 +85,7 @@ def made(folder: Path, model: models.Llama) -> Path:
     return path if path.exists() else models.make(path, model, shards=1)
 
 
-def command(case: Case, scale: float, folder: Path) -> Command:
+def command(case: Case, scale: float, folder: Path, large_runs: int | None) -> Command:
     """The process of a case."""
     source = source_of(case, scale, folder)
     whole = source_of(Case("copy", case.size, case.largest), scale, folder)
@@ -104,13 +107,15 @@ def command(case: Case, scale: float, folder: Path) -> Command:
     if case.operation in ("interpolate", "decoalesce and blend"):
         more = {"blend": whole, "alpha": 0.3}
     argv = harness.job(source, output, steps=steps[case.operation], save=save, **more)
-    return Command(argv, (output,))
+    most = large_runs if case.size >= LARGE else None
+    return Command(argv, (output,), most_runs=most)
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     parser.add_argument("--all", action="store_true", help="every combination")
     parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the table, too")
+    parser.add_argument("--large-runs", type=int, metavar="N", help="runs of cases of 3 GB or more")
 
 
 def main(options: Options) -> None:
@@ -118,7 +123,8 @@ def main(options: Options) -> None:
     scale = 0.05 if options.quick else 1.0
     harness.need(options.folder, 12e9 * scale)
     chosen = list(cases(every=options.given.all))
-    commands = {case.title: command(case, scale, options.folder) for case in chosen}
+    large = options.given.large_runs
+    commands = {case.title: command(case, scale, options.folder, large) for case in chosen}
     results = harness.alternate(commands, options.runs)
     harness.print_head(
         "Memory of a run beside torch: VmHWM above `import torch`, MiB",
@@ -128,12 +134,13 @@ def main(options: Options) -> None:
     for case in chosen:
         added, planned = (results.json(case.title, key) for key in ("added", "planned"))
         runs = results.runs[case.title].values()
-        most = max(harness.last_json(run.said)["added"] for run in runs)
+        most = max(json.loads(run.said)["added"] for run in runs)
         written = results.json(case.title, "written")
         rows.append((
             case.operation, f"{case.size * scale:.3g}", f"{case.largest * scale:.3g}",
             f"{case.shard * scale:.3g}", f"{written / 1e9:.2f}", case.memory,
             f"{mebibytes(added)} ({mebibytes(most)})", mebibytes(planned),
+            "" if len(runs) == options.runs else f"{len(runs)} run",
             "above plan" if most > planned else "",
             f"above {MARKS[case.memory]}" if most > MARKS[case.memory] * 2**20 else "",
         ))  # fmt: skip
@@ -141,7 +148,7 @@ def main(options: Options) -> None:
         bars.append(plot.Bar(name, added / 2**20, planned / 2**20))
     columns = (
         "operation", "size GB", "largest tensor GB", "shard GB", "written GB", "memory",
-        "measured MiB", "planned MiB", "", "",
+        "measured MiB", "planned MiB", "", "", "",
     )  # fmt: skip
     harness.print_table(columns, rows)
     if options.given.plot is not None:

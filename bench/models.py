@@ -1,6 +1,6 @@
 """Checkpoints that the benchmarks measure on: Llama, GPT-2 and DeepSeek-V3 by their layout.
 
-    python -m bench.models FOLDER KIND NAME=NUMBER...    makes one, prints nothing
+    python -m bench.models FOLDER KIND NAME=NUMBER...    makes one, prints its tensors and bytes
 
 KIND is llama, gpt2 or moe; NAME=NUMBER are the fields of its class below. With shards=N the files
 have real headers and holes for bytes (they read as zeros and take no disk), else random values. It
@@ -216,11 +216,20 @@ def llama_of(size: float, *, hidden: int = 2048, largest: float = 0.1e9) -> Llam
 
 def make(folder: Path, model: Llama | GPT2 | Moe, *, seed: int = 0, shards: int = 0) -> Path:
     """Make a checkpoint in a process of its own, sparse where `shards` is not 0; its folder."""
+    made(folder, model, seed=seed, shards=shards)
+    return folder
+
+
+def made(
+    folder: Path, model: Llama | GPT2 | Moe, *, seed: int = 0, shards: int = 0
+) -> tuple[int, int]:
+    """The same; gives the number of tensors and their bytes."""
     kind = next(name for name, known in KINDS.items() if isinstance(model, known))
     fields = [f"{name}={getattr(model, name)}" for name in model.__dataclass_fields__]
     argv = (harness.PYTHON, "-m", "bench.models", folder, kind, *fields)
-    harness.run((*argv, f"seed={seed}", f"shards={shards}"))
-    return folder
+    said = harness.run((*argv, f"seed={seed}", f"shards={shards}")).said
+    n, size = (int(word) for word in said.split())
+    return n, size
 
 
 def weights(folder: Path) -> list[Path]:
@@ -275,6 +284,7 @@ def main() -> None:
         _write_sparse(Path(folder), model, shards)
     else:
         _write_random(Path(folder), model, seed)
+    print(len(model.shapes), nbytes(model))
 
 
 if __name__ == "__main__":

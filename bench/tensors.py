@@ -3,9 +3,9 @@
     python -m bench.tensors [--runs 5] [--folder DIR] [--quick]
 
 Prints, for mixtures of experts of 1,000 to 100,000 small tensors (sparse files), whole processes of
-`plan coalesce --width 2` and `coalesce --width 2`, and what they take for each tensor: seconds less
-those of an interpreter (plans import no torch) or of `import torch`, memory likewise. Then the plan
-of a DeepSeek-V3-like checkpoint of 1 TB.
+`plan coalesce --width 2` and of coalescing so, and what they take for each tensor: a plan, which
+imports no torch, beside an interpreter; a run beside torch (bench/job.py). Then the plan of a
+DeepSeek-V3-like checkpoint of 1 TB.
 """
 
 from bench import harness, models
@@ -26,20 +26,22 @@ def main(options: Options) -> None:
     commands = {"import torch": Command(IMPORT), _START: Command(harness.PASS)}
     counts: dict[str, int] = {}
     out = options.folder / "out"
+    folder = options.folder
     for layers, experts in SIZES[: 1 if options.quick else None]:
         model = models.Moe(**SMALL, **LORA, layers=layers, experts=experts)
-        n = len(model.shapes)
-        source = models.make(options.folder / str(n), model, shards=1 if n < 5000 else 8)
-        for title, words, outputs in (
-            (f"{PLAN}, {n:,}", ("plan", "coalesce", source, "--width", 2), ()),
-            (f"{RUN}, {n:,}", ("coalesce", source, out, "--width", 2, "--no-fsync"), (out,)),
-        ):
-            counts[title] = n
-            commands[title] = Command((*STREAMMAP, *words, "--json"), outputs)
+        # Counted by the process that makes it: keys of 100,000 tensors would swell this one.
+        source = folder / f"{layers}-{experts}"
+        n, _ = models.made(source, model, shards=8)
+        plan, run = f"{PLAN}, {n:,}", f"{RUN}, {n:,}"
+        counts |= {plan: n, run: n}
+        commands[plan] = Command((*STREAMMAP, "plan", "coalesce", source, "--width", 2, "--json"))
+        steps = (("coalesce", {"width": 2}),)
+        commands[run] = Command(harness.job(source, out, steps=steps), (out,))
     large = models.Moe(**SMALL, **LORA, layers=10, experts=40) if options.quick else LARGE
-    source = models.make(options.folder / "large", large, shards=160)
-    title = f"{PLAN}, {models.nbytes(large) / 1e12:.1f} TB, {len(large.shapes):,}"
-    counts[title] = len(large.shapes)
+    source = folder / "large"
+    n, nbytes = models.made(source, large, shards=160)
+    title = f"{PLAN}, {nbytes / 1e12:.1f} TB, {n:,}"
+    counts[title] = n
     commands[title] = Command((*STREAMMAP, "plan", "coalesce", source, "--width", 2, "--json"))
     results = harness.alternate(commands, options.runs)
     harness.print_head(
@@ -48,14 +50,16 @@ def main(options: Options) -> None:
     )  # fmt: skip
     rows = []
     for title, n in counts.items():
-        less = _START if title.startswith(PLAN) else "import torch"
-        added = results.peak(title, less)
-        planned = "" if less == _START else megabytes(results.json(title, "planned_nbytes"))
+        if title.startswith(PLAN):
+            wall, cpu = results.wall(title, _START), results.cpu(title, _START)
+            added, planned = results.peak(title, _START), ""
+        else:
+            wall, cpu, added = (results.json(title, key) for key in ("seconds", "cpu", "added"))
+            planned = megabytes(results.json(title, "planned"))
         rows.append((
             f"{title} tensors", decimals(results.wall(title)), decimals(results.cpu(title)),
-            megabytes(results.peak(title)), decimals(1e6 * results.wall(title, less) / n, 0),
-            decimals(1e6 * results.cpu(title, less) / n, 0), f"{added / 1e3 / n:.1f}",
-            megabytes(added), planned,
+            megabytes(results.peak(title)), decimals(1e6 * wall / n, 0),
+            decimals(1e6 * cpu / n, 0), f"{added / 1e3 / n:.1f}", megabytes(added), planned,
         ))  # fmt: skip
     rows += [
         (title, decimals(results.wall(title)), decimals(results.cpu(title)),

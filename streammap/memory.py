@@ -1,7 +1,7 @@
 """How much memory a run takes: fixed before it begins, whatever the model's size.
 
     base       streammap's modules and torch's kernels, once they are used
-    tensors    a few hundred bytes of bookkeeping for each
+    tensors    the plan, and bookkeeping of the run: about 2 kB for each
     matrices   dense maps, which are held
     workers    each: a few places for parts of sources, a tile of the result, and scratch
 
@@ -20,8 +20,9 @@ from streammap.graph import Form
 from streammap.maps import BlockMap, DenseMap
 
 BASE_NBYTES = 14 * 2**20
-"""Measured: 8 to 12 MiB; tests/test_memory.py holds runs to it."""
-TENSOR_NBYTES = 1280
+"""Measured, with room to spare; tests/test_memory.py holds runs to it."""
+TENSOR_NBYTES = 2200
+"""What a plan and its run keep for each tensor; bench/tensors.py prints it."""
 PRODUCT_NBYTES = 10 * 2**20
 """What the library of matrix products keeps for each thread; measured."""
 MAX_TILE_NBYTES = 2 * 2**20

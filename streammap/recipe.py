@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import final
 
 from streammap import graph, pullback
@@ -115,12 +116,12 @@ class Recipe:
             for part in parts
         )
 
-    @property
+    @cached_property
     def is_dense(self) -> bool:
         """Whether a matrix is multiplied with."""
         return any(isinstance(d.m, DenseMap) for parts in self.parts for d in parts[0])
 
-    @property
+    @cached_property
     def structure(self) -> object:
         """Equal for tiles of forms that are `alike` and have the same program."""
         return (
@@ -133,7 +134,7 @@ class Recipe:
             ),
         )
 
-    @property
+    @cached_property
     def requests(self) -> tuple[Request, ...]:
         """What is read, in the order in which the program does."""
         return tuple(

@@ -240,6 +240,53 @@ def test_a_scalar_is_computed_like_any_tensor(dtype: torch.dtype) -> None:
     assert torch.equal(got, torch.tensor(11.5, dtype=dtype))
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("n_in", [1, 2, 3, 4, 5, 6, 7, 9])
+def test_a_dense_map_takes_its_source_in_strips(n_in: int, dim: int) -> None:
+    torch.manual_seed(n_in)
+    shape = [3, 4, 2]
+    shape[dim] = n_in
+    m = DenseMap(torch.randint(-4, 5, (5, n_in)).float())
+    for dtype in (torch.float32, torch.bfloat16):
+        source = Held()
+        parts = [torch.randint(-4, 5, shape).to(dtype) for _ in range(2)]
+        dims = [m if d == dim else None for d in range(3)]
+        one = graph.map_dims(source.load(parts[0]), dims)
+        two = graph.combine([(0.5, one), (0.5, graph.map_dims(source.load(parts[1]), dims))])
+        for form, x in ((one, parts[0].double()), (two, (parts[0].double() + parts[1]) / 2)):
+            wanted = oracle.along(x, m.matrix.double(), dim).to(dtype)
+            for room in ROOMS:
+                assert torch.equal(_read(form, room), wanted)
+
+
+@pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
+def test_rows_of_many_and_of_few_members_are_cut_alike(dims: tuple[int, ...]) -> None:
+    rows: tuple[Row, ...] = (
+        (),
+        ((3, 1.0),),
+        ((0, 1.0), (5, 1.0)),
+        tuple((j, 0.5) for j in (*range(8),)),
+    )
+    x = torch.arange(64 * 8.0).view(8, 64)
+    x = x.T if dims == (1,) else x
+    maps_of = [BlockMap(rows, 8, x.shape[d] // 8) if d in dims else None for d in (0, 1)]
+    form = graph.map_dims(Held().load(x), maps_of)
+    wanted = _mapped(x.double(), maps_of, absolute=False)
+    for room in ROOMS:
+        assert torch.equal(_read(form, room).double(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
+    """Masks are full of infinities, and blended like all else."""
+    source = Held()
+    x = torch.tensor([math.inf, -math.inf, 1.0, math.inf, math.nan, -0.0], dtype=dtype)
+    y = torch.tensor([1.0, -math.inf, math.inf, -math.inf, 1.0, -0.0], dtype=dtype)
+    form = graph.combine([(0.75, source.load(x)), (0.25, source.load(y))])
+    wanted = (0.75 * x.double() + 0.25 * y.double()).to(dtype)
+    torch.testing.assert_close(_read(form), wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def _jobs(form: Form, given: Memory, of: Worker) -> Iterator[Job]:
     for bundle in schedule.bundles({"": form}, [("", Slot("", form.spec, 0))], given):
         for job in bundle:

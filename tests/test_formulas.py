@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import streammap
-from streammap import tiling
+from streammap import memory, recipe
 from streammap.api import LazyCheckpoint
 from streammap.planner import Rule
 from tests import oracle, tiny
@@ -162,9 +162,14 @@ def saved(place: Path, state: State, config: Config | None) -> LazyCheckpoint:
     return streammap.open(tiny.write(place, state, config))
 
 
-def read(result: LazyCheckpoint, tile_nbytes: int = tiling.TILE_NBYTES) -> State:
+def read(result: LazyCheckpoint, tile_nbytes: int | None = None) -> State:
+    """All tensors, computed in tiles and chunks of a few hundred bytes where these are given."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiling, "TILE_NBYTES", tile_nbytes)
+        if tile_nbytes is not None:
+            patch.setattr(memory, "MAX_TILE_NBYTES", tile_nbytes)
+            patch.setattr(memory, "MIN_TILE_NBYTES", tile_nbytes)
+            patch.setattr(memory, "CHUNK_NBYTES", 320)
+            patch.setattr(recipe, "STRIP", 4)
         return {key: result.read(key) for key in result.keys()}  # noqa: SIM118 a checkpoint's
 
 
@@ -279,7 +284,7 @@ def test_every_tensor_is_the_formula(name: str, data: st.DataObject, change: Cha
             tiny.write(Path(folder) / "target", big, None)
             target = streammap.open(Path(folder) / "target", config=big_config)
         result = applied(source, change, target)
-        tile_nbytes = data.draw(st.sampled_from((tiling.TILE_NBYTES, 40, 300)))
+        tile_nbytes = data.draw(st.sampled_from((None, 256, 1000)))
         assert_rounded_once(read(result, tile_nbytes), wanted, size, dtype)
         expected, _ = kind.make(after, 0)
         assert {k: tuple(x.shape) for k, x in expected.items()} == {
