@@ -16,7 +16,8 @@ from types import ModuleType
 from streammap import optional
 from streammap.errors import PlanError
 
-_LARGE_NBYTES = 10**9
+_LARGE_NBYTES = 10**10
+"""What takes longer to write than the seconds that transformers takes to import."""
 _MOST_SECONDS = 60.0
 
 

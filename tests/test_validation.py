@@ -23,15 +23,15 @@ def test_a_config_that_transformers_refuses_is_refused(
     else:
         monkeypatch.delitem(sys.modules, "transformers", raising=False)
     with pytest.raises(PlanError, match=r"transformers would refuse the result.*hidden size"):
-        validation.check(GOOD, BAD, nbytes=2 * 10**9)
-    validation.check(GOOD, {**GOOD, "hidden_size": 128}, nbytes=2 * 10**9)
-    validation.check(BAD, {**BAD, "num_hidden_layers": 2}, nbytes=2 * 10**9)
+        validation.check(GOOD, BAD, nbytes=2 * 10**10)
+    validation.check(GOOD, {**GOOD, "hidden_size": 128}, nbytes=2 * 10**10)
+    validation.check(BAD, {**BAD, "num_hidden_layers": 2}, nbytes=2 * 10**10)
 
 
 def test_the_process_that_asks_does_not_import_transformers(tmp_path: Path) -> None:
     code = (
         "import sys; from streammap import validation\n"
-        f"validation.check({GOOD}, {{**{GOOD}, 'hidden_size': 128}}, nbytes=2 * 10**9)\n"
+        f"validation.check({GOOD}, {{**{GOOD}, 'hidden_size': 128}}, nbytes=2 * 10**10)\n"
         "sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
