@@ -42,7 +42,8 @@ def commands(folder: Path, dense_runs: int) -> dict[str, Command]:
         floor = (PYTHON, "-I", "-S", "bench/floor.py", out, writes, *sources)
         made[title + FLOOR] = Command(floor, (out,), sources, writes)
     dense = (PYTHON, "-m", "bench.dense", big_file, out)
-    made[DENSE] = Command(dense, (out,), (big_file,), little, most_runs=dense_runs)
+    if dense_runs:
+        made[DENSE] = Command(dense, (out,), (big_file,), little, most_runs=dense_runs)
     return made
 
 

@@ -151,7 +151,12 @@ class _Writer:
             len(parts) * len(term.blend)
             for term, parts in zip(self._form.terms, self._parts, strict=True)
         )
-        if n_requests > N_PLACES:  # they can't all be kept until the last chunk
+        dense = any(
+            isinstance(dim.m, DenseMap)
+            for parts in self._parts
+            for dim in parts[0][: self._dim + 1]
+        )
+        if dense or n_requests > N_PLACES:  # parts are added up, or can't all be kept
             return [(0, n)]
         item = DTYPE_BITS[self._form.accumulator] // 8
         largest = max(math.prod(d.pulled.n_in for d in part) for (part,) in self._parts) * item

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from streammap.maps import AxisMap, BlockMap
 
-_MAX_CUTS = 256
+_MAX_CUTS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,7 @@ class _Orbit:
 
 @lru_cache(maxsize=256)
 def _orbits(dims: tuple[AxisMap | None, ...], n: int, rows: int) -> tuple[_Orbit, ...]:
-    """A dimension of n units of the result, cut where long runs of any of its maps begin or end.
-
-    Runs of fewer than `rows` units are not told apart.
-    """
+    """A dimension of n units of the result, cut where runs of any of its maps begin or end."""
     blocks = [m for m in dims if isinstance(m, BlockMap)]
     places = {0, n} if rows > 1 else set(range(n + 1))
     if rows > 1:
@@ -130,10 +127,17 @@ def _orbits(dims: tuple[AxisMap | None, ...], n: int, rows: int) -> tuple[_Orbit
 
 
 def _cuts(m: BlockMap, rows: int) -> Iterator[int]:
-    """Units of the result where a run begins or ends, or where its source is where another's is."""
-    runs = [s for s in m.segments if s.count == 1 and s.length >= rows and s.coefficient != 0.0]
-    ends = sorted({end for s in runs for end in (s.in_start, s.in_start + s.length)})
-    for s in runs:
-        first, last = bisect_left(ends, s.in_start), bisect_right(ends, s.in_start + s.length)
-        for end in ends[first:last]:
-            yield s.out_start + end - s.in_start
+    """Units of the result where a run begins or ends, or where its source is where another's is.
+
+    Blocks that alternate within `rows` units are no runs of their own: tiles hold them together.
+    """
+    runs = [
+        (s.out_start + k * s.out_step, s.in_start + k * s.in_step, s.length)
+        for s in m.segments
+        if s.coefficient != 0.0 and (s.count == 1 or s.out_step > rows)
+        for k in range(s.count)
+    ]
+    ends = sorted({end for _, at, length in runs for end in (at, at + length)})
+    for start, at, length in runs:
+        for end in ends[bisect_left(ends, at) : bisect_right(ends, at + length)]:
+            yield start + end - at

@@ -422,14 +422,25 @@ def n_threads(request: pytest.FixtureRequest) -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-def test_a_run_leaves_torch_and_no_thread(plain: Path, tmp_path: Path, n_threads: int) -> None:
-    during: set[int] = set()
-    lazy = MAKES["decoalesce"](plain)
-    lazy.save(
+def test_a_run_leaves_torch_and_no_thread(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_threads: int
+) -> None:
+    told: list[int] = []
+    done: list[tuple[str, int]] = []
+    do = Worker.do
+
+    def doing(self: Worker, job: Job, out: Buffer) -> None:
+        done.append((threading.current_thread().name, torch.get_num_threads()))
+        do(self, job, out)
+
+    monkeypatch.setattr(Worker, "do", doing)
+    MAKES["decoalesce"](plain).save(
         tmp_path / "out", fsync=False, threads=n_threads,
-        progress=lambda event: during.add(torch.get_num_threads()),
+        progress=lambda event: told.append(torch.get_num_threads()),
     )  # fmt: skip
-    assert during == {1, 3}
+    assert set(told) == {1, 3}  # while it runs, and before and afterwards
+    assert {n for _, n in done} == {1}
+    assert {name for name, _ in done} <= {f"streammap-{i}" for i in range(n_threads)}
 
 
 @pytest.mark.parametrize("after", [0, 7])
@@ -499,10 +510,10 @@ def test_a_failed_run_leaves_what_was_there(
     assert tiny.tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("reader", ["pread", "mmap"])
+@pytest.mark.parametrize(("reader", "threads"), [("pread", 1), ("pread", 4), ("mmap", 1)])
 def test_a_source_that_is_cut_short_during_a_run_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_threads: int,
-    cut: Callable[[Cut], None], reader: streammap.engine.Reader,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: Callable[[Cut], None],
+    reader: streammap.engine.Reader, threads: int,
 ) -> None:  # fmt: skip
     source = tiny.write(tmp_path / "big", tiny.bert(BIG), tiny.bert_config(BIG))
     file, do, times = source / "model.safetensors", Worker.do, iter(range(10**9))
@@ -513,11 +524,11 @@ def test_a_source_that_is_cut_short_during_a_run_is_named(
         do(self, job, out)
 
     monkeypatch.setattr(Worker, "do", doing)
-    cut(Cut(4096, 4096))
+    cut(Cut(3000, 3000))
     lazy = streammap.open(source).decoalesce(width=2)
     told = "ended at byte" if reader == "pread" else "bytes, it had"
     with pytest.raises(CheckpointError, match=f"{re.escape(str(file))}: .*{told}"):
-        save(lazy, tmp_path / "out", threads=n_threads, reader=reader)
+        save(lazy, tmp_path / "out", threads=threads, reader=reader)
     assert [path.name for path in tmp_path.iterdir()] == ["big"]
 
 

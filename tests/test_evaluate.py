@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -207,11 +207,13 @@ def assert_rounded_once(got: Tensor, drawn: Drawn) -> None:
 
 
 @given(drawn_forms(RANDOM), st.sampled_from(ROOMS))
+@settings(max_examples=settings().max_examples * 3)
 def test_a_form_read_by_tiles_is_the_dense_product(drawn: Drawn, room: Room) -> None:
     assert_rounded_once(_read(drawn.form, room), drawn)
 
 
 @given(drawn_forms(EXACT), st.sampled_from(ROOMS))
+@settings(max_examples=settings().max_examples * 3)
 def test_where_sums_are_exact_the_result_is_too(drawn: Drawn, room: Room) -> None:
     got = _read(drawn.form, room)
     assert torch.equal(got, drawn.wanted.to(got.dtype))
@@ -294,6 +296,7 @@ def _jobs(form: Form, given: Memory, of: Worker) -> Iterator[Job]:
 
 
 @given(drawn_forms(RANDOM), st.sampled_from(ROOMS))
+@settings(max_examples=settings().max_examples * 3)
 def test_every_part_of_a_job_stays_within_its_limits(drawn: Drawn, room: Room) -> None:
     form = drawn.form
     with pytest.MonkeyPatch.context() as patch:

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -115,6 +115,7 @@ def product(pulled: Pullback, n_out: int) -> Rows:
 
 
 @given(pulls())
+@settings(max_examples=settings().max_examples * 4)
 def test_a_range_is_pulled_back_to_the_rows_of_the_matrix(
     pull: tuple[BlockMap, int, int],
 ) -> None:
@@ -141,6 +142,7 @@ def assert_few_reads(pulled: Pullback, m: BlockMap, rows: Range, unit_nbytes: in
 
 
 @given(pulls(), st.data())
+@settings(max_examples=settings().max_examples * 4)
 def test_a_part_of_a_range_is_made_of_what_was_pulled_for_all_of_it(
     pull: tuple[BlockMap, int, int], data: st.DataObject
 ) -> None:
@@ -194,6 +196,7 @@ def tensors(draw: st.DrawFn) -> tuple[tuple[int, ...], list[list[AxisMap | None]
 
 
 @given(tensors())
+@settings(max_examples=settings().max_examples * 4)
 def test_bundles_cover_every_element_once(
     drawn: tuple[tuple[int, ...], list[list[AxisMap | None]], Cut],
 ) -> None:
@@ -232,6 +235,7 @@ def copies(draw: st.DrawFn) -> BlockMap:
 
 
 @given(st.data(), copies(), copies())
+@settings(max_examples=settings().max_examples * 4)
 def test_tiles_in_a_bundle_are_made_of_the_same_units(
     data: st.DataObject, rows: BlockMap, columns: BlockMap
 ) -> None:
