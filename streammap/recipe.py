@@ -19,7 +19,9 @@ from streammap.spec import DTYPE_BITS
 from streammap.tiling import Tile
 
 STRIP = 512
-"""Units that a dense map takes in at once."""
+"""Units that a dense map takes in at once, at most."""
+_STRIP_NBYTES = 2**19
+"""Or fewer, where a unit has many bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +165,9 @@ def _parts(term: Term, tile: Tile, item: int) -> tuple[Part, ...]:
             continue
         rows = (tile.start, tile.end) if dim == last else (tile.prefix[dim], tile.prefix[dim] + 1)
         if isinstance(m, DenseMap):
-            strips = [((at, min(at + STRIP, n)),) for at in range(0, n, STRIP)]
+            unit = math.prod(source[dim + 1 :]) * item
+            step = max(1, min(STRIP, _STRIP_NBYTES // unit))
+            strips = [((at, min(at + step, n)),) for at in range(0, n, step)]
             choices.append([Dim(m, Pullback(strip, None), rows) for strip in strips])
         else:
             unit = math.prod(source[dim + 1 :]) * item

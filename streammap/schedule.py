@@ -191,10 +191,12 @@ def cut_of(form: Form, limits: Limits) -> Cut:
     spec = form.spec
     if not spec.shape or spec.n_elements == 0:
         return Cut(0, 1)
-    for dim in range(len(spec.shape)):
+    heaviest = [_heaviest([maps[d] for maps in _maps(form)]) for d in range(len(spec.shape))]
+    for dim, n in enumerate(spec.shape):
         rows = _rows(spec, dim, limits)
         while rows:
-            tile = tiling.tile_at(spec.shape, (0,) * dim, 0, rows)
+            start = min(heaviest[dim], n - rows)
+            tile = tiling.tile_at(spec.shape, tuple(heaviest[:dim]), start, start + rows)
             if fits(compiler.program(Recipe(form, tile), limits.chunk_nbytes), limits):
                 return Cut(dim, _aligned(form, dim, rows))
             rows //= 2
@@ -202,6 +204,16 @@ def cut_of(form: Form, limits: Limits) -> Cut:
         f"a number of {spec} takes more than {limits.read_nbytes} bytes",
         hint="give the run more memory",
     )
+
+
+def _heaviest(dims: list[AxisMap | None]) -> int:
+    """The unit that is made of the most."""
+    counts: dict[int, int] = {}
+    for m in dims:
+        if isinstance(m, BlockMap) and m.longest > 1:
+            for i, row in enumerate(m.rows):
+                counts[i * m.block] = counts.get(i * m.block, 0) + len(row)
+    return max(counts, key=counts.__getitem__, default=0)
 
 
 def fits(program: Program, limits: Limits) -> bool:

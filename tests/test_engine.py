@@ -394,11 +394,11 @@ class BrokenError(Exception):
 
 
 def failing(call: Callable[..., int], error: BaseException, *, after: int) -> Callable[..., int]:
-    """A call that fails from its n-th time on."""
+    """A call that fails once, after it was done some times."""
     times = iter(range(10**9))
 
     def failed(*args: object) -> int:
-        if next(times) >= after:
+        if next(times) == after:
             raise error
         return call(*args)
 
@@ -473,7 +473,7 @@ def test_an_error_in_a_kernel_ends_the_run(
     bind, times = kernels.bind, iter(range(10**9))
 
     def bound(*args: object, **named: object) -> object:
-        if next(times) >= after:
+        if next(times) == after:
             return failing(len, BrokenError("no such kernel"), after=0)
         return bind(*args, **named)  # type: ignore[arg-type]
 
