@@ -36,10 +36,13 @@ class Tile:
         return math.prod(self.shape)
 
     def halves(self) -> tuple["Tile", "Tile"] | None:
-        """The same part as two tiles; None where it is one row already."""
+        """The same part as two tiles, a single row cut across; None for one number."""
         n = self.end - self.start
-        if n < 2:
+        if n < 2 and len(self.shape) < 2:
             return None
+        if n < 2:
+            row = Tile((*self.prefix, self.start), 0, self.shape[1], self.offset, self.shape[1:])
+            return row.halves()
         middle = self.start + n // 2
         row = self.n_elements // n
         rest = self.shape[1:]
