@@ -73,7 +73,7 @@ class _Writer:
     def written(self) -> Program:
         """The program."""
         out = contiguous(OUT, self._form.spec.dtype, 0, self._shape)
-        if not self._moved(out) and not self._blended(out):
+        if not self._moved(out):
             self._summed(out)
         return Program(tuple(self._ops), self._peak, self._largest)
 
@@ -103,26 +103,6 @@ class _Writer:
                 if segment.coefficient != 0.0:
                     at = at.blocks(d, segment, source=True)
             self._put(to, at, factor)
-        return True
-
-    def _blended(self, out: View) -> bool:
-        """Two whole tensors in bfloat16 with weights that add up to 1: one kernel.
-
-        It computes in float32 and rounds once, without float32 copies of either. In float32 itself
-        it would not give the bits of the general way, which a chain of operators takes.
-        """
-        form = self._form
-        term = form.terms[0]
-        if len(form.terms) > 1 or len(term.blend) != 2 or any(m is not None for m in term.maps):
-            return False
-        (first, a), (second, b) = term.blend
-        if first + second != 1.0 or graph.is_constant(a) or graph.is_constant(b):
-            return False
-        if {a.spec.dtype, b.spec.dtype, form.spec.dtype} != {"BF16"}:
-            return False
-        (part,) = self._parts[0]
-        pair = self._read(a, part), self._read(b, part)
-        self._ops.append(Op("lerp", out, pair, number=second))
         return True
 
     def _summed(self, out: View) -> None:

@@ -50,8 +50,6 @@ def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap
             return partial(torch.mul, sources[0], op.number, out=out)
         case "add":
             return partial(torch.add, sources[0], sources[1], out=out)
-        case "lerp":
-            return partial(torch.lerp, sources[0], sources[1], op.number, out=out)
         case "fill":
             return partial(out.fill_, op.number)
         case "take":

@@ -14,9 +14,7 @@ from streammap.maps import DenseMap
 from streammap.pullback import Range
 from streammap.segments import Segment
 
-Kind = Literal[
-    "read", "copy", "mul", "add", "lerp", "fill", "matmul", "take", "scale", "put", "clear"
-]
+Kind = Literal["read", "copy", "mul", "add", "fill", "matmul", "take", "scale", "put", "clear"]
 OUT, WORK = -1, -2
 """Places of views beside those of requests, which count from 0."""
 
@@ -72,7 +70,7 @@ class Op:
     out: View
     sources: tuple[View, ...] = ()
     number: float = 0.0
-    """The factor of "mul", the weight of "lerp", the value of "fill"."""
+    """The factor of "mul", the value of "fill"."""
     indices: tuple[int, ...] = ()
     """Of "take", "put" (adds to them) and "clear": units of dimension 1 of a folded view."""
     numbers: tuple[float, ...] = ()
