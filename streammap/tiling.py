@@ -41,8 +41,8 @@ class Tile:
         if n < 2 and len(self.shape) < 2:
             return None
         if n < 2:
-            row = Tile((*self.prefix, self.start), 0, self.shape[1], self.offset, self.shape[1:])
-            return row.halves()
+            prefix = (*self.prefix, self.start)
+            return Tile(prefix, 0, self.shape[1], self.offset, self.shape[1:]).halves()
         middle = self.start + n // 2
         row = self.n_elements // n
         rest = self.shape[1:]
