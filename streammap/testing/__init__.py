@@ -1,0 +1,1 @@
+"""The public test kit: what launchers and storages can be tested against."""
