@@ -48,6 +48,9 @@ class LocalFile:
                     os.close(self._descriptor)
                     self._descriptor = None
                     raise
+                # Threads read in turn, which the kernel takes for random reads: of a file that is
+                # not in its cache 1.5 GB took 5 s without this, and 1.3 s with it.
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             return self._descriptor
 
     def check_unchanged(self) -> None:
