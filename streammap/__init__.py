@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, open
+    from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, load_into, open
     from streammap.errors import (
         ArchitectureError,
         CheckpointError,
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         StreammapError,
     )
     from streammap.executor import Report
+    from streammap.loading import LoadReport
     from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
     from streammap.version import VERSION as __version__
 
@@ -24,6 +25,7 @@ __all__ = [
     "DeiTMapper",
     "GPT2Mapper",
     "LazyCheckpoint",
+    "LoadReport",
     "OutputError",
     "PlanError",
     "Report",
@@ -33,10 +35,12 @@ __all__ = [
     "coalesce",
     "decoalesce",
     "interpolate",
+    "load_into",
     "open",
 ]
 _HOMES = {
-    "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "open"),
+    "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "load_into", "open"),
+    "loading": ("LoadReport",),
     "executor": ("Report",),
     "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
 }

@@ -69,12 +69,16 @@ FLOORS = (
     ),
     (
         "inference.solving",
+        "regions",
         "schedule",
+        "shards",
         "specfile",
     ),
     (
+        "assembly",
         "catalogue",
         "inference.meanings",
+        "modules",
         "worker",
     ),
     (
@@ -83,6 +87,7 @@ FLOORS = (
         "listing",
         "model",
         "pipeline",
+        "runtimenames",
     ),
     (
         "axisfacts",
@@ -102,9 +107,11 @@ FLOORS = (
         "inference.infer",
         "planner",
         "spaces",
+        "tensors",
     ),
     (
         "compensation",
+        "loading",
         "operators.permute",
     ),
     ("headsize",),
