@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from streammap import progress
     from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, load_into, open
     from streammap.errors import (
         ArchitectureError,
@@ -37,6 +38,7 @@ __all__ = [
     "interpolate",
     "load_into",
     "open",
+    "progress",
 ]
 _HOMES = {
     "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "load_into", "open"),
@@ -53,5 +55,7 @@ if not TYPE_CHECKING:
             return import_module("streammap.version").VERSION
         if name not in __all__:
             raise AttributeError(f"module 'streammap' has no attribute {name!r}")
+        if name == "progress":
+            return import_module("streammap.progress")
         home = next((module for module, names in _HOMES.items() if name in names), "errors")
         return getattr(import_module(f"streammap.{home}"), name)

@@ -235,7 +235,8 @@ def _device_of(tensor: Tensor) -> torch.device:
 
 
 def _is_same(a: torch.device, b: torch.device) -> bool:
-    return a.type == b.type and (b.index is None or a.index == b.index)
+    index: int | None = b.index
+    return a.type == b.type and (index is None or a.index == index)
 
 
 def refuse_lost(names: list[str]) -> None:

@@ -71,14 +71,13 @@ FLOORS = (
         "inference.solving",
         "regions",
         "schedule",
-        "shards",
         "specfile",
     ),
     (
         "assembly",
         "catalogue",
         "inference.meanings",
-        "modules",
+        "shards",
         "worker",
     ),
     (
@@ -86,6 +85,7 @@ FLOORS = (
         "inference.spectext",
         "listing",
         "model",
+        "modules",
         "pipeline",
         "runtimenames",
     ),
