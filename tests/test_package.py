@@ -21,6 +21,7 @@ FLOORS = (
     ),
     (
         "configfields",
+        "dcpmeta",
         "dtypes",
         "expression",
         "header",
@@ -34,6 +35,7 @@ FLOORS = (
     ),
     (
         "buffers",
+        "dcpstream",
         "graph",
         "headmaps",
         "layout",
@@ -44,6 +46,7 @@ FLOORS = (
         "torchfile",
         "validation",
     ),
+    ("dcpsource",),
     (
         "architecture",
         "checkpoint",
