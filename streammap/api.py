@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Unpack, final
 from streammap import executor, layout, mapfile, options, plan, tensors, validation
 from streammap.checkpoint import open_checkpoint
 from streammap.engine import MEMORY, EngineOptions, Reader, engine
+from streammap.errors import OutputError
 from streammap.events import Listener, nobody
-from streammap.executor import Report, Where
+from streammap.executor import FORMATS, Format, Report, Where
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
@@ -148,6 +149,8 @@ class LazyCheckpoint:
         max_shard_size: str | int = MAX_SHARD_SIZE,
         overwrite: bool = False,
         fsync: bool = True,
+        format: Format = "safetensors",
+        nest: str | None = None,
         progress: Listener = nobody,
         **options: Unpack[EngineOptions],
     ) -> Report:
@@ -158,6 +161,9 @@ class LazyCheckpoint:
             max_shard_size: "5GB" (10^9 bytes) or "500MiB" (2^20), or a number of bytes.
             overwrite: Whether an output that is there may be replaced.
             fsync: Whether to wait until the disk has it.
+            format: "safetensors", or "dcp" for a folder of torch.distributed.checkpoint.
+            nest: Entry that the tensors stand under in a DCP folder, such as "model"; by default
+                where they stood in the source, or at the top.
             progress: Called with each event of events.py.
             options: What the run may use, see engine.py: memory, threads, device, reader.
 
@@ -170,7 +176,9 @@ class LazyCheckpoint:
         side = self.plan.side
         before = None if side is None else side.config
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
-        where = Where(Path(output), size, overwrite, fsync, engine(options))
+        if format not in FORMATS:
+            raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+        where = Where(Path(output), size, overwrite, fsync, engine(options), format, nest)
         return executor.run(self.plan, where, progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":

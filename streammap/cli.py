@@ -116,6 +116,8 @@ def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str,
         max_shard_size=options["max_shard_size"],
         overwrite=options["overwrite"],
         fsync=not options["no_fsync"],
+        format=options["format"],
+        nest=options["nest"],
         progress=listener(title, quiet=quiet),
         **engine_of(options),
     )

@@ -27,6 +27,7 @@ FLOORS = (
         "header",
         "maps",
         "optional",
+        "pickles",
         "progress",
         "quantized",
         "requests",
@@ -46,7 +47,7 @@ FLOORS = (
         "torchfile",
         "validation",
     ),
-    ("dcpsource",),
+    ("dcpsource", "dcpwriter"),
     (
         "architecture",
         "checkpoint",
