@@ -116,6 +116,8 @@ def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str,
         max_shard_size=options["max_shard_size"],
         overwrite=options["overwrite"],
         fsync=not options["no_fsync"],
+        format=options["format"],
+        nest=options["nest"],
         progress=listener(title, quiet=quiet),
         **engine_of(options),
     )
@@ -131,7 +133,11 @@ def listener(title: str, *, quiet: bool) -> "Listener":
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
-    """A run's result on stdout."""
+    """A run's result on stdout; under a launcher the first process's alone."""
+    from streammap.progress import rank
+
+    if rank():
+        return
     if as_json:
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
     elif not quiet:

@@ -8,9 +8,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
-from streammap import devices, graph, layout, mapfile, memory, output, pipeline, schedule, sidefiles
+from streammap import (
+    dcpmeta,
+    dcpwriter,
+    devices,
+    graph,
+    layout,
+    mapfile,
+    memory,
+    output,
+    pipeline,
+    schedule,
+    sidefiles,
+)  # fmt: skip
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
@@ -57,6 +69,10 @@ class Report:
         )
 
 
+Format = Literal["safetensors", "dcp"]
+FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
+
+
 @dataclass(frozen=True, slots=True)
 class Where:
     """Where and how a result is written."""
@@ -67,13 +83,16 @@ class Where:
     overwrite: bool
     fsync: bool
     engine: Engine
+    format: Format = "safetensors"
+    nest: str | None = None
+    """Entry that a DCP result's tensors stand under; "" for none, None for the source's."""
     may_replace_sources: bool = False
     """Whether the output may be the folder of a source; its files are replaced at the end."""
 
     @property
     def is_file(self) -> bool:
         """Whether the result is one file instead of a folder."""
-        return self.path.suffix in (".safetensors", *_TORCH)
+        return self.format == "safetensors" and self.path.suffix in (".safetensors", *_TORCH)
 
 
 _TORCH = (".pth", ".pt", ".bin")
@@ -113,8 +132,7 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
     """
     started, cpu = time.perf_counter(), time.process_time()
     fitted, choice = fit(plan, where.engine), device(plan, where.engine)
-    single = where.path.name if where.is_file else None
-    shards = layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
+    shards = _arranged(plan, where)
     total = sum(shard.nbytes for shard in shards)
     try:
         n_read = _write(plan, where, shards, total, (fitted, choice), listener)
@@ -139,6 +157,13 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         promise=promise,
         reason=reason,
     )
+
+
+def _arranged(plan: Plan, where: Where) -> tuple[Shard, ...]:
+    if where.format == "dcp":
+        return dcpwriter.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes)
+    single = where.path.name if where.is_file else None
+    return layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
 
 
 def _write(
@@ -172,7 +197,10 @@ def _write(
         for name, path in side.items():
             if name not in contents:
                 out.copy(name, path)
-        if len(shards) > 1:
+        if where.format == "dcp":
+            nest = _nest(plan) if where.nest is None else where.nest
+            contents[dcpmeta.METADATA] = dcpwriter.metadata(shards, nest)
+        elif len(shards) > 1:
             contents[layout.INDEX] = layout.index(shards)
         for name, content in contents.items():
             out.add(name, content)
@@ -196,7 +224,7 @@ class _Writer:
     def __init__(self, plan: Plan, shards: Sequence[Shard], out: Output) -> None:
         """Torch files begin at once: their layout is known when they are there."""
         self._out = out
-        nest = plan.side.nest if plan.side is not None else None
+        nest = (_nest(plan) or "").rpartition(".")[2] or None
         self._shards = [
             out.begin_torch(s, nest) if Path(s.name).suffix in _TORCH else s for s in shards
         ]
@@ -227,8 +255,17 @@ class _Writer:
 
     def _begin(self, name: str) -> None:
         shard = self._waiting.pop(name, None)
-        if shard is not None:
-            self._out.begin(shard)
+        if shard is None:
+            return
+        self._out.begin(shard)
+        if shard.name.endswith(dcpwriter.SUFFIX):
+            for offset, piece in dcpwriter.around(shard):
+                self._out.write_at(name, offset, memoryview(piece))
+
+
+def _nest(plan: Plan) -> str | None:
+    """What the source's state dict is nested under."""
+    return None if plan.side is None else plan.side.nest
 
 
 def _stale(where: Where) -> tuple[str, ...]:

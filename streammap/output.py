@@ -23,10 +23,11 @@ PIECE_NBYTES = 256 * 1024
 STALE = (
     "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
+    ".metadata", "__*_*.distcp",
 )  # fmt: skip
 """Weights by the names that loaders look for."""
 _PARTIAL = ".partial"
-_LAST = (layout.INDEX, "config.json")
+_LAST = (layout.INDEX, "config.json", ".metadata")
 
 
 @final

@@ -21,11 +21,13 @@ FLOORS = (
     ),
     (
         "configfields",
+        "dcpmeta",
         "dtypes",
         "expression",
         "header",
         "maps",
         "optional",
+        "pickles",
         "progress",
         "quantized",
         "requests",
@@ -34,6 +36,7 @@ FLOORS = (
     ),
     (
         "buffers",
+        "dcpstream",
         "graph",
         "headmaps",
         "layout",
@@ -44,6 +47,7 @@ FLOORS = (
         "torchfile",
         "validation",
     ),
+    ("dcpsource", "dcpwriter"),
     (
         "architecture",
         "checkpoint",
@@ -69,12 +73,15 @@ FLOORS = (
     ),
     (
         "inference.solving",
+        "regions",
         "schedule",
         "specfile",
     ),
     (
+        "assembly",
         "catalogue",
         "inference.meanings",
+        "shards",
         "worker",
     ),
     (
@@ -82,7 +89,9 @@ FLOORS = (
         "inference.spectext",
         "listing",
         "model",
+        "modules",
         "pipeline",
+        "runtimenames",
     ),
     (
         "axisfacts",
@@ -102,9 +111,11 @@ FLOORS = (
         "inference.infer",
         "planner",
         "spaces",
+        "tensors",
     ),
     (
         "compensation",
+        "loading",
         "operators.permute",
     ),
     ("headsize",),
