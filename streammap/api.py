@@ -8,16 +8,14 @@ grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, mapfile, options, plan, validation
-from streammap.checkpoint import open_checkpoint
+from streammap import executor, layout, options, recorded, validation
 from streammap.engine import EngineOptions, engine
 from streammap.events import Listener, nobody
 from streammap.executor import Report, Where
-from streammap.operators.interpolate import Interpolate
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
@@ -111,7 +109,7 @@ class LazyCheckpoint:
             PlanError: the two are not of one model and size.
         """
         other = target if isinstance(target, LazyCheckpoint) else open(target)
-        return LazyCheckpoint(Interpolate(alpha).plan(self.plan, other.plan))
+        return LazyCheckpoint(recorded.interpolate(self.plan, other.plan, alpha=alpha))
 
     def save(
         self,
@@ -146,7 +144,8 @@ class LazyCheckpoint:
         return executor.run(self.plan, where, progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
-        return LazyCheckpoint(options.resize(direction, self.plan, given).plan(self.plan))
+        op = options.resize(direction, self.plan, given)
+        return LazyCheckpoint(recorded.resize(self.plan, op))
 
 
 def open(
@@ -164,11 +163,7 @@ def open(
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    opened = open_checkpoint(source, config=None if isinstance(config, Mapping) else config)
-    if isinstance(config, Mapping):
-        opened = replace(opened, config=config, config_path=None)
-    levels = mapfile.find(opened.path)
-    return LazyCheckpoint(plan.from_checkpoint(opened, levels, architecture=arch))
+    return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch))
 
 
 def coalesce(

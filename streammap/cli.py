@@ -24,6 +24,8 @@ from streammap.clioptions import (
     engine_options,
     growth_options,
     json_option,
+    moved_of,
+    moved_options,
     output_options,
     resize_of,
     resize_options,
@@ -226,6 +228,25 @@ def interpolate(
     """
     lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
     _save(lazy, "interpolate", output, options)
+
+
+@main.command()
+@click.argument("request", metavar="REQUEST")
+@click.argument("output", metavar="OUT")
+@moved_options
+@output_options
+def apply(request: str, output: str, sources: tuple[str, ...], **options: Any) -> None:
+    """Run a request from a file: a chain of operators, or what made an earlier result.
+
+    REQUEST is a JSON file (docs/verify.md has the form), a result's streammap.json, or a result.
+
+    \b
+    Example:
+        streammap apply small/streammap.json again/
+    """
+    from streammap import replay
+
+    _save(replay.open(request, sources=moved_of(sources)), "apply", output, options)
 
 
 @main.group()

@@ -1,6 +1,6 @@
 """Groups of options that commands share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -131,6 +131,27 @@ def engine_options(command: Command) -> Command:
     )):  # fmt: skip
         command = option(command)
     return command
+
+
+def moved_options(command: Command) -> Command:
+    """Where sources are now."""
+    return click.option(
+        "--source", "sources", multiple=True, metavar="[OLD=]NEW",
+        help="Where a source is now: NEW where there is one only, else OLD=NEW.",
+    )(command)  # fmt: skip
+
+
+def moved_of(sources: Sequence[str]) -> dict[str, str] | str | None:
+    """The sources that `moved_options` gives."""
+    if len(sources) == 1 and "=" not in sources[0]:
+        return sources[0]
+    found = {}
+    for text in sources:
+        old, equals, new = text.partition("=")
+        if not equals or not old or not new:
+            raise click.UsageError(f"--source {text}: expected OLD=NEW")
+        found[old] = new
+    return found or None
 
 
 def engine_of(options: Mapping[str, Any]) -> "EngineOptions":

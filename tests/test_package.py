@@ -69,6 +69,7 @@ FLOORS = (
     ),
     (
         "inference.solving",
+        "lineage",
         "schedule",
         "specfile",
     ),
@@ -114,11 +115,14 @@ FLOORS = (
         "summary",
     ),
     ("options",),
+    ("resizejson",),
+    ("recorded",),
     ("api",),
     (
         "inspection",
         "mapper",
         "proof",
+        "replay",
         "testbench",
     ),
     (
