@@ -25,6 +25,8 @@ from streammap.summary import Summary, summarize
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammap.health import Health
+
 MAX_SHARD_SIZE = "5GB"
 
 
@@ -81,6 +83,20 @@ class LazyCheckpoint:
             OutputError: the memory is too little for any run.
         """
         return summarize(self.plan, engine(options))
+
+    def health(self, *, progress: Listener = nobody, **options: Unpack[EngineOptions]) -> "Health":
+        """NaN, Inf, ranges, dead rows of each tensor, worst first; of a plan, what it would be.
+
+        Args:
+            progress: Called with each event of events.py.
+            options: What the pass may use, see engine.py: memory, threads, reader.
+
+        Raises:
+            CheckpointError: a source can't be read.
+        """
+        from streammap import health
+
+        return health.measure(self.plan, engine(options), listener=progress)
 
     def coalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
         """The smaller model: units of a group (heads, layers ...) become their mean.

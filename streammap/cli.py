@@ -24,9 +24,12 @@ from streammap.clioptions import (
     engine_options,
     growth_options,
     json_option,
+    limit_option,
     moved_of,
     moved_options,
     output_options,
+    reading_of,
+    reading_options,
     resize_of,
     resize_options,
     source_options,
@@ -152,17 +155,30 @@ def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
 @main.command()
 @click.argument("source", metavar="SRC")
 @source_options
+@click.option("--health", is_flag=True, help="Read all numbers: NaN, Inf, ranges, dead rows.")
+@limit_option
+@reading_options
 @json_option
-def inspect(source: str, config: str | None, arch: str | None, as_json: bool) -> None:
+def inspect(
+    source: str, config: str | None, arch: str | None, health: bool, limit: int, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Say what a checkpoint is: its architecture, sizes, files, and tensors.
 
     \b
     Example:
         streammap inspect bert-base-uncased/
+        streammap inspect bert-base-uncased/ --health
     """
     from streammap import inspection
 
-    found = inspection.inspect(_open(source, config, arch))
+    lazy = _open(source, config, arch)
+    if health:
+        looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
+        told = looked.text(limit=limit or None)
+        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else told)
+        return
+    found = inspection.inspect(lazy)
     click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
 
 

@@ -109,6 +109,35 @@ def output_options(command: Command) -> Command:
     return json_option(engine_options(command))
 
 
+def reading_options(command: Command) -> Command:
+    """What a pass that only reads may use."""
+    for option in reversed((
+        click.option(
+            "--memory", default=MEMORY, show_default=True, metavar="SIZE",
+            help="What the pass may add to the process, beside torch itself.",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), metavar="N",
+            help="Threads that read and compute.  [default: one a processor]",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def reading_of(options: Mapping[str, Any]) -> "EngineOptions":
+    """The options that `reading_options` gives."""
+    return {"memory": options["memory"], "threads": options["threads"]}
+
+
+def limit_option(command: Command) -> Command:
+    """--limit."""
+    return click.option(
+        "--limit", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
+        help="Tensors to print, worst first; 0 for all.",
+    )(command)  # fmt: skip
+
+
 def engine_options(command: Command) -> Command:
     """What a run may use."""
     for option in reversed((

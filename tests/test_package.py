@@ -17,6 +17,7 @@ FLOORS = (
         "segments",
         "spec",
         "strictjson",
+        "tally",
         "version",
     ),
     (
@@ -90,9 +91,11 @@ FLOORS = (
         "inference.spectables",
         "plan",
         "rewriting",
+        "streams",
     ),
     (
         "axisrequests",
+        "health",
         "inference.shrinking",
         "operators.interpolate",
         "remapping",
