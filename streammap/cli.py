@@ -7,7 +7,6 @@ wrong usage. Nothing heavy is imported before a command runs.
 import contextlib
 import json
 import signal
-import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammap import clispec
+from streammap import clispec, cliverify
 from streammap.clioptions import (
     GROUPINGS,
     RULES,
@@ -129,10 +128,9 @@ def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str,
 
 def listener(title: str, *, quiet: bool) -> "Listener":
     """A progress bar where somebody looks at it."""
-    from streammap.events import nobody
-    from streammap.progress import ProgressBar
+    from streammap import progress
 
-    return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
+    return progress.bar(title, quiet=quiet)
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
@@ -439,3 +437,4 @@ def demo(folder: Path) -> None:
 
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
+main.add_command(cliverify.verify)

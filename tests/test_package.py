@@ -11,6 +11,7 @@ import streammap
 PACKAGE = Path(streammap.__file__).parent
 FLOORS = (
     (
+        "checksums",
         "errors",
         "events",
         "inference.configchanges",
@@ -67,6 +68,7 @@ FLOORS = (
         "scheme",
         "sizes",
         "specpart",
+        "survey",
     ),
     (
         "inference.solving",
@@ -99,6 +101,7 @@ FLOORS = (
         "inference.shrinking",
         "operators.interpolate",
         "remapping",
+        "rereading",
         "sidefiles",
     ),
     (
@@ -131,7 +134,9 @@ FLOORS = (
     (
         "clispec",
         "demo",
+        "verification",
     ),
+    ("cliverify",),
     ("cli",),
     ("__main__",),
 )
