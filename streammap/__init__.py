@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, open
+    from streammap.difference import Difference, diff
     from streammap.errors import (
         ArchitectureError,
         CheckpointError,
@@ -23,6 +24,7 @@ __all__ = [
     "BertMapper",
     "CheckpointError",
     "DeiTMapper",
+    "Difference",
     "GPT2Mapper",
     "LazyCheckpoint",
     "OutputError",
@@ -34,12 +36,14 @@ __all__ = [
     "__version__",
     "coalesce",
     "decoalesce",
+    "diff",
     "interpolate",
     "open",
     "verify",
 ]
 _HOMES = {
     "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "open"),
+    "difference": ("Difference", "diff"),
     "executor": ("Report",),
     "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
     "verification": ("Verification", "verify"),

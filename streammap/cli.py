@@ -438,3 +438,4 @@ def demo(folder: Path) -> None:
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
 main.add_command(cliverify.verify)
+main.add_command(cliverify.diff)

@@ -102,6 +102,7 @@ FLOORS = (
         "operators.interpolate",
         "remapping",
         "rereading",
+        "sidebyside",
         "sidefiles",
     ),
     (
@@ -125,6 +126,7 @@ FLOORS = (
     ("recorded",),
     ("api",),
     (
+        "difference",
         "inspection",
         "mapper",
         "proof",
@@ -134,6 +136,7 @@ FLOORS = (
     (
         "clispec",
         "demo",
+        "heatmap",
         "verification",
     ),
     ("cliverify",),
