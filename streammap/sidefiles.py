@@ -22,7 +22,7 @@ PROVENANCE = "streammap.json"
 _SKIPPED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
     "*.onnx_data", "*.gguf", "*.npz", "*.ot", "*.tflite", "*.index.json", "config.json",
-    "streammap.*", ".*", "trainer_state.json", "events.out.tfevents.*",
+    "streammap.*", "*.streammap.json", ".*", "trainer_state.json", "events.out.tfevents.*",
 )  # fmt: skip
 _SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")
 _SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",
@@ -43,7 +43,7 @@ def copied(side: Checkpoint | None) -> dict[str, Path]:
     return dict(sorted(_walk(side.path, side.path, 0)))
 
 
-def contents(plan: Plan, version: str) -> dict[str, bytes]:
+def contents(plan: Plan) -> dict[str, bytes]:
     """Relative name -> bytes, for each small file that is written anew.
 
     Raises:
@@ -56,7 +56,6 @@ def contents(plan: Plan, version: str) -> dict[str, bytes]:
             found[name] = changed
     if plan.levels:
         found[mapfile.NAME] = mapfile.encode(plan.levels)
-    found[PROVENANCE] = _json(provenance(plan, version))
     if plan.config is not None:
         original = None if plan.side is None else plan.side.config_path
         if original is not None and plan.side is not None and plan.config == plan.side.config:

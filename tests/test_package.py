@@ -11,11 +11,13 @@ import streammap
 PACKAGE = Path(streammap.__file__).parent
 FLOORS = (
     (
+        "digests",
         "errors",
         "events",
         "inference.configchanges",
         "segments",
         "spec",
+        "storage.disk",
         "strictjson",
         "version",
     ),
@@ -31,11 +33,13 @@ FLOORS = (
         "requests",
         "storage.local",
         "tomlvalues",
+        "workfolder",
     ),
     (
         "buffers",
         "graph",
         "headmaps",
+        "journal",
         "layout",
         "pattern",
         "pullback",
@@ -47,6 +51,7 @@ FLOORS = (
     (
         "architecture",
         "checkpoint",
+        "commit",
         "engine",
         "inference.probing",
         "memory",
@@ -76,6 +81,7 @@ FLOORS = (
         "catalogue",
         "inference.meanings",
         "worker",
+        "writer",
     ),
     (
         "evaluate",
@@ -92,22 +98,27 @@ FLOORS = (
     ),
     (
         "axisrequests",
+        "identity",
         "inference.shrinking",
         "operators.interpolate",
         "remapping",
         "sidefiles",
     ),
     (
-        "executor",
         "inference.infer",
         "planner",
+        "record",
         "spaces",
     ),
     (
         "compensation",
+        "making",
         "operators.permute",
     ),
-    ("headsize",),
+    (
+        "executor",
+        "headsize",
+    ),
     ("promises",),
     (
         "operators.resize",
