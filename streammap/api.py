@@ -8,17 +8,15 @@ grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, mapfile, options, plan, validation
-from streammap.checkpoint import open_checkpoint
+from streammap import executor, layout, options, recorded, validation
 from streammap.engine import EngineOptions, engine
 from streammap.events import Listener, nobody
 from streammap.executor import Report
 from streammap.making import Where
-from streammap.operators.interpolate import Interpolate
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
@@ -27,6 +25,8 @@ from streammap.summary import Summary, summarize
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammap.health import Health
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -96,6 +96,20 @@ class LazyCheckpoint:
         """
         return summarize(self.plan, engine(options))
 
+    def health(self, *, progress: Listener = nobody, **options: Unpack[EngineOptions]) -> "Health":
+        """NaN, Inf, ranges, dead rows of each tensor, worst first; of a plan, what it would be.
+
+        Args:
+            progress: Called with each event of events.py.
+            options: What the pass may use, see engine.py: memory, threads, reader.
+
+        Raises:
+            CheckpointError: a source can't be read.
+        """
+        from streammap import health
+
+        return health.measure(self.plan, engine(options), listener=progress)
+
     def coalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
         """The smaller model: units of a group (heads, layers ...) become their mean.
 
@@ -123,7 +137,7 @@ class LazyCheckpoint:
             PlanError: the two are not of one model and size.
         """
         other = target if isinstance(target, LazyCheckpoint) else open(target)
-        return LazyCheckpoint(Interpolate(alpha).plan(self.plan, other.plan))
+        return LazyCheckpoint(recorded.interpolate(self.plan, other.plan, alpha=alpha))
 
     def save(
         self,
@@ -161,7 +175,8 @@ class LazyCheckpoint:
         return executor.run(self.plan, where, progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
-        return LazyCheckpoint(options.resize(direction, self.plan, given).plan(self.plan))
+        op = options.resize(direction, self.plan, given)
+        return LazyCheckpoint(recorded.resize(self.plan, op))
 
 
 def open(
@@ -179,11 +194,7 @@ def open(
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    opened = open_checkpoint(source, config=None if isinstance(config, Mapping) else config)
-    if isinstance(config, Mapping):
-        opened = replace(opened, config=config, config_path=None)
-    levels = mapfile.find(opened.path)
-    return LazyCheckpoint(plan.from_checkpoint(opened, levels, architecture=arch))
+    return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch))
 
 
 def coalesce(

@@ -7,7 +7,6 @@ wrong usage. Nothing heavy is imported before a command runs.
 import contextlib
 import json
 import signal
-import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammap import clispec
+from streammap import clispec, cliverify
 from streammap.clioptions import (
     GROUPINGS,
     RULES,
@@ -24,7 +23,12 @@ from streammap.clioptions import (
     engine_options,
     growth_options,
     json_option,
+    limit_option,
+    moved_of,
+    moved_options,
     output_options,
+    reading_of,
+    reading_options,
     resize_of,
     resize_options,
     source_options,
@@ -131,10 +135,9 @@ def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str,
 
 def listener(title: str, *, quiet: bool) -> "Listener":
     """A progress bar where somebody looks at it."""
-    from streammap.events import nobody
-    from streammap.progress import ProgressBar
+    from streammap import progress
 
-    return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
+    return progress.bar(title, quiet=quiet)
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
@@ -160,17 +163,30 @@ def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
 @main.command()
 @click.argument("source", metavar="SRC")
 @source_options
+@click.option("--health", is_flag=True, help="Read all numbers: NaN, Inf, ranges, dead rows.")
+@limit_option
+@reading_options
 @json_option
-def inspect(source: str, config: str | None, arch: str | None, as_json: bool) -> None:
+def inspect(
+    source: str, config: str | None, arch: str | None, health: bool, limit: int, as_json: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """Say what a checkpoint is: its architecture, sizes, files, and tensors.
 
     \b
     Example:
         streammap inspect bert-base-uncased/
+        streammap inspect bert-base-uncased/ --health
     """
     from streammap import inspection
 
-    found = inspection.inspect(_open(source, config, arch))
+    lazy = _open(source, config, arch)
+    if health:
+        looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
+        told = looked.text(limit=limit or None)
+        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else told)
+        return
+    found = inspection.inspect(lazy)
     click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
 
 
@@ -236,6 +252,25 @@ def interpolate(
     """
     lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
     _save(lazy, "interpolate", output, options)
+
+
+@main.command()
+@click.argument("request", metavar="REQUEST")
+@click.argument("output", metavar="OUT")
+@moved_options
+@output_options
+def apply(request: str, output: str, sources: tuple[str, ...], **options: Any) -> None:
+    """Run a request from a file: a chain of operators, or what made an earlier result.
+
+    REQUEST is a JSON file (docs/verify.md has the form), a result's streammap.json, or a result.
+
+    \b
+    Example:
+        streammap apply small/streammap.json again/
+    """
+    from streammap import replay
+
+    _save(replay.open(request, sources=moved_of(sources)), "apply", output, options)
 
 
 @main.group()
@@ -413,3 +448,4 @@ def demo(folder: Path) -> None:
 
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
+main.add_command(cliverify.verify)

@@ -1,11 +1,17 @@
 """A progress bar over bytes, as a listener."""
 
+import sys
 from typing import TYPE_CHECKING, final
 
-from streammap.events import Event, Finished, Started, Wrote
+from streammap.events import Event, Finished, Listener, Started, Wrote, nobody
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+
+def bar(title: str, *, quiet: bool) -> Listener:
+    """A progress bar where somebody looks at it."""
+    return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
 
 
 @final

@@ -13,9 +13,9 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from streammap import mapfile
+from streammap import lineage, mapfile
 from streammap.checkpoint import Checkpoint, read_json
-from streammap.errors import CheckpointError, OutputError
+from streammap.errors import ArchitectureError, CheckpointError, OutputError
 from streammap.plan import FORMAT, Plan
 
 PROVENANCE = "streammap.json"
@@ -76,6 +76,8 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
         "reason": reason,
         "steps": [{"operator": step.operator, **step.options} for step in plan.steps],
         "notes": list(plan.notes),
+        "sizes": _sizes(plan),
+        "request": None if plan.request is None else lineage.as_json(plan.request),
         "sources": [
             {
                 "name": source.name,
@@ -87,6 +89,14 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
             for source in plan.sources
         ],
     }
+
+
+def _sizes(plan: Plan) -> dict[str, int] | None:
+    """Sizes of the result's axes; None where no spec serves it."""
+    try:
+        return dict(plan.model.sizes)
+    except (ArchitectureError, CheckpointError):
+        return None
 
 
 def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:

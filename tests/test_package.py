@@ -12,6 +12,7 @@ PACKAGE = Path(streammap.__file__).parent
 FLOORS = (
     (
         "digests",
+        "checksums",
         "errors",
         "events",
         "inference.configchanges",
@@ -19,6 +20,7 @@ FLOORS = (
         "spec",
         "storage.disk",
         "strictjson",
+        "tally",
         "version",
     ),
     (
@@ -71,9 +73,11 @@ FLOORS = (
         "scheme",
         "sizes",
         "specpart",
+        "survey",
     ),
     (
         "inference.solving",
+        "lineage",
         "schedule",
         "specfile",
     ),
@@ -95,13 +99,16 @@ FLOORS = (
         "inference.spectables",
         "plan",
         "rewriting",
+        "streams",
     ),
     (
         "axisrequests",
         "identity",
+        "health",
         "inference.shrinking",
         "operators.interpolate",
         "remapping",
+        "rereading",
         "sidefiles",
     ),
     (
@@ -125,17 +132,22 @@ FLOORS = (
         "summary",
     ),
     ("options",),
+    ("resizejson",),
+    ("recorded",),
     ("api",),
     (
         "inspection",
         "mapper",
         "proof",
+        "replay",
         "testbench",
     ),
     (
         "clispec",
         "demo",
+        "verification",
     ),
+    ("cliverify",),
     ("cli",),
     ("__main__",),
 )
