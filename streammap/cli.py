@@ -29,7 +29,7 @@ from streammap.clioptions import (
     resize_options,
     source_options,
 )  # fmt: skip
-from streammap.errors import StreammapError
+from streammap.errors import StreammapError, printable
 from streammap.version import VERSION
 
 if TYPE_CHECKING:
@@ -136,15 +136,20 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
     elif not quiet:
         for note in notes:
-            click.echo(f"note     {note}")
+            click.echo(printable(f"note     {note}"))
         click.echo(f"promise  {report.promise}: {report.reason}")
         click.echo(f"{report} -> {report.output}")
 
 
 def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
     summary = lazy.summary(**engine_of(options))
-    text = json.dumps(summary.as_json(), indent=2) if options["as_json"] else str(summary)
-    click.echo(text)
+    as_json = options["as_json"]
+    click.echo(json.dumps(summary.as_json(), indent=2) if as_json else _lines(str(summary)))
+
+
+def _lines(text: str) -> str:
+    """Lines that hold others' text, with nothing in them that a terminal would obey."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 @main.command()
@@ -161,7 +166,7 @@ def inspect(source: str, config: str | None, arch: str | None, as_json: bool) ->
     from streammap import inspection
 
     found = inspection.inspect(_open(source, config, arch))
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else _lines(str(found)))
 
 
 @main.command()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
-from streammap import layout, torchfile
+from streammap import layout, reading, torchfile
 from streammap.errors import OutputError
 from streammap.layout import Shard
 
@@ -127,9 +127,11 @@ class Output:
         """A copy of a file."""
         self._make((self._folder / name).parent)
         self._open(name)
-        with path.open("rb") as source:
-            nbytes = os.fstat(source.fileno()).st_size
-            self.copy_at(name, 0, source.fileno(), 0, nbytes)
+        source = reading.open_file(path)
+        try:
+            self.copy_at(name, 0, source, 0, os.fstat(source).st_size)
+        finally:
+            os.close(source)
 
     def commit(self, *, stale: Sequence[str]) -> None:
         """Sync all files and give them their names; remove `stale` ones (glob patterns) first."""

@@ -2,8 +2,8 @@
 
 All files of the source's folder are copied byte for byte, but for its weights, training state,
 other checkpoints in folders of their own, and what streammap writes itself. Links are followed
-inside the folder (and inside a Hub cache), not out of it. sentence-transformers' pooling follows
-the hidden size.
+inside the folder (and inside a Hub cache), not out of it; how many there are and how large is
+bounded. sentence-transformers' pooling follows the hidden size.
 """
 
 import fnmatch
@@ -13,8 +13,8 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from streammap import mapfile
-from streammap.checkpoint import Checkpoint, read_json
+from streammap import mapfile, reading
+from streammap.checkpoint import MAX_JSON_NBYTES, Checkpoint, read_json
 from streammap.errors import CheckpointError, OutputError
 from streammap.plan import FORMAT, Plan
 
@@ -30,6 +30,8 @@ _SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", 
 _POOLED = ("word_embedding_dimension", "embedding_dimension")
 _MAX_DEPTH = 3
 _MAX_NBYTES = 1_000_000_000
+_MAX_TOTAL_NBYTES = 4_000_000_000
+_MAX_FILES = 10_000
 
 
 def copied(side: Checkpoint | None) -> dict[str, Path]:
@@ -40,7 +42,18 @@ def copied(side: Checkpoint | None) -> dict[str, Path]:
     """
     if side is None or not side.path.is_dir():
         return {}
-    return dict(sorted(_walk(side.path, side.path, 0)))
+    found: dict[str, Path] = {}
+    total = 0
+    for name, path in _walk(side.path, side.path, 0):
+        found[name] = path
+        total += path.stat().st_size
+        if len(found) > _MAX_FILES or total > _MAX_TOTAL_NBYTES:
+            raise CheckpointError(
+                f"{side.path}: {len(found)} files beside the weights, {total} bytes, at most "
+                f"{_MAX_FILES} and {_MAX_TOTAL_NBYTES} are copied along",
+                hint="move what is not part of the model out of the folder",
+            )
+    return dict(sorted(found.items()))
 
 
 def contents(plan: Plan, version: str) -> dict[str, bytes]:
@@ -60,7 +73,7 @@ def contents(plan: Plan, version: str) -> dict[str, bytes]:
     if plan.config is not None:
         original = None if plan.side is None else plan.side.config_path
         if original is not None and plan.side is not None and plan.config == plan.side.config:
-            found["config.json"] = original.read_bytes()
+            found["config.json"] = reading.content(original, limit=MAX_JSON_NBYTES)
         else:
             found["config.json"] = _json(plan.config)
     return found
@@ -100,7 +113,13 @@ def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
         globs = _SKIPPED if folder == root else _SKIPPED_INSIDE
         if any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             continue
-        yield entry.relative_to(root).as_posix(), _checked(root, entry)
+        inside = entry.relative_to(root).as_posix()
+        if not inside.isprintable():
+            raise CheckpointError(
+                f"{root}: {inside!r}: a file name with letters that can't be shown",
+                hint="rename the file, or remove it from the folder",
+            )
+        yield inside, _checked(root, entry)
 
 
 def _is_apart(folder: Path) -> bool:

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from streammap import reading
 from streammap.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,10 +39,7 @@ class LocalFile:
         """The file's descriptor."""
         with self._lock:
             if self._descriptor is None:
-                try:
-                    self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{self.path}: {error.strerror}") from error
+                self._descriptor = reading.open_file(self.path)
                 try:
                     self.check_unchanged()
                 except CheckpointError:
