@@ -53,11 +53,11 @@ _ODD = tuple(
     )
 )  # fmt: skip
 _HARMLESS = (
-    "collections.Counter", "torch.Size", "torch.device", "torch.Tensor", "torch.nn.parameter.Parameter",
-    "torch.serialization._get_layout", "_codecs.encode", "builtins.bytearray", "builtins.set",
-    "builtins.complex", "argparse.Namespace", "torch.per_tensor_affine",
-    "torch.per_tensor_symmetric", "torch.per_channel_affine", "torch.per_channel_symmetric",
-    "torch.per_channel_affine_float_qparams",
+    "collections.Counter", "torch.Size", "torch.device", "torch.Tensor",
+    "torch.nn.parameter.Parameter", "torch.serialization._get_layout", "_codecs.encode",
+    "builtins.bytearray", "builtins.set", "builtins.complex", "argparse.Namespace",
+    "torch.per_tensor_affine", "torch.per_tensor_symmetric", "torch.per_channel_affine",
+    "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams",
 )  # fmt: skip
 _DICT = "collections.OrderedDict"
 
