@@ -330,7 +330,15 @@ def _find_config(folder: Path, given: str | Path | None) -> Path | None:
     if given is not None:
         return _config_at(Path(given))
     path = folder / "config.json"
-    return path if path.is_file() else None
+    if not path.is_file():
+        return None
+    if not reading.is_own(folder, path):
+        # It is written out again: what it links to could be anyone's secret.
+        raise CheckpointError(
+            f"{path}: a link out of the checkpoint, to {path.resolve()}",
+            hint=f"if it is meant, give it by name: --config {path}",
+        )
+    return path
 
 
 def _config_at(path: Path) -> Path:

@@ -54,6 +54,17 @@ def content(path: Path, *, limit: int) -> bytes:
             raise CheckpointError(f"{path}: {error.strerror}", hint="check the disk") from error
 
 
+def is_own(root: Path, entry: Path) -> bool:
+    """Whether a file is a folder's own: inside it, links followed, or a blob of its Hub cache."""
+    real = Path(os.path.realpath(entry))
+    if real.is_relative_to(os.path.realpath(root)):
+        return True
+    parts = Path(os.path.realpath(root)).parts
+    if len(parts) < 3 or parts[-2] != "snapshots":
+        return False
+    return real.parent == Path(*parts[:-2]) / "blobs"
+
+
 def _kind(mode: int) -> str:
     kinds = (
         (stat.S_ISDIR, "Is a directory"),

@@ -134,8 +134,7 @@ def _is_apart(folder: Path) -> bool:
 
 def _checked(root: Path, entry: Path) -> Path:
     real = Path(os.path.realpath(entry))
-    inside = real.is_relative_to(os.path.realpath(root))
-    if not inside and not _is_hub_blob(root, real):
+    if not reading.is_own(root, entry):
         raise CheckpointError(
             f"{entry}: a link out of the checkpoint, to {real}",
             hint="copy the file into the folder, or remove the link",
@@ -152,14 +151,6 @@ def _checked(root: Path, entry: Path) -> Path:
             hint="move it out of the folder",
         )
     return real
-
-
-def _is_hub_blob(root: Path, real: Path) -> bool:
-    """Whether `root` is a snapshot of a Hub cache and `real` one of its blobs."""
-    parts = Path(os.path.realpath(root)).parts
-    if len(parts) < 3 or parts[-2] != "snapshots":
-        return False
-    return real.parent == Path(*parts[:-2]) / "blobs"
 
 
 def _resized(name: str, path: Path, sized: Mapping[str, tuple[int, int]]) -> bytes | None:

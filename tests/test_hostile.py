@@ -194,6 +194,22 @@ def test_weights_may_be_links(tmp_path: Path) -> None:
     assert streammap.open(folder).keys() == ("a",)
 
 
+def test_a_config_that_is_a_link_out_of_the_folder_is_taken_by_name_only(
+    source: Path, tmp_path: Path
+) -> None:
+    """What it links to would be written out with the result."""
+    (source / "config.json").rename(tmp_path / "secret.json")
+    (source / "config.json").symlink_to("../secret.json")
+    expected = rf"config\.json: a link out of the checkpoint, to {tmp_path}/secret\.json"
+    with pytest.raises(CheckpointError, match=expected):
+        streammap.open(source)
+    assert streammap.open(source, config=source / "config.json").sizes["heads"] == 4
+    (source / "config.json").unlink()
+    (tmp_path / "secret.json").rename(source / "other.json")
+    (source / "config.json").symlink_to("other.json")
+    assert streammap.open(source).sizes["heads"] == 4
+
+
 def test_a_file_that_becomes_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     opened = open_checkpoint(source_with(tmp_path))
     (tmp_path / "whole.safetensors").unlink()
@@ -390,7 +406,7 @@ def _sparse(name: str) -> Path:
 # Map files.
 
 
-def _saved_map(folder: Path, change: Callable[[dict[str, object]], None]) -> Path:
+def _saved_map(folder: Path, change: Callable[[dict[str, int]], None]) -> Path:
     made = {"small": 1, "large": 2, "block": 1}
     entry: dict[str, object] = {"axes": {"embed": made}, "sizes": {"embed": [1, 2]}}
     change(made)

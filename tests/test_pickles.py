@@ -2,6 +2,7 @@
 
 import contextlib
 import pickle
+import subprocess
 import sys
 import time
 import zipfile
@@ -186,6 +187,15 @@ def test_a_pickle_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickles, "MAX_NBYTES", 10)
     with pytest.raises(CheckpointError, match="a pickle of 11 bytes, at most 10 are read"):
         _read(b"N" * 8)
+
+
+def test_opening_a_torch_file_needs_no_torch(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "x.pth")
+    script = (
+        "import sys; from streammap.checkpoint import open_checkpoint; "
+        f"open_checkpoint({str(tmp_path / 'x.pth')!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # The zip file around it.
