@@ -33,7 +33,7 @@ from streammap.clioptions import (
     resize_options,
     source_options,
 )  # fmt: skip
-from streammap.errors import StreammapError
+from streammap.errors import StreammapError, printable
 from streammap.version import VERSION
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
     elif not quiet:
         for note in notes:
-            click.echo(f"note     {note}")
+            click.echo(printable(f"note     {note}"))
         if report.n_resumed:
             gigabytes = report.nbytes_resumed / 1e9
             click.echo(f"resumed  {report.n_resumed} tensors, {gigabytes:.3f} GB, were written")
@@ -156,8 +156,13 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
 
 def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
     summary = lazy.summary(**engine_of(options))
-    text = json.dumps(summary.as_json(), indent=2) if options["as_json"] else str(summary)
-    click.echo(text)
+    as_json = options["as_json"]
+    click.echo(json.dumps(summary.as_json(), indent=2) if as_json else _lines(str(summary)))
+
+
+def _lines(text: str) -> str:
+    """Lines that hold others' text, with nothing in them that a terminal would obey."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 @main.command()
@@ -184,10 +189,10 @@ def inspect(
     if health:
         looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
         told = looked.text(limit=limit or None)
-        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else told)
+        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else _lines(told))
         return
     found = inspection.inspect(lazy)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else _lines(str(found)))
 
 
 @main.command()

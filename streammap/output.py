@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap import journal, torchfile, workfolder
+from streammap import journal, reading, torchfile, workfolder
 from streammap.errors import CheckpointError, OutputError
 from streammap.layout import Shard
 from streammap.storage.disk import Disk
@@ -154,9 +154,11 @@ class Output:
     def copy(self, name: str, path: Path) -> None:
         """A copy of a file."""
         self._begin_small(name)
-        with path.open("rb") as source:
-            nbytes = os.fstat(source.fileno()).st_size
-            self._copy(name, source.fileno(), nbytes)
+        source = reading.open_file(path)
+        try:
+            self._copy(name, source, os.fstat(source).st_size)
+        finally:
+            os.close(source)
         self.close(name)
 
     def sizes(self, names: Sequence[str]) -> Mapping[str, int]:

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from streammap import reading
 from streammap.errors import CheckpointError
 from streammap.storage import disk
 
@@ -39,10 +40,7 @@ class LocalFile:
         """The file's descriptor."""
         with self._lock:
             if self._descriptor is None:
-                try:
-                    self._descriptor = disk.current().open(self.path, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(f"{self.path}: {error.strerror}") from error
+                self._descriptor = reading.open_file(self.path)
                 try:
                     self.check_unchanged()
                 except CheckpointError:
