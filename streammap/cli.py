@@ -33,7 +33,7 @@ from streammap.clioptions import (
     resize_options,
     source_options,
 )  # fmt: skip
-from streammap.errors import StreammapError
+from streammap.errors import StreammapError, printable
 from streammap.version import VERSION
 
 if TYPE_CHECKING:
@@ -53,11 +53,17 @@ class _Commands(click.Group):
         except StreammapError as error:
             if ctx.params.get("show_traceback"):
                 traceback.print_exc()
-            click.echo(f"error: {error}", err=True)
+            click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
             ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo("interrupted: nothing was written", err=True)
+        except KeyboardInterrupt as error:
+            notes = _notes(error) or ["nothing was written"]
+            click.echo(f"interrupted: {'; '.join(notes)}", err=True)
             ctx.exit(130)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What a run says about what it leaves."""
+    return getattr(error, "__notes__", [])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -119,6 +125,7 @@ def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str,
         output,
         max_shard_size=options["max_shard_size"],
         overwrite=options["overwrite"],
+        restart=options["restart"],
         fsync=not options["no_fsync"],
         progress=listener(title, quiet=quiet),
         **engine_of(options),
@@ -139,15 +146,23 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
     elif not quiet:
         for note in notes:
-            click.echo(f"note     {note}")
+            click.echo(printable(f"note     {note}"))
+        if report.n_resumed:
+            gigabytes = report.nbytes_resumed / 1e9
+            click.echo(f"resumed  {report.n_resumed} tensors, {gigabytes:.3f} GB, were written")
         click.echo(f"promise  {report.promise}: {report.reason}")
         click.echo(f"{report} -> {report.output}")
 
 
 def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
     summary = lazy.summary(**engine_of(options))
-    text = json.dumps(summary.as_json(), indent=2) if options["as_json"] else str(summary)
-    click.echo(text)
+    as_json = options["as_json"]
+    click.echo(json.dumps(summary.as_json(), indent=2) if as_json else _lines(str(summary)))
+
+
+def _lines(text: str) -> str:
+    """Lines that hold others' text, with nothing in them that a terminal would obey."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 @main.command()
@@ -174,10 +189,10 @@ def inspect(
     if health:
         looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
         told = looked.text(limit=limit or None)
-        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else told)
+        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else _lines(told))
         return
     found = inspection.inspect(lazy)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else _lines(str(found)))
 
 
 @main.command()
@@ -383,10 +398,11 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
               help="DeiT: file of the result, .safetensors (recommended) or .pth.")  # fmt: skip
 @click.option("--rule", type=click.Choice(RULES), default="reference", show_default=True,
               help="exact: keep the function instead of the original's numbers.")  # fmt: skip
+@click.option("--restart", is_flag=True, help="Begin anew where an earlier run was stopped.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")
 @engine_options
 @json_option
-def map_(quiet: bool, as_json: bool, **options: Any) -> None:
+def map_(restart: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """The original map tools' command line, flag by flag.
 
     \b
@@ -398,7 +414,7 @@ def map_(quiet: bool, as_json: bool, **options: Any) -> None:
 
     limits = engine_of(options)
     made = mapper.from_flags(**{k: v for k, v in options.items() if k not in limits})
-    report = made.save(progress=listener("map", quiet=quiet), **limits)
+    report = made.save(restart=restart, progress=listener("map", quiet=quiet), **limits)
     print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
 
 

@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
 _RUN = (
-    "max_shard_size", "overwrite", "no_fsync", "quiet", "as_json",
+    "max_shard_size", "overwrite", "restart", "no_fsync", "quiet", "as_json",
     "memory", "threads", "device", "reader",
 )  # fmt: skip
 SPACES = {
@@ -102,6 +102,10 @@ def output_options(command: Command) -> Command:
             help="Largest file: 5GB is 5*10^9 bytes, 5GiB is 5*2^30.",
         ),
         click.option("--overwrite", is_flag=True, help="Replace an output that is there."),
+        click.option(
+            "--restart", is_flag=True,
+            help="Begin anew where an earlier run was stopped, instead of going on.",
+        ),
         click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
         click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
     )):  # fmt: skip

@@ -24,7 +24,8 @@ from streammap.checkpoint import read_config
 from streammap.engine import EngineOptions, engine
 from streammap.errors import PlanError
 from streammap.events import Listener, nobody
-from streammap.executor import Report, Where
+from streammap.executor import Report
+from streammap.making import Where
 from streammap.operators import resize
 from streammap.operators.resize import Direction, Resize
 from streammap.plan import Plan
@@ -108,6 +109,7 @@ class _Mapper:
         *,
         progress: Listener = nobody,
         max_shard_size: str | int = api.MAX_SHARD_SIZE,
+        restart: bool = False,
         **options: Unpack[EngineOptions],
     ) -> Report:
         """Write the result to the save folder, replacing what is there, as the original does.
@@ -129,6 +131,7 @@ class _Mapper:
             fsync=True,
             engine=engine(options),
             may_replace_sources=True,
+            restart=restart,
         )
         return executor.run(self._result.plan, where, progress)
 

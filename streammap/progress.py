@@ -26,12 +26,13 @@ class ProgressBar:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         match event:
-            case Started(_, nbytes):
+            case Started(_, nbytes, resumed):
                 from tqdm import tqdm
 
                 self._bar = tqdm(
-                    total=nbytes, desc=self._title, unit="B", unit_scale=True, leave=False
-                )
+                    total=nbytes, initial=resumed, desc=self._title, unit="B", unit_scale=True,
+                    leave=False,
+                )  # fmt: skip
             case Wrote(_, nbytes):
                 if self._bar is not None:
                     self._bar.update(nbytes)
