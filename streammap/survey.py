@@ -125,6 +125,7 @@ def survey(path: Path, record: Record) -> Survey:
     if weight_map is not None:
         found += _index(weight_map, file_of, {file.name for file in files})
     found += _recorded(record, file_of, n_unread)
+    found += _beside(folder, record)
     config, config_path = None, folder / "config.json"
     if path.is_dir() and config_path.is_file():
         try:
@@ -206,6 +207,21 @@ def _sizes(file: Path, record: Record) -> Iterator[Finding]:
         yield Finding(
             "error", "size", told, file=file.name, found=file.stat().st_size, expected=expected
         )
+
+
+def _beside(folder: Path, record: Record) -> Iterator[Finding]:
+    """config.json, tokenizer and the like: they may be edited, and must be there."""
+    for name, expected in record.files.items():
+        if _is_weights(Path(name).name):
+            continue
+        parts = Path(name).parts
+        if ".." in parts or Path(name).is_absolute() or "\0" in name:
+            yield Finding("error", "file", "no name of a file of this folder", file=name)
+        elif not (folder / name).is_file():
+            yield Finding("error", "file", "missing", file=name, expected=expected)
+        elif (size := (folder / name).stat().st_size) != expected:
+            told = f"{size} bytes, {expected} were written"
+            yield Finding("note", "size", told, None, name, size, expected)
 
 
 def _index(
