@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammap
-from streammap import journal
+from streammap import journal, making
 from streammap.errors import OutputError
 from streammap.journal import Journal, Request
 from streammap.storage import disk
@@ -248,6 +248,17 @@ def test_a_result_that_is_half_in_place_is_not_opened(
     assert report.n_resumed == report.n_tensors
     tiny.assert_same(tiny.written(out), tiny.written(stopped[0]))
     assert not (out / ".streammap-run").exists()
+
+
+def test_a_result_is_put_in_place_without_its_sources(
+    stopped: tuple[Path, Path], tmp_path: Path
+) -> None:
+    assert not making.finish(tmp_path / "out")
+    out = marked(stopped, tmp_path)
+    assert making.finish(str(out))
+    tiny.assert_same(tiny.written(out), tiny.written(stopped[0]))
+    assert not (out / ".streammap-run").exists()
+    assert not making.finish(out)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "", ".", "a//b", "x\0", 3,
