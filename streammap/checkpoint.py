@@ -104,6 +104,7 @@ class Checkpoint:
         """For a tensor of a torch file that is stored in another order than row by row."""
         import torch
 
+        self.file(key).check_unchanged()  # a page past the end of a file ends the process
         whole = self.tensor(key)
         item = whole.element_size()
         out = torch.frombuffer(view, dtype=whole.dtype)
