@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from streammap import header, reading, strictjson, torchfile
+from streammap import header, reading, strictjson, torchfile, workfolder
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
 from streammap.spec import TensorSpec
@@ -239,6 +239,11 @@ def read_json(path: Path) -> Mapping[str, object]:
 
 
 def _names_in(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    if (folder / workfolder.SUFFIX / workfolder.MARK).exists():
+        raise CheckpointError(
+            f"{folder}: a run that was putting its result here was stopped",
+            hint="run its command again, which finishes it",
+        )
     for single, index in zip(SINGLES, INDEXES, strict=True):
         has_single, has_index = (folder / single).is_file(), (folder / index).is_file()
         if has_single and has_index:

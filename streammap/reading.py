@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from streammap.errors import CheckpointError
+from streammap.storage import disk
 
 
 def open_file(path: Path) -> int:
@@ -19,7 +20,7 @@ def open_file(path: Path) -> int:
     """
     try:
         # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        descriptor = disk.current().open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
     except ValueError as error:

@@ -13,16 +13,16 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from streammap import mapfile, reading
+from streammap import lineage, mapfile, reading
 from streammap.checkpoint import MAX_JSON_NBYTES, Checkpoint, read_json
-from streammap.errors import CheckpointError, OutputError
+from streammap.errors import ArchitectureError, CheckpointError, OutputError
 from streammap.plan import FORMAT, Plan
 
 PROVENANCE = "streammap.json"
 _SKIPPED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
     "*.onnx_data", "*.gguf", "*.npz", "*.ot", "*.tflite", "*.index.json", "config.json",
-    "streammap.*", ".*", "trainer_state.json", "events.out.tfevents.*",
+    "streammap.*", "*.streammap.json", ".*", "trainer_state.json", "events.out.tfevents.*",
 )  # fmt: skip
 _SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")
 _SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",
@@ -56,7 +56,7 @@ def copied(side: Checkpoint | None) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def contents(plan: Plan, version: str) -> dict[str, bytes]:
+def contents(plan: Plan) -> dict[str, bytes]:
     """Relative name -> bytes, for each small file that is written anew.
 
     Raises:
@@ -69,7 +69,6 @@ def contents(plan: Plan, version: str) -> dict[str, bytes]:
             found[name] = changed
     if plan.levels:
         found[mapfile.NAME] = mapfile.encode(plan.levels)
-    found[PROVENANCE] = _json(provenance(plan, version))
     if plan.config is not None:
         original = None if plan.side is None else plan.side.config_path
         if original is not None and plan.side is not None and plan.config == plan.side.config:
@@ -90,6 +89,8 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
         "reason": reason,
         "steps": [{"operator": step.operator, **step.options} for step in plan.steps],
         "notes": list(plan.notes),
+        "sizes": _sizes(plan),
+        "request": None if plan.request is None else lineage.as_json(plan.request),
         "sources": [
             {
                 "name": source.name,
@@ -101,6 +102,14 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
             for source in plan.sources
         ],
     }
+
+
+def _sizes(plan: Plan) -> dict[str, int] | None:
+    """Sizes of the result's axes; None where no spec serves it."""
+    try:
+        return dict(plan.model.sizes)
+    except (ArchitectureError, CheckpointError):
+        return None
 
 
 def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
