@@ -135,7 +135,7 @@ _KNOWN: Mapping[tuple[str, str], object] = {
 
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder that DCP wrote."""
-    return (path / METADATA).is_file() and next(path.glob("*.distcp"), None) is not None
+    return (path / METADATA).is_file() and bool(list(path.glob("*.distcp")))
 
 
 def read(folder: Path) -> Metadata:

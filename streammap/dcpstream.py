@@ -150,10 +150,14 @@ def _found(archive: zipfile.ZipFile, window: _Window, chunk: Chunk, spec: Tensor
         raise CheckpointError("written on a big-endian machine", hint="save it again")
     saved = Unpickler(io.BytesIO(archive.read(pickled)), _KNOWN, _stored).load()
     shape = tuple(end - start for start, end in chunk.at)
-    if not isinstance(saved, _Saved) or (saved.dtype, tuple(saved.shape)) != (spec.dtype, shape):
-        raise CheckpointError(
-            f"its chunk is {saved}, the metadata says {TensorSpec(spec.dtype, shape)}"
-        )
+    if not isinstance(saved, _Saved):
+        raise CheckpointError(f"its chunk is a {type(saved).__name__}, no tensor")
+    found, wanted = (
+        TensorSpec(saved.dtype or "?", tuple(saved.shape)),
+        TensorSpec(spec.dtype, shape),
+    )
+    if found != wanted:
+        raise CheckpointError(f"its chunk is {found}, the metadata says {wanted}")
     entry = entries[f"data/{saved.storage.entry}"]
     if entry.compress_type != zipfile.ZIP_STORED:
         raise CheckpointError("its numbers are compressed", hint="save it again")
