@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from streammap.executor import Report
     from streammap.loading import LoadReport
     from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
+    from streammap.verification import Verification, verify
     from streammap.version import VERSION as __version__
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Report",
     "SchemeError",
     "StreammapError",
+    "Verification",
     "__version__",
     "coalesce",
     "decoalesce",
@@ -39,12 +41,14 @@ __all__ = [
     "load_into",
     "open",
     "progress",
+    "verify",
 ]
 _HOMES = {
     "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "load_into", "open"),
     "loading": ("LoadReport",),
     "executor": ("Report",),
     "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
+    "verification": ("Verification", "verify"),
 }
 
 if not TYPE_CHECKING:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streammap import (
     devices,
     executor,
-    kernels,
+    making,
     memory,
     modules,
     pipeline,
@@ -319,7 +319,7 @@ def _run(
             held = torch.frombuffer(view, dtype=dtype)
             take(work, place.offset // dtype.itemsize, held)
 
-    with kernels.one_thread_each():
+    with making.torch_threads():
         return pipeline.run(
             schedule.bundles(targets, slots, fitted, rows=rows), fitted, write,
             listener=listener, mapped=engine.reader == "mmap", device=device,
