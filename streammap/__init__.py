@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from streammap import progress
     from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, load_into, open
+    from streammap.difference import Difference, diff
     from streammap.errors import (
         ArchitectureError,
         CheckpointError,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from streammap.executor import Report
     from streammap.loading import LoadReport
     from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
+    from streammap.verification import Verification, verify
     from streammap.version import VERSION as __version__
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "BertMapper",
     "CheckpointError",
     "DeiTMapper",
+    "Difference",
     "GPT2Mapper",
     "LazyCheckpoint",
     "LoadReport",
@@ -32,19 +35,24 @@ __all__ = [
     "Report",
     "SchemeError",
     "StreammapError",
+    "Verification",
     "__version__",
     "coalesce",
     "decoalesce",
+    "diff",
     "interpolate",
     "load_into",
     "open",
     "progress",
+    "verify",
 ]
 _HOMES = {
+    "difference": ("Difference", "diff"),
     "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "load_into", "open"),
     "loading": ("LoadReport",),
     "executor": ("Report",),
     "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
+    "verification": ("Verification", "verify"),
 }
 
 if not TYPE_CHECKING:

@@ -8,17 +8,16 @@ grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, mapfile, options, plan, tensors, validation
-from streammap.checkpoint import open_checkpoint
+from streammap import executor, layout, options, recorded, tensors, validation
 from streammap.engine import MEMORY, EngineOptions, Reader, engine
 from streammap.errors import OutputError
 from streammap.events import Listener, nobody
-from streammap.executor import FORMATS, Format, Report, Where
-from streammap.operators.interpolate import Interpolate
+from streammap.executor import Report
+from streammap.making import FORMATS, Format, Where
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from streammap.health import Health
     from streammap.loading import LoadReport
 
 MAX_SHARD_SIZE = "5GB"
@@ -44,6 +44,17 @@ class LazyCheckpoint:
     """A checkpoint, opened or planned. Its tensors are read, or computed, when asked for."""
 
     plan: Plan
+
+    def __enter__(self) -> "LazyCheckpoint":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the sources' files; what is read later opens them again."""
+        for source in self.plan.sources:
+            source.close()
 
     def keys(self) -> tuple[str, ...]:
         """The tensors' names."""
@@ -113,6 +124,20 @@ class LazyCheckpoint:
         """
         return summarize(self.plan, engine(options))
 
+    def health(self, *, progress: Listener = nobody, **options: Unpack[EngineOptions]) -> "Health":
+        """NaN, Inf, ranges, dead rows of each tensor, worst first; of a plan, what it would be.
+
+        Args:
+            progress: Called with each event of events.py.
+            options: What the pass may use, see engine.py: memory, threads, reader.
+
+        Raises:
+            CheckpointError: a source can't be read.
+        """
+        from streammap import health
+
+        return health.measure(self.plan, engine(options), listener=progress)
+
     def coalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
         """The smaller model: units of a group (heads, layers ...) become their mean.
 
@@ -140,7 +165,7 @@ class LazyCheckpoint:
             PlanError: the two are not of one model and size.
         """
         other = target if isinstance(target, LazyCheckpoint) else open(target)
-        return LazyCheckpoint(Interpolate(alpha).plan(self.plan, other.plan))
+        return LazyCheckpoint(recorded.interpolate(self.plan, other.plan, alpha=alpha))
 
     def save(
         self,
@@ -148,6 +173,7 @@ class LazyCheckpoint:
         *,
         max_shard_size: str | int = MAX_SHARD_SIZE,
         overwrite: bool = False,
+        restart: bool = False,
         fsync: bool = True,
         format: Format = "safetensors",
         nest: str | None = None,
@@ -160,6 +186,8 @@ class LazyCheckpoint:
             output: A folder, or a file that ends in .safetensors or .pth.
             max_shard_size: "5GB" (10^9 bytes) or "500MiB" (2^20), or a number of bytes.
             overwrite: Whether an output that is there may be replaced.
+            restart: Whether to begin anew where an earlier run was stopped. By default its
+                work is gone on with; a run that asks for something else is refused.
             fsync: Whether to wait until the disk has it.
             format: "safetensors", or "dcp" for a folder of torch.distributed.checkpoint.
             nest: Entry that the tensors stand under in a DCP folder, such as "model"; by default
@@ -178,11 +206,15 @@ class LazyCheckpoint:
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
         if format not in FORMATS:
             raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-        where = Where(Path(output), size, overwrite, fsync, engine(options), format, nest)
+        where = Where(
+            Path(output), size, overwrite, fsync, engine(options), restart=restart,
+            format=format, nest=nest,
+        )  # fmt: skip
         return executor.run(self.plan, where, progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
-        return LazyCheckpoint(options.resize(direction, self.plan, given).plan(self.plan))
+        op = options.resize(direction, self.plan, given)
+        return LazyCheckpoint(recorded.resize(self.plan, op))
 
 
 def open(
@@ -200,11 +232,7 @@ def open(
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    opened = open_checkpoint(source, config=None if isinstance(config, Mapping) else config)
-    if isinstance(config, Mapping):
-        opened = replace(opened, config=config, config_path=None)
-    levels = mapfile.find(opened.path)
-    return LazyCheckpoint(plan.from_checkpoint(opened, levels, architecture=arch))
+    return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch))
 
 
 def load_into(
@@ -257,18 +285,17 @@ def coalesce(
     *,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Listener = nobody,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Write the coalesced `source` to `output`. See LazyCheckpoint.coalesce and .save."""
     resize, run = _split(options)
-    return (
-        open(source)
-        .coalesce(**resize)
-        .save(
-            output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run
-        )
-    )  # fmt: skip
+    with open(source) as lazy:
+        return lazy.coalesce(**resize).save(
+            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
+            progress=progress, **run,
+        )  # fmt: skip
 
 
 def decoalesce(
@@ -279,6 +306,7 @@ def decoalesce(
     alpha: float = 0.5,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Listener = nobody,
     **options: Unpack[RunOptions],
 ) -> Report:
@@ -292,11 +320,11 @@ def decoalesce(
     if big is not None and resize.get("target") is None:
         resize["target"] = big
     lazy = open(source).decoalesce(**resize)
-    if big is not None:
-        lazy = lazy.interpolate(big, alpha=alpha)
-    return lazy.save(
-        output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run
-    )
+    with lazy if big is None else lazy.interpolate(big, alpha=alpha) as planned:
+        return planned.save(
+            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
+            progress=progress, **run,
+        )  # fmt: skip
 
 
 def interpolate(
@@ -307,15 +335,16 @@ def interpolate(
     alpha: float,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Listener = nobody,
     **run: Unpack[EngineOptions],
 ) -> Report:
     """Write (1 - alpha) * target + alpha * source to `output`. See LazyCheckpoint."""
-    return (
-        open(source)
-        .interpolate(target, alpha=alpha)
-        .save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run)
-    )
+    with open(source).interpolate(target, alpha=alpha) as blended:
+        return blended.save(
+            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
+            progress=progress, **run,
+        )  # fmt: skip
 
 
 def _split(options: RunOptions) -> tuple[ResizeOptions, EngineOptions]:

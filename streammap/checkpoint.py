@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from streammap import dcpmeta, dcpsource, header, strictjson, torchfile
+from streammap import (
+    dcpmeta,
+    dcpsource,
+    header,
+    reading,
+    strictjson,
+    torchfile,
+    workfolder,
+)  # fmt: skip
 from streammap.dcpsource import Chunks
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-_MAX_JSON_NBYTES = 100_000_000
+MAX_JSON_NBYTES = 100_000_000
 _STRIP = 64
 
 
@@ -110,6 +118,7 @@ class Checkpoint:
         """For a tensor of a torch file that is stored in another order than row by row."""
         import torch
 
+        self.file(key).check_unchanged()  # a page past the end of a file ends the process
         whole = self.tensor(key)
         item = whole.element_size()
         out = torch.frombuffer(view, dtype=whole.dtype)
@@ -266,12 +275,7 @@ def read_json(path: Path) -> Mapping[str, object]:
         CheckpointError: too large, unreadable, not JSON, or not an object.
     """
     try:
-        size = path.stat().st_size
-        if size > _MAX_JSON_NBYTES:
-            raise CheckpointError(f"{path}: {size} bytes of JSON, at most {_MAX_JSON_NBYTES}")
-        content = strictjson.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
+        content = strictjson.loads(reading.content(path, limit=MAX_JSON_NBYTES))
     except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}", hint="mend the file") from error
     if not isinstance(content, dict):
@@ -280,6 +284,11 @@ def read_json(path: Path) -> Mapping[str, object]:
 
 
 def _names_in(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    if (folder / workfolder.SUFFIX / workfolder.MARK).exists():
+        raise CheckpointError(
+            f"{folder}: a run that was putting its result here was stopped",
+            hint="run its command again, which finishes it",
+        )
     for single, index in zip(SINGLES, INDEXES, strict=True):
         has_single, has_index = (folder / single).is_file(), (folder / index).is_file()
         if has_single and has_index:
@@ -316,12 +325,20 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map", hint="download the index again")
     for key, name in weight_map.items():
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+        header.check_key(index.name, key)
+        if not _is_plain_name(name):
             raise CheckpointError(
                 f"{index}: {key} is said to be in {name!r}, expected a file of the same folder",
                 hint="do not use this checkpoint: a wrong index can point anywhere",
             )
     return weight_map
+
+
+def _is_plain_name(name: object) -> bool:
+    """Whether an index' entry is the name of a file, and of nothing outside the folder."""
+    if not isinstance(name, str) or name in ("", ".", ".."):
+        return False
+    return name.isprintable() and "/" not in name and "\\" not in name
 
 
 def _check_index(folder: str, weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> None:
@@ -344,7 +361,7 @@ def _check_index(folder: str, weight_map: Mapping[str, str], file_of: Mapping[st
 
 
 def _read_file(path: Path) -> tuple[tuple[Slot, ...], str, str | None, tuple[str, ...]]:
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: no such file", hint="download the missing shard")
     if path.suffix in TORCH_SUFFIXES:
         content = torchfile.read(path)
@@ -363,7 +380,15 @@ def _find_config(folder: Path, given: str | Path | None) -> Path | None:
     if given is not None:
         return _config_at(Path(given))
     path = folder / "config.json"
-    return path if path.is_file() else None
+    if not path.is_file():
+        return None
+    if not reading.is_own(folder, path):
+        # It is written out again: what it links to could be anyone's secret.
+        raise CheckpointError(
+            f"{path}: a link out of the checkpoint, to {path.resolve()}",
+            hint=f"if it is meant, give it by name: --config {path}",
+        )
+    return path
 
 
 def _config_at(path: Path) -> Path:

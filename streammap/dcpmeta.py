@@ -8,23 +8,20 @@ A pickle may ask for any function of any module. This reader knows the few class
 makes plain records of them without importing torch, and refuses all else.
 """
 
+import io
 import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, final
+from typing import Any, ClassVar, final
 
+from streammap import reading
 from streammap.errors import CheckpointError
+from streammap.pickles import DTYPES
 from streammap.spec import TensorSpec
 
 METADATA = ".metadata"
-TORCH_DTYPES = {
-    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
-    "uint16": "U16", "uint32": "U32", "uint64": "U64", "float16": "F16", "bfloat16": "BF16",
-    "float32": "F32", "float64": "F64", "complex64": "C64", "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3",
-}  # fmt: skip
-"""torch's name -> safetensors' name."""
+_MAX_NBYTES = 1_000_000_000
 Path_ = tuple[str | int, ...]
 Range = tuple[int, int]
 """start, end"""
@@ -65,36 +62,51 @@ class Properties(Record):
         self.dtype = state[0]
 
 
-@final
-class Unpickler(pickle.Unpickler):
-    """Reads a pickle whose classes are all in a table."""
+class _ForeignError(pickle.UnpicklingError):
+    """A pickle asks for something that is not in the table."""
 
-    def __init__(
-        self,
-        file: IO[bytes],
-        known: Mapping[tuple[str, str], object],
-        persistent: Callable[[object], object] | None = None,
-    ) -> None:
-        """`known` maps (module, name) to what stands for it."""
-        super().__init__(file)
-        self._known, self._persistent = known, persistent
+
+@final
+class _Unpickler(pickle._Unpickler):
+    """Reads a pickle whose classes are all in a table.
+
+    It is the one in Python: that in C takes memory by an index that the pickle names.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[pickle.Unpickler], None]]] = {
+        **pickle._Unpickler.dispatch
+    }
 
     def find_class(self, module: str, name: str) -> object:
         """What stands for a class or function; nothing is imported."""
-        found = self._known.get((module, name))
+        found = _KNOWN.get((module, name))
         if found is None:
             raise _ForeignError(f"{module}.{name}")
         return found
 
     def persistent_load(self, pid: object) -> object:
-        """What stands for a storage."""
-        if self._persistent is None:
-            raise pickle.UnpicklingError("a reference to something outside of it")
-        return self._persistent(pid)
+        """Nothing is outside of it."""
+        raise pickle.UnpicklingError(f"a reference to {str(pid)[:80]}")
 
 
-class _ForeignError(pickle.UnpicklingError):
-    """A pickle asks for something that is not in the table."""
+def _set_items(reader: Any, n: int | None) -> None:
+    """SETITEM and SETITEMS: a tuple that holds itself many times takes for ever to hash."""
+    items = reader.pop_mark() if n is None else [reader.stack.pop(-2), reader.stack.pop()]
+    table = reader.stack[-1]
+    if not isinstance(table, dict):
+        raise pickle.UnpicklingError(f"{type(table).__name__} where a dict is expected")
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if not isinstance(key, str | int | Record):
+            raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}")
+        table[key] = value
+
+
+_Unpickler.dispatch[pickle.SETITEM[0]] = lambda reader: _set_items(reader, 1)
+_Unpickler.dispatch[pickle.SETITEMS[0]] = lambda reader: _set_items(reader, None)
+
+
+def _no_items(*items: object) -> dict[object, object]:
+    return {}
 
 
 def _size(values: object = ()) -> tuple[object, ...]:
@@ -112,19 +124,16 @@ _RECORDS = (
     (_META, "ChunkStorageMetadata"), (_META, "MetadataIndex"), (_META, "StorageMeta"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
 )  # fmt: skip
-DTYPES: Mapping[tuple[str, str], object] = {
-    ("torch", name): known for name, known in TORCH_DTYPES.items()
-}
 _KNOWN: Mapping[tuple[str, str], object] = {
     **{where: type(where[1], (Record,), {}) for where in _RECORDS},
-    **DTYPES,
+    **{("torch", name): known for name, known in DTYPES.items()},
     (_META, "TensorProperties"): Properties,
     (_OLD, "TensorProperties"): Properties,
     (_META, "_MEM_FORMAT_ENCODING"): int,
     (_OLD, "MEM_FORMAT_ENCODING"): int,
     ("torch", "Size"): _size,
     ("torch.serialization", "_get_layout"): str,
-    ("collections", "OrderedDict"): dict,
+    ("collections", "OrderedDict"): _no_items,
     **{
         (module, name): _path
         for module in ("pathlib", "pathlib._local")
@@ -135,7 +144,7 @@ _KNOWN: Mapping[tuple[str, str], object] = {
 
 def is_folder(path: Path) -> bool:
     """Whether `path` is a folder that DCP wrote."""
-    return (path / METADATA).is_file() and next(path.glob("*.distcp"), None) is not None
+    return (path / METADATA).is_file() and bool(list(path.glob("*.distcp")))
 
 
 def read(folder: Path) -> Metadata:
@@ -146,16 +155,16 @@ def read(folder: Path) -> Metadata:
     """
     path = folder / METADATA
     try:
-        with path.open("rb") as file:
-            content = Unpickler(file, _KNOWN).load()
-        return _metadata(content)
+        content = reading.content(path, limit=_MAX_NBYTES)
+        return _metadata(_Unpickler(io.BytesIO(content)).load())
     except _ForeignError as error:
         raise CheckpointError(
             f"{path}: its pickle asks for {error}, which is no part of a checkpoint's metadata",
             hint="do not use this checkpoint: whoever wrote it could run code in what loads it",
         ) from error
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from error
+        where = "" if error.message.startswith(str(path)) else f"{path}: "
+        raise CheckpointError(f"{where}{error.message}", hint=error.hint) from error
     except Exception as error:  # a hostile pickle can raise anything
         raise CheckpointError(
             f"{path}: not the metadata of torch.distributed.checkpoint: {error}",

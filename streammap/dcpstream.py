@@ -3,22 +3,27 @@
     archive/data.pkl    a pickle: _rebuild_tensor_v2(storage "0", first, shape, strides, ...)
     archive/data/0      the numbers
 
-The pickle is read like the metadata's (dcpmeta.py): nothing is imported, and no code runs.
+The pickle is read as that of any torch file (pickles.py).
 """
 
 import io
 import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import final
+from typing import TYPE_CHECKING, BinaryIO, final
 
-from streammap.dcpmeta import DTYPES, Chunk, Unpickler
+from streammap import pickles, torchfile
+from streammap.dcpmeta import Chunk
 from streammap.errors import CheckpointError
+from streammap.pickles import StoredTensor
 from streammap.spec import DTYPE_BITS, TensorSpec
 from streammap.storage.local import LocalFile
 
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
 _MAX_PICKLE_NBYTES = 2**20
+_BUFFER_NBYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,58 +36,55 @@ class Place:
     """Its dimensions as they are stored, the slowest first."""
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """A storage by its dtype (None: bytes of any) and the name of its entry."""
+def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> Place:
+    """Where the numbers of a chunk are.
 
-    dtype: str | None
-    entry: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """A tensor as its pickle describes it."""
-
-    storage: _Stored
-    dtype: str | None
-    first: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-def _rebuilt(storage: _Stored, first: int, shape: tuple[int, ...], strides: tuple[int, ...],
-             *rest: object) -> _Saved:  # fmt: skip
-    """torch._utils._rebuild_tensor_v2 and _v3: (requires_grad, hooks) and a dtype may follow."""
-    named = [value for value in rest[2:3] if isinstance(value, str)]
-    return _Saved(storage, named[0] if named else storage.dtype, first, shape, strides)
-
-
-def _parameter(saved: _Saved, *rest: object) -> _Saved:
-    return saved
-
-
-_STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
-    "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexFloat": "C64",
-}  # fmt: skip
-_KNOWN: Mapping[tuple[str, str], object] = {
-    **DTYPES,
-    **{("torch", f"{name}Storage"): dtype for name, dtype in _STORAGES.items()},
-    ("torch", "UntypedStorage"): "",
-    ("torch.storage", "UntypedStorage"): "",
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuilt,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuilt,
-    ("torch._utils", "_rebuild_parameter"): _parameter,
-    ("collections", "OrderedDict"): dict,
-}
+    Raises:
+        CheckpointError: its stream is not torch.save's, or holds another tensor.
+    """
+    where = f"{file.path.name}: {key}"
+    if chunk.offset + chunk.nbytes > file.nbytes:
+        raise CheckpointError(
+            f"{where}: its chunk ends at byte {chunk.offset + chunk.nbytes}, the file has "
+            f"{file.nbytes}",
+            hint="the file was cut short: copy it again",
+        )
+    stream = io.BufferedReader(_Window(file, chunk.offset, chunk.nbytes), _BUFFER_NBYTES)
+    entries = torchfile.entries_of(stream, where)
+    at, tensor = _described(stream, entries, where)
+    shape = tuple(end - start for start, end in chunk.at)
+    found = TensorSpec(tensor.dtype, tensor.shape)
+    if found != TensorSpec(spec.dtype, shape):
+        raise CheckpointError(
+            f"{where}: its chunk is {found}, the metadata says {TensorSpec(spec.dtype, shape)}",
+            hint="copy the checkpoint again",
+        )
+    item = DTYPE_BITS[spec.dtype] // 8
+    start, nbytes = entries.get(f"{at}data/{tensor.storage.key}", (0, 0))
+    end = (tensor.offset + math.prod(shape)) * item
+    if end > nbytes:
+        raise CheckpointError(
+            f"{where}: its chunk needs {end} bytes, there are {nbytes}",
+            hint="copy the checkpoint again",
+        )
+    order = _order(where, shape, tensor.strides)
+    return Place(chunk.offset + start + tensor.offset * item, order)
 
 
-def _stored(pid: object) -> _Stored:
-    kind, dtype, entry, *_ = pid if isinstance(pid, tuple) else ("", "", "")
-    if kind != "storage" or not isinstance(dtype, str) or not isinstance(entry, str):
-        raise ValueError(f"a reference to {pid!r}")
-    return _Stored(dtype or None, entry)
+def _described(
+    stream: BinaryIO, entries: Mapping[str, tuple[int, int]], where: str
+) -> tuple[str, StoredTensor]:
+    """What stands before the names of entries, and the tensor."""
+    name = next((name for name in entries if name.endswith("/data.pkl")), "")
+    start, nbytes = entries.get(name, (0, 0))
+    stream.seek(start)
+    tensor = pickles.read(stream.read(min(nbytes, _MAX_PICKLE_NBYTES)), file=where)
+    if not isinstance(tensor, StoredTensor):
+        raise CheckpointError(
+            f"{where}: its chunk holds a {type(tensor).__name__}, no tensor",
+            hint="save it as a plain one: tensor.to_dense(), .dequantize(), .resolve_conj()",
+        )
+    return name.removesuffix("data.pkl"), tensor
 
 
 @final
@@ -105,77 +107,23 @@ class _Window(io.RawIOBase):
         self._at = max(0, offset + (0, self._at, self._nbytes)[whence])
         return self._at
 
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._nbytes - self._at)
-        found = bytearray(left if size < 0 else min(size, left))
-        if found:
-            self._file.read_into(self._start + self._at, memoryview(found), mapped=False)
-        self._at += len(found)
-        return bytes(found)
+    def readinto(self, buffer: "Buffer") -> int:
+        view = memoryview(buffer).cast("B")
+        n = min(len(view), max(0, self._nbytes - self._at))
+        if n:
+            self._file.read_into(self._start + self._at, view[:n], mapped=False)
+        self._at += n
+        return n
 
 
-def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> Place:
-    """Where the numbers of a chunk are.
-
-    Raises:
-        CheckpointError: its stream is not torch.save's, or holds another tensor.
-    """
-    where = f"{file.path.name}: {key}"
-    if chunk.offset + chunk.nbytes > file.nbytes:
-        raise CheckpointError(
-            f"{where}: its chunk ends at byte {chunk.offset + chunk.nbytes}, the file has "
-            f"{file.nbytes}",
-            hint="the file was cut short: copy it again",
-        )
-    window = _Window(file, chunk.offset, chunk.nbytes)
-    try:
-        with zipfile.ZipFile(window) as archive:
-            return _found(archive, window, chunk, spec)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error.message}", hint=error.hint) from error
-    except Exception as error:  # a hostile zip file or pickle can raise anything
-        raise CheckpointError(
-            f"{where}: its chunk at byte {chunk.offset} is not what torch.save writes: {error}",
-            hint="save the checkpoint again, as torch.distributed.checkpoint.save does by default",
-        ) from error
-
-
-def _found(archive: zipfile.ZipFile, window: _Window, chunk: Chunk, spec: TensorSpec) -> Place:
-    entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-    pickled = entries["data.pkl"]
-    if pickled.file_size > _MAX_PICKLE_NBYTES:
-        raise CheckpointError(f"a pickle of {pickled.file_size} bytes for one tensor")
-    order = entries.get("byteorder")
-    if order is not None and archive.read(order) != b"little":
-        raise CheckpointError("written on a big-endian machine", hint="save it again")
-    saved = Unpickler(io.BytesIO(archive.read(pickled)), _KNOWN, _stored).load()
-    shape = tuple(end - start for start, end in chunk.at)
-    if not isinstance(saved, _Saved) or (saved.dtype, tuple(saved.shape)) != (spec.dtype, shape):
-        raise CheckpointError(
-            f"its chunk is {saved}, the metadata says {TensorSpec(spec.dtype, shape)}"
-        )
-    entry = entries[f"data/{saved.storage.entry}"]
-    if entry.compress_type != zipfile.ZIP_STORED:
-        raise CheckpointError("its numbers are compressed", hint="save it again")
-    window.seek(entry.header_offset + 26)
-    lengths = window.read(4)
-    n_name, n_extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-    item = DTYPE_BITS[spec.dtype] // 8
-    at = entry.header_offset + 30 + n_name + n_extra
-    end = (saved.first + math.prod(shape)) * item
-    if end > entry.file_size or at + end > chunk.nbytes:
-        raise CheckpointError(f"its chunk needs {end} bytes, there are {entry.file_size}")
-    return Place(chunk.offset + at + saved.first * item, _order(shape, saved.strides))
-
-
-def _order(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+def _order(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """The dimensions as they are stored, the slowest first."""
     dims = sorted(range(len(shape)), key=lambda d: (-strides[d], d) if shape[d] > 1 else (0, d))
     expected = 1
     for d in reversed(dims):
         if shape[d] > 1 and strides[d] != expected:
             raise CheckpointError(
-                f"stored with strides {list(strides)} for {list(shape)}, expected no gaps",
+                f"{where}: stored with strides {list(strides)} for {list(shape)}, expected no gaps",
                 hint="save it from a contiguous tensor",
             )
         expected *= shape[d]

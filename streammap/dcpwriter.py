@@ -10,19 +10,19 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from streammap import layout, pickles
-from streammap.dcpmeta import TORCH_DTYPES
+from streammap import layout, pickling
 from streammap.errors import OutputError
 from streammap.header import Slot
 from streammap.layout import Shard
-from streammap.pickles import FALSE, NONE, call, dict_, list_, made, named, number, text, tuple_
+from streammap.pickles import DTYPES
+from streammap.pickling import FALSE, NONE, call, dict_, list_, made, named, number, text, tuple_
 from streammap.spec import TensorSpec
 
 SUFFIX = ".distcp"
 _ALIGN = 64
 _DATA = "archive/data/0"
 _MAX_32 = 2**32 - 1
-_DTYPES = {known: name for name, known in TORCH_DTYPES.items()}
+_DTYPES = {known: name for name, known in reversed(DTYPES.items())}
 _STORAGES = {
     "F64": "Double", "F32": "Float", "F16": "Half", "BF16": "BFloat16", "I64": "Long", "I32": "Int",
     "I16": "Short", "I8": "Char", "U8": "Byte", "BOOL": "Bool", "C64": "ComplexFloat",
@@ -50,7 +50,7 @@ def _shard(name: str, slots: Sequence[Slot]) -> Shard:
         placed.append(Slot(slot.key, slot.spec, at + len(_head(slot.spec))))
         at = _stream_end(placed[-1])
         at += -at % _ALIGN
-    return Shard(name, b"", tuple(placed))
+    return Shard(name, _head(slots[0].spec) if slots else b"", tuple(placed))
 
 
 def around(shard: Shard) -> Iterator[tuple[int, bytes]]:
@@ -82,7 +82,7 @@ def metadata(shards: Sequence[Shard], nest: str | None) -> bytes:
             (text("version"), text("1.0.0")),
         )),
     )  # fmt: skip
-    return pickles.BEGIN + content + pickles.STOP
+    return pickling.BEGIN + content + pickling.STOP
 
 
 def _tensor(spec: TensorSpec, zeros: bytes) -> bytes:
@@ -143,14 +143,14 @@ def _saved(spec: TensorSpec) -> bytes:
     strides = [math.prod(spec.shape[d + 1 :]) for d in range(len(spec.shape))]
     hooks = named("collections", "OrderedDict") + b")R"
     arguments = [
-        pickles.referred(pid), number(0), tuple_(*map(number, spec.shape)),
+        pickling.referred(pid), number(0), tuple_(*map(number, spec.shape)),
         tuple_(*map(number, strides)), FALSE, hooks,
     ]  # fmt: skip
     version = "v2" if kind else "v3"
     if not kind:
         arguments.append(_dtype(spec))
     made_by = named("torch._utils", f"_rebuild_tensor_{version}")
-    return pickles.BEGIN + call(made_by, *arguments) + pickles.STOP
+    return pickling.BEGIN + call(made_by, *arguments) + pickling.STOP
 
 
 def _entries(spec: TensorSpec) -> tuple[tuple[str, bytes], ...]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from streammap import (
     devices,
     executor,
-    kernels,
+    making,
     memory,
     modules,
     pipeline,
@@ -319,7 +319,7 @@ def _run(
             held = torch.frombuffer(view, dtype=dtype)
             take(work, place.offset // dtype.itemsize, held)
 
-    with kernels.one_thread_each():
+    with making.torch_threads():
         return pipeline.run(
             schedule.bundles(targets, slots, fitted, rows=rows), fitted, write,
             listener=listener, mapped=engine.reader == "mmap", device=device,
@@ -356,11 +356,12 @@ def _complete(
     left = [owner for owner in modules.on_meta(model).values() if not modules.is_sharded(owner)]
     if not left:
         return
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' own mark
     device = wanted.device or next((d.device for d in destinations.values()), None)
     for owner in left:
         modules.materialize(owner, device or torch.device("cpu"))
+    made = {id(owner.tensor) for owner in left}
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor._is_hf_initialized = id(tensor) not in made  # type: ignore[attr-defined]
     for module in model.modules():
         vars(module).pop("_is_hf_initialized", None)
     pretrained.initialize_weights()

@@ -27,6 +27,14 @@ class Owner:
     attribute: str
     is_parameter: bool
 
+    @property
+    def tensor(self) -> Tensor:
+        """What it has."""
+        table = self.module._parameters if self.is_parameter else self.module._buffers
+        found = table[self.attribute]
+        assert found is not None
+        return found
+
 
 @dataclass(eq=False, slots=True)
 class Entry:
@@ -112,12 +120,12 @@ def on_meta(model: nn.Module) -> dict[str, Owner]:
 
 def is_sharded(owner: Owner) -> bool:
     """Whether an owner's tensor is a DTensor."""
-    return shards.as_dtensor(_of(owner)) is not None
+    return shards.as_dtensor(owner.tensor) is not None
 
 
 def materialize(owner: Owner, device: torch.device) -> None:
     """Give an owner's tensor memory, with anything in it."""
-    tensor = _of(owner)
+    tensor = owner.tensor
     if tensor.is_meta:  # not yet, by another owner
         Entry(tensor, owners=[owner]).replace(torch.empty_like(tensor, device=device))
 
@@ -127,13 +135,6 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
     for _, owner, tensor, is_persistent in _tensors(model):
         if not is_persistent and not tensor.is_meta and not _is_same(tensor.device, device):
             owner.module._buffers[owner.attribute] = tensor.to(device)
-
-
-def _of(owner: Owner) -> Tensor:
-    table = owner.module._parameters if owner.is_parameter else owner.module._buffers
-    found = table[owner.attribute]
-    assert found is not None
-    return found
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Owner, Tensor, bool]]:

@@ -28,6 +28,11 @@ def rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+def bar(title: str, *, quiet: bool) -> Listener:
+    """A progress bar where somebody looks at it."""
+    return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
+
+
 def to_logger(
     logger: logging.Logger, *, level: int = logging.INFO, seconds: float = _LOGGED_SECONDS
 ) -> Listener:
@@ -52,8 +57,8 @@ class _Logged:
         """Log one event, if it is time."""
         now = time.monotonic()
         match event:
-            case Started(n_tensors, nbytes):
-                self._total, self._done = nbytes, 0
+            case Started(n_tensors, nbytes, resumed):
+                self._total, self._done = nbytes, resumed
                 self._began = self._told = now
                 self._logger.log(
                     self._level, "streammap: %d tensors, %.3f GB", n_tensors, nbytes / 1e9
@@ -86,14 +91,15 @@ class ProgressBar:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         match event:
-            case Started(_, nbytes):
+            case Started(_, nbytes, resumed):
                 if rank():
                     return
                 from tqdm import tqdm
 
                 self._bar = tqdm(
-                    total=nbytes, desc=self._title, unit="B", unit_scale=True, leave=False
-                )
+                    total=nbytes, initial=resumed, desc=self._title, unit="B", unit_scale=True,
+                    leave=False,
+                )  # fmt: skip
             case Wrote(_, nbytes):
                 if self._bar is not None:
                     self._bar.update(nbytes)

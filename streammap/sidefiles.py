@@ -2,8 +2,8 @@
 
 All files of the source's folder are copied byte for byte, but for its weights, training state,
 other checkpoints in folders of their own, and what streammap writes itself. Links are followed
-inside the folder (and inside a Hub cache), not out of it. sentence-transformers' pooling follows
-the hidden size.
+inside the folder (and inside a Hub cache), not out of it; how many there are and how large is
+bounded. sentence-transformers' pooling follows the hidden size.
 """
 
 import fnmatch
@@ -13,16 +13,16 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from streammap import mapfile
-from streammap.checkpoint import Checkpoint, read_json
-from streammap.errors import CheckpointError, OutputError
+from streammap import lineage, mapfile, reading
+from streammap.checkpoint import MAX_JSON_NBYTES, Checkpoint, read_json
+from streammap.errors import ArchitectureError, CheckpointError, OutputError
 from streammap.plan import FORMAT, Plan
 
 PROVENANCE = "streammap.json"
 _SKIPPED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
     "*.onnx_data", "*.gguf", "*.npz", "*.distcp", "*.ot", "*.tflite", "*.index.json", "config.json",
-    "streammap.*", ".*", "trainer_state.json", "events.out.tfevents.*",
+    "streammap.*", "*.streammap.json", ".*", "trainer_state.json", "events.out.tfevents.*",
 )  # fmt: skip
 _SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")
 _SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",
@@ -30,6 +30,8 @@ _SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", 
 _POOLED = ("word_embedding_dimension", "embedding_dimension")
 _MAX_DEPTH = 3
 _MAX_NBYTES = 1_000_000_000
+_MAX_TOTAL_NBYTES = 4_000_000_000
+_MAX_FILES = 10_000
 
 
 def copied(side: Checkpoint | None) -> dict[str, Path]:
@@ -40,10 +42,21 @@ def copied(side: Checkpoint | None) -> dict[str, Path]:
     """
     if side is None or not side.path.is_dir():
         return {}
-    return dict(sorted(_walk(side.path, side.path, 0)))
+    found: dict[str, Path] = {}
+    total = 0
+    for name, path in _walk(side.path, side.path, 0):
+        found[name] = path
+        total += path.stat().st_size
+        if len(found) > _MAX_FILES or total > _MAX_TOTAL_NBYTES:
+            raise CheckpointError(
+                f"{side.path}: {len(found)} files beside the weights, {total} bytes, at most "
+                f"{_MAX_FILES} and {_MAX_TOTAL_NBYTES} are copied along",
+                hint="move what is not part of the model out of the folder",
+            )
+    return dict(sorted(found.items()))
 
 
-def contents(plan: Plan, version: str) -> dict[str, bytes]:
+def contents(plan: Plan) -> dict[str, bytes]:
     """Relative name -> bytes, for each small file that is written anew.
 
     Raises:
@@ -56,11 +69,10 @@ def contents(plan: Plan, version: str) -> dict[str, bytes]:
             found[name] = changed
     if plan.levels:
         found[mapfile.NAME] = mapfile.encode(plan.levels)
-    found[PROVENANCE] = _json(provenance(plan, version))
     if plan.config is not None:
         original = None if plan.side is None else plan.side.config_path
         if original is not None and plan.side is not None and plan.config == plan.side.config:
-            found["config.json"] = original.read_bytes()
+            found["config.json"] = reading.content(original, limit=MAX_JSON_NBYTES)
         else:
             found["config.json"] = _json(plan.config)
     return found
@@ -77,6 +89,8 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
         "reason": reason,
         "steps": [{"operator": step.operator, **step.options} for step in plan.steps],
         "notes": list(plan.notes),
+        "sizes": _sizes(plan),
+        "request": None if plan.request is None else lineage.as_json(plan.request),
         "sources": [
             {
                 "name": source.name,
@@ -90,6 +104,14 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
     }
 
 
+def _sizes(plan: Plan) -> dict[str, int] | None:
+    """Sizes of the result's axes; None where no spec serves it."""
+    try:
+        return dict(plan.model.sizes)
+    except (ArchitectureError, CheckpointError):
+        return None
+
+
 def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
     for entry in sorted(folder.iterdir()):
         name = entry.name
@@ -100,7 +122,13 @@ def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
         globs = _SKIPPED if folder == root else _SKIPPED_INSIDE
         if any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             continue
-        yield entry.relative_to(root).as_posix(), _checked(root, entry)
+        inside = entry.relative_to(root).as_posix()
+        if not inside.isprintable():
+            raise CheckpointError(
+                f"{root}: {inside!r}: a file name with letters that can't be shown",
+                hint="rename the file, or remove it from the folder",
+            )
+        yield inside, _checked(root, entry)
 
 
 def _is_apart(folder: Path) -> bool:
@@ -115,8 +143,7 @@ def _is_apart(folder: Path) -> bool:
 
 def _checked(root: Path, entry: Path) -> Path:
     real = Path(os.path.realpath(entry))
-    inside = real.is_relative_to(os.path.realpath(root))
-    if not inside and not _is_hub_blob(root, real):
+    if not reading.is_own(root, entry):
         raise CheckpointError(
             f"{entry}: a link out of the checkpoint, to {real}",
             hint="copy the file into the folder, or remove the link",
@@ -133,14 +160,6 @@ def _checked(root: Path, entry: Path) -> Path:
             hint="move it out of the folder",
         )
     return real
-
-
-def _is_hub_blob(root: Path, real: Path) -> bool:
-    """Whether `root` is a snapshot of a Hub cache and `real` one of its blobs."""
-    parts = Path(os.path.realpath(root)).parts
-    if len(parts) < 3 or parts[-2] != "snapshots":
-        return False
-    return real.parent == Path(*parts[:-2]) / "blobs"
 
 
 def _resized(name: str, path: Path, sized: Mapping[str, tuple[int, int]]) -> bytes | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,6 +32,7 @@ def _slices(region: Region) -> tuple[slice, ...]:
 
 
 @given(drawn_forms(BLOCKS), st.sampled_from(ROOMS), st.data())
+@settings(max_examples=settings().max_examples // 2)
 def test_a_region_is_the_slice_of_the_whole(drawn: Drawn, room: Room, data: st.DataObject) -> None:
     form = drawn.form
     region = data.draw(ranges_of(form.spec.shape))
@@ -44,6 +45,7 @@ def test_a_region_is_the_slice_of_the_whole(drawn: Drawn, room: Room, data: st.D
 
 
 @given(drawn_forms(RANDOM), st.data())
+@settings(max_examples=settings().max_examples // 2)
 def test_a_region_goes_into_any_tensor(drawn: Drawn, data: st.DataObject) -> None:
     """Of any order of dimensions, with gaps, and of another dtype: rounded as a file is, then cast.
 

@@ -13,7 +13,9 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from streammap import reading
 from streammap.errors import CheckpointError
+from streammap.storage import disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 @final
 class LocalFile:
-    """One file, opened on first use. Not to be used after `close`."""
+    """One file, opened on first use, and again when it is used after `close`."""
 
     def __init__(self, path: Path, nbytes: int, mtime_ns: int) -> None:
         """Remember `path`, and its size and time of writing when its header was read."""
@@ -38,10 +40,7 @@ class LocalFile:
         """The file's descriptor."""
         with self._lock:
             if self._descriptor is None:
-                try:
-                    self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{self.path}: {error.strerror}") from error
+                self._descriptor = reading.open_file(self.path)
                 try:
                     self.check_unchanged()
                 except CheckpointError:
@@ -86,10 +85,10 @@ class LocalFile:
         if mapped:
             self._copy_mapped(offset, view)
             return
-        descriptor, at = self.descriptor, 0
+        descriptor, at, pread = self.descriptor, 0, disk.current().pread
         while at < len(view):
             try:
-                read = os.preadv(descriptor, [view[at:]], offset + at)
+                read = pread(descriptor, view[at:], offset + at)
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path}: {error.strerror} at byte {offset + at}",
@@ -138,10 +137,15 @@ class LocalFile:
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
 
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
     def close(self) -> None:
         """Close the file; the mapping goes when the last tensor over it does."""
         self._bytes = None
         self._map = None
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
