@@ -48,7 +48,8 @@ def cycle(found: dict[str, set[str]]) -> list[str]:
 
 def reached(found: dict[str, set[str]], start: str) -> set[str]:
     """All modules that one needs, its own imports' imports too."""
-    seen, waiting = set(), [start]
+    seen: set[str] = set()
+    waiting = [start]
     while waiting:
         new = found.get(waiting.pop(), set()) - seen
         seen |= new
