@@ -32,6 +32,7 @@ FLOORS = (
         "quantized",
         "requests",
         "storage.local",
+        "testing.faults",
         "tomlvalues",
         "workfolder",
     ),
