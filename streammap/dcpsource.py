@@ -93,7 +93,19 @@ class Chunks:
         tensors: Mapping[str, tuple[TensorSpec, tuple[Chunk, ...]]],
         files: Mapping[str, LocalFile],
     ) -> None:
-        """`tensors` by key; `files` by name."""
+        """`tensors` by key; `files` by name.
+
+        Raises:
+            CheckpointError: a file ends before one of its chunks.
+        """
+        for key, (_, chunks) in tensors.items():
+            for chunk in chunks:
+                end, there = chunk.offset + chunk.nbytes, files[chunk.file].nbytes
+                if end > there:
+                    raise CheckpointError(
+                        f"{chunk.file}: {key}: its chunk ends at byte {end}, the file has {there}",
+                        hint="the file was cut short: copy it again",
+                    )
         self._tensors, self._files = tensors, files
         self._places: dict[tuple[str, int], Place] = {}
         self._local = threading.local()

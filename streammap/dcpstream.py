@@ -43,12 +43,6 @@ def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> Place:
         CheckpointError: its stream is not torch.save's, or holds another tensor.
     """
     where = f"{file.path.name}: {key}"
-    if chunk.offset + chunk.nbytes > file.nbytes:
-        raise CheckpointError(
-            f"{where}: its chunk ends at byte {chunk.offset + chunk.nbytes}, the file has "
-            f"{file.nbytes}",
-            hint="the file was cut short: copy it again",
-        )
     stream = io.BufferedReader(_Window(file, chunk.offset, chunk.nbytes), _BUFFER_NBYTES)
     entries = torchfile.entries_of(stream, where)
     at, tensor = _described(stream, entries, where)

@@ -45,12 +45,13 @@ def arrange(specs: Mapping[str, TensorSpec], *, max_shard_nbytes: int) -> tuple[
 
 
 def _shard(name: str, slots: Sequence[Slot]) -> Shard:
-    placed, at = [], 0
+    placed, at, tail = [], 0, 0
     for slot in slots:
         placed.append(Slot(slot.key, slot.spec, at + len(_head(slot.spec))))
-        at = _stream_end(placed[-1])
+        tail = _stream_end(placed[-1]) - placed[-1].end
+        at = placed[-1].end + tail
         at += -at % _ALIGN
-    return Shard(name, _head(slots[0].spec) if slots else b"", tuple(placed))
+    return Shard(name, _head(slots[0].spec) if slots else b"", tuple(placed), tail)
 
 
 def around(shard: Shard) -> Iterator[tuple[int, bytes]]:

@@ -28,6 +28,7 @@ from streammap import dcpmeta, dcpwriter
 from streammap.cli import main
 from streammap.dcpmeta import Chunk
 from streammap.errors import CheckpointError, OutputError
+from streammap.events import Event, Wrote, nobody
 from streammap.spec import TensorSpec
 from tests import tiny
 
@@ -370,3 +371,40 @@ def test_the_command_line_writes_it(tmp_path: Path) -> None:
     found = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
     assert found.exit_code == 0
     assert "out: 1 file" in found.output
+
+
+def test_a_written_folder_is_verified(tmp_path: Path) -> None:
+    _, lazy = _source(tmp_path)
+    out = tmp_path / "out"
+    lazy.save(out, format="dcp", nest="model", max_shard_size="100KB")
+    found = streammap.verify(out)
+    assert not [f for f in found.findings if f.level == "error"]
+    file = out / "__0_1.distcp"
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+    assert [f.check for f in streammap.verify(out).findings if f.level == "error"] == ["crc32"]
+    file.write_bytes(raw[:-2000])
+    (error,) = (f for f in streammap.verify(out).findings if f.level == "error")
+    assert "its chunk ends at byte" in error.message
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    _, lazy = _source(tmp_path)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Wrote):
+            raise KeyboardInterrupt
+
+    for name, progress in (("whole", nobody), ("again", stop)):
+        try:
+            lazy.save(tmp_path / name, format="dcp", max_shard_size="1KB", progress=progress)
+        except KeyboardInterrupt:
+            report = lazy.save(tmp_path / name, format="dcp", max_shard_size="1KB")
+            assert report.n_resumed > 0
+    for path in (tmp_path / "whole").glob("*.distcp"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        lazy.save(tmp_path / "other", format="dcp", max_shard_size="1KB", progress=stop)
+    with pytest.raises(OutputError, match="nest"):
+        lazy.save(tmp_path / "other", format="dcp", max_shard_size="1KB", nest="model")
