@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from streammap.clioptions import json_option, moved_of, moved_options, reading_of, reading_options
+from streammap.errors import printable_lines
 
 
 @click.command()
@@ -37,5 +38,7 @@ def verify(
         progress=progress.bar("verify", quiet=quiet), **reading_of(options),
     )  # fmt: skip
     if not quiet:
-        click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+        click.echo(
+            json.dumps(found.as_json(), indent=2) if as_json else printable_lines(str(found))
+        )
     ctx.exit(0 if found.ok else 1)
