@@ -538,6 +538,23 @@ def test_the_slowest_pattern_that_is_allowed_has_an_end() -> None:
         assert compiled.match("a" * header.MAX_KEY_LETTERS + "c") is None
 
 
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"a": ["{a}"]},
+        {"a": ["{i}", "{a}"]},
+        {"a": ["{i}{b}"], "b": ["{a}", "x"]},
+        {"a": ["{b}", "{i}"], "b": ["{b}x"]},
+        {f"a{i}" if i else "a": [f"{{a{i + 1}}}" * 100] for i in range(8)} | {"a8": ["x"]},
+        {f"a{i}" if i else "a": [f"{{a{i + 1}}}"] * 100 for i in range(8)} | {"a8": ["x", "{i}"]},
+    ],
+    ids=range(6),
+)
+def test_variables_that_have_no_end_are_refused_quickly(variables: dict[str, list[str]]) -> None:
+    with quickly(), pytest.raises(ArchitectureError, match=r"expand without an end|matched in"):
+        pattern.compile_patterns("{a}", variables)
+
+
 def test_a_sample_may_hold_brackets() -> None:
     """ "{p:a(b|c}" is the texts a(b and c."""
     (compiled,) = pattern.compile_patterns("{p:a(b|c}.{i}*", {})
