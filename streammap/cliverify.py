@@ -14,6 +14,7 @@ from streammap.clioptions import (
     reading_of,
     reading_options,
 )
+from streammap.errors import printable_lines
 
 
 @click.command()
@@ -45,7 +46,9 @@ def verify(
         progress=progress.bar("verify", quiet=quiet), **reading_of(options),
     )  # fmt: skip
     if not quiet:
-        click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+        click.echo(
+            json.dumps(found.as_json(), indent=2) if as_json else printable_lines(str(found))
+        )
     ctx.exit(0 if found.ok else 1)
 
 
@@ -84,6 +87,6 @@ def diff(
         click.echo(f"error: {error}", err=True)
         ctx.exit(2)
     if not quiet:
-        told = found.text(limit=limit or None)
+        told = printable_lines(found.text(limit=limit or None))
         click.echo(json.dumps(found.as_json(), indent=2) if as_json else told)
     ctx.exit(0 if found.is_equal else 1)

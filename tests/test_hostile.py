@@ -103,6 +103,15 @@ def test_a_terminal_gets_no_escapes_of_a_checkpoint(source: Path) -> None:
     assert all(letter.isprintable() for letter in told.replace("\n", ""))
 
 
+def test_a_terminal_gets_no_escapes_of_a_record(source: Path) -> None:
+    tensors = {"\x1b[2J": {"file": "\x1b[2J\nok.safetensors", "crc32": "cbf43926"}}
+    record = {"files": {"\x1b[2J.safetensors": 3}, "tensors": tensors}
+    (source / "streammap.json").write_text(json.dumps(record))
+    told = typed.run("verify", source).output
+    assert r"\x1b[2J" in told
+    assert all(letter.isprintable() for letter in told.replace("\n", ""))
+
+
 def _write_sparse(path: Path, specs: dict[str, TensorSpec]) -> None:
     """A file of zeros that take no room."""
     head = header.encode(list(specs.items()), {})
@@ -249,6 +258,25 @@ def test_json_without_an_end_is_refused_unread(source: Path, name: str) -> None:
 def test_json_of_too_many_values_is_refused_unread() -> None:
     with quickly(), pytest.raises(ValueError, match="about 12000002 values, at most 10000000"):
         strictjson.loads(b"[" + b"[]," * 6_000_000 + b"[]]")
+
+
+@pytest.mark.parametrize("kind", ["list", "object"])
+def test_json_is_nested_as_deep_as_it_can_be_written_again(source: Path, kind: str) -> None:
+    """What Python's parser takes, what copies and writes it might not: a RecursionError."""
+
+    def nested(depth: int) -> str:
+        if kind == "list":
+            return "[" * depth + "]" * depth
+        return '{"a":' * depth + "0" + "}" * depth
+
+    config = tiny.bert_config(SIZES)
+    text = json.dumps(config)[:-1] + ', "extra": '
+    (source / "config.json").write_text(text + nested(63) + "}")
+    assert streammap.open(source).coalesce(width=2).config
+    for depth in (64, 300, 100_000):
+        (source / "config.json").write_text(text + nested(depth) + "}")
+        with pytest.raises(CheckpointError, match="not JSON: nested too deeply"):
+            streammap.open(source)
 
 
 @pytest.mark.parametrize("text", ["9" * 5_000, "-" + "9" * 5_000])
@@ -508,6 +536,23 @@ def test_the_slowest_pattern_that_is_allowed_has_an_end() -> None:
     (compiled,) = pattern.compile_patterns("*a*{p:a|b|aa|aaa}", {})
     with quickly():
         assert compiled.match("a" * header.MAX_KEY_LETTERS + "c") is None
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"a": ["{a}"]},
+        {"a": ["{i}", "{a}"]},
+        {"a": ["{i}{b}"], "b": ["{a}", "x"]},
+        {"a": ["{b}", "{i}"], "b": ["{b}x"]},
+        {f"a{i}" if i else "a": [f"{{a{i + 1}}}" * 100] for i in range(8)} | {"a8": ["x"]},
+        {f"a{i}" if i else "a": [f"{{a{i + 1}}}"] * 100 for i in range(8)} | {"a8": ["x", "{i}"]},
+    ],
+    ids=range(6),
+)
+def test_variables_that_have_no_end_are_refused_quickly(variables: dict[str, list[str]]) -> None:
+    with quickly(), pytest.raises(ArchitectureError, match=r"expand without an end|matched in"):
+        pattern.compile_patterns("{a}", variables)
 
 
 def test_a_sample_may_hold_brackets() -> None:
