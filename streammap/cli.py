@@ -121,11 +121,10 @@ def _decoalesced(
 
 def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str, Any]) -> None:
     quiet, as_json = options["quiet"], options["as_json"]
+    named = ("max_shard_size", "overwrite", "restart", "format", "nest")
     report = lazy.save(
         output,
-        max_shard_size=options["max_shard_size"],
-        overwrite=options["overwrite"],
-        restart=options["restart"],
+        **{name: options[name] for name in named},
         fsync=not options["no_fsync"],
         progress=listener(title, quiet=quiet),
         **engine_of(options),
@@ -141,7 +140,11 @@ def listener(title: str, *, quiet: bool) -> "Listener":
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
-    """A run's result on stdout."""
+    """A run's result on stdout; under a launcher the first process's alone."""
+    from streammap.progress import rank
+
+    if rank():
+        return
     if as_json:
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
     elif not quiet:
@@ -451,3 +454,4 @@ def demo(folder: Path) -> None:
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
 main.add_command(cliverify.verify)
+main.add_command(cliverify.diff)

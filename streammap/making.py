@@ -11,10 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 from streammap import (
     commit,
+    dcpmeta,
+    dcpwriter,
     identity,
     journal,
     layout,
@@ -42,6 +44,9 @@ from streammap.version import VERSION
 from streammap.workfolder import WorkFolder
 from streammap.writer import Writer
 
+Format = Literal["safetensors", "dcp"]
+FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
+
 
 @dataclass(frozen=True, slots=True)
 class Where:
@@ -57,16 +62,20 @@ class Where:
     """Whether the output may be the folder of a source; its files are replaced at the end."""
     restart: bool = False
     """Whether to forget what an earlier run left unfinished."""
+    format: Format = "safetensors"
+    nest: str | None = None
+    """Entry that a DCP result's tensors stand under; "" for none, None for the source's."""
 
     @property
     def is_file(self) -> bool:
         """Whether the result is one file instead of a folder."""
-        return self.path.suffix == ".safetensors" or self.is_torch
+        is_named = self.path.suffix == ".safetensors" or self.is_torch
+        return is_named and self.format == "safetensors"
 
     @property
     def is_torch(self) -> bool:
         """Whether that is torch's."""
-        return self.path.suffix in _TORCH
+        return self.path.suffix in _TORCH and self.format == "safetensors"
 
     @property
     def folder(self) -> Path:
@@ -105,7 +114,7 @@ def make(
     _check_place(plan, where, path)
     output.check_names(where.folder, [*(s.name for s in shards), *small, *side, where.record])
     request = identity.request_of(
-        plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION
+        plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION, nest=where.nest
     )
     with WorkFolder(path) as work:
         work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
@@ -125,6 +134,29 @@ def make(
             commit.finish(work, where.folder, found, stale, disk=disks.current(), fsync=fsync)
         work.keeps = False
     return done
+
+
+def finish(path: str | Path) -> bool:
+    """Put a result in its place whose run was stopped at just that; its sources are not needed.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        OutputError: a file of it is missing, or another run is at it.
+    """
+    place = Path(path)
+    where = Where(place, 1, True, True, Engine(0, None, "cpu", "pread"))
+    at = workfolder.place_of(place, is_file=where.is_file)
+    if not commit.is_marked(at):
+        return False
+    with WorkFolder(at) as work:
+        work.keeps = True
+        disk = disks.current()
+        found = commit.read(work, None)
+        commit.finish(work, where.folder, found, _stale(where), disk=disk, fsync=True)
+        work.keeps = False
+    return True
 
 
 @final
@@ -171,7 +203,7 @@ class _Run:
         """The shards; those of a torch file, which says itself where its tensors are, from it."""
         if not self._where.is_torch:
             return self._shards
-        nest = self._plan.side.nest if self._plan.side is not None else None
+        nest = (_nest(self._plan) or "").rpartition(".")[2] or None
         if not is_resumed:
             return [out.begin_torch(shard, nest) for shard in self._shards]
         return [out.torch_there(shard) for shard in self._shards]
@@ -187,7 +219,7 @@ class _Run:
         listener(Started(len(plan.targets), plan.nbytes, writer.resumed_nbytes))
         jobs = schedule.bundles(plan.targets, writer.slots(), self._memory)
         computes = any(form.copied is None for form in plan.targets.values())
-        with _torch_threads() if computes else contextlib.nullcontext():
+        with torch_threads() if computes else contextlib.nullcontext():
             n_read = pipeline.run(
                 jobs, self._memory, writer.write,
                 listener=told, mapped=engine.reader == "mmap", device=self._choice.device,
@@ -203,7 +235,10 @@ class _Run:
         for name, path in side.items():
             if name not in small:
                 out.copy(name, path)
-        if len(shards) > 1:
+        if where.format == "dcp":
+            nest = _nest(self._plan) if where.nest is None else where.nest
+            out.add(dcpmeta.METADATA, dcpwriter.metadata(self._shards, nest))
+        elif len(shards) > 1:
             out.add(layout.INDEX, layout.index(self._shards))
         for name, content in small.items():
             out.add(name, content)
@@ -284,7 +319,7 @@ _threads_users: list[AbstractContextManager[None]] = []
 
 
 @contextlib.contextmanager
-def _torch_threads() -> Iterator[None]:
+def torch_threads() -> Iterator[None]:
     """One thread a kernel while any run goes on, then as many as before.
 
     Imports torch: a result of copies only does without.
@@ -303,6 +338,11 @@ def _torch_threads() -> Iterator[None]:
             _threads_users.pop()
             if not _threads_users:
                 first.__exit__(None, None, None)
+
+
+def _nest(plan: Plan) -> str | None:
+    """What the source's state dict is nested under."""
+    return None if plan.side is None else plan.side.nest
 
 
 def _stale(where: Where) -> commit.Stale:
