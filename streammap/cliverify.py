@@ -87,6 +87,6 @@ def diff(
         click.echo(f"error: {error}", err=True)
         ctx.exit(2)
     if not quiet:
-        told = found.text(limit=limit or None)
-        click.echo(json.dumps(found.as_json(), indent=2) if as_json else printable_lines(told))
+        told = printable_lines(found.text(limit=limit or None))
+        click.echo(json.dumps(found.as_json(), indent=2) if as_json else told)
     ctx.exit(0 if found.is_equal else 1)

@@ -137,6 +137,9 @@ def load(plan: Plan, given: nn.Module, wanted: Wanted, listener: Listener) -> Lo
     for source in plan.sources:
         source.check_unchanged()
     if pretrained is not None:
+        for name, other in pretrained.all_tied_weights_keys.items():
+            if name in found and found[name] is found.get(other):
+                modules.tie(entries[name], entries[other])
         _complete(pretrained, model, destinations, wanted)
     if wanted.device is not None:
         modules.move_buffers(model, wanted.device)

@@ -27,6 +27,12 @@ class Owner:
     attribute: str
     is_parameter: bool
 
+    def put(self, tensor: Tensor) -> None:
+        """Let it have another tensor."""
+        # Past nn.Module.__setattr__, which takes no tensor for a parameter, and FSDP's.
+        tables: tuple[dict[str, Any], ...] = (self.module._parameters, self.module._buffers)
+        tables[0 if self.is_parameter else 1][self.attribute] = tensor
+
     @property
     def tensor(self) -> Tensor:
         """What it has."""
@@ -62,9 +68,7 @@ class Entry:
             made = nn.Parameter(tensor, requires_grad=self.tensor.requires_grad)
             made.__dict__.update(self.tensor.__dict__)
         for owner in self.owners:
-            # Past nn.Module.__setattr__, which takes no tensor for a parameter, and FSDP's.
-            tables: tuple[dict[str, Any], ...] = (owner.module._parameters, owner.module._buffers)
-            tables[0 if owner.is_parameter else 1][owner.attribute] = made
+            owner.put(made)
         self.tensor = made
 
 
@@ -102,6 +106,17 @@ def entries(model: nn.Module) -> dict[str, Entry]:
             entry.owners.append(owner)
         found[name] = entry
     return found
+
+
+def tie(entry: Entry, other: Entry) -> None:
+    """Let two entries be one tensor again: `to_empty` parts what is tied.
+
+    Under FSDP they stay two, each with the numbers of both.
+    """
+    sharded = (shards.as_dtensor(e.tensor) is not None for e in (entry, other))
+    if entry is not other and not any(sharded):
+        for owner in entry.owners:
+            owner.put(other.tensor)
 
 
 def lost_buffers(model: nn.Module) -> dict[str, Owner]:

@@ -142,6 +142,15 @@ def test_a_chain_is_loaded_without_a_file_between(
     assert json.dumps(report.as_json())
 
 
+def test_what_to_empty_has_parted_is_tied_again(saved: Callable[[str], Path]) -> None:
+    model = _made("llama_tied", meta=True).to_empty(device="cpu")
+    model.lm_head.weight = nn.Parameter(torch.zeros_like(model.lm_head.weight))
+    streammap.load_into(model, saved("llama_tied"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    wanted = _class("llama_tied").from_pretrained(saved("llama_tied"))
+    assert torch.equal(model.lm_head.weight, wanted.lm_head.weight)
+
+
 def test_what_is_to_stay_in_float32_does(saved: Callable[[str], Path]) -> None:
     wanted = _class("t5").from_pretrained(saved("t5"), dtype=torch.float16)
     model = _made("t5", meta=True)
