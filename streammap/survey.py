@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from streammap import dcpmeta, header, torchfile
+from streammap import dcpmeta, header, reading, torchfile
 from streammap.checkpoint import (
     INDEXES,
     TORCH_SUFFIXES,
@@ -173,7 +173,7 @@ def _names(
     there = _weights(path)
     wanted = set(record.files) & {n for n in record.files if _is_weights(n)}
     wanted |= set(record.places.values()) | set((weight_map or {}).values())
-    safe = {name for name in wanted if "/" not in name and "\\" not in name and name[:1] != "."}
+    safe = {name for name in wanted if reading.is_plain_name(name) and name[:1] != "."}
     told = "no name of a file of this folder"
     found += [Finding("error", "index", told, file=name) for name in sorted(wanted - safe)]
     if not safe:

@@ -17,16 +17,19 @@ import torch
 import streammap
 from streammap import (
     catalogue,
+    dcpmeta,
     errors,
     header,
     mapfile,
     pattern,
     planner,
     reading,
+    replay,
     scheme,
     sidefiles,
     specfile,
     strictjson,
+    verification,
 )
 from streammap.checkpoint import open_checkpoint
 from streammap.errors import (
@@ -559,6 +562,55 @@ def test_a_sample_may_hold_brackets() -> None:
     """ "{p:a(b|c}" is the texts a(b and c."""
     (compiled,) = pattern.compile_patterns("{p:a(b|c}.{i}*", {})
     assert pattern.sample(compiled) == "a(b.0*"
+
+
+# Records, and folders of torch.distributed.checkpoint.
+
+
+def test_a_record_names_files_that_can_be(source: Path) -> None:
+    tensors = {"a": {"file": "x" * 3000, "crc32": "cbf43926"}}
+    opened = {"operator": "open", "path": "y" * 3000, "arch": "z" * 3000}
+    for maps in ("", {"sha256": ["ab"]}):
+        request_ = {**opened, "maps": maps}
+        (source / "streammap.json").write_text(
+            json.dumps({"tensors": tensors, "request": request_})
+        )
+        told = [str(finding) for finding in verification.verify(source).findings]
+        assert any("no name of a file of this folder" in one for one in told)
+        with pytest.raises(StreammapError, match="File name too long"):
+            replay.open(source)
+    with pytest.raises(ArchitectureError, match="no architecture"):
+        _ = streammap.open(source, arch="z" * 3000).plan.model
+
+
+TUPLES = b")" + b"\x94h\0\x86" * 1 + b"".join(b"\x94h%c\x86" % i for i in range(1, 60))
+"""A tuple that holds itself 2^60 times."""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x96" + (10**11).to_bytes(8, "little"),
+        b"\x8f(" + TUPLES + b"\x90",
+        b"cpathlib\nPosixPath\n" + TUPLES + b"\x85R",
+        b"ctorch.serialization\n_get_layout\n" + TUPLES + b"\x85R",
+        b"ctorch.distributed.checkpoint.metadata\nMetadata\n}X\x01\0\0\0aNsb",
+        b"ctorch\nSize\n}X\x01\0\0\0aNsb",
+    ],
+    ids=["bytearray", "set", "path", "layout", "class", "function"],
+)
+def test_metadata_that_has_no_end_is_refused_quickly(tmp_path: Path, content: bytes) -> None:
+    tiny.file(tmp_path / ".metadata", b"\x80\x04" + content + b".")
+    with quickly(), pytest.raises(CheckpointError, match=r"\.metadata"):
+        dcpmeta.read(tmp_path)
+
+
+def test_chunks_that_make_too_many_pieces_are_refused_quickly() -> None:
+    n = 1_100
+    bars = [((i, i + 1), (i, i + 1)) for i in range(n)]
+    chunks = [dcpmeta.Chunk(at, "x", 0, 0) for at in bars]
+    with quickly(), pytest.raises(CheckpointError, match="make 1210000 pieces, at most 1000000"):
+        dcpmeta._check_cover("a", (n, n), chunks)
 
 
 # Files beside the weights.

@@ -25,15 +25,15 @@ NASTY: tuple[object, ...] = (
 
 def json_text(data: bytes, chance: random.Random) -> bytes:
     """A JSON text with some of its values changed; other bytes where it is none."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return raw(data, chance)
     if chance.random() < 0.1:
         return raw(data, chance)
-    for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        value = json_value(value, chance)
-    return json.dumps(value).encode()
+    try:
+        value = json.loads(data)
+        for _ in range(chance.choice((1, 1, 1, 2, 4))):
+            value = json_value(value, chance)
+        return json.dumps(value).encode()
+    except (ValueError, RecursionError):  # no JSON, or of a depth that it can't be written in
+        return raw(data, chance)
 
 
 def json_value(value: object, chance: random.Random) -> object:

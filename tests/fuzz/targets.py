@@ -20,6 +20,8 @@ from unittest import mock
 from streammap import (
     axisrequests,
     catalogue,
+    dcpmeta,
+    dcpsource,
     header,
     headsize,
     inspection,
@@ -360,7 +362,8 @@ def _mutated_pickle(content: bytes, chance: random.Random) -> bytes:
         b"K\xff", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"N", b"}", b"]", b")",
         b"(", b"t", b"\x85", b"R", b"b", b"s", b"u", b"h\x00", b"h\x05", b"q\x05", b"Q", b"\x81",
         b"ccollections\nOrderedDict\n", b"cbuiltins\nbytearray\n", b"ctorch\nFloatStorage\n",
-        b"cos\nsystem\n", b"X\x01\0\0\0a", b"X\xff\xff\xff\xff", b"\x88", b"G" + b"\x7f" * 8,
+        b"cos\nsystem\n", b"\x94", b"j\0\0\0\0", b"\x86" * 9, b"cpathlib\nPosixPath\n", b"\x8f",
+        b"X\x01\0\0\0a", b"X\xff\xff\xff\xff", b"\x88", b"G" + b"\x7f" * 8,
     )  # fmt: skip
     out = bytearray(content)
     for _ in range(chance.choice((1, 1, 2, 4))):
@@ -431,6 +434,25 @@ def _record_seeds() -> list[bytes]:
         {**content, "request": {"operator": "configure", "config": {}, "source": opened}},
     ]
     return [json.dumps(one).encode() for one in found]
+
+
+# Folders of torch.distributed.checkpoint.
+
+
+def _dcp(data: bytes, folder: Path) -> None:
+    """Its .metadata."""
+    _file(folder, dcpmeta.METADATA, data)
+    with contextlib.suppress(StreammapError):
+        str(dcpsource.select(dcpmeta.read(folder), folder="x"))
+
+
+def _dcp_seeds() -> list[bytes]:
+    """Not made here: torch.distributed takes seconds to import."""
+    return [path.read_bytes() for path in corpus("dcp") if path.name.startswith("saved-")]
+
+
+def _mutated_dcp(data: bytes, chance: random.Random) -> bytes:
+    return mutate.raw(data, chance) if chance.random() < 0.3 else _mutated_pickle(data, chance)
 
 
 # Specs.
@@ -512,6 +534,7 @@ TARGETS = {
     "request": Target(_request, _request_seeds, mutate.raw),
     "map": Target(_map, _map_seeds, _mutated_map),
     "torch": Target(_torch, _torch_seeds, _mutated_torch),
+    "dcp": Target(_dcp, _dcp_seeds, _mutated_dcp),
     "spec": Target(_spec, _spec_seeds, mutate.lines(_words())),
     "journal": Target(_journal, _journal_seeds, _mutated_lines),
     "record": Target(_record, _record_seeds, mutate.json_text),
