@@ -132,7 +132,7 @@ def test_a_run_killed_at_any_point_goes_on(
     sources: Path, tmp_path: Path, name: str, overwrite: bool
 ) -> None:
     n = killed_everywhere(sources, tmp_path, name, overwrite=overwrite, most=120)
-    assert n >= 100
+    assert n >= 70  # twice, new and overwritten
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.pth"])
