@@ -84,7 +84,7 @@ def many(source: Path, out: Path, n: int) -> None:
 
 
 def test_many_calls_leave_nothing(source: Path, tmp_path: Path) -> None:
-    many(source, tmp_path / "out", 60)
+    many(source, tmp_path / "out", 40)
 
 
 @pytest.mark.slow
