@@ -44,10 +44,14 @@ class Output:
     def begin(self, shard: Shard) -> None:
         """Open a file and write its header; all that stands around the tensors of a DCP file."""
         self._open(shard.name, _NEW)
-        self.write_at(shard.name, 0, memoryview(shard.head))
-        if shard.name.endswith(dcpwriter.SUFFIX):
-            for offset, piece in dcpwriter.around(shard):
-                self.write_at(shard.name, offset, memoryview(piece))
+        try:
+            self.write_at(shard.name, 0, memoryview(shard.head))
+            if shard.name.endswith(dcpwriter.SUFFIX):
+                for offset, piece in dcpwriter.around(shard):
+                    self.write_at(shard.name, offset, memoryview(piece))
+        except BaseException:
+            os.close(self._descriptors.pop(shard.name))  # another thread may begin it again
+            raise
 
     def go_on(self, shard: Shard) -> None:
         """Open a file that an earlier run has begun."""

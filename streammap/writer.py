@@ -161,9 +161,13 @@ class Writer:
         if not tensors:
             return
         crcs = {file.shard.slots[i].key: file.digests.crc(i) for i in tensors}
-        with self._lock:
-            self._journal.add(crcs)
-            self._count(file, tensors)
+        try:
+            with self._lock:
+                self._journal.add(crcs)
+                self._count(file, tensors)
+        except OSError:
+            file.waiting.extend(tensors)  # they are on the disk: another line may say so
+            raise
 
     def _count(self, file: _File, tensors: Sequence[int]) -> None:
         self.n_journalled += len(tensors)

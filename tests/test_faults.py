@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 import streammap
+from streammap import layout
 from streammap.errors import CheckpointError, OutputError
+from streammap.output import Output
+from streammap.spec import TensorSpec
 from streammap.storage import disk
 from streammap.storage.disk import Disk, LocalDisk
 from streammap.testing import faults
@@ -88,6 +91,17 @@ def _fail(kind: str, path: Path, bad: str) -> None:
     assert kind == "read"
     if bad in path.name:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_file_that_could_not_begin_is_closed(tmp_path: Path) -> None:
+    """Else a second thread that begins it would forget the descriptor of the first."""
+    (shard,) = layout.arrange({"a": TensorSpec("U8", (4,))}, max_shard_nbytes=10)
+    n_before = len(list(Path("/proc/self/fd").iterdir()))
+    with Output(tmp_path, tmp_path, disk=faults.FullDisk(3), fsync=False) as out:
+        for _ in range(3):
+            with pytest.raises(OutputError, match="No space left on device at byte"):
+                out.begin(shard)
+        assert len(list(Path("/proc/self/fd").iterdir())) == n_before
 
 
 def test_a_full_disk_writes_what_it_has_room_for(tmp_path: Path) -> None:
