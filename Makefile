@@ -13,7 +13,7 @@ demo: $(VENV)/ready
 	$(BIN)/streammap demo
 
 test: check
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist worksteal
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from streammap import progress
     from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, load_into, open
+    from streammap.difference import Difference, diff
     from streammap.errors import (
         ArchitectureError,
         CheckpointError,
@@ -25,6 +26,7 @@ __all__ = [
     "BertMapper",
     "CheckpointError",
     "DeiTMapper",
+    "Difference",
     "GPT2Mapper",
     "LazyCheckpoint",
     "LoadReport",
@@ -37,6 +39,7 @@ __all__ = [
     "__version__",
     "coalesce",
     "decoalesce",
+    "diff",
     "interpolate",
     "load_into",
     "open",
@@ -44,6 +47,7 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
+    "difference": ("Difference", "diff"),
     "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "load_into", "open"),
     "loading": ("LoadReport",),
     "executor": ("Report",),

@@ -118,6 +118,7 @@ class Checkpoint:
         """For a tensor of a torch file that is stored in another order than row by row."""
         import torch
 
+        self.file(key).check_unchanged()  # a page past the end of a file ends the process
         whole = self.tensor(key)
         item = whole.element_size()
         out = torch.frombuffer(view, dtype=whole.dtype)
@@ -325,19 +326,12 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: no weight_map", hint="download the index again")
     for key, name in weight_map.items():
         header.check_key(index.name, key)
-        if not _is_plain_name(name):
+        if not (isinstance(name, str) and reading.is_plain_name(name)):
             raise CheckpointError(
                 f"{index}: {key} is said to be in {name!r}, expected a file of the same folder",
                 hint="do not use this checkpoint: a wrong index can point anywhere",
             )
     return weight_map
-
-
-def _is_plain_name(name: object) -> bool:
-    """Whether an index' entry is the name of a file, and of nothing outside the folder."""
-    if not isinstance(name, str) or name in ("", ".", ".."):
-        return False
-    return name.isprintable() and "/" not in name and "\\" not in name
 
 
 def _check_index(folder: str, weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> None:

@@ -33,7 +33,7 @@ from streammap.clioptions import (
     resize_options,
     source_options,
 )  # fmt: skip
-from streammap.errors import StreammapError, printable
+from streammap.errors import StreammapError, printable, printable_lines
 from streammap.version import VERSION
 
 if TYPE_CHECKING:
@@ -160,12 +160,9 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
 def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
     summary = lazy.summary(**engine_of(options))
     as_json = options["as_json"]
-    click.echo(json.dumps(summary.as_json(), indent=2) if as_json else _lines(str(summary)))
-
-
-def _lines(text: str) -> str:
-    """Lines that hold others' text, with nothing in them that a terminal would obey."""
-    return "\n".join(map(printable, text.split("\n")))
+    click.echo(
+        json.dumps(summary.as_json(), indent=2) if as_json else printable_lines(str(summary))
+    )
 
 
 @main.command()
@@ -192,10 +189,10 @@ def inspect(
     if health:
         looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
         told = looked.text(limit=limit or None)
-        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else _lines(told))
+        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else printable_lines(told))
         return
     found = inspection.inspect(lazy)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else _lines(str(found)))
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else printable_lines(str(found)))
 
 
 @main.command()
@@ -457,3 +454,4 @@ def demo(folder: Path) -> None:
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
 main.add_command(cliverify.verify)
+main.add_command(cliverify.diff)

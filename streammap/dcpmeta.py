@@ -8,20 +8,24 @@ A pickle may ask for any function of any module. This reader knows the few class
 makes plain records of them without importing torch, and refuses all else.
 """
 
+import bisect
 import io
+import math
 import pickle
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, TypeGuard, final
 
-from streammap import reading
+from streammap import header, reading
 from streammap.errors import CheckpointError
 from streammap.pickles import DTYPES
 from streammap.spec import TensorSpec
 
 METADATA = ".metadata"
-_MAX_NBYTES = 1_000_000_000
+_MAX_NBYTES = 200_000_000
+_MAX_CELLS = 1_000_000
 Path_ = tuple[str | int, ...]
 Range = tuple[int, int]
 """start, end"""
@@ -49,6 +53,18 @@ class Metadata:
     """Flat name -> the keys that led to it in the nested state dict, of all entries."""
 
 
+_INSTRUCTIONS = (
+    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE,
+    pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT,
+    pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES,
+    pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1,
+    pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.MEMOIZE,
+    pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD,
+)  # fmt: skip
+"""All that a pickle of such records needs."""
+
+
 class Record:
     """An object of a class that is not imported: its fields."""
 
@@ -73,8 +89,9 @@ class _Unpickler(pickle._Unpickler):
     It is the one in Python: that in C takes memory by an index that the pickle names.
     """
 
+    # Without sets, which hash what is put in, and bytearrays, which take memory unread.
     dispatch: ClassVar[dict[int, Callable[[pickle.Unpickler], None]]] = {
-        **pickle._Unpickler.dispatch
+        code[0]: pickle._Unpickler.dispatch[code[0]] for code in _INSTRUCTIONS
     }
 
     def find_class(self, module: str, name: str) -> object:
@@ -101,6 +118,18 @@ def _set_items(reader: Any, n: int | None) -> None:
         table[key] = value
 
 
+def _build(reader: Any) -> None:
+    """BUILD: fields of a record; a class or a function of this reader's gets none."""
+    state, made = reader.stack.pop(), reader.stack[-1]
+    if isinstance(made, Properties) and isinstance(state, tuple) and state:
+        made.__setstate__(state)
+    elif isinstance(made, Record) and isinstance(state, dict):
+        vars(made).update({str(k): v for k, v in state.items() if isinstance(k, str)})
+    else:
+        raise pickle.UnpicklingError(f"state for a {type(made).__name__}")
+
+
+_Unpickler.dispatch[pickle.BUILD[0]] = _build
 _Unpickler.dispatch[pickle.SETITEM[0]] = lambda reader: _set_items(reader, 1)
 _Unpickler.dispatch[pickle.SETITEMS[0]] = lambda reader: _set_items(reader, None)
 
@@ -114,7 +143,12 @@ def _size(values: object = ()) -> tuple[object, ...]:
 
 
 def _path(*parts: object) -> str:
-    return "/".join(map(str, parts))
+    # Not whatever it is as text: a list that holds itself many times has no end as text.
+    return "/".join(part for part in parts if isinstance(part, str))
+
+
+def _layout(name: object) -> object:
+    return name
 
 
 _META = "torch.distributed.checkpoint.metadata"
@@ -132,7 +166,7 @@ _KNOWN: Mapping[tuple[str, str], object] = {
     (_META, "_MEM_FORMAT_ENCODING"): int,
     (_OLD, "MEM_FORMAT_ENCODING"): int,
     ("torch", "Size"): _size,
-    ("torch.serialization", "_get_layout"): str,
+    ("torch.serialization", "_get_layout"): _layout,
     ("collections", "OrderedDict"): _no_items,
     **{
         (module, name): _path
@@ -176,7 +210,10 @@ def _metadata(content: object) -> Metadata:
     table = _table(content, "state_dict_metadata")
     streams: dict[tuple[str, object], Record] = {}
     for index, info in _table(content, "storage_data").items():
-        streams[str(_field(index, "fqn")), vars(index).get("offset")] = info
+        name, offset = _field(index, "fqn"), vars(index).get("offset")
+        if not isinstance(name, str) or (offset is not None and not _are_sizes(offset)):
+            raise CheckpointError("storage_data: a chunk of no tensor")
+        streams[name, offset] = info
     tensors = {
         str(name): _tensor(str(name), entry, streams)
         for name, entry in table.items()
@@ -185,6 +222,8 @@ def _metadata(content: object) -> Metadata:
     planned = vars(content).get("planner_data")
     paths: dict[str, Path_] = {str(name): (str(name),) for name in table}
     if isinstance(planned, dict):
+        if not all(_is_path(path) for path in planned.values()):
+            raise CheckpointError("planner_data: a path of anything but names and numbers")
         known = {str(name): tuple(path) for name, path in planned.items()}
         paths |= {name: path for name, path in known.items() if name in paths}
     return Metadata(tensors, paths)
@@ -197,6 +236,10 @@ def _tensor(
     if not isinstance(dtype, str):
         raise CheckpointError(f"{name}: no dtype")
     shape = _sizes(_field(entry, "size"), name)
+    header.check_key(METADATA, name)
+    header.check_rank(METADATA, name, len(shape))
+    if math.prod(shape) >= 2**63:
+        raise CheckpointError(f"{name}: shape {list(shape)} overflows")
     chunks = _field(entry, "chunks")
     if not isinstance(chunks, list):
         raise CheckpointError(f"{name}: no list of chunks")
@@ -211,14 +254,15 @@ def _tensor(
             raise CheckpointError(f"{name}: no file is named for its chunk at {list(starts)}")
         if vars(info).get("transform_descriptors"):
             raise CheckpointError(
-                f"{name}: stored through an extension: {_field(info, 'transform_descriptors')}",
+                f"{name}: stored through an extension: "
+                f"{reprlib.repr(_field(info, 'transform_descriptors'))}",
                 hint="save it again without extensions (compression)",
             )
         at = tuple((start, start + n) for start, n in zip(starts, lengths, strict=True))
         file, place = _field(info, "relative_path"), _sizes(
             (_field(info, "offset"), _field(info, "length")), name
         )  # fmt: skip
-        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
+        if not isinstance(file, str) or not reading.is_plain_name(file):
             raise CheckpointError(
                 f"{name} is said to be in {file!r}, expected a file of the same folder",
                 hint="do not use this checkpoint: its metadata can point anywhere",
@@ -237,8 +281,13 @@ def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None
         n_wanted *= len(dim) - 1 if n else 0
         if dim[-1] > n:
             raise CheckpointError(f"{name}: a chunk ends at {dim[-1]}, the dimension has {n}")
+    if n_wanted > _MAX_CELLS:
+        raise CheckpointError(f"{name}: chunks that make {n_wanted} pieces, at most {_MAX_CELLS}")
     for chunk in chunks:
-        spans = [[i for i in dim if a <= i < b] for dim, (a, b) in zip(cuts, chunk.at, strict=True)]
+        spans = [
+            dim[bisect.bisect_left(dim, a) : bisect.bisect_left(dim, b)]
+            for dim, (a, b) in zip(cuts, chunk.at, strict=True)
+        ]
         inside: list[tuple[int, ...]] = [()]
         for span in spans:
             inside = [(*cell, i) for cell in inside for i in span]
@@ -266,7 +315,15 @@ def _field(record: object, name: str) -> object:
     return found
 
 
+def _is_path(value: object) -> bool:
+    return isinstance(value, tuple | list) and all(isinstance(part, str | int) for part in value)
+
+
+def _are_sizes(values: object) -> TypeGuard[tuple[int, ...]]:
+    return isinstance(values, tuple) and all(type(v) is int and v >= 0 for v in values)
+
+
 def _sizes(values: object, name: str) -> tuple[int, ...]:
-    if not isinstance(values, tuple) or any(type(v) is not int or v < 0 for v in values):
-        raise CheckpointError(f"{name}: {values!r} are no sizes")
+    if not _are_sizes(values):
+        raise CheckpointError(f"{name}: {reprlib.repr(values)} are no sizes")
     return values

@@ -136,6 +136,29 @@ def make(
     return done
 
 
+def finish(path: str | Path) -> bool:
+    """Put a result in its place whose run was stopped at just that; its sources are not needed.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        OutputError: a file of it is missing, or another run is at it.
+    """
+    place = Path(path)
+    where = Where(place, 1, True, True, Engine(0, None, "cpu", "pread"))
+    at = workfolder.place_of(place, is_file=where.is_file)
+    if not commit.is_marked(at):
+        return False
+    with WorkFolder(at) as work:
+        work.keeps = True
+        disk = disks.current()
+        found = commit.read(work, None)
+        commit.finish(work, where.folder, found, _stale(where), disk=disk, fsync=True)
+        work.keeps = False
+    return True
+
+
 @final
 class _Run:
     """What makes one result."""

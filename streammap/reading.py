@@ -11,6 +11,9 @@ from pathlib import Path
 from streammap.errors import CheckpointError
 from streammap.storage import disk
 
+_MOST_NAME_NBYTES = 255
+"""Of a file, on Linux."""
+
 
 def open_file(path: Path) -> int:
     """A descriptor for reading a regular file; links are followed.
@@ -53,6 +56,13 @@ def content(path: Path, *, limit: int) -> bytes:
             return file.read(size)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}", hint="check the disk") from error
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name in an index is that of a file, and of nothing outside the folder."""
+    if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
+        return False
+    return len(name.encode()) <= _MOST_NAME_NBYTES
 
 
 def is_own(root: Path, entry: Path) -> bool:

@@ -42,9 +42,16 @@ def open_source(
     if config is not None:
         options["config"] = dict(config if isinstance(config, Mapping) else read_config(config))
     if arch is not None:
-        options["arch"] = str(Path(arch).absolute()) if Path(arch).is_file() else arch
+        options["arch"] = str(Path(arch).absolute()) if _is_spec_file(arch) else arch
     made = plan.from_checkpoint(opened, levels, architecture=arch)
     return made.asked(Call("open", options, levels))
+
+
+def _is_spec_file(arch: str) -> bool:
+    try:
+        return Path(arch).is_file()
+    except OSError:  # no name that a file can have
+        return False
 
 
 def resize(source: Plan, op: Resize) -> Plan:
@@ -124,7 +131,10 @@ class _Builder:
         if unknown:
             raise PlanError(f"open: unknown option {some(sorted(unknown))}")
         place = self._moved.get(path, path)
-        found = mapfile.find(Path(place)) if call.digests else ()
+        try:
+            found = mapfile.find(Path(place)) if call.digests else ()
+        except OSError as error:
+            raise PlanError(f"open: {place}: {error.strerror}", hint="say where it is") from error
         return open_source(place, config=_config(call), arch=arch, maps=self._maps(call, found))
 
     def _maps(self, call: Call, near: tuple[Level, ...]) -> tuple[Level, ...] | None:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from streammap import dcpmeta, header, torchfile
+from streammap import dcpmeta, header, reading, torchfile
 from streammap.checkpoint import (
     INDEXES,
     TORCH_SUFFIXES,
@@ -134,6 +134,7 @@ def survey(path: Path, record: Record) -> Survey:
     if weight_map is not None:
         found += _index(weight_map, file_of, {file.name for file in files})
     found += _recorded(record, file_of, n_unread)
+    found += _beside(folder, record)
     config, config_path = None, folder / "config.json"
     if path.is_dir() and config_path.is_file():
         try:
@@ -172,7 +173,7 @@ def _names(
     there = _weights(path)
     wanted = set(record.files) & {n for n in record.files if _is_weights(n)}
     wanted |= set(record.places.values()) | set((weight_map or {}).values())
-    safe = {name for name in wanted if "/" not in name and "\\" not in name and name[:1] != "."}
+    safe = {name for name in wanted if reading.is_plain_name(name) and name[:1] != "."}
     told = "no name of a file of this folder"
     found += [Finding("error", "index", told, file=name) for name in sorted(wanted - safe)]
     if not safe:
@@ -229,6 +230,21 @@ def _sizes(file: Path, record: Record) -> Iterator[Finding]:
         yield Finding(
             "error", "size", told, file=file.name, found=file.stat().st_size, expected=expected
         )
+
+
+def _beside(folder: Path, record: Record) -> Iterator[Finding]:
+    """config.json, tokenizer and the like: they may be edited, and must be there."""
+    for name, expected in record.files.items():
+        if _is_weights(Path(name).name):
+            continue
+        parts = Path(name).parts
+        if ".." in parts or Path(name).is_absolute() or "\0" in name:
+            yield Finding("error", "file", "no name of a file of this folder", file=name)
+        elif not (folder / name).is_file():
+            yield Finding("error", "file", "missing", file=name, expected=expected)
+        elif (size := (folder / name).stat().st_size) != expected:
+            told = f"{size} bytes, {expected} were written"
+            yield Finding("note", "size", told, None, name, size, expected)
 
 
 def _index(

@@ -7,24 +7,33 @@ from collections.abc import Callable
 
 Bytes = Callable[[bytes, random.Random], bytes]
 
+
+def _nested(depth: int, *, as_list: bool) -> object:
+    found: object = 0
+    for _ in range(depth):
+        found = [found] if as_list else {"a": found}
+    return found
+
+
 NASTY: tuple[object, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**40, 2**62, 2**63, 10**9, 10**30, 0.5, -0.0,
     1e-300, 1e308, float("nan"), float("inf"), "", "a", "=7", "=0", "\x1b[2J", "\ud800", "\u202e",
     "0", "../x", "x" * 3000, [], {}, [[]], [0], [[0, 0]], [1] * 70, {"a": {"a": {}}},
+    *(_nested(depth, as_list=as_list) for depth in (50, 62, 300) for as_list in (True, False)),
 )  # fmt: skip
 
 
 def json_text(data: bytes, chance: random.Random) -> bytes:
     """A JSON text with some of its values changed; other bytes where it is none."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return raw(data, chance)
     if chance.random() < 0.1:
         return raw(data, chance)
-    for _ in range(chance.choice((1, 1, 1, 2, 4))):
-        value = json_value(value, chance)
-    return json.dumps(value).encode()
+    try:
+        value = json.loads(data)
+        for _ in range(chance.choice((1, 1, 1, 2, 4))):
+            value = json_value(value, chance)
+        return json.dumps(value).encode()
+    except (ValueError, RecursionError):  # no JSON, or of a depth that it can't be written in
+        return raw(data, chance)
 
 
 def json_value(value: object, chance: random.Random) -> object:
