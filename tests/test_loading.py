@@ -189,6 +189,26 @@ def test_a_head_that_no_checkpoint_has_begins_as_one_does(saved: Callable[[str],
     assert torch.equal(before.classifier.weight, kept)
 
 
+def test_what_a_class_does_without_is_made(tmp_path: Path) -> None:
+    """Marian's positions are computed, and in no file."""
+    kind = transformers.MarianMTModel
+    config = transformers.MarianConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, vocab_size=31,
+        max_position_embeddings=12, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+        bos_token_id=2, forced_eos_token_id=1,
+    )  # fmt: skip
+    kind(config).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = kind(config)
+    report = streammap.load_into(model, tmp_path)
+    assert (report.missing, report.on_meta) == ((), ())
+    wanted = _all(kind.from_pretrained(tmp_path))
+    assert {n: tiny.bits(x.detach()) for n, x in _all(model).items()} == {
+        n: tiny.bits(x.detach()) for n, x in wanted.items()
+    }
+
+
 def test_gamma_and_beta_are_known(saved: Callable[[str], Path], tmp_path: Path) -> None:
     state = {
         key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): x

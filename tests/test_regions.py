@@ -119,6 +119,27 @@ def test_only_a_region_is_computed(dim: int, monkeypatch: pytest.MonkeyPatch) ->
     assert source.n_read <= 32 * 32 * 4
 
 
+def test_only_a_region_of_a_copy_is_read() -> None:
+    source = _Counted()
+    form = source.load(torch.randn(32, 16))
+    out = torch.empty(3, 16)
+    room = memory.fit([form], budget=None, n_workers=1)
+    evaluate.read_into(form, ((5, 8), (0, 16)), out, room)
+    assert torch.equal(out, source.tensors["0"][5:8])
+    assert source.n_read == out.nbytes
+
+
+def test_columns_of_one_factor_are_rounded_as_among_others() -> None:
+    """A factor that all members share is applied after their sum: the others decide that too."""
+    pairs = maps.BlockMap((((0, 1 / 3), (1, 1 / 3)), ((2, 0.7), (3, 0.2))), 4, 64)
+    form = graph.map_dims(Held().load(torch.randn(8, 256)), [None, pairs])
+    room = memory.fit([form], budget=None, n_workers=1)
+    whole = evaluate.read(form, room)
+    out = torch.empty(8, 64)
+    evaluate.read_into(form, ((0, 8), (0, 64)), out, room)
+    assert torch.equal(out, whole[:, :64])
+
+
 def _opened(tmp_path: Path) -> streammap.LazyCheckpoint:
     sizes = tiny.Sizes()
     tiny.write(tmp_path / "big", tiny.bert(sizes), tiny.bert_config(sizes))
