@@ -154,20 +154,26 @@ def open(
     *,
     config: PathLike | Mapping[str, object] | None = None,
     arch: str | None = None,
+    stream: bool = False,
 ) -> LazyCheckpoint:
     """Open a folder or file of weights; no tensor is read.
 
     Args:
+        source: On this machine; "org/name" or "org/name@revision" on the Hub, where no folder has
+            that name; or a URL ("s3://bucket/folder").
         config: config.json, where it is not beside the weights.
         arch: Name of the architecture spec, where config.json does not tell.
+        stream: Whether to read from the Hub what is needed when it is, and keep nothing on disk,
+            instead of fetching files into the Hub's cache.
 
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    opened = open_checkpoint(source, config=None if isinstance(config, Mapping) else config)
+    path = None if isinstance(config, Mapping) else config
+    opened = open_checkpoint(source, config=path, stream=stream)
     if isinstance(config, Mapping):
-        opened = replace(opened, config=config, config_path=None)
-    levels = mapfile.find(opened.path)
+        opened = replace(opened, config=config, config_text=None)
+    levels = mapfile.find_at(opened.place) if opened.place else ()
     return LazyCheckpoint(plan.from_checkpoint(opened, levels, architecture=arch))
 
 
@@ -175,15 +181,16 @@ def coalesce(
     source: PathLike,
     output: PathLike,
     *,
+    stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Listener = nobody,
     **options: Unpack[RunOptions],
 ) -> Report:
-    """Write the coalesced `source` to `output`. See LazyCheckpoint.coalesce and .save."""
+    """Write the coalesced `source` to `output`. See open, LazyCheckpoint.coalesce and .save."""
     resize, run = _split(options)
     return (
-        open(source)
+        open(source, stream=stream)
         .coalesce(**resize)
         .save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run
@@ -197,6 +204,7 @@ def decoalesce(
     *,
     blend_with: PathLike | None = None,
     alpha: float = 0.5,
+    stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Listener = nobody,
@@ -205,13 +213,13 @@ def decoalesce(
     """Write the decoalesced `source` to `output`, blended with `blend_with` where it is given.
 
     The blend is (1 - alpha) * blend_with + alpha * grown, in the same pass.
-    See LazyCheckpoint.decoalesce, .interpolate and .save.
+    See open, LazyCheckpoint.decoalesce, .interpolate and .save.
     """
     resize, run = _split(options)
-    big = None if blend_with is None else open(blend_with)
+    big = None if blend_with is None else open(blend_with, stream=stream)
     if big is not None and resize.get("target") is None:
         resize["target"] = big
-    lazy = open(source).decoalesce(**resize)
+    lazy = open(source, stream=stream).decoalesce(**resize)
     if big is not None:
         lazy = lazy.interpolate(big, alpha=alpha)
     return lazy.save(
@@ -225,15 +233,16 @@ def interpolate(
     output: PathLike,
     *,
     alpha: float,
+    stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Listener = nobody,
     **run: Unpack[EngineOptions],
 ) -> Report:
-    """Write (1 - alpha) * target + alpha * source to `output`. See LazyCheckpoint."""
+    """Write (1 - alpha) * target + alpha * source to `output`. See open and LazyCheckpoint."""
     return (
-        open(source)
-        .interpolate(target, alpha=alpha)
+        open(source, stream=stream)
+        .interpolate(open(target, stream=stream), alpha=alpha)
         .save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run)
     )
 

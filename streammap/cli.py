@@ -70,10 +70,10 @@ def main(show_traceback: bool) -> None:
     """
 
 
-def _open(source: str, config: str | None, arch: str | None) -> "LazyCheckpoint":
+def _open(source: str, config: str | None, arch: str | None, *, stream: bool) -> "LazyCheckpoint":
     from streammap import api
 
-    return api.open(source, config=config, arch=arch)
+    return api.open(source, config=config, arch=arch, stream=stream)
 
 
 def _coalesced(source: "LazyCheckpoint", options: Mapping[str, Any]) -> "LazyCheckpoint":
@@ -93,17 +93,14 @@ def _with_axes(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decoalesced(
     source: "LazyCheckpoint",
-    blend_with: str | None,
+    big: "LazyCheckpoint | None",
     alpha: float | None,
     options: Mapping[str, Any],
 ) -> "LazyCheckpoint":
-    from streammap import api
-
-    if blend_with is None:
+    if big is None:
         if alpha is not None:
             raise click.UsageError("--alpha needs --blend-with BIG")
         return source.decoalesce(**_with_axes(options))
-    big = api.open(blend_with)
     target = options["target"] or big
     grown = source.decoalesce(**_with_axes({**options, "target": target}))
     return grown.interpolate(big, alpha=0.5 if alpha is None else alpha)
@@ -151,7 +148,7 @@ def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
 @click.argument("source", metavar="SRC")
 @source_options
 @json_option
-def inspect(source: str, config: str | None, arch: str | None, as_json: bool) -> None:
+def inspect(source: str, config: str | None, arch: str | None, stream: bool, as_json: bool) -> None:
     """Say what a checkpoint is: its architecture, sizes, files, and tensors.
 
     \b
@@ -160,7 +157,7 @@ def inspect(source: str, config: str | None, arch: str | None, as_json: bool) ->
     """
     from streammap import inspection
 
-    found = inspection.inspect(_open(source, config, arch))
+    found = inspection.inspect(_open(source, config, arch, stream=stream))
     click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
 
 
@@ -171,7 +168,7 @@ def inspect(source: str, config: str | None, arch: str | None, as_json: bool) ->
 @source_options
 @output_options
 def coalesce(
-    source: str, output: str, config: str | None, arch: str | None, **options: Any
+    source: str, output: str, config: str | None, arch: str | None, stream: bool, **options: Any
 ) -> None:
     """Make a smaller model: heads and layers of a group become their mean.
 
@@ -179,7 +176,7 @@ def coalesce(
     Example:
         streammap coalesce bert-L12-H12/ bert-L6-H6/ --scheme schemes/L6-H6.json
     """
-    lazy = _coalesced(_open(source, config, arch), resize_of(options))
+    lazy = _coalesced(_open(source, config, arch, stream=stream), resize_of(options))
     _save(lazy, "coalesce", output, options)
 
 
@@ -193,7 +190,7 @@ def coalesce(
 @output_options
 def decoalesce(
     source: str, output: str, config: str | None, arch: str | None, blend_with: str | None,
-    alpha: float | None, **options: Any,
+    alpha: float | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Make a larger model: heads and layers are copied to their group.
 
@@ -203,7 +200,9 @@ def decoalesce(
     Example:
         streammap decoalesce small/ grown/ --blend-with big/ --alpha 0.5
     """
-    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, resize_of(options))
+    small = _open(source, config, arch, stream=stream)
+    big = None if blend_with is None else _open(blend_with, None, None, stream=stream)
+    lazy = _decoalesced(small, big, alpha, resize_of(options))
     _save(lazy, "decoalesce", output, options)
 
 
@@ -216,7 +215,7 @@ def decoalesce(
 @output_options
 def interpolate(
     source: str, target: str, output: str, alpha: float, config: str | None, arch: str | None,
-    **options: Any,
+    stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Blend two checkpoints of one model: (1 - alpha) * TGT + alpha * SRC.
 
@@ -224,7 +223,8 @@ def interpolate(
     Example:
         streammap interpolate grown/ big/ out/ --alpha 0.5
     """
-    lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
+    other = _open(target, None, None, stream=stream)
+    lazy = _open(source, config, arch, stream=stream).interpolate(other, alpha=alpha)
     _save(lazy, "interpolate", output, options)
 
 
@@ -246,15 +246,16 @@ def plan() -> None:
 @engine_options
 @json_option
 def plan_coalesce(
-    source: str, output: str | None, config: str | None, arch: str | None, **options: Any
-) -> None:
+    source: str, output: str | None, config: str | None, arch: str | None, stream: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """What `coalesce` would do.
 
     \b
     Example:
         streammap plan coalesce bert-L12-H12/ --width 2 --depth 2
     """
-    _print_plan(_coalesced(_open(source, config, arch), resize_of(options)), options)
+    _print_plan(_coalesced(_open(source, config, arch, stream=stream), resize_of(options)), options)
 
 
 @plan.command("decoalesce")
@@ -268,7 +269,7 @@ def plan_coalesce(
 @json_option
 def plan_decoalesce(
     source: str, output: str | None, config: str | None, arch: str | None,
-    blend_with: str | None, alpha: float | None, **options: Any,
+    blend_with: str | None, alpha: float | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """What `decoalesce` would do.
 
@@ -276,7 +277,9 @@ def plan_decoalesce(
     Example:
         streammap plan decoalesce small/ --blend-with big/ --alpha 0.5
     """
-    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, resize_of(options))
+    small = _open(source, config, arch, stream=stream)
+    big = None if blend_with is None else _open(blend_with, None, None, stream=stream)
+    lazy = _decoalesced(small, big, alpha, resize_of(options))
     _print_plan(lazy, options)
 
 
@@ -290,7 +293,7 @@ def plan_decoalesce(
 @json_option
 def plan_interpolate(
     source: str, target: str, output: str | None, alpha: float, config: str | None,
-    arch: str | None, **options: Any,
+    arch: str | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """What `interpolate` would do.
 
@@ -298,7 +301,8 @@ def plan_interpolate(
     Example:
         streammap plan interpolate grown/ big/ --alpha 0.5
     """
-    lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
+    other = _open(target, None, None, stream=stream)
+    lazy = _open(source, config, arch, stream=stream).interpolate(other, alpha=alpha)
     _print_plan(lazy, options)
 
 

@@ -30,6 +30,10 @@ SPACES = {
 def source_options(command: Command) -> Command:
     """Where the source is, and by which spec it is read."""
     command = click.option(
+        "--stream", is_flag=True,
+        help="Read a model of the Hub as needed, instead of through the Hub's cache.",
+    )(command)  # fmt: skip
+    command = click.option(
         "--config", metavar="FILE", help="config.json of SRC, where it is not beside the weights."
     )(command)
     return click.option(

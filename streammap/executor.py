@@ -7,10 +7,23 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import final
 
-from streammap import devices, graph, layout, mapfile, memory, output, pipeline, schedule, sidefiles
+from streammap import (
+    devices,
+    graph,
+    layout,
+    mapfile,
+    memory,
+    output,
+    pipeline,
+    readahead,
+    schedule,
+    sidefiles,
+    sidelist,
+)
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
@@ -86,7 +99,12 @@ def fit(plan: Plan, engine: Engine) -> Memory:
         OutputError: the engine's is too little.
     """
     forms = plan.targets.values()
-    return memory.fit(forms, budget=engine.memory_nbytes, n_workers=engine.n_threads)
+    return memory.fit(
+        forms,
+        budget=engine.memory_nbytes,
+        n_workers=engine.n_threads,
+        is_streamed=any(source.is_streamed for source in plan.sources),
+    )
 
 
 def device(plan: Plan, engine: Engine) -> Choice:
@@ -164,14 +182,20 @@ def _write(
         computes = any(form.copied is None for form in plan.targets.values())
         with _torch_threads() if computes else nullcontext():
             mapped = where.engine.reader == "mmap"
-            n_read = pipeline.run(
-                jobs, fitted, writer.write,
-                listener=listener, mapped=mapped, device=choice.device,
-            )  # fmt: skip
+            readahead.expect(plan, writer.slots())
+            with readahead.ahead(jobs, plan, fitted.ahead_nbytes) as bundles:
+                n_read = pipeline.run(
+                    bundles, fitted, writer.write,
+                    listener=listener, mapped=mapped, device=choice.device,
+                    cancel=partial(readahead.cancel, plan),
+                )  # fmt: skip
         writer.finish()
         for name, path in side.items():
             if name not in contents:
                 out.copy(name, path)
+        for name in () if where.is_file else sidelist.elsewhere(plan.side):
+            if name not in contents and plan.side is not None:
+                out.add(name, sidelist.fetch(plan.side, name))
         if len(shards) > 1:
             contents[layout.INDEX] = layout.index(shards)
         for name, content in contents.items():

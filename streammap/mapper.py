@@ -203,7 +203,7 @@ class _TextMapper(_Mapper):
             source,
             sizes,
             config,
-            lambda: api.open(Path(_given("tgt_dir", tgt_dir))),
+            lambda: api.open(_given("tgt_dir", tgt_dir)),
             None if save_dir is None else Path(save_dir),
             _groups(width_scheme, depth_scheme),
             rule,

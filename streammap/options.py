@@ -95,7 +95,7 @@ def resize(direction: Direction, plan: "Plan", options: ResizeOptions) -> Resize
         width=options.get("width"),
         depth=options.get("depth"),
         grouping=options.get("grouping", "stacked"),
-        levels=None if map_file is None else mapfile.load(Path(map_file)),
+        levels=None if map_file is None else mapfile.load_from(map_file),
         target=None if target is None else _target_sizes(plan, target),
         rule=options.get("rule", "exact"),
         spaces={

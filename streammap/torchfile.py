@@ -5,6 +5,7 @@ bytes of each storage. The pickle is read with `weights_only`, so no code of the
 """
 
 import argparse
+import io
 import pickle
 import re
 import warnings
@@ -12,11 +13,12 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from streammap.errors import CheckpointError
 from streammap.header import Slot
 from streammap.spec import TensorSpec
+from streammap.storage.spans import SpanReader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,15 +38,20 @@ class TorchFile:
     """The entries beside that one: optimizer, epoch ..."""
 
 
-def read(path: Path) -> TorchFile:
+def read(path: Path, file: Path | SpanReader | None = None) -> TorchFile:
     """Read where the tensors of a torch file are.
+
+    Args:
+        path: The file, or its name.
+        file: Where its bytes are, if not at `path`.
 
     Raises:
         CheckpointError: not a zip-form torch file, a pickle that asks for more than tensors and
             plain values, no state dict inside, a tensor that reaches past its file.
     """
-    places = _places(path)
-    content = _unpickled(path)
+    opened = io.BufferedReader(file) if isinstance(file, SpanReader) else file or path
+    places = _places(path, opened)
+    content = _unpickled(path, opened)
     state, nest = _state_dict(content, path.name)
     slots = [_slot(path.name, key, tensor, places) for key, tensor in state.items()]
     others = tuple(str(k) for k in content if k != nest) if isinstance(content, dict) else ()
@@ -73,14 +80,18 @@ def write_skeleton(
     return read(path).slots
 
 
-def _places(path: Path) -> dict[int, int]:
+def _places(path: Path, file: Path | BinaryIO) -> dict[int, int]:
     """First byte -> size of each entry that is stored as it is.
 
     torch reckons where storages are from how it writes zip files; this is where they are.
     """
     try:
-        if zipfile.is_zipfile(path):
-            return _entries(path)
+        if isinstance(file, Path):
+            if zipfile.is_zipfile(file):
+                with file.open("rb") as opened:
+                    return _entries(path, opened)
+        elif zipfile.is_zipfile(file):
+            return _entries(path, file)
     except CheckpointError:
         raise
     except Exception as error:  # a hostile zip file can make zipfile raise anything
@@ -93,10 +104,13 @@ def _places(path: Path) -> dict[int, int]:
     )
 
 
-def _entries(path: Path) -> dict[int, int]:
+def _entries(path: Path, file: BinaryIO) -> dict[int, int]:
     places: dict[int, int] = {}
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        raw = getattr(file, "raw", None)
+        if isinstance(raw, SpanReader):
+            raw.fetch(entry.header_offset for entry in archive.infolist())
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise CheckpointError(
@@ -117,7 +131,7 @@ def _entries(path: Path) -> dict[int, int]:
     return places
 
 
-def _unpickled(path: Path) -> object:
+def _unpickled(path: Path, file: Path | BinaryIO) -> object:
     import torch
 
     # A namespace of plain values, which training scripts keep beside the model.
@@ -125,7 +139,11 @@ def _unpickled(path: Path) -> object:
     try:
         with harmless, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="meta", weights_only=True)
+            if not isinstance(file, Path):
+                file.seek(0)
+            return torch.load(file, map_location="meta", weights_only=True)
+    except CheckpointError:  # of a file that is elsewhere
+        raise
     except Exception as error:  # a hostile pickle can make torch raise anything
         text = str(error)
         asked = re.search(r"(?:GLOBAL|[Cc]lass|function) ([\w.]+\.[\w.]+|eval|exec)", text)
