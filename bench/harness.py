@@ -30,6 +30,7 @@ STREAMMAP = (PYTHON, "-m", "streammap")
 PASS = (PYTHON, "-I", "-S", "-c", "pass")
 IMPORT = (PYTHON, "-c", "import torch")
 _PIECE = bytes(256 * 1024)
+_BYTECODE = Path(tempfile.gettempdir()) / f"streammap-bench-{os.getuid()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,8 @@ def need(folder: Path, nbytes: float) -> None:
 def run(argv: Sequence[object], code: int = 0) -> Figures:
     """Run a command to its end."""
     words = [str(word) for word in argv]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPYCACHEPREFIX": str(_BYTECODE)}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         started = time.perf_counter()
         process = subprocess.Popen(words, stdout=out, stderr=err, cwd=ROOT, env=environment)

@@ -2,17 +2,24 @@
 
     python -m bench.job '{"source": DIR, "steps": [["coalesce", {"width": 2}]], "save": {...}}'
 
-"blend" and "alpha" blend the result with a checkpoint. torch is imported first (but with "torch":
-false) and the peak is set back to what is resident then, so that "added" is all that the run took:
-streammap's modules, torch's kernels that are loaded when they are first used, buffers, bookkeeping.
-"seconds" and "cpu" begin there, too.
+"blend" and "alpha" blend the result with a checkpoint; "first" writes only its first tensors, up to
+so many bytes, as a rehearsal of a result too large for the disk. torch is imported first (but with
+"torch": false) and the peak is set back to what is resident then, so that "added" is all that the
+run took: streammap's modules, torch's kernels that are loaded when they are first used, buffers,
+bookkeeping. "seconds" and "cpu" begin there, too.
 """
 
+import itertools
 import json
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from streammap.plan import Plan
 
 
 def main() -> None:
@@ -30,6 +37,8 @@ def main() -> None:
         lazy = getattr(lazy, name)(**options)
     if "blend" in asked:
         lazy = lazy.interpolate(asked["blend"], alpha=asked["alpha"])
+    if "first" in asked:
+        lazy = streammap.LazyCheckpoint(first(lazy.plan, asked["first"]))
     report = lazy.save(asked["output"], **{"fsync": False, **asked.get("save", {})})
     print(
         json.dumps(
@@ -43,6 +52,15 @@ def main() -> None:
             }
         )
     )
+
+
+def first(plan: "Plan", nbytes: float) -> "Plan":
+    """A plan of the first tensors."""
+    ends = itertools.accumulate(form.spec.nbytes for form in plan.targets.values())
+    kept = {
+        key: plan.targets[key] for key, end in zip(plan.targets, ends, strict=True) if end <= nbytes
+    }
+    return replace(plan, targets=kept)
 
 
 def peak() -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from streammap.executor import Report
     from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
+    from streammap.verification import Verification, verify
     from streammap.version import VERSION as __version__
 
 __all__ = [
@@ -29,16 +30,19 @@ __all__ = [
     "Report",
     "SchemeError",
     "StreammapError",
+    "Verification",
     "__version__",
     "coalesce",
     "decoalesce",
     "interpolate",
     "open",
+    "verify",
 ]
 _HOMES = {
     "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "open"),
     "executor": ("Report",),
     "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
+    "verification": ("Verification", "verify"),
 }
 
 if not TYPE_CHECKING:

@@ -8,16 +8,15 @@ grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, mapfile, options, plan, validation
-from streammap.checkpoint import open_checkpoint
+from streammap import executor, layout, options, recorded, validation
 from streammap.engine import EngineOptions, engine
 from streammap.events import Listener, nobody
-from streammap.executor import Report, Where
-from streammap.operators.interpolate import Interpolate
+from streammap.executor import Report
+from streammap.making import Where
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
@@ -26,6 +25,8 @@ from streammap.summary import Summary, summarize
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammap.health import Health
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -40,6 +41,17 @@ class LazyCheckpoint:
     """A checkpoint, opened or planned. Its tensors are read, or computed, when asked for."""
 
     plan: Plan
+
+    def __enter__(self) -> "LazyCheckpoint":
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the sources' files; what is read later opens them again."""
+        for source in self.plan.sources:
+            source.close()
 
     def keys(self) -> tuple[str, ...]:
         """The tensors' names."""
@@ -84,6 +96,20 @@ class LazyCheckpoint:
         """
         return summarize(self.plan, engine(options))
 
+    def health(self, *, progress: Listener = nobody, **options: Unpack[EngineOptions]) -> "Health":
+        """NaN, Inf, ranges, dead rows of each tensor, worst first; of a plan, what it would be.
+
+        Args:
+            progress: Called with each event of events.py.
+            options: What the pass may use, see engine.py: memory, threads, reader.
+
+        Raises:
+            CheckpointError: a source can't be read.
+        """
+        from streammap import health
+
+        return health.measure(self.plan, engine(options), listener=progress)
+
     def coalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
         """The smaller model: units of a group (heads, layers ...) become their mean.
 
@@ -111,7 +137,7 @@ class LazyCheckpoint:
             PlanError: the two are not of one model and size.
         """
         other = target if isinstance(target, LazyCheckpoint) else open(target)
-        return LazyCheckpoint(Interpolate(alpha).plan(self.plan, other.plan))
+        return LazyCheckpoint(recorded.interpolate(self.plan, other.plan, alpha=alpha))
 
     def save(
         self,
@@ -119,6 +145,7 @@ class LazyCheckpoint:
         *,
         max_shard_size: str | int = MAX_SHARD_SIZE,
         overwrite: bool = False,
+        restart: bool = False,
         fsync: bool = True,
         progress: Listener = nobody,
         **options: Unpack[EngineOptions],
@@ -129,6 +156,8 @@ class LazyCheckpoint:
             output: A folder, or a file that ends in .safetensors or .pth.
             max_shard_size: "5GB" (10^9 bytes) or "500MiB" (2^20), or a number of bytes.
             overwrite: Whether an output that is there may be replaced.
+            restart: Whether to begin anew where an earlier run was stopped. By default its
+                work is gone on with; a run that asks for something else is refused.
             fsync: Whether to wait until the disk has it.
             progress: Called with each event of events.py.
             options: What the run may use, see engine.py: memory, threads, device, reader.
@@ -142,11 +171,12 @@ class LazyCheckpoint:
         side = self.plan.side
         before = None if side is None else side.config
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
-        where = Where(Path(output), size, overwrite, fsync, engine(options))
+        where = Where(Path(output), size, overwrite, fsync, engine(options), restart=restart)
         return executor.run(self.plan, where, progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
-        return LazyCheckpoint(options.resize(direction, self.plan, given).plan(self.plan))
+        op = options.resize(direction, self.plan, given)
+        return LazyCheckpoint(recorded.resize(self.plan, op))
 
 
 def open(
@@ -169,12 +199,7 @@ def open(
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    path = None if isinstance(config, Mapping) else config
-    opened = open_checkpoint(source, config=path, stream=stream)
-    if isinstance(config, Mapping):
-        opened = replace(opened, config=config, config_text=None)
-    levels = mapfile.find_at(opened.place) if opened.place else ()
-    return LazyCheckpoint(plan.from_checkpoint(opened, levels, architecture=arch))
+    return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch, stream=stream))
 
 
 def coalesce(
@@ -184,18 +209,17 @@ def coalesce(
     stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Listener = nobody,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Write the coalesced `source` to `output`. See open, LazyCheckpoint.coalesce and .save."""
     resize, run = _split(options)
-    return (
-        open(source, stream=stream)
-        .coalesce(**resize)
-        .save(
-            output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run
-        )
-    )  # fmt: skip
+    with open(source, stream=stream) as lazy:
+        return lazy.coalesce(**resize).save(
+            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
+            progress=progress, **run,
+        )  # fmt: skip
 
 
 def decoalesce(
@@ -207,6 +231,7 @@ def decoalesce(
     stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Listener = nobody,
     **options: Unpack[RunOptions],
 ) -> Report:
@@ -220,11 +245,11 @@ def decoalesce(
     if big is not None and resize.get("target") is None:
         resize["target"] = big
     lazy = open(source, stream=stream).decoalesce(**resize)
-    if big is not None:
-        lazy = lazy.interpolate(big, alpha=alpha)
-    return lazy.save(
-        output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run
-    )
+    with lazy if big is None else lazy.interpolate(big, alpha=alpha) as planned:
+        return planned.save(
+            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
+            progress=progress, **run,
+        )  # fmt: skip
 
 
 def interpolate(
@@ -236,15 +261,17 @@ def interpolate(
     stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
+    restart: bool = False,
     progress: Listener = nobody,
     **run: Unpack[EngineOptions],
 ) -> Report:
     """Write (1 - alpha) * target + alpha * source to `output`. See open and LazyCheckpoint."""
-    return (
-        open(source, stream=stream)
-        .interpolate(open(target, stream=stream), alpha=alpha)
-        .save(output, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress, **run)
-    )
+    other = open(target, stream=stream)
+    with open(source, stream=stream).interpolate(other, alpha=alpha) as blended:
+        return blended.save(
+            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
+            progress=progress, **run,
+        )  # fmt: skip
 
 
 def _split(options: RunOptions) -> tuple[ResizeOptions, EngineOptions]:

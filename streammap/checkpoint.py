@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from streammap import header, places, strictjson, torchfile
+from streammap import header, places, strictjson, torchfile, workfolder
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
 from streammap.spec import TensorSpec
@@ -80,6 +80,11 @@ class Checkpoint:
     def label(self) -> str:
         """What to call it in full: its path, its repository and commit, its URL."""
         return str(self.path if self.place is None else self.place)
+
+    @property
+    def address(self) -> str:
+        """What opens it again: an absolute path, hf:// with the commit, or a URL."""
+        return str(self.path.absolute()) if self.place is None else self.place.address
 
     @property
     def origin(self) -> Mapping[str, str]:
@@ -309,6 +314,11 @@ def _json_in(place: Place, name: str) -> tuple[Mapping[str, object], bytes]:
 
 
 def _names_in(place: Place) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    if place.has(f"{workfolder.SUFFIX}/{workfolder.MARK}"):
+        raise CheckpointError(
+            f"{place}: a run that was putting its result here was stopped",
+            hint="run its command again, which finishes it",
+        )
     for single, index in zip(SINGLES, INDEXES, strict=True):
         has_single, has_index = place.has(single), place.has(index)
         if has_single and has_index:

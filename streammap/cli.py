@@ -7,7 +7,6 @@ wrong usage. Nothing heavy is imported before a command runs.
 import contextlib
 import json
 import signal
-import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammap import clispec
+from streammap import clispec, cliverify
 from streammap.clioptions import (
     GROUPINGS,
     RULES,
@@ -24,7 +23,12 @@ from streammap.clioptions import (
     engine_options,
     growth_options,
     json_option,
+    limit_option,
+    moved_of,
+    moved_options,
     output_options,
+    reading_of,
+    reading_options,
     resize_of,
     resize_options,
     source_options,
@@ -49,11 +53,17 @@ class _Commands(click.Group):
         except StreammapError as error:
             if ctx.params.get("show_traceback"):
                 traceback.print_exc()
-            click.echo(f"error: {error}", err=True)
+            click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
             ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo("interrupted: nothing was written", err=True)
+        except KeyboardInterrupt as error:
+            notes = _notes(error) or ["nothing was written"]
+            click.echo(f"interrupted: {'; '.join(notes)}", err=True)
             ctx.exit(130)
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What a run says about what it leaves."""
+    return getattr(error, "__notes__", [])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,6 +122,7 @@ def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str,
         output,
         max_shard_size=options["max_shard_size"],
         overwrite=options["overwrite"],
+        restart=options["restart"],
         fsync=not options["no_fsync"],
         progress=listener(title, quiet=quiet),
         **engine_of(options),
@@ -121,10 +132,9 @@ def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str,
 
 def listener(title: str, *, quiet: bool) -> "Listener":
     """A progress bar where somebody looks at it."""
-    from streammap.events import nobody
-    from streammap.progress import ProgressBar
+    from streammap import progress
 
-    return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
+    return progress.bar(title, quiet=quiet)
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
@@ -134,6 +144,9 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
     elif not quiet:
         for note in notes:
             click.echo(f"note     {note}")
+        if report.n_resumed:
+            gigabytes = report.nbytes_resumed / 1e9
+            click.echo(f"resumed  {report.n_resumed} tensors, {gigabytes:.3f} GB, were written")
         click.echo(f"promise  {report.promise}: {report.reason}")
         click.echo(f"{report} -> {report.output}")
 
@@ -147,17 +160,30 @@ def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
 @main.command()
 @click.argument("source", metavar="SRC")
 @source_options
+@click.option("--health", is_flag=True, help="Read all numbers: NaN, Inf, ranges, dead rows.")
+@limit_option
+@reading_options
 @json_option
-def inspect(source: str, config: str | None, arch: str | None, stream: bool, as_json: bool) -> None:
+def inspect(
+    source: str, config: str | None, arch: str | None, stream: bool, health: bool, limit: int,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
     """Say what a checkpoint is: its architecture, sizes, files, and tensors.
 
     \b
     Example:
         streammap inspect bert-base-uncased/
+        streammap inspect bert-base-uncased/ --health
     """
     from streammap import inspection
 
-    found = inspection.inspect(_open(source, config, arch, stream=stream))
+    lazy = _open(source, config, arch, stream=stream)
+    if health:
+        looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
+        told = looked.text(limit=limit or None)
+        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else told)
+        return
+    found = inspection.inspect(lazy)
     click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
 
 
@@ -226,6 +252,25 @@ def interpolate(
     other = _open(target, None, None, stream=stream)
     lazy = _open(source, config, arch, stream=stream).interpolate(other, alpha=alpha)
     _save(lazy, "interpolate", output, options)
+
+
+@main.command()
+@click.argument("request", metavar="REQUEST")
+@click.argument("output", metavar="OUT")
+@moved_options
+@output_options
+def apply(request: str, output: str, sources: tuple[str, ...], **options: Any) -> None:
+    """Run a request from a file: a chain of operators, or what made an earlier result.
+
+    REQUEST is a JSON file (docs/verify.md has the form), a result's streammap.json, or a result.
+
+    \b
+    Example:
+        streammap apply small/streammap.json again/
+    """
+    from streammap import replay
+
+    _save(replay.open(request, sources=moved_of(sources)), "apply", output, options)
 
 
 @main.group()
@@ -352,10 +397,11 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
               help="DeiT: file of the result, .safetensors (recommended) or .pth.")  # fmt: skip
 @click.option("--rule", type=click.Choice(RULES), default="reference", show_default=True,
               help="exact: keep the function instead of the original's numbers.")  # fmt: skip
+@click.option("--restart", is_flag=True, help="Begin anew where an earlier run was stopped.")
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")
 @engine_options
 @json_option
-def map_(quiet: bool, as_json: bool, **options: Any) -> None:
+def map_(restart: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """The original map tools' command line, flag by flag.
 
     \b
@@ -367,7 +413,7 @@ def map_(quiet: bool, as_json: bool, **options: Any) -> None:
 
     limits = engine_of(options)
     made = mapper.from_flags(**{k: v for k, v in options.items() if k not in limits})
-    report = made.save(progress=listener("map", quiet=quiet), **limits)
+    report = made.save(restart=restart, progress=listener("map", quiet=quiet), **limits)
     print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
 
 
@@ -406,3 +452,4 @@ def demo(folder: Path) -> None:
 
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
+main.add_command(cliverify.verify)

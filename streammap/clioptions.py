@@ -1,6 +1,6 @@
 """Groups of options that commands share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
 _RUN = (
-    "max_shard_size", "overwrite", "no_fsync", "quiet", "as_json",
+    "max_shard_size", "overwrite", "restart", "no_fsync", "quiet", "as_json",
     "memory", "threads", "device", "reader",
 )  # fmt: skip
 SPACES = {
@@ -106,11 +106,44 @@ def output_options(command: Command) -> Command:
             help="Largest file: 5GB is 5*10^9 bytes, 5GiB is 5*2^30.",
         ),
         click.option("--overwrite", is_flag=True, help="Replace an output that is there."),
+        click.option(
+            "--restart", is_flag=True,
+            help="Begin anew where an earlier run was stopped, instead of going on.",
+        ),
         click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
         click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
     )):  # fmt: skip
         command = option(command)
     return json_option(engine_options(command))
+
+
+def reading_options(command: Command) -> Command:
+    """What a pass that only reads may use."""
+    for option in reversed((
+        click.option(
+            "--memory", default=MEMORY, show_default=True, metavar="SIZE",
+            help="What the pass may add to the process, beside torch itself.",
+        ),
+        click.option(
+            "--threads", type=click.IntRange(min=1), metavar="N",
+            help="Threads that read and compute.  [default: one a processor]",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def reading_of(options: Mapping[str, Any]) -> "EngineOptions":
+    """The options that `reading_options` gives."""
+    return {"memory": options["memory"], "threads": options["threads"]}
+
+
+def limit_option(command: Command) -> Command:
+    """--limit."""
+    return click.option(
+        "--limit", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
+        help="Tensors to print, worst first; 0 for all.",
+    )(command)  # fmt: skip
 
 
 def engine_options(command: Command) -> Command:
@@ -135,6 +168,27 @@ def engine_options(command: Command) -> Command:
     )):  # fmt: skip
         command = option(command)
     return command
+
+
+def moved_options(command: Command) -> Command:
+    """Where sources are now."""
+    return click.option(
+        "--source", "sources", multiple=True, metavar="[OLD=]NEW",
+        help="Where a source is now: NEW where there is one only, else OLD=NEW.",
+    )(command)  # fmt: skip
+
+
+def moved_of(sources: Sequence[str]) -> dict[str, str] | str | None:
+    """The sources that `moved_options` gives."""
+    if len(sources) == 1 and "=" not in sources[0]:
+        return sources[0]
+    found = {}
+    for text in sources:
+        old, equals, new = text.partition("=")
+        if not equals or not old or not new:
+            raise click.UsageError(f"--source {text}: expected OLD=NEW")
+        found[old] = new
+    return found or None
 
 
 def engine_of(options: Mapping[str, Any]) -> "EngineOptions":

@@ -26,6 +26,7 @@ from streammap.spec import DTYPE_BITS
 _ALIGN_NBYTES = 64
 _MAX_MOVES = 64
 _MAX_PROGRAMS = 1024
+_HALVES = ("BF16", "F16")
 
 
 def program(recipe: Recipe, chunk_nbytes: int) -> Program:
@@ -73,7 +74,7 @@ class _Writer:
     def written(self) -> Program:
         """The program."""
         out = contiguous(OUT, self._form.spec.dtype, 0, self._shape)
-        if not self._moved(out):
+        if not self._moved(out) and not self._blended(out):
             self._summed(out)
         return Program(tuple(self._ops), self._peak, self._largest)
 
@@ -103,6 +104,23 @@ class _Writer:
                 if segment.coefficient != 0.0:
                     at = at.blocks(d, segment, source=True)
             self._put(to, at, factor)
+        return True
+
+    def _blended(self, out: View) -> bool:
+        """(1 - w) a + w b of 16-bit sources as they are: one kernel, which rounds once."""
+        form = self._form
+        term = form.terms[0]
+        if len(form.terms) > 1 or len(term.blend) != 2 or any(m is not None for m in term.maps):
+            return False
+        (u, a), (w, b) = term.blend
+        dtypes = {a.spec.dtype, b.spec.dtype, form.spec.dtype}
+        if len(dtypes) > 1 or form.spec.dtype not in _HALVES or u == 0.0 or w == 0.0:
+            return False
+        if u != 1.0 - w or graph.is_constant(a) or graph.is_constant(b):
+            return False
+        (part,) = self._parts[0]
+        sources = (self._read(a, part), self._read(b, part))
+        self._ops.append(Op("blend", out, sources, number=w))
         return True
 
     def _summed(self, out: View) -> None:
@@ -190,8 +208,7 @@ class _Writer:
             if graph.is_constant(found):
                 self._ops.append(Op("fill", to, number=weight))
             else:
-                self._gather(self._read(found, whole), whole, part, to)
-                self._put(to, to, weight)
+                self._gather(self._read(found, whole), whole, part, to, weight)
             if position:
                 self._ops.append(Op("add", held, (held, to)))
         return held, part, factor
@@ -223,14 +240,18 @@ class _Writer:
         cut = Dim(dim.m, pulled, (start + rows[0], start + rows[1]))
         return (*whole[: self._dim], cut, *whole[self._dim + 1 :])
 
-    def _gather(self, staged: View, whole: Part, part: Part, to: View) -> None:
-        """Convert what a chunk is made of."""
+    def _gather(self, staged: View, whole: Part, part: Part, to: View, weight: float) -> None:
+        """Convert what a chunk is made of, and weigh it."""
+        converts = staged.dtype != to.dtype  # kernels that mix dtypes take memory of their own
+        number = 1.0 if converts else weight
         if isinstance(part[self._dim].m, DenseMap):
-            self._ops.append(Op("copy", to, (staged,)))
-            return
-        for move in _side_by_side(part[self._dim].pulled.ranges):
-            place = to.blocks(self._dim, move, source=False)
-            self._ops.append(Op("copy", place, (staged.blocks(self._dim, move, source=True),)))
+            self._put(to, staged, number)
+        else:
+            for move in _side_by_side(part[self._dim].pulled.ranges):
+                place = to.blocks(self._dim, move, source=False)
+                self._put(place, staged.blocks(self._dim, move, source=True), number)
+        if converts:
+            self._put(to, to, weight)
 
     def _map(self, dim: Dim, held: View, to: View, d: int) -> float:
         """Apply a dimension's map; gives a factor that is still to be applied."""

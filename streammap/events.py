@@ -11,6 +11,8 @@ class Started:
     n_tensors: int
     nbytes: int
     """Bytes of all tensors of the result."""
+    resumed_nbytes: int = 0
+    """Bytes of those that an earlier run has written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,39 +2,18 @@
 
 import resource
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import final
 
-from streammap import (
-    devices,
-    graph,
-    layout,
-    mapfile,
-    memory,
-    output,
-    pipeline,
-    readahead,
-    schedule,
-    sidefiles,
-    sidelist,
-)
+from streammap import devices, graph, layout, making, memory
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
-from streammap.events import Finished, Listener, Started
-from streammap.header import Slot
-from streammap.layout import Shard
+from streammap.events import Finished, Listener
+from streammap.making import Where
 from streammap.memory import Memory
-from streammap.output import Output
 from streammap.plan import Plan
-from streammap.schedule import Job
-from streammap.version import VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +35,9 @@ class Report:
     device: str
     promise: str
     reason: str
+    n_resumed: int = 0
+    """Tensors that an earlier run had written."""
+    nbytes_resumed: int = 0
 
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
@@ -68,28 +50,6 @@ class Report:
             f"wrote {shards}, {self.nbytes_written / 1e9:.3f} GB in {self.seconds:.1f} s "
             f"({rate:.0f} MB/s), peak {self.peak_nbytes / 1e9:.2f} GB"
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Where and how a result is written."""
-
-    path: Path
-    """A folder, or a file that ends in .safetensors, .pth, .pt or .bin."""
-    max_shard_nbytes: int
-    overwrite: bool
-    fsync: bool
-    engine: Engine
-    may_replace_sources: bool = False
-    """Whether the output may be the folder of a source; its files are replaced at the end."""
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the result is one file instead of a folder."""
-        return self.path.suffix in (".safetensors", *_TORCH)
-
-
-_TORCH = (".pth", ".pt", ".bin")
 
 
 def fit(plan: Plan, engine: Engine) -> Memory:
@@ -135,19 +95,21 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
     shards = layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
     total = sum(shard.nbytes for shard in shards)
     try:
-        n_read = _write(plan, where, shards, total, (fitted, choice), listener)
+        done = making.make(plan, where, shards, (fitted, choice), listener)
     except OSError as error:
-        raise OutputError(
-            f"{where.path}: {error.strerror or error}", hint="check the path and the disk"
-        ) from error
+        text = f"{where.path}: {error.strerror or error}"
+        made = OutputError(text, hint="check the path and the disk")
+        for note in getattr(error, "__notes__", ()):
+            made.add_note(note)
+        raise made from error
     listener(Finished())
     promise, reason = plan.promise
     return Report(
         output=str(where.path),
         n_tensors=len(plan.targets),
         n_shards=len(shards),
-        nbytes_read=n_read,
-        nbytes_written=total,
+        nbytes_read=done.n_read,
+        nbytes_written=total - done.resumed_nbytes,
         seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu,
         peak_nbytes=peak_nbytes(),
@@ -156,121 +118,9 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         device=choice.device,
         promise=promise,
         reason=reason,
+        n_resumed=done.n_resumed,
+        nbytes_resumed=done.resumed_nbytes,
     )
-
-
-def _write(
-    plan: Plan,
-    where: Where,
-    shards: Sequence[Shard],
-    total: int,
-    means: tuple[Memory, Choice],
-    listener: Listener,
-) -> int:
-    """Write everything; gives the bytes read."""
-    fitted, choice = means
-    beside = (mapfile.beside(where.path),) if where.is_file else ()
-    kept = [] if where.may_replace_sources else [path for s in plan.sources for path in s.paths]
-    output.check_place(
-        where.path, overwrite=where.overwrite, beside=beside, sources=kept, needed=total
-    )
-    contents, side = _small_files(plan, where)
-    listener(Started(len(plan.targets), plan.nbytes))
-    with Output(where.path.parent if where.is_file else where.path, fsync=where.fsync) as out:
-        writer = _Writer(plan, shards, out)
-        jobs = schedule.bundles(plan.targets, writer.slots(), fitted)
-        computes = any(form.copied is None for form in plan.targets.values())
-        with _torch_threads() if computes else nullcontext():
-            mapped = where.engine.reader == "mmap"
-            readahead.expect(plan, writer.slots())
-            with readahead.ahead(jobs, plan, fitted.ahead_nbytes) as bundles:
-                n_read = pipeline.run(
-                    bundles, fitted, writer.write,
-                    listener=listener, mapped=mapped, device=choice.device,
-                    cancel=partial(readahead.cancel, plan),
-                )  # fmt: skip
-        writer.finish()
-        for name, path in side.items():
-            if name not in contents:
-                out.copy(name, path)
-        for name in () if where.is_file else sidelist.elsewhere(plan.side):
-            if name not in contents and plan.side is not None:
-                out.add(name, sidelist.fetch(plan.side, name))
-        if len(shards) > 1:
-            contents[layout.INDEX] = layout.index(shards)
-        for name, content in contents.items():
-            out.add(name, content)
-        for source in plan.sources:
-            source.check_unchanged()
-        out.commit(stale=_stale(where))
-    return n_read
-
-
-def _torch_threads() -> AbstractContextManager[None]:
-    """Imports torch: a result of copies only does without."""
-    from streammap import kernels
-
-    return kernels.one_thread_each()
-
-
-@final
-class _Writer:
-    """Writes bytes of the shards, which begin when their first bytes come."""
-
-    def __init__(self, plan: Plan, shards: Sequence[Shard], out: Output) -> None:
-        """Torch files begin at once: their layout is known when they are there."""
-        self._out = out
-        nest = plan.side.nest if plan.side is not None else None
-        self._shards = [
-            out.begin_torch(s, nest) if Path(s.name).suffix in _TORCH else s for s in shards
-        ]
-        self._waiting = {s.name: s for s in self._shards if Path(s.name).suffix not in _TORCH}
-        self._locks = {s.name: threading.Lock() for s in self._shards}
-        self._left = {s.name: sum(slot.spec.nbytes for slot in s.slots) for s in self._shards}
-
-    def slots(self) -> Iterator[tuple[str, Slot]]:
-        """(file, slot) of every tensor."""
-        for shard in self._shards:
-            for slot in shard.slots:
-                yield shard.name, slot
-
-    def write(self, job: Job, view: memoryview) -> None:
-        """Write a job's bytes to all of its places."""
-        for place in job.places:
-            with self._locks[place.file]:
-                self._begin(place.file)
-                self._out.write_at(place.file, place.offset, view)
-                self._left[place.file] -= len(view)
-                if not self._left[place.file]:
-                    self._out.close(place.file)
-
-    def finish(self) -> None:
-        """Begin the shards that have no bytes but their header."""
-        for name in list(self._waiting):
-            self._begin(name)
-
-    def _begin(self, name: str) -> None:
-        shard = self._waiting.pop(name, None)
-        if shard is not None:
-            self._out.begin(shard)
-
-
-def _stale(where: Where) -> tuple[str, ...]:
-    """What an earlier result may have left where this one goes (glob patterns)."""
-    if not where.overwrite:
-        return ()
-    if where.is_file:
-        return (mapfile.beside(where.path).name,)
-    return (*output.STALE, *mapfile.NAMES, sidefiles.PROVENANCE)
-
-
-def _small_files(plan: Plan, where: Where) -> tuple[dict[str, bytes], dict[str, Path]]:
-    """What goes along: files with new content, and files to copy."""
-    if not where.is_file:
-        return sidefiles.contents(plan, VERSION), sidefiles.copied(plan.side)
-    if not plan.levels:
-        return {}, {}
-    return {mapfile.beside(where.path).name: mapfile.encode(plan.levels)}, {}
 
 
 def peak_nbytes() -> int:

@@ -17,16 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Self, Unpack, final
 
-from streammap import api, executor, layout, scheme
+from streammap import api, executor, layout, recorded, scheme
 from streammap import sizes as axes
 from streammap.api import LazyCheckpoint
 from streammap.checkpoint import read_config
 from streammap.engine import EngineOptions, engine
 from streammap.errors import PlanError
 from streammap.events import Listener, nobody
-from streammap.executor import Report, Where
+from streammap.executor import Report
+from streammap.making import Where
 from streammap.operators import resize
-from streammap.operators.interpolate import Interpolate
 from streammap.operators.resize import Direction, Resize
 from streammap.plan import Plan
 from streammap.planner import Rule
@@ -77,7 +77,8 @@ class _Mapper:
         target = self._open_target()
         if target.sizes != self._result.sizes and self._source.sizes == self._result.sizes:
             target = self._source
-        self._result = LazyCheckpoint(Interpolate(alpha).plan(self._result.plan, target.plan))
+        plan = recorded.interpolate(self._result.plan, target.plan, alpha=alpha)
+        self._result = LazyCheckpoint(plan)
         return self
 
     def take(self, groups: Scheme) -> None:
@@ -108,6 +109,7 @@ class _Mapper:
         *,
         progress: Listener = nobody,
         max_shard_size: str | int = api.MAX_SHARD_SIZE,
+        restart: bool = False,
         **options: Unpack[EngineOptions],
     ) -> Report:
         """Write the result to the save folder, replacing what is there, as the original does.
@@ -129,6 +131,7 @@ class _Mapper:
             fsync=True,
             engine=engine(options),
             may_replace_sources=True,
+            restart=restart,
         )
         return executor.run(self._result.plan, where, progress)
 
@@ -144,7 +147,7 @@ class _Mapper:
             target=sizes,
             rule=self._rule,
         )
-        plan = op.plan(self._result.plan)
+        plan = recorded.resize(self._result.plan, op)
         self._result = LazyCheckpoint(plan if sizes is not wanted else self._as_target(plan))
         return self
 
@@ -152,7 +155,7 @@ class _Mapper:
         """With the target's config.json, as the original saves it, where it fits the tensors."""
         if self._target_config is None:
             return plan
-        changed = replace(plan, config=self._target_config)
+        changed = recorded.configure(plan, self._target_config)
         return changed if changed.model.tied == plan.model.tied else plan
 
     def _goal(self, direction: Direction) -> Mapping[str, int] | None:

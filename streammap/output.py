@@ -1,82 +1,112 @@
-"""A result on its way to disk: partial files, renamed when all of them are whole.
-
-    OUT/                      shards + index, config.json and what goes along
-    OUT.safetensors, OUT.pth  one file
-
-Everything is written beside its place as `.NAME.partial`, synced, and renamed in the end; the index
-and config.json come last. A run that fails removes what it began.
-"""
+"""Files of a result while they are made, in its work folder, and whether it may be made at all."""
 
 import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap import layout, torchfile
-from streammap.errors import OutputError
+from streammap import journal, torchfile, workfolder
+from streammap.errors import CheckpointError, OutputError
 from streammap.layout import Shard
+from streammap.storage.disk import Disk
+from streammap.workfolder import SUFFIX
 
 PIECE_NBYTES = 256 * 1024
 """One write at most: larger ones are slower on some kernels."""
-STALE = (
-    "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
-"""Weights by the names that loaders look for."""
-_PARTIAL = ".partial"
-_LAST = (layout.INDEX, "config.json")
+_NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+_THERE = os.O_RDWR | os.O_NOFOLLOW
 
 
 @final
 class Output:
-    """Files being written. Use as a context: leaving it with an error removes them."""
+    """Files being written. Use as a context: leaving it closes them."""
 
-    def __init__(self, folder: Path, *, fsync: bool) -> None:
-        """Write into `folder`, which is made when needed."""
-        self._folder = folder
-        self._fsync = fsync
-        self._partial: dict[str, Path] = {}
+    def __init__(self, files: Path, named: Path, *, disk: Disk, fsync: bool) -> None:
+        """Write into `files`; messages name the folder `named`, where they will be."""
+        self._files, self._named = files, named
+        self._disk, self._fsync = disk, fsync
+        self._pwrite = disk.pwrite
         self._descriptors: dict[str, int] = {}
-        self._made: list[Path] = []
         self._piece = memoryview(bytearray(PIECE_NBYTES))
+        self.names: list[str] = []
+        """Small files that were added."""
 
     def __enter__(self) -> "Output":
-        try:
-            self._make(self._folder)
-        except OutputError:
-            self._remove_folders()
-            raise
-        for left in self._folder.glob(f".model*{_PARTIAL}"):  # of a run that was killed
-            left.unlink()
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
-        for path in self._partial.values():
-            with contextlib.suppress(OSError):
-                path.unlink()
-        if kind is not None:
-            self._remove_folders()
 
     def begin(self, shard: Shard) -> None:
         """Open a safetensors file and write its header."""
-        self._open(shard.name)
+        self._open(shard.name, _NEW)
         self.write_at(shard.name, 0, memoryview(shard.head))
 
+    def go_on(self, shard: Shard) -> None:
+        """Open a file that an earlier run has begun."""
+        self._open(shard.name, _THERE)
+
     def begin_torch(self, shard: Shard, nest: str | None) -> Shard:
-        """Open a torch file with room for the shard's tensors; its slots come back in place."""
-        path = self._place(shard.name)
+        """Make a torch file with room for the shard's tensors; its slots come back in place."""
+        path = self._files / shard.name
         specs = [(slot.key, slot.spec) for slot in shard.slots]
         try:
+            path.unlink(missing_ok=True)
             slots = torchfile.write_skeleton(path, specs, nest)
         except (OSError, RuntimeError) as error:
-            raise OutputError(f"{path}: {error}", hint="check the path") from error
-        self._descriptors[shard.name] = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            raise OutputError(
+                f"{self._named / shard.name}: {error}", hint="check the path"
+            ) from error
         return Shard(shard.name, b"", slots)
+
+    def torch_there(self, shard: Shard) -> Shard:
+        """The same for the file of an earlier run.
+
+        Raises:
+            OutputError: it is not there, or has not these tensors.
+        """
+        path = self._files / shard.name
+        wanted = {slot.key: slot.spec for slot in shard.slots}
+        if path.is_file() and not path.is_symlink():
+            with contextlib.suppress(CheckpointError):
+                slots = torchfile.read(path).slots
+                if {slot.key: slot.spec for slot in slots} == wanted:
+                    return Shard(shard.name, b"", slots)
+        raise OutputError(f"{path}: is not the file that its journal is of", hint=journal.RESTART)
+
+    def check_there(self, shard: Shard, end: int) -> None:
+        """Refuse a file of an earlier run that can't hold what the journal says.
+
+        Args:
+            end: One past the last byte that it says is there.
+
+        Raises:
+            OutputError: the file is missing, too short or too long, or has another header.
+        """
+        path = self._files / shard.name
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror}", hint=journal.RESTART) from error
+        try:
+            nbytes = os.fstat(descriptor).st_size
+            head = os.pread(descriptor, len(shard.head), 0) if nbytes >= end else shard.head
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror}", hint=journal.RESTART) from error
+        finally:
+            os.close(descriptor)
+        most = shard.nbytes if shard.head else nbytes
+        if not end <= nbytes <= most:
+            raise OutputError(
+                f"{path}: {nbytes} bytes, by its journal {end} at least and {most} at most",
+                hint=journal.RESTART,
+            )
+        if head != shard.head:
+            raise OutputError(f"{path}: another header than this result's", hint=journal.RESTART)
 
     def write_at(self, name: str, offset: int, view: memoryview) -> None:
         """Write bytes at a place of a file that has begun."""
@@ -84,10 +114,10 @@ class Output:
         at = 0
         while at < len(view):
             try:
-                at += os.pwrite(descriptor, view[at : at + PIECE_NBYTES], offset + at)
+                at += self._pwrite(descriptor, view[at : at + PIECE_NBYTES], offset + at)
             except OSError as error:
                 raise OutputError(
-                    f"{self._folder / name}: {error.strerror} at byte {offset + at}",
+                    f"{self._named / name}: {error.strerror} at byte {offset + at}",
                     hint="free disk space, or write elsewhere",
                 ) from error
         if self._fsync and at:
@@ -95,104 +125,81 @@ class Output:
             os.posix_fadvise(descriptor, offset, at, os.POSIX_FADV_DONTNEED)
 
     def close(self, name: str) -> None:
-        """Let the disk have a file that is whole; it gets its name with all others."""
+        """Let the disk have a file that is whole; it gets its place with all others."""
         descriptor = self._descriptors.pop(name)
         try:
             if self._fsync:
-                os.fsync(descriptor)
+                self._disk.sync(descriptor)
         finally:
             os.close(descriptor)
 
-    def copy_at(self, name: str, offset: int, source: int, start: int, nbytes: int) -> None:
-        """Copy bytes of an open file to a place of a file that has begun."""
-        at = 0
-        while at < nbytes:
-            room = self._piece[: min(PIECE_NBYTES, nbytes - at)]
-            read = os.preadv(source, [room], start + at)
-            if not read:
-                raise OutputError(
-                    f"{self._folder / name}: its source ended {nbytes - at} bytes early",
-                    hint="is another program writing the source?",
-                )
-            self.write_at(name, offset + at, room[:read])
-            at += read
+    def duplicate(self, name: str) -> int | None:
+        """Another descriptor of an open file, to sync it while it is written."""
+        descriptor = self._descriptors.get(name)
+        return None if descriptor is None else os.dup(descriptor)
 
     def add(self, name: str, content: bytes) -> None:
         """A small file with this content."""
-        self._make((self._folder / name).parent)
-        self._open(name)
-        self.write_at(name, 0, memoryview(content))
+        self.add_parts(name, [content])
+
+    def add_parts(self, name: str, parts: Iterable[bytes]) -> None:
+        """A small file with this content, part by part."""
+        self._begin_small(name)
+        at = 0
+        for part in parts:
+            self.write_at(name, at, memoryview(part))
+            at += len(part)
+        self.close(name)
 
     def copy(self, name: str, path: Path) -> None:
         """A copy of a file."""
-        self._make((self._folder / name).parent)
-        self._open(name)
+        self._begin_small(name)
         with path.open("rb") as source:
             nbytes = os.fstat(source.fileno()).st_size
-            self.copy_at(name, 0, source.fileno(), 0, nbytes)
+            self._copy(name, source.fileno(), nbytes)
+        self.close(name)
 
-    def commit(self, *, stale: Sequence[str]) -> None:
-        """Sync all files and give them their names; remove `stale` ones (glob patterns) first."""
-        for name in list(self._descriptors):
-            self.close(name)
-        for glob in stale:
-            for old in self._folder.glob(glob):
-                old.unlink()
-        last = [name for name in _LAST if name in self._partial]
-        for name in [*(n for n in self._partial if n not in last), *last]:
-            self._partial[name].replace(self._folder / name)
-            del self._partial[name]
-        if self._fsync:
-            descriptor = os.open(self._folder, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+    def sizes(self, names: Sequence[str]) -> Mapping[str, int]:
+        """The files' sizes."""
+        return {name: (self._files / name).stat().st_size for name in names}
 
-    def _remove_folders(self) -> None:
-        for folder in reversed(self._made):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+    def _copy(self, name: str, source: int, nbytes: int) -> None:
+        at = 0
+        while at < nbytes:
+            room = self._piece[: min(PIECE_NBYTES, nbytes - at)]
+            read = self._disk.pread(source, room, at)
+            if not read:
+                raise OutputError(
+                    f"{self._named / name}: its source ended {nbytes - at} bytes early",
+                    hint="is another program writing the source?",
+                )
+            self.write_at(name, at, room[:read])
+            at += read
 
-    def _open(self, name: str) -> None:
-        path = self._place(name)
+    def _begin_small(self, name: str) -> None:
+        workfolder.make((self._files / name).parent, [])
+        self._open(name, _NEW)
+        self.names.append(name)
+
+    def _open(self, name: str, flags: int) -> None:
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            self._descriptors[name] = os.open(path, flags, 0o666)
+            self._descriptors[name] = self._disk.open(self._files / name, flags)
         except OSError as error:
-            raise OutputError(f"{path.parent}: {error.strerror}") from error
-
-    def _place(self, name: str) -> Path:
-        final = self._folder / name
-        if final.is_dir():
-            raise OutputError(f"{final}: a folder is in the place of a file", hint="remove it")
-        self._partial[name] = final.with_name(f".{final.name}{_PARTIAL}")
-        return self._partial[name]
-
-    def _make(self, folder: Path) -> None:
-        missing = []
-        while not folder.exists():
-            missing.append(folder)
-            folder = folder.parent
-        for path in reversed(missing):
-            try:
-                path.mkdir()
-            except OSError as error:
-                raise OutputError(f"{path}: {error.strerror}", hint="check the path") from error
-            self._made.append(path)
+            raise OutputError(f"{self._named / name}: {error.strerror}") from error
 
 
 def check_place(
-    path: Path, *, overwrite: bool, beside: Sequence[Path], sources: Sequence[Path], needed: int
+    path: Path, *, overwrite: bool, beside: Sequence[Path], sources: Sequence[Path]
 ) -> None:
-    """Refuse an output that can't or shouldn't be written, before anything is.
+    """Refuse an output that shouldn't be written, before anything is.
 
     Args:
         path: A folder, or the file that the result is.
         beside: Files that are written with a single file.
         sources: Folders and files that are read and must stay.
-        needed: Bytes that the result takes.
 
     Raises:
-        OutputError: it is there already, it is a source, or the disk is too small.
+        OutputError: it is there already, or it is a source.
     """
     is_file = bool(beside)
     for source in sources:
@@ -204,22 +211,49 @@ def check_place(
         if is_file != path.is_file():
             what = "no file" if is_file else "no folder"
             raise OutputError(f"{path}: is {what}", hint="write to another place")
-        if not overwrite and (is_file or not all(_is_partial(found) for found in path.iterdir())):
+        if not overwrite and (is_file or any(found.name != SUFFIX for found in path.iterdir())):
             raise OutputError(f"{path}: is there already", hint="pass --overwrite to replace it")
     for other in beside:
         if other.exists() and not overwrite:
             raise OutputError(f"{other}: is there already", hint="pass --overwrite to replace it")
+
+
+def check_names(output: Path, names: Iterable[str]) -> None:
+    """Refuse a place in which a folder has the name of a file of the result.
+
+    Raises:
+        OutputError: naming the folder.
+    """
+    for name in names:
+        if (output / name).is_dir():
+            raise OutputError(
+                f"{output / name}: a folder is in the place of a file", hint="remove it"
+            )
+
+
+def check_room(path: Path, *, needed: int, there: int) -> None:
+    """Refuse a disk that is too small, before the first byte.
+
+    Args:
+        needed: Bytes that the result takes.
+        there: Bytes of it that an earlier run has written.
+
+    Raises:
+        OutputError: it is.
+    """
     around = path
     while not around.exists():
         around = around.parent
     free = shutil.disk_usage(around).free
-    if free < needed:
+    if free < needed - there:
+        told = f" ({there / 1e9:.2f} GB of it are written)" if there else ""
         raise OutputError(
-            f"{path}: the result takes {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+            f"{path}: the result takes {needed / 1e9:.2f} GB{told}, {free / 1e9:.2f} GB are free",
             hint="free disk space, or write elsewhere",
         )
 
 
-def _is_partial(path: Path) -> bool:
-    """Whether a run that was killed left this."""
-    return path.name.startswith(".") and path.name.endswith(_PARTIAL)
+def written_nbytes(files: Path) -> int:
+    """Bytes that the files of a folder take on the disk."""
+    stats = [path.stat() for path in files.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sum(min(found.st_blocks * 512, found.st_size) for found in stats)

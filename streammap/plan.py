@@ -8,7 +8,7 @@ of a checkpoint, so operators take plans and give plans, and a chain of them is 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, final
 
@@ -16,6 +16,7 @@ from streammap import graph, memory, model, sidelist
 from streammap.checkpoint import Checkpoint
 from streammap.errors import some
 from streammap.graph import Form
+from streammap.lineage import Call
 from streammap.mapfile import Level
 from streammap.model import Model
 from streammap.spec import TensorSpec
@@ -63,6 +64,8 @@ class Plan:
     """Axis -> its size in the side files' model and in the result, where they differ."""
     architecture: str | None = None
     """The spec to read it by, where config.json doesn't tell."""
+    request: Call | None = None
+    """What was asked; None where it was made by other means than recorded.py's calls."""
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -104,6 +107,13 @@ class Plan:
             ArchitectureError, CheckpointError: no spec serves it, or it does not fit.
         """
         return model.resolve(self.specs, self.config, name=self.architecture)
+
+    def asked(self, request: Call | None) -> "Plan":
+        """The same plan with its record; what is known of its model stays."""
+        made = replace(self, request=request)
+        if "model" in self.__dict__:
+            made.__dict__["model"] = self.model
+        return made
 
     def read(self, key: str) -> "Tensor":
         """One tensor of the result, computed now."""

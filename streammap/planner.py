@@ -76,7 +76,7 @@ def remap(
     ordered = {key: targets[key] for key in sorted(targets, key=natural)}
     result = replace(
         plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized,
-        levels=plan.levels if levels is None else levels,
+        levels=plan.levels if levels is None else levels, request=None,
     )  # fmt: skip
     _check_sizes(result, sizes)
     return result

@@ -14,7 +14,9 @@ from streammap.maps import DenseMap
 from streammap.pullback import Range
 from streammap.segments import Segment
 
-Kind = Literal["read", "copy", "mul", "add", "fill", "matmul", "take", "scale", "put", "clear"]
+Kind = Literal[
+    "read", "copy", "mul", "add", "blend", "fill", "matmul", "take", "scale", "put", "clear"
+]
 OUT, WORK = -1, -2
 """Places of views beside those of requests, which count from 0."""
 
@@ -70,7 +72,7 @@ class Op:
     out: View
     sources: tuple[View, ...] = ()
     number: float = 0.0
-    """The factor of "mul", the value of "fill"."""
+    """The factor of "mul", the value of "fill", the second source's weight in "blend"."""
     indices: tuple[int, ...] = ()
     """Of "take", "put" (adds to them) and "clear": units of dimension 1 of a folded view."""
     numbers: tuple[float, ...] = ()

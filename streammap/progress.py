@@ -1,11 +1,17 @@
 """A progress bar over bytes, as a listener."""
 
+import sys
 from typing import TYPE_CHECKING, final
 
-from streammap.events import Event, Finished, Started, Wrote
+from streammap.events import Event, Finished, Listener, Started, Wrote, nobody
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+
+def bar(title: str, *, quiet: bool) -> Listener:
+    """A progress bar where somebody looks at it."""
+    return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
 
 
 @final
@@ -20,12 +26,13 @@ class ProgressBar:
     def __call__(self, event: Event) -> None:
         """Show one event."""
         match event:
-            case Started(_, nbytes):
+            case Started(_, nbytes, resumed):
                 from tqdm import tqdm
 
                 self._bar = tqdm(
-                    total=nbytes, desc=self._title, unit="B", unit_scale=True, leave=False
-                )
+                    total=nbytes, initial=resumed, desc=self._title, unit="B", unit_scale=True,
+                    leave=False,
+                )  # fmt: skip
             case Wrote(_, nbytes):
                 if self._bar is not None:
                     self._bar.update(nbytes)

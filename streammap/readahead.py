@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import final
 
 from streammap.checkpoint import Checkpoint
+from streammap.graph import Form
 from streammap.header import Slot
 from streammap.plan import Plan
 from streammap.schedule import Bundle, Copy
@@ -50,10 +51,16 @@ def ahead(bundles: Iterator[Bundle], plan: Plan, nbytes: int) -> Iterator[Iterat
             source.window(None)
 
 
-def cancel(plan: Plan) -> None:
+def cancel(sources: Iterable[Checkpoint]) -> None:
     """End reads that wait for a network, and downloads: nobody needs them any more."""
-    for source in plan.sources:
+    for source in sources:
         source.cancel()
+
+
+def sources_of(forms: Iterable[Form]) -> tuple[Checkpoint, ...]:
+    """The checkpoints that forms read, each once."""
+    found = (load.source for form in forms for load in form.loads())
+    return tuple({id(s): s for s in found if isinstance(s, Checkpoint)}.values())
 
 
 @final

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from streammap import mapfile, sidelist
+from streammap import lineage, mapfile, sidelist
 from streammap.checkpoint import Checkpoint, parse_json, read_json
-from streammap.errors import CheckpointError, OutputError
+from streammap.errors import ArchitectureError, CheckpointError, OutputError
 from streammap.plan import FORMAT, Plan
 
 PROVENANCE = "streammap.json"
@@ -35,7 +35,7 @@ def copied(side: Checkpoint | None) -> dict[str, Path]:
     return dict(sorted(_walk(side.path, side.path, 0)))
 
 
-def contents(plan: Plan, version: str) -> dict[str, bytes]:
+def contents(plan: Plan) -> dict[str, bytes]:
     """Relative name -> bytes, for each small file that is written anew.
 
     Raises:
@@ -52,7 +52,6 @@ def contents(plan: Plan, version: str) -> dict[str, bytes]:
             found[name] = changed
     if plan.levels:
         found[mapfile.NAME] = mapfile.encode(plan.levels)
-    found[PROVENANCE] = _json(provenance(plan, version))
     if plan.config is not None:
         original = None if plan.side is None else plan.side.config_text
         if original is not None and plan.side is not None and plan.config == plan.side.config:
@@ -73,6 +72,8 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
         "reason": reason,
         "steps": [{"operator": step.operator, **step.options} for step in plan.steps],
         "notes": list(plan.notes),
+        "sizes": _sizes(plan),
+        "request": None if plan.request is None else lineage.as_json(plan.request),
         "sources": [
             {
                 "name": source.name,
@@ -90,6 +91,14 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
             for source in plan.sources
         ],
     }
+
+
+def _sizes(plan: Plan) -> dict[str, int] | None:
+    """Sizes of the result's axes; None where no spec serves it."""
+    try:
+        return dict(plan.model.sizes)
+    except (ArchitectureError, CheckpointError):
+        return None
 
 
 def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:

@@ -14,7 +14,7 @@ from streammap.storage.place import Place
 SKIPPED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
     "*.onnx_data", "*.gguf", "*.npz", "*.ot", "*.tflite", "*.index.json", "config.json",
-    "streammap.*", ".*", "trainer_state.json", "events.out.tfevents.*",
+    "streammap.*", "*.streammap.json", ".*", "trainer_state.json", "events.out.tfevents.*",
 )  # fmt: skip
 SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")
 SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",

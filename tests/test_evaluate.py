@@ -289,6 +289,32 @@ def test_what_is_not_finite_stays_so(dtype: torch.dtype) -> None:
     torch.testing.assert_close(_read(form), wanted, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.9])
+def test_a_blend_is_rounded_once_and_its_numbers_stand_for_themselves(
+    dtype: torch.dtype, alpha: float
+) -> None:
+    """Of the float64 blend at most the last bit differs, whatever stands beside a number."""
+    torch.manual_seed(0)
+    x, y = (torch.randn(1000, dtype=torch.float64).to(dtype) for _ in range(2))
+    largest = torch.finfo(dtype).max
+    x[::50], y[::50] = largest, -largest  # their difference overflows, their blend does not
+    source = Held()
+    form = graph.combine([(1 - alpha, source.load(x)), (alpha, source.load(y))])
+    got = _read(form)
+    exact = (1 - alpha) * x.double() + alpha * y.double()
+    unit = torch.finfo(dtype).eps
+    assert bool(((got.double() - exact).abs() <= 0.51 * unit * exact.abs() + 1e-7).all())
+    with_infinity = x.clone()
+    with_infinity[500] = math.inf
+    form = graph.combine([(1 - alpha, source.load(with_infinity)), (alpha, source.load(y))])
+    for room in (Room(200, 1), AMPLE):
+        beside = _read(form, room)
+        assert beside[500] == math.inf
+        beside[500] = got[500]
+        assert torch.equal(beside, got)
+
+
 def _jobs(form: Form, given: Memory, of: Worker) -> Iterator[Job]:
     for bundle in schedule.bundles({"": form}, [("", Slot("", form.spec, 0))], given):
         for job in bundle:

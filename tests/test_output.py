@@ -234,7 +234,7 @@ def test_one_safetensors_file_is_written(source: Path, tmp_path: Path, name: str
     report = _half(source).save(tmp_path / "out" / name, max_shard_size=1)
     file = tmp_path / "out" / name
     assert report.n_shards == 1
-    assert _names(file.parent) == {"x.safetensors", "x.map.safetensors"}
+    assert _names(file.parent) == {"x.safetensors", "x.map.safetensors", "x.streammap.json"}
     tiny.assert_same(tiny.opened(file), dict(_half(source).tensors()))
 
 
@@ -422,47 +422,55 @@ def _fail_at(monkeypatch: pytest.MonkeyPatch, n: int, name: str = "pwrite") -> l
     return calls
 
 
+def _outside(folder: Path) -> dict[str, bytes]:
+    """Files that are not in a work folder."""
+    return {k: v for k, v in tiny.tree(folder).items() if ".streammap-run" not in k}
+
+
 @pytest.mark.parametrize("name", ["out", "deep/er/out", "out.safetensors", "deep/out.pth"])
-def test_a_run_that_fails_leaves_nothing(
+def test_a_run_that_fails_can_be_gone_on_with(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    before = tiny.tree(tmp_path)
-    lazy = _half(source)
+    lazy, where = _half(source), tmp_path / "new" / name
     with monkeypatch.context() as patch:
         calls = _fail_at(patch, -1)
         lazy.save(tmp_path / "whole" / name, max_shard_size=300)
-    for file in (tmp_path / "whole").rglob("*"):
-        assert ".partial" not in file.name
-    for n in range(0, calls[0], 5):
+    whole = tiny.tree(tmp_path / "whole")
+    assert _outside(tmp_path / "whole") == whole
+    n_kept = 0
+    for n in [*range(0, calls[0], 7), calls[0] - 1]:
         with monkeypatch.context() as patch:
             _fail_at(patch, n)
-            with pytest.raises(
-                OutputError, match=r"No space left on device at byte .*\n.*free disk"
-            ):
-                lazy.save(tmp_path / "new" / name, max_shard_size=300)
-        assert not (tmp_path / "new").exists(), n
-    with monkeypatch.context() as patch:
-        _fail_at(patch, calls[0] - 1)
-        with pytest.raises(OutputError, match="No space left"):
-            lazy.save(tmp_path / "new" / name, max_shard_size=300)
-    assert not (tmp_path / "new").exists()
-    assert {k: v for k, v in tiny.tree(tmp_path).items() if not k.startswith("whole")} == before
+            with pytest.raises(OutputError, match="No space left on device") as caught:
+                lazy.save(where, max_shard_size=300)
+        kept = (tmp_path / "new").exists()
+        assert bool(getattr(caught.value, "__notes__", [])) == kept
+        assert _outside(tmp_path / "new") == {}, n
+        n_kept += kept
+        lazy.save(where, max_shard_size=300)
+        assert tiny.tree(tmp_path / "new") == whole, n
+        shutil.rmtree(tmp_path / "new")
+    assert n_kept
 
 
 @pytest.mark.parametrize("name", ["fsync", "replace", "preadv", "open"])
-@pytest.mark.parametrize("n", [0, 1, 2])
+@pytest.mark.parametrize("n", [0, 1, 2, 9])
 def test_an_error_of_the_system_is_ours(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, n: int
 ) -> None:
     """Whatever call fails, the message is ours and nothing that is left looks whole."""
     lazy = streammap.open(source).coalesce(depth=2)
-    calls = _fail_at(monkeypatch, n, name)
-    with pytest.raises((OutputError, CheckpointError), match="No space left on device"):
-        lazy.save(tmp_path / "new" / "out", max_shard_size=300)
+    lazy.save(tmp_path / "whole", max_shard_size=300)
+    lazy.close()
+    with monkeypatch.context() as patch:
+        calls = _fail_at(patch, n, name)
+        with pytest.raises((OutputError, CheckpointError), match="No space left on device"):
+            lazy.save(tmp_path / "new" / "out", max_shard_size=300)
     assert calls[0] > n
-    left = {Path(found).name for found in tiny.tree(tmp_path / "new")}
-    assert not [found for found in left if found.endswith((".partial", ".json"))]
-    assert name == "replace" or not (tmp_path / "new").exists()
+    with pytest.raises(CheckpointError, match=r"no such folder|no weights|was stopped"):
+        streammap.open(tmp_path / "new" / "out")
+    lazy.save(tmp_path / "new" / "out", max_shard_size=300)
+    assert tiny.tree(tmp_path / "new" / "out") == tiny.tree(tmp_path / "whole")
 
 
 def test_a_run_that_fails_keeps_what_was_there(
@@ -475,18 +483,24 @@ def test_a_run_that_fails_keeps_what_was_there(
         with monkeypatch.context() as patch:
             _fail_at(patch, n)
             with pytest.raises(OutputError, match="No space left"):
-                _half(source).save(out, overwrite=True)
-        assert tiny.tree(out) == before
+                _half(source).save(out, overwrite=True, restart=True)
+        assert _outside(out) == before
 
 
-def test_an_interrupted_run_leaves_nothing(source: Path, tmp_path: Path) -> None:
-    def interrupt(event: object) -> None:
-        if "Wrote" in type(event).__name__:
-            raise KeyboardInterrupt
+def test_an_interrupted_run_leaves_what_is_whole_or_nothing(source: Path, tmp_path: Path) -> None:
+    for told, kept in (("Started", False), ("Wrote", True)):
 
-    with pytest.raises(KeyboardInterrupt):
-        _half(source).save(tmp_path / "new" / "out", progress=interrupt)
-    assert not (tmp_path / "new").exists()
+        def interrupt(event: object, told: str = told) -> None:
+            if type(event).__name__ == told:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt) as caught:
+            _half(source).save(tmp_path / "new" / "out", progress=interrupt)
+        assert (tmp_path / "new").exists() == kept
+        assert _outside(tmp_path / "new") == {}
+        notes = getattr(caught.value, "__notes__", [])
+        assert len(notes) == kept
+    assert "the same command goes on, --restart begins anew" in notes[0]
 
 
 def test_short_writes_are_finished(

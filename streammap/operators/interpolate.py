@@ -82,7 +82,7 @@ def _blend(source: Plan, target: Plan, alpha: float, step: Step) -> Plan:
     levels = source.levels or target.levels
     return replace(
         target, targets=targets, sources=sources, steps=(*source.steps, *target.steps, step),
-        levels=levels,
+        levels=levels, request=None,
     )  # fmt: skip
 
 

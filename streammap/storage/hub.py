@@ -74,6 +74,12 @@ class HubPlace:
         return (self._name.path or self._name.repo).rpartition("/")[2]
 
     @property
+    def address(self) -> str:
+        """Its repository at this commit."""
+        inside = f"/{self._name.path}" if self._name.path else ""
+        return f"hf://{self._name.repo}@{self.commit}{inside}"
+
+    @property
     def origin(self) -> Mapping[str, str]:
         """Repository, what was asked for, and the commit that it was then."""
         found = {"repo": self._name.repo, "revision": self._name.revision, "commit": self.commit}

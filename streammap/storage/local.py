@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from streammap.errors import CheckpointError
+from streammap.storage import disk
 from streammap.storage.place import Stat
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 @final
 class LocalFile:
-    """One file, opened on first use. Not to be used after `close`."""
+    """One file, opened on first use, and again when it is used after `close`."""
 
     def __init__(self, path: Path, nbytes: int, mtime_ns: int) -> None:
         """Remember `path`, and its size and time of writing when its header was read."""
@@ -41,7 +42,7 @@ class LocalFile:
         with self._lock:
             if self._descriptor is None:
                 try:
-                    self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._descriptor = disk.current().open(self.path, os.O_RDONLY)
                 except OSError as error:
                     raise CheckpointError(f"{self.path}: {error.strerror}") from error
                 try:
@@ -50,6 +51,9 @@ class LocalFile:
                     os.close(self._descriptor)
                     self._descriptor = None
                     raise
+                # Threads read in turn, which the kernel takes for random reads: of a file that is
+                # not in its cache 1.5 GB took 5 s without this, and 1.3 s with it.
+                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             return self._descriptor
 
     def check_unchanged(self) -> None:
@@ -85,10 +89,10 @@ class LocalFile:
         if mapped:
             self._copy_mapped(offset, view)
             return
-        descriptor, at = self.descriptor, 0
+        descriptor, at, pread = self.descriptor, 0, disk.current().pread
         while at < len(view):
             try:
-                read = os.preadv(descriptor, [view[at:]], offset + at)
+                read = pread(descriptor, view[at:], offset + at)
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path}: {error.strerror} at byte {offset + at}",
@@ -141,6 +145,10 @@ class LocalFile:
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
 
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
     def cancel(self) -> None:
         """Nothing waits here."""
 
@@ -148,9 +156,10 @@ class LocalFile:
         """Close the file; the mapping goes when the last tensor over it does."""
         self._bytes = None
         self._map = None
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+                self._descriptor = None
 
 
 @final
@@ -174,6 +183,11 @@ class LocalPlace:
     def name(self) -> str:
         """The folder's or file's name."""
         return self._path.resolve().name
+
+    @property
+    def address(self) -> str:
+        """Its absolute path."""
+        return str(self._path.absolute())
 
     @property
     def origin(self) -> Mapping[str, str]:

@@ -77,6 +77,11 @@ class Place(Protocol):
         ...
 
     @property
+    def address(self) -> str:
+        """What opens it again, with all that is known of its version."""
+        ...
+
+    @property
     def origin(self) -> Mapping[str, str]:
         """Where it is, for the record that is kept with results; {} on this machine."""
         ...

@@ -124,6 +124,11 @@ class RemotePlace:
         return posixpath.basename(self._url) or self._url
 
     @property
+    def address(self) -> str:
+        """The URL."""
+        return self._url
+
+    @property
     def origin(self) -> Mapping[str, str]:
         """The URL."""
         return {"url": self._url}

@@ -1,0 +1,333 @@
+"""Making a result: in its work folder, on from where an earlier run was stopped, then in its place.
+
+work folder, lock -> journal -> tiles -> what goes along -> mark -> commit
+"""
+
+import contextlib
+import errno
+import glob
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import final
+
+from streammap import (
+    commit,
+    identity,
+    journal,
+    layout,
+    mapfile,
+    output,
+    pipeline,
+    readahead,
+    record,
+    schedule,
+    sidefiles,
+    sidelist,
+    workfolder,
+)
+from streammap import writer as writing
+from streammap.commit import Commit
+from streammap.devices import Choice
+from streammap.engine import Engine
+from streammap.errors import CheckpointError, OutputError, StreammapError
+from streammap.events import Event, Listener, Started
+from streammap.journal import Journal, Request
+from streammap.layout import Shard
+from streammap.memory import Memory
+from streammap.output import Output
+from streammap.plan import Plan
+from streammap.storage import disk as disks
+from streammap.version import VERSION
+from streammap.workfolder import WorkFolder
+from streammap.writer import Writer
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where and how a result is written."""
+
+    path: Path
+    """A folder, or a file that ends in .safetensors, .pth, .pt or .bin."""
+    max_shard_nbytes: int
+    overwrite: bool
+    fsync: bool
+    engine: Engine
+    may_replace_sources: bool = False
+    """Whether the output may be the folder of a source; its files are replaced at the end."""
+    restart: bool = False
+    """Whether to forget what an earlier run left unfinished."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the result is one file instead of a folder."""
+        return self.path.suffix == ".safetensors" or self.is_torch
+
+    @property
+    def is_torch(self) -> bool:
+        """Whether that is torch's."""
+        return self.path.suffix in _TORCH
+
+    @property
+    def folder(self) -> Path:
+        """The folder that all files go to."""
+        return self.path.parent if self.is_file else self.path
+
+    @property
+    def record(self) -> str:
+        """Name of the record."""
+        return record.beside(self.path).name if self.is_file else record.NAME
+
+
+_TORCH = (".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """What a run did, and what was done before."""
+
+    n_read: int
+    """Bytes."""
+    n_resumed: int
+    resumed_nbytes: int
+
+
+def make(
+    plan: Plan,
+    where: Where,
+    shards: Sequence[Shard],
+    means: tuple[Memory, Choice],
+    listener: Listener,
+) -> Done:
+    """Make the result, or go on with one that an earlier run began."""
+    path = workfolder.place_of(where.path, is_file=where.is_file)
+    small, side = _small_files(plan, where)
+    _check_place(plan, where, path)
+    fetched = () if where.is_file else sidelist.elsewhere(plan.side)
+    names = [*(s.name for s in shards), *small, *side, *fetched, where.record]
+    output.check_names(where.folder, names)
+    request = identity.request_of(
+        plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION
+    )
+    with WorkFolder(path) as work:
+        work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
+        _check_place(plan, where, path)  # another run may have ended meanwhile
+        if where.restart:
+            work.begin_anew()
+        if commit.is_marked(path):
+            listener(Started(len(plan.targets), plan.nbytes, plan.nbytes))
+            found = commit.read(work, request)
+            n_bytes = sum(shard.nbytes for shard in shards)
+            done = Done(0, n_resumed=len(plan.targets), resumed_nbytes=n_bytes)
+        else:
+            run = _Run(plan, where, shards, means, request, work)
+            found, done = run.make(listener, small, side)
+        with _noted(f"the result is whole: the same command puts it in its place, {path} has it"):
+            fsync, stale = where.fsync, _stale(where)
+            commit.finish(work, where.folder, found, stale, disk=disks.current(), fsync=fsync)
+        work.keeps = False
+    return done
+
+
+@final
+class _Run:
+    """What makes one result."""
+
+    def __init__(
+        self, plan: Plan, where: Where, shards: Sequence[Shard], means: tuple[Memory, Choice],
+        request: Request, work: WorkFolder,
+    ) -> None:  # fmt: skip
+        self._plan, self._where, self._shards = plan, where, shards
+        self._memory, self._choice = means
+        self._request, self._work = request, work
+        self._disk = disks.current()
+
+    def make(
+        self, listener: Listener, small: Mapping[str, bytes], side: Mapping[str, Path]
+    ) -> tuple[Commit, Done]:
+        """Write all files, and mark them as whole."""
+        where, work = self._where, self._work
+        crcs = journal.read(work.path, self._request, writing.keys(self._shards))
+        if not crcs:
+            work.begin_anew()  # nothing of an earlier run is of use
+            work.keeps = False
+        output.check_room(
+            where.path,
+            needed=sum(shard.nbytes for shard in self._shards),
+            there=output.written_nbytes(work.files),
+        )
+        notes = Journal(work.path / journal.NAME, self._request, disk=self._disk, fsync=where.fsync)
+        out = Output(work.files, where.folder, disk=self._disk, fsync=where.fsync)
+        with contextlib.closing(notes), out:
+            shards = self._torch_placed(out, bool(crcs))
+            writer = Writer(shards, out, notes, disk=self._disk, fsync=where.fsync)
+            writer.resume(crcs)
+            with self._kept(writer):
+                n_read = self._compute(writer, listener)
+                for source in self._plan.sources:
+                    source.check_unchanged()
+                found = self._complete(out, writer, small, side)
+        return found, Done(n_read, writer.n_resumed, writer.resumed_nbytes)
+
+    def _torch_placed(self, out: Output, is_resumed: bool) -> Sequence[Shard]:
+        """The shards; those of a torch file, which says itself where its tensors are, from it."""
+        if not self._where.is_torch:
+            return self._shards
+        nest = self._plan.side.nest if self._plan.side is not None else None
+        if not is_resumed:
+            return [out.begin_torch(shard, nest) for shard in self._shards]
+        return [out.torch_there(shard) for shard in self._shards]
+
+    def _compute(self, writer: Writer, listener: Listener) -> int:
+        """Write the tensors; gives the bytes read."""
+        plan, engine = self._plan, self._where.engine
+
+        def told(event: Event) -> None:
+            writer.keep()
+            listener(event)
+
+        listener(Started(len(plan.targets), plan.nbytes, writer.resumed_nbytes))
+        jobs = schedule.bundles(plan.targets, writer.slots(), self._memory)
+        computes = any(form.copied is None for form in plan.targets.values())
+        readahead.expect(plan, writer.slots())
+        ahead = readahead.ahead(jobs, plan, self._memory.ahead_nbytes)
+        with _torch_threads() if computes else contextlib.nullcontext(), ahead as bundles:
+            n_read = pipeline.run(
+                bundles, self._memory, writer.write,
+                listener=told, mapped=engine.reader == "mmap", device=self._choice.device,
+                cancel=partial(readahead.cancel, plan.sources),
+            )  # fmt: skip
+        writer.finish()
+        return n_read
+
+    def _complete(
+        self, out: Output, writer: Writer, small: Mapping[str, bytes], side: Mapping[str, Path]
+    ) -> Commit:
+        """Write what goes along with the tensors."""
+        where, shards = self._where, [shard.name for shard in self._shards]
+        for name, path in side.items():
+            if name not in small:
+                out.copy(name, path)
+        for name in () if where.is_file else sidelist.elsewhere(self._plan.side):
+            if name not in small and self._plan.side is not None:
+                out.add(name, sidelist.fetch(self._plan.side, name))
+        if len(shards) > 1:
+            out.add(layout.INDEX, layout.index(self._shards))
+        for name, content in small.items():
+            out.add(name, content)
+        sizes = out.sizes([*shards, *out.names])
+        out.add_parts(where.record, record.encode(self._plan, VERSION, sizes, writer.tensors()))
+        names = (*out.names, *shards) if where.is_file else commit.ordered((*shards, *out.names))
+        found = Commit(names, where.overwrite)
+        self._work.keeps = True
+        commit.begin(self._work, self._request, found, disk=self._disk, fsync=where.fsync)
+        return found
+
+    @contextlib.contextmanager
+    def _kept(self, writer: Writer) -> Iterator[None]:
+        """Where it fails, keep what is durable, and say so."""
+        try:
+            yield
+        except BaseException as error:
+            with contextlib.suppress(OSError, StreammapError):
+                writer.keep(at_once=True)
+            self._work.keeps = writer.n_journalled > 0 and self._are_unchanged()
+            if self._work.keeps:
+                error.add_note(
+                    f"kept: {writer.n_journalled} of {len(self._plan.targets)} tensors, "
+                    f"{writer.journalled_nbytes / 1e9:.3f} GB, in {self._work.path}; the same "
+                    "command goes on, --restart begins anew"
+                )
+            cause = error.__cause__ if isinstance(error, OutputError) else error
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise self._full(error, cause, writer) from cause
+            raise
+
+    def _full(self, error: BaseException, cause: OSError, writer: Writer) -> OutputError:
+        """The error of a disk that is full: what is missing, how to go on."""
+        hint = "free disk space, or write elsewhere"
+        if self._work.keeps:
+            hint = (
+                f"free disk space and run the same command again; or remove {self._work.path} "
+                "to get the space back"
+            )
+        told = f"{self._where.path}: {cause.strerror}"
+        told = error.message if isinstance(error, OutputError) else told
+        left = writer.left_nbytes
+        made = OutputError(f"{told}: {left} bytes of the result are not written", hint=hint)
+        for note in getattr(error, "__notes__", ()):
+            made.add_note(note)
+        return made
+
+    def _are_unchanged(self) -> bool:
+        """Whether the sources are what they were: else what is kept could be of both."""
+        try:
+            for source in self._plan.sources:
+                source.check_unchanged()
+        except (CheckpointError, OSError):
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _noted(note: str) -> Iterator[None]:
+    """Where it fails, say this too."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(note)
+        raise
+
+
+def _check_place(plan: Plan, where: Where, work: Path) -> None:
+    kept = [] if where.may_replace_sources else [path for s in plan.sources for path in s.paths]
+    goes_on = not where.restart and commit.is_marked(work)
+    beside = (mapfile.beside(where.path), record.beside(where.path)) if where.is_file else ()
+    overwrite = where.overwrite or goes_on
+    output.check_place(where.path, overwrite=overwrite, beside=beside, sources=kept)
+
+
+_threads_lock = threading.Lock()
+_threads_users: list[AbstractContextManager[None]] = []
+
+
+@contextlib.contextmanager
+def _torch_threads() -> Iterator[None]:
+    """One thread a kernel while any run goes on, then as many as before.
+
+    Imports torch: a result of copies only does without.
+    """
+    from streammap import kernels
+
+    with _threads_lock:
+        first = _threads_users[0] if _threads_users else kernels.one_thread_each()
+        if not _threads_users:
+            first.__enter__()
+        _threads_users.append(first)
+    try:
+        yield
+    finally:
+        with _threads_lock:
+            _threads_users.pop()
+            if not _threads_users:
+                first.__exit__(None, None, None)
+
+
+def _stale(where: Where) -> commit.Stale:
+    """What an earlier result may have left where this one goes."""
+    if not where.is_file:
+        return (*commit.STALE, (*mapfile.NAMES, record.NAME))
+    beside = (mapfile.beside(where.path).name, record.beside(where.path).name)
+    return ((glob.escape(where.path.name),), tuple(map(glob.escape, beside)))
+
+
+def _small_files(plan: Plan, where: Where) -> tuple[dict[str, bytes], dict[str, Path]]:
+    """What goes along: files with new content, and files to copy."""
+    if not where.is_file:
+        return sidefiles.contents(plan), sidefiles.copied(plan.side)
+    if not plan.levels:
+        return {}, {}
+    return {mapfile.beside(where.path).name: mapfile.encode(plan.levels)}, {}
