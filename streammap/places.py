@@ -31,12 +31,12 @@ def locate(source: str | Path, *, stream: bool) -> Place:
     text = os.fspath(source)
     if is_elsewhere(source):
         if _is_hub(text):
-            from streammap.storage import hub
+            from streammap.storage.hub import HubPlace
 
-            return hub.HubPlace(hubname.parse(text), stream=stream)
-        from streammap.storage import remote
+            return HubPlace(hubname.parse(text), stream=stream)
+        from streammap.storage.remote import RemotePlace
 
-        return remote.RemotePlace(text)
+        return RemotePlace(text)
     path = local_path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file", hint="check the path")

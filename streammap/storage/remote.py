@@ -8,6 +8,7 @@ import importlib
 import posixpath
 import threading
 from collections.abc import Collection, Mapping
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
@@ -178,8 +179,10 @@ class RemotePlace:
 
 
 def _stat(info: Mapping[str, Any]) -> Stat:
-    version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
-    return Stat(int(info["size"]), 0, version.strip('"') or "unknown")
+    found = next((info[key] for key in _VERSIONS if info.get(key)), "unknown")
+    # A listing may give as a number what a question about one file gives as a date.
+    version = found.timestamp() if isinstance(found, datetime) else found
+    return Stat(int(info["size"]), 0, str(version).strip('"'))
 
 
 @final
