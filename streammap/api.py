@@ -8,11 +8,11 @@ grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, options, recorded, validation
+from streammap import executor, layout, options, outbox, places, recorded, validation
 from streammap.engine import EngineOptions, engine
 from streammap.events import Listener, nobody
 from streammap.executor import Report
@@ -21,6 +21,9 @@ from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
 from streammap.spec import TensorSpec
+from streammap.storage import hubname
+from streammap.storage.hubsink import MESSAGE, Push
+from streammap.storage.sink import Sink
 from streammap.summary import Summary, summarize
 
 if TYPE_CHECKING:
@@ -153,7 +156,9 @@ class LazyCheckpoint:
         """Compute and write the result; the model is never held.
 
         Args:
-            output: A folder, or a file that ends in .safetensors or .pth.
+            output: A folder, or a file that ends in .safetensors or .pth; or a URL of one,
+                "s3://bucket/out", which shards are sent to one by one. "hf://org/name@branch" is
+                push_to_hub without its options.
             max_shard_size: "5GB" (10^9 bytes) or "500MiB" (2^20), or a number of bytes.
             overwrite: Whether an output that is there may be replaced.
             restart: Whether to begin anew where an earlier run was stopped. By default its
@@ -171,8 +176,71 @@ class LazyCheckpoint:
         side = self.plan.side
         before = None if side is None else side.config
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
-        where = Where(Path(output), size, overwrite, fsync, engine(options), restart=restart)
+        if isinstance(output, str) and output.startswith("hf://"):
+            name = hubname.parse(output)
+            return self._send(
+                self._hub(Push(name.repo, name.revision), options),
+                Where(Path(), size, overwrite, fsync, engine(options), restart=restart),
+                progress,
+            )
+        if places.is_url(output):
+            from streammap.storage.remotesink import RemoteSink
+
+            where = Where(Path(), size, overwrite, fsync, engine(options), restart=restart)
+            return self._send(RemoteSink(str(output)), where, progress)
+        path = places.local_path(output)
+        where = Where(path, size, overwrite, fsync, engine(options), restart=restart)
         return executor.run(self.plan, where, progress)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = True,
+        branch: str = "main",
+        message: str = MESSAGE,
+        max_shard_size: str | int = MAX_SHARD_SIZE,
+        overwrite: bool = False,
+        restart: bool = False,
+        fsync: bool = True,
+        progress: Listener = nobody,
+        **options: Unpack[EngineOptions],
+    ) -> Report:
+        """Compute the result and push it to a repository of the Hub, shard by shard.
+
+        No copy of all is kept here: two shards at most. A run that was stopped goes on; what the
+        repository has already is not sent again.
+
+        Args:
+            repo: "org/name"; it is made when needed.
+            private: Whether a repository that is made is private.
+            branch: It is made when needed.
+            message: Of the commits.
+            max_shard_size: As for `save`, and so are the others.
+
+        Raises:
+            OutputError: no token, no right to write; a branch with a model, without `overwrite`.
+        """
+        size = layout.parse_size(max_shard_size)
+        side = self.plan.side
+        before = None if side is None else side.config
+        validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
+        where = Where(Path(), size, overwrite, fsync, engine(options), restart=restart)
+        push = Push(repo, branch, private, message)
+        return self._send(self._hub(push, options), where, progress)
+
+    def _hub(self, push: Push, options: EngineOptions) -> Sink:
+        from streammap import modelcard
+        from streammap.storage.hubsink import HubSink
+
+        def card(plan: Plan) -> str:
+            return modelcard.card(plan, engine(options), name=push.repo)
+
+        return HubSink(push, card)
+
+    def _send(self, sink: Sink, where: Where, progress: Listener) -> Report:
+        where = replace(where, path=outbox.spool_of(sink.label))
+        return executor.run(self.plan, where, progress, sink=sink)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
         op = options.resize(direction, self.plan, given)

@@ -27,6 +27,7 @@ from streammap.clioptions import (
     moved_of,
     moved_options,
     output_options,
+    push_of,
     reading_of,
     reading_options,
     resize_of,
@@ -116,17 +117,24 @@ def _decoalesced(
     return grown.interpolate(big, alpha=0.5 if alpha is None else alpha)
 
 
-def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str, Any]) -> None:
+def _save(
+    lazy: "LazyCheckpoint", title: str, output: str | None, options: Mapping[str, Any]
+) -> None:
     quiet, as_json = options["quiet"], options["as_json"]
-    report = lazy.save(
-        output,
-        max_shard_size=options["max_shard_size"],
-        overwrite=options["overwrite"],
-        restart=options["restart"],
-        fsync=not options["no_fsync"],
-        progress=listener(title, quiet=quiet),
+    push = push_of(options, output)
+    how: dict[str, Any] = {
+        "max_shard_size": options["max_shard_size"],
+        "overwrite": options["overwrite"],
+        "restart": options["restart"],
+        "fsync": not options["no_fsync"],
+        "progress": listener(title, quiet=quiet),
         **engine_of(options),
-    )
+    }
+    if push is not None:
+        report = lazy.push_to_hub(**push, **how)
+    else:
+        assert output is not None
+        report = lazy.save(output, **how)
     print_report(report, lazy.plan.notes, quiet=quiet, as_json=as_json)
 
 
@@ -189,12 +197,17 @@ def inspect(
 
 @main.command()
 @click.argument("source", metavar="SRC")
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="[OUT]", required=False)
 @resize_options
 @source_options
 @output_options
 def coalesce(
-    source: str, output: str, config: str | None, arch: str | None, stream: bool, **options: Any
+    source: str,
+    output: str | None,
+    config: str | None,
+    arch: str | None,
+    stream: bool,
+    **options: Any,
 ) -> None:
     """Make a smaller model: heads and layers of a group become their mean.
 
@@ -208,14 +221,14 @@ def coalesce(
 
 @main.command()
 @click.argument("source", metavar="SRC")
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="[OUT]", required=False)
 @resize_options
 @growth_options
 @blend_options
 @source_options
 @output_options
 def decoalesce(
-    source: str, output: str, config: str | None, arch: str | None, blend_with: str | None,
+    source: str, output: str | None, config: str | None, arch: str | None, blend_with: str | None,
     alpha: float | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Make a larger model: heads and layers are copied to their group.
@@ -235,13 +248,13 @@ def decoalesce(
 @main.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="TGT")
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="[OUT]", required=False)
 @click.option("--alpha", type=float, required=True, help="Part of SRC in the result, 0 to 1.")
 @source_options
 @output_options
 def interpolate(
-    source: str, target: str, output: str, alpha: float, config: str | None, arch: str | None,
-    stream: bool, **options: Any,
+    source: str, target: str, output: str | None, alpha: float, config: str | None,
+    arch: str | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Blend two checkpoints of one model: (1 - alpha) * TGT + alpha * SRC.
 
@@ -256,7 +269,7 @@ def interpolate(
 
 @main.command()
 @click.argument("request", metavar="REQUEST")
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="[OUT]", required=False)
 @moved_options
 @output_options
 def apply(request: str, output: str, sources: tuple[str, ...], **options: Any) -> None:

@@ -52,6 +52,11 @@ def is_elsewhere(source: str | Path) -> bool:
     return _is_hub(source)
 
 
+def is_url(output: str | Path) -> bool:
+    """Whether an output is a URL, and not one of this machine's files."""
+    return isinstance(output, str) and "://" in output and not output.startswith("file://")
+
+
 def local_path(source: str | Path) -> Path:
     """A path of this machine, also from file://."""
     text = os.fspath(source)

@@ -128,6 +128,9 @@ FLOORS = (
         "remapping",
         "sidefiles",
         "spaces",
+        "storage.hubsink",
+        "storage.remotesink",
+        "storage.sink",
     ),
     (
         "planner",
@@ -142,15 +145,21 @@ FLOORS = (
         "rereading",
     ),
     (
-        "executor",
         "headsize",
+        "outbox",
     ),
-    ("promises",),
+    (
+        "executor",
+        "promises",
+    ),
     (
         "operators.resize",
         "summary",
     ),
-    ("options",),
+    (
+        "modelcard",
+        "options",
+    ),
     ("resizejson",),
     ("recorded",),
     ("api",),

@@ -204,6 +204,8 @@ class Client:
             return self._told(str(error), hint="free disk space, or set HF_HOME to another disk")
         if isinstance(error, OSError) and status is None:  # a body of another length
             return TransientError(str(error).splitlines()[0])
+        if status is None and isinstance(error.__cause__, Exception):
+            return self.explained(error.__cause__)
         first = str(error).strip().splitlines() or [type(error).__name__]
         return self._told(f"the Hub's client failed: {first[0]}")
 
@@ -214,7 +216,7 @@ class Client:
         return self._told(
             "gated: its owner asks you to accept its terms first",
             hint=f"accept them at {endpoint()}/{self.repo}, and log in: hf auth login"
-            + ("" if self._has_token else " (no token is set now)"),
+            + ("" if self.has_token else " (no token is set now)"),
         )
 
     def _no_revision(self, error: Exception) -> CheckpointError:
@@ -228,17 +230,17 @@ class Client:
 
     def _no_repo(self, error: Exception) -> CheckpointError:
         status = _status(error)
-        if status == 401 and self._has_token:
+        if status == 401 and self.has_token:
             return self._told(
                 "the Hub does not accept the token",
                 hint="log in anew: hf auth login, or set HF_TOKEN to a token that is valid",
             )
         if status == 403:
             return self._told(
-                "the token may not read it",
-                hint="use a token with read access to it: hf auth login, or HF_TOKEN",
+                "the token may not do this",
+                hint="use a token with access to it: hf auth login, or set HF_TOKEN",
             )
-        if self._has_token:
+        if self.has_token:
             return self._told(
                 f"not on {endpoint()}, or private and not yours",
                 hint="check the name, and who you are: hf auth whoami",
@@ -249,7 +251,8 @@ class Client:
         )
 
     @property
-    def _has_token(self) -> bool:
+    def has_token(self) -> bool:
+        """Whether requests carry one."""
         return "authorization" in {name.lower() for name in self.headers}
 
 
@@ -275,6 +278,20 @@ def _is_transport(error: Exception) -> bool:
     """Whether a connection failed; by name, for the client changed its transport once already."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"TransportError", "ConnectionError", "TimeoutError", "StreamError"})
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """No progress bars of the client's own inside."""
+    utils = _utils()
+    if utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
 
 
 def _bar(cancelled: threading.Event) -> Any:

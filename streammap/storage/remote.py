@@ -153,7 +153,7 @@ class RemotePlace:
 
     def stat(self, name: str) -> Stat:
         """Its size, and what tells whether it changed."""
-        return _stat(self._infos[name])
+        return stat_of(self._infos[name])
 
     def read(self, name: str, *, limit: int) -> bytes:
         """All of a small file."""
@@ -178,7 +178,8 @@ class RemotePlace:
         self._cancelled.clear()
 
 
-def _stat(info: Mapping[str, Any]) -> Stat:
+def stat_of(info: Mapping[str, Any]) -> Stat:
+    """Size and version of a file, by what its driver says."""
     found = next((info[key] for key in _VERSIONS if info.get(key)), "unknown")
     # A listing may give as a number what a question about one file gives as a date.
     version = found.timestamp() if isinstance(found, datetime) else found
@@ -239,7 +240,7 @@ class RemoteFile:
         """
         try:
             self._fs.invalidate_cache()
-            found = _stat(self._fs.info(self._path))
+            found = stat_of(self._fs.info(self._path))
         except Exception as error:
             raise explained(self._where, error) from error
         if found != self._stat:

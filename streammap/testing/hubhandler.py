@@ -68,8 +68,7 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, method: str) -> None:
         self.sent, self.status = 0, 0
         path = urlsplit(self.path).path
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length)
+        body = self._body()
         try:
             if self.hub.faults.seconds:
                 time.sleep(self.hub.faults.seconds)
@@ -82,6 +81,18 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         finally:
             self._record(method, path)
+
+    def _body(self) -> bytes:
+        """All that was sent, chunked or not."""
+        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        pieces = []
+        while n := int(self.rfile.readline().split(b";")[0], 16):
+            pieces.append(self.rfile.read(n))
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return b"".join(pieces)
 
     def _record(self, method: str, path: str) -> None:
         span, agent = self.headers.get("Range") or "", self.headers.get("User-Agent") or ""
@@ -241,7 +252,12 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(401, "", "Invalid username or password.")
         name = f"{asked.get('organization') or user}/{asked['name']}"
         if name in self.hub.repos:
-            raise RefusedError(409, "", "You already created this model repo")
+            known = {
+                "error": "You already created this model repo",
+                "url": f"{self.hub.url}/{name}",
+            }
+            self._send(409, json.dumps(known).encode(), {"Content-Type": "application/json"})
+            return
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         repo = self.hub.repos[name] = Repo(name, private=private)
         repo.commit({}, "main")
@@ -286,6 +302,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def upload(self, *, body: bytes, id: str, oid: str) -> None:
         """One file."""
+        ledger, most = self.hub.ledger, self.hub.faults.refuse_uploads_after
+        with ledger.lock:
+            ledger.n_uploads += 1
+            if most is not None and ledger.n_uploads > most:
+                raise RefusedError(403, "", "Forbidden")
         found = hubrepos.blob("sent.bin", body)
         if found.sha256 != oid:
             raise RefusedError(400, "", f"expected {oid}, got {found.sha256}")
@@ -300,7 +321,8 @@ class Handler(BaseHTTPRequestHandler):
             for line in body.splitlines():
                 self._operation(repo, files, json.loads(line))
             sha = repo.commit(files, rev)
-        self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.url}/{id}/{sha}"})
+        url = f"{self.hub.url}/{id}/commit/{sha}"
+        self._json({"success": True, "commitOid": sha, "commitUrl": url})
 
     def _operation(self, repo: Repo, files: dict[str, Blob], line: Mapping[str, Any]) -> None:
         value = line["value"]

@@ -23,6 +23,8 @@ class Faults:
     short_by: int = 0
     """Bytes that each answer to a range lacks at its end, though all else says they come; at most
     half of them."""
+    refuse_uploads_after: int | None = None
+    """Uploads of weights that go well, before all others are refused."""
     etag: str | None = None
     """What all files are called instead of their own names."""
 
@@ -48,6 +50,7 @@ class Ledger:
 
     seen: list[Seen] = field(default_factory=list)
     n_bodies: int = 0
+    n_uploads: int = 0
     tried: dict[str, int] = field(default_factory=dict)
     """Path -> how often its bytes were asked for."""
     lock: threading.Lock = field(default_factory=threading.Lock)
