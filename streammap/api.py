@@ -7,29 +7,34 @@ grown = streammap.open("bert-small-trained").decoalesce(map="bert-small")
 grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, options, outbox, places, recorded, validation
-from streammap.engine import EngineOptions, engine
+from streammap import executor, layout, options, outbox, places, recorded, tensors, validation
+from streammap.engine import MEMORY, EngineOptions, Reader, engine
+from streammap.errors import OutputError
 from streammap.events import Listener, nobody
 from streammap.executor import Report
-from streammap.making import Where
+from streammap.making import FORMATS, Format, Where
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
 from streammap.spec import TensorSpec
 from streammap.storage import hubname
 from streammap.storage.hubsink import MESSAGE, Push
+from streammap.storage.remotesink import FILES
 from streammap.storage.sink import Sink
 from streammap.summary import Summary, summarize
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from streammap.health import Health
+    from streammap.loading import LoadReport
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -64,14 +69,39 @@ class LazyCheckpoint:
         """Dtype and shape of a tensor."""
         return self.plan.targets[key].spec
 
-    def read(self, key: str) -> "Tensor":
-        """One tensor, computed now, as a new torch tensor."""
-        return self.plan.read(key)
+    def read(
+        self,
+        key: str,
+        *,
+        region: "slice | Sequence[slice] | None" = None,
+        out: "Tensor | None" = None,
+        dtype: "torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+    ) -> "Tensor":
+        """One tensor or a region of it, computed now, tile by tile.
+
+        Args:
+            region: A slice for each dimension from the first on, without a step; None for all.
+            out: A tensor of the region's shape to fill, of any strides, dtype and device.
+            dtype: Of a new tensor; by default the checkpoint's. The numbers are those of the file,
+                then cast.
+            device: Of a new tensor; by default the processor.
+
+        Raises:
+            PlanError: an `out` or a region that does not fit.
+        """
+        if region is None and out is None and dtype is None and device is None:
+            return self.plan.read(key)
+        return tensors.read(self.plan, key, region, out=out, dtype=dtype, device=device)
 
     def tensors(self) -> Iterator[tuple[str, "Tensor"]]:
         """(key, tensor) one after the other; only one is held at a time."""
         for key in self.plan.targets:
             yield key, self.plan.read(key)
+
+    def state_dict(self) -> "Mapping[str, Tensor]":
+        """The tensors as a mapping; each is computed when it is asked for, each time anew."""
+        return tensors.LazyState(self.plan)
 
     @property
     def config(self) -> Mapping[str, object] | None:
@@ -150,6 +180,8 @@ class LazyCheckpoint:
         overwrite: bool = False,
         restart: bool = False,
         fsync: bool = True,
+        format: Format = "safetensors",
+        nest: str | None = None,
         progress: Listener = nobody,
         **options: Unpack[EngineOptions],
     ) -> Report:
@@ -164,6 +196,9 @@ class LazyCheckpoint:
             restart: Whether to begin anew where an earlier run was stopped. By default its
                 work is gone on with; a run that asks for something else is refused.
             fsync: Whether to wait until the disk has it.
+            format: "safetensors", or "dcp" for a folder of torch.distributed.checkpoint.
+            nest: Entry that the tensors stand under in a DCP folder, such as "model"; by default
+                where they stood in the source, or at the top.
             progress: Called with each event of events.py.
             options: What the run may use, see engine.py: memory, threads, device, reader.
 
@@ -176,20 +211,14 @@ class LazyCheckpoint:
         side = self.plan.side
         before = None if side is None else side.config
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
-        if isinstance(output, str) and output.startswith("hf://"):
-            name = hubname.parse(output)
-            return self._send(
-                self._hub(Push(name.repo, name.revision), options),
-                Where(Path(), size, overwrite, fsync, engine(options), restart=restart),
-                progress,
-            )
+        if format not in FORMATS:
+            raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+        where = Where(
+            places.local_path(output), size, overwrite, fsync, engine(options), restart=restart,
+            format=format, nest=nest,
+        )  # fmt: skip
         if places.is_url(output):
-            from streammap.storage.remotesink import RemoteSink
-
-            where = Where(Path(), size, overwrite, fsync, engine(options), restart=restart)
-            return self._send(RemoteSink(str(output)), where, progress)
-        path = places.local_path(output)
-        where = Where(path, size, overwrite, fsync, engine(options), restart=restart)
+            return self._send(self._sink(str(output), where, options), where, progress)
         return executor.run(self.plan, where, progress)
 
     def push_to_hub(
@@ -229,14 +258,25 @@ class LazyCheckpoint:
         push = Push(repo, branch, private, message)
         return self._send(self._hub(push, options), where, progress)
 
+    def _sink(self, url: str, where: Where, options: EngineOptions) -> Sink:
+        """Where a URL leads."""
+        if where.format != "safetensors" and not url.endswith(FILES):
+            raise OutputError(
+                f"{url}: a folder of format {where.format} is written on this machine only",
+                hint="write it to a folder, and copy that",
+            )
+        if url.startswith("hf://"):
+            name = hubname.parse(url)
+            return self._hub(Push(name.repo, name.revision), options)
+        from streammap.storage.remotesink import RemoteSink
+
+        return RemoteSink(url)
+
     def _hub(self, push: Push, options: EngineOptions) -> Sink:
         from streammap import modelcard
         from streammap.storage.hubsink import HubSink
 
-        def card(plan: Plan) -> str:
-            return modelcard.card(plan, engine(options), name=push.repo)
-
-        return HubSink(push, card)
+        return HubSink(push, partial(modelcard.card, self.plan, engine(options), name=push.repo))
 
     def _send(self, sink: Sink, where: Where, progress: Listener) -> Report:
         where = replace(where, path=outbox.spool_of(sink.label))
@@ -268,6 +308,50 @@ def open(
         CheckpointError: nothing there, or a file that is not what it says.
     """
     return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch, stream=stream))
+
+
+def load_into(
+    model: "torch.nn.Module",
+    lazy: LazyCheckpoint | PathLike,
+    *,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | None" = None,
+    strict: bool = True,
+    progress: Listener = nobody,
+    memory: str | int = MEMORY,
+    threads: int | None = None,
+    reader: Reader = "pread",
+) -> "LoadReport":
+    """Fill a module in place with a checkpoint's tensors, computed as they are put there.
+
+    Parameters and persistent buffers are filled; those on the meta device get memory one by one.
+    Of a DTensor (FSDP2, tensor parallelism) each process computes its own shard alone. Names are
+    the checkpoint's, or for a model of transformers those that from_pretrained takes.
+
+    Args:
+        device: Where all goes; by default where it is, and the processor (or the mesh's device) for
+            what is on the meta device.
+        dtype: What floating-point tensors become; by default they stay what they are.
+        strict: Whether names that are missing or left over, or buffers that nobody can fill, are an
+            error; else they are told in the report.
+        progress: Called with each event of events.py.
+        memory: What this may add to the process, beside the module.
+        threads: See engine.py, as `reader`.
+
+    Raises:
+        PlanError: names, shapes or tensors that do not fit. Nothing was touched then.
+        OutputError: the memory is too little.
+        CheckpointError: a source can't be read. The module is filled in part then.
+    """
+    import torch
+
+    from streammap import loading
+
+    opened = lazy if isinstance(lazy, LazyCheckpoint) else open(lazy)
+    options = EngineOptions(memory=memory, threads=threads, reader=reader)
+    place = None if device is None else torch.device(device)
+    wanted = loading.Wanted(place, dtype, strict, engine(options))
+    return loading.load(opened.plan, model, wanted, progress)
 
 
 def coalesce(

@@ -9,7 +9,7 @@ from streammap import axisfacts, maps, requests
 from streammap.errors import PlanError, SchemeError, some
 from streammap.maps import BlockMap
 from streammap.model import Model
-from streammap.requests import Grouping, Request
+from streammap.requests import MAX_LAYERS, MAX_PARTS, MAX_SIZE, Grouping, Request
 
 KvMerge = Literal["mean", "first"]
 
@@ -30,6 +30,18 @@ class Asked:
     """Axis -> size that the result must have; empty where nothing is said."""
 
 
+def check_parts(axis: str, n: int, most: int) -> None:
+    """Refuse a map that could not be planned: each of its parts is an object in memory.
+
+    Raises:
+        PlanError: naming the axis.
+    """
+    if n > most:
+        raise PlanError(
+            f"{axis}: {n} units, at most {most} can be planned this way", hint="ask for less"
+        )
+
+
 class AxisRequests:
     """Maps of single axes of one model."""
 
@@ -44,9 +56,13 @@ class AxisRequests:
             SchemeError, PlanError: the request does not fit the model.
         """
         own = self._own[axis]
+        if self._spec.axes[axis].kind == "depth":
+            size = own * request.factor if request.factor is not None else request.size or 0
+            check_parts(axis, size if self._grows else own, MAX_LAYERS)
         if request.factor is not None:
             grouping = request.grouping or self._asked.grouping
             large = own * request.factor if self._grows else own
+            check_parts(axis, large, MAX_SIZE)
             return self._uniform(axis, large, request.factor, grouping)
         if request.size is not None:
             return self.sized(axis, own, request.size, request.grouping)
@@ -74,6 +90,7 @@ class AxisRequests:
             most = 1 + max(member for group in groups for member in group)
             n_large = max(self._asked.known.get(axis, 0), most)
         requests.check_members(groups, n_large, where)
+        check_parts(axis, n_large, MAX_PARTS)
         return n_large
 
     def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:
@@ -87,6 +104,7 @@ class AxisRequests:
                 f"={max(1, large // factor)}, or give groups",
             )
         parts = self._parts(axis, large, factor, grouping)
+        check_parts(axis, parts, MAX_PARTS)
         n = parts // factor
         groups = [
             range(i * factor, (i + 1) * factor) if grouping == "adjacent" else range(i, parts, n)
@@ -123,6 +141,7 @@ class AxisRequests:
             )
         if large % small == 0 and self._spec.axes[axis].kind != "depth":
             return self._uniform(axis, large, large // small, grouping or self._asked.grouping)
+        check_parts(axis, large, MAX_PARTS)
         if not self._grows or self._spec.axes[axis].kind == "depth":
             return maps.merging(requests.near_even(large, small), large)
         if axis in axisfacts.normed_axes(self._model):

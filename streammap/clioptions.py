@@ -15,7 +15,7 @@ GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
 _PUSH = ("push_to_hub", "branch", "public", "commit_message")
 _RUN = (
-    "max_shard_size", "overwrite", "restart", "no_fsync", "quiet", "as_json",
+    "max_shard_size", "overwrite", "restart", "no_fsync", "format", "nest", "quiet", "as_json",
     "memory", "threads", "device", "reader", *_PUSH,
 )  # fmt: skip
 SPACES = {
@@ -121,6 +121,14 @@ def output_options(command: Command) -> Command:
             help="Begin anew where an earlier run was stopped, instead of going on.",
         ),
         click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
+        click.option(
+            "--format", type=click.Choice(("safetensors", "dcp")), default="safetensors",
+            show_default=True, help="dcp: a folder of torch.distributed.checkpoint.",
+        ),
+        click.option(
+            "--nest", metavar="NAME",
+            help="Entry that a dcp result's tensors stand under: model.  [default: the source's]",
+        ),
         click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
     )):  # fmt: skip
         command = option(command)

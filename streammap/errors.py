@@ -10,15 +10,18 @@ StreammapError
 
 from collections.abc import Sequence
 
+_MOST_LETTERS = 2_000
+"""Of a message: a hostile file may hold a key or a value of any length."""
+
 
 class StreammapError(Exception):
     """Base of all: says what is, what was expected, and one thing to do."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """Keep `message` (where: what is, what was expected) and `hint` (a thing to do)."""
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _shortened(printable(message))
+        self.hint = None if hint is None else _shortened(printable(hint))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
@@ -42,6 +45,32 @@ class PlanError(StreammapError):
 
 class OutputError(StreammapError):
     """The result can't be written where it was asked for."""
+
+
+def printable(text: str) -> str:
+    """`text` with each character that a terminal would obey, or not show, written as an escape.
+
+    Keys and file names are others' text: an escape sequence in one could clear the screen or forge
+    a line of output.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def printable_lines(text: str) -> str:
+    """`text` of several lines, each as `printable` has it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= _MOST_LETTERS:
+        return text
+    kept = _MOST_LETTERS // 2
+    return f"{text[:kept]} ... ({len(text) - 2 * kept} more letters) ... {text[-kept:]}"
 
 
 def some(items: Sequence[object], *, limit: int = 3) -> str:

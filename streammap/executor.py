@@ -6,11 +6,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from streammap import devices, graph, layout, making, memory, outbox
+from streammap import dcpwriter, devices, graph, layout, making, memory, outbox
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
 from streammap.events import Finished, Listener
+from streammap.layout import Shard
 from streammap.making import Where
 from streammap.memory import Memory
 from streammap.plan import Plan
@@ -95,10 +96,8 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
     """
     started, cpu = time.perf_counter(), time.process_time()
     fitted, choice = fit(plan, where.engine), device(plan, where.engine)
-    single = where.path.name if where.is_file else None
-    single = sink.file if sink is not None else single
     label = str(where.path) if sink is None else sink.label
-    shards = layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
+    shards = _arranged(plan, where, sink)
     total = sum(shard.nbytes for shard in shards)
     try:
         if sink is None:
@@ -130,6 +129,14 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
         n_resumed=done.n_resumed,
         nbytes_resumed=done.resumed_nbytes,
     )
+
+
+def _arranged(plan: Plan, where: Where, sink: Sink | None) -> tuple[Shard, ...]:
+    if where.format == "dcp":
+        return dcpwriter.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes)
+    single = where.path.name if where.is_file else None
+    single = sink.file if sink is not None else single
+    return layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
 
 
 def peak_nbytes() -> int:

@@ -13,6 +13,8 @@ from typing import Literal
 from streammap.errors import ArchitectureError
 
 _MAX_BRACKETS = 32
+_MAX_VALUE = 2**63 - 1
+"""No tensor has more elements."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,9 @@ def _atom(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
         if at >= len(tokens) or tokens[at] != ")":
             raise ArchitectureError(f"expression {text!r}: a bracket is not closed")
         return tree, at + 1
-    if token.isdigit():
+    if token.isdecimal():
+        if int(token) > _MAX_VALUE:
+            raise ArchitectureError(f"expression {text!r}: a number of more than {_MAX_VALUE}")
         return Number(int(token)), at + 1
     name, bracket, arguments = token.partition("(")
     if bracket:
@@ -142,14 +146,20 @@ def evaluate(
         case Operation(operator, left, right):
             a, b = evaluate(left, value_of, call), evaluate(right, value_of, call)
             if operator == "+":
-                return a + b
+                return _bounded(a + b)
             if operator == "-":
                 return a - b
             if operator == "*":
-                return a * b
+                return _bounded(a * b)
             if b == 0 or a % b:
                 raise InexactDivisionError(f"{a} does not divide by {b}")
             return a // b
+
+
+def _bounded(value: int) -> int:
+    if value > _MAX_VALUE:
+        raise InexactDivisionError(f"a size of more than {_MAX_VALUE}")
+    return value
 
 
 def names(tree: Expression) -> Iterator[str]:

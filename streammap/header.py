@@ -11,11 +11,12 @@ Offsets count from the end of the header. Everything a header could lie about is
 
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammap import strictjson
+from streammap import reading, strictjson
 from streammap.errors import CheckpointError
 from streammap.spec import DTYPE_BITS, TensorSpec
 
@@ -23,6 +24,8 @@ MAX_HEADER_NBYTES = 100_000_000
 """The format's own limit."""
 FIRST_NBYTES = 2**16
 """What is fetched of a file that is elsewhere, before the header's length is known."""
+MAX_KEY_LETTERS = 1024
+MAX_DIMS = 64
 _MAX_SIZE = 2**63 - 1
 
 
@@ -49,15 +52,16 @@ def read(path: Path) -> tuple[tuple[Slot, ...], bytes]:
     Raises:
         CheckpointError: whatever is wrong with the file.
     """
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            prefix = file.read(8)
+    descriptor = reading.open_file(path)
+    with os.fdopen(descriptor, "rb") as file:
+        try:
+            size = os.fstat(descriptor).st_size
+            # A file of the kernel's has no size, and reading it may wait for ever.
+            prefix = file.read(8) if size >= 8 else b""
             n = _header_nbytes(path.name, prefix, size)
             text = file.read(n)
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: {error.strerror or error}") from error
     return decode(text, file=path.name, file_nbytes=size), text
 
 
@@ -82,8 +86,9 @@ def decode(text: bytes, *, file: str, file_nbytes: int) -> tuple[Slot, ...]:
     """The slots that a header's bytes declare, in the order of their bytes.
 
     Raises:
-        CheckpointError: not JSON, a duplicate key, an unknown dtype, a shape that does not fit its
-            bytes, an overlap, a hole, bytes past the end of the file or missing from it.
+        CheckpointError: not JSON, a duplicate key, a key that can't be shown, an unknown dtype, a
+            shape that does not fit its bytes, an overlap, a hole, bytes past the end of the file
+            or missing from it.
     """
     entries = _entries(text, file)
     base = 8 + len(text)
@@ -105,6 +110,35 @@ def decode(text: bytes, *, file: str, file_nbytes: int) -> tuple[Slot, ...]:
             hint="download or save the file again",
         )
     return tuple(slots)
+
+
+def check_key(file: str, key: str) -> None:
+    """Refuse a tensor's name that no model has: nothing to print, or without an end.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if not key.isprintable():
+        raise CheckpointError(
+            f"{file}: {key!r}: a key with letters that can't be shown",
+            hint="do not use this file, or save it again under plain keys",
+        )
+    if len(key) > MAX_KEY_LETTERS:
+        raise CheckpointError(
+            f"{file}: a key of {len(key)} letters, at most {MAX_KEY_LETTERS} are read: "
+            f"{key[:40]}...",
+            hint="save the file again under shorter keys",
+        )
+
+
+def check_rank(file: str, key: str, rank: int) -> None:
+    """Refuse a tensor of more dimensions than torch computes with.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if rank > MAX_DIMS:
+        raise CheckpointError(f"{file}: {key}: {rank} dimensions, at most {MAX_DIMS} are read")
 
 
 def encode(specs: Sequence[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> bytes:
@@ -162,6 +196,7 @@ def _entries(text: bytes, file: str) -> dict[str, object]:
 
 
 def _slot(file: str, key: str, entry: object, base: int) -> Slot:
+    check_key(file, key)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{file}: {key}: expected dtype, shape and data_offsets, no more")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -173,13 +208,12 @@ def _slot(file: str, key: str, entry: object, base: int) -> Slot:
         raise CheckpointError(f"{file}: {key}: shape {shape!r} is no list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{file}: {key}: data_offsets {offsets!r} are no range")
+    check_rank(file, key, len(shape))
     n_elements = 1
     for size in shape:
         n_elements *= size
         if n_elements > _MAX_SIZE:
             raise CheckpointError(f"{file}: {key}: shape {shape} overflows")
-    if not key.isascii() and any("\ud800" <= letter <= "\udfff" for letter in key):
-        raise CheckpointError(f"{file}: {key!r}: no text that a file could hold")
     spec = TensorSpec(dtype, tuple(shape))
     if n_elements * DTYPE_BITS[dtype] != 8 * (offsets[1] - offsets[0]):
         raise CheckpointError(

@@ -23,6 +23,7 @@ from streammap.maps import BlockMap
 from streammap.model import Model
 from streammap.pattern import first_match
 from streammap.plan import Promise
+from streammap.requests import MAX_PARTS
 
 _EXACT_TYPES = ("default", "llama3", "yarn")
 
@@ -60,7 +61,11 @@ class HeadSize:
                 hint="grow the number of its heads instead: --heads",
             )
         old = model.sizes[axis]
-        if size <= old or size % 2 or old % 2:
+        if size > MAX_PARTS:
+            raise PlanError(
+                f"{axis}: from {old} to {size}, at most {MAX_PARTS}", hint="ask for less"
+            )
+        if old < 1 or size <= old or size % 2 or old % 2:
             raise PlanError(
                 f"{axis}: from {old} to {size}, expected an even size above {old}",
                 hint=f"take {2 * old}, or another even number above {old}",
@@ -78,7 +83,7 @@ class HeadSize:
                 hint=f"head-size growth is for {', '.join(_EXACT_TYPES)}",
             )
         theta = [
-            (f, float(value) ** (size / old))
+            (f, _theta(f, value, size / old))
             for f in rope.theta
             if isinstance(value := field_value(model.config, f), int | float)
         ]
@@ -119,6 +124,19 @@ class HeadSize:
             factors=tuple(factors),
             fields={**other.fields, **dict(self.theta)},
         )
+
+
+def _theta(field: str, value: float, ratio: float) -> float:
+    """The rope theta with which old frequencies keep their values."""
+    try:
+        if value > 0 and math.isfinite(found := math.pow(value, ratio)):
+            return found
+    except OverflowError:
+        pass
+    raise PlanError(
+        f"config.json: {field} is {value}, to the power of {ratio:g} it is no number",
+        hint="is this config.json the checkpoint's own?",
+    )
 
 
 def _rope_type(model: Model) -> str:

@@ -9,15 +9,21 @@ from collections.abc import Mapping, Sequence
 
 from streammap import configfields
 from streammap.architecture import Depth
-from streammap.errors import PlanError
+from streammap.errors import PlanError, printable
 
 Kind = tuple[str, ...]
-_MAX_LAYERS = 100_000
+_MAX_UNROLLED = 100_000
+_MAX_WORD = 80
 
 
 def kinds(depth: Depth, config: Mapping[str, object], n_layers: int) -> tuple[Kind, ...]:
     """The kind of each layer."""
-    return tuple(_kind(depth, config, i) for i in range(n_layers))
+    numbers = {
+        field: frozenset(n for n in listed if isinstance(n, int))
+        for field in depth.index_lists
+        if isinstance(listed := configfields.field_value(config, field), list)
+    }
+    return tuple(_kind(depth, config, i, numbers) for i in range(n_layers))
 
 
 def follow(
@@ -49,7 +55,8 @@ def follow(
     for field in depth.index_lists:
         old = configfields.field_value(config, field)
         if isinstance(old, list):
-            new: list[object] = [i for i, j in enumerate(sources) if j in old]
+            numbers = frozenset(n for n in old if isinstance(n, int))
+            new: list[object] = [i for i, j in enumerate(sources) if j in numbers]
             configfields.set_field(config, field, new)
     for field in depth.tables:
         old = configfields.field_value(config, field)
@@ -98,21 +105,28 @@ def _unrolled(value: object) -> list[object]:
     found: list[object] = []
     for item in value if isinstance(value, list) else []:
         match item:
-            case [list(entries), int(times)] if 0 <= times <= _MAX_LAYERS:
+            case [list(entries), int(times)] if 0 <= times * len(entries) <= _MAX_UNROLLED:
                 found += entries * times
+        if len(found) > _MAX_UNROLLED:
+            raise PlanError(
+                f"config.json: a pattern of more than {_MAX_UNROLLED} layers",
+                hint="is this config.json the checkpoint's own?",
+            )
     return found
 
 
-def _kind(depth: Depth, config: Mapping[str, object], i: int) -> Kind:
+def _kind(
+    depth: Depth, config: Mapping[str, object], i: int, numbers: Mapping[str, frozenset[int]]
+) -> Kind:
     found = []
     for field in depth.lists:
-        listed = _listed(depth, config, field, i + 1)
+        listed, pattern = configfields.field_value(config, field), depth.default.get(field, ())
         if isinstance(listed, list) and i < len(listed):
-            found.append(f"{field} {listed[i]}")
-    for field in depth.index_lists:
-        listed = configfields.field_value(config, field)
-        if isinstance(listed, list):
-            found.append(f"{'in' if i in listed else 'not in'} {field}")
+            found.append(f"{field} {printable(str(listed[i])[:_MAX_WORD])}")
+        elif listed is None and pattern:
+            found.append(f"{field} {pattern[i % len(pattern)]}")
+    for field, listed_numbers in numbers.items():
+        found.append(f"{'in' if i in listed_numbers else 'not in'} {field}")
     for field, rest in (
         *((f, 0) for f in depth.prefix_counts),
         *((f, 1) for f in depth.last_index),
@@ -137,7 +151,7 @@ def _in_period(period: tuple[str, ...], config: Mapping[str, object], i: int) ->
     offset: object = 0
     if len(period) > 1:
         last = period[1].rpartition(".")[2]
-        literal = last.removeprefix("-").isdigit()
+        literal = last.removeprefix("-").isdecimal()
         offset = int(last) if literal else configfields.field_value(config, period[1])
     return (i - (offset if isinstance(offset, int) else 0)) % every == 0
 

@@ -12,10 +12,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 from streammap import (
     commit,
+    dcpmeta,
+    dcpwriter,
     identity,
     journal,
     layout,
@@ -45,6 +47,9 @@ from streammap.version import VERSION
 from streammap.workfolder import WorkFolder
 from streammap.writer import Writer
 
+Format = Literal["safetensors", "dcp"]
+FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
+
 
 @dataclass(frozen=True, slots=True)
 class Where:
@@ -60,16 +65,20 @@ class Where:
     """Whether the output may be the folder of a source; its files are replaced at the end."""
     restart: bool = False
     """Whether to forget what an earlier run left unfinished."""
+    format: Format = "safetensors"
+    nest: str | None = None
+    """Entry that a DCP result's tensors stand under; "" for none, None for the source's."""
 
     @property
     def is_file(self) -> bool:
         """Whether the result is one file instead of a folder."""
-        return self.path.suffix == ".safetensors" or self.is_torch
+        is_named = self.path.suffix == ".safetensors" or self.is_torch
+        return is_named and self.format == "safetensors"
 
     @property
     def is_torch(self) -> bool:
         """Whether that is torch's."""
-        return self.path.suffix in _TORCH
+        return self.path.suffix in _TORCH and self.format == "safetensors"
 
     @property
     def folder(self) -> Path:
@@ -110,7 +119,7 @@ def make(
     names = [*(s.name for s in shards), *small, *side, *fetched, where.record]
     output.check_names(where.folder, names)
     request = identity.request_of(
-        plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION
+        plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION, nest=where.nest
     )
     with WorkFolder(path) as work:
         work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
@@ -130,6 +139,29 @@ def make(
             commit.finish(work, where.folder, found, stale, disk=disks.current(), fsync=fsync)
         work.keeps = False
     return done
+
+
+def finish(path: str | Path) -> bool:
+    """Put a result in its place whose run was stopped at just that; its sources are not needed.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        OutputError: a file of it is missing, or another run is at it.
+    """
+    place = Path(path)
+    where = Where(place, 1, True, True, Engine(0, None, "cpu", "pread"))
+    at = workfolder.place_of(place, is_file=where.is_file)
+    if not commit.is_marked(at):
+        return False
+    with WorkFolder(at) as work:
+        work.keeps = True
+        disk = disks.current()
+        found = commit.read(work, None)
+        commit.finish(work, where.folder, found, _stale(where), disk=disk, fsync=True)
+        work.keeps = False
+    return True
 
 
 @final
@@ -176,7 +208,7 @@ class _Run:
         """The shards; those of a torch file, which says itself where its tensors are, from it."""
         if not self._where.is_torch:
             return self._shards
-        nest = self._plan.side.nest if self._plan.side is not None else None
+        nest = (_nest(self._plan) or "").rpartition(".")[2] or None
         if not is_resumed:
             return [out.begin_torch(shard, nest) for shard in self._shards]
         return [out.torch_there(shard) for shard in self._shards]
@@ -194,7 +226,7 @@ class _Run:
         computes = any(form.copied is None for form in plan.targets.values())
         readahead.expect(plan, writer.slots())
         ahead = readahead.ahead(jobs, plan, self._memory.ahead_nbytes)
-        with _torch_threads() if computes else contextlib.nullcontext(), ahead as bundles:
+        with torch_threads() if computes else contextlib.nullcontext(), ahead as bundles:
             n_read = pipeline.run(
                 bundles, self._memory, writer.write,
                 listener=told, mapped=engine.reader == "mmap", device=self._choice.device,
@@ -214,7 +246,10 @@ class _Run:
         for name in () if where.is_file else sidelist.elsewhere(self._plan.side):
             if name not in small and self._plan.side is not None:
                 out.add(name, sidelist.fetch(self._plan.side, name))
-        if len(shards) > 1:
+        if where.format == "dcp":
+            nest = _nest(self._plan) if where.nest is None else where.nest
+            out.add(dcpmeta.METADATA, dcpwriter.metadata(self._shards, nest))
+        elif len(shards) > 1:
             out.add(layout.INDEX, layout.index(self._shards))
         for name, content in small.items():
             out.add(name, content)
@@ -295,7 +330,7 @@ _threads_users: list[AbstractContextManager[None]] = []
 
 
 @contextlib.contextmanager
-def _torch_threads() -> Iterator[None]:
+def torch_threads() -> Iterator[None]:
     """One thread a kernel while any run goes on, then as many as before.
 
     Imports torch: a result of copies only does without.
@@ -314,6 +349,11 @@ def _torch_threads() -> Iterator[None]:
             _threads_users.pop()
             if not _threads_users:
                 first.__exit__(None, None, None)
+
+
+def _nest(plan: Plan) -> str | None:
+    """What the source's state dict is nested under."""
+    return None if plan.side is None else plan.side.nest
 
 
 def _stale(where: Where) -> commit.Stale:

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammap import header, maps, places
+from streammap import header, maps, places, torchfile
 from streammap.errors import CheckpointError, SchemeError
 from streammap.maps import AxisMap, BlockMap, DenseMap
 from streammap.spec import TensorSpec
-from streammap.storage.place import Place
+from streammap.storage.local import LocalFile
+from streammap.storage.place import OpenFile, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -240,9 +241,11 @@ def _matrix(matrix: "Tensor", small: int, large: int) -> "Tensor":
     import torch
 
     plain = matrix.layout == torch.strided and matrix.is_floating_point()
-    if not plain or matrix.shape != (small, large) or not bool(torch.isfinite(matrix).all()):
-        raise ValueError(f"expected a matrix of {small} x {large} finite numbers")
-    return matrix.detach().to(torch.float32, copy=True)
+    if plain and matrix.shape == (small, large):
+        found = matrix.detach().to(torch.float32, copy=True)
+        if bool(torch.isfinite(found).all()):
+            return found
+    raise ValueError(f"expected a matrix of {small} x {large} finite numbers")
 
 
 def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block: int) -> BlockMap:
@@ -251,8 +254,9 @@ def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block:
         raise ValueError("expected places of [n, 2] and values of [n]")
     if places.is_floating_point() or not bool(values.isfinite().all()):
         raise ValueError("expected whole places and finite values")
-    if n_out > _MAX_EMPTY_ROWS + n:
-        raise ValueError(f"{n_out} rows of which at most {n} are not empty")
+    for size, word in ((n_out, "rows"), (n_in, "columns")):
+        if size > _MAX_EMPTY_ROWS + n:
+            raise ValueError(f"{size} {word} of which at most {n} are not empty")
     rows: list[list[tuple[int, float]]] = [[] for _ in range(n_out)]
     for (i, j), value in zip(places.tolist(), values.tolist(), strict=True):
         if i < 0:
@@ -262,27 +266,33 @@ def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block:
 
 
 def _load_original(path: Path) -> Level:
-    import torch
+    from streammap.checkpoint import Checkpoint
 
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
+        content = torchfile.table(path)
+    except CheckpointError as error:
         raise SchemeError(
-            f"{path}: no MapMatrix of tensors: {str(error).splitlines()[0]}",
+            f"{path}: no MapMatrix of tensors: {error.message}",
             hint="remove the file, and give a scheme",
         ) from error
     names = (*_ORIGINAL_AXES, "R")
-    if not isinstance(content, dict) or not any(name in content for name in names):
+    if not any(name in content for name in names):
         raise SchemeError(f"{path}: expected a dict of {', '.join(names)}")
     merging: dict[str, AxisMap] = {}
+    stat = path.stat()
+    slots = {name: slot for name, slot in content.items() if slot is not None}
+    opened: dict[str, OpenFile] = {path.name: LocalFile(path, stat.st_size, stat.st_mtime_ns)}
+    tensors = Checkpoint(path, (), slots, dict.fromkeys(slots, path.name), None, _opened=opened)
     for name, axis in (*_ORIGINAL_AXES.items(), ("R", "layer")):
-        matrix = content.get(name)
-        if matrix is None:
+        if name not in content:
             continue
-        if not isinstance(matrix, torch.Tensor) or matrix.dim() != 2:
+        # A view can repeat a few bytes without an end.
+        shape = slots[name].spec.shape if name in slots else ()
+        if len(shape) != 2 or slots[name].spec.nbytes > stat.st_size:
             raise SchemeError(f"{path}: {name} is no matrix")
         try:
-            merging[axis] = maps.from_matrix(_matrix(matrix, *matrix.shape))
+            merging[axis] = maps.from_matrix(_matrix(tensors.tensor(name), *shape))
         except ValueError as error:
             raise SchemeError(f"{path}: {name}: {error}", hint="give a scheme") from error
+    tensors.close()
     return Level(merging)

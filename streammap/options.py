@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from streammap import architecture, mapfile, requests, scheme, sizes
 from streammap.axisrequests import KvMerge
-from streammap.checkpoint import read_config
 from streammap.errors import PlanError
+from streammap.jsonfiles import read_config
 from streammap.operators.resize import Direction, NewLayers, Resize
 from streammap.planner import Rule
 from streammap.requests import Grouping

@@ -33,10 +33,10 @@ from streammap import (
     sidefiles,
     sidelist,
 )
-from streammap.checkpoint import read_json
 from streammap.devices import Choice
 from streammap.errors import CheckpointError, OutputError
 from streammap.events import Event, Listener, Started, Wrote
+from streammap.jsonfiles import read_json
 from streammap.layout import Shard
 from streammap.making import Done, Where
 from streammap.memory import Memory
@@ -179,7 +179,7 @@ def _finish(
     small = _small(plan, sink, shards) if not is_file else {}
     if is_file and plan.levels and sink.file is not None:
         small[mapfile.beside(Path(sink.file)).name] = mapfile.encode(plan.levels)
-    small |= {name: content for name, content in sink.extras(plan) if not is_file}
+    small |= {name: content for name, content in sink.extras() if not is_file}
     sizes = {shard.name: notes.nbytes(shard.name) for shard in shards}
     sizes |= {name: len(content) for name, content in small.items()}
     tensors = (

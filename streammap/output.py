@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap import journal, torchfile, workfolder
+from streammap import dcpwriter, journal, reading, torchfile, workfolder
 from streammap.errors import CheckpointError, OutputError
 from streammap.layout import Shard
 from streammap.storage.disk import Disk
@@ -42,9 +42,12 @@ class Output:
         self._descriptors.clear()
 
     def begin(self, shard: Shard) -> None:
-        """Open a safetensors file and write its header."""
+        """Open a file and write its header; all that stands around the tensors of a DCP file."""
         self._open(shard.name, _NEW)
         self.write_at(shard.name, 0, memoryview(shard.head))
+        if shard.name.endswith(dcpwriter.SUFFIX):
+            for offset, piece in dcpwriter.around(shard):
+                self.write_at(shard.name, offset, memoryview(piece))
 
     def go_on(self, shard: Shard) -> None:
         """Open a file that an earlier run has begun."""
@@ -154,9 +157,11 @@ class Output:
     def copy(self, name: str, path: Path) -> None:
         """A copy of a file."""
         self._begin_small(name)
-        with path.open("rb") as source:
-            nbytes = os.fstat(source.fileno()).st_size
-            self._copy(name, source.fileno(), nbytes)
+        source = reading.open_file(path)
+        try:
+            self._copy(name, source, os.fstat(source).st_size)
+        finally:
+            os.close(source)
         self.close(name)
 
     def sizes(self, names: Sequence[str]) -> Mapping[str, int]:

@@ -9,6 +9,7 @@
 A variable whose alternatives hold indices makes several patterns of one text.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,13 @@ _LITERAL = re.compile(r"(?<=[.|:])\d+(?=[\\|)]|$)")
 _NUMBER = "0|[1-9][0-9]{0,8}"
 _MAX_LENGTH = 4096
 _MAX_PATTERNS = 256
+_MAX_EXPANSIONS = 2_000
+_MAX_NESTED = 8
+_MAX_REGEX = 50_000
+_MAX_WAYS = 10_000_000
+"""To match one key: a regular expression may try them all."""
+_STAR_WAYS = 1000
+_INDEX_WAYS = 9
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +49,7 @@ class KeyPattern:
     """Indices of which only the last counts."""
     loose: re.Pattern[str]
     """The regex with any number in place of each number of the text."""
+    sample: str
 
     def match(self, key: str) -> dict[str, int] | None:
         """The index values in `key`, or None where the pattern doesn't fit."""
@@ -60,11 +69,8 @@ def first_match(patterns: Iterable[KeyPattern], key: str) -> dict[str, int] | No
 
 
 def sample(found: KeyPattern) -> str:
-    """A key that a pattern fits: the first of each alternatives, indices 0."""
-    text = re.sub(r"\(\?P<i\d+>[^)]*\)|\(\?P=i\d+\)", "0", found.regex.pattern)
-    while "(?:" in text:
-        text = re.sub(r"\(\?:([^()|]*)[^()]*\)", r"\1", text)
-    return text.replace("\\", "")
+    """A key that a pattern fits: the first of each alternatives, indices 0, nothing for "*"."""
+    return found.sample
 
 
 def compile_patterns(
@@ -86,37 +92,65 @@ def _cached(
     text: str, variables: tuple[tuple[str, tuple[str, ...]], ...], scope: str
 ) -> tuple[KeyPattern, ...]:
     known = dict(variables)
-    return tuple(_compiled(text, one, known, scope) for one in _expanded(text, text, known))
+    return tuple(_compiled(text, one, known, scope) for one in _expanded(text, known))
 
 
-def _expanded(text: str, whole: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
+def _expanded(text: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
     """`text` without variables that hold indices: one text for each of their alternatives."""
-    if len(text) > _MAX_LENGTH:
-        raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
-    for piece in _PIECE.findall(text):
-        name = piece[1:-1]
-        if name in variables and any(_has_index(a, variables, 0) for a in variables[name]):
-            found: list[str] = []
-            for alternative in variables[name]:
-                found += _expanded(text.replace(piece, alternative, 1), whole, variables)
-                if len(found) > _MAX_PATTERNS:
-                    raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
+    known: dict[str, bool] = {}
+    found: list[str] = []
+    waiting = [text]
+    for _ in range(_MAX_EXPANSIONS):
+        if not waiting:
             return found
-    return [text]
+        one = waiting.pop()
+        if len(one) > _MAX_LENGTH or len(found) >= _MAX_PATTERNS:
+            break
+        for piece in _PIECE.findall(one):
+            name = piece[1:-1]
+            if name in variables and _holds_index(name, variables, known, 0):
+                waiting += [one.replace(piece, a, 1) for a in reversed(variables[name])]
+                break
+        else:
+            found.append(one)
+    raise _endless(text)
 
 
-def _has_index(text: str, variables: Mapping[str, Sequence[str]], depth: int) -> bool:
-    if depth > 8:
-        raise ArchitectureError(f"pattern {text[:80]!r}: [vars] expand without an end")
-    for piece in _PIECE.findall(text):
-        name = piece[1:-1]
-        if piece == "*" or ":" in name:
-            continue
-        if name not in variables:
-            return True
-        if any(_has_index(a, variables, depth + 1) for a in variables[name]):
-            return True
-    return False
+def _holds_index(
+    name: str, variables: Mapping[str, Sequence[str]], known: dict[str, bool], depth: int
+) -> bool:
+    """Whether a variable has an index in one of its alternatives, or in what they stand for."""
+    if depth > _MAX_NESTED:
+        raise _endless(name)
+    if name not in known:
+        names = (
+            piece[1:-1]
+            for alternative in variables[name]
+            for piece in _PIECE.findall(alternative)
+            if piece != "*" and ":" not in piece
+        )
+        known[name] = any(
+            inner not in variables or _holds_index(inner, variables, known, depth + 1)
+            for inner in names
+        )
+    return known[name]
+
+
+def _endless(text: str) -> ArchitectureError:
+    return ArchitectureError(f"pattern {text[:80]!r}: [vars] expand without an end")
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a pattern, compiled."""
+
+    regex: str
+    sample: str
+    ways: int = 1
+    """In how many ways it may match the beginning of a text."""
+
+
+_STAR = _Part(".*", "*", _STAR_WAYS)
 
 
 def _compiled(
@@ -125,56 +159,81 @@ def _compiled(
     indices: list[str] = []
     counts: dict[str, Expression] = {}
     last: list[str] = []
-    parts: list[str] = []
-    for piece in _PIECE.split(text):
+    parts: list[_Part] = []
+    pieces = _PIECE.split(text)
+    for at, piece in enumerate(pieces):
         if piece == "*":
-            parts.append(".*")
+            parts.append(_STAR)
         elif not _PIECE.fullmatch(piece):
-            if "{" in piece or "}" in piece:
-                raise ArchitectureError(f"pattern {whole!r}: unbalanced braces")
-            parts.append(re.escape(piece))
+            parts.append(_literal(piece, whole))
         elif ":" in piece or piece[1:-1] in variables:
             parts.append(_alternatives(piece, variables, whole, depth=0))
         else:
-            name, at, size = piece[1:-1].partition("@")
+            name, sign, size = piece[1:-1].partition("@")
             name, equals, which = name.partition("=")
             if not name.isidentifier() or (equals and which != "last"):
                 raise ArchitectureError(f"pattern {piece}: not a name")
             name = scope + name
             if name in indices:
-                parts.append(f"(?P=i{indices.index(name)})")
+                parts.append(_Part(f"(?P=i{indices.index(name)})", "0"))
                 continue
-            parts.append(f"(?P<i{len(indices)}>{_NUMBER})")
+            # Before a letter an index has one end; before another piece, one after each digit.
+            ways = 1 if not pieces[at + 2 :][:1] or pieces[at + 1] else _INDEX_WAYS
+            parts.append(_Part(f"(?P<i{len(indices)}>{_NUMBER})", "0", ways))
             indices.append(name)
-            if at:
+            if sign:
                 counts[name] = parse_expression(size)
             if which:
                 last.append(name)
-    regex = "".join(parts)
-    loose = re.compile(_LITERAL.sub(r"\\d+", regex))
-    return KeyPattern(whole, re.compile(regex), tuple(indices), counts, tuple(last), loose)
+    joined = _joined(parts, whole)
+    loose = re.compile(_LITERAL.sub(r"\\d+", joined.regex))
+    regex = re.compile(joined.regex)
+    return KeyPattern(whole, regex, tuple(indices), counts, tuple(last), loose, joined.sample)
+
+
+def _literal(text: str, whole: str) -> _Part:
+    if "{" in text or "}" in text:
+        raise ArchitectureError(f"pattern {whole!r}: unbalanced braces")
+    return _Part(re.escape(text), text)
+
+
+def _joined(parts: Sequence[_Part], whole: str) -> _Part:
+    ways = math.prod(part.ways for part in parts)
+    if ways > _MAX_WAYS:
+        raise ArchitectureError(
+            f"pattern {whole[:80]!r}: a key could be matched in {ways} ways, at most {_MAX_WAYS}",
+            hint='write it with fewer alternatives and fewer "*"',
+        )
+    if sum(len(part.regex) for part in parts) > _MAX_REGEX:
+        raise _endless(whole)
+    return _Part(
+        "".join(part.regex for part in parts), "".join(part.sample for part in parts), ways
+    )
+
+
+def _either(parts: Sequence[_Part]) -> _Part:
+    regex = f"(?:{'|'.join(part.regex for part in parts)})"
+    return _Part(regex, parts[0].sample if parts else "", max(1, sum(p.ways for p in parts)))
 
 
 def _alternatives(
     piece: str, variables: Mapping[str, Sequence[str]], whole: str, *, depth: int
-) -> str:
+) -> _Part:
     """A piece in braces that holds no index, as a regex."""
-    if depth > 8:
-        raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
+    if depth > _MAX_NESTED:
+        raise _endless(whole)
     name, colon, choices = piece[1:-1].partition(":")
     if colon:
-        return f"(?:{'|'.join(re.escape(choice) for choice in choices.split('|'))})"
+        return _either([_Part(re.escape(choice), choice) for choice in choices.split("|")])
     found = []
     for alternative in variables[name]:
         inner = []
         for part in _PIECE.split(alternative):
             if part == "*":
-                inner.append(".*")
+                inner.append(_STAR)
             elif _PIECE.fullmatch(part):
                 inner.append(_alternatives(part, variables, whole, depth=depth + 1))
-            elif "{" in part or "}" in part:
-                raise ArchitectureError(f"pattern {whole!r}: unbalanced braces")
             else:
-                inner.append(re.escape(part))
-        found.append("".join(inner))
-    return f"(?:{'|'.join(found)})"
+                inner.append(_literal(part, whole))
+        found.append(_joined(inner, whole))
+    return _either(found)

@@ -29,6 +29,7 @@ from streammap.model import Model
 from streammap.plan import Plan, Step
 from streammap.remapping import RULES, Change, Fill, Remapping, Rule
 
+_MAX_TENSORS = 500_000
 __all__ = ["RULES", "Change", "Fill", "Rule", "natural", "remap"]
 
 
@@ -47,6 +48,7 @@ def remap(
     model = plan.model
     sizes = {**model.sizes, **change.sizes}
     work = Remapping(plan, model, change, sizes)
+    _check_count(work, model)
     targets: dict[str, Form] = {}
     notes = list(step.notes)
     for family in model.families:
@@ -82,10 +84,20 @@ def remap(
     return result
 
 
+def _check_count(work: Remapping, model: Model) -> None:
+    """Refuse a result of more tensors than could be planned: layers times experts grow fast."""
+    n_tensors = sum(work.count(family) for family in model.families)
+    if n_tensors > _MAX_TENSORS:
+        raise PlanError(
+            f"the result would have about {n_tensors} tensors, at most {_MAX_TENSORS} are planned",
+            hint="ask for fewer layers or experts",
+        )
+
+
 def natural(key: str) -> tuple[tuple[int, int | str], ...]:
     """Sort key that puts layer 2 before layer 10."""
     parts = re.split(r"(\d+)", key)
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts)
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts)
 
 
 def _sources(m: AxisMap, model: Model, axis: str) -> tuple[int, ...]:

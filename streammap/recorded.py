@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import final
 
 from streammap import mapfile, places, plan, resizejson
-from streammap.checkpoint import Checkpoint, open_checkpoint, read_config
+from streammap.checkpoint import Checkpoint, open_checkpoint
 from streammap.errors import PlanError, SchemeError, some
+from streammap.jsonfiles import read_config
 from streammap.lineage import Call
 from streammap.mapfile import Level
 from streammap.operators.interpolate import Interpolate

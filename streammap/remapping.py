@@ -92,6 +92,15 @@ class Remapping:
         self.n_after = 0
         """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""
 
+    def count(self, family: Family) -> int:
+        """About how many tensors of the result come from a family."""
+        n = len(family.members)
+        for index in family.indices:
+            m = self._index_map(family, index)
+            if m is not None:
+                n = -(-n * m.n_out // max(1, m.n_in))
+        return n
+
     def family(self, family: Family) -> dict[str, Form]:
         """The result's tensors of one family."""
         found_maps = [self._index_map(family, index) for index in family.indices]

@@ -11,19 +11,26 @@ Each may stand on the command line, in a scheme file, and in Python.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from streammap import strictjson
 from streammap.errors import SchemeError
 
 Groups = tuple[tuple[int, ...], ...]
 Weights = tuple[tuple[float, ...], ...]
 Grouping = Literal["stacked", "adjacent"]
 GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
+MAX_SIZE = 2**40
+"""Of any axis: far above any model's, far below where sizes of tensors overflow."""
+MAX_PARTS = 200_000
+"""Of what one map puts together: each takes some 10 us to plan."""
+MAX_LAYERS = 10_000
+"""Of one stack; the deepest models have some hundred."""
 _MAX_INDEX = 1_000_000
+_MAX_GROUPS = MAX_PARTS
 _MAX_TEXT = 10_000_000
 
 
@@ -59,10 +66,12 @@ def _request(value: object, where: str) -> Request:
     if type(value) is int:
         if value < 1:
             raise SchemeError(f"{where} is {value}, expected 1 or more")
+        _check_size(value, where)
         return Request(factor=value)
     if isinstance(value, str):
         size = value.removeprefix("=")
-        if value.startswith("=") and size.isascii() and size.isdigit() and 0 < int(size) < 2**40:
+        if value.startswith("=") and re.fullmatch(r"0*[1-9][0-9]{0,12}", size) is not None:
+            _check_size(int(size), where)
             return Request(size=int(size))
     if isinstance(value, list | tuple):
         groups, weights = parse_groups(value, where)
@@ -83,6 +92,8 @@ def parse_groups(value: object, where: str) -> tuple[Groups, Weights | None]:
     """
     if not isinstance(value, list | tuple) or not value:
         raise SchemeError(f"{where}: expected a list of groups such as [[0, 6], [1, 7]]")
+    if len(value) > _MAX_GROUPS:
+        raise SchemeError(f"{where}: {len(value)} groups, at most {_MAX_GROUPS}")
     pairs = [_group(group, f"{where}[{i}]") for i, group in enumerate(value)]
     groups = tuple(members for members, _ in pairs)
     if all(weights is None for _, weights in pairs):
@@ -99,10 +110,9 @@ def _of_text(text: str, where: str) -> object:
         return int(stripped)
     if stripped.startswith(("[", "{")) and len(stripped) <= _MAX_TEXT:
         try:
-            found: object = json.loads(stripped)
-        except (ValueError, RecursionError) as error:
+            return strictjson.loads(stripped.encode())
+        except ValueError as error:
             raise SchemeError(f"{where}: not JSON: {error}") from error
-        return found
     return stripped
 
 
@@ -125,15 +135,25 @@ def _of_table(table: Mapping[str, object], where: str) -> Request:
         return Request(groups=groups, weights=weights)
     if type(value) is not int or value < 1:
         raise SchemeError(f"{where}: {given[0]} is {value!r}, expected 1 or more")
+    _check_size(value, f"{where}: {given[0]}")
     if given[0] == "size":
         return Request(size=value, grouping=grouping)
     return Request(factor=value, grouping=grouping)
 
 
+def _check_size(value: int, where: str) -> None:
+    if value > MAX_SIZE:
+        # A number of thousands of digits can't even be written out.
+        told = value if value < 10**20 else "a number of more than 20 digits"
+        raise SchemeError(f"{where} is {told}, at most {MAX_SIZE}", hint="ask for less")
+
+
 def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
     if isinstance(group, Mapping):
         if set(group) != {"members", "weights"}:
-            raise SchemeError(f"{where}: expected members and weights, found {sorted(group)}")
+            raise SchemeError(
+                f"{where}: expected members and weights, found {sorted(map(str, group))}"
+            )
         members = _members(group["members"], where)
         return members, _weights(group["weights"], len(members), where)
     return _members(group, where), None
@@ -147,9 +167,13 @@ def _members(group: object, where: str) -> tuple[int, ...]:
     for member in group:
         if type(member) is not int or not 0 <= member <= _MAX_INDEX:
             raise SchemeError(f"{where}: {member!r} is no index, expected 0, 1, 2 ...")
-    if len(set(group)) != len(group):
-        twice = next(member for member in group if group.count(member) > 1)
-        raise SchemeError(f"{where}: member {twice} stands twice", hint="name each member once")
+    seen: set[int] = set()
+    for member in group:
+        if member in seen:
+            raise SchemeError(
+                f"{where}: member {member} stands twice", hint="name each member once"
+            )
+        seen.add(member)
     return tuple(group)
 
 

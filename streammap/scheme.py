@@ -17,6 +17,7 @@ from streammap.errors import SchemeError, some
 from streammap.requests import GROUPINGS, Grouping, Groups, Request
 
 __all__ = ["GROUPINGS", "Grouping", "Groups", "Scheme", "load_scheme", "uniform"]
+_MAX_NBYTES = 100_000_000
 UNUSED = ("reserved_heads", "reserved_layers")
 SPACES = ("width", *architecture.SPACES, "layers")
 """Entries with a request each, see requests.py; `axes` holds further ones by the axis' own name."""
@@ -67,7 +68,11 @@ def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
         return _parse(source, "scheme")
     path = Path(source)
     try:
-        content = strictjson.loads(path.read_bytes())
+        with path.open("rb") as file:  # a pipe is fine: the user has named it
+            text = file.read(_MAX_NBYTES + 1)
+        if len(text) > _MAX_NBYTES:
+            raise SchemeError(f"{path}: more than {_MAX_NBYTES} bytes", hint="is this a scheme?")
+        content = strictjson.loads(text)
     except OSError as error:
         raise SchemeError(f"{path}: {error.strerror}", hint="check the path") from error
     except ValueError as error:
@@ -84,7 +89,7 @@ def uniform(n_large: int, factor: int, grouping: Grouping, *, what: str) -> Grou
         SchemeError: `factor` does not divide `n_large`; `what` ("heads") names them.
     """
     if factor < 1 or n_large % factor:
-        divisors = [d for d in range(2, n_large + 1) if n_large % d == 0]
+        divisors = [d for d in range(2, min(n_large, 4096) + 1) if n_large % d == 0]
         raise SchemeError(
             f"{n_large} {what} do not divide into groups of {factor}",
             hint=f"take a factor of {n_large} ({some(divisors, limit=6)}), or give a scheme",

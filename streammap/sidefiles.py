@@ -2,8 +2,8 @@
 
 All files of the source's folder are copied byte for byte, but for its weights, training state,
 other checkpoints in folders of their own, and what streammap writes itself. Links are followed
-inside the folder (and inside a Hub cache), not out of it. sentence-transformers' pooling follows
-the hidden size.
+inside the folder (and inside a Hub cache), not out of it; how many there are and how large is
+bounded. sentence-transformers' pooling follows the hidden size.
 """
 
 import fnmatch
@@ -14,14 +14,17 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from streammap import lineage, mapfile, sidelist
-from streammap.checkpoint import Checkpoint, parse_json, read_json
+from streammap import lineage, mapfile, reading, sidelist
+from streammap.checkpoint import Checkpoint
 from streammap.errors import ArchitectureError, CheckpointError, OutputError
+from streammap.jsonfiles import parse_json, read_json
 from streammap.plan import FORMAT, Plan
 
 PROVENANCE = "streammap.json"
 _POOLED = ("word_embedding_dimension", "embedding_dimension")
 _MAX_NBYTES = 1_000_000_000
+_MAX_TOTAL_NBYTES = 4_000_000_000
+_MAX_FILES = 10_000
 
 
 def copied(side: Checkpoint | None) -> dict[str, Path]:
@@ -32,7 +35,18 @@ def copied(side: Checkpoint | None) -> dict[str, Path]:
     """
     if side is None or not side.is_local or not side.path.is_dir():
         return {}
-    return dict(sorted(_walk(side.path, side.path, 0)))
+    found: dict[str, Path] = {}
+    total = 0
+    for name, path in _walk(side.path, side.path, 0):
+        found[name] = path
+        total += path.stat().st_size
+        if len(found) > _MAX_FILES or total > _MAX_TOTAL_NBYTES:
+            raise CheckpointError(
+                f"{side.path}: {len(found)} files beside the weights, {total} bytes, at most "
+                f"{_MAX_FILES} and {_MAX_TOTAL_NBYTES} are copied along",
+                hint="move what is not part of the model out of the folder",
+            )
+    return dict(sorted(found.items()))
 
 
 def contents(plan: Plan) -> dict[str, bytes]:
@@ -111,7 +125,13 @@ def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
         globs = sidelist.SKIPPED if folder == root else sidelist.SKIPPED_INSIDE
         if any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             continue
-        yield entry.relative_to(root).as_posix(), _checked(root, entry)
+        inside = entry.relative_to(root).as_posix()
+        if not inside.isprintable():
+            raise CheckpointError(
+                f"{root}: {inside!r}: a file name with letters that can't be shown",
+                hint="rename the file, or remove it from the folder",
+            )
+        yield inside, _checked(root, entry)
 
 
 def _is_apart(folder: Path) -> bool:
@@ -126,8 +146,7 @@ def _is_apart(folder: Path) -> bool:
 
 def _checked(root: Path, entry: Path) -> Path:
     real = Path(os.path.realpath(entry))
-    inside = real.is_relative_to(os.path.realpath(root))
-    if not inside and not _is_hub_blob(root, real):
+    if not reading.is_own(root, entry):
         raise CheckpointError(
             f"{entry}: a link out of the checkpoint, to {real}",
             hint="copy the file into the folder, or remove the link",
@@ -144,14 +163,6 @@ def _checked(root: Path, entry: Path) -> Path:
             hint="move it out of the folder",
         )
     return real
-
-
-def _is_hub_blob(root: Path, real: Path) -> bool:
-    """Whether `root` is a snapshot of a Hub cache and `real` one of its blobs."""
-    parts = Path(os.path.realpath(root)).parts
-    if len(parts) < 3 or parts[-2] != "snapshots":
-        return False
-    return real.parent == Path(*parts[:-2]) / "blobs"
 
 
 def _fetched(side: Checkpoint | None, name: str) -> Mapping[str, object]:

@@ -8,12 +8,13 @@ import fnmatch
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from streammap.checkpoint import MAX_JSON_NBYTES, Checkpoint, parse_json
+from streammap.checkpoint import Checkpoint
+from streammap.jsonfiles import MAX_JSON_NBYTES, parse_json
 from streammap.storage.place import Place
 
 SKIPPED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
-    "*.onnx_data", "*.gguf", "*.npz", "*.ot", "*.tflite", "*.index.json", "config.json",
+    "*.onnx_data", "*.gguf", "*.npz", "*.distcp", "*.ot", "*.tflite", "*.index.json", "config.json",
     "streammap.*", "*.streammap.json", ".*", "trainer_state.json", "events.out.tfevents.*",
 )  # fmt: skip
 SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")

@@ -9,9 +9,8 @@ from streammap.architecture import Architecture, Axis
 from streammap.configfields import field_value
 from streammap.errors import ArchitectureError, CheckpointError
 from streammap.expression import Expression, InexactDivisionError
+from streammap.requests import MAX_LAYERS, MAX_SIZE
 from streammap.spec import TensorSpec
-
-_MAX_SIZE = 2**40
 
 
 def read(
@@ -23,6 +22,12 @@ def read(
         CheckpointError: a size that is missing, no size, or against a constraint of the spec.
     """
     found = _Sizes(spec, config, specs).all()
+    for name in spec.depth_axes:
+        if found.get(name, 0) > MAX_LAYERS:
+            raise CheckpointError(
+                f"config.json: {name} is {found[name]}, at most {MAX_LAYERS} layers are read",
+                hint="is this config.json the checkpoint's own?",
+            )
     _check_constraints(spec, found)
     return found
 
@@ -135,7 +140,7 @@ def _called(
     specs: Mapping[str, TensorSpec],
 ) -> int:
     if function == "shape":
-        if len(arguments) != 2 or not arguments[1].isdigit():
+        if len(arguments) != 2 or not arguments[1].isdecimal():
             raise ArchitectureError(
                 f"function shape({', '.join(arguments)}): expected a key and a number"
             )
@@ -156,7 +161,7 @@ def _called(
 
 
 def _size(value: object, field: str) -> int:
-    if type(value) is not int or not 0 <= value <= _MAX_SIZE:
+    if type(value) is not int or not 0 <= value <= MAX_SIZE:
         raise CheckpointError(
             f"config.json: {field} is {value!r}, expected a size",
             hint="is this config.json the checkpoint's own?",

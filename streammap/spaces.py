@@ -10,13 +10,13 @@ from math import gcd
 
 from streammap import axisfacts, headmaps, maps, rewriting, sizes
 from streammap import expression as expressions
-from streammap.axisrequests import Asked, AxisRequests
+from streammap.axisrequests import Asked, AxisRequests, check_parts
 from streammap.errors import PlanError, SchemeError, some
 from streammap.expression import Expression, Name
 from streammap.headmaps import Counts, Sharing
 from streammap.maps import AxisMap, BlockMap
 from streammap.model import Model
-from streammap.requests import Grouping, Request
+from streammap.requests import MAX_PARTS, Grouping, Request
 
 
 def merging_maps(
@@ -39,6 +39,9 @@ class _Planning:
     def __init__(self, model: Model, asked: Asked, grows: bool) -> None:
         self._model, self._asked, self._grows = model, asked, grows
         self._spec, self._own = model.architecture, model.sizes
+        for name in {"heads", *(n for s in self._spec.shared_heads for n in (s.kv, s.heads))}:
+            # Of tensors without elements, even a small file can have 10^12 heads.
+            check_parts(name, self._own.get(name, 0), MAX_PARTS)
         self._joint = [
             (shared.kv, shared.group, shared.heads)
             for shared in self._spec.shared_heads
@@ -200,12 +203,14 @@ class _Planning:
                     f"{axis}: can't go from {own} to {request.size} this way",
                     hint="coalesce makes a model smaller, decoalesce larger",
                 )
+            check_parts(axis, request.size, MAX_PARTS)
             return request.size
         factor = request.factor or 1
         if self._grows:
+            check_parts(axis, own * factor, MAX_PARTS)
             return own * factor
         if own % factor:
-            divisors = [d for d in range(2, own + 1) if own % d == 0]
+            divisors = [d for d in range(2, min(own, 4096) + 1) if own % d == 0]
             raise SchemeError(
                 f"{own} {self._one.word(axis)} do not divide into groups of {factor}",
                 hint=f"take a factor of {own} ({some(divisors, limit=6)}), or give groups",

@@ -9,12 +9,13 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 
 from streammap import configfields
+from streammap import expression as expressions
 from streammap import tomlvalues as reading
 from streammap.architecture import (
     Architecture,
 )  # fmt: skip
 from streammap.errors import ArchitectureError
-from streammap.expression import Name
+from streammap.expression import Expression, Name
 from streammap.specpart import Part
 from streammap.tomlvalues import Tables
 
@@ -27,6 +28,9 @@ _INHERITED = ("constraints", "required", "include", "same_axis")
 _OWN = ("schema", "extends", "model_types", "detect", "proof", "depth")
 _PROOF = ("name", "model_type", "class", "config", "neutral", "except", "shapes_only")
 _MAX_EXTENDS = 8
+_MAX_NESTED = 16
+_MAX_NAMES = 200
+MAX_LETTERS = 1_000_000
 
 
 def read(text: str, *, name: str) -> Tables:
@@ -35,9 +39,11 @@ def read(text: str, *, name: str) -> Tables:
     Raises:
         ArchitectureError: no TOML, an unknown table, another schema.
     """
+    if len(text) > MAX_LETTERS:
+        raise ArchitectureError(f"{name}.toml: more than {MAX_LETTERS} letters")
     try:
         content = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ArchitectureError(f"{name}.toml: {error}", hint="mend the file") from error
     known = (*_MERGED, *_STACKED, *_INHERITED, *_OWN)
     unknown = [table for table in content if table not in known]
@@ -149,13 +155,15 @@ def _joined(
             spaces[space] = (*spaces.get(space, ()), *(axis for axis in found if axis in axes))
     if not any(axis.kind == "depth" for axis in axes.values()):
         raise ArchitectureError("expected an axis of kind depth")
+    aliases = {k: v for part in parts for k, v in part.aliases().items()}
+    _check_aliases(aliases)
     return Architecture(
         name=name,
         model_types=reading.strings(tables.get("model_types"), "model_types"),
         detect=own.patterns(tables.get("detect", []), "detect"),
         axes=axes,
         spaces={space: tuple(dict.fromkeys(found)) for space, found in spaces.items() if found},
-        aliases={k: v for part in parts for k, v in part.aliases().items()},
+        aliases=aliases,
         constraints=tuple(c for part in parts for c in part.constraints()),
         rules=tuple(rule for part in parts for rule in part.rules()),
         required=tuple(p for part in parts for p in part.keys("required")),
@@ -169,6 +177,28 @@ def _joined(
         caveats={k: v for part in parts for k, v in part.caveats().items()},
         proof=_proof(reading.table(tables, "proof")),
     )
+
+
+def _check_aliases(aliases: Mapping[str, Expression]) -> None:
+    """Refuse aliases that stand for themselves, or that taken apart have no end to speak of."""
+    names_in: dict[str, int] = {}
+
+    def count(alias: str, depth: int) -> int:
+        if depth > _MAX_NESTED:
+            raise ArchitectureError(
+                f"[alias] {alias}: more than {_MAX_NESTED} aliases within one another"
+            )
+        if alias not in names_in:
+            found = list(expressions.names(aliases[alias]))
+            names_in[alias] = sum(
+                count(name, depth + 1) if name in aliases else 1 for name in found
+            )
+        if names_in[alias] > _MAX_NAMES:
+            raise ArchitectureError(f"[alias] {alias}: stands for more than {_MAX_NAMES} names")
+        return names_in[alias]
+
+    for alias in aliases:
+        count(alias, 0)
 
 
 def _proof(table: Tables) -> tuple[Mapping[str, object], ...]:

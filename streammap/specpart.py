@@ -32,6 +32,7 @@ _HEAD = ("norm", "embed", "head", "tied", "classes", "readers", "scale", "copies
 _NORM = ("kind", "offset", "plain", "eps", "post", "mean", "weightless")
 _ROPE = ("theta", "layout", "scores", "query", "query_norm", "key_norm")
 _DEPTH = tuple(Depth.__dataclass_fields__)
+_MAX_EXPONENT = 4
 _MODULES = ("linear", "conv1d", "conv", "embedding")
 _KINDS: tuple[Kind, ...] = ("width", "depth", "frozen", "group", "expert")
 
@@ -272,6 +273,10 @@ class Part:
             value = float(exponent) if power else 1.0
         except ValueError as error:
             raise ArchitectureError(f"{where}: {exponent!r} is no exponent") from error
+        if not -_MAX_EXPONENT <= value <= _MAX_EXPONENT:  # nor nan
+            raise ArchitectureError(
+                f"{where}: {exponent!r} is no exponent, expected one up to {_MAX_EXPONENT}"
+            )
         return Factor(self._expression(body, where), value)
 
     def forward_scale(self) -> list[tuple[KeyPattern, Factor]]:

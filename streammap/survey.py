@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from streammap import header, torchfile
-from streammap.checkpoint import INDEXES, TORCH_SUFFIXES, Checkpoint, SourceFile, read_json
+from streammap import dcpmeta, header, torchfile
+from streammap.checkpoint import Checkpoint, SourceFile, open_checkpoint
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
+from streammap.jsonfiles import read_json
 from streammap.storage.local import LocalFile
 from streammap.storage.place import OpenFile
+from streammap.weightfiles import INDEXES, TORCH_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ def survey(path: Path, record: Record) -> Survey:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
+    if dcpmeta.is_folder(path):
+        return _chunked(path, record)
     folder = path if path.is_dir() else path.parent
     found: list[Finding] = []
     names, weight_map = _names(path, record, found)
@@ -126,6 +130,7 @@ def survey(path: Path, record: Record) -> Survey:
     if weight_map is not None:
         found += _index(weight_map, file_of, {file.name for file in files})
     found += _recorded(record, file_of, n_unread)
+    found += _beside(folder, record)
     config, config_path = None, folder / "config.json"
     if path.is_dir() and config_path.is_file():
         try:
@@ -137,6 +142,20 @@ def survey(path: Path, record: Record) -> Survey:
     }
     checkpoint = Checkpoint(path, tuple(files), slots, file_of, config, _opened=opened)
     return Survey(checkpoint, tuple(found), n_unread)
+
+
+def _chunked(path: Path, record: Record) -> Survey:
+    """A folder of torch.distributed.checkpoint, whose metadata says where all is."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        told = Finding("error", "file", error.message, file=dcpmeta.METADATA)
+        return Survey(Checkpoint(path, (), {}, {}, None), (told,), 1)
+    found = [
+        finding for file in checkpoint.files for finding in _sizes(path / file.name, record)
+    ]  # fmt: skip
+    found += _recorded(record, checkpoint.file_of, 0)
+    return Survey(checkpoint, tuple(found), 0)
 
 
 def _names(
@@ -209,6 +228,21 @@ def _sizes(file: Path, record: Record) -> Iterator[Finding]:
         yield Finding(
             "error", "size", told, file=file.name, found=file.stat().st_size, expected=expected
         )
+
+
+def _beside(folder: Path, record: Record) -> Iterator[Finding]:
+    """config.json, tokenizer and the like: they may be edited, and must be there."""
+    for name, expected in record.files.items():
+        if _is_weights(Path(name).name):
+            continue
+        parts = Path(name).parts
+        if ".." in parts or Path(name).is_absolute() or "\0" in name:
+            yield Finding("error", "file", "no name of a file of this folder", file=name)
+        elif not (folder / name).is_file():
+            yield Finding("error", "file", "missing", file=name, expected=expected)
+        elif (size := (folder / name).stat().st_size) != expected:
+            told = f"{size} bytes, {expected} were written"
+            yield Finding("note", "size", told, None, name, size, expected)
 
 
 def _index(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from streammap.errors import ArchitectureError
 
 Tables = Mapping[str, object]
+_MAX_NUMBER = 10**6
 
 
 def table(content: Tables, name: str) -> Tables:
@@ -54,4 +55,6 @@ def number(value: object, where: str) -> float:
     """A number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ArchitectureError(f"{where}: expected a number, found {value!r}")
+    if not -_MAX_NUMBER <= value <= _MAX_NUMBER:  # nor nan
+        raise ArchitectureError(f"{where}: expected a number up to {_MAX_NUMBER}, found {value!r}")
     return float(value)

@@ -1,30 +1,32 @@
 """torch's own checkpoint files (.bin, .pt, .pth in the zip form), read and written without loading.
 
 A zip file whose entries are not compressed: one pickle that describes the tensors, and the raw
-bytes of each storage. The pickle is read with `weights_only`, so no code of the file ever runs.
+bytes of each storage. How the pickle is read, without running anything of it: pickles.py. Storages
+are found by their names in the zip file's directory.
 """
 
-import argparse
 import io
-import pickle
-import re
-import warnings
+import itertools
+import math
+import os
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO, TypeGuard
 
-from streammap.errors import CheckpointError
+from streammap import header, pickles, reading
+from streammap.errors import CheckpointError, printable, some
 from streammap.header import Slot
-from streammap.spec import TensorSpec
+from streammap.pickles import OddTensor, StoredTensor
+from streammap.spec import DTYPE_BITS, TensorSpec
+from streammap.storage import spans
 from streammap.storage.spans import SpanReader
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 NESTS = ("model", "state_dict")
 """Where a training checkpoint keeps its state dict, when it isn't one itself."""
+_MAX_DIRECTORY_NBYTES = 100_000_000
+_AGAIN = "load it with torch and save it again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,26 +40,48 @@ class TorchFile:
     """The entries beside that one: optimizer, epoch ..."""
 
 
-def read(path: Path, file: Path | SpanReader | None = None) -> TorchFile:
+def read(path: Path, file: SpanReader | None = None) -> TorchFile:
     """Read where the tensors of a torch file are.
 
     Args:
         path: The file, or its name.
-        file: Where its bytes are, if not at `path`.
+        file: Where its bytes are, if not on this machine.
 
     Raises:
         CheckpointError: not a zip-form torch file, a pickle that asks for more than tensors and
             plain values, no state dict inside, a tensor that reaches past its file.
     """
-    opened = io.BufferedReader(file) if isinstance(file, SpanReader) else file or path
-    places = _places(path, opened)
-    content = _unpickled(path, opened)
+    content, entries = _content(path, file)
     state, nest = _state_dict(content, path.name)
-    slots = [_slot(path.name, key, tensor, places) for key, tensor in state.items()]
-    others = tuple(str(k) for k in content if k != nest) if isinstance(content, dict) else ()
+    slots = [_slot(path.name, key, tensor, entries) for key, tensor in state.items()]
+    others = (
+        tuple(printable(str(k)[:80]) for k in content if k != nest)
+        if isinstance(content, dict)
+        else ()
+    )
     return TorchFile(
         tuple(sorted(slots, key=lambda slot: slot.start)), nest, others if nest else ()
     )
+
+
+def table(path: Path) -> dict[str, Slot | None]:
+    """The entries of a torch file that holds one table: where a tensor is, None for what is none.
+
+    An entry of None is left out. What is no table has no entries.
+
+    Raises:
+        CheckpointError: as `read`.
+    """
+    content, entries = _content(path, None)
+    if not isinstance(content, dict):
+        return {}
+    return {
+        key: _slot(path.name, key, value, entries)
+        if isinstance(value, StoredTensor | OddTensor)
+        else None
+        for key, value in content.items()
+        if isinstance(key, str) and value is not None
+    }
 
 
 def write_skeleton(
@@ -80,133 +104,175 @@ def write_skeleton(
     return read(path).slots
 
 
-def _places(path: Path, file: Path | BinaryIO) -> dict[int, int]:
-    """First byte -> size of each entry that is stored as it is.
+def _content(
+    path: Path, elsewhere: SpanReader | None
+) -> tuple[object, Mapping[str, tuple[int, int]]]:
+    """What the pickle describes, and for each storage its first byte and its size."""
+    if elsewhere is None:
+        opened: BinaryIO = os.fdopen(reading.open_file(path), "rb")
+    else:
+        opened = io.BufferedReader(elsewhere, spans.PAGE_NBYTES)
+    with opened as file:
+        entries = entries_of(file, path.name)
+        place = next((name for name in entries if name.endswith("/data.pkl")), None)
+        if place is None:
+            raise CheckpointError(
+                f"{path.name}: not a torch checkpoint: a zip file without a data.pkl",
+                hint="is this a checkpoint?",
+            )
+        start, nbytes = entries[place]
+        file.seek(start)
+        text = file.read(min(nbytes, pickles.MAX_NBYTES + 1))
+    at = f"{place.removesuffix('data.pkl')}data/"
+    storages = {n.removeprefix(at): e for n, e in entries.items() if n.startswith(at)}
+    return pickles.read(text, file=path.name), storages
 
-    torch reckons where storages are from how it writes zip files; this is where they are.
-    """
+
+def entries_of(file: BinaryIO, name: str) -> dict[str, tuple[int, int]]:
+    """Name -> first byte and size of each entry of a zip file."""
+    size = file.seek(0, os.SEEK_END)
+    found: dict[str, tuple[int, int]] = {}
+    ends: list[tuple[int, int]] = []
+    for entry in _directory(file, name, size):
+        if entry.filename in found:
+            raise CheckpointError(f"{name}: two entries {entry.filename}", hint=_AGAIN)
+        start = _start(file, entry, name, size)
+        found[entry.filename] = (start, entry.file_size)
+        ends.append((entry.header_offset, start + entry.file_size))
+        if entry.filename.endswith("/byteorder"):
+            file.seek(start)
+            if entry.file_size != 6 or file.read(6) != b"little":
+                raise CheckpointError(f"{name}: written on a big-endian machine", hint=_AGAIN)
+    ends.sort()
+    if any(end > after for (_, end), (after, _) in itertools.pairwise(ends)):
+        raise CheckpointError(f"{name}: entries that overlap", hint=_AGAIN)
+    return found
+
+
+def _directory(file: BinaryIO, name: str, size: int) -> list[zipfile.ZipInfo]:
     try:
-        if isinstance(file, Path):
-            if zipfile.is_zipfile(file):
-                with file.open("rb") as opened:
-                    return _entries(path, opened)
-        elif zipfile.is_zipfile(file):
-            return _entries(path, file)
+        if zipfile.is_zipfile(file):
+            _check_directory(file, name, size)
+            found = zipfile.ZipFile(file).infolist()
+            raw = getattr(file, "raw", None)
+            if isinstance(raw, SpanReader):
+                raw.fetch(entry.header_offset for entry in found)
+            return found
     except CheckpointError:
         raise
     except Exception as error:  # a hostile zip file can make zipfile raise anything
         raise CheckpointError(
-            f"{path.name}: a broken zip file: {error}", hint="download or save the file again"
+            f"{name}: a broken zip file: {error}", hint="download or save the file again"
         ) from error
     raise CheckpointError(
-        f"{path.name}: not a torch file in the zip form (torch 1.6 and later)",
-        hint="load it with torch and save it again, or convert it to safetensors",
+        f"{name}: not a torch file in the zip form (torch 1.6 and later)",
+        hint=f"{_AGAIN}, or convert it to safetensors",
     )
 
 
-def _entries(path: Path, file: BinaryIO) -> dict[int, int]:
-    places: dict[int, int] = {}
-    size = file.seek(0, io.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        raw = getattr(file, "raw", None)
-        if isinstance(raw, SpanReader):
-            raw.fetch(entry.header_offset for entry in archive.infolist())
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(
-                    f"{path.name}: {entry.filename} is compressed, torch stores entries plainly",
-                    hint="load it with torch and save it again",
-                )
-            if entry.filename.endswith("/byteorder") and archive.read(entry) != b"little":
-                raise CheckpointError(
-                    f"{path.name}: written on a big-endian machine",
-                    hint="load it with torch and save it again",
-                )
-            file.seek(entry.header_offset + 26)
-            lengths = file.read(4)
-            n_name, n_extra = (int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-            start = entry.header_offset + 30 + n_name + n_extra
-            if start + entry.file_size <= size:
-                places[start] = entry.file_size
-    return places
-
-
-def _unpickled(path: Path, file: Path | BinaryIO) -> object:
-    import torch
-
-    # A namespace of plain values, which training scripts keep beside the model.
-    harmless = torch.serialization.safe_globals([argparse.Namespace])
-    try:
-        with harmless, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not isinstance(file, Path):
-                file.seek(0)
-            return torch.load(file, map_location="meta", weights_only=True)
-    except CheckpointError:  # of a file that is elsewhere
-        raise
-    except Exception as error:  # a hostile pickle can make torch raise anything
-        text = str(error)
-        asked = re.search(r"(?:GLOBAL|[Cc]lass|function) ([\w.]+\.[\w.]+|eval|exec)", text)
-        if isinstance(error, pickle.UnpicklingError) and asked is not None:
-            raise CheckpointError(
-                f"{path.name}: its pickle asks for more than tensors: {asked[1]}",
-                hint="only load files you trust; save the state dict alone, as safetensors",
-            ) from error
-        reason = text.split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+def _start(file: BinaryIO, entry: zipfile.ZipInfo, name: str, size: int) -> int:
+    """Where an entry's bytes begin: what stands there must be what the directory says."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise CheckpointError(
-            f"{path.name}: not a torch checkpoint: {reason or type(error).__name__}",
+            f"{name}: {entry.filename} is compressed, torch stores entries plainly", hint=_AGAIN
+        )
+    is_there = 0 <= entry.header_offset < size
+    file.seek(entry.header_offset if is_there else 0)
+    local = file.read(30)
+    n_name, n_extra = (int.from_bytes(local[i : i + 2], "little") for i in (26, 28))
+    start = entry.header_offset + 30 + n_name + n_extra
+    is_there = is_there and local[:4] == b"PK\x03\x04" and start + entry.file_size <= size
+    if not is_there or entry.file_size != entry.compress_size:
+        raise CheckpointError(
+            f"{name}: {entry.filename} is not where the file's directory says, bytes "
+            f"{start} to {start + entry.file_size} of {size}",
             hint="download or save the file again",
-        ) from error
+        )
+    return start
 
 
-def _state_dict(content: object, file: str) -> tuple[dict[str, "Tensor"], str | None]:
-    from torch import Tensor
-
-    def tensors(table: object) -> bool:
-        return (
-            isinstance(table, dict)
-            and bool(table)
-            and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in table.items())
+def _check_directory(file: BinaryIO, name: str, size: int) -> None:
+    """Refuse a zip file whose directory would fill the memory: each entry becomes an object."""
+    file.seek(max(0, size - 66_000))
+    tail = file.read()
+    at = tail.rfind(b"PK\x05\x06")
+    nbytes = int.from_bytes(tail[at + 12 : at + 16], "little")
+    far = tail.rfind(b"PK\x06\x06", 0, at)
+    if far >= 0:
+        nbytes = max(nbytes % (2**32 - 1), int.from_bytes(tail[far + 40 : far + 48], "little"))
+    if nbytes > _MAX_DIRECTORY_NBYTES:
+        raise CheckpointError(
+            f"{name}: a directory of {nbytes} bytes, at most {_MAX_DIRECTORY_NBYTES} are read",
+            hint=_AGAIN,
         )
 
+
+def _state_dict(
+    content: object, file: str
+) -> tuple[Mapping[str, StoredTensor | OddTensor], str | None]:
     if isinstance(content, dict):
-        if tensors(content):
-            return content, None
-        for nest in NESTS:
-            if tensors(content.get(nest)):
-                return content[nest], nest
-    found = ", ".join(map(str, list(content)[:5])) if isinstance(content, dict) else type(content)
+        for nest in (None, *NESTS):
+            found = content if nest is None else content.get(nest)
+            if _is_state_dict(found):
+                return found, nest
+    told = type(content).__name__
+    if isinstance(content, dict):
+        told = some([k if isinstance(k, str) else repr(k) for k in content], limit=5)
     raise CheckpointError(
-        f"{file}: no state dict in it or under 'model' or 'state_dict', found {found}",
+        f"{file}: no state dict in it or under 'model' or 'state_dict', found {told or 'nothing'}",
         hint='save {"model": model.state_dict()}',
     )
 
 
-def _slot(file: str, key: str, tensor: "Tensor", places: dict[int, int]) -> Slot:
-    import torch
+def _is_state_dict(table: object) -> TypeGuard[dict[str, StoredTensor | OddTensor]]:
+    return (
+        isinstance(table, dict)
+        and bool(table)
+        and all(
+            isinstance(k, str) and isinstance(v, StoredTensor | OddTensor) for k, v in table.items()
+        )
+    )
 
-    from streammap.dtypes import from_torch
 
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_conj() or tensor.is_neg():
+def _slot(
+    file: str,
+    key: str,
+    tensor: StoredTensor | OddTensor,
+    storages: Mapping[str, tuple[int, int]],
+) -> Slot:
+    header.check_key(file, key)
+    if isinstance(tensor, OddTensor):
         raise CheckpointError(
             f"{file}: {key}: a sparse, quantised, conjugate or negated tensor",
             hint="save it as a plain one: tensor.to_dense(), .dequantize(), .resolve_conj()",
         )
-    start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
-    if not isinstance(start, int):
+    if tensor.dtype not in DTYPE_BITS:
+        raise CheckpointError(f"{file}: {key}: safetensors has no dtype for {tensor.dtype}")
+    header.check_rank(file, key, len(tensor.shape))
+    n_elements = math.prod(tensor.shape)
+    if n_elements >= 2**63:
+        raise CheckpointError(f"{file}: {key}: shape {list(tensor.shape)} overflows")
+    item = DTYPE_BITS[tensor.dtype] // 8
+    start, nbytes = storages.get(tensor.storage.key, (0, 0))
+    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.strides, strict=True))
+    end = (tensor.offset + last + 1) * item if n_elements else 0
+    if end > nbytes or tensor.storage.key not in storages:
         raise CheckpointError(
-            f"{file}: {key}: this torch does not tell where its bytes are",
-            hint="update torch, or convert the file to safetensors",
+            f"{file}: {key} needs {end} bytes of storage {tensor.storage.key}, there are {nbytes}",
+            hint=f"the file was cut short, or made by others: {_AGAIN}",
         )
-    spec = TensorSpec(from_torch(tensor.dtype, where=f"{file}: {key}"), tuple(tensor.shape))
-    first = int(tensor.storage_offset()) * tensor.element_size()
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    end = first + (last + 1) * tensor.element_size() if tensor.numel() else first
-    if tensor.numel() and places.get(start, -1) < end:
-        raise CheckpointError(
-            f"{file}: {key} needs {end} bytes of an entry at byte {start}, "
-            f"there are {places.get(start, 0)}",
-            hint="the file was cut short or zipped anew: load it with torch and save it again",
-        )
-    strides = None if tensor.is_contiguous() else tuple(tensor.stride())
-    return Slot(key, spec, start + first, strides)
+    spec = TensorSpec(tensor.dtype, tensor.shape)
+    if not n_elements:
+        return Slot(key, spec, start)
+    strides = None if _is_contiguous(tensor) else tensor.strides
+    return Slot(key, spec, start + tensor.offset * item, strides)
+
+
+def _is_contiguous(tensor: StoredTensor) -> bool:
+    expected = 1
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True

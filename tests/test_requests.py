@@ -69,9 +69,14 @@ def test_a_weight_may_be_zero() -> None:
             (value, rf"mlp: '.*' is no request{HINT}a factor such as 2, a size such as =768")
             for value in (
                 None, True, 2.0, "", "two", "=", "=0", "=-1", "=1.5", "= 7", "=٣", "==7", "2x",
-                "=1099511627776", "9" * 13,
+                "9" * 13, "=" + "9" * 5_000,
             )
         ),
+        ("=1099511627777", "mlp is 1099511627777, at most 1099511627776"),
+        (10**13, "mlp is 10000000000000, at most 1099511627776"),
+        ({"size": 10**4000}, "mlp: size is a number of more than 20 digits, at most 1099511627776"),
+        ({"factor": 2**41}, "mlp: factor is 2199023255552, at most 1099511627776"),
+        ('{"factor": 2, "factor": 2}', "mlp: not JSON: 'factor' twice"),
         ("[[0, 1]", "mlp: not JSON"),
         ("{factor: 2}", "mlp: not JSON"),
         ("[" * 100_000, "mlp: not JSON"),

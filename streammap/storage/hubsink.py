@@ -17,8 +17,6 @@ from streammap.storage import hubclient
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    from streammap.plan import Plan
-
 MESSAGE = "Upload a checkpoint made by streammap"
 _CARD = "README.md"
 _HARMLESS = (".gitattributes", _CARD)
@@ -42,7 +40,7 @@ class HubSink:
 
     file = None
 
-    def __init__(self, push: Push, card: Callable[["Plan"], str]) -> None:
+    def __init__(self, push: Push, card: Callable[[], str]) -> None:
         """Look who we are, and make the repository.
 
         Args:
@@ -112,9 +110,9 @@ class HubSink:
             operations = [CommitOperationDelete(name) for name in names]
             self._commit(operations, f"{self._push.message} (make room)")
 
-    def extras(self, plan: "Plan") -> Iterable[tuple[str, bytes]]:
+    def extras(self) -> Iterable[tuple[str, bytes]]:
         """The model card."""
-        yield _CARD, self._card(plan).encode()
+        yield _CARD, self._card().encode()
 
     def _make(self) -> None:
         push, api = self._push, self._client.api

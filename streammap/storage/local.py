@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
+from streammap import reading
 from streammap.errors import CheckpointError
 from streammap.storage import disk
 from streammap.storage.place import Stat
@@ -41,10 +42,7 @@ class LocalFile:
         """The file's descriptor."""
         with self._lock:
             if self._descriptor is None:
-                try:
-                    self._descriptor = disk.current().open(self.path, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(f"{self.path}: {error.strerror}") from error
+                self._descriptor = reading.open_file(self.path)
                 try:
                     self.check_unchanged()
                 except CheckpointError:

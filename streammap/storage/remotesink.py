@@ -9,17 +9,15 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, final
+from typing import Any, TypeVar, final
 
 from streammap.errors import CheckpointError, OutputError
 from streammap.storage import remote
 from streammap.storage.waiting import Patience, TransientError
 
-if TYPE_CHECKING:
-    from streammap.plan import Plan
-
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
-_FILES = (".safetensors", ".pth", ".pt", ".bin")
+FILES = (".safetensors", ".pth", ".pt", ".bin")
+"""Endings of a result that is one file."""
 _Result = TypeVar("_Result")
 
 
@@ -34,7 +32,7 @@ class RemoteSink:
             OutputError: there is none, or it is not installed.
         """
         self.label = url.rstrip("/")
-        self.file = posixpath.basename(self.label) if self.label.endswith(_FILES) else None
+        self.file = posixpath.basename(self.label) if self.label.endswith(FILES) else None
         try:
             self._fs, root = remote.filesystem(url)
         except CheckpointError as error:
@@ -98,7 +96,7 @@ class RemoteSink:
             where = f"{self._folder}/{name}"
             self._patiently(partial(self._fs.rm_file, where), f"{self.label}: {name}")
 
-    def extras(self, plan: "Plan") -> Iterable[tuple[str, bytes]]:
+    def extras(self) -> Iterable[tuple[str, bytes]]:
         """None."""
         return ()
 

@@ -4,10 +4,7 @@ remotesink.py (any URL that fsspec knows) and hubsink.py (a repository of the Hu
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from streammap.plan import Plan
+from typing import Protocol
 
 
 class Sink(Protocol):
@@ -43,6 +40,6 @@ class Sink(Protocol):
         """Remove files, in this order."""
         ...
 
-    def extras(self, plan: "Plan") -> Iterable[tuple[str, bytes]]:
+    def extras(self) -> Iterable[tuple[str, bytes]]:
         """Files that only this kind of place has."""
         ...
