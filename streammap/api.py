@@ -8,11 +8,12 @@ grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, options, recorded, tensors, validation
+from streammap import executor, layout, options, outbox, places, recorded, tensors, validation
 from streammap.engine import MEMORY, EngineOptions, Reader, engine
 from streammap.errors import OutputError
 from streammap.events import Listener, nobody
@@ -22,6 +23,10 @@ from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
 from streammap.spec import TensorSpec
+from streammap.storage import hubname
+from streammap.storage.hubsink import MESSAGE, Push
+from streammap.storage.remotesink import FILES
+from streammap.storage.sink import Sink
 from streammap.summary import Summary, summarize
 
 if TYPE_CHECKING:
@@ -183,7 +188,9 @@ class LazyCheckpoint:
         """Compute and write the result; the model is never held.
 
         Args:
-            output: A folder, or a file that ends in .safetensors or .pth.
+            output: A folder, or a file that ends in .safetensors or .pth; or a URL of one,
+                "s3://bucket/out", which shards are sent to one by one. "hf://org/name@branch" is
+                push_to_hub without its options.
             max_shard_size: "5GB" (10^9 bytes) or "500MiB" (2^20), or a number of bytes.
             overwrite: Whether an output that is there may be replaced.
             restart: Whether to begin anew where an earlier run was stopped. By default its
@@ -207,10 +214,73 @@ class LazyCheckpoint:
         if format not in FORMATS:
             raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
         where = Where(
-            Path(output), size, overwrite, fsync, engine(options), restart=restart,
+            places.local_path(output), size, overwrite, fsync, engine(options), restart=restart,
             format=format, nest=nest,
         )  # fmt: skip
+        if places.is_url(output):
+            return self._send(self._sink(str(output), where, options), where, progress)
         return executor.run(self.plan, where, progress)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = True,
+        branch: str = "main",
+        message: str = MESSAGE,
+        max_shard_size: str | int = MAX_SHARD_SIZE,
+        overwrite: bool = False,
+        restart: bool = False,
+        fsync: bool = True,
+        progress: Listener = nobody,
+        **options: Unpack[EngineOptions],
+    ) -> Report:
+        """Compute the result and push it to a repository of the Hub, shard by shard.
+
+        No copy of all is kept here: two shards at most. A run that was stopped goes on; what the
+        repository has already is not sent again.
+
+        Args:
+            repo: "org/name"; it is made when needed.
+            private: Whether a repository that is made is private.
+            branch: It is made when needed.
+            message: Of the commits.
+            max_shard_size: As for `save`, and so are the others.
+
+        Raises:
+            OutputError: no token, no right to write; a branch with a model, without `overwrite`.
+        """
+        size = layout.parse_size(max_shard_size)
+        side = self.plan.side
+        before = None if side is None else side.config
+        validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
+        where = Where(Path(), size, overwrite, fsync, engine(options), restart=restart)
+        push = Push(repo, branch, private, message)
+        return self._send(self._hub(push, options), where, progress)
+
+    def _sink(self, url: str, where: Where, options: EngineOptions) -> Sink:
+        """Where a URL leads."""
+        if where.format != "safetensors" and not url.endswith(FILES):
+            raise OutputError(
+                f"{url}: a folder of format {where.format} is written on this machine only",
+                hint="write it to a folder, and copy that",
+            )
+        if url.startswith("hf://"):
+            name = hubname.parse(url)
+            return self._hub(Push(name.repo, name.revision), options)
+        from streammap.storage.remotesink import RemoteSink
+
+        return RemoteSink(url)
+
+    def _hub(self, push: Push, options: EngineOptions) -> Sink:
+        from streammap import modelcard
+        from streammap.storage.hubsink import HubSink
+
+        return HubSink(push, partial(modelcard.card, self.plan, engine(options), name=push.repo))
+
+    def _send(self, sink: Sink, where: Where, progress: Listener) -> Report:
+        where = replace(where, path=outbox.spool_of(sink.label))
+        return executor.run(self.plan, where, progress, sink=sink)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
         op = options.resize(direction, self.plan, given)
@@ -222,17 +292,22 @@ def open(
     *,
     config: PathLike | Mapping[str, object] | None = None,
     arch: str | None = None,
+    stream: bool = False,
 ) -> LazyCheckpoint:
     """Open a folder or file of weights; no tensor is read.
 
     Args:
+        source: On this machine; "org/name" or "org/name@revision" on the Hub, where no folder has
+            that name; or a URL ("s3://bucket/folder").
         config: config.json, where it is not beside the weights.
         arch: Name of the architecture spec, where config.json does not tell.
+        stream: Whether to read from the Hub what is needed when it is, and keep nothing on disk,
+            instead of fetching files into the Hub's cache.
 
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch))
+    return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch, stream=stream))
 
 
 def load_into(
@@ -283,15 +358,16 @@ def coalesce(
     source: PathLike,
     output: PathLike,
     *,
+    stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     restart: bool = False,
     progress: Listener = nobody,
     **options: Unpack[RunOptions],
 ) -> Report:
-    """Write the coalesced `source` to `output`. See LazyCheckpoint.coalesce and .save."""
+    """Write the coalesced `source` to `output`. See open, LazyCheckpoint.coalesce and .save."""
     resize, run = _split(options)
-    with open(source) as lazy:
+    with open(source, stream=stream) as lazy:
         return lazy.coalesce(**resize).save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
             progress=progress, **run,
@@ -304,6 +380,7 @@ def decoalesce(
     *,
     blend_with: PathLike | None = None,
     alpha: float = 0.5,
+    stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     restart: bool = False,
@@ -313,13 +390,13 @@ def decoalesce(
     """Write the decoalesced `source` to `output`, blended with `blend_with` where it is given.
 
     The blend is (1 - alpha) * blend_with + alpha * grown, in the same pass.
-    See LazyCheckpoint.decoalesce, .interpolate and .save.
+    See open, LazyCheckpoint.decoalesce, .interpolate and .save.
     """
     resize, run = _split(options)
-    big = None if blend_with is None else open(blend_with)
+    big = None if blend_with is None else open(blend_with, stream=stream)
     if big is not None and resize.get("target") is None:
         resize["target"] = big
-    lazy = open(source).decoalesce(**resize)
+    lazy = open(source, stream=stream).decoalesce(**resize)
     with lazy if big is None else lazy.interpolate(big, alpha=alpha) as planned:
         return planned.save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
@@ -333,14 +410,16 @@ def interpolate(
     output: PathLike,
     *,
     alpha: float,
+    stream: bool = False,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     restart: bool = False,
     progress: Listener = nobody,
     **run: Unpack[EngineOptions],
 ) -> Report:
-    """Write (1 - alpha) * target + alpha * source to `output`. See LazyCheckpoint."""
-    with open(source).interpolate(target, alpha=alpha) as blended:
+    """Write (1 - alpha) * target + alpha * source to `output`. See open and LazyCheckpoint."""
+    other = open(target, stream=stream)
+    with open(source, stream=stream).interpolate(other, alpha=alpha) as blended:
         return blended.save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
             progress=progress, **run,

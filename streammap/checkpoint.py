@@ -5,7 +5,7 @@
              .metadata + *.distcp (torch.distributed.checkpoint)
     file     *.safetensors | *.pth, *.pt, *.bin (a state dict, or one under "model"/"state_dict")
 
-An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "model-...-of-..."}}
+It may be on this machine, on the Hub or at any URL: places.py.
 """
 
 import hashlib
@@ -17,25 +17,22 @@ from typing import TYPE_CHECKING, final
 from streammap import (
     dcpmeta,
     dcpsource,
-    header,
+    jsonfiles,
+    places,
     reading,
-    strictjson,
-    torchfile,
-    workfolder,
+    weightfiles,
 )  # fmt: skip
 from streammap.dcpsource import Chunks
-from streammap.errors import CheckpointError, some
+from streammap.errors import CheckpointError
 from streammap.header import Slot
 from streammap.spec import TensorSpec
+from streammap.storage.ahead import AheadFile, Window
 from streammap.storage.local import LocalFile
+from streammap.storage.place import OpenFile, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
-MAX_JSON_NBYTES = 100_000_000
 _STRIP = 64
 
 
@@ -48,6 +45,8 @@ class SourceFile:
     mtime_ns: int
     header_digest: str
     """sha256 of what says where its tensors are."""
+    version: str = ""
+    """What its place calls its content, where that isn't on this machine."""
 
 
 @final
@@ -56,7 +55,7 @@ class Checkpoint:
     """An opened source. Its bytes are read through `tensor` while it is open."""
 
     path: Path
-    """The folder or file, as given."""
+    """The folder or file, as given; a name only, where it isn't on this machine."""
     files: tuple[SourceFile, ...]
     slots: Mapping[str, Slot]
     """In the order of files and bytes."""
@@ -64,20 +63,47 @@ class Checkpoint:
     """Key -> name of its file."""
     config: Mapping[str, object] | None
     """config.json, or None where there is none."""
-    config_path: Path | None = None
-    """Where that was read."""
+    config_text: bytes | None = None
+    """The file's own bytes."""
     nest: str | None = None
     """The entry of a torch file that its state dict is nested under."""
     others: tuple[str, ...] = ()
     """What a torch file holds beside its state dict; not read."""
-    _opened: dict[str, LocalFile] = field(default_factory=dict, repr=False)
+    place: Place | None = None
+    """Where the files are; None for a checkpoint without any."""
+    _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
     chunks: Chunks | None = field(default=None, repr=False)
     """What reads tensors that lie in chunks."""
 
     @property
     def name(self) -> str:
         """The folder's or file's name."""
-        return self.path.resolve().name
+        return self.path.resolve().name if self.place is None else self.place.name
+
+    @property
+    def label(self) -> str:
+        """What to call it in full: its path, its repository and commit, its URL."""
+        return str(self.path if self.place is None else self.place)
+
+    @property
+    def address(self) -> str:
+        """What opens it again: an absolute path, hf:// with the commit, or a URL."""
+        return str(self.path.absolute()) if self.place is None else self.place.address
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Where it is, if not on this machine."""
+        return {} if self.place is None else self.place.origin
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine, and not just some of it."""
+        return not self.origin
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether each read goes over a network."""
+        return self.place is not None and self.place.is_streamed
 
     @property
     def folder(self) -> Path:
@@ -86,14 +112,16 @@ class Checkpoint:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The folder or file as given, and each file that is read."""
+        """The folder or file as given, and each file that is read; of this machine only."""
+        if not self.is_local:
+            return ()
         return (self.path, *(self.folder / file.name for file in self.files))
 
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape of a tensor."""
         return self.slots[key].spec
 
-    def file(self, key: str) -> LocalFile:
+    def file(self, key: str) -> OpenFile:
         """The opened file that holds `key`."""
         return self._opened[self.file_of[key]]
 
@@ -149,12 +177,11 @@ class Checkpoint:
             import torch
 
             return torch.empty(slot.spec.shape, dtype=dtype)
-        whole = self.file(key).bytes()
         end = slot.end
         if slot.strides is not None:
             reach = sum((n - 1) * s for n, s in zip(slot.spec.shape, slot.strides, strict=True))
             end = slot.start + (reach + 1) * dtype.itemsize
-        part = whole[slot.start : end]
+        part = self.file(key).part(slot.start, end)
         if slot.start % dtype.itemsize:
             part = part.clone()
         typed = part.view(dtype)
@@ -166,6 +193,22 @@ class Checkpoint:
         """Give back the memory of mapped pages."""
         for opened in self._opened.values():
             opened.release()
+
+    def expect(self, names: tuple[str, ...]) -> None:
+        """Be told that these files will be read, in this order; they may be fetched ahead."""
+        if self.place is not None:
+            self.place.expect(names)
+
+    def window(self, window: Window | None) -> None:
+        """Let reads over a network take from what `window` fetched ahead."""
+        for opened in self._opened.values():
+            if isinstance(opened, AheadFile):
+                opened.window = window
+
+    def cancel(self) -> None:
+        """Let reads that wait for a network end in an error."""
+        for opened in self._opened.values():
+            opened.cancel()
 
     def check_unchanged(self) -> None:
         """Refuse to go on with files that were written to since they were opened.
@@ -190,36 +233,42 @@ def _copy_strips(rows: "Tensor", out: "Tensor", release: Callable[[], None]) -> 
         release()
 
 
-def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, *, config: str | Path | None = None, stream: bool = False
+) -> Checkpoint:
     """Open a folder or file of weights: headers, index and config.json; no tensor is read.
 
     Args:
+        path: On this machine, "org/name" on the Hub, or a URL; see places.py.
         config: config.json, or a folder with one; by default the one beside the weights.
+        stream: Whether to read from the Hub as needed, instead of through its cache.
 
     Raises:
         CheckpointError: nothing there, or any file that is not what it says.
     """
-    path = Path(path)
     try:
-        return _open(path, config)
+        return _open(places.locate(path, stream=stream), places.local_path(path), config)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
 
 
-def _open(path: Path, config: str | Path | None) -> Checkpoint:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
-    if dcpmeta.is_folder(path):
-        return _open_chunked(path, config)
-    folder = path if path.is_dir() else path.parent
-    names, weight_map = _names_in(path) if path.is_dir() else ((path.name,), None)
+def _open(place: Place, path: Path, config: str | Path | None) -> Checkpoint:
+    if place.file is None and place.has(dcpmeta.METADATA):
+        if not place.origin and dcpmeta.is_folder(path):
+            return _open_chunked(place, path, config)
+        if place.origin and any(name.endswith(".distcp") for name in place.names()):
+            raise CheckpointError(
+                f"{place}: of torch.distributed.checkpoint, which is read on this machine only",
+                hint="download the folder first",
+            )
+    names, weight_map = weightfiles.names_in(place) if place.file is None else ((place.file,), None)
     files: list[SourceFile] = []
     slots: dict[str, Slot] = {}
     file_of: dict[str, str] = {}
+    opened: dict[str, OpenFile] = {}
     nest: str | None = None
     others: tuple[str, ...] = ()
-    for name in names:
-        found, digest, nest, others = _read_file(folder / name)
+    for name, (stat, found, digest, nest, others) in weightfiles.read_files(place, names):  # noqa: B007
         for slot in found:
             if slot.key in slots:
                 raise CheckpointError(
@@ -228,21 +277,21 @@ def _open(path: Path, config: str | Path | None) -> Checkpoint:
                 )
             slots[slot.key] = slot
             file_of[slot.key] = name
-        stat = (folder / name).stat()
-        files.append(SourceFile(name, stat.st_size, stat.st_mtime_ns, digest))
+        files.append(SourceFile(name, stat.nbytes, stat.mtime_ns, digest, stat.version))
+        opened[name] = place.open(name, stat)
     if weight_map is not None:
-        _check_index(path.name, weight_map, file_of)
-    opened = {f.name: LocalFile(folder / f.name, f.nbytes, f.mtime_ns) for f in files}
-    config_path = _find_config(folder, config)
-    found_config = None if config_path is None else read_json(config_path)
+        weightfiles.check_index(place.name, weight_map, file_of)
+    found_config, text = _find_config(place, config)
     return Checkpoint(
-        path, tuple(files), slots, file_of, found_config, config_path, nest, others, opened
+        path, tuple(files), slots, file_of, found_config, text, nest, others, place, opened
     )
 
 
-def _open_chunked(folder: Path, config: str | Path | None) -> Checkpoint:
+def _open_chunked(place: Place, folder: Path, config: str | Path | None) -> Checkpoint:
     """A folder of torch.distributed.checkpoint."""
-    both = [name for name in (*SINGLES, *INDEXES) if (folder / name).is_file()]
+    both = [
+        name for name in (*weightfiles.SINGLES, *weightfiles.INDEXES) if (folder / name).is_file()
+    ]
     if both:
         raise CheckpointError(
             f"{folder}: has {both[0]} and {dcpmeta.METADATA}, which may differ",
@@ -252,142 +301,35 @@ def _open_chunked(folder: Path, config: str | Path | None) -> Checkpoint:
     chosen = dcpsource.select(found, folder=str(folder))
     tensors = {key: found.tensors[name] for key, name in chosen.keys.items()}
     digest = hashlib.sha256((folder / dcpmeta.METADATA).read_bytes()).hexdigest()
-    files, opened = [], {}
+    files: list[SourceFile] = []
+    opened: dict[str, LocalFile] = {}
     for name in sorted({chunk.file for _, chunks in tensors.values() for chunk in chunks}):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: no such file", hint="copy all ranks' files")
-        stat = (folder / name).stat()
-        files.append(SourceFile(name, stat.st_size, stat.st_mtime_ns, digest))
-        opened[name] = LocalFile(folder / name, stat.st_size, stat.st_mtime_ns)
+        stat = place.stat(name)
+        files.append(SourceFile(name, stat.nbytes, stat.mtime_ns, digest))
+        opened[name] = LocalFile(folder / name, stat.nbytes, stat.mtime_ns)
     slots = {key: Slot(key, spec, 0) for key, (spec, _) in tensors.items()}
     file_of = {key: chunks[0].file for key, (_, chunks) in tensors.items() if chunks}
-    path = _find_config(folder, config)
+    found_config, text = _find_config(place, config)
     return Checkpoint(
-        folder, tuple(files), slots, file_of, None if path is None else read_json(path), path,
-        chosen.nest, chosen.others, opened, Chunks(tensors, opened),
+        folder, tuple(files), slots, file_of, found_config, text,
+        chosen.nest, chosen.others, place, dict(opened), Chunks(tensors, opened),
     )  # fmt: skip
 
 
-def read_json(path: Path) -> Mapping[str, object]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: too large, unreadable, not JSON, or not an object.
-    """
-    try:
-        content = strictjson.loads(reading.content(path, limit=MAX_JSON_NBYTES))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON: {error}", hint="mend the file") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: a JSON object is expected, found {type(content).__name__}")
-    return content
-
-
-def _names_in(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    if (folder / workfolder.SUFFIX / workfolder.MARK).exists():
-        raise CheckpointError(
-            f"{folder}: a run that was putting its result here was stopped",
-            hint="run its command again, which finishes it",
-        )
-    for single, index in zip(SINGLES, INDEXES, strict=True):
-        has_single, has_index = (folder / single).is_file(), (folder / index).is_file()
-        if has_single and has_index:
-            raise CheckpointError(
-                f"{folder}: has {single} and {index}, which may differ",
-                hint="remove the stale one, or name the file",
-            )
-        if has_single:
-            return (single,), None
-        if has_index:
-            weight_map = _weight_map(folder / index)
-            return tuple(sorted(set(weight_map.values()))), weight_map
-    loose = sorted(file.name for file in folder.glob("*.safetensors"))
-    loose = [name for name in loose if not name.startswith(".") and ".map." not in name]
-    loose = loose or sorted(
-        file.name for suffix in TORCH_SUFFIXES for file in folder.glob(f"*{suffix}")
-        if file.name not in ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
-    )  # fmt: skip
-    if len(loose) == 1:
-        return (loose[0],), None
-    if loose:
-        raise CheckpointError(
-            f"{folder}: {len(loose)} weight files and no index: {some(loose)}",
-            hint=f"name one of them, {folder / loose[0]}",
-        )
-    raise CheckpointError(
-        f"{folder}: no weights: expected one of {', '.join((*SINGLES, *INDEXES))}",
-        hint="name a checkpoint folder, a .safetensors or a .pth file",
-    )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map", hint="download the index again")
-    for key, name in weight_map.items():
-        header.check_key(index.name, key)
-        if not (isinstance(name, str) and reading.is_plain_name(name)):
-            raise CheckpointError(
-                f"{index}: {key} is said to be in {name!r}, expected a file of the same folder",
-                hint="do not use this checkpoint: a wrong index can point anywhere",
-            )
-    return weight_map
-
-
-def _check_index(folder: str, weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> None:
-    wrong = [key for key, name in weight_map.items() if file_of.get(key) != name]
-    if wrong:
-        key = wrong[0]
-        where = f"it is in {file_of[key]}" if key in file_of else "no shard has it"
-        raise CheckpointError(
-            f"{folder}: the index says {key} is in {weight_map[key]}, {where}"
-            f" ({len(wrong)} such keys)",
-            hint="download the index and shards again",
-        )
-    surplus = [key for key in file_of if key not in weight_map]
-    if surplus:
-        raise CheckpointError(
-            f"{folder}: the shards have {len(surplus)} tensors that the index lacks: "
-            f"{some(surplus)}",
-            hint="download the index and shards again",
-        )
-
-
-def _read_file(path: Path) -> tuple[tuple[Slot, ...], str, str | None, tuple[str, ...]]:
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file", hint="download the missing shard")
-    if path.suffix in TORCH_SUFFIXES:
-        content = torchfile.read(path)
-        text = repr([(slot.key, slot.spec, slot.start) for slot in content.slots]).encode()
-        return content.slots, hashlib.sha256(text).hexdigest(), content.nest, content.others
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path}: a {path.suffix or 'file without ending'} is no weight file",
-            hint=f"expected .safetensors, {', '.join(TORCH_SUFFIXES)}",
-        )
-    slots, text = header.read(path)
-    return slots, hashlib.sha256(text).hexdigest(), None, ()
-
-
-def _find_config(folder: Path, given: str | Path | None) -> Path | None:
+def _find_config(
+    place: Place, given: str | Path | None
+) -> tuple[Mapping[str, object] | None, bytes | None]:
     if given is not None:
-        return _config_at(Path(given))
-    path = folder / "config.json"
-    if not path.is_file():
-        return None
-    if not reading.is_own(folder, path):
+        return jsonfiles.config_at(given)
+    if not place.has("config.json"):
+        return None, None
+    path = place.path("config.json")
+    if path is not None and not place.origin and not reading.is_own(path.parent, path):
         # It is written out again: what it links to could be anyone's secret.
         raise CheckpointError(
             f"{path}: a link out of the checkpoint, to {path.resolve()}",
             hint=f"if it is meant, give it by name: --config {path}",
         )
-    return path
-
-
-def _config_at(path: Path) -> Path:
-    return path / "config.json" if path.is_dir() else path
-
-
-def read_config(path: str | Path) -> Mapping[str, object]:
-    """The config.json at `path`, or in the folder `path`."""
-    return read_json(_config_at(Path(path)))
+    return jsonfiles.read_in(place, "config.json")

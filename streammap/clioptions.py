@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
+_PUSH = ("push_to_hub", "branch", "public", "commit_message")
 _RUN = (
     "max_shard_size", "overwrite", "restart", "no_fsync", "format", "nest", "quiet", "as_json",
-    "memory", "threads", "device", "reader",
+    "memory", "threads", "device", "reader", *_PUSH,
 )  # fmt: skip
 SPACES = {
     "hidden": "The hidden size",
@@ -29,6 +30,10 @@ SPACES = {
 
 def source_options(command: Command) -> Command:
     """Where the source is, and by which spec it is read."""
+    command = click.option(
+        "--stream", is_flag=True,
+        help="Read a model of the Hub as needed, instead of through the Hub's cache.",
+    )(command)  # fmt: skip
     command = click.option(
         "--config", metavar="FILE", help="config.json of SRC, where it is not beside the weights."
     )(command)
@@ -103,6 +108,15 @@ def output_options(command: Command) -> Command:
         ),
         click.option("--overwrite", is_flag=True, help="Replace an output that is there."),
         click.option(
+            "--push-to-hub", metavar="ORG/NAME",
+            help="Push the result to the Hub, shard by shard, instead of writing OUT.",
+        ),
+        click.option("--branch", metavar="NAME", help="Of --push-to-hub.  [default: main]"),
+        click.option(
+            "--public", is_flag=True, help="Make the repository public, where it is made."
+        ),
+        click.option("--commit-message", metavar="TEXT", help="Of --push-to-hub's commits."),
+        click.option(
             "--restart", is_flag=True,
             help="Begin anew where an earlier run was stopped, instead of going on.",
         ),
@@ -119,6 +133,26 @@ def output_options(command: Command) -> Command:
     )):  # fmt: skip
         command = option(command)
     return json_option(engine_options(command))
+
+
+def push_of(options: Mapping[str, Any], output: str | None) -> dict[str, Any] | None:
+    """How to push; None where the output is not a repository of the Hub."""
+    repo = options["push_to_hub"]
+    if repo is not None and output is not None:
+        raise click.UsageError("give OUT or --push-to-hub, not both")
+    if repo is None and output is None:
+        raise click.UsageError("give OUT, or --push-to-hub ORG/NAME")
+    if repo is None and output is not None and output.startswith("hf://"):
+        repo = output.removeprefix("hf://")
+    if repo is None:
+        given = [name for name in _PUSH if options[name]]
+        if given:
+            raise click.UsageError(f"--{given[0].replace('_', '-')} goes with --push-to-hub")
+        return None
+    repo, _, branch = repo.partition("@")
+    found = {"branch": options["branch"] or branch, "message": options["commit_message"]}
+    given_ones = {name: value for name, value in found.items() if value}
+    return {"repo": repo, "private": not options["public"], **given_ones}
 
 
 def reading_options(command: Command) -> Command:

@@ -91,8 +91,8 @@ def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
         streammap spec infer bert-base-uncased/ > mine.toml
     """
     from streammap import proof
-    from streammap.checkpoint import read_config
     from streammap.inference import infer as inference
+    from streammap.jsonfiles import read_config
 
     config = read_config(source)
     found = inference.infer(config, name=name or str(config.get("model_type", "mine")))

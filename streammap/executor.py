@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from streammap import dcpwriter, devices, graph, layout, making, memory
+from streammap import dcpwriter, devices, graph, layout, making, memory, outbox
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
@@ -15,6 +15,7 @@ from streammap.layout import Shard
 from streammap.making import Where
 from streammap.memory import Memory
 from streammap.plan import Plan
+from streammap.storage.sink import Sink
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,12 @@ def fit(plan: Plan, engine: Engine) -> Memory:
         OutputError: the engine's is too little.
     """
     forms = plan.targets.values()
-    return memory.fit(forms, budget=engine.memory_nbytes, n_workers=engine.n_threads)
+    return memory.fit(
+        forms,
+        budget=engine.memory_nbytes,
+        n_workers=engine.n_threads,
+        is_streamed=any(source.is_streamed for source in plan.sources),
+    )
 
 
 def device(plan: Plan, engine: Engine) -> Choice:
@@ -78,8 +84,11 @@ def read_nbytes(plan: Plan) -> int:
     return sum(found.spec.nbytes for found in loads if not graph.is_constant(found))
 
 
-def run(plan: Plan, where: Where, listener: Listener) -> Report:
+def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = None) -> Report:
     """Write a plan's result.
+
+    Args:
+        sink: Where it goes, if not to a place of this machine; `where.path` is the spool then.
 
     Raises:
         OutputError: the place is taken, too small, or can't be written.
@@ -87,12 +96,16 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
     """
     started, cpu = time.perf_counter(), time.process_time()
     fitted, choice = fit(plan, where.engine), device(plan, where.engine)
-    shards = _arranged(plan, where)
+    label = str(where.path) if sink is None else sink.label
+    shards = _arranged(plan, where, sink)
     total = sum(shard.nbytes for shard in shards)
     try:
-        done = making.make(plan, where, shards, (fitted, choice), listener)
+        if sink is None:
+            done = making.make(plan, where, shards, (fitted, choice), listener)
+        else:
+            done = outbox.send(plan, where, sink, shards, (fitted, choice), listener)
     except OSError as error:
-        text = f"{where.path}: {error.strerror or error}"
+        text = f"{label}: {error.strerror or error}"
         made = OutputError(text, hint="check the path and the disk")
         for note in getattr(error, "__notes__", ()):
             made.add_note(note)
@@ -100,7 +113,7 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
     listener(Finished())
     promise, reason = plan.promise
     return Report(
-        output=str(where.path),
+        output=label,
         n_tensors=len(plan.targets),
         n_shards=len(shards),
         nbytes_read=done.n_read,
@@ -118,10 +131,11 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
     )
 
 
-def _arranged(plan: Plan, where: Where) -> tuple[Shard, ...]:
+def _arranged(plan: Plan, where: Where, sink: Sink | None) -> tuple[Shard, ...]:
     if where.format == "dcp":
         return dcpwriter.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes)
     single = where.path.name if where.is_file else None
+    single = sink.file if sink is not None else single
     return layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
 
 

@@ -9,6 +9,7 @@ then the tensors' bytes, without a gap, to the end of the file.
 Offsets count from the end of the header. Everything a header could lie about is refused here.
 """
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from streammap.spec import DTYPE_BITS, TensorSpec
 
 MAX_HEADER_NBYTES = 100_000_000
 """The format's own limit."""
+FIRST_NBYTES = 2**16
+"""What is fetched of a file that is elsewhere, before the header's length is known."""
 MAX_KEY_LETTERS = 1024
 MAX_DIMS = 64
 _MAX_SIZE = 2**63 - 1
@@ -60,6 +63,23 @@ def read(path: Path) -> tuple[tuple[Slot, ...], bytes]:
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from error
     return decode(text, file=path.name, file_nbytes=size), text
+
+
+def read_from(name: str, file: io.RawIOBase) -> tuple[tuple[Slot, ...], bytes]:
+    """The same of a file that is elsewhere.
+
+    Raises:
+        CheckpointError: whatever is wrong with the file, or it can't be read.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    # One round trip for most headers.
+    first = file.read(min(size, FIRST_NBYTES)) or b""
+    n = _header_nbytes(name, first[:8], size)
+    text = first[8 : 8 + n]
+    if len(text) < n:
+        text += file.read(n - len(text)) or b""
+    return decode(text, file=name, file_nbytes=size), text
 
 
 def decode(text: bytes, *, file: str, file_nbytes: int) -> tuple[Slot, ...]:

@@ -35,6 +35,7 @@ def request_of(
                         "nbytes": f.nbytes,
                         "mtime_ns": f.mtime_ns,
                         "header_sha256": f.header_digest,
+                        **({"version": f.version} if f.version else {}),
                     }
                     for f in source.files
                 },

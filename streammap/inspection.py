@@ -133,7 +133,7 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
     for form in plan.targets.values():
         dtypes[form.spec.dtype] = dtypes.get(form.spec.dtype, 0) + form.spec.nbytes
     return Inspection(
-        path=str(plan.sources[0].path),
+        path=plan.sources[0].label,
         architecture=architecture,
         problem=problem,
         hint=hint,

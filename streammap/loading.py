@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -16,6 +17,7 @@ from streammap import (
     memory,
     modules,
     pipeline,
+    readahead,
     regions,
     runtimenames,
     schedule,
@@ -322,10 +324,14 @@ def _run(
             held = torch.frombuffer(view, dtype=dtype)
             take(work, place.offset // dtype.itemsize, held)
 
+    sources = readahead.sources_of(targets.values())
+    for source in sources:
+        source.expect(())
     with making.torch_threads():
         return pipeline.run(
             schedule.bundles(targets, slots, fitted, rows=rows), fitted, write,
             listener=listener, mapped=engine.reader == "mmap", device=device,
+            cancel=partial(readahead.cancel, sources),
         )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, final
 
@@ -23,9 +24,11 @@ from streammap import (
     mapfile,
     output,
     pipeline,
+    readahead,
     record,
     schedule,
     sidefiles,
+    sidelist,
     workfolder,
 )
 from streammap import writer as writing
@@ -112,7 +115,9 @@ def make(
     path = workfolder.place_of(where.path, is_file=where.is_file)
     small, side = _small_files(plan, where)
     _check_place(plan, where, path)
-    output.check_names(where.folder, [*(s.name for s in shards), *small, *side, where.record])
+    fetched = () if where.is_file else sidelist.elsewhere(plan.side)
+    names = [*(s.name for s in shards), *small, *side, *fetched, where.record]
+    output.check_names(where.folder, names)
     request = identity.request_of(
         plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION, nest=where.nest
     )
@@ -219,10 +224,13 @@ class _Run:
         listener(Started(len(plan.targets), plan.nbytes, writer.resumed_nbytes))
         jobs = schedule.bundles(plan.targets, writer.slots(), self._memory)
         computes = any(form.copied is None for form in plan.targets.values())
-        with torch_threads() if computes else contextlib.nullcontext():
+        readahead.expect(plan, writer.slots())
+        ahead = readahead.ahead(jobs, plan, self._memory.ahead_nbytes)
+        with torch_threads() if computes else contextlib.nullcontext(), ahead as bundles:
             n_read = pipeline.run(
-                jobs, self._memory, writer.write,
+                bundles, self._memory, writer.write,
                 listener=told, mapped=engine.reader == "mmap", device=self._choice.device,
+                cancel=partial(readahead.cancel, plan.sources),
             )  # fmt: skip
         writer.finish()
         return n_read
@@ -235,6 +243,9 @@ class _Run:
         for name, path in side.items():
             if name not in small:
                 out.copy(name, path)
+        for name in () if where.is_file else sidelist.elsewhere(self._plan.side):
+            if name not in small and self._plan.side is not None:
+                out.add(name, sidelist.fetch(self._plan.side, name))
         if where.format == "dcp":
             nest = _nest(self._plan) if where.nest is None else where.nest
             out.add(dcpmeta.METADATA, dcpwriter.metadata(self._shards, nest))

@@ -12,16 +12,18 @@ import hashlib
 import itertools
 import json
 import struct
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammap import header, maps, torchfile
+from streammap import header, maps, places, torchfile
 from streammap.errors import CheckpointError, SchemeError
 from streammap.maps import AxisMap, BlockMap, DenseMap
 from streammap.spec import TensorSpec
 from streammap.storage.local import LocalFile
+from streammap.storage.place import OpenFile, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +83,43 @@ def find(path: Path) -> tuple[Level, ...]:
         if place.is_file():
             return load(place)
     return ()
+
+
+def find_at(place: Place) -> tuple[Level, ...]:
+    """The same for a place that may be elsewhere.
+
+    Raises:
+        SchemeError: a map file that is wrong.
+        CheckpointError: it can't be fetched.
+    """
+    name = place.file
+    names = NAMES if name is None else (beside(Path(name)).name, *NAMES)
+    for name in names:
+        if place.has(name):
+            path = place.path(name)
+            if path is not None:
+                return load(path)
+            with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
+                path = Path(folder) / name
+                path.write_bytes(place.read(name, limit=_MAX_NBYTES))
+                return load(path)
+    return ()
+
+
+def load_from(source: str | Path) -> tuple[Level, ...]:
+    """The levels of a map file, or of a folder that has one, here or elsewhere.
+
+    Raises:
+        SchemeError: there is none, or it is wrong in itself.
+        CheckpointError: it can't be fetched.
+    """
+    if not places.is_elsewhere(source):
+        return load(places.local_path(source))
+    place = places.locate(source, stream=False)
+    found = find_at(place)
+    if not found:
+        raise SchemeError(f"{place}: no {NAME} and no {ORIGINAL} in it")
+    return found
 
 
 def load(path: Path) -> tuple[Level, ...]:
@@ -242,7 +281,7 @@ def _load_original(path: Path) -> Level:
     merging: dict[str, AxisMap] = {}
     stat = path.stat()
     slots = {name: slot for name, slot in content.items() if slot is not None}
-    opened = {path.name: LocalFile(path, stat.st_size, stat.st_mtime_ns)}
+    opened: dict[str, OpenFile] = {path.name: LocalFile(path, stat.st_size, stat.st_mtime_ns)}
     tensors = Checkpoint(path, (), slots, dict.fromkeys(slots, path.name), None, _opened=opened)
     for name, axis in (*_ORIGINAL_AXES.items(), ("R", "layer")):
         if name not in content:

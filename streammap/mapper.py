@@ -20,11 +20,11 @@ from typing import Self, Unpack, final
 from streammap import api, executor, layout, recorded, scheme
 from streammap import sizes as axes
 from streammap.api import LazyCheckpoint
-from streammap.checkpoint import read_config
 from streammap.engine import EngineOptions, engine
 from streammap.errors import PlanError
 from streammap.events import Listener, nobody
 from streammap.executor import Report
+from streammap.jsonfiles import read_config
 from streammap.making import Where
 from streammap.operators import resize
 from streammap.operators.resize import Direction, Resize
@@ -206,7 +206,7 @@ class _TextMapper(_Mapper):
             source,
             sizes,
             config,
-            lambda: api.open(Path(_given("tgt_dir", tgt_dir))),
+            lambda: api.open(_given("tgt_dir", tgt_dir)),
             None if save_dir is None else Path(save_dir),
             _groups(width_scheme, depth_scheme),
             rule,

@@ -3,6 +3,7 @@
     base       streammap's modules and torch's kernels, once they are used
     tensors    the plan, and bookkeeping of the run: about 2 kB for each
     matrices   dense maps, which are held
+    network    a client and what it fetched ahead, where sources are read over one
     workers    each: a few places for parts of sources, a tile of the result, and scratch
 
 The tile is what the budget leaves room for, up to 2 MiB: larger ones are not faster. It is computed
@@ -25,6 +26,10 @@ TENSOR_NBYTES = 2200
 """What a plan and its run keep for each tensor; bench/tensors.py prints it."""
 PRODUCT_NBYTES = 10 * 2**20
 """What the library of matrix products keeps for each thread; measured."""
+NETWORK_NBYTES = 30 * 2**20
+"""A client for a network, its connections, and what they receive; measured."""
+MAX_AHEAD_NBYTES = 64 * 2**20
+MIN_AHEAD_NBYTES = 4 * 2**20
 MAX_TILE_NBYTES = 2 * 2**20
 MIN_TILE_NBYTES = 2**14
 CHUNK_NBYTES = 2**20
@@ -64,6 +69,8 @@ class Memory:
     dense_tile_nbytes: int
     """0 where there is no dense map."""
     matrices_nbytes: int
+    ahead_nbytes: int = 0
+    """What is fetched before it is used, where sources are read over a network."""
 
     @property
     def limits(self) -> Limits:
@@ -82,7 +89,9 @@ class Memory:
     def fixed_nbytes(self) -> int:
         """What is taken whatever the tiles are."""
         products = PRODUCT_NBYTES * self.n_workers if self.matrices_nbytes else 0
-        return BASE_NBYTES + TENSOR_NBYTES * self.n_tensors + self.matrices_nbytes + products
+        network = NETWORK_NBYTES + self.ahead_nbytes if self.ahead_nbytes else 0
+        tensors = TENSOR_NBYTES * self.n_tensors
+        return BASE_NBYTES + tensors + self.matrices_nbytes + products + network
 
     @property
     def peak_nbytes(self) -> int:
@@ -110,13 +119,16 @@ def n_processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def fit(forms: Iterable[Form], *, budget: int | None, n_workers: int | None) -> Memory:
+def fit(
+    forms: Iterable[Form], *, budget: int | None, n_workers: int | None, is_streamed: bool = False
+) -> Memory:
     """The memory of a run within a budget.
 
     Args:
         budget: Bytes that the run may add to the process; None for what is best.
         n_workers: Threads; by default one a processor, but two at least, and fewer where the
             budget is small.
+        is_streamed: Whether sources are read over a network.
 
     Raises:
         OutputError: no tile fits, or no thread is asked for.
@@ -132,7 +144,10 @@ def fit(forms: Iterable[Form], *, budget: int | None, n_workers: int | None) -> 
             least = max(least, longest * _MAX_ITEM_NBYTES)
             matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
     wanted = n_workers or min(max(2, n_processors()), _MAX_WORKERS)
-    found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()))
+    ahead = 0
+    if is_streamed:
+        ahead = max(min(MAX_AHEAD_NBYTES, (budget or 2**40) // 4), MIN_AHEAD_NBYTES)
+    found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()), ahead)
     if budget is None:
         budget = found.peak_nbytes + 4 * _TILES_NBYTES
     # Fewer workers rather than tiles so small that each costs more than it holds.

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from streammap import architecture, mapfile, requests, scheme, sizes
 from streammap.axisrequests import KvMerge
-from streammap.checkpoint import read_config
 from streammap.errors import PlanError
+from streammap.jsonfiles import read_config
 from streammap.operators.resize import Direction, NewLayers, Resize
 from streammap.planner import Rule
 from streammap.requests import Grouping
@@ -95,7 +95,7 @@ def resize(direction: Direction, plan: "Plan", options: ResizeOptions) -> Resize
         width=options.get("width"),
         depth=options.get("depth"),
         grouping=options.get("grouping", "stacked"),
-        levels=None if map_file is None else mapfile.load(Path(map_file)),
+        levels=None if map_file is None else mapfile.load_from(map_file),
         target=None if target is None else _target_sizes(plan, target),
         rule=options.get("rule", "exact"),
         spaces={

@@ -31,9 +31,11 @@ def run(
     listener: Listener,
     mapped: bool,
     device: str,
+    cancel: Callable[[], None],
 ) -> int:
     """Do all bundles; gives the bytes that were read.
 
+    `cancel` ends reads that wait for a network, where the run ends in an error.
     `write` is called by the threads, with each job and its bytes; `listener` by the caller's own.
     What any of them raises is raised here, once no thread goes on.
     """
@@ -42,10 +44,10 @@ def run(
         threading.Thread(target=_work, args=(shared, memory), name=f"streammap-{i}")
         for i in range(memory.n_workers)
     ]
+    active = len(threads)
     try:
         for thread in threads:
             thread.start()
-        active = len(threads)
         while active:
             error = None
             try:
@@ -58,6 +60,8 @@ def run(
             shared.tell(listener)
     finally:
         shared.stops = True
+        if active:
+            cancel()
         for thread in threads:
             if thread.ident is not None:
                 thread.join()

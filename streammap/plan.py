@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, final
 
-from streammap import graph, memory, model
+from streammap import graph, memory, model, sidelist
 from streammap.checkpoint import Checkpoint
 from streammap.errors import some
 from streammap.graph import Form
@@ -96,6 +96,8 @@ class Plan:
             for source in self.sources
             if source.others
         ]
+        if self.side is not None and (large := sidelist.left(self.side)):
+            left.append(f"{self.side.name}: {some(large)}: large, not copied along")
         return (*left, *(note for step in self.steps for note in step.notes))
 
     @cached_property
@@ -134,7 +136,16 @@ class Plan:
         content = {
             "format": FORMAT,
             "sources": [
-                [[f.name, f.nbytes, f.mtime_ns, f.header_digest] for f in source.files]
+                [
+                    [
+                        f.name,
+                        f.nbytes,
+                        f.mtime_ns,
+                        f.header_digest,
+                        *([f.version] * bool(f.version)),
+                    ]
+                    for f in source.files
+                ]
                 for source in self.sources
             ],
             "steps": [[step.operator, dict(step.options)] for step in self.steps],

@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import final
 
-from streammap import mapfile, plan, resizejson
-from streammap.checkpoint import open_checkpoint, read_config
+from streammap import mapfile, places, plan, resizejson
+from streammap.checkpoint import Checkpoint, open_checkpoint
 from streammap.errors import PlanError, SchemeError, some
+from streammap.jsonfiles import read_config
 from streammap.lineage import Call
 from streammap.mapfile import Level
 from streammap.operators.interpolate import Interpolate
@@ -25,20 +26,23 @@ def open_source(
     config: str | Path | Mapping[str, object] | None = None,
     arch: str | None = None,
     maps: tuple[Level, ...] | None = None,
+    stream: bool = False,
 ) -> Plan:
     """A folder or file of weights, as it is.
 
     Args:
+        stream: Whether a model of the Hub is read as needed; no part of the record.
         maps: The maps saved with it; None to look for them.
 
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    opened = open_checkpoint(source, config=None if isinstance(config, Mapping) else config)
+    path = None if isinstance(config, Mapping) else config
+    opened = open_checkpoint(source, config=path, stream=stream)
     if isinstance(config, Mapping):
-        opened = replace(opened, config=config, config_path=None)
-    levels = mapfile.find(opened.path) if maps is None else maps
-    options: dict[str, object] = {"path": str(opened.path.absolute())}
+        opened = replace(opened, config=config, config_text=None)
+    levels = _levels(opened) if maps is None else maps
+    options: dict[str, object] = {"path": opened.address}
     if config is not None:
         options["config"] = dict(config if isinstance(config, Mapping) else read_config(config))
     if arch is not None:
@@ -52,6 +56,11 @@ def _is_spec_file(arch: str) -> bool:
         return Path(arch).is_file()
     except OSError:  # no name that a file can have
         return False
+
+
+def _levels(opened: Checkpoint) -> tuple[Level, ...]:
+    """The maps saved with a checkpoint."""
+    return () if opened.place is None else mapfile.find_at(opened.place)
 
 
 def resize(source: Plan, op: Resize) -> Plan:
@@ -132,7 +141,8 @@ class _Builder:
             raise PlanError(f"open: unknown option {some(sorted(unknown))}")
         place = self._moved.get(path, path)
         try:
-            found = mapfile.find(Path(place)) if call.digests else ()
+            near = places.locate(place, stream=False)
+            found = mapfile.find_at(near) if call.digests else ()
         except OSError as error:
             raise PlanError(f"open: {place}: {error.strerror}", hint="say where it is") from error
         return open_source(place, config=_config(call), arch=arch, maps=self._maps(call, found))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from streammap import lineage, mapfile, record, recorded
 from streammap.api import LazyCheckpoint
-from streammap.checkpoint import read_json
 from streammap.errors import PlanError, some
+from streammap.jsonfiles import read_json
 from streammap.lineage import Call
 from streammap.mapfile import Level
 

@@ -10,25 +10,18 @@ import fnmatch
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
-from streammap import lineage, mapfile, reading
-from streammap.checkpoint import MAX_JSON_NBYTES, Checkpoint, read_json
+from streammap import lineage, mapfile, reading, sidelist
+from streammap.checkpoint import Checkpoint
 from streammap.errors import ArchitectureError, CheckpointError, OutputError
+from streammap.jsonfiles import parse_json, read_json
 from streammap.plan import FORMAT, Plan
 
 PROVENANCE = "streammap.json"
-_SKIPPED = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
-    "*.onnx_data", "*.gguf", "*.npz", "*.distcp", "*.ot", "*.tflite", "*.index.json", "config.json",
-    "streammap.*", "*.streammap.json", ".*", "trainer_state.json", "events.out.tfevents.*",
-)  # fmt: skip
-_SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")
-_SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",
-                    "__pycache__")  # fmt: skip
 _POOLED = ("word_embedding_dimension", "embedding_dimension")
-_MAX_DEPTH = 3
 _MAX_NBYTES = 1_000_000_000
 _MAX_TOTAL_NBYTES = 4_000_000_000
 _MAX_FILES = 10_000
@@ -40,7 +33,7 @@ def copied(side: Checkpoint | None) -> dict[str, Path]:
     Raises:
         CheckpointError: a link that leads out of the folder, something that is no file.
     """
-    if side is None or not side.path.is_dir():
+    if side is None or not side.is_local or not side.path.is_dir():
         return {}
     found: dict[str, Path] = {}
     total = 0
@@ -64,15 +57,19 @@ def contents(plan: Plan) -> dict[str, bytes]:
     """
     found: dict[str, bytes] = {}
     for name, path in copied(plan.side).items():
-        changed = _resized(name, path, plan.sized)
+        changed = _resized(name, partial(read_json, path), plan.sized)
+        if changed is not None:
+            found[name] = changed
+    for name in sidelist.elsewhere(plan.side):
+        changed = _resized(name, partial(_fetched, plan.side, name), plan.sized)
         if changed is not None:
             found[name] = changed
     if plan.levels:
         found[mapfile.NAME] = mapfile.encode(plan.levels)
     if plan.config is not None:
-        original = None if plan.side is None else plan.side.config_path
+        original = None if plan.side is None else plan.side.config_text
         if original is not None and plan.side is not None and plan.config == plan.side.config:
-            found["config.json"] = reading.content(original, limit=MAX_JSON_NBYTES)
+            found["config.json"] = original
         else:
             found["config.json"] = _json(plan.config)
     return found
@@ -94,8 +91,14 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
         "sources": [
             {
                 "name": source.name,
+                **source.origin,
                 "files": [
-                    {"name": f.name, "nbytes": f.nbytes, "header_sha256": f.header_digest}
+                    {
+                        "name": f.name,
+                        "nbytes": f.nbytes,
+                        "header_sha256": f.header_digest,
+                        **({"version": f.version} if f.version else {}),
+                    }
                     for f in source.files
                 ],
             }
@@ -116,10 +119,10 @@ def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
     for entry in sorted(folder.iterdir()):
         name = entry.name
         if entry.is_dir():
-            if depth < _MAX_DEPTH and not entry.is_symlink() and not _is_apart(entry):
+            if depth < sidelist.MAX_DEPTH and not entry.is_symlink() and not _is_apart(entry):
                 yield from _walk(root, entry, depth + 1)
             continue
-        globs = _SKIPPED if folder == root else _SKIPPED_INSIDE
+        globs = sidelist.SKIPPED if folder == root else sidelist.SKIPPED_INSIDE
         if any(fnmatch.fnmatchcase(name, glob) for glob in globs):
             continue
         inside = entry.relative_to(root).as_posix()
@@ -133,7 +136,7 @@ def _walk(root: Path, folder: Path, depth: int) -> Iterator[tuple[str, Path]]:
 
 def _is_apart(folder: Path) -> bool:
     """Whether a folder is no part of the model: another format, a run, another checkpoint."""
-    if any(fnmatch.fnmatchcase(folder.name, glob) for glob in _SKIPPED_FOLDERS):
+    if any(fnmatch.fnmatchcase(folder.name, glob) for glob in sidelist.SKIPPED_FOLDERS):
         return True
     config = folder / "config.json"
     return (folder / PROVENANCE).is_file() or (
@@ -162,12 +165,19 @@ def _checked(root: Path, entry: Path) -> Path:
     return real
 
 
-def _resized(name: str, path: Path, sized: Mapping[str, tuple[int, int]]) -> bytes | None:
+def _fetched(side: Checkpoint | None, name: str) -> Mapping[str, object]:
+    assert side is not None
+    return parse_json(sidelist.fetch(side, name), name)
+
+
+def _resized(
+    name: str, read: Callable[[], Mapping[str, object]], sized: Mapping[str, tuple[int, int]]
+) -> bytes | None:
     """A sentence-transformers module's config for the new hidden size; None to copy it."""
     old, new = sized.get("embed", (0, 0))
     if old == new or not fnmatch.fnmatchcase(name, "*/config.json"):
         return None
-    content = dict(read_json(path))
+    content = dict(read())
     fields = [name for name in _POOLED if content.get(name) == old]
     if fields:
         return _json({**content, **dict.fromkeys(fields, new)})

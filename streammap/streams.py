@@ -8,12 +8,13 @@ tile of the first. A piece's bytes are there until the function returns.
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar, final
 
 import torch
 from torch import Tensor
 
-from streammap import kernels, memory, pipeline, schedule
+from streammap import kernels, memory, pipeline, readahead, schedule
 from streammap.buffers import Buffer
 from streammap.compiler import Programs
 from streammap.dtypes import to_torch
@@ -111,11 +112,15 @@ def each(
                 collect(place.file, result)
 
     listener(Started(len(held), sum(form.spec.nbytes for form in held.values())))
+    sources = readahead.sources_of((*held.values(), *others.values()))
+    for source in sources:
+        source.expect(())
     slots = ((key, Slot(key, form.spec, 0)) for key, form in held.items())
     with kernels.one_thread_each():
         pipeline.run(
             schedule.bundles(held, slots, found), found, write,
             listener=listener, mapped=engine.reader == "mmap", device="cpu",
+            cancel=partial(readahead.cancel, sources),
         )  # fmt: skip
     listener(Finished())
 

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from streammap import dcpmeta, header, reading, torchfile
-from streammap.checkpoint import (
-    INDEXES,
-    TORCH_SUFFIXES,
-    Checkpoint,
-    SourceFile,
-    open_checkpoint,
-    read_json,
-)  # fmt: skip
+from streammap.checkpoint import Checkpoint, SourceFile, open_checkpoint
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
+from streammap.jsonfiles import read_json
 from streammap.storage.local import LocalFile
+from streammap.storage.place import OpenFile
+from streammap.weightfiles import INDEXES, TORCH_SUFFIXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +137,9 @@ def survey(path: Path, record: Record) -> Survey:
             config = read_json(config_path)
         except CheckpointError as error:
             found.append(Finding("error", "config", error.message, file="config.json"))
-    opened = {f.name: LocalFile(folder / f.name, f.nbytes, f.mtime_ns) for f in files}
+    opened: dict[str, OpenFile] = {
+        f.name: LocalFile(folder / f.name, f.nbytes, f.mtime_ns) for f in files
+    }
     checkpoint = Checkpoint(path, tuple(files), slots, file_of, config, _opened=opened)
     return Survey(checkpoint, tuple(found), n_unread)
 

@@ -5,6 +5,7 @@ bytes of each storage. How the pickle is read, without running anything of it: p
 are found by their names in the zip file's directory.
 """
 
+import io
 import itertools
 import math
 import os
@@ -19,6 +20,8 @@ from streammap.errors import CheckpointError, printable, some
 from streammap.header import Slot
 from streammap.pickles import OddTensor, StoredTensor
 from streammap.spec import DTYPE_BITS, TensorSpec
+from streammap.storage import spans
+from streammap.storage.spans import SpanReader
 
 NESTS = ("model", "state_dict")
 """Where a training checkpoint keeps its state dict, when it isn't one itself."""
@@ -37,14 +40,18 @@ class TorchFile:
     """The entries beside that one: optimizer, epoch ..."""
 
 
-def read(path: Path) -> TorchFile:
+def read(path: Path, file: SpanReader | None = None) -> TorchFile:
     """Read where the tensors of a torch file are.
+
+    Args:
+        path: The file, or its name.
+        file: Where its bytes are, if not on this machine.
 
     Raises:
         CheckpointError: not a zip-form torch file, a pickle that asks for more than tensors and
             plain values, no state dict inside, a tensor that reaches past its file.
     """
-    content, entries = _content(path)
+    content, entries = _content(path, file)
     state, nest = _state_dict(content, path.name)
     slots = [_slot(path.name, key, tensor, entries) for key, tensor in state.items()]
     others = (
@@ -65,7 +72,7 @@ def table(path: Path) -> dict[str, Slot | None]:
     Raises:
         CheckpointError: as `read`.
     """
-    content, entries = _content(path)
+    content, entries = _content(path, None)
     if not isinstance(content, dict):
         return {}
     return {
@@ -97,10 +104,15 @@ def write_skeleton(
     return read(path).slots
 
 
-def _content(path: Path) -> tuple[object, Mapping[str, tuple[int, int]]]:
+def _content(
+    path: Path, elsewhere: SpanReader | None
+) -> tuple[object, Mapping[str, tuple[int, int]]]:
     """What the pickle describes, and for each storage its first byte and its size."""
-    descriptor = reading.open_file(path)
-    with os.fdopen(descriptor, "rb") as file:
+    if elsewhere is None:
+        opened: BinaryIO = os.fdopen(reading.open_file(path), "rb")
+    else:
+        opened = io.BufferedReader(elsewhere, spans.PAGE_NBYTES)
+    with opened as file:
         entries = entries_of(file, path.name)
         place = next((name for name in entries if name.endswith("/data.pkl")), None)
         if place is None:
@@ -141,7 +153,11 @@ def _directory(file: BinaryIO, name: str, size: int) -> list[zipfile.ZipInfo]:
     try:
         if zipfile.is_zipfile(file):
             _check_directory(file, name, size)
-            return zipfile.ZipFile(file).infolist()
+            found = zipfile.ZipFile(file).infolist()
+            raw = getattr(file, "raw", None)
+            if isinstance(raw, SpanReader):
+                raw.fetch(entry.header_offset for entry in found)
+            return found
     except CheckpointError:
         raise
     except Exception as error:  # a hostile zip file can make zipfile raise anything

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = (
     "README.md", "schemes/README.md", "streammap/architectures/README.md", "docs/original.md",
     "docs/resume.md", "docs/verify.md", "docs/security.md", "docs/launchers.md",
+    "docs/hub.md", "docs/object-stores.md",
 )  # fmt: skip
 SIZES = tiny.Sizes(heads=4, layers=4)
 

@@ -1,4 +1,4 @@
-"""Files on this machine: opened once, read into memory of the caller's.
+"""Files on this machine: opened once, read into memory of the caller's. The simplest Place.
 
 By default bytes are read with pread, which takes no memory of its own and ends in an error where a
 file is cut short. A mapping is the other way: shared and read-only, because a private writable one
@@ -10,12 +10,14 @@ import mmap
 import os
 import threading
 import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from streammap import reading
 from streammap.errors import CheckpointError
 from streammap.storage import disk
+from streammap.storage.place import Stat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -122,6 +124,10 @@ class LocalFile:
                     ) from error
             return self._map
 
+    def part(self, start: int, end: int) -> "Tensor":
+        """Bytes `start` to `end` as a tensor over the mapping. Do not write to it."""
+        return self.bytes()[start:end]
+
     def bytes(self) -> "Tensor":
         """The whole file as a uint8 tensor over the mapping. Read only: do not write to it."""
         if self._bytes is None:
@@ -141,6 +147,9 @@ class LocalFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
+    def cancel(self) -> None:
+        """Nothing waits here."""
+
     def close(self) -> None:
         """Close the file; the mapping goes when the last tensor over it does."""
         self._bytes = None
@@ -149,3 +158,76 @@ class LocalFile:
             if self._descriptor is not None:
                 os.close(self._descriptor)
                 self._descriptor = None
+
+
+@final
+class LocalPlace:
+    """A folder of this machine, or a file."""
+
+    is_streamed = False
+    n_at_once = 1
+
+    def __init__(self, path: Path) -> None:
+        """Look whether `path` is a folder."""
+        self._path = path
+        is_folder = path.is_dir()
+        self.folder = path if is_folder else path.parent
+        self.file = None if is_folder else path.name
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    @property
+    def name(self) -> str:
+        """The folder's or file's name."""
+        return self._path.resolve().name
+
+    @property
+    def address(self) -> str:
+        """Its absolute path."""
+        return str(self._path.absolute())
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Paths of this machine mean nothing elsewhere."""
+        return {}
+
+    def where(self, name: str) -> str:
+        """Its path."""
+        return str(self.folder / name)
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return (self.folder / name).is_file()
+
+    def names(self) -> Collection[str]:
+        """The folder's own files, in no order."""
+        return [entry.name for entry in self.folder.iterdir() if entry.is_file()]
+
+    def path(self, name: str) -> Path | None:
+        """Where a file is."""
+        return self.folder / name
+
+    def stat(self, name: str) -> Stat:
+        """Its size and time."""
+        found = (self.folder / name).stat()
+        return Stat(found.st_size, found.st_mtime_ns)
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """All of a small file."""
+        path = self.folder / name
+        size = path.stat().st_size
+        if size > limit:
+            raise CheckpointError(f"{path}: {size} bytes, at most {limit}")
+        return path.read_bytes()
+
+    def peek(self, name: str) -> LocalFile:
+        """The file."""
+        return self.open(name, self.stat(name))
+
+    def open(self, name: str, stat: Stat) -> LocalFile:
+        """The file, which must still be what `stat` says when it is first read."""
+        return LocalFile(self.folder / name, stat.nbytes, stat.mtime_ns)
+
+    def expect(self, names: tuple[str, ...]) -> None:
+        """Nothing to do: they are here."""
