@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     )
     from streammap.executor import Report
     from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
+    from streammap.ranks import Ranks
     from streammap.verification import Verification, verify
     from streammap.version import VERSION as __version__
 
@@ -27,6 +28,7 @@ __all__ = [
     "LazyCheckpoint",
     "OutputError",
     "PlanError",
+    "Ranks",
     "Report",
     "SchemeError",
     "StreammapError",
@@ -42,6 +44,7 @@ _HOMES = {
     "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "open"),
     "executor": ("Report",),
     "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
+    "ranks": ("Ranks",),
     "verification": ("Verification", "verify"),
 }
 

@@ -20,6 +20,7 @@ from streammap.making import Where
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
+from streammap.ranks import ALONE, Ranks
 from streammap.spec import TensorSpec
 from streammap.summary import Summary, summarize
 
@@ -148,6 +149,7 @@ class LazyCheckpoint:
         restart: bool = False,
         fsync: bool = True,
         progress: Listener = nobody,
+        ranks: Ranks | bool = False,
         **options: Unpack[EngineOptions],
     ) -> Report:
         """Compute and write the result; the model is never held.
@@ -160,6 +162,8 @@ class LazyCheckpoint:
                 work is gone on with; a run that asks for something else is refused.
             fsync: Whether to wait until the disk has it.
             progress: Called with each event of events.py.
+            ranks: True where all processes of a torchrun or srun make this call: each then writes
+                some of the shards, and all return when the result is whole. See docs/clusters.md.
             options: What the run may use, see engine.py: memory, threads, device, reader.
 
         Raises:
@@ -171,7 +175,10 @@ class LazyCheckpoint:
         side = self.plan.side
         before = None if side is None else side.config
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
-        where = Where(Path(output), size, overwrite, fsync, engine(options), restart=restart)
+        here = (Ranks.here() if ranks else ALONE) if isinstance(ranks, bool) else ranks
+        where = Where(
+            Path(output), size, overwrite, fsync, engine(options), restart=restart, ranks=here
+        )
         return executor.run(self.plan, where, progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
@@ -205,6 +212,7 @@ def coalesce(
     overwrite: bool = False,
     restart: bool = False,
     progress: Listener = nobody,
+    ranks: Ranks | bool = False,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Write the coalesced `source` to `output`. See LazyCheckpoint.coalesce and .save."""
@@ -212,7 +220,7 @@ def coalesce(
     with open(source) as lazy:
         return lazy.coalesce(**resize).save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, **run,
+            progress=progress, ranks=ranks, **run,
         )  # fmt: skip
 
 
@@ -226,6 +234,7 @@ def decoalesce(
     overwrite: bool = False,
     restart: bool = False,
     progress: Listener = nobody,
+    ranks: Ranks | bool = False,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Write the decoalesced `source` to `output`, blended with `blend_with` where it is given.
@@ -241,7 +250,7 @@ def decoalesce(
     with lazy if big is None else lazy.interpolate(big, alpha=alpha) as planned:
         return planned.save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, **run,
+            progress=progress, ranks=ranks, **run,
         )  # fmt: skip
 
 
@@ -255,13 +264,14 @@ def interpolate(
     overwrite: bool = False,
     restart: bool = False,
     progress: Listener = nobody,
+    ranks: Ranks | bool = False,
     **run: Unpack[EngineOptions],
 ) -> Report:
     """Write (1 - alpha) * target + alpha * source to `output`. See LazyCheckpoint."""
     with open(source).interpolate(target, alpha=alpha) as blended:
         return blended.save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, **run,
+            progress=progress, ranks=ranks, **run,
         )  # fmt: skip
 
 

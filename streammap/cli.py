@@ -27,6 +27,7 @@ from streammap.clioptions import (
     moved_of,
     moved_options,
     output_options,
+    ranks_option,
     reading_of,
     reading_options,
     resize_of,
@@ -34,6 +35,7 @@ from streammap.clioptions import (
     source_options,
 )  # fmt: skip
 from streammap.errors import StreammapError, printable
+from streammap.ranks import ALONE, Ranks
 from streammap.version import VERSION
 
 if TYPE_CHECKING:
@@ -120,7 +122,8 @@ def _decoalesced(
 
 
 def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str, Any]) -> None:
-    quiet, as_json = options["quiet"], options["as_json"]
+    here = ALONE if options["no_ranks"] else Ranks.here()
+    quiet, as_json = options["quiet"] or here.rank > 0, options["as_json"]
     report = lazy.save(
         output,
         max_shard_size=options["max_shard_size"],
@@ -128,6 +131,7 @@ def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str,
         restart=options["restart"],
         fsync=not options["no_fsync"],
         progress=listener(title, quiet=quiet),
+        ranks=here,
         **engine_of(options),
     )
     print_report(report, lazy.plan.notes, quiet=quiet, as_json=as_json)
@@ -141,7 +145,9 @@ def listener(title: str, *, quiet: bool) -> "Listener":
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
-    """A run's result on stdout."""
+    """A run's result on stdout; of several ranks', rank 0 tells of it."""
+    if report.rank:
+        return
     if as_json:
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
     elif not quiet:
@@ -399,10 +405,11 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
 @click.option("--rule", type=click.Choice(RULES), default="reference", show_default=True,
               help="exact: keep the function instead of the original's numbers.")  # fmt: skip
 @click.option("--restart", is_flag=True, help="Begin anew where an earlier run was stopped.")
+@ranks_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")
 @engine_options
 @json_option
-def map_(restart: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+def map_(restart: bool, no_ranks: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """The original map tools' command line, flag by flag.
 
     \b
@@ -414,7 +421,9 @@ def map_(restart: bool, quiet: bool, as_json: bool, **options: Any) -> None:
 
     limits = engine_of(options)
     made = mapper.from_flags(**{k: v for k, v in options.items() if k not in limits})
-    report = made.save(restart=restart, progress=listener("map", quiet=quiet), **limits)
+    here = ALONE if no_ranks else Ranks.here()
+    shown = listener("map", quiet=quiet or here.rank > 0)
+    report = made.save(restart=restart, progress=shown, ranks=here, **limits)
     print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
 
 

@@ -14,7 +14,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
 _RUN = (
-    "max_shard_size", "overwrite", "restart", "no_fsync", "quiet", "as_json",
+    "max_shard_size", "overwrite", "restart", "no_fsync", "no_ranks", "quiet", "as_json",
     "memory", "threads", "device", "reader",
 )  # fmt: skip
 SPACES = {
@@ -94,6 +94,14 @@ def blend_options(command: Command) -> Command:
     )(command)
 
 
+def ranks_option(command: Command) -> Command:
+    """--no-ranks."""
+    return click.option(
+        "--no-ranks", is_flag=True,
+        help="Work alone, though torchrun or srun has started several processes.",
+    )(command)  # fmt: skip
+
+
 def output_options(command: Command) -> Command:
     """How the result is written."""
     for option in reversed((
@@ -107,6 +115,7 @@ def output_options(command: Command) -> Command:
             help="Begin anew where an earlier run was stopped, instead of going on.",
         ),
         click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
+        ranks_option,
         click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
     )):  # fmt: skip
         command = option(command)

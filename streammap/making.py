@@ -1,12 +1,15 @@
 """Making a result: in its work folder, on from where an earlier run was stopped, then in its place.
 
 work folder, lock -> journal -> tiles -> what goes along -> mark -> commit
+
+Several processes each do the tiles of some shards; rank 0 does all else, see launch.py.
 """
 
 import contextlib
 import errno
 import glob
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,12 +34,14 @@ from streammap.commit import Commit
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import CheckpointError, OutputError, StreammapError
-from streammap.events import Event, Listener, Started
+from streammap.events import Event, Listener, Started, Wrote
 from streammap.journal import Journal, Request
+from streammap.launch import Lead, Member
 from streammap.layout import Shard
 from streammap.memory import Memory
 from streammap.output import Output
 from streammap.plan import Plan
+from streammap.ranks import ALONE, Ranks
 from streammap.storage import disk as disks
 from streammap.version import VERSION
 from streammap.workfolder import WorkFolder
@@ -57,6 +62,8 @@ class Where:
     """Whether the output may be the folder of a source; its files are replaced at the end."""
     restart: bool = False
     """Whether to forget what an earlier run left unfinished."""
+    ranks: Ranks = ALONE
+    """This process's place among those that make the result."""
 
     @property
     def is_file(self) -> bool:
@@ -80,12 +87,18 @@ class Where:
 
 
 _TORCH = (".pth", ".pt", ".bin")
+_SEEN_SECONDS = 90.0
+"""Time that a network file system may take to show what another machine wrote."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a run did, and what was done before."""
+    """What a run did, and what was done before; of rank 0, with what all others did."""
 
+    n_tensors: int
+    n_shards: int
+    nbytes: int
+    """Of the shards."""
     n_read: int
     """Bytes."""
     n_resumed: int
@@ -107,24 +120,8 @@ def make(
     request = identity.request_of(
         plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION
     )
-    with WorkFolder(path) as work:
-        work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
-        _check_place(plan, where, path)  # another run may have ended meanwhile
-        if where.restart:
-            work.begin_anew()
-        if commit.is_marked(path):
-            listener(Started(len(plan.targets), plan.nbytes, plan.nbytes))
-            found = commit.read(work, request)
-            n_bytes = sum(shard.nbytes for shard in shards)
-            done = Done(0, n_resumed=len(plan.targets), resumed_nbytes=n_bytes)
-        else:
-            run = _Run(plan, where, shards, means, request, work)
-            found, done = run.make(listener, small, side)
-        with _noted(f"the result is whole: the same command puts it in its place, {path} has it"):
-            fsync, stale = where.fsync, _stale(where)
-            commit.finish(work, where.folder, found, stale, disk=disks.current(), fsync=fsync)
-        work.keeps = False
-    return done
+    run = _Run(plan, where, shards, means, request, WorkFolder(path))
+    return run.help(listener) if where.ranks.rank else run.lead(listener, small, side)
 
 
 @final
@@ -140,8 +137,64 @@ class _Run:
         self._request, self._work = request, work
         self._disk = disks.current()
 
-    def make(
+    def lead(
         self, listener: Listener, small: Mapping[str, bytes], side: Mapping[str, Path]
+    ) -> Done:
+        """Make the result, alone or with others, and put it in its place."""
+        plan, where, shards = self._plan, self._where, self._shards
+        with self._work as work:
+            path = work.path
+            work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
+            _check_place(plan, where, path)  # another run may have ended meanwhile
+            with Lead(work, self._request, where.ranks) as group:
+                if where.restart:
+                    work.begin_anew()
+                if commit.is_marked(path):
+                    group.deal([0] * len(shards))
+                    listener(Started(len(plan.targets), plan.nbytes, plan.nbytes))
+                    found = commit.read(work, self._request)
+                    nbytes = sum(shard.nbytes for shard in shards)
+                    done = self._done(shards, 0, (len(plan.targets), nbytes))
+                else:
+                    found, done = self._make(group, listener, small, side)
+                with _noted(
+                    f"the result is whole: the same command puts it in its place, {path} has it"
+                ):
+                    fsync, stale = where.fsync, _stale(where)
+                    disk = disks.current()
+                    commit.finish(work, where.folder, found, stale, disk=disk, fsync=fsync)
+                work.keeps = False
+        return done
+
+    def help(self, listener: Listener) -> Done:
+        """Write the shards that rank 0 deals to this one, and wait until all is in its place."""
+        where, work = self._where, self._work
+        with Member(work, self._request, where.ranks) as group:
+
+            def told(event: Event) -> None:
+                group.check()
+                if isinstance(event, Wrote):
+                    group.count(event.nbytes)
+                listener(event)
+
+            mine = self._of(where.ranks.rank, group.owners)
+            done = self._done(mine, 0, (0, 0))
+            if mine:
+                crcs = journal.read(work.path, self._request, writing.keys(self._shards))
+                notes, out = self._opened()
+                with contextlib.closing(notes), out:
+                    writer = self._writer(mine, out, notes)
+                    writer.resume(crcs)
+                    resumed = writer.n_resumed, writer.resumed_nbytes
+                    with self._kept(writer):
+                        listener(Started(done.n_tensors, done.nbytes, writer.resumed_nbytes))
+                        n_read = self._compute(writer, told)
+                done = self._done(mine, n_read, resumed)
+            group.wait(done.n_read, where.folder / where.record)
+        return done
+
+    def _make(
+        self, group: Lead, listener: Listener, small: Mapping[str, bytes], side: Mapping[str, Path]
     ) -> tuple[Commit, Done]:
         """Write all files, and mark them as whole."""
         where, work = self._where, self._work
@@ -154,37 +207,94 @@ class _Run:
             needed=sum(shard.nbytes for shard in self._shards),
             there=output.written_nbytes(work.files),
         )
-        notes = Journal(work.path / journal.NAME, self._request, disk=self._disk, fsync=where.fsync)
-        out = Output(work.files, where.folder, disk=self._disk, fsync=where.fsync)
+        resumed = self._resumed(crcs)
+        owners = group.deal([_left_nbytes(shard, crcs) for shard in self._shards])
+
+        def told_by_others() -> None:
+            group.check()
+            if nbytes := group.news():
+                listener(Wrote("", nbytes))
+
+        def told(event: Event) -> None:
+            told_by_others()
+            listener(event)
+
+        notes, out = self._opened()
         with contextlib.closing(notes), out:
-            shards = self._torch_placed(out, bool(crcs))
-            writer = Writer(shards, out, notes, disk=self._disk, fsync=where.fsync)
+            writer = self._writer(self._torch_placed(out, owners, bool(crcs)), out, notes)
             writer.resume(crcs)
             with self._kept(writer):
-                n_read = self._compute(writer, listener)
-                for source in self._plan.sources:
-                    source.check_unchanged()
+                listener(Started(len(self._plan.targets), self._plan.nbytes, resumed[1]))
+                n_read = self._compute(writer, told)
+                if not group.is_alone:
+                    n_read += group.wait(told_by_others)
+                if any(owners):
+                    writer = self._all_whole(out, notes)
                 found = self._complete(out, writer, small, side)
-        return found, Done(n_read, writer.n_resumed, writer.resumed_nbytes)
+        return found, self._done(self._shards, n_read, resumed)
 
-    def _torch_placed(self, out: Output, is_resumed: bool) -> Sequence[Shard]:
-        """The shards; those of a torch file, which says itself where its tensors are, from it."""
+    def _opened(self) -> tuple[Journal, Output]:
+        """This process's journal, and the files that it writes."""
+        work, where = self._work, self._where
+        name = journal.name_of(where.ranks.rank, where.ranks.world_size)
+        notes = Journal(work.path / name, self._request, disk=self._disk, fsync=where.fsync)
+        return notes, Output(work.files, where.folder, disk=self._disk, fsync=where.fsync)
+
+    def _writer(self, shards: Sequence[Shard], out: Output, notes: Journal) -> Writer:
+        return Writer(shards, out, notes, disk=self._disk, fsync=self._where.fsync)
+
+    def _of(self, rank: int, owners: Sequence[int]) -> list[Shard]:
+        """The shards that a rank makes."""
+        return [shard for shard, owner in zip(self._shards, owners, strict=True) if owner == rank]
+
+    def _resumed(self, crcs: Mapping[str, int]) -> tuple[int, int]:
+        """How many tensors an earlier run has written, and their bytes."""
+        slots = [slot for shard in self._shards for slot in shard.slots if slot.key in crcs]
+        return len(slots), sum(slot.spec.nbytes for slot in slots)
+
+    def _done(self, shards: Sequence[Shard], n_read: int, resumed: tuple[int, int]) -> Done:
+        n_tensors, nbytes = sum(len(s.slots) for s in shards), sum(s.nbytes for s in shards)
+        return Done(n_tensors, len(shards), nbytes, n_read, *resumed)
+
+    def _all_whole(self, out: Output, notes: Journal) -> Writer:
+        """What knows of all shards, when all ranks say that theirs are whole.
+
+        Raises:
+            OutputError: by the journals they are not.
+        """
+        until = time.monotonic() + _SEEN_SECONDS
+        while True:
+            writer = self._writer(self._shards, out, notes)
+            writer.resume(journal.read(self._work.path, self._request, writing.keys(self._shards)))
+            if not writer.left_nbytes:
+                return writer
+            if time.monotonic() > until:
+                raise OutputError(
+                    f"{self._work.path}: all ranks are done, and {writer.left_nbytes} bytes are in "
+                    "no journal",
+                    hint="let all ranks see one file system, and run the command again",
+                )
+            time.sleep(1.0)
+
+    def _torch_placed(
+        self, out: Output, owners: Sequence[int], is_resumed: bool
+    ) -> Sequence[Shard]:
+        """Rank 0's shards; a torch file's, which says itself where its tensors are, from it."""
         if not self._where.is_torch:
-            return self._shards
+            return self._of(0, owners)
         nest = self._plan.side.nest if self._plan.side is not None else None
         if not is_resumed:
             return [out.begin_torch(shard, nest) for shard in self._shards]
         return [out.torch_there(shard) for shard in self._shards]
 
     def _compute(self, writer: Writer, listener: Listener) -> int:
-        """Write the tensors; gives the bytes read."""
+        """Write the tensors, and journal them where others wait for it; gives the bytes read."""
         plan, engine = self._plan, self._where.engine
 
         def told(event: Event) -> None:
             writer.keep()
             listener(event)
 
-        listener(Started(len(plan.targets), plan.nbytes, writer.resumed_nbytes))
         jobs = schedule.bundles(plan.targets, writer.slots(), self._memory)
         computes = any(form.copied is None for form in plan.targets.values())
         with _torch_threads() if computes else contextlib.nullcontext():
@@ -193,6 +303,10 @@ class _Run:
                 listener=told, mapped=engine.reader == "mmap", device=self._choice.device,
             )  # fmt: skip
         writer.finish()
+        if self._where.ranks.world_size > 1:
+            writer.keep(at_once=True)
+        for source in plan.sources:
+            source.check_unchanged()
         return n_read
 
     def _complete(
@@ -225,8 +339,9 @@ class _Run:
                 writer.keep(at_once=True)
             self._work.keeps = writer.n_journalled > 0 and self._are_unchanged()
             if self._work.keeps:
+                by = f" by rank {here.rank}" if (here := self._where.ranks).world_size > 1 else ""
                 error.add_note(
-                    f"kept: {writer.n_journalled} of {len(self._plan.targets)} tensors, "
+                    f"kept: {writer.n_journalled} of {len(self._plan.targets)} tensors{by}, "
                     f"{writer.journalled_nbytes / 1e9:.3f} GB, in {self._work.path}; the same "
                     "command goes on, --restart begins anew"
                 )
@@ -259,6 +374,11 @@ class _Run:
         except (CheckpointError, OSError):
             return False
         return True
+
+
+def _left_nbytes(shard: Shard, crcs: Mapping[str, int]) -> int:
+    """Bytes of a shard that no earlier run has written."""
+    return sum(slot.spec.nbytes for slot in shard.slots if slot.key not in crcs)
 
 
 @contextlib.contextmanager

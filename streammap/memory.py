@@ -110,13 +110,16 @@ def n_processors() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def fit(forms: Iterable[Form], *, budget: int | None, n_workers: int | None) -> Memory:
+def fit(
+    forms: Iterable[Form], *, budget: int | None, n_workers: int | None, n_sharing: int = 1
+) -> Memory:
     """The memory of a run within a budget.
 
     Args:
         budget: Bytes that the run may add to the process; None for what is best.
         n_workers: Threads; by default one a processor, but two at least, and fewer where the
             budget is small.
+        n_sharing: Processes that have the processors together.
 
     Raises:
         OutputError: no tile fits, or no thread is asked for.
@@ -131,7 +134,7 @@ def fit(forms: Iterable[Form], *, budget: int | None, n_workers: int | None) -> 
             longest = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
             least = max(least, longest * _MAX_ITEM_NBYTES)
             matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
-    wanted = n_workers or min(max(2, n_processors()), _MAX_WORKERS)
+    wanted = n_workers or min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
     found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()))
     if budget is None:
         budget = found.peak_nbytes + 4 * _TILES_NBYTES

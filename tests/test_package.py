@@ -32,6 +32,7 @@ FLOORS = (
         "pickles",
         "progress",
         "quantized",
+        "ranks",
         "reading",
         "requests",
         "tomlvalues",
@@ -53,6 +54,7 @@ FLOORS = (
     (
         "architecture",
         "inference.probing",
+        "launch",
         "layout",
         "recipe",
         "torchfile",
