@@ -218,6 +218,7 @@ class Lead:
             if not name.isdecimal() or 0 < int(name) < self._ranks.world_size:
                 continue  # of this launch, or else it gets no token
             if not workfolder.is_free(path):
+                self._work.keeps = True  # what is in it is not this run's
                 raise OutputError(
                     f"{self._work.path.parent}: rank {name} of an earlier launch is writing there",
                     hint="wait until it has ended, or stop it",
@@ -374,9 +375,12 @@ class Member:
         return self._lead is not None and self._lead.token == token
 
     def _answer(self, token: str, found: Mapping[str, object]) -> None:
+        path = _lock_of(self._folder, self._ranks.rank)
+        if self._lock is not None and not workfolder.is_at(self._lock, path):
+            self._release()  # an earlier rank 0 has removed it
         if self._lock is None:
             try:
-                self._lock = workfolder.take(_lock_of(self._folder, self._ranks.rank))
+                self._lock = workfolder.take(path)
             except FileNotFoundError:
                 return  # rank 0 has ended
             if self._lock is None:

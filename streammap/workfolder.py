@@ -98,7 +98,7 @@ class WorkFolder:
             raise OutputError(f"{path}: {error.strerror}", hint="check the path") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(descriptor, path):
+            if not is_at(descriptor, path):
                 os.close(descriptor)
                 return None
             os.ftruncate(descriptor, 0)
@@ -199,7 +199,8 @@ def make(folder: Path, made: list[Path]) -> None:
         raise OutputError(f"{folder}: is no folder", hint="remove it")
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether a file that is open still has its name."""
     try:
         found, own = path.stat(), os.fstat(descriptor)
     except FileNotFoundError:
