@@ -55,12 +55,20 @@ class _Commands(click.Group):
         except StreammapError as error:
             if ctx.params.get("show_traceback"):
                 traceback.print_exc()
-            click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
+            if not _is_told_by_another(error):
+                click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
             ctx.exit(1)
         except KeyboardInterrupt as error:
             notes = _notes(error) or ["nothing was written"]
             click.echo(f"interrupted: {'; '.join(notes)}", err=True)
             ctx.exit(130)
+
+
+def _is_told_by_another(error: StreammapError) -> bool:
+    """Whether this is one of several ranks that only repeats what rank 0 says."""
+    with contextlib.suppress(StreammapError):
+        return error.message.startswith("rank ") and Ranks.here().rank > 0
+    return False
 
 
 def _notes(error: BaseException) -> list[str]:

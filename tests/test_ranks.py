@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 
 import streammap
 from streammap import devices, launch, memory, ranks, workfolder
+from streammap.cli import main
 from streammap.errors import OutputError, StreammapError
 from streammap.events import Event, Wrote
 from streammap.ranks import ALONE, Ranks
@@ -438,6 +441,60 @@ def test_only_rank_0_prints(tmp_path: Path, big: Path, whole: dict[str, bytes]) 
     assert json.loads(said[0][0])["world_size"] == 2
     assert said[1] == ("", "")
     assert tiny.tree(tmp_path / "out") == whole
+
+
+# What docs/clusters.md says.
+
+PAGE = Path(__file__).parent.parent / "docs" / "clusters.md"
+
+
+def blocks(language: str) -> list[str]:
+    found = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert found
+    return [block.replace("\\\n", " ") for block in found]
+
+
+def test_the_page_has_python_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("big", "other"):
+        sizes = tiny.Sizes(heads=4 if name == "big" else 2, layers=2)
+        tiny.write(tmp_path / name, tiny.bert(sizes), tiny.bert_config(sizes))
+    for block in blocks("python"):
+        exec(compile(block, str(PAGE), "exec"), {})
+    assert (tmp_path / "blend" / "config.json").exists()
+
+
+def test_the_page_has_commands_that_are_some() -> None:
+    lines = [line for block in blocks("console") + blocks("bash") for line in block.splitlines()]
+    commands = [line.partition(" -m streammap ")[2] for line in lines if " -m streammap " in line]
+    assert len(commands) == 3
+    for command in commands:
+        name, *words = shlex.split(command)
+        main.commands[name].make_context(name, words)
+
+
+SRUN_OF_TESTS = """#!/bin/bash
+# Starts two tasks, as srun does.
+while [[ $1 == --* ]]; do shift; done
+export SLURM_JOB_ID=17 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wait $!
+"""
+
+
+@pytest.mark.slow
+def test_the_pages_batch_script_runs(tmp_path: Path, big: Path) -> None:
+    (script,) = [block for block in blocks("bash") if "#SBATCH" in block]
+    script = script.replace("/shared", str(tmp_path)).replace("1GB", "500")
+    for name, content in (("srun", SRUN_OF_TESTS), ("python", f'exec {sys.executable} "$@"')):
+        tiny.file(tmp_path / name, f"#!/bin/bash\n{content}").chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
+    done = subprocess.run(
+        ["bash", "-eu", "-c", script], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "with 2 ranks" in done.stdout
+    streammap.open(big).coalesce(width=2).save(tmp_path / "one", max_shard_size=500)
+    assert tiny.tree(tmp_path / "small") == tiny.tree(tmp_path / "one")
 
 
 # With torchrun itself.
