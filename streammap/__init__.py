@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, open
+    from streammap import progress
+    from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, load_into, open
+    from streammap.difference import Difference, diff
     from streammap.errors import (
         ArchitectureError,
         CheckpointError,
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
         StreammapError,
     )
     from streammap.executor import Report
+    from streammap.loading import LoadReport
     from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
     from streammap.ranks import Ranks
     from streammap.verification import Verification, verify
@@ -24,8 +27,10 @@ __all__ = [
     "BertMapper",
     "CheckpointError",
     "DeiTMapper",
+    "Difference",
     "GPT2Mapper",
     "LazyCheckpoint",
+    "LoadReport",
     "OutputError",
     "PlanError",
     "Ranks",
@@ -36,12 +41,17 @@ __all__ = [
     "__version__",
     "coalesce",
     "decoalesce",
+    "diff",
     "interpolate",
+    "load_into",
     "open",
+    "progress",
     "verify",
 ]
 _HOMES = {
-    "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "open"),
+    "difference": ("Difference", "diff"),
+    "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "load_into", "open"),
+    "loading": ("LoadReport",),
     "executor": ("Report",),
     "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
     "ranks": ("Ranks",),
@@ -56,5 +66,7 @@ if not TYPE_CHECKING:
             return import_module("streammap.version").VERSION
         if name not in __all__:
             raise AttributeError(f"module 'streammap' has no attribute {name!r}")
+        if name == "progress":
+            return import_module("streammap.progress")
         home = next((module for module, names in _HOMES.items() if name in names), "errors")
         return getattr(import_module(f"streammap.{home}"), name)

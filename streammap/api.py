@@ -7,16 +7,17 @@ grown = streammap.open("bert-small-trained").decoalesce(map="bert-small")
 grown.interpolate(big, alpha=0.5).save("bert-base-2")
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, options, recorded, validation
-from streammap.engine import EngineOptions, engine
+from streammap import executor, layout, options, recorded, tensors, validation
+from streammap.engine import MEMORY, EngineOptions, Reader, engine
+from streammap.errors import OutputError
 from streammap.events import Listener, nobody
 from streammap.executor import Report
-from streammap.making import Where
+from streammap.making import FORMATS, Format, Where
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
@@ -25,9 +26,11 @@ from streammap.spec import TensorSpec
 from streammap.summary import Summary, summarize
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from streammap.health import Health
+    from streammap.loading import LoadReport
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -62,14 +65,39 @@ class LazyCheckpoint:
         """Dtype and shape of a tensor."""
         return self.plan.targets[key].spec
 
-    def read(self, key: str) -> "Tensor":
-        """One tensor, computed now, as a new torch tensor."""
-        return self.plan.read(key)
+    def read(
+        self,
+        key: str,
+        *,
+        region: "slice | Sequence[slice] | None" = None,
+        out: "Tensor | None" = None,
+        dtype: "torch.dtype | None" = None,
+        device: "str | torch.device | None" = None,
+    ) -> "Tensor":
+        """One tensor or a region of it, computed now, tile by tile.
+
+        Args:
+            region: A slice for each dimension from the first on, without a step; None for all.
+            out: A tensor of the region's shape to fill, of any strides, dtype and device.
+            dtype: Of a new tensor; by default the checkpoint's. The numbers are those of the file,
+                then cast.
+            device: Of a new tensor; by default the processor.
+
+        Raises:
+            PlanError: an `out` or a region that does not fit.
+        """
+        if region is None and out is None and dtype is None and device is None:
+            return self.plan.read(key)
+        return tensors.read(self.plan, key, region, out=out, dtype=dtype, device=device)
 
     def tensors(self) -> Iterator[tuple[str, "Tensor"]]:
         """(key, tensor) one after the other; only one is held at a time."""
         for key in self.plan.targets:
             yield key, self.plan.read(key)
+
+    def state_dict(self) -> "Mapping[str, Tensor]":
+        """The tensors as a mapping; each is computed when it is asked for, each time anew."""
+        return tensors.LazyState(self.plan)
 
     @property
     def config(self) -> Mapping[str, object] | None:
@@ -148,6 +176,8 @@ class LazyCheckpoint:
         overwrite: bool = False,
         restart: bool = False,
         fsync: bool = True,
+        format: Format = "safetensors",
+        nest: str | None = None,
         progress: Listener = nobody,
         ranks: Ranks | bool = False,
         **options: Unpack[EngineOptions],
@@ -161,6 +191,9 @@ class LazyCheckpoint:
             restart: Whether to begin anew where an earlier run was stopped. By default its
                 work is gone on with; a run that asks for something else is refused.
             fsync: Whether to wait until the disk has it.
+            format: "safetensors", or "dcp" for a folder of torch.distributed.checkpoint.
+            nest: Entry that the tensors stand under in a DCP folder, such as "model"; by default
+                where they stood in the source, or at the top.
             progress: Called with each event of events.py.
             ranks: True where all processes of a torchrun or srun make this call: each then writes
                 some of the shards, and all return when the result is whole. See docs/clusters.md.
@@ -175,10 +208,13 @@ class LazyCheckpoint:
         side = self.plan.side
         before = None if side is None else side.config
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
+        if format not in FORMATS:
+            raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
         here = (Ranks.here() if ranks else ALONE) if isinstance(ranks, bool) else ranks
         where = Where(
-            Path(output), size, overwrite, fsync, engine(options), restart=restart, ranks=here
-        )
+            Path(output), size, overwrite, fsync, engine(options), restart=restart,
+            format=format, nest=nest, ranks=here,
+        )  # fmt: skip
         return executor.run(self.plan, where, progress)
 
     def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
@@ -202,6 +238,50 @@ def open(
         CheckpointError: nothing there, or a file that is not what it says.
     """
     return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch))
+
+
+def load_into(
+    model: "torch.nn.Module",
+    lazy: LazyCheckpoint | PathLike,
+    *,
+    device: "str | torch.device | None" = None,
+    dtype: "torch.dtype | None" = None,
+    strict: bool = True,
+    progress: Listener = nobody,
+    memory: str | int = MEMORY,
+    threads: int | None = None,
+    reader: Reader = "pread",
+) -> "LoadReport":
+    """Fill a module in place with a checkpoint's tensors, computed as they are put there.
+
+    Parameters and persistent buffers are filled; those on the meta device get memory one by one.
+    Of a DTensor (FSDP2, tensor parallelism) each process computes its own shard alone. Names are
+    the checkpoint's, or for a model of transformers those that from_pretrained takes.
+
+    Args:
+        device: Where all goes; by default where it is, and the processor (or the mesh's device) for
+            what is on the meta device.
+        dtype: What floating-point tensors become; by default they stay what they are.
+        strict: Whether names that are missing or left over, or buffers that nobody can fill, are an
+            error; else they are told in the report.
+        progress: Called with each event of events.py.
+        memory: What this may add to the process, beside the module.
+        threads: See engine.py, as `reader`.
+
+    Raises:
+        PlanError: names, shapes or tensors that do not fit. Nothing was touched then.
+        OutputError: the memory is too little.
+        CheckpointError: a source can't be read. The module is filled in part then.
+    """
+    import torch
+
+    from streammap import loading
+
+    opened = lazy if isinstance(lazy, LazyCheckpoint) else open(lazy)
+    options = EngineOptions(memory=memory, threads=threads, reader=reader)
+    place = None if device is None else torch.device(device)
+    wanted = loading.Wanted(place, dtype, strict, engine(options))
+    return loading.load(opened.plan, model, wanted, progress)
 
 
 def coalesce(

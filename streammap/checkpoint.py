@@ -2,6 +2,7 @@
 
     folder   model.safetensors | model.safetensors.index.json + shards | *.safetensors (one)
              pytorch_model.bin | pytorch_model.bin.index.json + shards
+             .metadata + *.distcp (torch.distributed.checkpoint)
     file     *.safetensors | *.pth, *.pt, *.bin (a state dict, or one under "model"/"state_dict")
 
 An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "model-...-of-..."}}
@@ -13,7 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from streammap import header, reading, strictjson, torchfile, workfolder
+from streammap import (
+    dcpmeta,
+    dcpsource,
+    header,
+    reading,
+    strictjson,
+    torchfile,
+    workfolder,
+)  # fmt: skip
+from streammap.dcpsource import Chunks
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
 from streammap.spec import TensorSpec
@@ -61,6 +71,8 @@ class Checkpoint:
     others: tuple[str, ...] = ()
     """What a torch file holds beside its state dict; not read."""
     _opened: dict[str, LocalFile] = field(default_factory=dict, repr=False)
+    chunks: Chunks | None = field(default=None, repr=False)
+    """What reads tensors that lie in chunks."""
 
     @property
     def name(self) -> str:
@@ -95,7 +107,9 @@ class Checkpoint:
             CheckpointError: the file ends before, or can't be read.
         """
         slot = self.slots[key]
-        if slot.strides is None:
+        if self.chunks is not None:
+            self.chunks.read_into(key, start, view, mapped=mapped)
+        elif slot.strides is None:
             self.file(key).read_into(slot.start + start, view, mapped=mapped)
         else:
             self._gather_into(key, start, view)
@@ -104,6 +118,7 @@ class Checkpoint:
         """For a tensor of a torch file that is stored in another order than row by row."""
         import torch
 
+        self.file(key).check_unchanged()  # a page past the end of a file ends the process
         whole = self.tensor(key)
         item = whole.element_size()
         out = torch.frombuffer(view, dtype=whole.dtype)
@@ -194,6 +209,8 @@ def open_checkpoint(path: str | Path, *, config: str | Path | None = None) -> Ch
 def _open(path: Path, config: str | Path | None) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
+    if dcpmeta.is_folder(path):
+        return _open_chunked(path, config)
     folder = path if path.is_dir() else path.parent
     names, weight_map = _names_in(path) if path.is_dir() else ((path.name,), None)
     files: list[SourceFile] = []
@@ -221,6 +238,34 @@ def _open(path: Path, config: str | Path | None) -> Checkpoint:
     return Checkpoint(
         path, tuple(files), slots, file_of, found_config, config_path, nest, others, opened
     )
+
+
+def _open_chunked(folder: Path, config: str | Path | None) -> Checkpoint:
+    """A folder of torch.distributed.checkpoint."""
+    both = [name for name in (*SINGLES, *INDEXES) if (folder / name).is_file()]
+    if both:
+        raise CheckpointError(
+            f"{folder}: has {both[0]} and {dcpmeta.METADATA}, which may differ",
+            hint="remove the stale one, or name the file",
+        )
+    found = dcpmeta.read(folder)
+    chosen = dcpsource.select(found, folder=str(folder))
+    tensors = {key: found.tensors[name] for key, name in chosen.keys.items()}
+    digest = hashlib.sha256((folder / dcpmeta.METADATA).read_bytes()).hexdigest()
+    files, opened = [], {}
+    for name in sorted({chunk.file for _, chunks in tensors.values() for chunk in chunks}):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: no such file", hint="copy all ranks' files")
+        stat = (folder / name).stat()
+        files.append(SourceFile(name, stat.st_size, stat.st_mtime_ns, digest))
+        opened[name] = LocalFile(folder / name, stat.st_size, stat.st_mtime_ns)
+    slots = {key: Slot(key, spec, 0) for key, (spec, _) in tensors.items()}
+    file_of = {key: chunks[0].file for key, (_, chunks) in tensors.items() if chunks}
+    path = _find_config(folder, config)
+    return Checkpoint(
+        folder, tuple(files), slots, file_of, None if path is None else read_json(path), path,
+        chosen.nest, chosen.others, opened, Chunks(tensors, opened),
+    )  # fmt: skip
 
 
 def read_json(path: Path) -> Mapping[str, object]:

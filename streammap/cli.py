@@ -33,9 +33,10 @@ from streammap.clioptions import (
     resize_of,
     resize_options,
     source_options,
+    with_axes,
 )  # fmt: skip
-from streammap.errors import StreammapError, printable
-from streammap.ranks import ALONE, Ranks
+from streammap.errors import StreammapError, printable, printable_lines
+from streammap.ranks import ALONE, Ranks, is_relayed
 from streammap.version import VERSION
 
 if TYPE_CHECKING:
@@ -55,20 +56,13 @@ class _Commands(click.Group):
         except StreammapError as error:
             if ctx.params.get("show_traceback"):
                 traceback.print_exc()
-            if not _is_told_by_another(error):
+            if not is_relayed(error.message):
                 click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
             ctx.exit(1)
         except KeyboardInterrupt as error:
             notes = _notes(error) or ["nothing was written"]
             click.echo(f"interrupted: {'; '.join(notes)}", err=True)
             ctx.exit(130)
-
-
-def _is_told_by_another(error: StreammapError) -> bool:
-    """Whether this is one of several ranks that only repeats what rank 0 says."""
-    with contextlib.suppress(StreammapError):
-        return error.message.startswith("rank ") and Ranks.here().rank > 0
-    return False
 
 
 def _notes(error: BaseException) -> list[str]:
@@ -97,18 +91,7 @@ def _open(source: str, config: str | None, arch: str | None) -> "LazyCheckpoint"
 
 
 def _coalesced(source: "LazyCheckpoint", options: Mapping[str, Any]) -> "LazyCheckpoint":
-    return source.coalesce(**_with_axes(options))
-
-
-def _with_axes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with each --axis NAME=R taken apart."""
-    axes = {}
-    for text in options["axes"]:
-        name, equals, value = text.partition("=")
-        if not equals or not name or not value:
-            raise click.UsageError(f"--axis {text}: expected NAME=R, such as moe_mlp=2")
-        axes[name] = value
-    return {**options, "axes": axes}
+    return source.coalesce(**with_axes(options))
 
 
 def _decoalesced(
@@ -122,23 +105,22 @@ def _decoalesced(
     if blend_with is None:
         if alpha is not None:
             raise click.UsageError("--alpha needs --blend-with BIG")
-        return source.decoalesce(**_with_axes(options))
+        return source.decoalesce(**with_axes(options))
     big = api.open(blend_with)
     target = options["target"] or big
-    grown = source.decoalesce(**_with_axes({**options, "target": target}))
+    grown = source.decoalesce(**with_axes({**options, "target": target}))
     return grown.interpolate(big, alpha=0.5 if alpha is None else alpha)
 
 
 def _save(lazy: "LazyCheckpoint", title: str, output: str, options: Mapping[str, Any]) -> None:
     here = ALONE if options["no_ranks"] else Ranks.here()
-    quiet, as_json = options["quiet"] or here.rank > 0, options["as_json"]
+    quiet, as_json = options["quiet"], options["as_json"]
+    named = ("max_shard_size", "overwrite", "restart", "format", "nest")
     report = lazy.save(
         output,
-        max_shard_size=options["max_shard_size"],
-        overwrite=options["overwrite"],
-        restart=options["restart"],
+        **{name: options[name] for name in named},
         fsync=not options["no_fsync"],
-        progress=listener(title, quiet=quiet),
+        progress=listener(title, quiet=quiet or here.rank > 0),
         ranks=here,
         **engine_of(options),
     )
@@ -153,8 +135,10 @@ def listener(title: str, *, quiet: bool) -> "Listener":
 
 
 def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
-    """A run's result on stdout; of several ranks', rank 0 tells of it."""
-    if report.rank:
+    """A run's result on stdout; under a launcher the first process's alone."""
+    from streammap.progress import rank
+
+    if rank() or report.rank:
         return
     if as_json:
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
@@ -171,12 +155,9 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
 def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
     summary = lazy.summary(**engine_of(options))
     as_json = options["as_json"]
-    click.echo(json.dumps(summary.as_json(), indent=2) if as_json else _lines(str(summary)))
-
-
-def _lines(text: str) -> str:
-    """Lines that hold others' text, with nothing in them that a terminal would obey."""
-    return "\n".join(map(printable, text.split("\n")))
+    click.echo(
+        json.dumps(summary.as_json(), indent=2) if as_json else printable_lines(str(summary))
+    )
 
 
 @main.command()
@@ -203,10 +184,10 @@ def inspect(
     if health:
         looked = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
         told = looked.text(limit=limit or None)
-        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else _lines(told))
+        click.echo(json.dumps(looked.as_json(), indent=2) if as_json else printable_lines(told))
         return
     found = inspection.inspect(lazy)
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else _lines(str(found)))
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else printable_lines(str(found)))
 
 
 @main.command()
@@ -471,3 +452,4 @@ def demo(folder: Path) -> None:
 main.add_command(clispec.architectures)
 main.add_command(clispec.spec)
 main.add_command(cliverify.verify)
+main.add_command(cliverify.diff)

@@ -14,7 +14,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
 _RUN = (
-    "max_shard_size", "overwrite", "restart", "no_fsync", "no_ranks", "quiet", "as_json",
+    "max_shard_size", "overwrite", "restart", "no_fsync", "no_ranks", "format", "nest", "quiet",
+    "as_json",
     "memory", "threads", "device", "reader",
 )  # fmt: skip
 SPACES = {
@@ -116,6 +117,14 @@ def output_options(command: Command) -> Command:
         ),
         click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
         ranks_option,
+        click.option(
+            "--format", type=click.Choice(("safetensors", "dcp")), default="safetensors",
+            show_default=True, help="dcp: a folder of torch.distributed.checkpoint.",
+        ),
+        click.option(
+            "--nest", metavar="NAME",
+            help="Entry that a dcp result's tensors stand under: model.  [default: the source's]",
+        ),
         click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report."),
     )):  # fmt: skip
         command = option(command)
@@ -209,6 +218,17 @@ def engine_of(options: Mapping[str, Any]) -> "EngineOptions":
 def resize_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """All other options: what to resize, and how."""
     return {name: value for name, value in options.items() if name not in _RUN}
+
+
+def with_axes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with each --axis NAME=R taken apart."""
+    axes = {}
+    for text in options["axes"]:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise click.UsageError(f"--axis {text}: expected NAME=R, such as moe_mlp=2")
+        axes[name] = value
+    return {**options, "axes": axes}
 
 
 def json_option(command: Command) -> Command:

@@ -1,11 +1,20 @@
 """Commands that read results again: `verify`, `diff`."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
-from streammap.clioptions import json_option, moved_of, moved_options, reading_of, reading_options
+from streammap.clioptions import (
+    json_option,
+    limit_option,
+    moved_of,
+    moved_options,
+    reading_of,
+    reading_options,
+)
+from streammap.errors import printable_lines
 
 
 @click.command()
@@ -37,5 +46,47 @@ def verify(
         progress=progress.bar("verify", quiet=quiet), **reading_of(options),
     )  # fmt: skip
     if not quiet:
-        click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+        click.echo(
+            json.dumps(found.as_json(), indent=2) if as_json else printable_lines(str(found))
+        )
     ctx.exit(0 if found.ok else 1)
+
+
+@click.command()
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option("--plot", metavar="FILE.svg", help="Draw the relative differences.")
+@click.option("--quiet", "-q", is_flag=True, help="Only the exit code.")
+@limit_option
+@reading_options
+@json_option
+@click.pass_context
+def diff(
+    ctx: click.Context, /, a: str, b: str, plot: str | None, quiet: bool, limit: int,
+    as_json: bool, **options: Any,
+) -> None:  # fmt: skip
+    r"""Say how two checkpoints differ, tensor by tensor, worst first.
+
+    relative is ||a - b|| / ||a||. Exit code 0: all is bit by bit the same, 1: something differs,
+    2: one of them could not be read, as of diff(1).
+
+    \b
+    Example:
+        streammap diff big/ blended/ --plot blended.svg
+    """
+    from streammap import difference, heatmap, progress
+    from streammap.errors import StreammapError
+
+    try:
+        found = difference.diff(
+            a, b, progress=progress.bar("diff", quiet=quiet), **reading_of(options)
+        )
+        if plot is not None:
+            heatmap.save(found, Path(plot))
+    except StreammapError as error:
+        click.echo(f"error: {error}", err=True)
+        ctx.exit(2)
+    if not quiet:
+        told = printable_lines(found.text(limit=limit or None))
+        click.echo(json.dumps(found.as_json(), indent=2) if as_json else told)
+    ctx.exit(0 if found.is_equal else 1)

@@ -24,12 +24,13 @@ from streammap.workfolder import MARK, SUFFIX, WorkFolder
 Stale = Sequence[Sequence[str]]
 """Glob patterns of what an earlier result left, group by group."""
 STALE: Stale = (
-    ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json"),
+    ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json",
+     ".metadata"),
     ("model.safetensors", "model-*-of-*.safetensors",
-     "pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "__*_*.distcp"),
 )  # fmt: skip
 """What makes weights a model, and then these, by the names that loaders look for."""
-_LAST = (layout.INDEX, "config.json")
+_LAST = (layout.INDEX, "config.json", ".metadata")
 _FORMAT = 1
 _MAX_NBYTES = 100_000_000
 

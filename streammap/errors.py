@@ -61,6 +61,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """`text` of several lines, each as `printable` has it."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def _shortened(text: str) -> str:
     if len(text) <= _MOST_LETTERS:
         return text

@@ -1,12 +1,13 @@
-"""One tensor of a plan, computed now."""
+"""One tensor of a plan, or a region of it, computed now."""
 
 import mmap
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from streammap import schedule
+from streammap import regions, schedule
 from streammap.buffers import Buffer
 from streammap.compiler import Programs
 from streammap.dtypes import to_torch
@@ -15,6 +16,10 @@ from streammap.header import Slot
 from streammap.memory import Memory
 from streammap.schedule import Job
 from streammap.worker import Worker
+
+if TYPE_CHECKING:
+    from streammap.pullback import Range
+    from streammap.regions import Region
 
 _MAPPED_NBYTES = 2**20
 
@@ -31,16 +36,40 @@ def read(form: Form, memory: Memory) -> Tensor:
     # An anonymous mapping is zeros already; a bytearray would be written twice.
     held = mmap.mmap(-1, spec.nbytes) if spec.nbytes > _MAPPED_NBYTES else bytearray(spec.nbytes)
     view = memoryview(held)
-    for job, part in _computed(form, memory):
+    for job, part in _computed(form, None, memory):
         for place in job.places:
             view[place.offset : place.offset + job.nbytes] = part
     return torch.frombuffer(held, dtype=to_torch(spec.dtype)).view(spec.shape)
 
 
-def _computed(form: Form, memory: Memory) -> Iterator[tuple[Job, memoryview]]:
+def read_into(form: Form, region: "Region", out: Tensor, memory: Memory) -> None:
+    """Fill `out` with a region of a form, tile by tile.
+
+    Each number is rounded to the form's dtype first, as in a file, and then cast to that of `out`.
+
+    Args:
+        out: Of the region's shape; of any strides, dtype and device.
+        memory: What one thread takes.
+
+    Raises:
+        CheckpointError: a source can't be read.
+    """
+    part = regions.part(form, region)
+    if not part.nbytes:
+        return
+    dtype = to_torch(form.spec.dtype)
+    with torch.no_grad():
+        for job, view in _computed(part.form, part.rows, memory):
+            held = torch.frombuffer(view, dtype=dtype)
+            for place in job.places:
+                regions.put(part, place.offset // dtype.itemsize, held, out)
+
+
+def _computed(form: Form, rows: "Range | None", memory: Memory) -> Iterator[tuple[Job, memoryview]]:
     worker = Worker(memory, Programs(), mapped=False, matrices=None)
     tile = Buffer(memory.dense_limits.out_nbytes)
-    for bundle in schedule.bundles({"": form}, [("", Slot("", form.spec, 0))], memory):
+    slots, wanted = [("", Slot("", form.spec, 0))], {} if rows is None else {"": rows}
+    for bundle in schedule.bundles({"": form}, slots, memory, rows=wanted):
         for job in bundle:
             for part in worker.parts(job):
                 worker.do(part, tile)

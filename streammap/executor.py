@@ -6,11 +6,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from streammap import devices, graph, layout, making, memory
+from streammap import dcpwriter, devices, graph, layout, making, memory
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
 from streammap.events import Finished, Listener
+from streammap.layout import Shard
 from streammap.making import Where
 from streammap.memory import Memory
 from streammap.plan import Plan
@@ -99,8 +100,7 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
     started, cpu = time.perf_counter(), time.process_time()
     here = where.ranks
     fitted, choice = fit(plan, where.engine, here), device(plan, where.engine, here)
-    single = where.path.name if where.is_file else None
-    shards = layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
+    shards = _arranged(plan, where)
     try:
         done = making.make(plan, where, shards, (fitted, choice), listener)
     except OSError as error:
@@ -130,6 +130,13 @@ def run(plan: Plan, where: Where, listener: Listener) -> Report:
         rank=here.rank,
         world_size=here.world_size,
     )
+
+
+def _arranged(plan: Plan, where: Where) -> tuple[Shard, ...]:
+    if where.format == "dcp":
+        return dcpwriter.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes)
+    single = where.path.name if where.is_file else None
+    return layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
 
 
 def peak_nbytes() -> int:

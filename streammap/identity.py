@@ -12,12 +12,18 @@ from streammap.plan import Plan
 
 
 def request_of(
-    plan: Plan, shards: Sequence[Shard], *, max_shard_nbytes: int, version: str
+    plan: Plan,
+    shards: Sequence[Shard],
+    *,
+    max_shard_nbytes: int,
+    version: str,
+    nest: str | None = None,
 ) -> Request:
     """The request that a plan and a layout are.
 
     Args:
         version: Of streammap: another one may round otherwise.
+        nest: Entry of a DCP result that the tensors stand under, where that is asked for.
     """
     content: dict[str, object] = {
         "streammap": version,
@@ -40,6 +46,8 @@ def request_of(
         "max_shard_size": max_shard_nbytes,
         "files": {shard.name: shard.nbytes for shard in shards},
     }
+    if nest is not None:
+        content["nest"] = nest
     return Request(content, _formulas(plan, shards))
 
 

@@ -171,22 +171,21 @@ def encoded(content: Mapping[str, object]) -> bytes:
 
 def _changes(old: object, new: object, path: str) -> Iterator[str]:
     """Where two JSON values differ, in words."""
+    if isinstance(old, list) and isinstance(new, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in sorted({*old, *new}, key=str):
+        for name in {**new, **old}:
             if name not in old or name not in new:
                 yield f"{path}{name} {_told(old.get(name))} is now {_told(new.get(name))}"
             else:
                 yield from _changes(old[name], new[name], f"{path}{name} ")
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (a, b) in enumerate(zip(old, new, strict=True)):
-            yield from _changes(a, b, f"{path}{i} ")
     elif old != new or type(old) is not type(new):
         yield f"{path}{_told(old)} is now {_told(new)}"
 
 
 def _told(value: object) -> str:
     text = "nothing" if value is None else json.dumps(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @final

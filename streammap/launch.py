@@ -21,114 +21,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap import journal, ranks, workfolder
+from streammap import journal, ranks, voices, workfolder
 from streammap.errors import OutputError, StreammapError, some
 from streammap.journal import Request
 from streammap.ranks import Ranks
+from streammap.voices import Heard, Voice
 from streammap.workfolder import LOCK, RANKS, WorkFolder
 
-BEAT_SECONDS = 1.0
-GONE_SECONDS = 5.0
-"""Silence of a dead rank, whose lock is free."""
-SILENT_SECONDS = 300.0
-"""Silence of a rank that is taken for dead whatever its lock says."""
 START_SECONDS = 300.0
 """How long ranks wait for each other at the start."""
 LEAVE_SECONDS = 10.0
 _MAX_PAUSE_SECONDS = 0.5
-_MAX_NBYTES = 100_000_000
 _FORMAT = 1
 _LAUNCH = "launch.json"
 _N_LIVE = 3
 """Signs of life by which another launch is known to be at work."""
 _ALONE = "start all ranks, or work alone (--no-ranks)"
-
-
-@final
-class _Voice:
-    """What a rank says of itself: its file, written again and again by a thread."""
-
-    def __init__(self, folder: Path, rank: int, look: Callable[[], None]) -> None:
-        """`look` is called as often, to look at the others."""
-        self._path, self._look = folder / f"{rank}.json", look
-        self._said: dict[str, object] = {}
-        self._beat = self._nbytes = 0
-        self._lock = threading.Lock()
-        self._ends = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="streammap-rank", daemon=True)
-
-    def say(self, **news: object) -> None:
-        """Say this from now on, beside what was said before."""
-        with self._lock:
-            self._said |= news
-            self._beat += 1
-            _write(self._path, {**self._said, "beat": self._beat, "nbytes": self._nbytes})
-
-    def count(self, nbytes: int) -> None:
-        """Say with the next words that so many more bytes are written."""
-        with self._lock:
-            self._nbytes += nbytes
-
-    def start(self) -> None:
-        """Go on by itself."""
-        self._thread.start()
-
-    def end(self) -> None:
-        """Fall silent."""
-        self._ends.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ends.wait(BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # a full disk: the work itself ends with that
-                self.say()
-            self._look()
-
-
-@final
-class _Heard:
-    """What is heard of another rank."""
-
-    def __init__(self, folder: Path, rank: int, lock: Path, token: str) -> None:
-        self.rank, self.token = rank, token
-        self._path, self._lock = folder / f"{rank}.json", lock
-        self._beat: object = None
-        self._at = time.monotonic()
-        self.state = ""
-        """ "" where it has not come yet."""
-        self.said: Mapping[str, object] = {}
-
-    def look(self) -> None:
-        """Hear what it says now."""
-        found = _read(self._path)
-        if found is not None and found.get("token") == self.token:
-            if found.get("beat") != self._beat:
-                self._beat, self._at = found.get("beat"), time.monotonic()
-            self.state, self.said = str(found.get("state")), found
-
-    def number(self, name: str) -> int:
-        """A number that it says."""
-        found = self.said.get(name)
-        return found if isinstance(found, int) else 0
-
-    @property
-    def is_gone(self) -> bool:
-        """Whether it died."""
-        silent = time.monotonic() - self._at
-        return silent > SILENT_SECONDS or (silent > GONE_SECONDS and workfolder.is_free(self._lock))
-
-    def error(self, named: Path) -> OutputError | None:
-        """Why there is no result, where that is up to this rank."""
-        if self.state == "failed":
-            told, hint = str(self.said.get("error")), self.said.get("hint")
-            told = told if told.startswith("rank ") else f"rank {self.rank}: {told}"
-            return OutputError(told, hint=None if hint is None else str(hint))
-        if self.state == "here" and self.is_gone:
-            return OutputError(
-                f"{named}: rank {self.rank} died", hint="start all ranks again: they go on"
-            )
-        return None
 
 
 @final
@@ -142,10 +50,10 @@ class Lead:
         self.is_alone = here.world_size == 1
         token = secrets.token_hex(8)
         self._others = [
-            _Heard(self._folder, rank, _lock_of(self._folder, rank), token)
+            Heard(self._folder, rank, _lock_of(self._folder, rank), token)
             for rank in range(1, here.world_size)
         ]
-        self._voice = _Voice(self._folder, 0, self._look)
+        self._voice = Voice(self._folder, 0, self._look)
         self._head: dict[str, object] = {
             "launch": here.launch, "world_size": here.world_size, "token": token,
         }  # fmt: skip
@@ -226,7 +134,7 @@ class Lead:
 
     def _publish(self, **more: object) -> None:
         line = self._request.line(streammap_launch=_FORMAT, **self._head, **more)
-        _replace(self._folder / _LAUNCH, line)
+        voices.replace(self._folder / _LAUNCH, line)
 
     def _gather(self) -> None:
         if not self._until(lambda: all(other.state for other in self._others), START_SECONDS):
@@ -278,8 +186,8 @@ class Member:
         """Nothing is written before rank 0 asks who is there."""
         self._work, self._request, self._ranks = work, request, here
         self._folder = work.path / RANKS
-        self._voice = _Voice(self._folder, here.rank, self._look)
-        self._lead: _Heard | None = None
+        self._voice = Voice(self._folder, here.rank, self._look)
+        self._lead: Heard | None = None
         self._lock: int | None = None
         self._error: OutputError | None = None
         self._looking = threading.Lock()
@@ -292,7 +200,7 @@ class Member:
         def is_dealt() -> bool:
             self._look()
             self.check()
-            found = _read(self._folder / _LAUNCH)
+            found = voices.read(self._folder / _LAUNCH)
             if found is not None and not self._is_ours(found):
                 watch.check(found)
                 found = None
@@ -386,7 +294,7 @@ class Member:
             if self._lock is None:
                 return  # a rank of an earlier launch has not ended yet
         is_first = self._lead is None
-        self._lead = _Heard(self._folder, 0, self._work.path / LOCK, token)
+        self._lead = Heard(self._folder, 0, self._work.path / LOCK, token)
         told = self._request.changes(found)
         if told is not None:
             raise OutputError(
@@ -429,7 +337,7 @@ class _Others:
         if found.get("token") != self._token:
             self._token = found.get("token")
             self._seen.clear()
-        said = _read(self._folder / "0.json")
+        said = voices.read(self._folder / "0.json")
         if said is not None and said.get("token") == self._token:
             self._seen.add(said.get("beat"))
         if len(self._seen) > _N_LIVE:
@@ -462,23 +370,3 @@ def _until(is_done: Callable[[], bool], seconds: float | None) -> bool:
         time.sleep(pause)
         pause = min(1.5 * pause, _MAX_PAUSE_SECONDS)
     return True
-
-
-def _write(path: Path, content: Mapping[str, object]) -> None:
-    _replace(path, journal.encoded(content))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.partial")
-    part.write_bytes(content)
-    part.replace(path)
-
-
-def _read(path: Path) -> Mapping[str, object] | None:
-    """What a file says; None where it is not there, or makes no sense."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:  # noqa: PTH123  a descriptor, so that no link is followed
-            return journal.parsed(file.read(_MAX_NBYTES))
-    except OSError:
-        return None

@@ -31,11 +31,13 @@ class Shard:
     head: bytes
     """What comes before the tensors: length and header."""
     slots: tuple[Slot, ...]
+    tail_nbytes: int = 0
+    """Bytes behind the last tensor."""
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
-        return self.slots[-1].end if self.slots else len(self.head)
+        return (self.slots[-1].end if self.slots else len(self.head)) + self.tail_nbytes
 
 
 def arrange(

@@ -8,16 +8,16 @@ Several processes each do the tiles of some shards; rank 0 does all else, see la
 import contextlib
 import errno
 import glob
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
 from streammap import (
     commit,
+    dcpmeta,
+    dcpwriter,
     identity,
     journal,
     layout,
@@ -43,9 +43,13 @@ from streammap.output import Output
 from streammap.plan import Plan
 from streammap.ranks import ALONE, Ranks
 from streammap.storage import disk as disks
+from streammap.torchthreads import torch_threads
 from streammap.version import VERSION
 from streammap.workfolder import WorkFolder
 from streammap.writer import Writer
+
+Format = Literal["safetensors", "dcp"]
+FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +68,20 @@ class Where:
     """Whether to forget what an earlier run left unfinished."""
     ranks: Ranks = ALONE
     """This process's place among those that make the result."""
+    format: Format = "safetensors"
+    nest: str | None = None
+    """Entry that a DCP result's tensors stand under; "" for none, None for the source's."""
 
     @property
     def is_file(self) -> bool:
         """Whether the result is one file instead of a folder."""
-        return self.path.suffix == ".safetensors" or self.is_torch
+        is_named = self.path.suffix == ".safetensors" or self.is_torch
+        return is_named and self.format == "safetensors"
 
     @property
     def is_torch(self) -> bool:
         """Whether that is torch's."""
-        return self.path.suffix in _TORCH
+        return self.path.suffix in _TORCH and self.format == "safetensors"
 
     @property
     def folder(self) -> Path:
@@ -118,10 +126,33 @@ def make(
     _check_place(plan, where, path)
     output.check_names(where.folder, [*(s.name for s in shards), *small, *side, where.record])
     request = identity.request_of(
-        plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION
+        plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION, nest=where.nest
     )
     run = _Run(plan, where, shards, means, request, WorkFolder(path))
     return run.help(listener) if where.ranks.rank else run.lead(listener, small, side)
+
+
+def finish(path: str | Path) -> bool:
+    """Put a result in its place whose run was stopped at just that; its sources are not needed.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        OutputError: a file of it is missing, or another run is at it.
+    """
+    place = Path(path)
+    where = Where(place, 1, True, True, Engine(0, None, "cpu", "pread"))
+    at = workfolder.place_of(place, is_file=where.is_file)
+    if not commit.is_marked(at):
+        return False
+    with WorkFolder(at) as work:
+        work.keeps = True
+        disk = disks.current()
+        found = commit.read(work, None)
+        commit.finish(work, where.folder, found, _stale(where), disk=disk, fsync=True)
+        work.keeps = False
+    return True
 
 
 @final
@@ -282,7 +313,7 @@ class _Run:
         """Rank 0's shards; a torch file's, which says itself where its tensors are, from it."""
         if not self._where.is_torch:
             return self._of(0, owners)
-        nest = self._plan.side.nest if self._plan.side is not None else None
+        nest = (_nest(self._plan) or "").rpartition(".")[2] or None
         if not is_resumed:
             return [out.begin_torch(shard, nest) for shard in self._shards]
         return [out.torch_there(shard) for shard in self._shards]
@@ -297,7 +328,7 @@ class _Run:
 
         jobs = schedule.bundles(plan.targets, writer.slots(), self._memory)
         computes = any(form.copied is None for form in plan.targets.values())
-        with _torch_threads() if computes else contextlib.nullcontext():
+        with torch_threads() if computes else contextlib.nullcontext():
             n_read = pipeline.run(
                 jobs, self._memory, writer.write,
                 listener=told, mapped=engine.reader == "mmap", device=self._choice.device,
@@ -317,7 +348,10 @@ class _Run:
         for name, path in side.items():
             if name not in small:
                 out.copy(name, path)
-        if len(shards) > 1:
+        if where.format == "dcp":
+            nest = _nest(self._plan) if where.nest is None else where.nest
+            out.add(dcpmeta.METADATA, dcpwriter.metadata(self._shards, nest))
+        elif len(shards) > 1:
             out.add(layout.INDEX, layout.index(self._shards))
         for name, content in small.items():
             out.add(name, content)
@@ -399,30 +433,9 @@ def _check_place(plan: Plan, where: Where, work: Path) -> None:
     output.check_place(where.path, overwrite=overwrite, beside=beside, sources=kept)
 
 
-_threads_lock = threading.Lock()
-_threads_users: list[AbstractContextManager[None]] = []
-
-
-@contextlib.contextmanager
-def _torch_threads() -> Iterator[None]:
-    """One thread a kernel while any run goes on, then as many as before.
-
-    Imports torch: a result of copies only does without.
-    """
-    from streammap import kernels
-
-    with _threads_lock:
-        first = _threads_users[0] if _threads_users else kernels.one_thread_each()
-        if not _threads_users:
-            first.__enter__()
-        _threads_users.append(first)
-    try:
-        yield
-    finally:
-        with _threads_lock:
-            _threads_users.pop()
-            if not _threads_users:
-                first.__exit__(None, None, None)
+def _nest(plan: Plan) -> str | None:
+    """What the source's state dict is nested under."""
+    return None if plan.side is None else plan.side.nest
 
 
 def _stale(where: Where) -> commit.Stale:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap import journal, reading, torchfile, workfolder
+from streammap import dcpwriter, journal, reading, torchfile, workfolder
 from streammap.errors import CheckpointError, OutputError
 from streammap.layout import Shard
 from streammap.storage.disk import Disk
@@ -42,9 +42,12 @@ class Output:
         self._descriptors.clear()
 
     def begin(self, shard: Shard) -> None:
-        """Open a safetensors file and write its header."""
+        """Open a file and write its header; all that stands around the tensors of a DCP file."""
         self._open(shard.name, _NEW)
         self.write_at(shard.name, 0, memoryview(shard.head))
+        if shard.name.endswith(dcpwriter.SUFFIX):
+            for offset, piece in dcpwriter.around(shard):
+                self.write_at(shard.name, offset, memoryview(piece))
 
     def go_on(self, shard: Shard) -> None:
         """Open a file that an earlier run has begun."""

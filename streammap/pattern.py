@@ -25,6 +25,9 @@ _LITERAL = re.compile(r"(?<=[.|:])\d+(?=[\\|)]|$)")
 _NUMBER = "0|[1-9][0-9]{0,8}"
 _MAX_LENGTH = 4096
 _MAX_PATTERNS = 256
+_MAX_EXPANSIONS = 2_000
+_MAX_NESTED = 8
+_MAX_REGEX = 50_000
 _MAX_WAYS = 10_000_000
 """To match one key: a regular expression may try them all."""
 _STAR_WAYS = 1000
@@ -89,37 +92,52 @@ def _cached(
     text: str, variables: tuple[tuple[str, tuple[str, ...]], ...], scope: str
 ) -> tuple[KeyPattern, ...]:
     known = dict(variables)
-    return tuple(_compiled(text, one, known, scope) for one in _expanded(text, text, known))
+    return tuple(_compiled(text, one, known, scope) for one in _expanded(text, known))
 
 
-def _expanded(text: str, whole: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
+def _expanded(text: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
     """`text` without variables that hold indices: one text for each of their alternatives."""
-    if len(text) > _MAX_LENGTH:
-        raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
-    for piece in _PIECE.findall(text):
-        name = piece[1:-1]
-        if name in variables and any(_has_index(a, variables, 0) for a in variables[name]):
-            found: list[str] = []
-            for alternative in variables[name]:
-                found += _expanded(text.replace(piece, alternative, 1), whole, variables)
-                if len(found) > _MAX_PATTERNS:
-                    raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
+    known: dict[str, bool] = {}
+    found: list[str] = []
+    waiting = [text]
+    for _ in range(_MAX_EXPANSIONS):
+        if not waiting:
             return found
-    return [text]
+        one = waiting.pop()
+        if len(one) > _MAX_LENGTH or len(found) >= _MAX_PATTERNS:
+            break
+        for piece in _PIECE.findall(one):
+            name = piece[1:-1]
+            if name in variables and _holds_index(name, variables, known, 0):
+                waiting += [one.replace(piece, a, 1) for a in reversed(variables[name])]
+                break
+        else:
+            found.append(one)
+    raise _endless(text)
 
 
-def _has_index(text: str, variables: Mapping[str, Sequence[str]], depth: int) -> bool:
-    if depth > 8:
-        raise ArchitectureError(f"pattern {text[:80]!r}: [vars] expand without an end")
-    for piece in _PIECE.findall(text):
-        name = piece[1:-1]
-        if piece == "*" or ":" in name:
-            continue
-        if name not in variables:
-            return True
-        if any(_has_index(a, variables, depth + 1) for a in variables[name]):
-            return True
-    return False
+def _holds_index(
+    name: str, variables: Mapping[str, Sequence[str]], known: dict[str, bool], depth: int
+) -> bool:
+    """Whether a variable has an index in one of its alternatives, or in what they stand for."""
+    if depth > _MAX_NESTED:
+        raise _endless(name)
+    if name not in known:
+        names = (
+            piece[1:-1]
+            for alternative in variables[name]
+            for piece in _PIECE.findall(alternative)
+            if piece != "*" and ":" not in piece
+        )
+        known[name] = any(
+            inner not in variables or _holds_index(inner, variables, known, depth + 1)
+            for inner in names
+        )
+    return known[name]
+
+
+def _endless(text: str) -> ArchitectureError:
+    return ArchitectureError(f"pattern {text[:80]!r}: [vars] expand without an end")
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +204,8 @@ def _joined(parts: Sequence[_Part], whole: str) -> _Part:
             f"pattern {whole[:80]!r}: a key could be matched in {ways} ways, at most {_MAX_WAYS}",
             hint='write it with fewer alternatives and fewer "*"',
         )
+    if sum(len(part.regex) for part in parts) > _MAX_REGEX:
+        raise _endless(whole)
     return _Part(
         "".join(part.regex for part in parts), "".join(part.sample for part in parts), ways
     )
@@ -200,8 +220,8 @@ def _alternatives(
     piece: str, variables: Mapping[str, Sequence[str]], whole: str, *, depth: int
 ) -> _Part:
     """A piece in braces that holds no index, as a regex."""
-    if depth > 8:
-        raise ArchitectureError(f"pattern {whole[:80]!r}: [vars] expand without an end")
+    if depth > _MAX_NESTED:
+        raise _endless(whole)
     name, colon, choices = piece[1:-1].partition(":")
     if colon:
         return _either([_Part(re.escape(choice), choice) for choice in choices.split("|")])

@@ -19,6 +19,7 @@ from streammap.graph import Form
 from streammap.lineage import Call
 from streammap.mapfile import Level
 from streammap.model import Model
+from streammap.regions import Region
 from streammap.spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -119,6 +120,13 @@ class Plan:
 
         form = self.targets[key]
         return evaluate.read(form, memory.fit([form], budget=None, n_workers=1))
+
+    def read_into(self, key: str, region: Region, out: "Tensor") -> None:
+        """A region of a tensor of the result, computed now into `out`."""
+        from streammap import evaluate
+
+        form = self.targets[key]
+        evaluate.read_into(form, region, out, memory.fit([form], budget=None, n_workers=1))
 
     @property
     def digest(self) -> str:

@@ -29,7 +29,7 @@ from streammap.model import Model
 from streammap.plan import Plan, Step
 from streammap.remapping import RULES, Change, Fill, Remapping, Rule
 
-_MAX_TENSORS = 2_000_000
+_MAX_TENSORS = 500_000
 __all__ = ["RULES", "Change", "Fill", "Rule", "natural", "remap"]
 
 

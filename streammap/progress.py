@@ -1,6 +1,13 @@
-"""A progress bar over bytes, as a listener."""
+"""Listeners that show a run's progress: a bar on stderr, or lines of a logger.
 
+A listener is any function that takes the events of events.py. Those here stay silent in all
+processes but the first, so that a launcher's ranks do not write over each other.
+"""
+
+import logging
+import os
 import sys
+import time
 from typing import TYPE_CHECKING, final
 
 from streammap.events import Event, Finished, Listener, Started, Wrote, nobody
@@ -8,10 +15,68 @@ from streammap.events import Event, Finished, Listener, Started, Wrote, nobody
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+_LOGGED_SECONDS = 10.0
+
+
+def rank() -> int:
+    """This process's number among those of its launch: torch.distributed's, else RANK's, else 0."""
+    module = sys.modules.get("torch.distributed")
+    if module is not None and module.is_available() and module.is_initialized():
+        found: int = module.get_rank()
+        return found
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isdecimal() else 0
+
 
 def bar(title: str, *, quiet: bool) -> Listener:
     """A progress bar where somebody looks at it."""
     return nobody if quiet or not sys.stderr.isatty() else ProgressBar(title)
+
+
+def to_logger(
+    logger: logging.Logger, *, level: int = logging.INFO, seconds: float = _LOGGED_SECONDS
+) -> Listener:
+    """A listener that writes to a logger: the beginning, the end, and a line now and then between.
+
+    Args:
+        seconds: Time between two lines.
+    """
+    return nobody if rank() else _Logged(logger, level, seconds)
+
+
+@final
+class _Logged:
+    """Counts bytes, and says how many."""
+
+    def __init__(self, logger: logging.Logger, level: int, seconds: float) -> None:
+        self._logger, self._level, self._seconds = logger, level, seconds
+        self._total = self._done = 0
+        self._began = self._told = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Log one event, if it is time."""
+        now = time.monotonic()
+        match event:
+            case Started(n_tensors, nbytes, resumed):
+                self._total, self._done = nbytes, resumed
+                self._began = self._told = now
+                self._logger.log(
+                    self._level, "streammap: %d tensors, %.3f GB", n_tensors, nbytes / 1e9
+                )
+            case Wrote(key, nbytes):
+                self._done += nbytes
+                if now - self._told >= self._seconds:
+                    self._told = now
+                    percent = 100 * self._done / max(self._total, 1)
+                    self._logger.log(
+                        self._level, "streammap: %.0f %%, %.3f GB, %s",
+                        percent, self._done / 1e9, key,
+                    )  # fmt: skip
+            case Finished():
+                self._logger.log(
+                    self._level, "streammap: done in %.1f s (%.0f MB/s)",
+                    now - self._began, self._total / 1e6 / max(now - self._began, 1e-9),
+                )  # fmt: skip
 
 
 @final
@@ -27,6 +92,8 @@ class ProgressBar:
         """Show one event."""
         match event:
             case Started(_, nbytes, resumed):
+                if rank():
+                    return
                 from tqdm import tqdm
 
                 self._bar = tqdm(

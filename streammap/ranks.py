@@ -6,6 +6,7 @@
 Nothing but the environment is looked at: they need no network, see launch.py.
 """
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -95,6 +96,13 @@ def deal(sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
         owners.append(min(world_size * middle // (2 * total), world_size - 1))
         before += nbytes
     return tuple(owners)
+
+
+def is_relayed(message: str) -> bool:
+    """Whether this is one of several ranks, and only repeats what rank 0 says of another."""
+    with contextlib.suppress(OutputError):
+        return message.startswith("rank ") and Ranks.here().rank > 0
+    return False
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:

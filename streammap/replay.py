@@ -10,7 +10,7 @@ The form is that of lineage.py. Nothing is computed until it is read or saved.
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from streammap import lineage, mapfile, recorded, sidefiles
+from streammap import lineage, mapfile, record, recorded
 from streammap.api import LazyCheckpoint
 from streammap.checkpoint import read_json
 from streammap.errors import PlanError, some
@@ -48,9 +48,7 @@ def rebuilt(call: Call, sources: Moved, *, known: Iterable[Level] = ()) -> LazyC
 
 def record_of(path: Path) -> Path:
     """Where the record of a result is: inside a folder, beside a file."""
-    if path.is_dir():
-        return path / sidefiles.PROVENANCE
-    return path.with_name(f"{path.name}.{sidefiles.PROVENANCE}")
+    return path / record.NAME if path.is_dir() else record.beside(path)
 
 
 def paths_of(call: Call) -> tuple[str, ...]:

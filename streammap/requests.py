@@ -25,11 +25,11 @@ Grouping = Literal["stacked", "adjacent"]
 GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
 MAX_SIZE = 2**40
 """Of any axis: far above any model's, far below where sizes of tensors overflow."""
-MAX_PARTS = 1_000_000
-"""Of what one map puts together: each is an object while planning."""
+MAX_PARTS = 200_000
+"""Of what one map puts together: each takes some 10 us to plan."""
 MAX_LAYERS = 10_000
 """Of one stack; the deepest models have some hundred."""
-_MAX_INDEX = MAX_PARTS
+_MAX_INDEX = 1_000_000
 _MAX_GROUPS = MAX_PARTS
 _MAX_TEXT = 10_000_000
 

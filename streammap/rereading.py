@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streammap import checksums, graph, kernels, schedule, streams, tally, tiling
+from streammap import digests, graph, kernels, schedule, streams, tally, tiling
 from streammap.dtypes import to_torch
 from streammap.engine import Engine
 from streammap.events import Listener, nobody
@@ -135,7 +135,7 @@ def recompute(
 def _reading(piece: Piece, scratch: Scratch) -> Reading:
     bits = max(8, DTYPE_BITS[piece.spec.dtype])
     after = piece.spec.nbytes - piece.start * bits // 8 - len(piece.view)
-    crc = checksums.carried(checksums.crc32(piece.view), after)
+    crc = digests.shifted(digests.crc32(piece.view), after)
     if piece.spec.dtype not in streams.MEASURED:
         return Reading(crc)
     n_nan = n_inf = 0

@@ -15,9 +15,10 @@ from streammap.header import Slot
 from streammap.maps import AxisMap, BlockMap, DenseMap
 from streammap.memory import Limits, Memory
 from streammap.program import Program
+from streammap.pullback import Range
 from streammap.recipe import Recipe, alike
 from streammap.spec import DTYPE_BITS, TensorSpec
-from streammap.tiling import Cut
+from streammap.tiling import Cut, Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,18 +80,25 @@ class Target:
     key: str
     form: Form
     places: tuple[Place, ...]
+    rows: Range | None = None
+    """What is wanted of the first dimension; None for all of it."""
 
 
 def bundles(
-    targets: Mapping[str, Form], slots: Iterable[tuple[str, Slot]], memory: Memory
+    targets: Mapping[str, Form],
+    slots: Iterable[tuple[str, Slot]],
+    memory: Memory,
+    *,
+    rows: Mapping[str, Range] | None = None,
 ) -> Iterator[Bundle]:
     """All work, in the order of the slots.
 
     Args:
         slots: (file, slot) of every target.
+        rows: Key -> what is wanted of the first dimension, where that is not all of it.
     """
     cuts: dict[object, Cut] = {}
-    for family in _families(targets, slots):
+    for family in _families(targets, slots, rows or {}):
         groups: dict[object, list[Target]] = {}
         for target in family:
             if target.form.copied is not None:
@@ -105,7 +113,9 @@ def bundles(
 
 
 def _families(
-    targets: Mapping[str, Form], slots: Iterable[tuple[str, Slot]]
+    targets: Mapping[str, Form],
+    slots: Iterable[tuple[str, Slot]],
+    rows: Mapping[str, Range],
 ) -> Iterator[tuple[Target, ...]]:
     """Targets that read a tensor in common, equal ones as one; in the order of their first."""
     order = [(file, slot) for file, slot in slots]
@@ -127,29 +137,35 @@ def _families(
     for i in range(len(order)):
         members.setdefault(root(i), []).append(i)
     for group in members.values():
-        yield tuple(_merged([order[i] for i in group], targets))
+        yield tuple(_merged([order[i] for i in group], targets, rows))
 
 
-def _merged(group: list[tuple[str, Slot]], targets: Mapping[str, Form]) -> Iterator[Target]:
+def _merged(
+    group: list[tuple[str, Slot]], targets: Mapping[str, Form], rows: Mapping[str, Range]
+) -> Iterator[Target]:
     alike: list[tuple[Slot, Form, list[Place]]] = []
     for file, slot in group:
         form, place = targets[slot.key], Place(file, slot.start)
-        for _, other, places in alike:
-            if other == form:
+        for first, other, places in alike:
+            if other == form and rows.get(first.key) == rows.get(slot.key):
                 places.append(place)
                 break
         else:
             alike.append((slot, form, [place]))
     for slot, form, places in alike:
-        yield Target(slot.key, form, tuple(places))
+        yield Target(slot.key, form, tuple(places), rows.get(slot.key))
 
 
 def _copies(target: Target, memory: Memory) -> Iterator[Bundle]:
     found = target.form.copied
     assert found is not None
     step = memory.tile_nbytes
-    for at in range(0, found.spec.nbytes, step):
-        nbytes = min(step, found.spec.nbytes - at)
+    start, end = 0, found.spec.nbytes
+    if target.rows is not None:
+        row = end // found.spec.shape[0]
+        start, end = target.rows[0] * row, target.rows[1] * row
+    for at in range(start, end, step):
+        nbytes = min(step, end - at)
         places = tuple(Place(p.file, p.offset + at) for p in target.places)
         yield (Copy(target.key, found, at, nbytes, places),)
 
@@ -161,15 +177,27 @@ def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:
     for tiles in tiling.bundles(form.spec.shape, _maps(form), cut):
         jobs: dict[tuple[int, object], tuple[str, Recipe, list[Place]]] = {}
         for number, target in enumerate(group):
-            for tile in tiles:
+            for tile in _wanted(tiles, target):
                 recipe = Recipe(target.form, tile)
                 _, _, places = jobs.setdefault(
                     (number, recipe.key if len(tiles) > 1 else 0), (target.key, recipe, [])
                 )
                 places += (Place(p.file, p.offset + tile.offset * item) for p in target.places)
-        yield tuple(
-            Compute(key, kind, recipe, tuple(places)) for key, recipe, places in jobs.values()
-        )
+        if jobs:
+            yield tuple(
+                Compute(key, kind, recipe, tuple(places)) for key, recipe, places in jobs.values()
+            )
+
+
+def _wanted(tiles: tuple[Tile, ...], target: Target) -> Iterator[Tile]:
+    """The parts of tiles that are in the target's rows."""
+    if target.rows is None:
+        yield from tiles
+        return
+    for tile in tiles:
+        found = tiling.clipped(tile, target.form.spec.shape, *target.rows)
+        if found is not None:
+            yield found
 
 
 def _maps(form: Form) -> tuple[tuple[AxisMap | None, ...], ...]:

@@ -21,7 +21,7 @@ from streammap.plan import FORMAT, Plan
 PROVENANCE = "streammap.json"
 _SKIPPED = (
     "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
-    "*.onnx_data", "*.gguf", "*.npz", "*.ot", "*.tflite", "*.index.json", "config.json",
+    "*.onnx_data", "*.gguf", "*.npz", "*.distcp", "*.ot", "*.tflite", "*.index.json", "config.json",
     "streammap.*", "*.streammap.json", ".*", "trainer_state.json", "events.out.tfevents.*",
 )  # fmt: skip
 _SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")

@@ -89,8 +89,7 @@ def each(
     held = {key: form for key, form in forms.items() if form.spec.n_elements}
     if not held:
         return
-    others = others or {}
-    others = others or {}
+    others = {key: form for key, form in (others or {}).items() if key in held}
     found = fit([*held.values(), *others.values()], engine, n_sides=2 if others else 1)
     widest = max((_ratio(held[key].spec, form.spec) for key, form in others.items()), default=1)
     own = threading.local()

@@ -6,6 +6,7 @@ number says which it takes.
 
 import json
 
+_MAX_DEPTH = 64
 _MAX_VALUES = 10_000_000
 """A value takes up to 100 bytes of memory and as little as 2 bytes of text."""
 
@@ -24,7 +25,24 @@ def loads(content: bytes) -> object:
         found: object = json.loads(content.decode(), object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    _check_depth(found)
     return found
+
+
+def _check_depth(value: object) -> None:
+    """Refuse what the parser takes, but what copies it or writes it again might not."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(f"nested too deeply, at most {_MAX_DEPTH} levels are read")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -8,8 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from streammap import header, torchfile
-from streammap.checkpoint import INDEXES, TORCH_SUFFIXES, Checkpoint, SourceFile, read_json
+from streammap import dcpmeta, header, torchfile
+from streammap.checkpoint import (
+    INDEXES,
+    TORCH_SUFFIXES,
+    Checkpoint,
+    SourceFile,
+    open_checkpoint,
+    read_json,
+)  # fmt: skip
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
 from streammap.storage.local import LocalFile
@@ -96,6 +103,8 @@ def survey(path: Path, record: Record) -> Survey:
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
+    if dcpmeta.is_folder(path):
+        return _chunked(path, record)
     folder = path if path.is_dir() else path.parent
     found: list[Finding] = []
     names, weight_map = _names(path, record, found)
@@ -125,6 +134,7 @@ def survey(path: Path, record: Record) -> Survey:
     if weight_map is not None:
         found += _index(weight_map, file_of, {file.name for file in files})
     found += _recorded(record, file_of, n_unread)
+    found += _beside(folder, record)
     config, config_path = None, folder / "config.json"
     if path.is_dir() and config_path.is_file():
         try:
@@ -134,6 +144,20 @@ def survey(path: Path, record: Record) -> Survey:
     opened = {f.name: LocalFile(folder / f.name, f.nbytes, f.mtime_ns) for f in files}
     checkpoint = Checkpoint(path, tuple(files), slots, file_of, config, _opened=opened)
     return Survey(checkpoint, tuple(found), n_unread)
+
+
+def _chunked(path: Path, record: Record) -> Survey:
+    """A folder of torch.distributed.checkpoint, whose metadata says where all is."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        told = Finding("error", "file", error.message, file=dcpmeta.METADATA)
+        return Survey(Checkpoint(path, (), {}, {}, None), (told,), 1)
+    found = [
+        finding for file in checkpoint.files for finding in _sizes(path / file.name, record)
+    ]  # fmt: skip
+    found += _recorded(record, checkpoint.file_of, 0)
+    return Survey(checkpoint, tuple(found), 0)
 
 
 def _names(
@@ -206,6 +230,21 @@ def _sizes(file: Path, record: Record) -> Iterator[Finding]:
         yield Finding(
             "error", "size", told, file=file.name, found=file.stat().st_size, expected=expected
         )
+
+
+def _beside(folder: Path, record: Record) -> Iterator[Finding]:
+    """config.json, tokenizer and the like: they may be edited, and must be there."""
+    for name, expected in record.files.items():
+        if _is_weights(Path(name).name):
+            continue
+        parts = Path(name).parts
+        if ".." in parts or Path(name).is_absolute() or "\0" in name:
+            yield Finding("error", "file", "no name of a file of this folder", file=name)
+        elif not (folder / name).is_file():
+            yield Finding("error", "file", "missing", file=name, expected=expected)
+        elif (size := (folder / name).stat().st_size) != expected:
+            told = f"{size} bytes, {expected} were written"
+            yield Finding("note", "size", told, None, name, size, expected)
 
 
 def _index(

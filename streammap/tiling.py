@@ -73,6 +73,36 @@ def tile_at(shape: tuple[int, ...], prefix: tuple[int, ...], start: int, end: in
     return Tile(prefix, start, end, offset * math.prod(rest), (end - start, *rest))
 
 
+def clipped(tile: Tile, shape: tuple[int, ...], start: int, end: int) -> Tile | None:
+    """The tile's part in the rows [start, end) of the first dimension; None where it has none."""
+    if tile.prefix:
+        return tile if start <= tile.prefix[0] < end else None
+    low, high = max(start, tile.start), min(end, tile.end)
+    return tile_at(shape, (), low, high) if low < high else None
+
+
+def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Tile]:
+    """The elements [start, end) of a tensor, in their order, as a few tiles."""
+    if start >= end:
+        return
+    if not shape:
+        yield tile_at(shape, (), 0, 1)
+        return
+    yield from _boxes(shape, (), start, end)
+
+
+def _boxes(shape: tuple[int, ...], prefix: tuple[int, ...], start: int, end: int) -> Iterator[Tile]:
+    row = math.prod(shape[len(prefix) + 1 :])
+    (first, skipped), (last, rest) = divmod(start, row), divmod(end, row)
+    if skipped:
+        yield from _boxes(shape, (*prefix, first), skipped, min(row, end - first * row))
+        first += 1
+    if first < last:
+        yield tile_at(shape, prefix, first, last)
+    if rest and first <= last:
+        yield from _boxes(shape, (*prefix, last), 0, rest)
+
+
 def bundles(
     shape: tuple[int, ...], terms: Sequence[Sequence[AxisMap | None]], cut: Cut
 ) -> Iterator[tuple[Tile, ...]]:

@@ -101,7 +101,7 @@ def _content(path: Path) -> tuple[object, Mapping[str, tuple[int, int]]]:
     """What the pickle describes, and for each storage its first byte and its size."""
     descriptor = reading.open_file(path)
     with os.fdopen(descriptor, "rb") as file:
-        entries = _entries(file, path.name)
+        entries = entries_of(file, path.name)
         place = next((name for name in entries if name.endswith("/data.pkl")), None)
         if place is None:
             raise CheckpointError(
@@ -116,7 +116,7 @@ def _content(path: Path) -> tuple[object, Mapping[str, tuple[int, int]]]:
     return pickles.read(text, file=path.name), storages
 
 
-def _entries(file: BinaryIO, name: str) -> dict[str, tuple[int, int]]:
+def entries_of(file: BinaryIO, name: str) -> dict[str, tuple[int, int]]:
     """Name -> first byte and size of each entry of a zip file."""
     size = file.seek(0, os.SEEK_END)
     found: dict[str, tuple[int, int]] = {}

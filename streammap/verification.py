@@ -231,12 +231,13 @@ def _planned(seen: Survey, expected: Plan, record: Record) -> Iterator[Finding]:
 
 def _offsets(seen: Survey, expected: Plan) -> Iterator[Finding]:
     """In a file, tensors stand in the order of the plan, the widest dtype first."""
+    surplus = {file for key, file in seen.checkpoint.file_of.items() if key not in expected.specs}
     by_file: dict[str, list[str]] = {}
     for key in expected.specs:
         if key in seen.checkpoint.slots:
             by_file.setdefault(seen.checkpoint.file_of[key], []).append(key)
     for file, keys in by_file.items():
-        if not file.endswith(".safetensors"):
+        if not file.endswith(".safetensors") or file in surplus:
             continue
         specs = {key: seen.checkpoint.slots[key].spec for key in keys}
         (shard,) = layout.arrange(specs, max_shard_nbytes=2**62, single=file)

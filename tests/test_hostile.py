@@ -21,6 +21,7 @@ from streammap import (
     header,
     mapfile,
     pattern,
+    planner,
     reading,
     scheme,
     sidefiles,
@@ -99,6 +100,15 @@ def test_a_terminal_gets_no_escapes_of_a_checkpoint(source: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
     told = typed.ok("inspect", folder)
     assert "\\x1b[31mred" in told
+    assert all(letter.isprintable() for letter in told.replace("\n", ""))
+
+
+def test_a_terminal_gets_no_escapes_of_a_record(source: Path) -> None:
+    tensors = {"\x1b[2J": {"file": "\x1b[2J\nok.safetensors", "crc32": "cbf43926"}}
+    record = {"files": {"\x1b[2J.safetensors": 3}, "tensors": tensors}
+    (source / "streammap.json").write_text(json.dumps(record))
+    told = typed.run("verify", source).output
+    assert r"\x1b[2J" in told
     assert all(letter.isprintable() for letter in told.replace("\n", ""))
 
 
@@ -250,6 +260,25 @@ def test_json_of_too_many_values_is_refused_unread() -> None:
         strictjson.loads(b"[" + b"[]," * 6_000_000 + b"[]]")
 
 
+@pytest.mark.parametrize("kind", ["list", "object"])
+def test_json_is_nested_as_deep_as_it_can_be_written_again(source: Path, kind: str) -> None:
+    """What Python's parser takes, what copies and writes it might not: a RecursionError."""
+
+    def nested(depth: int) -> str:
+        if kind == "list":
+            return "[" * depth + "]" * depth
+        return '{"a":' * depth + "0" + "}" * depth
+
+    config = tiny.bert_config(SIZES)
+    text = json.dumps(config)[:-1] + ', "extra": '
+    (source / "config.json").write_text(text + nested(63) + "}")
+    assert streammap.open(source).coalesce(width=2).config
+    for depth in (64, 300, 100_000):
+        (source / "config.json").write_text(text + nested(depth) + "}")
+        with pytest.raises(CheckpointError, match="not JSON: nested too deeply"):
+            streammap.open(source)
+
+
 @pytest.mark.parametrize("text", ["9" * 5_000, "-" + "9" * 5_000])
 def test_a_number_of_thousands_of_digits_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="digits"):
@@ -305,6 +334,7 @@ def test_a_digit_that_is_no_number_may_stand_in_a_key(source: Path) -> None:
     state = {"².a": torch.zeros(2), "²": torch.zeros(2)}
     tiny.write(source / "x", state, None)
     assert set(streammap.open(source / "x").keys()) == set(state)
+    assert sorted(("²", "a.10", "a.9", "²3"), key=planner.natural) == ["a.9", "a.10", "²", "²3"]
 
 
 # Sizes that config.json and requests ask for.
@@ -342,7 +372,7 @@ def test_a_config_of_absurd_sizes_is_refused_quickly(
     [
         {"width": 10**9}, {"depth": 10**9}, {"hidden": f"={10**9}"}, {"heads": f"={10**9}"},
         {"heads": 10**9}, {"mlp": f"={10**12}"}, {"mlp": 2**40}, {"layers": 10**9},
-        {"layers": "=10001"}, {"hidden": "=1000001"}, {"head_dim": 10**9},
+        {"layers": "=10001"}, {"hidden": "=200001"}, {"head_dim": 10**9},
         {"scheme": {"heads": 10**9}}, {"scheme": {"mlp": {"size": 10**12}}},
         {"scheme": {"axes": {"embed": 10**9}}}, {"scheme": {"width": 10**8}},
         {"scheme": {"depth_scheme": [[0], [1], [2], [10**6]]}},
@@ -506,6 +536,23 @@ def test_the_slowest_pattern_that_is_allowed_has_an_end() -> None:
     (compiled,) = pattern.compile_patterns("*a*{p:a|b|aa|aaa}", {})
     with quickly():
         assert compiled.match("a" * header.MAX_KEY_LETTERS + "c") is None
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"a": ["{a}"]},
+        {"a": ["{i}", "{a}"]},
+        {"a": ["{i}{b}"], "b": ["{a}", "x"]},
+        {"a": ["{b}", "{i}"], "b": ["{b}x"]},
+        {f"a{i}" if i else "a": [f"{{a{i + 1}}}" * 100] for i in range(8)} | {"a8": ["x"]},
+        {f"a{i}" if i else "a": [f"{{a{i + 1}}}"] * 100 for i in range(8)} | {"a8": ["x", "{i}"]},
+    ],
+    ids=range(6),
+)
+def test_variables_that_have_no_end_are_refused_quickly(variables: dict[str, list[str]]) -> None:
+    with quickly(), pytest.raises(ArchitectureError, match=r"expand without an end|matched in"):
+        pattern.compile_patterns("{a}", variables)
 
 
 def test_a_sample_may_hold_brackets() -> None:

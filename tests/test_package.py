@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,155 +10,6 @@ import pytest
 import streammap
 
 PACKAGE = Path(streammap.__file__).parent
-FLOORS = (
-    (
-        "digests",
-        "checksums",
-        "errors",
-        "events",
-        "inference.configchanges",
-        "segments",
-        "spec",
-        "storage.disk",
-        "strictjson",
-        "tally",
-        "version",
-    ),
-    (
-        "configfields",
-        "dtypes",
-        "expression",
-        "maps",
-        "optional",
-        "pickles",
-        "progress",
-        "quantized",
-        "ranks",
-        "reading",
-        "requests",
-        "tomlvalues",
-        "workfolder",
-    ),
-    (
-        "buffers",
-        "graph",
-        "header",
-        "headmaps",
-        "journal",
-        "pattern",
-        "pullback",
-        "storage.local",
-        "tiling",
-        "tinymodels",
-        "validation",
-    ),
-    (
-        "architecture",
-        "inference.probing",
-        "launch",
-        "layout",
-        "recipe",
-        "torchfile",
-    ),
-    (
-        "checkpoint",
-        "commit",
-        "engine",
-        "memory",
-        "output",
-        "program",
-    ),
-    (
-        "clioptions",
-        "compiler",
-        "devices",
-        "dimmaps",
-        "inference.anatomy",
-        "kernels",
-        "layers",
-        "mapfile",
-        "scheme",
-        "sizes",
-        "specpart",
-        "survey",
-    ),
-    (
-        "inference.solving",
-        "lineage",
-        "schedule",
-        "specfile",
-    ),
-    (
-        "catalogue",
-        "inference.meanings",
-        "worker",
-        "writer",
-    ),
-    (
-        "evaluate",
-        "inference.spectext",
-        "listing",
-        "model",
-        "pipeline",
-    ),
-    (
-        "axisfacts",
-        "inference.spectables",
-        "plan",
-        "rewriting",
-        "streams",
-    ),
-    (
-        "axisrequests",
-        "identity",
-        "health",
-        "inference.shrinking",
-        "operators.interpolate",
-        "remapping",
-        "rereading",
-        "sidefiles",
-    ),
-    (
-        "inference.infer",
-        "planner",
-        "record",
-        "spaces",
-    ),
-    (
-        "compensation",
-        "making",
-        "operators.permute",
-    ),
-    (
-        "executor",
-        "headsize",
-    ),
-    ("promises",),
-    (
-        "operators.resize",
-        "summary",
-    ),
-    ("options",),
-    ("resizejson",),
-    ("recorded",),
-    ("api",),
-    (
-        "inspection",
-        "mapper",
-        "proof",
-        "replay",
-        "testbench",
-    ),
-    (
-        "clispec",
-        "demo",
-        "verification",
-    ),
-    ("cliverify",),
-    ("cli",),
-    ("__main__",),
-)
-"""Each module imports from floors above its own in this list only."""
 
 
 def modules() -> dict[str, Path]:
@@ -181,26 +33,56 @@ def imported(path: Path) -> set[str]:
     return found - {""}
 
 
-def wrong_imports(floors: tuple[tuple[str, ...], ...]) -> list[str]:
-    floor = {name: i for i, names in enumerate(floors) for name in names}
-    return [
-        f"{name} imports {other}"
-        for name, path in modules().items()
-        for other in imported(path)
-        if other in floor and floor[other] >= floor[name] and other != name
-    ]
+def imports() -> dict[str, set[str]]:
+    return {name: imported(path) - {name} for name, path in modules().items()}
 
 
-def test_each_module_has_a_floor() -> None:
-    assert {name for names in FLOORS for name in names} == modules().keys()
+def cycle(found: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a circle; empty where imports point down only."""
+    try:
+        TopologicalSorter(found).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def reached(found: dict[str, set[str]], start: str) -> set[str]:
+    """All modules that one needs, its own imports' imports too."""
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        new = found.get(waiting.pop(), set()) - seen
+        seen |= new
+        waiting += new
+    return seen
 
 
 def test_imports_point_down() -> None:
-    assert wrong_imports(FLOORS) == []
+    assert cycle(imports()) == []
 
 
-def test_an_import_that_points_up_is_found() -> None:
-    assert wrong_imports(FLOORS[::-1])
+def test_a_circle_of_imports_is_found() -> None:
+    found = imports()
+    found["errors"] = {"api"}
+    assert {"errors", "api"} <= set(cycle(found))
+
+
+def test_the_ground_floor_needs_nothing() -> None:
+    found = imports()
+    for name in ("errors", "events", "spec", "segments", "version"):
+        assert found[name] == set()
+
+
+def test_places_for_bytes_know_nothing_of_plans() -> None:
+    found = imports()
+    for name in (name for name in found if name.startswith("storage.")):
+        assert reached(found, name).isdisjoint({"plan", "graph", "schedule", "model", "api"})
+
+
+def test_nothing_needs_the_command_line() -> None:
+    fronts = {name for name in modules() if name.startswith("cli")} | {"__main__"}
+    for name, others in imports().items():
+        assert name in fronts or others.isdisjoint(fronts), name
 
 
 def test_exports_are_sorted_and_there() -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammap
-from streammap import devices, launch, memory, ranks, workfolder
+from streammap import devices, launch, memory, ranks, voices, workfolder
 from streammap.cli import main
 from streammap.errors import OutputError, StreammapError
 from streammap.events import Event, Wrote
@@ -35,8 +35,8 @@ Outcome = streammap.Report | StreammapError
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks that give up on each other sooner."""
-    monkeypatch.setattr(launch, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(launch, "GONE_SECONDS", 0.5)
+    monkeypatch.setattr(voices, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(voices, "GONE_SECONDS", 0.5)
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
 
@@ -372,11 +372,11 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import streammap
-from streammap import launch, writer
+from streammap import voices, writer
 from streammap.ranks import Ranks
 
 big, out, dies, flag = sys.argv[1:]
-launch.BEAT_SECONDS, launch.GONE_SECONDS = 0.05, 0.5
+voices.BEAT_SECONDS, voices.GONE_SECONDS = 0.05, 0.5
 here, write, n = Ranks.here(), writer.Writer.write, [0]
 
 def write_or_die(self, job, view):
@@ -505,7 +505,8 @@ DEPTH = ("--depth=2", "--max-shard-size=500", "--no-fsync")
 def torchrun(n: int, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
     options = ["--standalone", f"--nproc-per-node={n}", f"--max-restarts={restarts}"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": str(PAGE.parent.parent)}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow

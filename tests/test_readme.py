@@ -12,7 +12,10 @@ from streammap.cli import main
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "schemes/README.md", "streammap/architectures/README.md")
+PAGES = (
+    "README.md", "schemes/README.md", "streammap/architectures/README.md", "docs/original.md",
+    "docs/resume.md", "docs/verify.md", "docs/security.md", "docs/launchers.md",
+)  # fmt: skip
 SIZES = tiny.Sizes(heads=4, layers=4)
 
 
@@ -47,8 +50,9 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     for name in ("all-MiniLM-L6-v2", "big"):
         tiny.write(tmp_path / name, tiny.bert(SIZES), tiny.bert_config(SIZES))
-    for block in blocks("README.md", "python"):
-        exec(compile(block, "README.md", "exec"), {})
+    for page in ("README.md", "docs/original.md"):
+        for block in blocks(page, "python"):
+            exec(compile(block, page, "exec"), {})
     assert (tmp_path / "blended" / "config.json").exists()
     assert (tmp_path / "out" / "config.json").exists()
 

@@ -1,6 +1,5 @@
 """What verify must find, each in a result that is whole but for that."""
 
-import itertools
 import json
 import math
 import subprocess
@@ -8,16 +7,13 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import streammap
-from streammap import checksums, header
+from streammap import header
 from streammap.errors import CheckpointError, PlanError
 from streammap.survey import Finding
 from tests import tiny
@@ -31,8 +27,7 @@ INDEX = "model.safetensors.index.json"
 def recorded(output: Path) -> Path:
     """Put sizes and CRCs into a result's record, as a run does."""
     single = not output.is_dir()
-    place = output.with_name(f"{output.name}.streammap.json") if single else output
-    record = place if single else output / "streammap.json"
+    record = output.with_suffix(".streammap.json") if single else output / "streammap.json"
     content = json.loads(record.read_text()) if record.is_file() else {}
     files, tensors = {}, {}
     for file in [output] if single else sorted(output.glob("model*.safetensors")):
@@ -253,6 +248,26 @@ def test_an_edited_field_of_the_config_is_a_note(out: Path) -> None:
     ]  # fmt: skip
 
 
+def test_files_beside_the_weights_must_be_there(big: Path, tmp_path: Path) -> None:
+    tiny.file(big / "tokenizer.json", "{}")
+    streammap.coalesce(big, tmp_path / "out", width=2)
+    assert streammap.verify(tmp_path / "out").findings == ()
+    (tmp_path / "out" / "tokenizer.json").write_text('{"a": 1}')
+    (found,) = streammap.verify(tmp_path / "out").findings
+    assert (found.level, found.check, found.found, found.expected) == ("note", "size", 8, 2)
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    (found,) = errors(tmp_path / "out")
+    assert (found.check, found.file, found.message) == ("file", "tokenizer.json", "missing")
+
+
+def test_a_run_records_what_is_verified(big: Path, tmp_path: Path) -> None:
+    """As `recorded` does."""
+    streammap.open(big).coalesce(width=2).save(tmp_path / "out", max_shard_size=1000)
+    written = json.loads((tmp_path / "out" / "streammap.json").read_text())["tensors"]
+    recorded(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "streammap.json").read_text())["tensors"] == written
+
+
 def test_all_that_is_wrong_is_listed(out: Path) -> None:
     overwrite(out, KEY, bytes([content_of(out, KEY)[0] ^ 1]))
     save_file({"x": torch.ones(2)}, out / "model-00099-of-00099.safetensors")
@@ -301,10 +316,9 @@ def test_a_checkpoint_from_elsewhere(big: Path, tmp_path: Path) -> None:
 def test_a_single_file(big: Path, tmp_path: Path) -> None:
     file = tmp_path / "out.safetensors"
     streammap.open(big).coalesce(width=2).save(file)
-    recorded(file)
-    found = streammap.verify(file)
+    found = streammap.verify(file, recompute=10)
     assert found.ok
-    assert found.checks == ("structure", "record", "crc32", "finite")
+    assert found.checks == ("structure", "record", "plan", "crc32", "finite", "tiles")
     with file.open("r+b") as opened:
         opened.seek(-1, 2)
         opened.write(b"\x55")
@@ -375,19 +389,6 @@ def test_file_names_of_a_record_do_not_lead_out_of_the_folder(big: Path) -> None
     bad = {"tensors": {"a": {"file": "../big/model.safetensors", "crc32": "0"}}}
     tiny.file(big / "streammap.json", json.dumps(bad))
     assert "no name of a file of this folder" in [f.message for f in errors(big)]
-
-
-@given(st.binary(max_size=400), st.sets(st.integers(1, 399)), st.randoms())
-def test_crcs_of_parts_make_that_of_the_whole(
-    content: bytes, cuts: set[int], random: Random
-) -> None:
-    places = [0, *sorted(c for c in cuts if c < len(content)), len(content)]
-    parts = list(itertools.pairwise(places))
-    random.shuffle(parts)
-    found = 0
-    for start, end in parts:
-        found ^= checksums.carried(checksums.crc32(content[start:end]), len(content) - end)
-    assert found == zlib.crc32(content)
 
 
 _RUN = """

@@ -7,10 +7,19 @@ from collections.abc import Callable
 
 Bytes = Callable[[bytes, random.Random], bytes]
 
+
+def _nested(depth: int, *, as_list: bool) -> object:
+    found: object = 0
+    for _ in range(depth):
+        found = [found] if as_list else {"a": found}
+    return found
+
+
 NASTY: tuple[object, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**40, 2**62, 2**63, 10**9, 10**30, 0.5, -0.0,
     1e-300, 1e308, float("nan"), float("inf"), "", "a", "=7", "=0", "\x1b[2J", "\ud800", "\u202e",
     "0", "../x", "x" * 3000, [], {}, [[]], [0], [[0, 0]], [1] * 70, {"a": {"a": {}}},
+    *(_nested(depth, as_list=as_list) for depth in (50, 62, 300) for as_list in (True, False)),
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """What is fuzzed: each target takes bytes, and lets out nothing but the project's own errors."""
 
+import base64
 import contextlib
 import json
 import os
@@ -7,18 +8,40 @@ import random
 import shutil
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from unittest import mock
 
-from streammap import catalogue, header, inspection, mapfile, pattern, plan, requests, scheme
+from streammap import (
+    axisrequests,
+    catalogue,
+    header,
+    headsize,
+    inspection,
+    journal,
+    lineage,
+    mapfile,
+    pattern,
+    plan,
+    planner,
+    replay,
+    requests,
+    scheme,
+    spaces,
+    strictjson,
+    verification,
+)
 from streammap import expression as expressions
 from streammap.api import LazyCheckpoint
 from streammap.checkpoint import Checkpoint, open_checkpoint
 from streammap.errors import ArchitectureError, StreammapError
 from streammap.header import Slot
+from streammap.journal import Request
 from streammap.maps import BlockMap
 from streammap.spec import TensorSpec
 from tests.fuzz import mutate
@@ -27,6 +50,8 @@ from tests.test_labels import cases
 LINKS = ("/dev/zero", "/proc/self/maps", "..", "a.safetensors", "nowhere", "self")
 MODELS = ("bert", "llama", "mixtral", "deepseek_v3", "t5", "gemma3", "mamba2", "gpt_neo", "jamba")
 _READ_NBYTES = 100_000
+_MOST_TENSORS = 2_000
+_MOST_PARTS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +80,17 @@ def _lazy(name: str, config: Mapping[str, object] | None = None, arch: str = "")
     return LazyCheckpoint(plan.from_checkpoint(source, (), architecture=arch or case.arch))
 
 
+@contextlib.contextmanager
+def _refused() -> Iterator[None]:
+    """The project's errors; and results are small, so that a slow plan is a finding."""
+    with ExitStack() as lowered:
+        lowered.enter_context(mock.patch.object(planner, "_MAX_TENSORS", _MOST_TENSORS))
+        for module in (axisrequests, headsize, spaces):
+            lowered.enter_context(mock.patch.object(module, "MAX_PARTS", _MOST_PARTS))
+        with contextlib.suppress(StreammapError):
+            yield
+
+
 @cache
 def _known(name: str) -> LazyCheckpoint:
     return _lazy(name)
@@ -70,7 +106,7 @@ def _planned(lazy: LazyCheckpoint, chance: int) -> None:
         lambda: str(lazy.decoalesce(width=2, depth=2).summary(device="cpu")),
         lambda: lazy.decoalesce(hidden="=96", head_dim=32),
     )
-    with contextlib.suppress(StreammapError):
+    with _refused():
         steps[chance % len(steps)]()
 
 
@@ -175,9 +211,9 @@ def _config_seeds() -> list[bytes]:
 def _scheme(data: bytes, folder: Path) -> None:
     path = _file(folder, "scheme.json", data)
     for name in ("llama", "mixtral"):
-        with contextlib.suppress(StreammapError):
+        with _refused():
             _known(name).coalesce(scheme=path)
-        with contextlib.suppress(StreammapError):
+        with _refused():
             _known(name).decoalesce(scheme=path)
     with contextlib.suppress(StreammapError):
         scheme.load_scheme(path).as_text()
@@ -205,9 +241,9 @@ def _request(data: bytes, folder: Path) -> None:
     with contextlib.suppress(StreammapError):
         requests.parse_request(text, space)
     for name in ("llama", "mixtral"):
-        with contextlib.suppress(StreammapError):
+        with _refused():
             _known(name).coalesce(axes={space: text})
-        with contextlib.suppress(StreammapError):
+        with _refused():
             _known(name).decoalesce(axes={space: text})
 
 
@@ -226,7 +262,7 @@ def _map(data: bytes, folder: Path) -> None:
         for level in mapfile.load(path):
             assert level.digest
         for step in (_known("llama").coalesce, _known("llama").decoalesce):
-            with contextlib.suppress(StreammapError):
+            with _refused():
                 step(map=path)
 
 
@@ -336,6 +372,67 @@ def _mutated_pickle(content: bytes, chance: random.Random) -> bytes:
     return bytes(out)
 
 
+# What streammap writes, and reads again.
+
+
+def _journal(data: bytes, folder: Path) -> None:
+    path = _file(folder, journal.NAME, data)
+    with contextlib.suppress(StreammapError):
+        journal.read(path.parent, _ASKED, ("a", "b.0"))
+
+
+_ASKED = Request({"sources": [{"name": "big", "nbytes": 8}], "steps": ["x"], "seed": None}, "ab")
+
+
+def _journal_seeds() -> list[bytes]:
+    head = _ASKED.line(streammap_journal=journal.FORMAT)
+    other = Request({**_ASKED.content, "steps": ["y", {"z": [1]}]}, "ab")
+    tensors = b'{"tensors": {"a": "cbf43926"}}\n{"tensors": {"b.0": "00000000", "a": "cbf43926"}}\n'
+    return [head + tensors, other.line(streammap_journal=journal.FORMAT) + tensors, head]
+
+
+def _mutated_lines(data: bytes, chance: random.Random) -> bytes:
+    """One line of JSON changed, or the bytes."""
+    lines = data.split(b"\n")
+    if chance.random() < 0.3:
+        return mutate.raw(data, chance)
+    at = chance.randrange(len(lines))
+    lines[at] = mutate.json_text(lines[at], chance)
+    if chance.random() < 0.1:
+        lines.insert(at, chance.choice(lines))
+    return b"\n".join(lines)
+
+
+def _record(data: bytes, folder: Path) -> None:
+    """A folder's streammap.json, verified, and made again from a source that isn't there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_bytes(_header_seeds()[0])
+    path = _file(folder, "streammap.json", data)
+    with contextlib.suppress(StreammapError):
+        str(verification.verify(folder, recompute=1))
+    with contextlib.suppress(StreammapError, ValueError):
+        content = strictjson.loads(data)
+        lineage.as_json(lineage.parse(content.get("request") if isinstance(content, dict) else 0))
+    with _refused():
+        replay.open(path, sources=folder)
+
+
+def _record_seeds() -> list[bytes]:
+    grown = _known("llama").decoalesce(width=2)
+    opened = {"operator": "open", "path": "gone", "config": {"hidden_size": 8}}
+    maps = base64.b64encode(zlib.compress(mapfile.encode(grown.plan.levels))).decode()
+    resized = {"operator": "decoalesce", "width": 2, "mlp": "=9", "source": opened, "maps": maps}
+    asked = {"operator": "interpolate", "alpha": 0.5, "source": resized, "target": opened}
+    tensors = {key: {"file": "model.safetensors", "crc32": "cbf43926"} for key in ("a", "b", "c")}
+    content = {"streammap": "0.1", "format": 1, "digest": "ab", "steps": [], "sources": []}
+    found: list[object] = [
+        {**content, "files": {"model.safetensors": 24}, "tensors": tensors, "request": asked},
+        {**content, "request": {**opened, "maps": {"sha256": ["ab"]}, "id": 0}},
+        {**content, "request": {"operator": "configure", "config": {}, "source": opened}},
+    ]
+    return [json.dumps(one).encode() for one in found]
+
+
 # Specs.
 
 
@@ -416,6 +513,8 @@ TARGETS = {
     "map": Target(_map, _map_seeds, _mutated_map),
     "torch": Target(_torch, _torch_seeds, _mutated_torch),
     "spec": Target(_spec, _spec_seeds, mutate.lines(_words())),
+    "journal": Target(_journal, _journal_seeds, _mutated_lines),
+    "record": Target(_record, _record_seeds, mutate.json_text),
     "pattern": Target(_pattern, _pattern_seeds, mutate.lines(_PATTERN_WORDS)),
 }
 

@@ -1,0 +1,62 @@
+"""Parts of a pickle (protocol 2), written without the classes that it names.
+
+Importing torch.distributed.checkpoint to pickle its metadata would take 50 MB and a second.
+"""
+
+from collections.abc import Iterable
+
+STOP = b"."
+BEGIN = b"\x80\x02"
+FALSE = b"\x89"
+NONE = b"N"
+
+
+def named(module: str, name: str) -> bytes:
+    """A class or function."""
+    return f"c{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    """A string."""
+    encoded = value.encode("utf-8", "surrogatepass")
+    return b"X" + len(encoded).to_bytes(4, "little") + encoded
+
+
+def number(value: int) -> bytes:
+    """A number that is not negative."""
+    if value < 256:
+        return b"K" + bytes((value,))
+    if value < 2**31:
+        return b"J" + value.to_bytes(4, "little")
+    encoded = value.to_bytes(value.bit_length() // 8 + 1, "little")
+    return b"\x8a" + bytes((len(encoded),)) + encoded
+
+
+def tuple_(*items: bytes) -> bytes:
+    """A tuple."""
+    return b"(" + b"".join(items) + b"t"
+
+
+def list_(*items: bytes) -> bytes:
+    """A list."""
+    return b"](" + b"".join(items) + b"e"
+
+
+def dict_(items: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """A dict."""
+    return b"}(" + b"".join(key + value for key, value in items) + b"u"
+
+
+def call(function: bytes, *arguments: bytes) -> bytes:
+    """What a function gives."""
+    return function + tuple_(*arguments) + b"R"
+
+
+def made(kind: bytes, state: bytes) -> bytes:
+    """An object with a state."""
+    return kind + b")\x81" + state + b"b"
+
+
+def referred(pid: bytes) -> bytes:
+    """Something outside of the pickle."""
+    return pid + b"Q"
