@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from streammap.executor import Report
     from streammap.loading import LoadReport
     from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
+    from streammap.ranks import Ranks
     from streammap.verification import Verification, verify
     from streammap.version import VERSION as __version__
 
@@ -32,6 +33,7 @@ __all__ = [
     "LoadReport",
     "OutputError",
     "PlanError",
+    "Ranks",
     "Report",
     "SchemeError",
     "StreammapError",
@@ -52,6 +54,7 @@ _HOMES = {
     "loading": ("LoadReport",),
     "executor": ("Report",),
     "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
+    "ranks": ("Ranks",),
     "verification": ("Verification", "verify"),
 }
 

@@ -22,6 +22,7 @@ from streammap.making import FORMATS, Format, Where
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
+from streammap.ranks import ALONE, Ranks
 from streammap.spec import TensorSpec
 from streammap.storage import hubname
 from streammap.storage.hubsink import MESSAGE, Push
@@ -183,6 +184,7 @@ class LazyCheckpoint:
         format: Format = "safetensors",
         nest: str | None = None,
         progress: Listener = nobody,
+        ranks: Ranks | bool = False,
         **options: Unpack[EngineOptions],
     ) -> Report:
         """Compute and write the result; the model is never held.
@@ -200,6 +202,8 @@ class LazyCheckpoint:
             nest: Entry that the tensors stand under in a DCP folder, such as "model"; by default
                 where they stood in the source, or at the top.
             progress: Called with each event of events.py.
+            ranks: True where all processes of a torchrun or srun make this call: each then writes
+                some of the shards, and all return when the result is whole. See docs/clusters.md.
             options: What the run may use, see engine.py: memory, threads, device, reader.
 
         Raises:
@@ -213,9 +217,10 @@ class LazyCheckpoint:
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
         if format not in FORMATS:
             raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
+        here = _ranks(ranks)
         where = Where(
             places.local_path(output), size, overwrite, fsync, engine(options), restart=restart,
-            format=format, nest=nest,
+            format=format, nest=nest, ranks=here,
         )  # fmt: skip
         if places.is_url(output):
             return self._send(self._sink(str(output), where, options), where, progress)
@@ -233,6 +238,7 @@ class LazyCheckpoint:
         restart: bool = False,
         fsync: bool = True,
         progress: Listener = nobody,
+        ranks: Ranks | bool = False,
         **options: Unpack[EngineOptions],
     ) -> Report:
         """Compute the result and push it to a repository of the Hub, shard by shard.
@@ -254,7 +260,10 @@ class LazyCheckpoint:
         side = self.plan.side
         before = None if side is None else side.config
         validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
-        where = Where(Path(), size, overwrite, fsync, engine(options), restart=restart)
+        here = _ranks(ranks)
+        where = Where(
+            Path(), size, overwrite, fsync, engine(options), restart=restart, ranks=here
+        )  # fmt: skip
         push = Push(repo, branch, private, message)
         return self._send(self._hub(push, options), where, progress)
 
@@ -279,6 +288,12 @@ class LazyCheckpoint:
         return HubSink(push, partial(modelcard.card, self.plan, engine(options), name=push.repo))
 
     def _send(self, sink: Sink, where: Where, progress: Listener) -> Report:
+        if where.ranks.world_size > 1:
+            raise OutputError(
+                f"{sink.label}: {where.ranks.world_size} processes, expected 1: they share a "
+                "folder on a file system",
+                hint="write to a folder, or run it in one process (--no-ranks)",
+            )
         where = replace(where, path=outbox.spool_of(sink.label))
         return executor.run(self.plan, where, progress, sink=sink)
 
@@ -363,6 +378,7 @@ def coalesce(
     overwrite: bool = False,
     restart: bool = False,
     progress: Listener = nobody,
+    ranks: Ranks | bool = False,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Write the coalesced `source` to `output`. See open, LazyCheckpoint.coalesce and .save."""
@@ -370,7 +386,7 @@ def coalesce(
     with open(source, stream=stream) as lazy:
         return lazy.coalesce(**resize).save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, **run,
+            progress=progress, ranks=ranks, **run,
         )  # fmt: skip
 
 
@@ -385,6 +401,7 @@ def decoalesce(
     overwrite: bool = False,
     restart: bool = False,
     progress: Listener = nobody,
+    ranks: Ranks | bool = False,
     **options: Unpack[RunOptions],
 ) -> Report:
     """Write the decoalesced `source` to `output`, blended with `blend_with` where it is given.
@@ -400,7 +417,7 @@ def decoalesce(
     with lazy if big is None else lazy.interpolate(big, alpha=alpha) as planned:
         return planned.save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, **run,
+            progress=progress, ranks=ranks, **run,
         )  # fmt: skip
 
 
@@ -415,6 +432,7 @@ def interpolate(
     overwrite: bool = False,
     restart: bool = False,
     progress: Listener = nobody,
+    ranks: Ranks | bool = False,
     **run: Unpack[EngineOptions],
 ) -> Report:
     """Write (1 - alpha) * target + alpha * source to `output`. See open and LazyCheckpoint."""
@@ -422,8 +440,12 @@ def interpolate(
     with open(source, stream=stream).interpolate(other, alpha=alpha) as blended:
         return blended.save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, **run,
+            progress=progress, ranks=ranks, **run,
         )  # fmt: skip
+
+
+def _ranks(given: Ranks | bool) -> Ranks:
+    return (Ranks.here() if given else ALONE) if isinstance(given, bool) else given
 
 
 def _split(options: RunOptions) -> tuple[ResizeOptions, EngineOptions]:

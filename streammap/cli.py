@@ -27,13 +27,16 @@ from streammap.clioptions import (
     moved_options,
     output_options,
     push_of,
+    ranks_option,
     reading_of,
     reading_options,
     resize_of,
     resize_options,
     source_options,
+    with_axes,
 )  # fmt: skip
 from streammap.errors import StreammapError, printable, printable_lines
+from streammap.ranks import ALONE, Ranks, is_relayed
 from streammap.version import VERSION
 
 if TYPE_CHECKING:
@@ -53,7 +56,8 @@ class _Commands(click.Group):
         except StreammapError as error:
             if ctx.params.get("show_traceback"):
                 traceback.print_exc()
-            click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
+            if not is_relayed(error.message):
+                click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
             ctx.exit(1)
         except KeyboardInterrupt as error:
             notes = _notes(error) or ["nothing was written"]
@@ -87,18 +91,7 @@ def _open(source: str, config: str | None, arch: str | None, *, stream: bool) ->
 
 
 def _coalesced(source: "LazyCheckpoint", options: Mapping[str, Any]) -> "LazyCheckpoint":
-    return source.coalesce(**_with_axes(options))
-
-
-def _with_axes(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options with each --axis NAME=R taken apart."""
-    axes = {}
-    for text in options["axes"]:
-        name, equals, value = text.partition("=")
-        if not equals or not name or not value:
-            raise click.UsageError(f"--axis {text}: expected NAME=R, such as moe_mlp=2")
-        axes[name] = value
-    return {**options, "axes": axes}
+    return source.coalesce(**with_axes(options))
 
 
 def _decoalesced(
@@ -110,22 +103,24 @@ def _decoalesced(
     if big is None:
         if alpha is not None:
             raise click.UsageError("--alpha needs --blend-with BIG")
-        return source.decoalesce(**_with_axes(options))
+        return source.decoalesce(**with_axes(options))
     target = options["target"] or big
-    grown = source.decoalesce(**_with_axes({**options, "target": target}))
+    grown = source.decoalesce(**with_axes({**options, "target": target}))
     return grown.interpolate(big, alpha=0.5 if alpha is None else alpha)
 
 
 def _save(
     lazy: "LazyCheckpoint", title: str, output: str | None, options: Mapping[str, Any]
 ) -> None:
+    here = ALONE if options["no_ranks"] else Ranks.here()
     quiet, as_json = options["quiet"], options["as_json"]
     push = push_of(options, output)
     named = ("max_shard_size", "overwrite", "restart")
     how: dict[str, Any] = {
         **{name: options[name] for name in named},
         "fsync": not options["no_fsync"],
-        "progress": listener(title, quiet=quiet),
+        "progress": listener(title, quiet=quiet or here.rank > 0),
+        "ranks": here,
         **engine_of(options),
     }
     if push is not None:
@@ -147,7 +142,7 @@ def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json
     """A run's result on stdout; under a launcher the first process's alone."""
     from streammap.progress import rank
 
-    if rank():
+    if rank() or report.rank:
         return
     if as_json:
         click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
@@ -415,10 +410,11 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
 @click.option("--rule", type=click.Choice(RULES), default="reference", show_default=True,
               help="exact: keep the function instead of the original's numbers.")  # fmt: skip
 @click.option("--restart", is_flag=True, help="Begin anew where an earlier run was stopped.")
+@ranks_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")
 @engine_options
 @json_option
-def map_(restart: bool, quiet: bool, as_json: bool, **options: Any) -> None:
+def map_(restart: bool, no_ranks: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """The original map tools' command line, flag by flag.
 
     \b
@@ -430,7 +426,9 @@ def map_(restart: bool, quiet: bool, as_json: bool, **options: Any) -> None:
 
     limits = engine_of(options)
     made = mapper.from_flags(**{k: v for k, v in options.items() if k not in limits})
-    report = made.save(restart=restart, progress=listener("map", quiet=quiet), **limits)
+    here = ALONE if no_ranks else Ranks.here()
+    shown = listener("map", quiet=quiet or here.rank > 0)
+    report = made.save(restart=restart, progress=shown, ranks=here, **limits)
     print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
 
 

@@ -15,8 +15,8 @@ GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
 _PUSH = ("push_to_hub", "branch", "public", "commit_message")
 _RUN = (
-    "max_shard_size", "overwrite", "restart", "no_fsync", "format", "nest", "quiet", "as_json",
-    "memory", "threads", "device", "reader", *_PUSH,
+    "max_shard_size", "overwrite", "restart", "no_fsync", "no_ranks", "format", "nest", "quiet",
+    "as_json", "memory", "threads", "device", "reader", *_PUSH,
 )  # fmt: skip
 SPACES = {
     "hidden": "The hidden size",
@@ -99,6 +99,14 @@ def blend_options(command: Command) -> Command:
     )(command)
 
 
+def ranks_option(command: Command) -> Command:
+    """--no-ranks."""
+    return click.option(
+        "--no-ranks", is_flag=True,
+        help="Work alone, though torchrun or srun has started several processes.",
+    )(command)  # fmt: skip
+
+
 def output_options(command: Command) -> Command:
     """How the result is written."""
     for option in reversed((
@@ -121,6 +129,7 @@ def output_options(command: Command) -> Command:
             help="Begin anew where an earlier run was stopped, instead of going on.",
         ),
         click.option("--no-fsync", is_flag=True, help="Do not wait until the disk has it."),
+        ranks_option,
         click.option(
             "--format", type=click.Choice(("safetensors", "dcp")), default="safetensors",
             show_default=True, help="dcp: a folder of torch.distributed.checkpoint.",
@@ -242,6 +251,17 @@ def engine_of(options: Mapping[str, Any]) -> "EngineOptions":
 def resize_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """All other options: what to resize, and how."""
     return {name: value for name, value in options.items() if name not in _RUN}
+
+
+def with_axes(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with each --axis NAME=R taken apart."""
+    axes = {}
+    for text in options["axes"]:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise click.UsageError(f"--axis {text}: expected NAME=R, such as moe_mlp=2")
+        axes[name] = value
+    return {**options, "axes": axes}
 
 
 def json_option(command: Command) -> Command:

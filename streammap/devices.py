@@ -48,11 +48,12 @@ def flop(forms: Iterable[Form]) -> float:
     return total
 
 
-def choose(forms: Iterable[Form], wanted: str) -> Choice:
+def choose(forms: Iterable[Form], wanted: str, *, local_rank: int = 0) -> Choice:
     """The device of a run.
 
     Args:
         wanted: "auto", "cpu", "cuda" or "cuda:N".
+        local_rank: Of the processes of this machine, which take its GPUs in turn.
 
     Raises:
         OutputError: a GPU that torch does not find.
@@ -65,8 +66,10 @@ def choose(forms: Iterable[Form], wanted: str) -> Choice:
             what = "few matrix products" if work else "copies and sums"
             return Choice("cpu", f"{what}: a GPU would wait for the files")
         told = f"{work / 1e12:.1f} TFLOP of matrix products"
-        return Choice(*(("cuda:0", told) if _n_gpus() else ("cpu", f"{told}, and no GPU")))
-    number, n = int(wanted.partition(":")[2] or 0), _n_gpus()
+        n = _n_gpus()
+        return Choice(f"cuda:{local_rank % n}", told) if n else Choice("cpu", f"{told}, and no GPU")
+    n = _n_gpus()
+    number = local_rank % max(n, 1) if wanted == "cuda" else int(wanted.partition(":")[2])
     if number >= n:
         import torch
 

@@ -20,6 +20,7 @@ class Wrote:
     """A part of a tensor is written."""
 
     key: str
+    """Empty where other processes wrote it."""
     nbytes: int
 
 

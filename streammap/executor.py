@@ -15,6 +15,7 @@ from streammap.layout import Shard
 from streammap.making import Where
 from streammap.memory import Memory
 from streammap.plan import Plan
+from streammap.ranks import ALONE, Ranks
 from streammap.storage.sink import Sink
 
 
@@ -40,6 +41,10 @@ class Report:
     n_resumed: int = 0
     """Tensors that an earlier run had written."""
     nbytes_resumed: int = 0
+    rank: int = 0
+    """Of several processes: 0 tells of the result that all of them made, the others of their part;
+    times and memory are each one's own."""
+    world_size: int = 1
 
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
@@ -48,13 +53,17 @@ class Report:
     def __str__(self) -> str:
         rate = self.nbytes_written / 1e6 / max(self.seconds, 1e-9)
         shards = "1 file" if self.n_shards == 1 else f"{self.n_shards} shards"
+        if self.world_size > 1:
+            shards += (
+                f" with {self.world_size} ranks" if self.rank == 0 else f" as rank {self.rank}"
+            )
         return (
             f"wrote {shards}, {self.nbytes_written / 1e9:.3f} GB in {self.seconds:.1f} s "
             f"({rate:.0f} MB/s), peak {self.peak_nbytes / 1e9:.2f} GB"
         )
 
 
-def fit(plan: Plan, engine: Engine) -> Memory:
+def fit(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> Memory:
     """The memory of a run of `plan`.
 
     Raises:
@@ -66,16 +75,17 @@ def fit(plan: Plan, engine: Engine) -> Memory:
         budget=engine.memory_nbytes,
         n_workers=engine.n_threads,
         is_streamed=any(source.is_streamed for source in plan.sources),
+        n_sharing=ranks.local_world_size,
     )
 
 
-def device(plan: Plan, engine: Engine) -> Choice:
+def device(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> Choice:
     """Where a run of `plan` computes.
 
     Raises:
         OutputError: the engine's GPU is not there.
     """
-    return devices.choose(plan.targets.values(), engine.device)
+    return devices.choose(plan.targets.values(), engine.device, local_rank=ranks.local_rank)
 
 
 def read_nbytes(plan: Plan) -> int:
@@ -95,10 +105,10 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
         CheckpointError: a source changed or can't be read.
     """
     started, cpu = time.perf_counter(), time.process_time()
-    fitted, choice = fit(plan, where.engine), device(plan, where.engine)
+    here = where.ranks
+    fitted, choice = fit(plan, where.engine, here), device(plan, where.engine, here)
     label = str(where.path) if sink is None else sink.label
     shards = _arranged(plan, where, sink)
-    total = sum(shard.nbytes for shard in shards)
     try:
         if sink is None:
             done = making.make(plan, where, shards, (fitted, choice), listener)
@@ -114,10 +124,10 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
     promise, reason = plan.promise
     return Report(
         output=label,
-        n_tensors=len(plan.targets),
-        n_shards=len(shards),
+        n_tensors=done.n_tensors,
+        n_shards=done.n_shards,
         nbytes_read=done.n_read,
-        nbytes_written=total - done.resumed_nbytes,
+        nbytes_written=done.nbytes - done.resumed_nbytes,
         seconds=time.perf_counter() - started,
         cpu_seconds=time.process_time() - cpu,
         peak_nbytes=peak_nbytes(),
@@ -128,6 +138,8 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
         reason=reason,
         n_resumed=done.n_resumed,
         nbytes_resumed=done.resumed_nbytes,
+        rank=here.rank,
+        world_size=here.world_size,
     )
 
 

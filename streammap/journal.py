@@ -52,7 +52,7 @@ class Request:
 
     def line(self, **first: object) -> bytes:
         """The first line of a file that is bound to this request."""
-        return _line({**first, "digest": self.digest, "request": self.content})
+        return encoded({**first, "digest": self.digest, "request": self.content})
 
     def check(self, found: Mapping[str, object], where: Path) -> None:
         """Refuse what is bound to another request.
@@ -60,16 +60,27 @@ class Request:
         Raises:
             OutputError: saying what differs.
         """
+        told = self.changes(found)
+        if told is not None:
+            raise OutputError(
+                f"{where.parent}: an unfinished run of another request: {told}",
+                hint=f"run the earlier command again, or {RESTART}",
+            )
+
+    def changes(self, found: Mapping[str, object]) -> str | None:
+        """What differs in this request from the one of such a first line; None where nothing."""
         if found.get("digest") == self.digest:
-            return
+            return None
         plain = json.loads(json.dumps(self.content))
         changes = list(_changes(found.get("request"), plain, ""))
         told = "; ".join(changes[:_MAX_TOLD]) or "the formulas of its tensors differ"
         rest = f" and {len(changes) - _MAX_TOLD} more" if len(changes) > _MAX_TOLD else ""
-        raise OutputError(
-            f"{where.parent}: an unfinished run of another request: {told}{rest}",
-            hint=f"run the earlier command again, or {RESTART}",
-        )
+        return told + rest
+
+
+def name_of(rank: int, world_size: int) -> str:
+    """Name of the journal of one of several processes, or of the only one."""
+    return NAME if world_size == 1 else f"journal-{rank}.jsonl"
 
 
 def is_there(folder: Path) -> bool:
@@ -153,7 +164,8 @@ def _damaged(path: Path, why: str) -> OutputError:
     return OutputError(f"{path}: a damaged journal: {why}", hint=RESTART)
 
 
-def _line(content: Mapping[str, object]) -> bytes:
+def encoded(content: Mapping[str, object]) -> bytes:
+    """A line."""
     return (json.dumps(content, separators=(",", ":")) + "\n").encode()
 
 
@@ -193,7 +205,7 @@ class Journal:
         Raises:
             OSError: it can't be written.
         """
-        line = _line({"tensors": {key: f"{crc:08x}" for key, crc in tensors.items()}})
+        line = encoded({"tensors": {key: f"{crc:08x}" for key, crc in tensors.items()}})
         descriptor = self._opened()
         disks.write_all(self._disk, descriptor, memoryview(line), self._at)
         self._at += len(line)

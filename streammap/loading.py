@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from streammap import (
     devices,
     executor,
-    making,
     memory,
     modules,
     pipeline,
@@ -21,6 +20,7 @@ from streammap import (
     regions,
     runtimenames,
     schedule,
+    torchthreads,
 )  # fmt: skip
 from streammap.assembly import Assembly, Piece
 from streammap.engine import Engine
@@ -327,7 +327,7 @@ def _run(
     sources = readahead.sources_of(targets.values())
     for source in sources:
         source.expect(())
-    with making.torch_threads():
+    with torchthreads.torch_threads():
         return pipeline.run(
             schedule.bundles(targets, slots, fitted, rows=rows), fitted, write,
             listener=listener, mapped=engine.reader == "mmap", device=device,

@@ -1,14 +1,15 @@
 """Making a result: in its work folder, on from where an earlier run was stopped, then in its place.
 
 work folder, lock -> journal -> tiles -> what goes along -> mark -> commit
+
+Several processes each do the tiles of some shards; rank 0 does all else, see launch.py.
 """
 
 import contextlib
 import errno
 import glob
-import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,13 +37,16 @@ from streammap.commit import Commit
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import CheckpointError, OutputError, StreammapError
-from streammap.events import Event, Listener, Started
+from streammap.events import Event, Listener, Started, Wrote
 from streammap.journal import Journal, Request
+from streammap.launch import Lead, Member
 from streammap.layout import Shard
 from streammap.memory import Memory
 from streammap.output import Output
 from streammap.plan import Plan
+from streammap.ranks import ALONE, Ranks
 from streammap.storage import disk as disks
+from streammap.torchthreads import torch_threads
 from streammap.version import VERSION
 from streammap.workfolder import WorkFolder
 from streammap.writer import Writer
@@ -65,6 +69,8 @@ class Where:
     """Whether the output may be the folder of a source; its files are replaced at the end."""
     restart: bool = False
     """Whether to forget what an earlier run left unfinished."""
+    ranks: Ranks = ALONE
+    """This process's place among those that make the result."""
     format: Format = "safetensors"
     nest: str | None = None
     """Entry that a DCP result's tensors stand under; "" for none, None for the source's."""
@@ -92,12 +98,18 @@ class Where:
 
 
 _TORCH = (".pth", ".pt", ".bin")
+_SEEN_SECONDS = 90.0
+"""Time that a network file system may take to show what another machine wrote."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a run did, and what was done before."""
+    """What a run did, and what was done before; of rank 0, with what all others did."""
 
+    n_tensors: int
+    n_shards: int
+    nbytes: int
+    """Of the shards."""
     n_read: int
     """Bytes."""
     n_resumed: int
@@ -121,24 +133,8 @@ def make(
     request = identity.request_of(
         plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION, nest=where.nest
     )
-    with WorkFolder(path) as work:
-        work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
-        _check_place(plan, where, path)  # another run may have ended meanwhile
-        if where.restart:
-            work.begin_anew()
-        if commit.is_marked(path):
-            listener(Started(len(plan.targets), plan.nbytes, plan.nbytes))
-            found = commit.read(work, request)
-            n_bytes = sum(shard.nbytes for shard in shards)
-            done = Done(0, n_resumed=len(plan.targets), resumed_nbytes=n_bytes)
-        else:
-            run = _Run(plan, where, shards, means, request, work)
-            found, done = run.make(listener, small, side)
-        with _noted(f"the result is whole: the same command puts it in its place, {path} has it"):
-            fsync, stale = where.fsync, _stale(where)
-            commit.finish(work, where.folder, found, stale, disk=disks.current(), fsync=fsync)
-        work.keeps = False
-    return done
+    run = _Run(plan, where, shards, means, request, WorkFolder(path))
+    return run.help(listener) if where.ranks.rank else run.lead(listener, small, side)
 
 
 def finish(path: str | Path) -> bool:
@@ -177,8 +173,64 @@ class _Run:
         self._request, self._work = request, work
         self._disk = disks.current()
 
-    def make(
+    def lead(
         self, listener: Listener, small: Mapping[str, bytes], side: Mapping[str, Path]
+    ) -> Done:
+        """Make the result, alone or with others, and put it in its place."""
+        plan, where, shards = self._plan, self._where, self._shards
+        with self._work as work:
+            path = work.path
+            work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
+            _check_place(plan, where, path)  # another run may have ended meanwhile
+            with Lead(work, self._request, where.ranks) as group:
+                if where.restart:
+                    work.begin_anew()
+                if commit.is_marked(path):
+                    group.deal([0] * len(shards))
+                    listener(Started(len(plan.targets), plan.nbytes, plan.nbytes))
+                    found = commit.read(work, self._request)
+                    nbytes = sum(shard.nbytes for shard in shards)
+                    done = self._done(shards, 0, (len(plan.targets), nbytes))
+                else:
+                    found, done = self._make(group, listener, small, side)
+                with _noted(
+                    f"the result is whole: the same command puts it in its place, {path} has it"
+                ):
+                    fsync, stale = where.fsync, _stale(where)
+                    disk = disks.current()
+                    commit.finish(work, where.folder, found, stale, disk=disk, fsync=fsync)
+                work.keeps = False
+        return done
+
+    def help(self, listener: Listener) -> Done:
+        """Write the shards that rank 0 deals to this one, and wait until all is in its place."""
+        where, work = self._where, self._work
+        with Member(work, self._request, where.ranks) as group:
+
+            def told(event: Event) -> None:
+                group.check()
+                if isinstance(event, Wrote):
+                    group.count(event.nbytes)
+                listener(event)
+
+            mine = self._of(where.ranks.rank, group.owners)
+            done = self._done(mine, 0, (0, 0))
+            if mine:
+                crcs = journal.read(work.path, self._request, writing.keys(self._shards))
+                notes, out = self._opened()
+                with contextlib.closing(notes), out:
+                    writer = self._writer(mine, out, notes)
+                    writer.resume(crcs)
+                    resumed = writer.n_resumed, writer.resumed_nbytes
+                    with self._kept(writer):
+                        listener(Started(done.n_tensors, done.nbytes, writer.resumed_nbytes))
+                        n_read = self._compute(writer, told)
+                done = self._done(mine, n_read, resumed)
+            group.wait(done.n_read, where.folder / where.record)
+        return done
+
+    def _make(
+        self, group: Lead, listener: Listener, small: Mapping[str, bytes], side: Mapping[str, Path]
     ) -> tuple[Commit, Done]:
         """Write all files, and mark them as whole."""
         where, work = self._where, self._work
@@ -191,37 +243,94 @@ class _Run:
             needed=sum(shard.nbytes for shard in self._shards),
             there=output.written_nbytes(work.files),
         )
-        notes = Journal(work.path / journal.NAME, self._request, disk=self._disk, fsync=where.fsync)
-        out = Output(work.files, where.folder, disk=self._disk, fsync=where.fsync)
+        resumed = self._resumed(crcs)
+        owners = group.deal([_left_nbytes(shard, crcs) for shard in self._shards])
+
+        def told_by_others() -> None:
+            group.check()
+            if nbytes := group.news():
+                listener(Wrote("", nbytes))
+
+        def told(event: Event) -> None:
+            told_by_others()
+            listener(event)
+
+        notes, out = self._opened()
         with contextlib.closing(notes), out:
-            shards = self._torch_placed(out, bool(crcs))
-            writer = Writer(shards, out, notes, disk=self._disk, fsync=where.fsync)
+            writer = self._writer(self._torch_placed(out, owners, bool(crcs)), out, notes)
             writer.resume(crcs)
             with self._kept(writer):
-                n_read = self._compute(writer, listener)
-                for source in self._plan.sources:
-                    source.check_unchanged()
+                listener(Started(len(self._plan.targets), self._plan.nbytes, resumed[1]))
+                n_read = self._compute(writer, told)
+                if not group.is_alone:
+                    n_read += group.wait(told_by_others)
+                if any(owners):
+                    writer = self._all_whole(out, notes)
                 found = self._complete(out, writer, small, side)
-        return found, Done(n_read, writer.n_resumed, writer.resumed_nbytes)
+        return found, self._done(self._shards, n_read, resumed)
 
-    def _torch_placed(self, out: Output, is_resumed: bool) -> Sequence[Shard]:
-        """The shards; those of a torch file, which says itself where its tensors are, from it."""
+    def _opened(self) -> tuple[Journal, Output]:
+        """This process's journal, and the files that it writes."""
+        work, where = self._work, self._where
+        name = journal.name_of(where.ranks.rank, where.ranks.world_size)
+        notes = Journal(work.path / name, self._request, disk=self._disk, fsync=where.fsync)
+        return notes, Output(work.files, where.folder, disk=self._disk, fsync=where.fsync)
+
+    def _writer(self, shards: Sequence[Shard], out: Output, notes: Journal) -> Writer:
+        return Writer(shards, out, notes, disk=self._disk, fsync=self._where.fsync)
+
+    def _of(self, rank: int, owners: Sequence[int]) -> list[Shard]:
+        """The shards that a rank makes."""
+        return [shard for shard, owner in zip(self._shards, owners, strict=True) if owner == rank]
+
+    def _resumed(self, crcs: Mapping[str, int]) -> tuple[int, int]:
+        """How many tensors an earlier run has written, and their bytes."""
+        slots = [slot for shard in self._shards for slot in shard.slots if slot.key in crcs]
+        return len(slots), sum(slot.spec.nbytes for slot in slots)
+
+    def _done(self, shards: Sequence[Shard], n_read: int, resumed: tuple[int, int]) -> Done:
+        n_tensors, nbytes = sum(len(s.slots) for s in shards), sum(s.nbytes for s in shards)
+        return Done(n_tensors, len(shards), nbytes, n_read, *resumed)
+
+    def _all_whole(self, out: Output, notes: Journal) -> Writer:
+        """What knows of all shards, when all ranks say that theirs are whole.
+
+        Raises:
+            OutputError: by the journals they are not.
+        """
+        until = time.monotonic() + _SEEN_SECONDS
+        while True:
+            writer = self._writer(self._shards, out, notes)
+            writer.resume(journal.read(self._work.path, self._request, writing.keys(self._shards)))
+            if not writer.left_nbytes:
+                return writer
+            if time.monotonic() > until:
+                raise OutputError(
+                    f"{self._work.path}: all ranks are done, and {writer.left_nbytes} bytes are in "
+                    "no journal",
+                    hint="let all ranks see one file system, and run the command again",
+                )
+            time.sleep(1.0)
+
+    def _torch_placed(
+        self, out: Output, owners: Sequence[int], is_resumed: bool
+    ) -> Sequence[Shard]:
+        """Rank 0's shards; a torch file's, which says itself where its tensors are, from it."""
         if not self._where.is_torch:
-            return self._shards
+            return self._of(0, owners)
         nest = (_nest(self._plan) or "").rpartition(".")[2] or None
         if not is_resumed:
             return [out.begin_torch(shard, nest) for shard in self._shards]
         return [out.torch_there(shard) for shard in self._shards]
 
     def _compute(self, writer: Writer, listener: Listener) -> int:
-        """Write the tensors; gives the bytes read."""
+        """Write the tensors, and journal them where others wait for it; gives the bytes read."""
         plan, engine = self._plan, self._where.engine
 
         def told(event: Event) -> None:
             writer.keep()
             listener(event)
 
-        listener(Started(len(plan.targets), plan.nbytes, writer.resumed_nbytes))
         jobs = schedule.bundles(plan.targets, writer.slots(), self._memory)
         computes = any(form.copied is None for form in plan.targets.values())
         readahead.expect(plan, writer.slots())
@@ -233,6 +342,10 @@ class _Run:
                 cancel=partial(readahead.cancel, plan.sources),
             )  # fmt: skip
         writer.finish()
+        if self._where.ranks.world_size > 1:
+            writer.keep(at_once=True)
+        for source in plan.sources:
+            source.check_unchanged()
         return n_read
 
     def _complete(
@@ -271,8 +384,9 @@ class _Run:
                 writer.keep(at_once=True)
             self._work.keeps = writer.n_journalled > 0 and self._are_unchanged()
             if self._work.keeps:
+                by = f" by rank {here.rank}" if (here := self._where.ranks).world_size > 1 else ""
                 error.add_note(
-                    f"kept: {writer.n_journalled} of {len(self._plan.targets)} tensors, "
+                    f"kept: {writer.n_journalled} of {len(self._plan.targets)} tensors{by}, "
                     f"{writer.journalled_nbytes / 1e9:.3f} GB, in {self._work.path}; the same "
                     "command goes on, --restart begins anew"
                 )
@@ -307,6 +421,11 @@ class _Run:
         return True
 
 
+def _left_nbytes(shard: Shard, crcs: Mapping[str, int]) -> int:
+    """Bytes of a shard that no earlier run has written."""
+    return sum(slot.spec.nbytes for slot in shard.slots if slot.key not in crcs)
+
+
 @contextlib.contextmanager
 def _noted(note: str) -> Iterator[None]:
     """Where it fails, say this too."""
@@ -323,32 +442,6 @@ def _check_place(plan: Plan, where: Where, work: Path) -> None:
     beside = (mapfile.beside(where.path), record.beside(where.path)) if where.is_file else ()
     overwrite = where.overwrite or goes_on
     output.check_place(where.path, overwrite=overwrite, beside=beside, sources=kept)
-
-
-_threads_lock = threading.Lock()
-_threads_users: list[AbstractContextManager[None]] = []
-
-
-@contextlib.contextmanager
-def torch_threads() -> Iterator[None]:
-    """One thread a kernel while any run goes on, then as many as before.
-
-    Imports torch: a result of copies only does without.
-    """
-    from streammap import kernels
-
-    with _threads_lock:
-        first = _threads_users[0] if _threads_users else kernels.one_thread_each()
-        if not _threads_users:
-            first.__enter__()
-        _threads_users.append(first)
-    try:
-        yield
-    finally:
-        with _threads_lock:
-            _threads_users.pop()
-            if not _threads_users:
-                first.__exit__(None, None, None)
 
 
 def _nest(plan: Plan) -> str | None:

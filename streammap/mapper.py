@@ -30,6 +30,7 @@ from streammap.operators import resize
 from streammap.operators.resize import Direction, Resize
 from streammap.plan import Plan
 from streammap.planner import Rule
+from streammap.ranks import ALONE, Ranks
 from streammap.scheme import Groups, Scheme
 
 PathLike = str | Path
@@ -110,6 +111,7 @@ class _Mapper:
         progress: Listener = nobody,
         max_shard_size: str | int = api.MAX_SHARD_SIZE,
         restart: bool = False,
+        ranks: Ranks = ALONE,
         **options: Unpack[EngineOptions],
     ) -> Report:
         """Write the result to the save folder, replacing what is there, as the original does.
@@ -132,6 +134,7 @@ class _Mapper:
             engine=engine(options),
             may_replace_sources=True,
             restart=restart,
+            ranks=ranks,
         )
         return executor.run(self._result.plan, where, progress)
 

@@ -120,7 +120,12 @@ def n_processors() -> int:
 
 
 def fit(
-    forms: Iterable[Form], *, budget: int | None, n_workers: int | None, is_streamed: bool = False
+    forms: Iterable[Form],
+    *,
+    budget: int | None,
+    n_workers: int | None,
+    is_streamed: bool = False,
+    n_sharing: int = 1,
 ) -> Memory:
     """The memory of a run within a budget.
 
@@ -129,6 +134,7 @@ def fit(
         n_workers: Threads; by default one a processor, but two at least, and fewer where the
             budget is small.
         is_streamed: Whether sources are read over a network.
+        n_sharing: Processes that have the processors together.
 
     Raises:
         OutputError: no tile fits, or no thread is asked for.
@@ -143,7 +149,7 @@ def fit(
             longest = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
             least = max(least, longest * _MAX_ITEM_NBYTES)
             matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
-    wanted = n_workers or min(max(2, n_processors()), _MAX_WORKERS)
+    wanted = n_workers or min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
     ahead = 0
     if is_streamed:
         ahead = max(min(MAX_AHEAD_NBYTES, (budget or 2**40) // 4), MIN_AHEAD_NBYTES)

@@ -144,7 +144,9 @@ class _Run:
                 sending = pool.submit(self._send, shard.name)
             if sending is not None:
                 sending.result()
-        return Done(n_read, n_resumed, resumed_nbytes)
+        n_bytes = sum(shard.nbytes for shard in shards)
+        n = len(self._plan.targets)
+        return Done(n, len(shards), n_bytes, n_read, n_resumed, resumed_nbytes)
 
     def _make(self, shard: Shard) -> Done:
         """One shard, as a result of its own."""
@@ -152,7 +154,8 @@ class _Run:
         part = replace(self._plan, targets=targets, levels=(), request=None)
         path = self._where.path / shard.name
         if path.exists() and record.beside(path).exists():  # made, and not sent before the end
-            return Done(0, len(shard.slots), shard.nbytes)
+            n = len(shard.slots)
+            return Done(n, 1, shard.nbytes, 0, n, shard.nbytes)
         where = replace(self._where, path=path, overwrite=True, restart=False)
 
         def told(event: Event) -> None:

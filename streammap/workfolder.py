@@ -4,6 +4,7 @@
     .NAME.streammap-run/           beside a single file NAME
         lock                       held by the run that is at work (flock: a crash gives it back)
         journal.jsonl              what is durable, see journal.py
+        ranks/                     what several processes say to each other, see launch.py
         files/                     shards and all else, under their final names
         commit.json                there while all that is put in place, see commit.py
 
@@ -21,7 +22,7 @@ from typing import final
 from streammap.errors import OutputError
 
 SUFFIX = ".streammap-run"
-FILES, MARK, LOCK = "files", "commit.json", "lock"
+FILES, MARK, LOCK, RANKS = "files", "commit.json", "lock", "ranks"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems say that have no locks."""
 
@@ -59,7 +60,7 @@ class WorkFolder:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         if not self.keeps:
-            self.clear()
+            self._clear(LOCK)
             with contextlib.suppress(OSError):
                 (self.path / LOCK).unlink()
             with contextlib.suppress(OSError):
@@ -68,11 +69,11 @@ class WorkFolder:
         if kind is not None:
             self._remove_folders()
 
-    def clear(self) -> None:
-        """Remove all that is in it but the lock; the mark of a commit last."""
+    def _clear(self, *kept: str) -> None:
+        """Remove all else that is in it; the mark of a commit last."""
         entries = sorted(self.path.iterdir(), key=lambda found: found.name == MARK)
         for entry in entries:
-            if entry.name == LOCK:
+            if entry.name in kept:
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry, ignore_errors=True)
@@ -82,7 +83,7 @@ class WorkFolder:
 
     def begin_anew(self) -> None:
         """Forget an earlier run."""
-        self.clear()
+        self._clear(LOCK, RANKS)
         make(self.files, [])
 
     def _locked(self) -> int | None:
@@ -97,7 +98,7 @@ class WorkFolder:
             raise OutputError(f"{path}: {error.strerror}", hint="check the path") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not _is_at(descriptor, path):
+            if not is_at(descriptor, path):
                 os.close(descriptor)
                 return None
             os.ftruncate(descriptor, 0)
@@ -131,6 +132,44 @@ class WorkFolder:
                 folder.rmdir()
 
 
+def take(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file, which is made; None where another has it.
+
+    Where a file system has no locks, everyone gets it.
+
+    Raises:
+        OSError: the file can't be opened.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
+            raise
+    return descriptor
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock of a file, as far as the file system can tell."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def make(folder: Path, made: list[Path]) -> None:
     """Make a folder and those above it that are missing; what is made is noted in `made`.
 
@@ -160,7 +199,8 @@ def make(folder: Path, made: list[Path]) -> None:
         raise OutputError(f"{folder}: is no folder", hint="remove it")
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether a file that is open still has its name."""
     try:
         found, own = path.stat(), os.fstat(descriptor)
     except FileNotFoundError:
