@@ -18,7 +18,6 @@ from streammap.engine import MEMORY, EngineOptions, Reader, engine
 from streammap.errors import OutputError
 from streammap.events import Listener, nobody
 from streammap.executor import Report
-from streammap.making import FORMATS, Format, Where
 from streammap.operators.resize import Direction
 from streammap.options import PathLike, ResizeOptions
 from streammap.plan import Plan, Promise
@@ -29,6 +28,7 @@ from streammap.storage.hubsink import MESSAGE, Push
 from streammap.storage.remotesink import FILES
 from streammap.storage.sink import Sink
 from streammap.summary import Summary, summarize
+from streammap.where import FORMATS, Format, Where
 
 if TYPE_CHECKING:
     import torch

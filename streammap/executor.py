@@ -12,11 +12,11 @@ from streammap.engine import Engine
 from streammap.errors import OutputError
 from streammap.events import Finished, Listener
 from streammap.layout import Shard
-from streammap.making import Where
 from streammap.memory import Memory
 from streammap.plan import Plan
 from streammap.ranks import ALONE, Ranks
 from streammap.storage.sink import Sink
+from streammap.where import Where
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, final
+from typing import final
 
 from streammap import (
     commit,
@@ -44,60 +44,13 @@ from streammap.layout import Shard
 from streammap.memory import Memory
 from streammap.output import Output
 from streammap.plan import Plan
-from streammap.ranks import ALONE, Ranks
 from streammap.storage import disk as disks
 from streammap.torchthreads import torch_threads
 from streammap.version import VERSION
+from streammap.where import Where
 from streammap.workfolder import WorkFolder
 from streammap.writer import Writer
 
-Format = Literal["safetensors", "dcp"]
-FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """Where and how a result is written."""
-
-    path: Path
-    """A folder, or a file that ends in .safetensors, .pth, .pt or .bin."""
-    max_shard_nbytes: int
-    overwrite: bool
-    fsync: bool
-    engine: Engine
-    may_replace_sources: bool = False
-    """Whether the output may be the folder of a source; its files are replaced at the end."""
-    restart: bool = False
-    """Whether to forget what an earlier run left unfinished."""
-    ranks: Ranks = ALONE
-    """This process's place among those that make the result."""
-    format: Format = "safetensors"
-    nest: str | None = None
-    """Entry that a DCP result's tensors stand under; "" for none, None for the source's."""
-
-    @property
-    def is_file(self) -> bool:
-        """Whether the result is one file instead of a folder."""
-        is_named = self.path.suffix == ".safetensors" or self.is_torch
-        return is_named and self.format == "safetensors"
-
-    @property
-    def is_torch(self) -> bool:
-        """Whether that is torch's."""
-        return self.path.suffix in _TORCH and self.format == "safetensors"
-
-    @property
-    def folder(self) -> Path:
-        """The folder that all files go to."""
-        return self.path.parent if self.is_file else self.path
-
-    @property
-    def record(self) -> str:
-        """Name of the record."""
-        return record.beside(self.path).name if self.is_file else record.NAME
-
-
-_TORCH = (".pth", ".pt", ".bin")
 _SEEN_SECONDS = 90.0
 """Time that a network file system may take to show what another machine wrote."""
 

@@ -38,11 +38,12 @@ from streammap.errors import CheckpointError, OutputError
 from streammap.events import Event, Listener, Started, Wrote
 from streammap.jsonfiles import read_json
 from streammap.layout import Shard
-from streammap.making import Done, Where
+from streammap.making import Done
 from streammap.memory import Memory
 from streammap.plan import Plan
 from streammap.storage.sink import Sink
 from streammap.version import VERSION
+from streammap.where import Where
 
 _SENT = "sent.json"
 

@@ -139,13 +139,13 @@ class _Builder:
         unknown = set(call.options) - {"path", "config", "arch"}
         if unknown:
             raise PlanError(f"open: unknown option {some(sorted(unknown))}")
-        place = self._moved.get(path, path)
+        config, place = _config(call), self._moved.get(path, path)
         try:
             near = places.locate(place, stream=False)
             found = mapfile.find_at(near) if call.digests else ()
         except OSError as error:
             raise PlanError(f"open: {place}: {error.strerror}", hint="say where it is") from error
-        return open_source(place, config=_config(call), arch=arch, maps=self._maps(call, found))
+        return open_source(place, config=config, arch=arch, maps=self._maps(call, found))
 
     def _maps(self, call: Call, near: tuple[Level, ...]) -> tuple[Level, ...] | None:
         if not call.digests:

@@ -92,7 +92,7 @@ def test_buffers_of_a_device_give_the_same_bits(
 ) -> None:
     """The device is the processor here: uploads and downloads are copies, kernels are the same."""
     made(big, what).save(tmp_path / "plain")
-    monkeypatch.setattr(executor, "device", lambda plan, engine: Choice("device", "a test"))
+    monkeypatch.setattr(executor, "device", lambda plan, engine, ranks: Choice("device", "a test"))
     begun = Matrices.__init__
     monkeypatch.setattr(Matrices, "__init__", lambda self, device: begun(self, "cpu"))
     done: list[int] = []

@@ -171,7 +171,7 @@ def test_a_shard_that_is_no_file_is_refused_without_waiting(
 
 def test_a_pipe_alone_in_a_folder_is_refused(tmp_path: Path) -> None:
     _pipe(tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match=r"x\.safetensors: a pipe, expected a regular file"):
+    with pytest.raises(CheckpointError, match="no weights: expected one of"):
         streammap.open(tmp_path)
 
 
