@@ -7,7 +7,7 @@ allows no padding, so that order keeps every tensor aligned.
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -38,6 +38,10 @@ class Shard:
     def nbytes(self) -> int:
         """Size of the file."""
         return (self.slots[-1].end if self.slots else len(self.head)) + self.tail_nbytes
+
+    def left_nbytes(self, there: Container[str]) -> int:
+        """Bytes of the tensors whose keys are not `there`."""
+        return sum(slot.spec.nbytes for slot in self.slots if slot.key not in there)
 
 
 def arrange(

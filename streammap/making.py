@@ -149,9 +149,8 @@ class _Run:
                 with _noted(
                     f"the result is whole: the same command puts it in its place, {path} has it"
                 ):
-                    fsync, stale = where.fsync, _stale(where)
-                    disk = disks.current()
-                    commit.finish(work, where.folder, found, stale, disk=disk, fsync=fsync)
+                    disk, stale = self._disk, _stale(where)
+                    commit.finish(work, where.folder, found, stale, disk=disk, fsync=where.fsync)
                 work.keeps = False
         return done
 
@@ -197,7 +196,7 @@ class _Run:
             there=output.written_nbytes(work.files),
         )
         resumed = self._resumed(crcs)
-        owners = group.deal([_left_nbytes(shard, crcs) for shard in self._shards])
+        owners = group.deal([shard.left_nbytes(crcs) for shard in self._shards])
 
         def told_by_others() -> None:
             group.check()
@@ -372,11 +371,6 @@ class _Run:
         except (CheckpointError, OSError):
             return False
         return True
-
-
-def _left_nbytes(shard: Shard, crcs: Mapping[str, int]) -> int:
-    """Bytes of a shard that no earlier run has written."""
-    return sum(slot.spec.nbytes for slot in shard.slots if slot.key not in crcs)
 
 
 @contextlib.contextmanager
