@@ -219,6 +219,7 @@ def coalesce(
     Example:
         streammap coalesce bert-L12-H12/ bert-L6-H6/ --scheme schemes/L6-H6.json
     """
+    push_of(options, output)  # wrong usage is told before anything is opened
     lazy = _coalesced(_open(source, config, arch, stream=stream), resize_of(options))
     _save(lazy, "coalesce", output, options)
 
@@ -243,6 +244,7 @@ def decoalesce(
     Example:
         streammap decoalesce small/ grown/ --blend-with big/ --alpha 0.5
     """
+    push_of(options, output)
     small = _open(source, config, arch, stream=stream)
     big = None if blend_with is None else _open(blend_with, None, None, stream=stream)
     lazy = _decoalesced(small, big, alpha, resize_of(options))
@@ -266,6 +268,7 @@ def interpolate(
     Example:
         streammap interpolate grown/ big/ out/ --alpha 0.5
     """
+    push_of(options, output)
     other = _open(target, None, None, stream=stream)
     lazy = _open(source, config, arch, stream=stream).interpolate(other, alpha=alpha)
     _save(lazy, "interpolate", output, options)
