@@ -28,7 +28,7 @@ from streammap.header import Slot
 from streammap.spec import TensorSpec
 from streammap.storage.ahead import AheadFile, Window
 from streammap.storage.local import LocalFile
-from streammap.storage.place import OpenFile, Place
+from streammap.storage.place import Network, OpenFile, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,6 +116,14 @@ class Checkpoint:
         if not self.is_local:
             return ()
         return (self.path, *(self.folder / file.name for file in self.files))
+
+    @property
+    def network(self) -> Network:
+        """How its bytes come over a network: by ranges, as files, or not at all."""
+        if self.is_streamed:
+            return "ranges"
+        is_here = all(isinstance(opened, LocalFile) for opened in self._opened.values())
+        return "none" if is_here else "files"
 
     def spec(self, key: str) -> TensorSpec:
         """Dtype and shape of a tensor."""

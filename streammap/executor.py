@@ -74,7 +74,7 @@ def fit(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> Memory:
         forms,
         budget=engine.memory_nbytes,
         n_workers=engine.n_threads,
-        is_streamed=any(source.is_streamed for source in plan.sources),
+        networks={source.network for source in plan.sources},
         n_sharing=ranks.local_world_size,
     )
 

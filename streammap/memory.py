@@ -13,12 +13,13 @@ are larger where the budget is.
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from streammap.errors import OutputError
 from streammap.graph import Form
 from streammap.maps import BlockMap, DenseMap
+from streammap.storage.place import Network
 
 BASE_NBYTES = 14 * 2**20
 """Measured, with room to spare; tests/test_memory.py holds runs to it."""
@@ -26,8 +27,8 @@ TENSOR_NBYTES = 2200
 """What a plan and its run keep for each tensor; bench/tensors.py prints it."""
 PRODUCT_NBYTES = 10 * 2**20
 """What the library of matrix products keeps for each thread; measured."""
-NETWORK_NBYTES = 30 * 2**20
-"""A client for a network, its connections, and what they receive; measured."""
+CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
+"""A client for a network, its connections, and what they receive; measured, with room to spare."""
 MAX_AHEAD_NBYTES = 64 * 2**20
 MIN_AHEAD_NBYTES = 4 * 2**20
 MAX_TILE_NBYTES = 2 * 2**20
@@ -71,6 +72,8 @@ class Memory:
     matrices_nbytes: int
     ahead_nbytes: int = 0
     """What is fetched before it is used, where sources are read over a network."""
+    client_nbytes: int = 0
+    """What a client for that network takes."""
 
     @property
     def limits(self) -> Limits:
@@ -89,7 +92,7 @@ class Memory:
     def fixed_nbytes(self) -> int:
         """What is taken whatever the tiles are."""
         products = PRODUCT_NBYTES * self.n_workers if self.matrices_nbytes else 0
-        network = NETWORK_NBYTES + self.ahead_nbytes if self.ahead_nbytes else 0
+        network = self.client_nbytes + self.ahead_nbytes
         tensors = TENSOR_NBYTES * self.n_tensors
         return BASE_NBYTES + tensors + self.matrices_nbytes + products + network
 
@@ -124,7 +127,7 @@ def fit(
     *,
     budget: int | None,
     n_workers: int | None,
-    is_streamed: bool = False,
+    networks: Collection[Network] = (),
     n_sharing: int = 1,
 ) -> Memory:
     """The memory of a run within a budget.
@@ -133,7 +136,7 @@ def fit(
         budget: Bytes that the run may add to the process; None for what is best.
         n_workers: Threads; by default one a processor, but two at least, and fewer where the
             budget is small.
-        is_streamed: Whether sources are read over a network.
+        networks: How sources come over a network.
         n_sharing: Processes that have the processors together.
 
     Raises:
@@ -151,9 +154,10 @@ def fit(
             matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
     wanted = n_workers or min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
     ahead = 0
-    if is_streamed:
+    if "ranges" in networks:
         ahead = max(min(MAX_AHEAD_NBYTES, (budget or 2**40) // 4), MIN_AHEAD_NBYTES)
-    found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()), ahead)
+    client = sum(CLIENT_NBYTES[network] for network in set(networks))
+    found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()), ahead, client)
     if budget is None:
         budget = found.peak_nbytes + 4 * _TILES_NBYTES
     # Fewer workers rather than tiles so small that each costs more than it holds.

@@ -10,6 +10,7 @@ import pytest
 
 from streammap import header
 from streammap.spec import TensorSpec
+from streammap.testing.hubserver import HubServer
 
 _RUN = """
 import json, os, sys, time, torch
@@ -115,3 +116,25 @@ def test_ten_times_the_model_takes_the_same(tmp_path: Path, what: str) -> None:
         assert added < min(64 * MIB, size)
         peaks.append(peak)
     assert abs(peaks[1] - peaks[0]) < 0.05 * peaks[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stream", "memory"), [(True, "256MiB"), (True, "80MiB"), (False, "256MiB")]
+)
+def test_a_model_of_the_hub_stays_in_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool, memory: str
+) -> None:
+    """The client and what is fetched ahead count too."""
+    write_gpt2(tmp_path / "big", vocab=100_000)
+    code = _RUN.replace("streammap.open(folder)", f"streammap.open('org/big', stream={stream})")
+    with HubServer() as hub:
+        hub.add("org/big", tmp_path / "big")
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        command = [str(tmp_path / "big"), "coalesce", json.dumps({"memory": memory}), ""]
+        said = subprocess.run(
+            [sys.executable, "-c", code, *command], check=True, capture_output=True, text=True
+        )
+    added, planned, _ = json.loads(said.stdout)
+    assert added <= planned, f"{added / MIB:.1f} MiB, planned {planned / MIB:.1f}"

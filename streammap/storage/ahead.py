@@ -6,6 +6,7 @@ drops it, so each byte comes once. What was not asked for in time is read as wit
 """
 
 import bisect
+import mmap
 import threading
 from collections import deque
 from dataclasses import dataclass, field
@@ -65,7 +66,8 @@ class _Range:
 
     start: int
     end: int
-    content: bytearray | None = None
+    content: mmap.mmap | None = None
+    """Memory of its own, which goes back at once: an allocator would keep it."""
     error: BaseException | None = None
     n_parts: int = 0
     """Parts of it that are not dropped yet."""
@@ -179,7 +181,8 @@ class Window:
         if content is None:
             return False
         at = offset - found.start
-        view[:] = memoryview(content)[at : at + len(view)]
+        with memoryview(content) as whole:
+            view[:] = whole[at : at + len(view)]
         return True
 
     def _work(self) -> None:
@@ -191,13 +194,10 @@ class Window:
                     return
                 file, found = self._next()
                 self._changed.notify_all()
-            content = bytearray(found.end - found.start)
             try:
-                file.inner.read_into(found.start, memoryview(content), mapped=False)
-                found.content = content
+                found.content = _fetched(file.inner, found.start, found.end)
             except BaseException as error:  # raised again where the bytes are wanted
                 found.error = error
-            del content
             found.done.set()
 
     def _waits(self) -> bool:
@@ -229,3 +229,10 @@ class Window:
         del starts[i:j]
         self._held += found.end - found.start - total
         return first.file, found
+
+
+def _fetched(file: OpenFile, start: int, end: int) -> mmap.mmap:
+    content = mmap.mmap(-1, end - start)
+    with memoryview(content) as view:
+        file.read_into(start, view, mapped=False)
+    return content

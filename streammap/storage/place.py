@@ -7,10 +7,14 @@ and name it in places.py. local.py is the shortest example, hub.py and remote.py
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+Network = Literal["none", "ranges", "files"]
+"""How bytes come over a network: not at all, part by part, or as whole files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,11 +113,17 @@ class RemotePlace:
     def _infos(self) -> Mapping[str, Mapping[str, Any]]:
         """Relative name -> what the driver says about a file."""
         try:
-            found = self._fs.find(self._folder, maxdepth=_MAX_DEPTH, detail=True)
+            alone = {} if self.file is None else {self._root: self._fs.info(self._root)}
+            try:
+                found = self._fs.find(self._folder, maxdepth=_MAX_DEPTH, detail=True)
+            except Exception:
+                if not alone:
+                    raise
+                found = {}  # a file may be readable where its folder can't be listed
         except Exception as error:
             raise explained(self._url, error) from error
-        base = self._folder.rstrip("/")
-        return {str(path)[len(base) :].lstrip("/"): info for path, info in found.items()}
+        base = len(self._folder.rstrip("/"))
+        return {str(path)[base:].lstrip("/"): info for path, info in {**found, **alone}.items()}
 
     @property
     def name(self) -> str:
