@@ -214,16 +214,26 @@ class Journal:
 
     def _opened(self) -> int:
         if self._descriptor is None:
-            self._descriptor = self._disk.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-            self._at = _good_nbytes(self._descriptor)
-            os.ftruncate(self._descriptor, self._at)
-            if not self._at:
-                line = self._request.line(streammap_journal=FORMAT)
-                disks.write_all(self._disk, self._descriptor, memoryview(line), 0)
-                self._at = len(line)
-            if self._fsync:
-                disks.sync_folder(self._disk, self._path.parent)
+            descriptor = self._disk.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            try:
+                self._at = self._begun(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._descriptor = descriptor
         return self._descriptor
+
+    def _begun(self, descriptor: int) -> int:
+        """Where the next line goes: after the lines that are whole, the first one among them."""
+        at = _good_nbytes(descriptor)
+        os.ftruncate(descriptor, at)
+        if not at:
+            line = self._request.line(streammap_journal=FORMAT)
+            disks.write_all(self._disk, descriptor, memoryview(line), 0)
+            at = len(line)
+        if self._fsync:
+            disks.sync_folder(self._disk, self._path.parent)
+        return at
 
     def close(self) -> None:
         """Close the file."""

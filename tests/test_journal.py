@@ -303,3 +303,19 @@ def test_a_file_that_a_mark_names_and_nobody_has_is_told(
     first_shard(out).unlink()
     with pytest.raises(OutputError, match=rf"{name} is missing in it and in"):
         streammap.open(stopped[0]).save(out, max_shard_size=600)
+
+
+def test_a_journal_that_could_not_begin_begins_again(tmp_path: Path) -> None:
+    """Its first line was not written: what is said next comes after one, not in its place."""
+    written = Journal(tmp_path / journal.NAME, REQUEST, disk=disk.current(), fsync=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "write_all", _refused)
+        with pytest.raises(OSError, match="no room"):
+            written.add({"a": 1})
+    written.add({"a": 1})
+    written.close()
+    assert journal.read(tmp_path, REQUEST, KEYS) == {"a": 1}
+
+
+def _refused(*_: object) -> None:
+    raise OSError("no room")
