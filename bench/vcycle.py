@@ -1,6 +1,6 @@
 """A V-cycle beside plain training: a tiny GPT-2 learns the text of Python's standard library.
 
-    python -m bench.vcycle [--steps 400] [--alpha 0.5] [--trainer] [--plot FILE.svg] [--quick]
+    python -m bench.vcycle [--steps 160] [--alpha 0.5] [--trainer] [--plot FILE.svg] [--quick]
 
 The large model is trained for some steps, coalesced to half its width and depth, trained small,
 decoalesced, blended into the large one (as it was when it was coalesced) and trained on: the cycle
@@ -241,7 +241,7 @@ class Record:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
-    parser.add_argument("--steps", type=int, default=400, help="steps of the large model alone")
+    parser.add_argument("--steps", type=int, default=160, help="steps of the large model alone")
     parser.add_argument("--alpha", type=float, default=0.5, help="part of the small model")
     parser.add_argument("--trainer", action="store_true", help="train with transformers.Trainer")
     parser.add_argument("--plot", type=Path, help="draw the curves (SVG)")
