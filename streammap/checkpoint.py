@@ -48,6 +48,11 @@ class SourceFile:
     version: str = ""
     """What its place calls its content, where that isn't on this machine."""
 
+    def as_json(self) -> dict[str, object]:
+        """What records say of it; when it was written is a matter of this machine alone."""
+        found = {"name": self.name, "nbytes": self.nbytes, "header_sha256": self.header_digest}
+        return {**found, **({"version": self.version} if self.version else {})}
+
 
 @final
 @dataclass(frozen=True, eq=False)

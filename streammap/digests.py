@@ -19,7 +19,7 @@ Combine = Callable[[int, int, int], int]
 try:
     from zlib_ng import zlib_ng
 except ImportError:  # no wheel for this platform
-    crc32: Callable[[bytes | memoryview], int] = zlib.crc32
+    crc32: Callable[..., int] = zlib.crc32
     _combine: Combine | None = None
 else:
     crc32, _combine = zlib_ng.crc32, getattr(zlib_ng, "crc32_combine", None)

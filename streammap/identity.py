@@ -30,15 +30,7 @@ def request_of(
         "sources": [
             {
                 "name": source.name,
-                "files": {
-                    f.name: {
-                        "nbytes": f.nbytes,
-                        "mtime_ns": f.mtime_ns,
-                        "header_sha256": f.header_digest,
-                        **({"version": f.version} if f.version else {}),
-                    }
-                    for f in source.files
-                },
+                "files": {f.name: {**f.as_json(), "mtime_ns": f.mtime_ns} for f in source.files},
             }
             for source in plan.sources
         ],

@@ -31,6 +31,7 @@ from streammap.modules import Destination, Entry
 from streammap.plan import Plan
 from streammap.regions import Part, Region
 from streammap.runtimenames import Pretrained
+from streammap.worker import Made
 
 if TYPE_CHECKING:
     from streammap.shards import Shard
@@ -317,7 +318,8 @@ def _run(
     if device != "cpu" and engine.device == "auto":
         device = f"cuda:{torch.cuda.current_device()}"  # each process has one of its own
 
-    def write(job: schedule.Job, view: memoryview) -> None:
+    def write(job: schedule.Job, made: Made) -> None:
+        view = made.whole()
         for place in job.places:
             work = works[place.file]
             dtype = to_torch(work.part.form.spec.dtype)

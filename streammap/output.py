@@ -3,7 +3,7 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
@@ -14,7 +14,9 @@ from streammap.storage.disk import Disk
 from streammap.workfolder import SUFFIX
 
 PIECE_NBYTES = 256 * 1024
-"""One write at most: larger ones are slower on some kernels."""
+"""One write at most, from one multiple of it in a file to the next: larger ones are slower on some
+kernels, and so are those that share a page."""
+_NO_ROOM = "free disk space, or write elsewhere"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 _THERE = os.O_RDWR | os.O_NOFOLLOW
 
@@ -45,6 +47,7 @@ class Output:
         """Open a file and write its header; all that stands around the tensors of a DCP file."""
         self._open(shard.name, _NEW)
         try:
+            self._reserve(shard.name, shard.nbytes)
             self.write_at(shard.name, 0, memoryview(shard.head))
             if shard.name.endswith(dcpwriter.SUFFIX):
                 for offset, piece in dcpwriter.around(shard):
@@ -120,13 +123,12 @@ class Output:
         descriptor = self._descriptors[name]
         at = 0
         while at < len(view):
+            end = at + PIECE_NBYTES - (offset + at) % PIECE_NBYTES
             try:
-                at += self._pwrite(descriptor, view[at : at + PIECE_NBYTES], offset + at)
+                at += self._pwrite(descriptor, view[at:end], offset + at)
             except OSError as error:
-                raise OutputError(
-                    f"{self._named / name}: {error.strerror} at byte {offset + at}",
-                    hint="free disk space, or write elsewhere",
-                ) from error
+                told = f"{self._named / name}: {error.strerror} at byte {offset + at}"
+                raise OutputError(told, hint=_NO_ROOM) from error
         if self._fsync and at:
             # Begins to write these pages back, so that fsync has little left to wait for.
             os.posix_fadvise(descriptor, offset, at, os.POSIX_FADV_DONTNEED)
@@ -172,6 +174,13 @@ class Output:
         """The files' sizes."""
         return {name: (self._files / name).stat().st_size for name in names}
 
+    def _reserve(self, name: str, nbytes: int) -> None:
+        try:
+            self._disk.allocate(self._descriptors[name], nbytes)
+        except OSError as error:
+            told = f"{self._named / name}: {error.strerror} for {nbytes} bytes"
+            raise OutputError(told, hint=_NO_ROOM) from error
+
     def _copy(self, name: str, source: int, nbytes: int) -> None:
         at = 0
         while at < nbytes:
@@ -195,6 +204,15 @@ class Output:
             self._descriptors[name] = self._disk.open(self._files / name, flags)
         except OSError as error:
             raise OutputError(f"{self._named / name}: {error.strerror}") from error
+
+
+def pieces(offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """How bytes for a place of a file are best written: (start, end) of parts, counted from 0."""
+    start = 0
+    while start < nbytes:
+        end = min(nbytes, start + PIECE_NBYTES - (offset + start) % PIECE_NBYTES)
+        yield start, end
+        start = end
 
 
 def check_place(
@@ -258,7 +276,7 @@ def check_room(path: Path, *, needed: int, there: int) -> None:
         told = f" ({there / 1e9:.2f} GB of it are written)" if there else ""
         raise OutputError(
             f"{path}: the result takes {needed / 1e9:.2f} GB{told}, {free / 1e9:.2f} GB are free",
-            hint="free disk space, or write elsewhere",
+            hint=_NO_ROOM,
         )
 
 

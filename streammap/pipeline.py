@@ -1,8 +1,8 @@
 """Threads that each read, compute and write tiles of their own, one after the other.
 
 While one computes, another reads and a third writes: that is the overlap, and there is nothing to
-hand over and nothing that waits, so a slow disk takes no memory. One thread at a time writes to a
-file: the kernel lets no two, and waiting for it there would keep a processor busy.
+hand over and nothing that waits, so a slow disk takes no memory. What is written goes in pieces so
+small that they are still in a processor's cache.
 """
 
 import threading
@@ -16,9 +16,9 @@ from streammap.devices import Matrices
 from streammap.events import Listener, Wrote
 from streammap.memory import Memory
 from streammap.schedule import Bundle, Job
-from streammap.worker import Worker
+from streammap.worker import Made, Worker
 
-Write = Callable[[Job, memoryview], None]
+Write = Callable[[Job, Made], None]
 _TOLD_SECONDS = 0.1
 """Time between two events for the listener."""
 
@@ -36,7 +36,8 @@ def run(
     """Do all bundles; gives the bytes that were read.
 
     `cancel` ends reads that wait for a network, where the run ends in an error.
-    `write` is called by the threads, with each job and its bytes; `listener` by the caller's own.
+    `write` is called by the threads, with each job and its bytes, which are there until it returns;
+    `listener` by the caller's own.
     What any of them raises is raised here, once no thread goes on.
     """
     shared = _Shared(bundles, write, mapped=mapped, device=device)
@@ -127,6 +128,5 @@ def _do_all(worker: Worker, tile: Buffer, shared: _Shared) -> None:
                 if shared.stops:
                     return
                 n_before = worker.n_read
-                worker.do(part, tile)
-                shared.write(part, tile.view[: part.nbytes])
+                shared.write(part, Made(worker, part, tile))
                 shared.count(part, worker.n_read - n_before)

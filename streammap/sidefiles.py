@@ -92,15 +92,7 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
             {
                 "name": source.name,
                 **source.origin,
-                "files": [
-                    {
-                        "name": f.name,
-                        "nbytes": f.nbytes,
-                        "header_sha256": f.header_digest,
-                        **({"version": f.version} if f.version else {}),
-                    }
-                    for f in source.files
-                ],
+                "files": [file.as_json() for file in source.files],
             }
             for source in plan.sources
         ],

@@ -29,7 +29,7 @@ from streammap.schedule import Compute, Job, Place
 from streammap.spec import DTYPE_BITS, FLOATS, TensorSpec
 from streammap.tally import CHUNK, Scratch
 from streammap.tiling import Tile
-from streammap.worker import Worker
+from streammap.worker import Made, Worker
 
 MEASURED = (*FLOATS, "F8_E5M2", "F8_E4M3")
 """dtypes whose numbers are looked at; of others, bytes only."""
@@ -96,7 +96,8 @@ def each(
     own = threading.local()
     lock = threading.Lock()
 
-    def write(job: Job, view: memoryview) -> None:
+    def write(job: Job, made: Made) -> None:
+        view = made.whole()
         if not hasattr(own, "scratch"):
             own.scratch = Scratch()
             own.beside = Beside(found, widest) if others else None

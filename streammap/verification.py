@@ -194,10 +194,7 @@ def _changed(made: Plan, record: Record) -> str | None:
     recorded = told if isinstance(told, list) else []
     for source, before in zip(made.sources, recorded, strict=False):
         files = before.get("files") if isinstance(before, dict) else None
-        now = [
-            {"name": f.name, "nbytes": f.nbytes, "header_sha256": f.header_digest}
-            for f in source.files
-        ]
+        now = [file.as_json() for file in source.files]
         if isinstance(files, list) and files != now:
             old = {f["name"]: f for f in files if isinstance(f, dict) and "name" in f}
             wrong = next((f for f in now if old.get(f["name"]) != f), now[0])

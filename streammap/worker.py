@@ -4,8 +4,10 @@ A worker keeps the parts of sources that it read last, so that the tiles of a bu
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from streammap import output
 from streammap.buffers import Buffer
 from streammap.compiler import Programs
 from streammap.devices import DeviceBuffer, DeviceSide, Matrices
@@ -87,13 +89,17 @@ class Worker:
     def do(self, job: Job, out: Buffer) -> None:
         """Put the job's bytes at the beginning of `out`."""
         if isinstance(job, Copy):
-            source, view = job.found.source, out.view[: job.nbytes]
-            source.read_into(job.found.key, job.start, view, mapped=self._mapped)
-            self.n_read += len(view)
+            self.copy(job, 0, out.view[: job.nbytes])
         elif self._side is None:
             self._compute(job, out)
         else:
             self._compute_there(job, out, self._side)
+
+    def copy(self, job: Copy, start: int, view: memoryview) -> None:
+        """Read a part of the job's bytes, from its byte `start` on."""
+        source, at = job.found.source, job.start + start
+        source.read_into(job.found.key, at, view, mapped=self._mapped)
+        self.n_read += len(view)
 
     def _program(self, job: Compute) -> Program:
         limits = limits_of(job.recipe.form, self._memory)
@@ -183,6 +189,31 @@ class Worker:
             source.read_into(request.found.key, start, part, mapped=self._mapped)
             self.n_read += len(part)
             at += end - start
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A job's bytes, made when they are asked for, either at once or piece by piece."""
+
+    worker: Worker
+    job: Job
+    out: Buffer
+
+    def whole(self) -> memoryview:
+        """All of them."""
+        self.worker.do(self.job, self.out)
+        return self.out.view[: self.job.nbytes]
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Parts as they are best written; a copy's are read one by one."""
+        job, view = self.job, self.out.view
+        if not isinstance(job, Copy):
+            self.worker.do(job, self.out)
+        for start, end in output.pieces(job.places[0].offset, job.nbytes):
+            if isinstance(job, Copy):
+                self.worker.copy(job, start, view[start:end])
+            yield view[start:end]
 
 
 def _matrix(m: DenseMap) -> "Tensor":

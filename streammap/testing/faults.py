@@ -1,10 +1,10 @@
 """Disks that fail, for tests of what happens then.
 
-    with disk.using(faults.FailAt(7, errno.ENOSPC)):      # from streammap.storage import disk
-        checkpoint.save("out")                            # its 7th write finds the disk full
+    with disk.using(faults.fail_at(7, errno.ENOSPC)):     # from streammap.storage import disk
+        checkpoint.save("out")                            # its 7th change finds the disk full
 
-Each is a Disk (see storage/disk.py) around another one. `points` counts the operations of a run
-that changes something, so that a test can go through all of them; `Kill` ends the process at one.
+Each is a Disk (see storage/disk.py) around another one. `counted` counts the operations of a run
+that change something, so that a test can go through all of them; `kill_at` ends the process at one.
 """
 
 import errno
@@ -21,11 +21,47 @@ from typing import Literal, final
 from streammap.storage import disk
 from streammap.storage.disk import Disk, LocalDisk
 
-Operation = Literal["open", "read", "write", "sync", "rename", "remove"]
-CHANGES: frozenset[Operation] = frozenset(("write", "sync", "rename", "remove"))
+Operation = Literal["open", "allocate", "read", "write", "sync", "rename", "remove"]
+CHANGES: frozenset[Operation] = frozenset(("allocate", "write", "sync", "rename", "remove"))
 
 
-class Watched(Disk):
+class Around(Disk):
+    """A disk that does what another one does: the others here change some of it."""
+
+    def __init__(self, around: Disk | None = None) -> None:
+        """Around this machine's disk, if no other is given."""
+        self._disk = LocalDisk() if around is None else around
+
+    def open(self, path: Path, flags: int) -> int:
+        """See Disk."""
+        return self._disk.open(path, flags)
+
+    def allocate(self, descriptor: int, nbytes: int) -> None:
+        """See Disk."""
+        self._disk.allocate(descriptor, nbytes)
+
+    def pread(self, descriptor: int, view: memoryview, offset: int) -> int:
+        """See Disk."""
+        return self._disk.pread(descriptor, view, offset)
+
+    def pwrite(self, descriptor: int, view: memoryview, offset: int) -> int:
+        """See Disk."""
+        return self._disk.pwrite(descriptor, view, offset)
+
+    def sync(self, descriptor: int) -> None:
+        """See Disk."""
+        self._disk.sync(descriptor)
+
+    def replace(self, old: Path, new: Path) -> None:
+        """See Disk."""
+        self._disk.replace(old, new)
+
+    def remove(self, path: Path) -> None:
+        """See Disk."""
+        self._disk.remove(path)
+
+
+class Watched(Around):
     """A disk that asks before each operation, and does it if nothing is raised.
 
     It asks `before(operation, number, path)`: number counts operations of `kinds`, from 0.
@@ -44,8 +80,8 @@ class Watched(Disk):
         Args:
             syncs: Whether to sync really: what a killed process wrote is there without.
         """
+        super().__init__(around)
         self._before, self._kinds, self._syncs = before, kinds, syncs
-        self._disk = LocalDisk() if around is None else around
         self._paths: dict[int, Path] = {}
         self._lock = threading.Lock()
         self.count = 0
@@ -57,6 +93,11 @@ class Watched(Disk):
         descriptor = self._disk.open(path, flags)
         self._paths[descriptor] = path
         return descriptor
+
+    def allocate(self, descriptor: int, nbytes: int) -> None:
+        """See Disk."""
+        self._ask("allocate", self._path(descriptor))
+        self._disk.allocate(descriptor, nbytes)
 
     def pread(self, descriptor: int, view: memoryview, offset: int) -> int:
         """See Disk."""
@@ -143,17 +184,13 @@ def kill_at(n: int, how: signal.Signals = signal.SIGKILL) -> Watched:
 
 
 @final
-class ShortDisk(Disk):
+class ShortDisk(Around):
     """A disk that reads and writes a part of what it is asked for, of a random length."""
 
     def __init__(self, *, seed: int = 0, around: Disk | None = None) -> None:
         """Lengths depend on `seed`."""
-        self._disk = LocalDisk() if around is None else around
+        super().__init__(around)
         self._random = random.Random(seed)
-
-    def open(self, path: Path, flags: int) -> int:
-        """See Disk."""
-        return self._disk.open(path, flags)
 
     def pread(self, descriptor: int, view: memoryview, offset: int) -> int:
         """See Disk."""
@@ -163,39 +200,19 @@ class ShortDisk(Disk):
         """See Disk."""
         return self._disk.pwrite(descriptor, self._part(view), offset)
 
-    def sync(self, descriptor: int) -> None:
-        """See Disk."""
-        self._disk.sync(descriptor)
-
-    def replace(self, old: Path, new: Path) -> None:
-        """See Disk."""
-        self._disk.replace(old, new)
-
-    def remove(self, path: Path) -> None:
-        """See Disk."""
-        self._disk.remove(path)
-
     def _part(self, view: memoryview) -> memoryview:
         return view[: self._random.randint(1, max(1, len(view)))]
 
 
 @final
-class FullDisk(Disk):
+class FullDisk(Around):
     """A disk with room for so many bytes: the write that needs more is short, the next fails."""
 
     def __init__(self, nbytes: int, *, around: Disk | None = None) -> None:
         """Bytes that are written twice count twice."""
-        self._disk = LocalDisk() if around is None else around
+        super().__init__(around)
         self._lock = threading.Lock()
         self.free_nbytes = nbytes
-
-    def open(self, path: Path, flags: int) -> int:
-        """See Disk."""
-        return self._disk.open(path, flags)
-
-    def pread(self, descriptor: int, view: memoryview, offset: int) -> int:
-        """See Disk."""
-        return self._disk.pread(descriptor, view, offset)
 
     def pwrite(self, descriptor: int, view: memoryview, offset: int) -> int:
         """See Disk."""
@@ -206,21 +223,9 @@ class FullDisk(Disk):
             self.free_nbytes -= n
         return n
 
-    def sync(self, descriptor: int) -> None:
-        """See Disk."""
-        self._disk.sync(descriptor)
-
-    def replace(self, old: Path, new: Path) -> None:
-        """See Disk."""
-        self._disk.replace(old, new)
-
-    def remove(self, path: Path) -> None:
-        """See Disk."""
-        self._disk.remove(path)
-
 
 @final
-class PowerCut(Disk):
+class PowerCut(Around):
     """A disk that loses what was not synced, when `cut` is called: the power fails.
 
     Data that a file was given since it was last synced become zeros, as on a file system that
@@ -229,7 +234,7 @@ class PowerCut(Disk):
 
     def __init__(self, around: Disk | None = None) -> None:
         """Watch all writes."""
-        self._disk = LocalDisk() if around is None else around
+        super().__init__(around)
         self._paths: dict[int, Path] = {}
         self._unsynced: dict[tuple[int, int], list[tuple[int, int]]] = {}
         self._lock = threading.Lock()
@@ -239,10 +244,6 @@ class PowerCut(Disk):
         descriptor = self._disk.open(path, flags)
         self._paths[descriptor] = path
         return descriptor
-
-    def pread(self, descriptor: int, view: memoryview, offset: int) -> int:
-        """See Disk."""
-        return self._disk.pread(descriptor, view, offset)
 
     def pwrite(self, descriptor: int, view: memoryview, offset: int) -> int:
         """See Disk."""
@@ -255,14 +256,6 @@ class PowerCut(Disk):
         with self._lock:
             self._unsynced.pop(_file(descriptor), None)
         self._disk.sync(descriptor)
-
-    def replace(self, old: Path, new: Path) -> None:
-        """See Disk."""
-        self._disk.replace(old, new)
-
-    def remove(self, path: Path) -> None:
-        """See Disk."""
-        self._disk.remove(path)
 
     def cut(self, folder: Path) -> int:
         """Lose all that is not synced of the files of a folder; gives the bytes lost."""
