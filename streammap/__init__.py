@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from streammap import collection
+
 if TYPE_CHECKING:
     from streammap import progress
     from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, load_into, open
@@ -58,6 +60,7 @@ _HOMES = {
     "verification": ("Verification", "verify"),
 }
 
+
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
@@ -69,4 +72,6 @@ if not TYPE_CHECKING:
         if name == "progress":
             return import_module("streammap.progress")
         home = next((module for module, names in _HOMES.items() if name in names), "errors")
-        return getattr(import_module(f"streammap.{home}"), name)
+        with collection.paused():
+            module = import_module(f"streammap.{home}")
+        return getattr(module, name)

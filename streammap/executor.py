@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from streammap import dcpwriter, devices, graph, layout, making, memory, outbox
+from streammap import collection, dcpwriter, devices, graph, layout, making, memory, outbox
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
@@ -110,10 +110,11 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
     label = str(where.path) if sink is None else sink.label
     shards = _arranged(plan, where, sink)
     try:
-        if sink is None:
-            done = making.make(plan, where, shards, (fitted, choice), listener)
-        else:
-            done = outbox.send(plan, where, sink, shards, (fitted, choice), listener)
+        with collection.of_new_objects():
+            if sink is None:
+                done = making.make(plan, where, shards, (fitted, choice), listener)
+            else:
+                done = outbox.send(plan, where, sink, shards, (fitted, choice), listener)
     except OSError as error:
         text = f"{label}: {error.strerror or error}"
         made = OutputError(text, hint="check the path and the disk")

@@ -120,6 +120,21 @@ def load(source: TensorSource, key: str) -> Form:
     return Form(spec, (Term(keep, ((1.0, Load(source, key, spec)),)),))
 
 
+def flat(form: Form) -> Form | None:
+    """The same numbers in one dimension; None where a map moves some along one of several."""
+    if any(m is not None for term in form.terms for m in term.maps):
+        return None
+    shape = (form.spec.n_elements,)
+    terms = (
+        tuple(
+            (c, Load(found.source, found.key, TensorSpec(found.spec.dtype, shape)))
+            for c, found in term.blend
+        )
+        for term in form.terms
+    )
+    return Form(TensorSpec(form.spec.dtype, shape), tuple(Term((None,), blend) for blend in terms))
+
+
 def map_dims(form: Form, dims: Sequence[AxisMap | None]) -> Form:
     """`form` with a map applied to each dimension that has one.
 

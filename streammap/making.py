@@ -283,7 +283,7 @@ class _Run:
             writer.keep()
             listener(event)
 
-        jobs = schedule.bundles(plan.targets, writer.slots(), self._memory)
+        jobs = schedule.bundles(plan.targets, writer.slots(), self._memory, by_pieces=True)
         computes = any(form.copied is None for form in plan.targets.values())
         readahead.expect(plan, writer.slots())
         ahead = readahead.ahead(jobs, plan, self._memory.ahead_nbytes)

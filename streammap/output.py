@@ -206,11 +206,14 @@ class Output:
             raise OutputError(f"{self._named / name}: {error.strerror}") from error
 
 
-def pieces(offset: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """How bytes for a place of a file are best written: (start, end) of parts, counted from 0."""
+def pieces(offset: int, nbytes: int, step: int = PIECE_NBYTES) -> Iterator[tuple[int, int]]:
+    """How bytes for a place of a file are best written: (start, end) of parts, counted from 0.
+
+    But for the first, they begin at multiples of `step` in the file.
+    """
     start = 0
     while start < nbytes:
-        end = min(nbytes, start + PIECE_NBYTES - (offset + start) % PIECE_NBYTES)
+        end = min(nbytes, start + step - (offset + start) % step)
         yield start, end
         start = end
 

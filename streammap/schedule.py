@@ -6,7 +6,7 @@ same bytes (a layer copied to four places, rows that are copies) are one job wit
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streammap import compiler, graph, tiling
 from streammap.errors import PlanError
@@ -19,6 +19,10 @@ from streammap.pullback import Range
 from streammap.recipe import Recipe, alike
 from streammap.spec import DTYPE_BITS, TensorSpec
 from streammap.tiling import Cut, Tile
+
+RANGE_NBYTES = 8 * 2**20
+"""Bytes of a result that a thread does at once, where it takes memory for a piece of them only."""
+_MAX_ITEM_NBYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +94,25 @@ def bundles(
     memory: Memory,
     *,
     rows: Mapping[str, Range] | None = None,
+    by_pieces: bool = False,
 ) -> Iterator[Bundle]:
     """All work, in the order of the slots.
 
     Args:
         slots: (file, slot) of every target.
         rows: Key -> what is wanted of the first dimension, where that is not all of it.
+        by_pieces: Whether bytes are wanted piece by piece only: where no map moves a number, jobs
+            are larger than a tile then.
     """
     cuts: dict[object, Cut] = {}
     for family in _families(targets, slots, rows or {}):
         groups: dict[object, list[Target]] = {}
         for target in family:
+            one = graph.flat(target.form) if by_pieces and len(family) == 1 else None
             if target.form.copied is not None:
-                yield from _copies(target, memory)
+                yield from _copies(target, RANGE_NBYTES if by_pieces else memory.tile_nbytes)
+            elif one is not None and target.rows is None:
+                yield from _ranges(replace(target, form=one))
             else:
                 groups.setdefault(alike(target.form), []).append(target)
         for kind, group in groups.items():
@@ -156,18 +166,36 @@ def _merged(
         yield Target(slot.key, form, tuple(places), rows.get(slot.key))
 
 
-def _copies(target: Target, memory: Memory) -> Iterator[Bundle]:
+def _copies(target: Target, step: int) -> Iterator[Bundle]:
     found = target.form.copied
     assert found is not None
-    step = memory.tile_nbytes
     start, end = 0, found.spec.nbytes
     if target.rows is not None:
         row = end // found.spec.shape[0]
         start, end = target.rows[0] * row, target.rows[1] * row
-    for at in range(start, end, step):
-        nbytes = min(step, end - at)
+    for at, until in _steps(target, start, end, step):
         places = tuple(Place(p.file, p.offset + at) for p in target.places)
-        yield (Copy(target.key, found, at, nbytes, places),)
+        yield (Copy(target.key, found, at, until - at, places),)
+
+
+def _ranges(target: Target) -> Iterator[Bundle]:
+    """Ranges of a flat target."""
+    form, (n,) = target.form, target.form.spec.shape
+    kind, item = alike(form), DTYPE_BITS[form.spec.dtype] // 8
+    for start, end in _steps(target, 0, n * item, RANGE_NBYTES):
+        places = tuple(Place(p.file, p.offset + start) for p in target.places)
+        recipe = Recipe(form, tiling.tile_at((n,), (), start // item, end // item))
+        yield (Compute(target.key, kind, recipe, places),)
+
+
+def _steps(target: Target, start: int, end: int, step: int) -> Iterator[Range]:
+    """Bytes from `start` to `end` in steps: but for the first they begin at multiples in a file."""
+    offset = target.places[0].offset
+    offset -= offset % _MAX_ITEM_NBYTES
+    while start < end:
+        until = min(end, start + step - (offset + start) % step)
+        yield start, until
+        start = until
 
 
 def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:

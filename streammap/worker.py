@@ -7,16 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from streammap import output
+from streammap import elementwise, output
 from streammap.buffers import Buffer
 from streammap.compiler import Programs
 from streammap.devices import DeviceBuffer, DeviceSide, Matrices
+from streammap.elementwise import Pieces
 from streammap.errors import PlanError
 from streammap.maps import DenseMap
 from streammap.memory import N_PLACES, Memory
 from streammap.program import OUT, WORK, Program
 from streammap.recipe import Request
 from streammap.schedule import Compute, Copy, Job, fits, limits_of
+from streammap.spec import DTYPE_BITS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +57,14 @@ class Worker:
             for place in self._places:
                 self._side.pin(place)
 
+        self._pieces: dict[object, Pieces | None] = {}
+        """How flat forms are computed, by what they have in common."""
+
+    @property
+    def tile_nbytes(self) -> int:
+        """What is read or computed at once, at most."""
+        return self._memory.tile_nbytes
+
     def close(self) -> None:
         """Give back what is on a device."""
         if self._side is not None:
@@ -70,11 +80,11 @@ class Worker:
 
     def parts(self, job: Job) -> Iterator[Job]:
         """The job, or smaller ones where it takes more memory than the first of its tensor."""
-        if isinstance(job, Copy):
+        if isinstance(job, Copy) or self._pieces_of(job) is not None:
             yield job
             return
-        program = self._program(job)
-        if fits(program, limits_of(job.recipe.form, self._memory)):
+        program, limits = self._program(job), limits_of(job.recipe.form, self._memory)
+        if job.nbytes <= limits.out_nbytes and fits(program, limits):
             yield job
             return
         halves = job.halves()
@@ -101,6 +111,43 @@ class Worker:
         source.read_into(job.found.key, at, view, mapped=self._mapped)
         self.n_read += len(view)
 
+    def pieces(self, job: Compute, out: Buffer) -> Iterator[memoryview] | None:
+        """The job's bytes, each piece at the beginning of `out`; None where it is not done so."""
+        found = self._pieces_of(job)
+        if found is None:
+            return None
+        return self._by_pieces(job, found, self._calls(found.program, range(N_PLACES), out), out)
+
+    def _pieces_of(self, job: Compute) -> Pieces | None:
+        form = job.recipe.form
+        kind = elementwise.kind_of(form) if self._side is None else None
+        if kind is not None and kind not in self._pieces:
+            if len(self._pieces) >= _MAX_BOUND:
+                self._pieces.clear()
+            self._pieces[kind] = elementwise.pieces_of(form, self._memory.limits)
+        return self._pieces.get(kind)
+
+    def _by_pieces(
+        self, job: Compute, found: Pieces, calls: Sequence[Call | None], out: Buffer
+    ) -> Iterator[memoryview]:
+        """Calls compute a whole piece even where less of it is wanted: the rest is of no use."""
+        self.begin()  # what the places hold is not what they held
+        form = job.recipe.form
+        item, offset = DTYPE_BITS[form.spec.dtype] // 8, job.places[0].offset
+        loads = [(load, DTYPE_BITS[load.spec.dtype] // 8) for load in elementwise.loads_of(form)]
+        for start, end in output.pieces(offset - offset % item, job.nbytes, found.nbytes):
+            first, n = job.recipe.tile.start + start // item, (end - start) // item
+            reads = iter(zip(loads, self._places, strict=False))
+            for call in calls:
+                if call is not None:
+                    call()
+                    continue
+                (load, size), place = next(reads)
+                part = place.view[: n * size]
+                load.source.read_into(load.key, first * size, part, mapped=self._mapped)
+                self.n_read += len(part)
+            yield out.view[: end - start]
+
     def _program(self, job: Compute) -> Program:
         limits = limits_of(job.recipe.form, self._memory)
         return self._programs.of(job.recipe, job.kind, limits.chunk_nbytes)
@@ -110,14 +157,7 @@ class Worker:
         requests = job.recipe.requests
         chosen = [self._place(request) for request in requests]
         places = tuple(place for place, _ in chosen)
-        key = (id(program), id(out), places)
-        _, calls = self._bound.get(key, (None, None))
-        if calls is None:
-            calls = self._bind(program, places, out)
-            if not job.recipe.is_dense:
-                if len(self._bound) >= _MAX_BOUND:
-                    self._bound.clear()
-                self._bound[key] = program, calls
+        calls = self._calls(program, places, out, keeps=not job.recipe.is_dense)
         reads = iter(zip(requests, chosen, strict=True))
         for call in calls:
             if call is not None:
@@ -169,6 +209,20 @@ class Worker:
         self._order.append(place)
         return place, is_held
 
+    def _calls(
+        self, program: Program, places: Sequence[int], out: Buffer, *, keeps: bool = True
+    ) -> tuple[Call | None, ...]:
+        """The calls of a program, kept for the next time."""
+        key = (id(program), id(out), places)
+        _, calls = self._bound.get(key, (None, None))
+        if calls is None:
+            calls = self._bind(program, places, out)
+            if keeps:
+                if len(self._bound) >= _MAX_BOUND:
+                    self._bound.clear()
+                self._bound[key] = program, calls
+        return calls
+
     def _bind(
         self, program: Program, places: Sequence[int], out: Buffer
     ) -> tuple[Call | None, ...]:
@@ -206,13 +260,23 @@ class Made:
         return self.out.view[: self.job.nbytes]
 
     def pieces(self) -> Iterator[memoryview]:
-        """Parts as they are best written; a copy's are read one by one."""
-        job, view = self.job, self.out.view
-        if not isinstance(job, Copy):
-            self.worker.do(job, self.out)
+        """Parts as they are best written; a copy's are read one by one, and each is there until the
+        next is asked for.
+        """
+        job, out = self.job, self.out
+        if isinstance(job, Copy):
+            step = min(output.PIECE_NBYTES, self.worker.tile_nbytes)
+            for start, end in output.pieces(job.places[0].offset, job.nbytes, step):
+                view = out.view[: end - start]
+                self.worker.copy(job, start, view)
+                yield view
+            return
+        pieces = self.worker.pieces(job, out)
+        if pieces is not None:
+            yield from pieces
+            return
+        view = self.whole()
         for start, end in output.pieces(job.places[0].offset, job.nbytes):
-            if isinstance(job, Copy):
-                self.worker.copy(job, start, view[start:end])
             yield view[start:end]
 
 

@@ -31,7 +31,7 @@ from streammap.events import Event, Started, Wrote
 from streammap.executor import Report
 from streammap.memory import N_PLACES
 from streammap.schedule import Compute, Job
-from streammap.worker import Worker
+from streammap.worker import Made, Worker
 from tests import tiny
 from tests.tiny import Sizes, State
 from tests.typed import run
@@ -227,7 +227,7 @@ class Traffic:
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         names: dict[int, Path] = {}
         open_, close, preadv, pwrite = os.open, os.close, os.preadv, os.pwrite
-        do = Worker.do
+        pieces = Made.pieces
 
         def opening(path: str | Path, flags: int, mode: int = 0o777) -> int:
             descriptor = open_(path, flags, mode)
@@ -250,15 +250,15 @@ class Traffic:
             self.written[names[descriptor]].append((offset, offset + n))
             return n
 
-        def doing(self_: Worker, job: Job, out: Buffer) -> None:
-            self.jobs.append(job)
-            do(self_, job, out)
+        def making(made: Made) -> Iterator[memoryview]:
+            self.jobs.append(made.job)
+            return pieces(made)
 
         patch.setattr(os, "open", opening)
         patch.setattr(os, "close", closing)
         patch.setattr(os, "preadv", reading)
         patch.setattr(os, "pwrite", writing)
-        patch.setattr(Worker, "do", doing)
+        patch.setattr(Made, "pieces", making)
 
 
 @pytest.fixture
@@ -323,7 +323,8 @@ def test_each_byte_is_read_and_written_once(
         assert merged(traffic.written[partial(shard)]) == [(0, shard.stat().st_size)]
         assert traffic.opened[partial(shard)] == 1
     assert all(traffic.opened[path] == 1 for path in wanted)
-    assert max(job.nbytes for job in traffic.jobs) <= found.tile
+    longest = max(end - start for ranges in traffic.read.values() for start, end in ranges)
+    assert longest <= found.tile
 
 
 def test_a_layer_is_computed_once_for_all_its_copies(
