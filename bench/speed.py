@@ -108,8 +108,8 @@ def with_fsync(folder: Path, options: Options, *, cold: bool) -> Results:
 def main(options: Options) -> None:
     """Make, run, print."""
     cold, folder = options.given.cold, options.folder
-    harness.need(folder, 8e9)
-    size = 0.2e9 if options.quick else 1.5e9
+    harness.need(folder, 13e9)
+    size = 0.2e9 if options.quick else 2.7e9
     big = models.llama_of(size, largest=size / 12)
     small = models.Llama(big.hidden // 2, big.mlp // 2, big.layers, big.vocab)
     for name, model, seed in (("a", big, 0), ("b", big, 1), ("small", small, 2)):

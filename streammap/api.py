@@ -13,21 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import executor, layout, options, outbox, places, recorded, tensors, validation
+from streammap import collection, endings, executor, layout, places, recorded, validation
 from streammap.engine import MEMORY, EngineOptions, Reader, engine
 from streammap.errors import OutputError
 from streammap.events import Listener, nobody
 from streammap.executor import Report
-from streammap.operators.resize import Direction
-from streammap.options import PathLike, ResizeOptions
+from streammap.places import PathLike
 from streammap.plan import Plan, Promise
 from streammap.ranks import ALONE, Ranks
 from streammap.spec import TensorSpec
 from streammap.storage import hubname
 from streammap.storage.hubsink import MESSAGE, Push
-from streammap.storage.remotesink import FILES
 from streammap.storage.sink import Sink
-from streammap.summary import Summary, summarize
 from streammap.where import FORMATS, Format, Where
 
 if TYPE_CHECKING:
@@ -36,12 +33,11 @@ if TYPE_CHECKING:
 
     from streammap.health import Health
     from streammap.loading import LoadReport
+    from streammap.operators.resize import Direction
+    from streammap.options import ResizeOptions, RunOptions
+    from streammap.summary import Summary
 
 MAX_SHARD_SIZE = "5GB"
-
-
-class RunOptions(ResizeOptions, EngineOptions, total=False):
-    """What to resize, and what the run may use: see options.py and engine.py."""
 
 
 @final
@@ -93,6 +89,8 @@ class LazyCheckpoint:
         """
         if region is None and out is None and dtype is None and device is None:
             return self.plan.read(key)
+        from streammap import tensors
+
         return tensors.read(self.plan, key, region, out=out, dtype=dtype, device=device)
 
     def tensors(self) -> Iterator[tuple[str, "Tensor"]]:
@@ -102,6 +100,8 @@ class LazyCheckpoint:
 
     def state_dict(self) -> "Mapping[str, Tensor]":
         """The tensors as a mapping; each is computed when it is asked for, each time anew."""
+        from streammap import tensors
+
         return tensors.LazyState(self.plan)
 
     @property
@@ -119,7 +119,7 @@ class LazyCheckpoint:
         """Whether the function is kept ("exact" or "approximate"), and why."""
         return self.plan.promise
 
-    def summary(self, **options: Unpack[EngineOptions]) -> Summary:
+    def summary(self, **options: Unpack[EngineOptions]) -> "Summary":
         """What a run would do: shapes, formulas, bytes, memory, promise.
 
         Args:
@@ -128,6 +128,8 @@ class LazyCheckpoint:
         Raises:
             OutputError: the memory is too little for any run.
         """
+        from streammap.summary import summarize
+
         return summarize(self.plan, engine(options))
 
     def health(self, *, progress: Listener = nobody, **options: Unpack[EngineOptions]) -> "Health":
@@ -144,7 +146,7 @@ class LazyCheckpoint:
 
         return health.measure(self.plan, engine(options), listener=progress)
 
-    def coalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
+    def coalesce(self, **options: "Unpack[ResizeOptions]") -> "LazyCheckpoint":
         """The smaller model: units of a group (heads, layers ...) become their mean.
 
         Args:
@@ -156,7 +158,7 @@ class LazyCheckpoint:
         """
         return self._resize("coalesce", options)
 
-    def decoalesce(self, **options: Unpack[ResizeOptions]) -> "LazyCheckpoint":
+    def decoalesce(self, **options: "Unpack[ResizeOptions]") -> "LazyCheckpoint":
         """The larger model: each unit is copied to the members of its group.
 
         Groups are those for coalescing. Without any, the map saved with the source is used.
@@ -171,7 +173,8 @@ class LazyCheckpoint:
             PlanError: the two are not of one model and size.
         """
         other = target if isinstance(target, LazyCheckpoint) else open(target)
-        return LazyCheckpoint(recorded.interpolate(self.plan, other.plan, alpha=alpha))
+        with collection.paused():
+            return LazyCheckpoint(recorded.interpolate(self.plan, other.plan, alpha=alpha))
 
     def save(
         self,
@@ -269,7 +272,7 @@ class LazyCheckpoint:
 
     def _sink(self, url: str, where: Where, options: EngineOptions) -> Sink:
         """Where a URL leads."""
-        if where.format != "safetensors" and not url.endswith(FILES):
+        if where.format != "safetensors" and not url.endswith(endings.WEIGHTS):
             raise OutputError(
                 f"{url}: a folder of format {where.format} is written on this machine only",
                 hint="write it to a folder, and copy that",
@@ -294,12 +297,17 @@ class LazyCheckpoint:
                 "folder on a file system",
                 hint="write to a folder, or run it in one process (--no-ranks)",
             )
+        from streammap import outbox
+
         where = replace(where, path=outbox.spool_of(sink.label))
         return executor.run(self.plan, where, progress, sink=sink)
 
-    def _resize(self, direction: Direction, given: ResizeOptions) -> "LazyCheckpoint":
-        op = options.resize(direction, self.plan, given)
-        return LazyCheckpoint(recorded.resize(self.plan, op))
+    def _resize(self, direction: "Direction", given: "ResizeOptions") -> "LazyCheckpoint":
+        with collection.paused():
+            from streammap import options
+
+            op = options.resize(direction, self.plan, given)
+            return LazyCheckpoint(recorded.resize(self.plan, op))
 
 
 def open(
@@ -322,7 +330,9 @@ def open(
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    return LazyCheckpoint(recorded.open_source(source, config=config, arch=arch, stream=stream))
+    with collection.paused():
+        plan = recorded.open_source(source, config=config, arch=arch, stream=stream)
+    return LazyCheckpoint(plan)
 
 
 def load_into(
@@ -379,10 +389,12 @@ def coalesce(
     restart: bool = False,
     progress: Listener = nobody,
     ranks: Ranks | bool = False,
-    **options: Unpack[RunOptions],
+    **options: "Unpack[RunOptions]",
 ) -> Report:
     """Write the coalesced `source` to `output`. See open, LazyCheckpoint.coalesce and .save."""
-    resize, run = _split(options)
+    from streammap.options import split
+
+    resize, run = split(options)
     with open(source, stream=stream) as lazy:
         return lazy.coalesce(**resize).save(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
@@ -402,14 +414,16 @@ def decoalesce(
     restart: bool = False,
     progress: Listener = nobody,
     ranks: Ranks | bool = False,
-    **options: Unpack[RunOptions],
+    **options: "Unpack[RunOptions]",
 ) -> Report:
     """Write the decoalesced `source` to `output`, blended with `blend_with` where it is given.
 
     The blend is (1 - alpha) * blend_with + alpha * grown, in the same pass.
     See open, LazyCheckpoint.decoalesce, .interpolate and .save.
     """
-    resize, run = _split(options)
+    from streammap.options import split
+
+    resize, run = split(options)
     big = None if blend_with is None else open(blend_with, stream=stream)
     if big is not None and resize.get("target") is None:
         resize["target"] = big
@@ -446,12 +460,3 @@ def interpolate(
 
 def _ranks(given: Ranks | bool) -> Ranks:
     return (Ranks.here() if given else ALONE) if isinstance(given, bool) else given
-
-
-def _split(options: RunOptions) -> tuple[ResizeOptions, EngineOptions]:
-    """What to resize, and what the run may use."""
-    resize, run = ResizeOptions(), EngineOptions()
-    for name, value in options.items():
-        table = run if name in EngineOptions.__annotations__ else resize
-        table[name] = value  # type: ignore[literal-required]
-    return resize, run

@@ -14,15 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
-from streammap import (
-    dcpmeta,
-    dcpsource,
-    jsonfiles,
-    places,
-    reading,
-    weightfiles,
-)  # fmt: skip
-from streammap.dcpsource import Chunks
+from streammap import jsonfiles, places, reading, weightfiles
 from streammap.errors import CheckpointError
 from streammap.header import Slot
 from streammap.spec import TensorSpec
@@ -32,6 +24,8 @@ from streammap.storage.place import Network, OpenFile, Place
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammap.dcpsource import Chunks
 
 _STRIP = 64
 
@@ -77,7 +71,7 @@ class Checkpoint:
     place: Place | None = None
     """Where the files are; None for a checkpoint without any."""
     _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
-    chunks: Chunks | None = field(default=None, repr=False)
+    chunks: "Chunks | None" = field(default=None, repr=False)
     """What reads tensors that lie in chunks."""
 
     @property
@@ -266,10 +260,12 @@ def open_checkpoint(
 
 
 def _open(place: Place, path: Path, config: str | Path | None) -> Checkpoint:
-    if place.file is None and place.has(dcpmeta.METADATA):
+    if place.file is None and place.has(weightfiles.DCP_METADATA):
+        from streammap import dcpmeta
+
         if not place.origin and dcpmeta.is_folder(path):
             return _open_chunked(place, path, config)
-        if place.origin and any(name.endswith(".distcp") for name in place.names()):
+        if place.origin and any(name.endswith(weightfiles.DCP_SUFFIX) for name in place.names()):
             raise CheckpointError(
                 f"{place}: of torch.distributed.checkpoint, which is read on this machine only",
                 hint="download the folder first",
@@ -302,6 +298,8 @@ def _open(place: Place, path: Path, config: str | Path | None) -> Checkpoint:
 
 def _open_chunked(place: Place, folder: Path, config: str | Path | None) -> Checkpoint:
     """A folder of torch.distributed.checkpoint."""
+    from streammap import dcpmeta, dcpsource
+
     both = [
         name for name in (*weightfiles.SINGLES, *weightfiles.INDEXES) if (folder / name).is_file()
     ]
@@ -327,7 +325,7 @@ def _open_chunked(place: Place, folder: Path, config: str | Path | None) -> Chec
     found_config, text = _find_config(place, config)
     return Checkpoint(
         folder, tuple(files), slots, file_of, found_config, text,
-        chosen.nest, chosen.others, place, dict(opened), Chunks(tensors, opened),
+        chosen.nest, chosen.others, place, dict(opened), dcpsource.Chunks(tensors, opened),
     )  # fmt: skip
 
 

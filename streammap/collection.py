@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """No collection in here: for imports, which make many objects and no garbage."""
+    """No collection in here: for imports and plans, which make many objects and no garbage."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

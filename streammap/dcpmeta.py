@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeGuard, final
 
-from streammap import header, reading
+from streammap import header, reading, weightfiles
 from streammap.errors import CheckpointError
 from streammap.pickles import DTYPES
 from streammap.spec import TensorSpec
 
-METADATA = ".metadata"
+METADATA = weightfiles.DCP_METADATA
 _MAX_NBYTES = 200_000_000
 _MAX_CELLS = 1_000_000
 Path_ = tuple[str | int, ...]

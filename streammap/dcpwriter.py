@@ -10,7 +10,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
-from streammap import layout, pickling
+from streammap import layout, pickling, weightfiles
 from streammap.errors import OutputError
 from streammap.header import Slot
 from streammap.layout import Shard
@@ -18,7 +18,7 @@ from streammap.pickles import DTYPES
 from streammap.pickling import FALSE, NONE, call, dict_, list_, made, named, number, text, tuple_
 from streammap.spec import TensorSpec
 
-SUFFIX = ".distcp"
+SUFFIX = weightfiles.DCP_SUFFIX
 _ALIGN = 64
 _DATA = "archive/data/0"
 _MAX_32 = 2**32 - 1

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from streammap import collection, dcpwriter, devices, graph, layout, making, memory, outbox
+from streammap import collection, devices, graph, layout, making, memory
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
@@ -114,6 +114,8 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
             if sink is None:
                 done = making.make(plan, where, shards, (fitted, choice), listener)
             else:
+                from streammap import outbox
+
                 done = outbox.send(plan, where, sink, shards, (fitted, choice), listener)
     except OSError as error:
         text = f"{label}: {error.strerror or error}"
@@ -146,6 +148,8 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
 
 def _arranged(plan: Plan, where: Where, sink: Sink | None) -> tuple[Shard, ...]:
     if where.format == "dcp":
+        from streammap import dcpwriter
+
         return dcpwriter.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes)
     single = where.path.name if where.is_file else None
     single = sink.file if sink is not None else single

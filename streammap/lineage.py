@@ -14,7 +14,6 @@ entry is missing (a tree written by hand), those saved with the source count.
 
 import base64
 import binascii
-import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -124,6 +123,8 @@ def _unpacked(text: str) -> tuple[Level, ...]:
             raise SchemeError(f"request: maps: more than {_MAX_MAPS_NBYTES} bytes, or cut short")
     except (ValueError, binascii.Error, zlib.error) as error:
         raise SchemeError(f"request: maps: not packed as expected: {error}") from error
+    import tempfile
+
     with tempfile.NamedTemporaryFile(suffix=mapfile.SUFFIX) as file:
         file.write(content)
         file.flush()

@@ -17,8 +17,6 @@ from typing import final
 
 from streammap import (
     commit,
-    dcpmeta,
-    dcpwriter,
     identity,
     journal,
     layout,
@@ -312,6 +310,8 @@ class _Run:
             if name not in small and self._plan.side is not None:
                 out.add(name, sidelist.fetch(self._plan.side, name))
         if where.format == "dcp":
+            from streammap import dcpmeta, dcpwriter
+
             nest = _nest(self._plan) if where.nest is None else where.nest
             out.add(dcpmeta.METADATA, dcpwriter.metadata(self._shards, nest))
         elif len(shards) > 1:

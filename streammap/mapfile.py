@@ -7,18 +7,16 @@ are the architecture spec's; "embed", "qk", "v", "mlp" of a file that the origin
 (`MapMatrix.bin`: embed_F, qk_F, v_F, inter_F and R) are read as such.
 """
 
-import ctypes
 import hashlib
 import itertools
 import json
 import struct
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streammap import header, maps, places, torchfile
+from streammap import header, maps, places
 from streammap.errors import CheckpointError, SchemeError
 from streammap.maps import AxisMap, BlockMap, DenseMap
 from streammap.spec import TensorSpec
@@ -99,6 +97,8 @@ def find_at(place: Place) -> tuple[Level, ...]:
             path = place.path(name)
             if path is not None:
                 return load(path)
+            import tempfile
+
             with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
                 path = Path(folder) / name
                 path.write_bytes(place.read(name, limit=_MAX_NBYTES))
@@ -171,6 +171,8 @@ def _tensors_of(m: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
         import torch
 
         matrix = m.matrix.to(torch.float32).contiguous()
+        import ctypes
+
         content = ctypes.string_at(matrix.data_ptr(), 4 * matrix.numel())
         return [("matrix", TensorSpec("F32", (m.n_out, m.n_in)), content)]
     places = [(i, j) for i, row in enumerate(m.rows) for j, _ in row]
@@ -266,6 +268,7 @@ def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block:
 
 
 def _load_original(path: Path) -> Level:
+    from streammap import torchfile
     from streammap.checkpoint import Checkpoint
 
     try:

@@ -4,7 +4,6 @@ Each key must match exactly one rule, each dimension must equal its expression, 
 kind must have the same tensors; else the checkpoint is refused, with the nearest patterns named.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -244,6 +243,8 @@ def _dims(rule: Rule, name: str, rank: int) -> tuple[Dim, ...]:
 
 def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
     rendered = {pattern.sample(rule.pattern): rule.pattern.text for rule in spec.rules}
+    import difflib
+
     near = difflib.get_close_matches(pattern.INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3)
     told = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
     raise CheckpointError(

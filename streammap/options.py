@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 from streammap import architecture, mapfile, requests, scheme, sizes
 from streammap.axisrequests import KvMerge
+from streammap.engine import EngineOptions
 from streammap.errors import PlanError
 from streammap.jsonfiles import read_config
 from streammap.operators.resize import Direction, NewLayers, Resize
+from streammap.places import PathLike
 from streammap.planner import Rule
 from streammap.requests import Grouping
 from streammap.scheme import Scheme
@@ -16,7 +18,6 @@ from streammap.scheme import Scheme
 if TYPE_CHECKING:
     from streammap.plan import Plan
 
-PathLike = str | Path
 SchemeLike = PathLike | Mapping[str, object] | Scheme
 RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[str, object]
 """A factor, "=SIZE", groups, or a table of these: see requests.py."""
@@ -72,6 +73,19 @@ class ResizeOptions(TypedDict, total=False):
     """ "exact" (default), or "reference" for the original's numbers."""
     untie: bool
     """Whether a tied head gets a tensor of its own."""
+
+
+class RunOptions(ResizeOptions, EngineOptions, total=False):
+    """What to resize, and what the run may use: see also engine.py."""
+
+
+def split(options: RunOptions) -> tuple[ResizeOptions, EngineOptions]:
+    """What to resize, and what the run may use."""
+    resizes, run = ResizeOptions(), EngineOptions()
+    for name, value in options.items():
+        table = run if name in EngineOptions.__annotations__ else resizes
+        table[name] = value  # type: ignore[literal-required]
+    return resizes, run
 
 
 def resize(direction: Direction, plan: "Plan", options: ResizeOptions) -> Resize:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap import dcpwriter, journal, reading, torchfile, workfolder
+from streammap import journal, reading, weightfiles, workfolder
 from streammap.errors import CheckpointError, OutputError
 from streammap.layout import Shard
 from streammap.storage.disk import Disk
@@ -49,7 +49,9 @@ class Output:
         try:
             self._reserve(shard.name, shard.nbytes)
             self.write_at(shard.name, 0, memoryview(shard.head))
-            if shard.name.endswith(dcpwriter.SUFFIX):
+            if shard.name.endswith(weightfiles.DCP_SUFFIX):
+                from streammap import dcpwriter
+
                 for offset, piece in dcpwriter.around(shard):
                     self.write_at(shard.name, offset, memoryview(piece))
         except BaseException:
@@ -62,6 +64,8 @@ class Output:
 
     def begin_torch(self, shard: Shard, nest: str | None) -> Shard:
         """Make a torch file with room for the shard's tensors; its slots come back in place."""
+        from streammap import torchfile
+
         path = self._files / shard.name
         specs = [(slot.key, slot.spec) for slot in shard.slots]
         try:
@@ -79,6 +83,8 @@ class Output:
         Raises:
             OutputError: it is not there, or has not these tensors.
         """
+        from streammap import torchfile
+
         path = self._files / shard.name
         wanted = {slot.key: slot.spec for slot in shard.slots}
         if path.is_file() and not path.is_symlink():

@@ -18,6 +18,8 @@ from streammap.storage import hubname
 from streammap.storage.local import LocalPlace
 from streammap.storage.place import Place
 
+PathLike = str | Path
+
 
 def locate(source: str | Path, *, stream: bool) -> Place:
     """The place that `source` names.

@@ -12,18 +12,19 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, final
 
-from streammap import graph, memory, model, sidelist
+from streammap import graph, memory, sidelist
 from streammap.checkpoint import Checkpoint
 from streammap.errors import some
 from streammap.graph import Form
 from streammap.lineage import Call
 from streammap.mapfile import Level
-from streammap.model import Model
 from streammap.regions import Region
 from streammap.spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammap.model import Model
 
 FORMAT = 1
 """Version of what a digest and a provenance file mean."""
@@ -101,12 +102,14 @@ class Plan:
         return (*left, *(note for step in self.steps for note in step.notes))
 
     @cached_property
-    def model(self) -> Model:
+    def model(self) -> "Model":
         """The plan as its architecture spec sees it.
 
         Raises:
             ArchitectureError, CheckpointError: no spec serves it, or it does not fit.
         """
+        from streammap import model
+
         return model.resolve(self.specs, self.config, name=self.architecture)
 
     def asked(self, request: Call | None) -> "Plan":

@@ -7,17 +7,19 @@ made by other means has no record, and says so by `request` None.
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import final
+from typing import TYPE_CHECKING, final
 
-from streammap import mapfile, places, plan, resizejson
+from streammap import mapfile, places, plan
 from streammap.checkpoint import Checkpoint, open_checkpoint
 from streammap.errors import PlanError, SchemeError, some
 from streammap.jsonfiles import read_config
 from streammap.lineage import Call
 from streammap.mapfile import Level
 from streammap.operators.interpolate import Interpolate
-from streammap.operators.resize import Resize
 from streammap.plan import Plan
+
+if TYPE_CHECKING:
+    from streammap.operators.resize import Resize
 
 
 def open_source(
@@ -63,8 +65,10 @@ def _levels(opened: Checkpoint) -> tuple[Level, ...]:
     return () if opened.place is None else mapfile.find_at(opened.place)
 
 
-def resize(source: Plan, op: Resize) -> Plan:
+def resize(source: Plan, op: "Resize") -> Plan:
     """The resized plan. See Resize.plan for what it raises."""
+    from streammap import resizejson
+
     call = Call(op.direction, resizejson.encode(op), op.levels, source=source.request)
     return op.plan(source).asked(None if source.request is None else call)
 
@@ -128,6 +132,8 @@ class _Builder:
                 raise PlanError("configure: no config", hint='give {"config": {...}}')
             return configure(source, config)
         maps = self._maps(call, source.levels)
+        from streammap import resizejson
+
         return resize(source, resizejson.decode(call.operator, call.options, maps))
 
     def _open(self, call: Call) -> Plan:

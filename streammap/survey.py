@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from streammap import dcpmeta, header, reading, torchfile
+from streammap import dcpmeta, endings, header, reading, torchfile
 from streammap.checkpoint import Checkpoint, SourceFile, open_checkpoint
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
 from streammap.jsonfiles import read_json
 from streammap.storage.local import LocalFile
 from streammap.storage.place import OpenFile
-from streammap.weightfiles import INDEXES, TORCH_SUFFIXES
+from streammap.weightfiles import INDEXES
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def _weights(folder: Path) -> list[str]:
 def _is_weights(name: str) -> bool:
     if name.startswith(".") or name in ("training_args.bin", "MapMatrix.bin"):
         return False
-    return name.endswith((".safetensors", *TORCH_SUFFIXES)) and ".map." not in name
+    return name.endswith(endings.WEIGHTS) and ".map." not in name
 
 
 def _weight_map(index: Path, found: list[Finding]) -> dict[str, str] | None:
@@ -216,7 +216,7 @@ def _weight_map(index: Path, found: list[Finding]) -> dict[str, str] | None:
 def _slots(file: Path) -> tuple[Slot, ...]:
     if not file.is_file():
         raise CheckpointError(f"{file.name}: missing")
-    if file.suffix in TORCH_SUFFIXES:
+    if file.suffix in endings.TORCH:
         return torchfile.read(file).slots
     return header.read(file)[0]
 

@@ -8,7 +8,6 @@ That is how it is done where transformers isn't imported yet: it takes 100 MB, w
 import importlib
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -59,6 +58,8 @@ def _compared(source: Mapping[str, object], result: Mapping[str, object]) -> str
 
 def _compared_apart(source: Mapping[str, object], result: Mapping[str, object]) -> str | None:
     """The same, in a process of its own; None where that fails."""
+    import subprocess
+
     try:
         done = subprocess.run(
             [sys.executable, "-m", "streammap.validation"],

@@ -5,18 +5,21 @@ An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "m
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from streammap import header, jsonfiles, reading, torchfile, workfolder
+from streammap import endings, header, jsonfiles, reading, workfolder
 from streammap.errors import CheckpointError, some
 from streammap.header import Slot
 from streammap.storage.place import Place, Stat
-from streammap.storage.spans import SpanReader
+
+if TYPE_CHECKING:
+    from streammap.storage.spans import SpanReader
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
-TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+DCP_METADATA, DCP_SUFFIX = ".metadata", ".distcp"
+"""Of a folder of torch.distributed.checkpoint: what says where all is, and files of numbers."""
 
 
 def names_in(place: Place) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -46,7 +49,7 @@ def names_in(place: Place) -> tuple[tuple[str, ...], dict[str, str] | None]:
     loose = [name for name in names if name.endswith(".safetensors")]
     loose = [name for name in loose if not name.startswith(".") and ".map." not in name]
     loose = loose or [
-        name for suffix in TORCH_SUFFIXES for name in names if name.endswith(suffix)
+        name for suffix in endings.TORCH for name in names if name.endswith(suffix)
         if name not in ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
     ]  # fmt: skip
     if len(loose) == 1:
@@ -110,21 +113,25 @@ def read_files(place: Place, names: tuple[str, ...]) -> Iterator[tuple[str, Read
         for name in names:
             yield name, _read_file(place, name)
         return
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(place.n_at_once) as pool:
         yield from zip(names, pool.map(lambda name: _read_file(place, name), names), strict=True)
 
 
 def _read_file(place: Place, name: str) -> Read:
     where = place.where(name)
-    path, is_torch = place.path(name), name.endswith(TORCH_SUFFIXES)
+    path, is_torch = place.path(name), name.endswith(endings.TORCH)
     if not (place.has(name) if path is None else path.exists()):
         raise CheckpointError(f"{where}: no such file", hint="download the missing shard")
     if not is_torch and not name.endswith(".safetensors"):
         raise CheckpointError(
             f"{where}: a {Path(name).suffix or 'file without ending'} is no weight file",
-            hint=f"expected .safetensors, {', '.join(TORCH_SUFFIXES)}",
+            hint=f"expected .safetensors, {', '.join(endings.TORCH)}",
         )
     if is_torch:
+        from streammap import torchfile
+
         content = torchfile.read(path or Path(name), None if path else _spans(place, name))
         if place.is_streamed and any(slot.strides is not None for slot in content.slots):
             raise CheckpointError(
@@ -138,6 +145,8 @@ def _read_file(place: Place, name: str) -> Read:
     return place.stat(name), slots, hashlib.sha256(text).hexdigest(), None, ()
 
 
-def _spans(place: Place, name: str) -> SpanReader:
+def _spans(place: Place, name: str) -> "SpanReader":
     """A file elsewhere, to look at its beginning and end."""
+    from streammap.storage.spans import SpanReader
+
     return SpanReader(place.peek(name), place.stat(name).nbytes, n_at_once=place.n_at_once)

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from streammap import record
+from streammap import endings, record
 from streammap.engine import Engine
 from streammap.ranks import ALONE, Ranks
 
-_TORCH = (".pth", ".pt", ".bin")
 Format = Literal["safetensors", "dcp"]
 FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
 
@@ -42,7 +41,7 @@ class Where:
     @property
     def is_torch(self) -> bool:
         """Whether that is torch's."""
-        return self.path.suffix in _TORCH and self.format == "safetensors"
+        return self.path.suffix in endings.TORCH and self.format == "safetensors"
 
     @property
     def folder(self) -> Path:

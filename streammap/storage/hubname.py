@@ -7,10 +7,11 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote
 
+from streammap import endings
 from streammap.errors import CheckpointError
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(@.+)?", re.ASCII)
-_FILES = (".safetensors", ".pth", ".pt", ".bin", ".json", ".toml")
+_FILES = (*endings.WEIGHTS, ".json", ".toml")
 _URI = re.compile(
     r"(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+))?(/(?P<path>.*))?"
 )

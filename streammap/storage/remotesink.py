@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, final
 
+from streammap import endings
 from streammap.errors import CheckpointError, OutputError
 from streammap.storage import remote
 from streammap.storage.waiting import Patience, TransientError
 
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
-FILES = (".safetensors", ".pth", ".pt", ".bin")
 """Endings of a result that is one file."""
 _Result = TypeVar("_Result")
 
@@ -32,7 +32,7 @@ class RemoteSink:
             OutputError: there is none, or it is not installed.
         """
         self.label = url.rstrip("/")
-        self.file = posixpath.basename(self.label) if self.label.endswith(FILES) else None
+        self.file = posixpath.basename(self.label) if self.label.endswith(endings.WEIGHTS) else None
         try:
             self._fs, root = remote.filesystem(url)
         except CheckpointError as error:

@@ -1,0 +1,4 @@
+"""How names of weight files end."""
+
+TORCH = (".pth", ".pt", ".bin")
+WEIGHTS = (".safetensors", *TORCH)
