@@ -251,8 +251,8 @@ def _touch(path: Path, nbytes: int) -> None:
     path.unlink()
 
 
-def print_head(title: str, runs: int, *about: str) -> None:
-    """Where and how the figures of a table were taken."""
+def print_head(title: str, runs: int | None, *about: str) -> None:
+    """Where and how the figures of a table were taken; `runs` None where each is of one run."""
     uname, memory = platform.uname(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     print(f"\n{title}")
     print(f"streammap {VERSION}, torch {version('torch')}, Python {platform.python_version()}")
@@ -260,7 +260,11 @@ def print_head(title: str, runs: int, *about: str) -> None:
         f"{len(os.sched_getaffinity(0))} x {_processor()}, {memory / 1e9:.0f} GB, "
         f"{uname.system} {uname.release} {uname.machine}"
     )
-    runs_of = f"medians of {runs} runs in alternation, in random order"
+    runs_of = (
+        "one run of each"
+        if runs is None
+        else f"medians of {runs} runs in alternation, in random order"
+    )
     print(", ".join((runs_of, *about)))
 
 

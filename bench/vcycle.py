@@ -274,17 +274,19 @@ def main(options: Options) -> None:
         text(), by_trainer if given.trainer else by_hand, lambda: model_of(width, layers),
         options.folder, max(1, n // 16),
     )  # fmt: skip
-    print_result((plain(setting, n), v_cycle(setting, stages, given.alpha)), part, n, given)
+    found = plain(setting, n), v_cycle(setting, stages, given.alpha)
+    print_result(found, part, n, model_of(width, layers).num_parameters(), given)
 
 
 def print_result(
-    found: tuple[Curve, Curve], part: float, n: int, given: argparse.Namespace
+    found: tuple[Curve, Curve], part: float, n: int, n_parameters: int, given: argparse.Namespace
 ) -> None:
     """The curves as a table, and as a picture."""
     alone, vcycle = found
     by = "transformers.Trainer" if given.trainer else "plain PyTorch"
     harness.print_head(
-        f"V-cycle: a GPT-2 of {n} steps, alpha {given.alpha:g}, {by}", 1,
+        f"V-cycle: a GPT-2 of {n} steps, alpha {given.alpha:g}, {by}", None,
+        f"{n_parameters / 1e6:.2f} million parameters",
         f"a step of the small model costs {part:.2f}",
     )  # fmt: skip
     columns = ("", "cost", "loss", "seconds")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from streammap import pattern
 from streammap.difference import Difference, TensorDifference
 from streammap.errors import OutputError
 
@@ -213,7 +214,7 @@ def _scale(values: Sequence[float]) -> _Scale:
 def _rows(tensors: Sequence[TensorDifference]) -> tuple[list[_Row], str]:
     """Rows of layers first, in the order of keys, and what their names begin with."""
     found: dict[str, dict[int, TensorDifference]] = {}
-    for tensor in sorted(tensors, key=lambda t: _natural(t.key)):
+    for tensor in sorted(tensors, key=lambda t: pattern.natural(t.key)):
         layer = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", tensor.key)
         name = tensor.key
         if layer is not None:
@@ -229,8 +230,3 @@ def _rows(tensors: Sequence[TensorDifference]) -> tuple[list[_Row], str]:
     rows = [_Row(name.removeprefix(prefix), found[name]) for name in layered]
     rows += [_Row(name, cells) for name, cells in found.items() if name not in set(layered)]
     return rows[:_MAX_ROWS], prefix
-
-
-def _natural(key: str) -> tuple[tuple[int, int | str], ...]:
-    parts = re.split(r"(\d+)", key)
-    return tuple((0, int(part)) if part.isdigit() else (1, part) for part in parts)

@@ -59,6 +59,12 @@ class KeyPattern:
         return {name: int(value) for name, value in zip(self.indices, found.groups(), strict=True)}
 
 
+def natural(key: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts layer 2 before layer 10."""
+    parts = re.split(r"(\d+)", key)
+    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts)
+
+
 def first_match(patterns: Iterable[KeyPattern], key: str) -> dict[str, int] | None:
     """The index values in `key` by the first pattern that fits it."""
     for pattern in patterns:

@@ -15,11 +15,10 @@ the original tools do, by 2 on the way down and 0.5 on the way up.
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999; the fold, Shen et al., arXiv:2203.06211.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from streammap import rewriting
+from streammap import pattern, rewriting
 from streammap.architecture import Depth
 from streammap.errors import PlanError, some
 from streammap.graph import Form
@@ -30,7 +29,7 @@ from streammap.plan import Plan, Step
 from streammap.remapping import RULES, Change, Fill, Remapping, Rule
 
 _MAX_TENSORS = 500_000
-__all__ = ["RULES", "Change", "Fill", "Rule", "natural", "remap"]
+__all__ = ["RULES", "Change", "Fill", "Rule", "remap"]
 
 
 def remap(
@@ -75,7 +74,7 @@ def remap(
     for axis, new in change.sizes.items():
         sized[axis] = (sized.get(axis, (model.sizes[axis], 0))[0], new)
     step = replace(step, notes=tuple(notes))
-    ordered = {key: targets[key] for key in sorted(targets, key=natural)}
+    ordered = {key: targets[key] for key in sorted(targets, key=pattern.natural)}
     result = replace(
         plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized,
         levels=plan.levels if levels is None else levels, request=None,
@@ -92,12 +91,6 @@ def _check_count(work: Remapping, model: Model) -> None:
             f"the result would have about {n_tensors} tensors, at most {_MAX_TENSORS} are planned",
             hint="ask for fewer layers or experts",
         )
-
-
-def natural(key: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that puts layer 2 before layer 10."""
-    parts = re.split(r"(\d+)", key)
-    return tuple((0, int(part)) if part.isdecimal() else (1, part) for part in parts)
 
 
 def _sources(m: AxisMap, model: Model, axis: str) -> tuple[int, ...]:

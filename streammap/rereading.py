@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from streammap import digests, graph, kernels, schedule, streams, tally, tiling
+from streammap import digests, graph, schedule, streams, tally, tiling
 from streammap.dtypes import to_torch
 from streammap.engine import Engine
 from streammap.events import Listener, nobody
@@ -19,6 +19,7 @@ from streammap.streams import Piece
 from streammap.survey import Finding, Record
 from streammap.tally import Scratch
 from streammap.tiling import Tile
+from streammap.torchthreads import torch_threads
 
 _ROUNDING = {"F16": 2e-3, "BF16": 2e-2, "F32": 1e-5, "F64": 1e-12}
 """What matrix products may differ by, of the largest number of a tile."""
@@ -114,7 +115,7 @@ def recompute(
     source = random.Random(seed)
     weights = [form.spec.nbytes for form in forms]
     wrong: list[Finding] = []
-    with kernels.one_thread_each():
+    with torch_threads():
         for key in source.choices(keys, weights, k=n_tiles):
             form = expected.targets[key]
             tile = _random_tile(form, found, source)

@@ -14,7 +14,7 @@ from typing import TypeVar, final
 import torch
 from torch import Tensor
 
-from streammap import kernels, memory, pipeline, readahead, schedule
+from streammap import memory, pipeline, readahead, schedule
 from streammap.buffers import Buffer
 from streammap.compiler import Programs
 from streammap.dtypes import to_torch
@@ -29,6 +29,7 @@ from streammap.schedule import Compute, Job, Place
 from streammap.spec import DTYPE_BITS, FLOATS, TensorSpec
 from streammap.tally import CHUNK, Scratch
 from streammap.tiling import Tile
+from streammap.torchthreads import torch_threads
 from streammap.worker import Made, Worker
 
 MEASURED = (*FLOATS, "F8_E5M2", "F8_E4M3")
@@ -117,7 +118,7 @@ def each(
     for source in sources:
         source.expect(())
     slots = ((key, Slot(key, form.spec, 0)) for key, form in held.items())
-    with kernels.one_thread_each():
+    with torch_threads():
         pipeline.run(
             schedule.bundles(held, slots, found), found, write,
             listener=listener, mapped=engine.reader == "mmap", device="cpu",

@@ -106,7 +106,7 @@ class WorkFolder:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 20, 0).decode("ascii", "replace")
             os.close(descriptor)
-            told = f"process {holder}" if holder.isdigit() else "another process"
+            told = f"process {holder}" if holder.isdecimal() else "another process"
             raise OutputError(
                 f"{self.path.parent}: {told} is writing {self._named()}",
                 hint="wait until it is done, or stop it",

@@ -56,6 +56,42 @@ def test_a_write_that_fails_names_the_file(source: Path, tmp_path: Path, code: i
         save(source, tmp_path / "out", faults.fail_at(n, code, kinds=WRITES))
 
 
+def test_a_disk_without_room_for_a_shard_says_so_before_it_is_written(
+    source: Path, tmp_path: Path
+) -> None:
+    wrong = faults.fail_at(2, errno.ENOSPC, kinds=frozenset(("allocate",)))
+    told = r"model-\d+-of-\d+.safetensors: No space left on device for \d+ bytes"
+    with pytest.raises(OutputError, match=told) as caught:
+        save(source, tmp_path / "out", wrong)
+    assert str(caught.value.hint).startswith("free disk space")
+    save(source, tmp_path / "out", LocalDisk())
+    assert tiny.tree(tmp_path / "out") == tiny.tree(source / "whole")
+
+
+@pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.EPERM, 0])
+def test_a_file_system_that_reserves_nothing_is_written_to(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(disk, "_fallocate", lambda: (lambda *_: code) if code else None)
+    save(source, tmp_path / "out", LocalDisk())
+    assert tiny.tree(tmp_path / "out") == tiny.tree(source / "whole")
+
+
+def test_room_is_reserved_where_that_can_be_done(tmp_path: Path) -> None:
+    local = LocalDisk()
+    descriptor = local.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        local.allocate(descriptor, 0)
+        local.allocate(descriptor, 2**20)
+        found = os.fstat(descriptor)
+        assert found.st_size == 2**20
+        assert found.st_blocks * 512 >= 2**20
+        with pytest.raises(OSError, match=re.escape(os.strerror(errno.EBADF))):
+            local.allocate(2**20, 1)
+    finally:
+        os.close(descriptor)
+
+
 def test_every_nth_write_may_fail(source: Path, tmp_path: Path) -> None:
     """Each run gets a bit further."""
     wrong, n_runs = faults.fail_at(25, every=True, kinds=WRITES), 0

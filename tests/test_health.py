@@ -5,9 +5,13 @@ import json
 import math
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import streammap
-from streammap import tally
+from streammap import pipeline, tally
 from streammap.health import TensorHealth, row_length
 from streammap.spec import TensorSpec
 from tests import tiny
@@ -183,3 +187,31 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _RUN, str(tmp_path / "big"), "32MiB"]
     said = subprocess.run(command, check=True, capture_output=True, text=True)
     assert int(said.stdout) < 32 * MIB
+
+
+def test_passes_at_once_leave_the_threads_of_torch_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first to begin ends first, and is not the one to put back what it found."""
+    sizes = tiny.Sizes(layers=1)
+    tiny.write(tmp_path / "bert", tiny.bert(sizes), tiny.bert_config(sizes))
+    n_threads, both, begun, run = torch.get_num_threads(), threading.Barrier(2), [0], pipeline.run
+
+    def slow(*given: Any, **more: Any) -> int:
+        number, begun[0] = begun[0], begun[0] + 1
+        both.wait(10)
+        time.sleep(0.3 * number)
+        return run(*given, **more)
+
+    monkeypatch.setattr(pipeline, "run", slow)
+    torch.set_num_threads(3)
+    try:
+        lazy = streammap.open(tmp_path / "bert")
+        with ThreadPoolExecutor(2) as pool:
+            passes = [pool.submit(lazy.health) for _ in range(2)]
+            one, other = (found.result() for found in passes)
+            assert one.tensors == other.tensors
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(n_threads)

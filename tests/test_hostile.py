@@ -22,7 +22,6 @@ from streammap import (
     header,
     mapfile,
     pattern,
-    planner,
     reading,
     replay,
     scheme,
@@ -337,7 +336,7 @@ def test_a_digit_that_is_no_number_may_stand_in_a_key(source: Path) -> None:
     state = {"².a": torch.zeros(2), "²": torch.zeros(2)}
     tiny.write(source / "x", state, None)
     assert set(streammap.open(source / "x").keys()) == set(state)
-    assert sorted(("²", "a.10", "a.9", "²3"), key=planner.natural) == ["a.9", "a.10", "²", "²3"]
+    assert sorted(("²", "a.10", "a.9", "²3"), key=pattern.natural) == ["a.9", "a.10", "²", "²3"]
 
 
 # Sizes that config.json and requests ask for.

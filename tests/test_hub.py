@@ -249,6 +249,14 @@ def test_the_commit_is_pinned_when_it_is_opened_and_recorded(
     assert len(source["files"][0]["version"]) == 64
 
 
+def test_a_result_is_verified_against_the_hub(hub: HubServer, tmp_path: Path) -> None:
+    streammap.open("org/bert", stream=True).coalesce(width=2).save(tmp_path / "out")
+    found = streammap.verify(tmp_path / "out")
+    assert found.ok
+    assert "plan" in found.checks
+    assert not found.skipped
+
+
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, tmp_path: Path) -> None:
     commit = hub.add("org/bert", bert(tmp_path / "newer", seed=1), revision="v2/beta")
     expected = tiny.opened(tmp_path / "newer")

@@ -271,7 +271,7 @@ def _asked_wait(error: Exception) -> float:
     """Seconds that the server asks to wait."""
     text = getattr(error, "response", None)
     value = text.headers.get("Retry-After", "") if text is not None else ""
-    return float(value) if value.isdigit() else 0.0
+    return float(value) if value.isdecimal() else 0.0
 
 
 def _is_transport(error: Exception) -> bool:

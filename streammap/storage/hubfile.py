@@ -114,7 +114,7 @@ class RangeFile:
                     f"{self._where}: the server sends whole files only",
                     hint="use it without --stream",
                 )
-        if total.isdigit() and int(total) != self._stat.nbytes:
+        if total.isdecimal() and int(total) != self._stat.nbytes:
             raise CheckpointError(
                 f"{self._where}: {total} bytes now, it had {self._stat.nbytes} when it was opened",
                 hint="open it again",
