@@ -15,6 +15,7 @@ import click
 
 from streammap import clishow, clispec, cliverify
 from streammap.clioptions import (
+    ERROR_CODE,
     GROUPINGS,
     RULES,
     blend_options,
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class _Commands(click.Group):
-    """Turns the library's errors into one message and exit code 1."""
+    """Turns the library's errors into one message and exit code 1, or the command's own."""
 
     def invoke(self, ctx: click.Context) -> Any:
         with contextlib.suppress(ValueError):  # not in the main thread, as in tests
@@ -58,7 +59,7 @@ class _Commands(click.Group):
                 traceback.print_exc()
             if not is_relayed(error.message):
                 click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
-            ctx.exit(1)
+            ctx.exit(ctx.meta.get(ERROR_CODE, 1))
         except KeyboardInterrupt as error:
             notes = _notes(error) or ["nothing was written"]
             click.echo(f"interrupted: {'; '.join(notes)}", err=True)

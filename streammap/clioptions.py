@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from streammap.engine import EngineOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+ERROR_CODE = "streammap.error_code"
+"""In click's meta: with what a command ends after an error, where that is not 1."""
 GROUPINGS = ("stacked", "adjacent")
 RULES = ("exact", "reference")
 _PUSH = ("push_to_hub", "branch", "public", "commit_message")

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from streammap.clioptions import (
+    ERROR_CODE,
     json_option,
     limit_option,
     moved_of,
@@ -75,17 +76,11 @@ def diff(
         streammap diff big/ blended/ --plot blended.svg
     """
     from streammap import difference, heatmap, progress
-    from streammap.errors import StreammapError
 
-    try:
-        found = difference.diff(
-            a, b, progress=progress.bar("diff", quiet=quiet), **reading_of(options)
-        )
-        if plot is not None:
-            heatmap.save(found, Path(plot))
-    except StreammapError as error:
-        click.echo(f"error: {error}", err=True)
-        ctx.exit(2)
+    ctx.meta[ERROR_CODE] = 2
+    found = difference.diff(a, b, progress=progress.bar("diff", quiet=quiet), **reading_of(options))
+    if plot is not None:
+        heatmap.save(found, Path(plot))
     if not quiet:
         told = printable_lines(found.text(limit=limit or None))
         click.echo(json.dumps(found.as_json(), indent=2) if as_json else told)

@@ -5,8 +5,9 @@ that are too large to fetch by the way, stay where they are; the plan says which
 """
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
+from weakref import WeakKeyDictionary
 
 from streammap.checkpoint import Checkpoint
 from streammap.jsonfiles import MAX_JSON_NBYTES, parse_json
@@ -23,23 +24,18 @@ SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "
 MAX_DEPTH = 3
 MAX_FETCHED_NBYTES = 100_000_000
 """A file that is fetched is held in memory for a moment, after all tensors are written."""
+_known: WeakKeyDictionary[Checkpoint, Mapping[str, int]] = WeakKeyDictionary()
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
 def elsewhere(side: Checkpoint | None) -> tuple[str, ...]:
     """Names of the files to fetch; none for a source of this machine, or a single file."""
-    place = None if side is None or side.is_local else side.place
-    if place is None or place.file is not None:
-        return ()
-    return tuple(name for name in _kept(place) if place.stat(name).nbytes <= MAX_FETCHED_NBYTES)
+    return tuple(name for name, nbytes in _kept(side).items() if nbytes <= MAX_FETCHED_NBYTES)
 
 
 def left(side: Checkpoint | None) -> tuple[str, ...]:
     """Names of those that are too large."""
-    place = None if side is None or side.is_local else side.place
-    if place is None or place.file is not None:
-        return ()
-    return tuple(name for name in _kept(place) if place.stat(name).nbytes > MAX_FETCHED_NBYTES)
+    return tuple(name for name, nbytes in _kept(side).items() if nbytes > MAX_FETCHED_NBYTES)
 
 
 def fetch(side: Checkpoint, name: str) -> bytes:
@@ -52,10 +48,18 @@ def fetch(side: Checkpoint, name: str) -> bytes:
     return side.place.read(name, limit=MAX_FETCHED_NBYTES)
 
 
-def _kept(place: Place) -> list[str]:
-    apart: dict[str, bool] = {}
-    names = sorted(place.names())
-    return [name for name in names if _goes_along(name, place, apart)]
+def _kept(side: Checkpoint | None) -> Mapping[str, int]:
+    """The sizes of a source's files that go along; looked up once."""
+    place = None if side is None or side.is_local else side.place
+    if side is None or place is None or place.file is not None:
+        return {}
+    if side not in _known:
+        apart: dict[str, bool] = {}
+        names = sorted(place.names())
+        _known[side] = {
+            name: place.stat(name).nbytes for name in names if _goes_along(name, place, apart)
+        }
+    return _known[side]
 
 
 def _goes_along(name: str, place: Place, apart: dict[str, bool]) -> bool:

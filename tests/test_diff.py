@@ -161,6 +161,9 @@ def test_the_command_exits_as_diff_does(tmp_path: Path) -> None:
     broken = run("diff", big, tmp_path / "nowhere")
     assert broken.exit_code == 2
     assert broken.stderr.startswith("error: ")
+    traced = run("--traceback", "diff", big, tmp_path / "nowhere")
+    assert traced.exit_code == 2
+    assert "Traceback" in traced.stderr
 
 
 def test_the_picture(tmp_path: Path) -> None:
