@@ -20,7 +20,7 @@ from streammap.events import Listener, nobody
 from streammap.executor import Report
 from streammap.places import PathLike
 from streammap.plan import Plan, Promise
-from streammap.ranks import ALONE, Ranks
+from streammap.ranks import Ranks
 from streammap.spec import TensorSpec
 from streammap.storage import hubname
 from streammap.storage.hubsink import MESSAGE, Push
@@ -215,12 +215,10 @@ class LazyCheckpoint:
             PlanError: a config.json that transformers, where it is installed, would refuse.
         """
         size = layout.parse_size(max_shard_size)
-        side = self.plan.side
-        before = None if side is None else side.config
-        validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
+        self._check_config()
         if format not in FORMATS:
             raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-        here = _ranks(ranks)
+        here = Ranks.of(ranks)
         where = Where(
             places.local_path(output), size, overwrite, fsync, engine(options), restart=restart,
             format=format, nest=nest, ranks=here,
@@ -260,15 +258,15 @@ class LazyCheckpoint:
             OutputError: no token, no right to write; a branch with a model, without `overwrite`.
         """
         size = layout.parse_size(max_shard_size)
-        side = self.plan.side
-        before = None if side is None else side.config
-        validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
-        here = _ranks(ranks)
-        where = Where(
-            Path(), size, overwrite, fsync, engine(options), restart=restart, ranks=here
-        )  # fmt: skip
+        self._check_config()
+        here = Ranks.of(ranks)
+        where = Where(Path(), size, overwrite, fsync, engine(options), restart=restart, ranks=here)
         push = Push(repo, branch, private, message)
         return self._send(self._hub(push, options), where, progress)
+
+    def _check_config(self) -> None:
+        before = None if self.plan.side is None else self.plan.side.config
+        validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
 
     def _sink(self, url: str, where: Where, options: EngineOptions) -> Sink:
         """Where a URL leads."""
@@ -456,7 +454,3 @@ def interpolate(
             output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
             progress=progress, ranks=ranks, **run,
         )  # fmt: skip
-
-
-def _ranks(given: Ranks | bool) -> Ranks:
-    return (Ranks.here() if given else ALONE) if isinstance(given, bool) else given

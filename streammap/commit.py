@@ -88,9 +88,13 @@ def read(work: WorkFolder, request: Request | None) -> Commit:
         OutputError: it was another request's, or the mark is damaged.
     """
     path = work.path / MARK
-    content = path.read_bytes() if path.stat().st_size <= _MAX_NBYTES else b""
-    found = journal.parsed(content)
-    if path.is_symlink() or found is None or found.get("streammap_commit") != _FORMAT:
+    try:
+        with open(workfolder.opened(path), "rb") as file:  # noqa: PTH123  no link is followed
+            content = file.read(_MAX_NBYTES + 1)
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+    found = journal.parsed(content) if len(content) <= _MAX_NBYTES else None
+    if found is None or found.get("streammap_commit") != _FORMAT:
         raise _damaged(path, "none that this version wrote")
     if request is not None:
         request.check(found, path)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-from streammap import strictjson
+from streammap import strictjson, workfolder
 from streammap.errors import OutputError
 from streammap.storage import disk as disks
 from streammap.storage.disk import Disk
@@ -144,7 +144,7 @@ def _lines(path: Path, request: Request, most: int) -> Iterator[Mapping[str, obj
 
 def _content(path: Path, most: int) -> bytes:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = workfolder.opened(path)
         with open(descriptor, "rb") as file:  # noqa: PTH123  a descriptor, so that no link is followed
             nbytes = os.fstat(descriptor).st_size
             if nbytes > most:

@@ -105,7 +105,7 @@ class Output:
         """
         path = self._files / shard.name
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = workfolder.opened(path)
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}", hint=journal.RESTART) from error
         try:

@@ -45,6 +45,11 @@ class Ranks:
             )
 
     @classmethod
+    def of(cls, given: "Ranks | bool") -> "Ranks":
+        """What callers pass: True for what the launcher says, False for one process alone."""
+        return (cls.here() if given else ALONE) if isinstance(given, bool) else given
+
+    @classmethod
     def here(cls, environ: Mapping[str, str] | None = None) -> "Ranks":
         """What the launcher that started this process says; the only one where none did.
 

@@ -1,7 +1,6 @@
 """What a rank says of itself, and hears of others: a small file for each, in the work folder."""
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -120,7 +119,7 @@ def replace(path: Path, content: bytes) -> None:
 def read(path: Path) -> Mapping[str, object] | None:
     """What a file says; None where it is not there, or makes no sense."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = workfolder.opened(path)
         with open(descriptor, "rb") as file:  # noqa: PTH123  a descriptor, so that no link is followed
             return journal.parsed(file.read(_MAX_NBYTES))
     except OSError:

@@ -153,6 +153,15 @@ def take(path: Path) -> int | None:
     return descriptor
 
 
+def opened(path: Path) -> int:
+    """A descriptor for reading a file of a work folder: no link is followed, no pipe waited for.
+
+    Raises:
+        OSError: it can't be opened.
+    """
+    return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
 def is_free(path: Path) -> bool:
     """Whether nobody holds the lock of a file, as far as the file system can tell."""
     try:

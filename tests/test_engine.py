@@ -30,6 +30,7 @@ from streammap.errors import CheckpointError, OutputError
 from streammap.events import Event, Started, Wrote
 from streammap.executor import Report
 from streammap.memory import N_PLACES
+from streammap.requests import Grouping
 from streammap.schedule import Compute, Job
 from streammap.worker import Made, Worker
 from tests import tiny
@@ -82,7 +83,7 @@ def shuffled(folder: Path) -> LazyCheckpoint:
     return opened(folder, "mixed").coalesce(mlp=[[j] for j in order])
 
 
-def by_two(folder: Path, grouping: streammap.scheme.Grouping) -> LazyCheckpoint:
+def by_two(folder: Path, grouping: Grouping) -> LazyCheckpoint:
     return opened(folder, "big").coalesce(width=2, depth=2, grouping=grouping)
 
 
