@@ -251,9 +251,14 @@ def _touch(path: Path, nbytes: int) -> None:
     path.unlink()
 
 
+def memory_nbytes() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def print_head(title: str, runs: int | None, *about: str) -> None:
     """Where and how the figures of a table were taken; `runs` None where each is of one run."""
-    uname, memory = platform.uname(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    uname, memory = platform.uname(), memory_nbytes()
     print(f"\n{title}")
     print(f"streammap {VERSION}, torch {version('torch')}, Python {platform.python_version()}")
     print(

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Unpack
 
-from streammap import api
+from streammap import api, wording
 from streammap.api import LazyCheckpoint
 from streammap.engine import EngineOptions, engine
 from streammap.events import Listener, nobody
@@ -116,14 +116,12 @@ class Difference:
             width = max(len(tensor.key) for tensor in shown)
             lines.append(f"{'tensor':<{width}}  {'relative':>9} {'max':>9} {'mean':>9}  differ")
             lines += [_row(tensor, width) for tensor in shown]
-        if len(shown) < len(unequal):
-            lines.append(f"... and {len(unequal) - len(shown)} more, --limit 0 shows all")
-        rate = self.nbytes / 1e6 / max(self.seconds, 1e-9)
+        lines += wording.more(len(shown), len(unequal))
         n_only = len(self.only[0]) + len(self.only[1])
         apart = f"{len(self.shapes)} of other shapes, {n_only} in one only"
         lines += [
             f"tensors  {self.n_equal} equal, {len(unequal)} differ, {apart}",
-            f"read     {self.nbytes / 1e9:.3f} GB in {self.seconds:.1f} s ({rate:.0f} MB/s)",
+            f"read     {wording.moved(self.nbytes, self.seconds)}",
         ]  # fmt: skip
         return "\n".join(lines)
 

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from streammap import collection, devices, graph, layout, making, memory
+from streammap import collection, devices, graph, layout, making, memory, wording
 from streammap.devices import Choice
 from streammap.engine import Engine
 from streammap.errors import OutputError
@@ -51,15 +51,14 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        rate = self.nbytes_written / 1e6 / max(self.seconds, 1e-9)
         shards = "1 file" if self.n_shards == 1 else f"{self.n_shards} shards"
         if self.world_size > 1:
             shards += (
                 f" with {self.world_size} ranks" if self.rank == 0 else f" as rank {self.rank}"
             )
         return (
-            f"wrote {shards}, {self.nbytes_written / 1e9:.3f} GB in {self.seconds:.1f} s "
-            f"({rate:.0f} MB/s), peak {self.peak_nbytes / 1e9:.2f} GB"
+            f"wrote {shards}, {wording.moved(self.nbytes_written, self.seconds)}, "
+            f"peak {self.peak_nbytes / 1e9:.2f} GB"
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from streammap import wording
 from streammap.engine import Engine
 from streammap.events import Listener, nobody
 from streammap.plan import Plan
@@ -112,10 +113,8 @@ class Health:
             f"{'tensor':<{width}}  dtype {'min':>10} {'max':>10} {'mean':>10} {'rms':>10}  flags"
         ]
         lines += [_row(tensor, width) for tensor in shown]
-        if len(shown) < len(self.tensors):
-            lines.append(f"... and {len(self.tensors) - len(shown)} more, --limit 0 shows all")
+        lines += wording.more(len(shown), len(self.tensors))
         total = self.totals
-        rate = self.nbytes / 1e6 / max(self.seconds, 1e-9)
         lines += [
             "",
             f"tensors  {len(self.tensors)}, {total['n_elements'] / 1e6:.1f} M numbers",
@@ -123,7 +122,7 @@ class Health:
             f"finite   {total['n_nan']} NaN, {total['n_inf']} Inf",
             f"range    {total['n_over_f16']} beyond float16, {total['n_subnormal']} subnormal",
             f"zeros    {total['n_dead_rows']} dead rows, {total['n_constant']} constant tensors",
-            f"read     {self.nbytes / 1e9:.3f} GB in {self.seconds:.1f} s ({rate:.0f} MB/s)",
+            f"read     {wording.moved(self.nbytes, self.seconds)}",
         ]
         if self.n_unlooked:
             lines.append(f"note     {self.n_unlooked} tensors of other dtypes: not looked at")

@@ -75,7 +75,7 @@ def _blend(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
     """Out = (1 - weight) a + weight b, rounded once: a kernel for it reckons a + weight (b - a).
 
     Where b - a is none of the numbers that float32 has (of infinities, of numbers beyond its
-    range), the result is mended. A sum over it tells: a quarter of the kernel's time.
+    range), the result is mended. A sum over it tells, which is read from a cache.
     """
     torch.lerp(a, b, weight, out=out)
     if math.isfinite(torch.sum(out).item()):

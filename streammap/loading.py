@@ -21,6 +21,7 @@ from streammap import (
     runtimenames,
     schedule,
     torchthreads,
+    wording,
 )  # fmt: skip
 from streammap.assembly import Assembly, Piece
 from streammap.engine import Engine
@@ -66,11 +67,8 @@ class LoadReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        rate = self.nbytes / 1e6 / max(self.seconds, 1e-9)
-        return (
-            f"filled {self.n_tensors} tensors, {self.nbytes / 1e9:.3f} GB in {self.seconds:.1f} s "
-            f"({rate:.0f} MB/s), peak {self.peak_nbytes / 1e9:.2f} GB"
-        )
+        moved = wording.moved(self.nbytes, self.seconds)
+        return f"filled {self.n_tensors} tensors, {moved}, peak {self.peak_nbytes / 1e9:.2f} GB"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Parts of a pickle (protocol 2), written without the classes that it names.
 
-Importing torch.distributed.checkpoint to pickle its metadata would take 50 MB and a second.
+Importing torch.distributed.checkpoint to pickle its metadata would take more memory than a run has.
 """
 
 from collections.abc import Iterable

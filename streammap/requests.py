@@ -26,7 +26,7 @@ GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
 MAX_SIZE = 2**40
 """Of any axis: far above any model's, far below where sizes of tensors overflow."""
 MAX_PARTS = 200_000
-"""Of what one map puts together: each takes some 10 us to plan."""
+"""Of what one map puts together: each takes time and memory to plan."""
 MAX_LAYERS = 10_000
 """Of one stack; the deepest models have some hundred."""
 _MAX_INDEX = 1_000_000
