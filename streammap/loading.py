@@ -324,9 +324,7 @@ def _run(
             held = torch.frombuffer(view, dtype=dtype)
             take(work, place.offset // dtype.itemsize, held)
 
-    sources = readahead.sources_of(targets.values())
-    for source in sources:
-        source.expect(())
+    sources = readahead.as_they_come(targets.values())
     with torchthreads.torch_threads():
         return pipeline.run(
             schedule.bundles(targets, slots, fitted, rows=rows), fitted, write,

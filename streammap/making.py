@@ -407,7 +407,8 @@ def _stale(where: Where) -> commit.Stale:
 def _small_files(plan: Plan, where: Where) -> tuple[dict[str, bytes], dict[str, Path]]:
     """What goes along: files with new content, and files to copy."""
     if not where.is_file:
-        return sidefiles.contents(plan), sidefiles.copied(plan.side)
+        along = sidefiles.copied(plan.side)
+        return sidefiles.contents(plan, along), along
     if not plan.levels:
         return {}, {}
     return {mapfile.beside(where.path).name: mapfile.encode(plan.levels)}, {}

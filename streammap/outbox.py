@@ -197,8 +197,9 @@ def _finish(
 
 
 def _small(plan: Plan, sink: Sink, shards: Sequence[Shard]) -> dict[str, bytes]:
-    found = sidefiles.contents(plan)
-    for name, path in sidefiles.copied(plan.side).items():
+    along = sidefiles.copied(plan.side)
+    found = sidefiles.contents(plan, along)
+    for name, path in along.items():
         found.setdefault(name, path.read_bytes())
     for name in sidelist.elsewhere(plan.side):
         if name not in found and plan.side is not None:

@@ -57,10 +57,13 @@ def cancel(sources: Iterable[Checkpoint]) -> None:
         source.cancel()
 
 
-def sources_of(forms: Iterable[Form]) -> tuple[Checkpoint, ...]:
-    """The checkpoints that forms read, each once."""
+def as_they_come(forms: Iterable[Form]) -> tuple[Checkpoint, ...]:
+    """The checkpoints that forms read, each once, told that no file is known to come next."""
     found = (load.source for form in forms for load in form.loads())
-    return tuple({id(s): s for s in found if isinstance(s, Checkpoint)}.values())
+    sources = tuple({id(s): s for s in found if isinstance(s, Checkpoint)}.values())
+    for source in sources:
+        source.expect(())
+    return sources
 
 
 @final

@@ -49,14 +49,17 @@ def copied(side: Checkpoint | None) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def contents(plan: Plan) -> dict[str, bytes]:
+def contents(plan: Plan, along: Mapping[str, Path]) -> dict[str, bytes]:
     """Relative name -> bytes, for each small file that is written anew.
+
+    Args:
+        along: What `copied` found.
 
     Raises:
         OutputError: a side file that can't follow the new sizes.
     """
     found: dict[str, bytes] = {}
-    for name, path in copied(plan.side).items():
+    for name, path in along.items():
         changed = _resized(name, partial(read_json, path), plan.sized)
         if changed is not None:
             found[name] = changed

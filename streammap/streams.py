@@ -114,9 +114,7 @@ def each(
                 collect(place.file, result)
 
     listener(Started(len(held), sum(form.spec.nbytes for form in held.values())))
-    sources = readahead.sources_of((*held.values(), *others.values()))
-    for source in sources:
-        source.expect(())
+    sources = readahead.as_they_come((*held.values(), *others.values()))
     slots = ((key, Slot(key, form.spec, 0)) for key, form in held.items())
     with torch_threads():
         pipeline.run(

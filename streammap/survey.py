@@ -15,7 +15,7 @@ from streammap.header import Slot
 from streammap.jsonfiles import read_json
 from streammap.storage.local import LocalFile
 from streammap.storage.place import OpenFile
-from streammap.weightfiles import INDEXES
+from streammap.weightfiles import INDEXES, is_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,7 @@ def _names(
         if weight_map is None and (path / index).is_file():
             weight_map = _weight_map(path / index, found)
     there = _weights(path)
-    wanted = set(record.files) & {n for n in record.files if _is_weights(n)}
+    wanted = set(record.files) & {n for n in record.files if is_weights(n)}
     wanted |= set(record.places.values()) | set((weight_map or {}).values())
     safe = {name for name in wanted if reading.is_plain_name(name) and name[:1] != "."}
     told = "no name of a file of this folder"
@@ -190,15 +190,9 @@ def _names(
 
 
 def _weights(folder: Path) -> list[str]:
-    names = sorted(entry.name for entry in folder.iterdir() if _is_weights(entry.name))
+    names = sorted(entry.name for entry in folder.iterdir() if is_weights(entry.name))
     safe = [name for name in names if name.endswith(".safetensors")]
     return safe or names
-
-
-def _is_weights(name: str) -> bool:
-    if name.startswith(".") or name in ("training_args.bin", "MapMatrix.bin"):
-        return False
-    return name.endswith(endings.WEIGHTS) and ".map." not in name
 
 
 def _weight_map(index: Path, found: list[Finding]) -> dict[str, str] | None:
@@ -233,7 +227,7 @@ def _sizes(file: Path, record: Record) -> Iterator[Finding]:
 def _beside(folder: Path, record: Record) -> Iterator[Finding]:
     """config.json, tokenizer and the like: they may be edited, and must be there."""
     for name, expected in record.files.items():
-        if _is_weights(Path(name).name):
+        if is_weights(Path(name).name):
             continue
         parts = Path(name).parts
         if ".." in parts or Path(name).is_absolute() or "\0" in name:

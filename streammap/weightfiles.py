@@ -16,6 +16,7 @@ from streammap.storage.place import Place, Stat
 if TYPE_CHECKING:
     from streammap.storage.spans import SpanReader
 
+_NO_WEIGHTS = ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 DCP_METADATA, DCP_SUFFIX = ".metadata", ".distcp"
@@ -45,13 +46,8 @@ def names_in(place: Place) -> tuple[tuple[str, ...], dict[str, str] | None]:
         if has_index:
             weight_map = _weight_map(place, index)
             return tuple(sorted(set(weight_map.values()))), weight_map
-    names = sorted(name for name in place.names() if "/" not in name)
-    loose = [name for name in names if name.endswith(".safetensors")]
-    loose = [name for name in loose if not name.startswith(".") and ".map." not in name]
-    loose = loose or [
-        name for suffix in endings.TORCH for name in names if name.endswith(suffix)
-        if name not in ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
-    ]  # fmt: skip
+    found = [name for name in place.names() if "/" not in name and is_weights(name)]
+    loose = [name for name in found if name.endswith(".safetensors")] or found
     if len(loose) == 1:
         return (loose[0],), None
     if loose:
@@ -63,6 +59,13 @@ def names_in(place: Place) -> tuple[tuple[str, ...], dict[str, str] | None]:
         f"{place}: no weights: expected one of {', '.join((*SINGLES, *INDEXES))}",
         hint="name a checkpoint folder, a .safetensors or a .pth file",
     )
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name would be weights: not training state, not a map."""
+    if name.startswith(".") or ".map." in name or name in _NO_WEIGHTS:
+        return False
+    return name.endswith(endings.WEIGHTS)
 
 
 def _weight_map(place: Place, name: str) -> dict[str, str]:

@@ -51,14 +51,13 @@ class Worker:
         """Bytes read so far."""
         self._bound: dict[object, tuple[Program, tuple[Call | None, ...]]] = {}
         """With the program, so that no other one gets its id."""
+        self._pieces: dict[object, Pieces | None] = {}
+        """How flat forms are computed, by what they have in common."""
         self._side = None
         if matrices is not None:
             self._side = DeviceSide(limits, matrices)
             for place in self._places:
                 self._side.pin(place)
-
-        self._pieces: dict[object, Pieces | None] = {}
-        """How flat forms are computed, by what they have in common."""
 
     @property
     def tile_nbytes(self) -> int:

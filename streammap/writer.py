@@ -22,6 +22,9 @@ from streammap.worker import Made
 
 JOURNAL_SECONDS = 10.0
 """Time between two journal lines for shards that are not whole."""
+_N_AT_ONCE = 2
+"""Threads that write to a file: the kernel lets one, and another is there when it is done. Who
+waits there keeps a processor busy, so that the others wait here."""
 
 
 @final
@@ -32,6 +35,7 @@ class _File:
         self.shard = shard
         self.digests = FileDigests((slot.start, slot.spec.nbytes) for slot in shard.slots)
         self.lock = threading.Lock()
+        self.turns = threading.Semaphore(_N_AT_ONCE)
         self.is_there = not shard.head
         """Whether the file is there before it begins: an earlier run's, or a torch file."""
         self.has_begun = False
@@ -102,7 +106,8 @@ class Writer:
         for piece in made.pieces():
             crc = digests.crc32(piece, crc)
             for place in job.places:
-                self._out.write_at(place.file, place.offset + at, piece)
+                with self._files[place.file].turns:
+                    self._out.write_at(place.file, place.offset + at, piece)
             at += len(piece)
         for place in job.places:
             file = self._files[place.file]

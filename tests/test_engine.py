@@ -83,6 +83,14 @@ def shuffled(folder: Path) -> LazyCheckpoint:
     return opened(folder, "mixed").coalesce(mlp=[[j] for j in order])
 
 
+def of_five(folder: Path) -> LazyCheckpoint:
+    """More sources than a worker has places for."""
+    made = opened(folder, "big")
+    for _ in range(4):
+        made = made.interpolate(folder / "other", alpha=0.7)
+    return made
+
+
 def by_two(folder: Path, grouping: Grouping) -> LazyCheckpoint:
     return opened(folder, "big").coalesce(width=2, depth=2, grouping=grouping)
 
@@ -96,6 +104,7 @@ MAKES: dict[str, Make] = {
     "grow layers": lambda f: opened(f, "small").decoalesce(depth=4, width=2),
     "copy layers": lambda f: opened(f, "small").decoalesce(depth=4),
     "interpolate": lambda f: opened(f, "big").interpolate(f / "other", alpha=0.3),
+    "blend of five": of_five,
     "decoalesce and blend": lambda f: (
         opened(f, "small").decoalesce().interpolate(f / "big", alpha=0.25)
     ),
@@ -103,7 +112,9 @@ MAKES: dict[str, Make] = {
     "gpt2": lambda f: opened(f, "gpt2").coalesce(width=2).decoalesce(width=4),
     "shuffle": shuffled,
 }
-ONCE = tuple(name for name in MAKES if name not in ("gpt2", "uneven groups", "shuffle"))
+ONCE = tuple(
+    name for name in MAKES if name not in ("blend of five", "gpt2", "uneven groups", "shuffle")
+)
 """What reads each byte of its sources once."""
 
 

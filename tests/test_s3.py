@@ -12,7 +12,7 @@ from tests.typed import ok
 
 pytest.importorskip("s3fs", reason="pip install 'streammap[remote-test]'")
 pytest.importorskip("moto", reason="pip install 'streammap[remote-test]'")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = pytest.mark.filterwarnings("default")
 
 
 @pytest.fixture
