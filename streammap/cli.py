@@ -7,7 +7,6 @@ wrong usage. Nothing heavy is imported before a command runs.
 import contextlib
 import json
 import signal
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +55,8 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except StreammapError as error:
             if ctx.params.get("show_traceback"):
+                import traceback
+
                 traceback.print_exc()
             if not is_relayed(error.message):
                 click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)

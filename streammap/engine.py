@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from streammap import layout
 from streammap.errors import OutputError
 
 MEMORY = "256MiB"
@@ -49,4 +48,6 @@ def engine(options: EngineOptions) -> Engine:
     reader = options.get("reader", "pread")
     if reader not in READERS:
         raise OutputError(f"reader {reader!r}: expected one of {', '.join(READERS)}")
+    from streammap import layout  # `streammap --help` needs the defaults alone
+
     return Engine(layout.parse_size(options.get("memory", MEMORY)), threads, device, reader)
