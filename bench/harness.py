@@ -44,7 +44,8 @@ class Command:
     """Files that it reads, dropped from the page cache first where runs are cold."""
     writes: int = 0
     """Bytes that it writes. A file of that size is written and removed first: on a virtual machine
-    pages cost ten times as much when they are touched for the first time in a while."""
+    pages cost several times as much when they are touched for the first time in a while: in two
+    seconds. What starts slowly has to do so itself (bench.job's "touch")."""
     most_runs: int | None = None
     """Rounds that it takes part in; None for all."""
     code: int = 0
@@ -119,6 +120,10 @@ class Results:
             json.loads(mine[i].said)["seconds"] / max(theirs[i].wall - their, 1e-9) for i in mine
         )
         return found
+
+    def has_clock(self, title: str) -> bool:
+        """Whether a command prints its own seconds."""
+        return all(run.said.startswith("{") for run in self.runs[title].values())
 
     def json(self, title: str, key: str) -> float:
         """Median of a number that a command printed as JSON."""
@@ -209,7 +214,7 @@ def alternate(
                 continue
             remove(command.outputs)
             if command.writes:
-                _touch(command.outputs[0].parent / "touch", command.writes)
+                touch(command.outputs[0].parent / "touch", command.writes)
             if settle:
                 os.sync()
             if cold:
@@ -244,7 +249,8 @@ def _read(path: Path) -> None:
             pass
 
 
-def _touch(path: Path, nbytes: int) -> None:
+def touch(path: Path, nbytes: int) -> None:
+    """Write a file and remove it, so that the memory of its pages is there."""
     with path.open("wb", buffering=0) as file:
         for _ in range(nbytes // len(_PIECE) + 1):
             file.write(_PIECE)

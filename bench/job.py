@@ -6,7 +6,8 @@
 so many bytes, as a rehearsal of a result too large for the disk. torch is imported first (but with
 "torch": false) and the peak is set back to what is resident then, so that "added" is all that the
 run took: streammap's modules, torch's kernels that are loaded when they are first used, buffers,
-bookkeeping. "seconds" and "cpu" begin there, too.
+bookkeeping. "seconds" and "cpu" begin there, too; "touch" writes and removes a file of so many
+bytes right before, as the harness does for commands that begin at once.
 """
 
 import itertools
@@ -18,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bench import harness
+
 if TYPE_CHECKING:
     from streammap.plan import Plan
 
@@ -27,6 +30,8 @@ def main() -> None:
     asked = json.loads(sys.argv[1])
     if asked.get("torch", True):
         import torch  # noqa: F401  what a run takes beside it is measured
+    if "touch" in asked:
+        harness.touch(Path(asked["output"]).parent / "touch", asked["touch"])
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before, started, cpu = peak(), time.perf_counter(), time.process_time()

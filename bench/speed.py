@@ -3,11 +3,9 @@
     python -m bench.speed [--runs 5] [--folder DIR] [--quick] [--cold] [--dense-runs 1]
 
 Prints wall and CPU seconds and the ratios of wall time to `cp` of the large model and to the floor:
-a process that reads the same bytes and writes as many with one buffer (bench/floor.py). What is
-started anyway is subtracted: `import torch` where the process imports it, the interpreter where it
-does not (copy, floor); that import's time varies, so that the ratios of a run's own clock, which
-starts after it, are given too, and the marks go by those. Dense is load_file, F W A in float32,
-save_file. Then the same with fsync.
+a process that reads the same bytes and writes as many with one buffer (bench/floor.py). A run of
+streammap counts from after `import torch` (bench.job); from the others what starts them is
+subtracted. Dense is load_file, F W A in float32, save_file. Then the same with fsync.
 """
 
 import argparse
@@ -29,10 +27,14 @@ def commands(folder: Path, dense_runs: int) -> dict[str, Command]:
     large, little = big_file.stat().st_size, small_file.stat().st_size
     halve, double = (((name, {"width": 2}),) for name in ("coalesce", "decoalesce"))
     runs: dict[str, tuple[tuple[object, ...], tuple[Path, ...], int]] = {
-        "copy": (harness.job(a, out, torch=False), (big_file,), large),
-        "interpolate": (harness.job(a, out, blend=b, alpha=0.3), (big_file, other), large),
-        "coalesce": (harness.job(a, out, steps=halve), (big_file,), little),
-        "decoalesce": (harness.job(small, out, steps=double), (small_file,), large),
+        "copy": (harness.job(a, out, torch=False, touch=large), (big_file,), large),
+        "interpolate": (
+            harness.job(a, out, blend=b, alpha=0.3, touch=large),
+            (big_file, other),
+            large,
+        ),
+        "coalesce": (harness.job(a, out, steps=halve, touch=little), (big_file,), little),
+        "decoalesce": (harness.job(small, out, steps=double, touch=large), (small_file,), large),
     }
     made = {
         "python -c pass": Command(PASS),
@@ -40,7 +42,7 @@ def commands(folder: Path, dense_runs: int) -> dict[str, Command]:
         "cp": Command(("cp", big_file, out), (out,), (big_file,), large),
     }
     for title, (argv, sources, writes) in runs.items():
-        made[title] = Command(argv, (out,), sources, writes)
+        made[title] = Command(argv, (out,), sources)
         floor = (PYTHON, "-I", "-S", "bench/floor.py", out, writes, *sources)
         made[title + FLOOR] = Command(floor, (out,), sources, writes)
     dense = (PYTHON, "-m", "bench.dense", big_file, out)
@@ -50,29 +52,32 @@ def commands(folder: Path, dense_runs: int) -> dict[str, Command]:
 
 
 def started(title: str) -> str | None:
-    """What is subtracted from a command."""
+    """What is subtracted from a command that has no clock of its own."""
     if title == "cp":
         return None
-    return "python -c pass" if title == "copy" or title.endswith(FLOOR) else "import torch"
+    return "python -c pass" if title.endswith(FLOOR) else "import torch"
 
 
 def row(results: Results, title: str) -> tuple[object, ...]:
     """A command's figures."""
-    less = started(title)
-    floor = "coalesce" + FLOOR if title == DENSE else title + FLOOR
-    has_floor = floor in results.runs
-    clock = to_cp = to_floor = None
-    if results.runs[title][0].said:
-        clock, to_cp = results.json(title, "seconds"), results.clock_ratio(title, "cp")
-        to_floor = results.clock_ratio(title, floor, started(floor)) if has_floor else None
-    beside = results.ratio(title, floor, less=less, other_less=started(floor)) if has_floor else 0
+    own, less = results.has_clock(title), started(title)
+    beside: list[float | None] = []
+    for other in ("cp", "coalesce" + FLOOR if title == DENSE else title + FLOOR):
+        their = started(other)
+        if other not in results.runs:
+            beside.append(None)
+        elif own:
+            beside.append(results.clock_ratio(title, other, their))
+        else:
+            beside.append(results.ratio(title, other, less=less, other_less=their))
     once = "" if results.n(title) == results.n("cp") else f"{results.n(title)} run"
     return (
-        title, decimals(results.wall(title, less)), decimals(results.cpu(title, less)),
-        decimals(results.ratio(title, "cp", less=less)), decimals(beside) if has_floor else "",
-        decimals(clock), decimals(to_cp), decimals(to_floor),
-        _remark(title, to_cp, to_floor) or once,
-    )  # fmt: skip
+        title,
+        decimals(results.json(title, "seconds") if own else results.wall(title, less)),
+        decimals(results.json(title, "cpu") if own else results.cpu(title, less)),
+        *map(decimals, beside),
+        (_remark(title, *beside) if own else "") or once,
+    )
 
 
 def _remark(title: str, to_cp: float | None, to_floor: float | None) -> str:
@@ -95,13 +100,12 @@ def with_fsync(folder: Path, options: Options, *, cold: bool) -> Results:
     a, b, out = folder / "a", folder / "b", folder / "out"
     sources = [models.weights(path)[0] for path in (a, b)]
     large = sources[0].stat().st_size
-    blend = harness.job(a, out, blend=b, alpha=0.3, save={"fsync": True})
+    blend = harness.job(a, out, blend=b, alpha=0.3, touch=large, save={"fsync": True})
     copy = ("sh", "-c", 'cp "$1" "$2" && sync "$2"', "sh", sources[0], out)
     return harness.alternate(
         {
-            "import torch": Command(IMPORT),
             "cp": Command(copy, (out,), sources[:1], large),
-            "interpolate": Command(blend, (out,), sources, large),
+            "interpolate": Command(blend, (out,), sources),
         },
         options.runs, cold=cold, settle=True,
     )  # fmt: skip
@@ -121,27 +125,16 @@ def main(options: Options) -> None:
     cache = "cold cache" if cold else "warm cache"
     about = f"large model {models.nbytes(big) / 1e9:.2f} GB, small {models.nbytes(small) / 1e9:.2f}"
     harness.print_head(f"Speed, bf16 Llama: {about} GB", options.runs, cache, "no fsync")
-    print(
-        f"wall and CPU: without what starts them (import torch {results.wall('import torch'):.2f} "
-        "s); clock: the run's own, from after that import"
-    )
-    columns = (
-        "", "wall s", "CPU s", "wall / cp", "wall / floor", "clock s", "clock / cp",
-        "clock / floor", "",
-    )  # fmt: skip
+    columns = ("", "wall s", "CPU s", "/ cp", "/ floor", "")
     titles = [t for t in results.runs if t not in ("python -c pass", "import torch")]
     harness.print_table(columns, [row(results, title) for title in titles])
     harness.print_head(f"Speed with fsync: {about} GB", options.runs, cache, "fsync by both")
-    rows: list[tuple[object, ...]] = []
-    for title, less in (("cp", None), ("interpolate", "import torch")):
-        clocked = title == "interpolate"
-        rows.append((
-            title, decimals(synced.wall(title, less)), decimals(synced.cpu(title, less)),
-            decimals(synced.ratio(title, "cp", less=less)),
-            decimals(synced.json(title, "seconds") if clocked else None),
-            decimals(synced.clock_ratio(title, "cp") if clocked else None),
-        ))  # fmt: skip
-    harness.print_table(("", "wall s", "CPU s", "wall / cp", "clock s", "clock / cp"), rows)
+    ratio, clock = synced.clock_ratio("interpolate", "cp"), synced.json("interpolate", "seconds")
+    rows = [
+        ("cp", decimals(synced.wall("cp")), ""),
+        ("interpolate", decimals(clock), decimals(ratio)),
+    ]
+    harness.print_table(("", "wall s", "/ cp"), rows)
 
 
 if __name__ == "__main__":
