@@ -14,7 +14,7 @@ BAD = {**GOOD, "hidden_size": 66}
 """66 is no multiple of 4 heads."""
 
 
-@pytest.mark.parametrize("imported", [True, False])
+@pytest.mark.parametrize("imported", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_config_that_transformers_refuses_is_refused(
     imported: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
