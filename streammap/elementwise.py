@@ -7,7 +7,7 @@ writing of the result. No torch here.
 
 from dataclasses import dataclass
 
-from streammap import compiler, graph, output, tiling
+from streammap import compiler, graph, tiling
 from streammap.graph import Form, Load, Term
 from streammap.memory import N_PLACES, Limits
 from streammap.program import Program
@@ -15,7 +15,7 @@ from streammap.recipe import Recipe
 from streammap.schedule import fits
 from streammap.spec import DTYPE_BITS, TensorSpec
 
-_MOST_NBYTES = 2 * output.PIECE_NBYTES
+_MOST_NBYTES = 2 * tiling.PIECE_NBYTES
 """Of a piece: smaller ones cost more calls than a cache saves."""
 Kind = tuple[object, ...]
 

@@ -27,13 +27,13 @@ from streammap.executor import Report
 from streammap.jsonfiles import read_config
 from streammap.operators import resize
 from streammap.operators.resize import Direction, Resize
+from streammap.places import PathLike
 from streammap.plan import Plan
 from streammap.planner import Rule
 from streammap.ranks import ALONE, Ranks
 from streammap.scheme import Groups, Scheme
 from streammap.where import Where
 
-PathLike = str | Path
 GroupsLike = Sequence[Sequence[int]]
 
 

@@ -3,19 +3,16 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap import journal, reading, weightfiles, workfolder
+from streammap import journal, reading, tiling, weightfiles, workfolder
 from streammap.errors import CheckpointError, OutputError
 from streammap.layout import Shard
 from streammap.storage.disk import Disk
 from streammap.workfolder import SUFFIX
 
-PIECE_NBYTES = 256 * 1024
-"""One write at most, from one multiple of it in a file to the next: larger ones are slower on some
-kernels, and so are those that share a page."""
 _NO_ROOM = "free disk space, or write elsewhere"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 _THERE = os.O_RDWR | os.O_NOFOLLOW
@@ -31,7 +28,7 @@ class Output:
         self._disk, self._fsync = disk, fsync
         self._pwrite = disk.pwrite
         self._descriptors: dict[str, int] = {}
-        self._piece = memoryview(bytearray(PIECE_NBYTES))
+        self._piece = memoryview(bytearray(tiling.PIECE_NBYTES))
         self.names: list[str] = []
         """Small files that were added."""
 
@@ -129,7 +126,7 @@ class Output:
         descriptor = self._descriptors[name]
         at = 0
         while at < len(view):
-            end = at + PIECE_NBYTES - (offset + at) % PIECE_NBYTES
+            end = at + tiling.PIECE_NBYTES - (offset + at) % tiling.PIECE_NBYTES
             try:
                 at += self._pwrite(descriptor, view[at:end], offset + at)
             except OSError as error:
@@ -190,7 +187,7 @@ class Output:
     def _copy(self, name: str, source: int, nbytes: int) -> None:
         at = 0
         while at < nbytes:
-            room = self._piece[: min(PIECE_NBYTES, nbytes - at)]
+            room = self._piece[: min(tiling.PIECE_NBYTES, nbytes - at)]
             read = self._disk.pread(source, room, at)
             if not read:
                 raise OutputError(
@@ -210,18 +207,6 @@ class Output:
             self._descriptors[name] = self._disk.open(self._files / name, flags)
         except OSError as error:
             raise OutputError(f"{self._named / name}: {error.strerror}") from error
-
-
-def pieces(offset: int, nbytes: int, step: int = PIECE_NBYTES) -> Iterator[tuple[int, int]]:
-    """How bytes for a place of a file are best written: (start, end) of parts, counted from 0.
-
-    But for the first, they begin at multiples of `step` in the file.
-    """
-    start = 0
-    while start < nbytes:
-        end = min(nbytes, start + step - (offset + start) % step)
-        yield start, end
-        start = end
 
 
 def check_place(

@@ -16,8 +16,8 @@ from streammap.errors import PlanError, some
 from streammap.jsonfiles import read_json
 from streammap.lineage import Call
 from streammap.mapfile import Level
+from streammap.places import PathLike
 
-PathLike = str | Path
 Moved = Mapping[str, PathLike] | PathLike | None
 """Path of a source in the record -> where it is now; or where the only source is."""
 

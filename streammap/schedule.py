@@ -191,11 +191,9 @@ def _ranges(target: Target) -> Iterator[Bundle]:
 def _steps(target: Target, start: int, end: int, step: int) -> Iterator[Range]:
     """Bytes from `start` to `end` in steps: but for the first they begin at multiples in a file."""
     offset = target.places[0].offset
-    offset -= offset % _MAX_ITEM_NBYTES
-    while start < end:
-        until = min(end, start + step - (offset + start) % step)
-        yield start, until
-        start = until
+    offset += start - offset % _MAX_ITEM_NBYTES
+    for a, b in tiling.pieces(offset, end - start, step):
+        yield start + a, start + b
 
 
 def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:

@@ -13,6 +13,9 @@ from functools import lru_cache
 
 from streammap.maps import AxisMap, BlockMap
 
+PIECE_NBYTES = 256 * 1024
+"""One write at most, from one multiple of it in a file to the next: larger ones are slower on some
+kernels, and so are those that share a page."""
 _MAX_CUTS = 4096
 
 
@@ -174,3 +177,15 @@ def _cuts(m: BlockMap, rows: int) -> Iterator[int]:
     for start, at, length in runs:
         for end in ends[bisect_left(ends, at) : bisect_right(ends, at + length)]:
             yield start + end - at
+
+
+def pieces(offset: int, nbytes: int, step: int = PIECE_NBYTES) -> Iterator[tuple[int, int]]:
+    """How bytes for a place of a file are best written: (start, end) of parts, counted from 0.
+
+    But for the first, they begin at multiples of `step` in the file.
+    """
+    start = 0
+    while start < nbytes:
+        end = min(nbytes, start + step - (offset + start) % step)
+        yield start, end
+        start = end

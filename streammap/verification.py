@@ -18,8 +18,9 @@ from streammap.api import LazyCheckpoint
 from streammap.engine import Engine, EngineOptions, engine
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.events import Listener, nobody
+from streammap.places import PathLike
 from streammap.plan import Plan
-from streammap.replay import Moved, PathLike
+from streammap.replay import Moved
 from streammap.survey import Finding, Record, Survey
 
 

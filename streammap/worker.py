@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from streammap import elementwise, output
+from streammap import elementwise, tiling
 from streammap.buffers import Buffer
 from streammap.compiler import Programs
 from streammap.devices import DeviceBuffer, DeviceSide, Matrices
@@ -134,7 +134,7 @@ class Worker:
         form = job.recipe.form
         item, offset = DTYPE_BITS[form.spec.dtype] // 8, job.places[0].offset
         loads = [(load, DTYPE_BITS[load.spec.dtype] // 8) for load in elementwise.loads_of(form)]
-        for start, end in output.pieces(offset - offset % item, job.nbytes, found.nbytes):
+        for start, end in tiling.pieces(offset - offset % item, job.nbytes, found.nbytes):
             first, n = job.recipe.tile.start + start // item, (end - start) // item
             reads = iter(zip(loads, self._places, strict=False))
             for call in calls:
@@ -264,8 +264,8 @@ class Made:
         """
         job, out = self.job, self.out
         if isinstance(job, Copy):
-            step = min(output.PIECE_NBYTES, self.worker.tile_nbytes)
-            for start, end in output.pieces(job.places[0].offset, job.nbytes, step):
+            step = min(tiling.PIECE_NBYTES, self.worker.tile_nbytes)
+            for start, end in tiling.pieces(job.places[0].offset, job.nbytes, step):
                 view = out.view[: end - start]
                 self.worker.copy(job, start, view)
                 yield view
@@ -275,7 +275,7 @@ class Made:
             yield from pieces
             return
         view = self.whole()
-        for start, end in output.pieces(job.places[0].offset, job.nbytes):
+        for start, end in tiling.pieces(job.places[0].offset, job.nbytes):
             yield view[start:end]
 
 

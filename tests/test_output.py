@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import streammap
-from streammap import header, layout, output
+from streammap import header, layout, tiling
 from streammap.errors import CheckpointError, OutputError, PlanError
-from streammap.output import PIECE_NBYTES
 from streammap.spec import DTYPE_BITS, TensorSpec
 from tests import tiny
 
@@ -213,7 +212,9 @@ def test_a_report_says_what_was_written(source: Path, tmp_path: Path) -> None:
     assert str(report).startswith("wrote 1 file, 0.000 GB in ")
 
 
-@pytest.mark.parametrize("n", [PIECE_NBYTES - 1, PIECE_NBYTES, PIECE_NBYTES + 1])
+@pytest.mark.parametrize(
+    "n", [tiling.PIECE_NBYTES - 1, tiling.PIECE_NBYTES, tiling.PIECE_NBYTES + 1]
+)
 def test_tensors_larger_than_a_write_are_whole(tmp_path: Path, n: int) -> None:
     state = {"a": torch.arange(n, dtype=torch.int32).to(torch.uint8), "b": torch.arange(9.0)}
     streammap.open(tiny.write(tmp_path / "in", state, None)).save(tmp_path / "out")
@@ -221,11 +222,11 @@ def test_tensors_larger_than_a_write_are_whole(tmp_path: Path, n: int) -> None:
 
 
 def test_pieces_end_where_a_file_has_a_multiple() -> None:
-    assert list(output.pieces(0, 0, 8)) == []
-    assert list(output.pieces(3, 4, 8)) == [(0, 4)]
-    assert list(output.pieces(3, 5, 8)) == [(0, 5)]
-    assert list(output.pieces(3, 22, 8)) == [(0, 5), (5, 13), (13, 21), (21, 22)]
-    assert list(output.pieces(16, 17, 8)) == [(0, 8), (8, 16), (16, 17)]
+    assert list(tiling.pieces(0, 0, 8)) == []
+    assert list(tiling.pieces(3, 4, 8)) == [(0, 4)]
+    assert list(tiling.pieces(3, 5, 8)) == [(0, 5)]
+    assert list(tiling.pieces(3, 22, 8)) == [(0, 5), (5, 13), (13, 21), (21, 22)]
+    assert list(tiling.pieces(16, 17, 8)) == [(0, 8), (8, 16), (16, 17)]
 
 
 def test_two_runs_write_the_same_bytes(source: Path, tmp_path: Path) -> None:
