@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import final
 
-from streammap import graph, pullback
+from streammap import graph, pooling, pullback
 from streammap.graph import Load, Term
 from streammap.maps import BlockMap, DenseMap
 from streammap.memory import N_PLACES
@@ -74,7 +74,7 @@ class _Writer:
     def written(self) -> Program:
         """The program."""
         out = contiguous(OUT, self._form.spec.dtype, 0, self._shape)
-        if not self._moved(out) and not self._blended(out):
+        if not self._moved(out) and not self._blended(out) and not self._pooled(out):
             self._summed(out)
         return Program(tuple(self._ops), self._peak, self._largest)
 
@@ -121,6 +121,16 @@ class _Writer:
         (part,) = self._parts[0]
         sources = (self._read(a, part), self._read(b, part))
         self._ops.append(Op("blend", out, sources, number=w))
+        return True
+
+    def _pooled(self, out: View) -> bool:
+        """Sums of groups of one source as it is: one kernel, which rounds once."""
+        divisor = pooling.divisor_of(self._form)
+        if divisor is None:
+            return False
+        ((_, found),) = self._form.terms[0].blend
+        (part,) = self._parts[0]
+        self._ops += pooling.ops(part, self._read(found, part), out, divisor, self._new)
         return True
 
     def _summed(self, out: View) -> None:

@@ -55,6 +55,8 @@ def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap
             return partial(torch.add, sources[0], sources[1], out=out)
         case "blend":
             return partial(_blend, sources[0], sources[1], op.number, out)
+        case "pool":
+            return _pool(sources[0], int(op.number), out)
         case "fill":
             return partial(out.fill_, op.number)
         case "take":
@@ -87,6 +89,19 @@ def _blend(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
             parts = [x.view(-1)[start:end] for x in (a, b, out)]
             mended = parts[0].float().mul_(1.0 - weight).add_(parts[1].float().mul_(weight))
             parts[2].copy_(torch.where(parts[2].isfinite(), parts[2], mended.to(out.dtype)))
+
+
+def _pool(source: Tensor, divisor: int, out: Tensor) -> Call:
+    """Sums over windows of [N, H, W, C] that span H and lie side by side in W, divided.
+
+    Shapes: [N, H, W, C] -> [N, 1, W / w, C].
+    """
+    window = [source.shape[1], source.shape[2] // out.shape[2]]
+    pool, pads = torch.ops.aten.avg_pool2d.out, [0, 0]
+    channels_first = source.permute(0, 3, 1, 2)
+    return partial(
+        pool, channels_first, window, window, pads, False, True, divisor, out=out.permute(0, 3, 1, 2)
+    )
 
 
 def _indices(op: Op, out: Tensor) -> Tensor:

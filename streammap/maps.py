@@ -83,6 +83,11 @@ class BlockMap:
         return max((len(row) for row in self.rows), default=0)
 
     @cached_property
+    def n_members(self) -> int:
+        """Members of each row; 0 where rows differ."""
+        return self.longest if all(len(row) == self.longest for row in self.rows) else 0
+
+    @cached_property
     def segments(self) -> Segments:
         """The map as few regular runs of block moves, in the order in which they are added."""
         return segments.segments(self.rows, self.block)

@@ -15,7 +15,7 @@ from streammap.pullback import Range
 from streammap.segments import Segment
 
 Kind = Literal[
-    "read", "copy", "mul", "add", "blend", "fill", "matmul", "take", "scale", "put", "clear"
+    "read", "copy", "mul", "add", "blend", "pool", "fill", "matmul", "take", "scale", "put", "clear"
 ]
 OUT, WORK = -1, -2
 """Places of views beside those of requests, which count from 0."""
@@ -57,6 +57,16 @@ class View:
             self.strides,
         )
 
+    def at(self, dim: int, i: int) -> "View":
+        """Unit i of a dimension, which is gone."""
+        return View(
+            self.place,
+            self.dtype,
+            self.offset + i * self.strides[dim],
+            (*self.shape[:dim], *self.shape[dim + 1 :]),
+            (*self.strides[:dim], *self.strides[dim + 1 :]),
+        )
+
     def folded(self, dim: int) -> "View":
         """The same elements of a contiguous view as [before, n, after]."""
         before, n = math.prod(self.shape[:dim]), self.shape[dim]
@@ -72,7 +82,8 @@ class Op:
     out: View
     sources: tuple[View, ...] = ()
     number: float = 0.0
-    """The factor of "mul", the value of "fill", the second source's weight in "blend"."""
+    """The factor of "mul", the divisor of "pool", the value of "fill", the second source's weight
+    in "blend"."""
     indices: tuple[int, ...] = ()
     """Of "take", "put" (adds to them) and "clear": units of dimension 1 of a folded view."""
     numbers: tuple[float, ...] = ()

@@ -1,0 +1,201 @@
+"""Sums of groups as average pooling: one kernel from the source, as it is read, to the result.
+
+Where each unit of a dimension is the sum of k units, whose runs stand one behind the other, the
+dimension is [count, k, length] in memory. A tensor of which two dimensions are so is
+
+    [before, count_a, k_a, length_a, between, count_b, k_b, length_b, behind]
+
+and with N = before * count_a, H = k_a, W = length_a * between * count_b * k_b, and the rest as
+channels that stand last, its sums are those of windows of k_a x k_b: the kernel reads each number
+once, adds in float32 (float64) from +0.0 on, a's members one after the other and of each those of
+b, and rounds once. Runs that stand elsewhere are put side by side first. No torch here.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from streammap import graph
+from streammap.graph import Form
+from streammap.maps import AxisMap, BlockMap
+from streammap.program import Op, View, contiguous
+from streammap.recipe import Dim, Part
+from streammap.segments import Segment, Segments
+
+MIN_RUN = 32
+"""Numbers side by side that make it worth while: the kernel computes with channels at once."""
+_DTYPES = ("F64", "F32", "F16", "BF16")
+_MAX_DIMS = 2
+_ONE = Segments((Segment(0, 0, 0, 0, 1, 1, 1.0, False),))
+
+
+class _Runs(NamedTuple):
+    """A part of a dimension that is [count, k, length] in memory."""
+
+    out_start: int
+    in_start: int
+    count: int
+    length: int
+
+
+class _Axis(NamedTuple):
+    """A dimension whose units are sums."""
+
+    slots: list[list[Segment]]
+    """The first members of all units, then the second..."""
+    n_in: int
+    n_out: int
+
+    @property
+    def k(self) -> int:
+        """Members of a unit."""
+        return len(self.slots)
+
+
+def divisor_of(form: Form) -> int | None:
+    """What the sums of a form are divided by; None where they aren't computed so.
+
+    It is a power of two, so that it does not matter when it is applied, and that of the form: all
+    of its tiles are computed alike.
+    """
+    term = form.terms[0]
+    coefficient, found = term.blend[0]
+    if len(form.terms) > 1 or len(term.blend) > 1 or graph.is_constant(found):
+        return None
+    dtype = form.spec.dtype
+    if dtype not in _DTYPES or found.spec.dtype != dtype or coefficient == 0.0:
+        return None
+    if form.accumulator != ("F64" if dtype == "F64" else "F32"):
+        return None
+    mapped = [d for d, m in enumerate(term.maps) if m is not None]
+    if not 0 < len(mapped) <= _MAX_DIMS:
+        return None
+    if _run(term.maps[mapped[-1]]) * math.prod(found.spec.shape[mapped[-1] + 1 :]) < MIN_RUN:
+        return None
+    for d in mapped:
+        m = term.maps[d]
+        if not isinstance(m, BlockMap) or not m.is_regular or m.common is None or m.n_members < 2:
+            return None
+        coefficient *= m.common
+    mantissa, exponent = math.frexp(coefficient)
+    return 2 ** (1 - exponent) if mantissa == 0.5 and -32 < exponent <= 1 else None
+
+
+def ops(
+    part: Part, held: View, out: View, divisor: int, new: Callable[[str, tuple[int, ...]], View]
+) -> Iterator[Op]:
+    """The operations for a tile of a form that has a divisor.
+
+    Args:
+        held: What is read.
+        new: Makes a contiguous view of scratch.
+    """
+    mapped = [d for d, dim in enumerate(part) if dim.changes]
+    shape = [dim.n_out for dim in part]
+    inner, outer = _axis(part[mapped[-1]]), _Axis([list(_ONE)], 1, 1)
+    first = mapped[-1]
+    if len(mapped) > 1:
+        first = mapped[0]
+        outer = _axis(part[first])
+    before, behind = math.prod(shape[:first]), math.prod(shape[mapped[-1] + 1 :])
+    between = math.prod(shape[first + 1 : mapped[-1]])
+    pooled = list(_pooled(outer, inner, before, between, behind))
+    if not pooled:
+        copied = new(
+            held.dtype,
+            (before, outer.k, outer.n_out, between, inner.k, inner.n_out, behind),
+        )
+        source = contiguous(
+            held.place, held.dtype, held.offset, (before, outer.n_in, between, inner.n_in, behind)
+        )
+        yield from _gathered(outer, inner, source, copied)
+        held = copied
+        width = outer.n_out * between * inner.k
+        pooled = [(0, 0, (before, outer.k, width, inner.n_out * behind))]
+    for at, to, (n, h, w, c) in pooled:
+        yield Op(
+            "pool",
+            contiguous(out.place, out.dtype, out.offset + to, (n, 1, w // inner.k, c)),
+            (contiguous(held.place, held.dtype, held.offset + at, (n, h, w, c)),),
+            number=divisor,
+        )
+
+
+def _pooled(
+    outer: _Axis, inner: _Axis, before: int, between: int, behind: int
+) -> Iterator[tuple[int, int, tuple[int, int, int, int]]]:
+    """(first number read, first one made, N H W C), where all runs stand as they should."""
+    within, around = _runs(inner), _runs(outer)
+    if len(within) != 1 or not around:
+        return
+    (columns,) = within
+    if columns.in_start or columns.count * inner.k * columns.length != inner.n_in:
+        return
+    if before > 1 and (
+        len(around) > 1 or around[0].count * outer.k * around[0].length != outer.n_in
+    ):
+        return
+    for runs in around:
+        width = runs.length * between * columns.count * inner.k
+        yield (
+            runs.in_start * between * inner.n_in * behind,
+            runs.out_start * between * inner.n_out * behind,
+            (before * runs.count, outer.k, width, columns.length * behind),
+        )
+
+
+def _gathered(outer: _Axis, inner: _Axis, source: View, to: View) -> Iterator[Op]:
+    """Puts all members side by side.
+
+    Shapes: [before, n_in, between, n_in, behind] -> [before, k, n_out, between, k, n_out, behind].
+    """
+    for (i, rows), (j, columns) in itertools.product(
+        enumerate(outer.slots), enumerate(inner.slots)
+    ):
+        place = to.at(4, j).at(1, i)
+        for a, b in itertools.product(rows, columns):
+            yield Op(
+                "copy",
+                place.blocks(3, b, source=False).blocks(1, a, source=False),
+                (source.blocks(3, b, source=True).blocks(1, a, source=True),),
+            )
+
+
+def _run(m: AxisMap | None) -> int:
+    """Units that move together, at least."""
+    if not isinstance(m, BlockMap):
+        return 1
+    return min((segment.length for segment in m.segments), default=1)
+
+
+def _axis(dim: Dim) -> _Axis:
+    slots: list[list[Segment]] = [[]]
+    left = dim.n_out
+    for segment in dim.pulled.segments or ():
+        if not left:
+            slots.append([])
+            left = dim.n_out
+        slots[-1].append(segment)
+        left -= segment.count * segment.length
+    return _Axis(slots, dim.pulled.n_in, dim.n_out)
+
+
+def _runs(axis: _Axis) -> Sequence[_Runs]:
+    """The parts of a dimension; none where members do not stand one behind the other."""
+    if len({len(slot) for slot in axis.slots}) > 1:
+        return ()
+    found = []
+    for members in zip(*axis.slots, strict=True):
+        first = members[0]
+        for number, member in enumerate(members):
+            alike = (first.out_start, first.count, first.length)
+            if (member.out_start, member.count, member.length) != alike:
+                return ()
+            if member.in_start != first.in_start + number * first.length:
+                return ()
+            steps = (first.length, axis.k * first.length)
+            if first.count > 1 and (member.out_step, member.in_step) != steps:
+                return ()
+        found.append(_Runs(first.out_start, first.in_start, first.count, first.length))
+    return found
