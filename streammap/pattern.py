@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 from streammap.errors import ArchitectureError
 from streammap.expression import Expression, parse_expression
@@ -34,22 +34,31 @@ _STAR_WAYS = 1000
 _INDEX_WAYS = 9
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class KeyPattern:
-    """A compiled key pattern."""
+    """A key pattern; its regular expressions are compiled when they are first asked for."""
 
     text: str
     """As the spec has it."""
-    regex: re.Pattern[str]
+    written: str
+    """As a regular expression."""
     indices: tuple[str, ...]
     """Names of the indices, in the order of the regex' groups; dotted inside an included spec."""
     counts: Mapping[str, Expression]
     """Index -> how many there are, for those that are no axis."""
     last: tuple[str, ...]
     """Indices of which only the last counts."""
-    loose: re.Pattern[str]
-    """The regex with any number in place of each number of the text."""
     sample: str
+
+    @cached_property
+    def regex(self) -> re.Pattern[str]:
+        """What a key must match."""
+        return re.compile(self.written)
+
+    @cached_property
+    def loose(self) -> re.Pattern[str]:
+        """The regex with any number in place of each number of the text."""
+        return re.compile(_LITERAL.sub(r"\\d+", self.written))
 
     def match(self, key: str) -> dict[str, int] | None:
         """The index values in `key`, or None where the pattern doesn't fit."""
@@ -192,9 +201,7 @@ def _compiled(
             if which:
                 last.append(name)
     joined = _joined(parts, whole)
-    loose = re.compile(_LITERAL.sub(r"\\d+", joined.regex))
-    regex = re.compile(joined.regex)
-    return KeyPattern(whole, regex, tuple(indices), counts, tuple(last), loose, joined.sample)
+    return KeyPattern(whole, joined.regex, tuple(indices), counts, tuple(last), joined.sample)
 
 
 def _literal(text: str, whole: str) -> _Part:

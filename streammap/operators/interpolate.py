@@ -51,6 +51,8 @@ class Interpolate:
 
 def _check_sizes(source: Plan, target: Plan) -> None:
     """Equal shapes can hide another number of heads; where a spec is known, sizes must agree."""
+    if (source.config, source.architecture) == (target.config, target.architecture):
+        return  # no spec has to be loaded for it: shapes are checked anyway
     try:
         mine, theirs = source.model.sizes, target.model.sizes
     except (ArchitectureError, CheckpointError):
@@ -87,7 +89,9 @@ def _blend(source: Plan, target: Plan, alpha: float, step: Step) -> Plan:
 
 
 def _check_alike(source: Plan, target: Plan) -> None:
-    buffers = _buffers(target) | _buffers(source)
+    buffers: set[str] = set()
+    if source.specs != target.specs:
+        buffers = _buffers(target) | _buffers(source)
     missing = [k for k in target.targets if k not in source.targets and k not in buffers]
     surplus = [k for k in source.targets if k not in target.targets and k not in buffers]
     if missing or surplus:
