@@ -98,10 +98,8 @@ def _pool(source: Tensor, divisor: int, out: Tensor) -> Call:
     """
     window = [source.shape[1], source.shape[2] // out.shape[2]]
     pool, pads = torch.ops.aten.avg_pool2d.out, [0, 0]
-    channels_first = source.permute(0, 3, 1, 2)
-    return partial(
-        pool, channels_first, window, window, pads, False, True, divisor, out=out.permute(0, 3, 1, 2)
-    )
+    source, out = (x.permute(0, 3, 1, 2) for x in (source, out))
+    return partial(pool, source, window, window, pads, False, True, divisor, out=out)
 
 
 def _indices(op: Op, out: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from streammap.errors import OutputError
 from streammap.graph import Form
@@ -59,7 +60,7 @@ class Limits:
     work_nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Memory:
     """The memory of a run."""
 
@@ -75,13 +76,13 @@ class Memory:
     client_nbytes: int = 0
     """What a client for that network takes."""
 
-    @property
+    @cached_property
     def limits(self) -> Limits:
         """For forms without dense maps."""
         chunk = min(CHUNK_NBYTES, self.tile_nbytes)
         return Limits(self.tile_nbytes, self.tile_nbytes, chunk, _SCRATCH_CHUNKS * chunk)
 
-    @property
+    @cached_property
     def dense_limits(self) -> Limits:
         """For forms with dense maps."""
         largest = max(self.tile_nbytes, self.dense_tile_nbytes)

@@ -14,7 +14,7 @@ b, and rounds once. Runs that stand elsewhere are put side by side first. No tor
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from streammap import graph
 from streammap.graph import Form
@@ -30,7 +30,8 @@ _MAX_DIMS = 2
 _ONE = Segments((Segment(0, 0, 0, 0, 1, 1, 1.0, False),))
 
 
-class _Runs(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Runs:
     """A part of a dimension that is [count, k, length] in memory."""
 
     out_start: int
@@ -39,7 +40,8 @@ class _Runs(NamedTuple):
     length: int
 
 
-class _Axis(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Axis:
     """A dimension whose units are sums."""
 
     slots: list[list[Segment]]

@@ -25,7 +25,7 @@ from streammap import graph, kernels, memory, pipeline, recipe, worker
 from streammap.api import LazyCheckpoint
 from streammap.buffers import Buffer
 from streammap.checkpoint import Checkpoint
-from streammap.engine import EngineOptions
+from streammap.engine import EngineOptions, Reader
 from streammap.errors import CheckpointError, OutputError
 from streammap.events import Event, Started, Wrote
 from streammap.executor import Report
@@ -537,7 +537,7 @@ def test_a_failed_run_leaves_what_was_there(
 @pytest.mark.parametrize(("reader", "threads"), [("pread", 1), ("pread", 4), ("mmap", 1)])
 def test_a_source_that_is_cut_short_during_a_run_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: Callable[[Cut], None],
-    reader: streammap.engine.Reader, threads: int,
+    reader: Reader, threads: int,
 ) -> None:  # fmt: skip
     source = tiny.write(tmp_path / "big", tiny.bert(BIG), tiny.bert_config(BIG))
     file, do, times = source / "model.safetensors", Worker.do, iter(range(10**9))

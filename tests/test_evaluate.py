@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from streammap import compiler, evaluate, graph, maps, memory, recipe, schedule, tiling, worker
+from streammap import (
+    compiler,
+    evaluate,
+    graph,
+    maps,
+    memory,
+    pooling,
+    recipe,
+    schedule,
+    tiling,
+    worker,
+)
 from streammap.buffers import Buffer
 from streammap.compiler import Programs
 from streammap.dtypes import from_torch, to_torch
@@ -185,6 +196,7 @@ def _patched(patch: pytest.MonkeyPatch, form: Form, room: Room) -> Memory:
         least = max(least, 2 * 8 * math.prod(members))
     patch.setattr(memory, "CHUNK_NBYTES", max(room.chunk, least))
     patch.setattr(recipe, "STRIP", STRIP)
+    patch.setattr(pooling, "MIN_RUN", 1)
     patch.setattr(worker, "Buffer", poisoned)
     patch.setattr(evaluate, "Buffer", poisoned)
     return _memory(max(room.tile, least), room.dense)
@@ -313,6 +325,73 @@ def test_a_blend_is_rounded_once_and_its_numbers_stand_for_themselves(
         assert beside[500] == math.inf
         beside[500] = got[500]
         assert torch.equal(beside, got)
+
+
+@st.composite
+def groups(draw: st.DrawFn, n_members: int) -> BlockMap:
+    """Sums of groups that are neighbours, or stand a stretch apart, or anywhere."""
+    n, block = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    coefficient = draw(st.sampled_from((1.0, 0.5, 0.25)))
+    units = list(range(n * n_members))
+    found = [units[i * n_members : (i + 1) * n_members] for i in range(n)]
+    how = draw(st.integers(0, 3))
+    if how == 1:
+        found = [units[i::n] for i in range(n)]
+    if how == 2:
+        found = [draw(st.permutations(units))[:n_members] for _ in range(n)]
+    if how == 3 and n > 1:  # neighbours first, then those a stretch apart
+        later = units[n_members:]
+        found = [found[0], *(later[i :: n - 1] for i in range(n - 1))]
+    rows = tuple(tuple((j, coefficient) for j in group) for group in found)
+    return BlockMap(rows, n * n_members, block)
+
+
+@given(st.data())
+@settings(max_examples=settings().max_examples * 3)
+def test_sums_of_groups_are_added_up_in_one_order_whatever_the_tile(data: st.DataObject) -> None:
+    """From +0 on, each member of the first dimension with all of the second: nothing else."""
+    rank = data.draw(st.integers(1, 4))
+    mapped = sorted(data.draw(st.sets(st.integers(0, rank - 1), min_size=1, max_size=2)))
+    dtype = data.draw(st.sampled_from(("F64", "F32", "F16", "BF16")))
+    most = 2 if len(mapped) > 1 or dtype == "F32" else 4
+    dims: list[BlockMap | None] = [None] * rank
+    for d in mapped:
+        dims[d] = data.draw(groups(data.draw(st.integers(2, most))))
+    shape = [data.draw(st.integers(1, 3)) if m is None else m.n_in for m in dims]
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    x = torch.randn(shape).mul(torch.randn(shape).mul(3).exp()).to(to_torch(dtype))
+    form = graph.map_dims(Held().load(x), dims)
+    inner = dims[mapped[-1]]
+    outer = dims[mapped[0]] if len(mapped) > 1 else None
+    assert inner is not None
+    wanted = torch.zeros(form.spec.shape, dtype=torch.float64 if dtype == "F64" else torch.float32)
+    for a in range(1 if outer is None else outer.longest):
+        for b in range(inner.longest):
+            part = x if outer is None else x.index_select(mapped[0], _members(outer, a))
+            wanted = wanted + part.index_select(mapped[-1], _members(inner, b))
+    wanted *= math.prod(m.common or 1.0 for m in dims if m is not None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling, "MIN_RUN", 1)
+        for room in ROOMS:
+            assert tiny.bits(_read(form, room)) == tiny.bits(wanted.to(x.dtype)), room
+        tile = tiling.tile_at(form.spec.shape, (), 0, form.spec.shape[0])
+        found = compiler.program(recipe.Recipe(form, tile), 1)
+        assert {op.kind for op in found.ops} <= {"read", "copy", "pool"}
+
+
+def _members(m: BlockMap, slot: int) -> Tensor:
+    return torch.tensor([m.members(unit)[slot][0] for unit in range(m.n_out)])
+
+
+@pytest.mark.parametrize("layout", ["apart", "neighbours"])
+def test_groups_of_long_runs_take_one_kernel_and_no_scratch(layout: str) -> None:
+    pairs = [(i, i + 4) if layout == "apart" else (2 * i, 2 * i + 1) for i in range(4)]
+    m = maps.merging(pairs, 8, block=32)
+    x = torch.randn(256, 256).to(torch.bfloat16)
+    form = graph.map_dims(Held().load(x), [m, m])
+    found = compiler.program(recipe.Recipe(form, tiling.tile_at((128, 128), (), 0, 128)), 2**20)
+    assert [op.kind for op in found.ops] == ["read", "pool"]
+    assert found.work_nbytes == 0
 
 
 def _jobs(form: Form, given: Memory, of: Worker) -> Iterator[Job]:

@@ -16,6 +16,7 @@ import streammap
 from streammap import memory, recipe
 from streammap.api import LazyCheckpoint
 from streammap.planner import Rule
+from streammap.scheme import Grouping
 from tests import oracle, tiny
 from tests.oracle import Change, Direction, Widths
 from tests.tiny import Config, Sizes, State
@@ -388,7 +389,7 @@ def test_a_permutation_moves_heads_and_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("grouping", ["stacked", "adjacent"])
 @pytest.mark.parametrize("name", ["bert tied", "gpt2 two heads", "deit"])
 def test_factors_stand_for_schemes(
-    tmp_path: Path, direction: Direction, grouping: streammap.scheme.Grouping, name: str
+    tmp_path: Path, direction: Direction, grouping: Grouping, name: str
 ) -> None:
     large = Sizes(heads=6, layers=4)
     stacked = grouping == "stacked"
