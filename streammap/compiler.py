@@ -2,9 +2,10 @@
 
 Each element is computed by the same operations in the same order whatever the tile: sources are
 added up in the order of the blend, then each dimension is mapped in turn, members of a unit in the
-order of its row. Sums are kept in the form's accumulator; a factor that all members share is
-applied after the sum, and the result is rounded once. So tiles of any size give the same bits, but
-for matrix products, whose kernels add in an order of their own. No torch here.
+order of its row (or all in one go, see pooling.py: that depends on the form, not on the tile). Sums
+are kept in the form's accumulator; a factor that all members share is applied after the sum, and
+the result is rounded once. So tiles of any size give the same bits, but for matrix products, whose
+kernels add in an order of their own. No torch here.
 """
 
 import itertools
@@ -68,7 +69,7 @@ class _Writer:
         self._shape = (*(1,) * self._dim, *self._shape)
         self._ops: list[Op] = []
         self._used = self._peak = self._largest = 0
-        self._staged: dict[tuple[int, int, Part], View] = {}
+        self._staged: dict[tuple[int, tuple[int, ...], Part], View] = {}
         self._number = 0  # of the term at hand
 
     def written(self) -> Program:
@@ -93,7 +94,7 @@ class _Writer:
         if math.prod(len(m.segments) for m in blocks if isinstance(m, BlockMap)) > _MAX_MOVES:
             return False
         (part,) = self._parts[0]
-        held = self._read(found, part)
+        held = self._read(part, found)
         dims = [(d, dim.pulled.segments) for d, dim in enumerate(part) if dim.pulled.segments]
         for chosen in itertools.product(*(segments for _, segments in dims)):
             to, at, factor = out, held, coefficient
@@ -119,18 +120,19 @@ class _Writer:
         if u != 1.0 - w or graph.is_constant(a) or graph.is_constant(b):
             return False
         (part,) = self._parts[0]
-        sources = (self._read(a, part), self._read(b, part))
+        sources = (self._read(part, a), self._read(part, b))
         self._ops.append(Op("blend", out, sources, number=w))
         return True
 
     def _pooled(self, out: View) -> bool:
-        """Sums of groups of one source as it is: one kernel, which rounds once."""
+        """Sums of groups of sources as they are: one kernel, which rounds once."""
         divisor = pooling.divisor_of(self._form)
         if divisor is None:
             return False
-        ((_, found),) = self._form.terms[0].blend
+        sources = [found for _, found in self._form.terms[0].blend]
         (part,) = self._parts[0]
-        self._ops += pooling.ops(part, self._read(found, part), out, divisor, self._new)
+        held = self._read(part, *sources)
+        self._ops += pooling.ops(part, len(sources), held, out, divisor, self._new)
         return True
 
     def _summed(self, out: View) -> None:
@@ -218,7 +220,7 @@ class _Writer:
             if graph.is_constant(found):
                 self._ops.append(Op("fill", to, number=weight))
             else:
-                self._gather(self._read(found, whole), whole, part, to, weight)
+                self._gather(self._read(whole, found), whole, part, to, weight)
             if position:
                 self._ops.append(Op("add", held, (held, to)))
         return held, part, factor
@@ -229,7 +231,7 @@ class _Writer:
         """A source to compute with where it was read to; None where that can't be."""
         if found.spec.dtype != dtype or any(d.pulled.n_in != 1 for d in whole[: self._dim]):
             return None
-        staged, dim = self._read(found, whole), whole[self._dim]
+        staged, dim = self._read(whole, found), whole[self._dim]
         segments = dim.pulled.segments
         if segments is None:
             if isinstance(dim.m, DenseMap):
@@ -334,16 +336,17 @@ class _Writer:
                 self._ops.append(Op("clear", to.folded(d), indices=empty))
             self._used = mark
 
-    def _read(self, found: Load, part: Part) -> View:
-        """Where a source is read to; a program reads it once for a part."""
-        key = self._number, id(found), part
+    def _read(self, part: Part, *sources: Load) -> View:
+        """Where a source is read to, or several; a program reads them once for a part."""
+        key = self._number, tuple(id(found) for found in sources), part
         if key not in self._staged:
-            request = Request(found, tuple(dim.pulled.ranges for dim in part))
+            request = Request(sources, tuple(dim.pulled.ranges for dim in part))
             self._largest = max(self._largest, request.nbytes)
             shape = tuple(dim.pulled.n_in for dim in part)
-            view = contiguous(len(self._staged), found.spec.dtype, 0, shape)
-            self._staged[key] = view
-            self._ops.append(Op("read", view))
+            dtype = sources[0].spec.dtype
+            whole = contiguous(len(self._staged), dtype, 0, (len(sources), *shape))
+            self._staged[key] = whole.at(0, 0) if len(sources) == 1 else whole
+            self._ops.append(Op("read", whole))
         return self._staged[key]
 
     def _put(self, to: View, at: View, factor: float) -> None:

@@ -150,8 +150,8 @@ def fit(
     for form in forms:
         n_tensors += 1
         for term in form.terms:
-            longest = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
-            least = max(least, longest * _MAX_ITEM_NBYTES)
+            members = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
+            least = max(least, len(term.blend) * members * _MAX_ITEM_NBYTES)
             matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
     wanted = n_workers or min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
     ahead = 0

@@ -8,26 +8,29 @@ dimension is [count, k, length] in memory. A tensor of which two dimensions are 
 and with N = before * count_a, H = k_a, W = length_a * between * count_b * k_b, and the rest as
 channels that stand last, its sums are those of windows of k_a x k_b: the kernel reads each number
 once, adds in float32 (float64) from +0.0 on, a's members one after the other and of each those of
-b, and rounds once. Runs that stand elsewhere are put side by side first. No torch here.
+b, and rounds once. Several sources (layers that are merged) are read one behind the other: where
+count_a is 1, they are members of a. Runs that stand elsewhere are put side by side first. No torch.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from streammap import graph
 from streammap.graph import Form
 from streammap.maps import AxisMap, BlockMap
-from streammap.program import Op, View, contiguous
-from streammap.recipe import Dim, Part
-from streammap.segments import Segment, Segments
+from streammap.program import Op, View
+from streammap.segments import Segment
+
+if TYPE_CHECKING:
+    from streammap.recipe import Dim, Part
 
 MIN_RUN = 32
 """Numbers side by side that make it worth while: the kernel computes with channels at once."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _MAX_DIMS = 2
-_ONE = Segments((Segment(0, 0, 0, 0, 1, 1, 1.0, False),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,18 +65,21 @@ def divisor_of(form: Form) -> int | None:
     of its tiles are computed alike.
     """
     term = form.terms[0]
-    coefficient, found = term.blend[0]
-    if len(form.terms) > 1 or len(term.blend) > 1 or graph.is_constant(found):
-        return None
+    coefficient, first = term.blend[0]
     dtype = form.spec.dtype
-    if dtype not in _DTYPES or found.spec.dtype != dtype or coefficient == 0.0:
+    if len(form.terms) > 1 or dtype not in _DTYPES or coefficient == 0.0:
+        return None
+    if any(
+        c != coefficient or found.spec.dtype != dtype or graph.is_constant(found)
+        for c, found in term.blend
+    ):
         return None
     if form.accumulator != ("F64" if dtype == "F64" else "F32"):
         return None
     mapped = [d for d, m in enumerate(term.maps) if m is not None]
     if not 0 < len(mapped) <= _MAX_DIMS:
         return None
-    if _run(term.maps[mapped[-1]]) * math.prod(found.spec.shape[mapped[-1] + 1 :]) < MIN_RUN:
+    if _run(term.maps[mapped[-1]]) * math.prod(first.spec.shape[mapped[-1] + 1 :]) < MIN_RUN:
         return None
     for d in mapped:
         m = term.maps[d]
@@ -85,47 +91,49 @@ def divisor_of(form: Form) -> int | None:
 
 
 def ops(
-    part: Part, held: View, out: View, divisor: int, new: Callable[[str, tuple[int, ...]], View]
+    part: "Part",
+    n_sources: int,
+    held: View,
+    out: View,
+    divisor: int,
+    new: Callable[[str, tuple[int, ...]], View],
 ) -> Iterator[Op]:
     """The operations for a tile of a form that has a divisor.
 
     Args:
-        held: What is read.
+        held: What is read: the sources one after the other.
         new: Makes a contiguous view of scratch.
     """
     mapped = [d for d, dim in enumerate(part) if dim.changes]
+    first, last = mapped[0], mapped[-1]
     shape = [dim.n_out for dim in part]
-    inner, outer = _axis(part[mapped[-1]]), _Axis([list(_ONE)], 1, 1)
-    first = mapped[-1]
-    if len(mapped) > 1:
-        first = mapped[0]
+    before, behind = math.prod(shape[:first]), math.prod(shape[last + 1 :])
+    between, inner = math.prod(shape[first + 1 : last]), _axis(part[last])
+    if first < last:
         outer = _axis(part[first])
-    before, behind = math.prod(shape[:first]), math.prod(shape[mapped[-1] + 1 :])
-    between = math.prod(shape[first + 1 : mapped[-1]])
-    pooled = list(_pooled(outer, inner, before, between, behind))
+    else:  # rows that stay as they are
+        stays = Segment(0, 0, 0, 0, 1, before, 1.0, adds=False)
+        before, outer = 1, _Axis([[stays]], before, before)
+    pooled = list(_pooled(n_sources, outer, inner, before, between, behind))
     if not pooled:
-        copied = new(
-            held.dtype,
-            (before, outer.k, outer.n_out, between, inner.k, inner.n_out, behind),
-        )
-        source = contiguous(
-            held.place, held.dtype, held.offset, (before, outer.n_in, between, inner.n_in, behind)
-        )
-        yield from _gathered(outer, inner, source, copied)
-        held = copied
-        width = outer.n_out * between * inner.k
-        pooled = [(0, 0, (before, outer.k, width, inner.n_out * behind))]
+        k, width = n_sources * outer.k, outer.n_out * between * inner.k
+        read = held.seen((n_sources, before, outer.n_in, between, inner.n_in, behind))
+        held = new(out.dtype, (before, k, outer.n_out, between, inner.k, inner.n_out, behind))
+        for number in range(n_sources):
+            members = held.narrow(1, number * outer.k, (number + 1) * outer.k)
+            yield from _gathered(outer, inner, read.at(0, number), members)
+        pooled = [(0, 0, (before, k, width, inner.n_out * behind))]
     for at, to, (n, h, w, c) in pooled:
         yield Op(
             "pool",
-            contiguous(out.place, out.dtype, out.offset + to, (n, 1, w // inner.k, c)),
-            (contiguous(held.place, held.dtype, held.offset + at, (n, h, w, c)),),
+            out.seen((n, 1, w // inner.k, c), at=to),
+            (held.seen((n, h, w, c), at=at),),
             number=divisor,
         )
 
 
 def _pooled(
-    outer: _Axis, inner: _Axis, before: int, between: int, behind: int
+    n_sources: int, outer: _Axis, inner: _Axis, before: int, between: int, behind: int
 ) -> Iterator[tuple[int, int, tuple[int, int, int, int]]]:
     """(first number read, first one made, N H W C), where all runs stand as they should."""
     within, around = _runs(inner), _runs(outer)
@@ -134,16 +142,17 @@ def _pooled(
     (columns,) = within
     if columns.in_start or columns.count * inner.k * columns.length != inner.n_in:
         return
-    if before > 1 and (
-        len(around) > 1 or around[0].count * outer.k * around[0].length != outer.n_in
-    ):
+    is_whole = len(around) == 1 and around[0].count * outer.k * around[0].length == outer.n_in
+    if (before > 1 and not is_whole) or (n_sources > 1 and not (is_whole and before == 1)):
+        return
+    if n_sources > 1 and around[0].count > 1:
         return
     for runs in around:
         width = runs.length * between * columns.count * inner.k
         yield (
             runs.in_start * between * inner.n_in * behind,
             runs.out_start * between * inner.n_out * behind,
-            (before * runs.count, outer.k, width, columns.length * behind),
+            (before * runs.count, n_sources * outer.k, width, columns.length * behind),
         )
 
 
@@ -171,7 +180,7 @@ def _run(m: AxisMap | None) -> int:
     return min((segment.length for segment in m.segments), default=1)
 
 
-def _axis(dim: Dim) -> _Axis:
+def _axis(dim: "Dim") -> _Axis:
     slots: list[list[Segment]] = [[]]
     left = dim.n_out
     for segment in dim.pulled.segments or ():

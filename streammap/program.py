@@ -67,11 +67,14 @@ class View:
             (*self.strides[:dim], *self.strides[dim + 1 :]),
         )
 
+    def seen(self, shape: tuple[int, ...], *, at: int = 0) -> "View":
+        """Elements of a contiguous view, from its element `at` on, in another shape."""
+        return contiguous(self.place, self.dtype, self.offset + at, shape)
+
     def folded(self, dim: int) -> "View":
         """The same elements of a contiguous view as [before, n, after]."""
-        before, n = math.prod(self.shape[:dim]), self.shape[dim]
-        after = math.prod(self.shape[dim + 1 :])
-        return View(self.place, self.dtype, self.offset, (before, n, after), (n * after, after, 1))
+        before, after = math.prod(self.shape[:dim]), math.prod(self.shape[dim + 1 :])
+        return self.seen((before, self.shape[dim], after))
 
 
 @dataclass(frozen=True, slots=True)

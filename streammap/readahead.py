@@ -110,11 +110,7 @@ def _reads(bundle: Bundle) -> list[_Read]:
         if isinstance(job, Copy):
             spans = [(job.found, job.start, job.start + job.nbytes)]
         else:
-            spans = [
-                (request.found, start, end)
-                for request in job.recipe.requests
-                for start, end in request.stretches()
-            ]
+            spans = [stretch for request in job.recipe.requests for stretch in request.stretches()]
         for load, start, end in spans:
             source = load.source
             if isinstance(source, Checkpoint) and source.is_streamed and end > start:

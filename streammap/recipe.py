@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
-from streammap import graph, pullback
+from streammap import graph, pooling, pullback
 from streammap.graph import Form, Load, Term
 from streammap.maps import BlockMap, DenseMap
 from streammap.pullback import Pullback, Range
@@ -26,42 +26,45 @@ _STRIP_NBYTES = 2**19
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A part of a source tensor that a tile needs: a product of ranges, all but whole at the end.
+    """A part of source tensors that a tile needs: a product of ranges, all but whole at the end.
 
-    Its elements stand in order; where a leading dimension has several ranges, side by side.
+    Its elements stand in order; where a leading dimension has several ranges, side by side. Several
+    tensors are of one dtype and shape, and stand one after the other.
     """
 
-    found: Load
+    sources: tuple[Load, ...]
     ranges: tuple[tuple[Range, ...], ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Units of each dimension."""
-        return tuple(sum(end - start for start, end in r) for r in self.ranges)
+        """Tensors, and units of each dimension."""
+        return len(self.sources), *(sum(end - start for start, end in r) for r in self.ranges)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return math.prod(self.shape) * DTYPE_BITS[self.found.spec.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.sources[0].spec.dtype] // 8
 
     @property
     def key(self) -> object:
         """Equal for requests of the same bytes."""
-        return id(self.found.source), self.found.key, self.ranges
+        return tuple((id(found.source), found.key) for found in self.sources), self.ranges
 
-    def stretches(self) -> Iterator[Range]:
-        """Bytes of the tensor that are read, one after the other."""
-        shape = self.found.spec.shape or (1,)
+    def stretches(self) -> Iterator[tuple[Load, int, int]]:
+        """Bytes of tensors that are read, one after the other."""
+        spec = self.sources[0].spec
+        shape = spec.shape or (1,)
         cut = [d for d, n in enumerate(shape) if self.ranges[d] != ((0, n),)]
         dim = max(cut, default=0)
-        inner = math.prod(shape[dim + 1 :]) * DTYPE_BITS[self.found.spec.dtype] // 8
+        inner = math.prod(shape[dim + 1 :]) * DTYPE_BITS[spec.dtype] // 8
         units = [[i for start, end in r for i in range(start, end)] for r in self.ranges[:dim]]
-        for index in itertools.product(*units):
-            base = 0
-            for i, n in zip(index, shape[1:], strict=False):
-                base = (base + i) * n
-            for start, end in self.ranges[dim]:
-                yield (base + start) * inner, (base + end) * inner
+        for found in self.sources:
+            for index in itertools.product(*units):
+                base = 0
+                for i, n in zip(index, shape[1:], strict=False):
+                    base = (base + i) * n
+                for start, end in self.ranges[dim]:
+                    yield found, (base + start) * inner, (base + end) * inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +142,19 @@ class Recipe:
     @cached_property
     def requests(self) -> tuple[Request, ...]:
         """What is read, in the order in which the program does."""
+        terms = zip(self.form.terms, self.parts, strict=True)
         return tuple(
             Request(found, tuple(d.pulled.ranges for d in part))
-            for term, parts in zip(self.form.terms, self.parts, strict=True)
+            for term, parts in terms
             for part in parts
-            for coefficient, found in term.blend
-            if coefficient != 0.0 and not graph.is_constant(found)
+            for found in self._together(term)
         )
+
+    def _together(self, term: Term) -> list[tuple[Load, ...]]:
+        """The sources of a term; in one request those that are added up as they are."""
+        if len(term.blend) > 1 and pooling.divisor_of(self.form) is not None:
+            return [tuple(found for _, found in term.blend)]
+        return [(found,) for c, found in term.blend if c != 0.0 and not graph.is_constant(found)]
 
 
 def _item_nbytes(term: Term) -> int:

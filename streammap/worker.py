@@ -243,10 +243,10 @@ class Worker:
         return tuple(None if op.kind == "read" else bind(op, buffer, _matrix) for op in program.ops)
 
     def _read(self, request: Request, view: memoryview) -> None:
-        source, at = request.found.source, 0
-        for start, end in request.stretches():
+        at = 0
+        for found, start, end in request.stretches():
             part = view[at : at + end - start]
-            source.read_into(request.found.key, start, part, mapped=self._mapped)
+            found.source.read_into(found.key, start, part, mapped=self._mapped)
             self.n_read += len(part)
             at += end - start
 
