@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import final
 
-from streammap import graph, pooling, pullback
+from streammap import graph, groupsums, pooling, pullback
 from streammap.graph import Load, Term
 from streammap.maps import BlockMap, DenseMap
 from streammap.memory import N_PLACES
@@ -126,7 +126,7 @@ class _Writer:
 
     def _pooled(self, out: View) -> bool:
         """Sums of groups of sources as they are: one kernel, which rounds once."""
-        divisor = pooling.divisor_of(self._form)
+        divisor = groupsums.divisor_of(self._form)
         if divisor is None:
             return False
         sources = [found for _, found in self._form.terms[0].blend]

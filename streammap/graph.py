@@ -89,7 +89,8 @@ class Form:
     def accumulator(self) -> str:
         """The dtype sums are kept in: float32, or float64 for float64 and for long float32 sums.
 
-        In float32 the sum of 2 or 4 equal parts is the whole, bit for bit; of 8 it is not.
+        In float32 the sum of 2 or 4 equal parts is the whole, bit for bit (of -0.0 it may be +0.0);
+        of 8 it is not.
         """
         if self.spec.dtype == "F64":
             return "F64"

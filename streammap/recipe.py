@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
-from streammap import graph, pooling, pullback
+from streammap import graph, groupsums, pullback
 from streammap.graph import Form, Load, Term
 from streammap.maps import BlockMap, DenseMap
 from streammap.pullback import Pullback, Range
@@ -152,7 +152,7 @@ class Recipe:
 
     def _together(self, term: Term) -> list[tuple[Load, ...]]:
         """The sources of a term; in one request those that are added up as they are."""
-        if len(term.blend) > 1 and pooling.divisor_of(self.form) is not None:
+        if len(term.blend) > 1 and groupsums.divisor_of(self.form) is not None:
             return [tuple(found for _, found in term.blend)]
         return [(found,) for c, found in term.blend if c != 0.0 and not graph.is_constant(found)]
 

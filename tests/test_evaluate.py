@@ -15,9 +15,9 @@ from streammap import (
     compiler,
     evaluate,
     graph,
+    groupsums,
     maps,
     memory,
-    pooling,
     recipe,
     schedule,
     tiling,
@@ -197,7 +197,7 @@ def _patched(patch: pytest.MonkeyPatch, form: Form, room: Room) -> Memory:
         least = max(least, 2 * 8 * math.prod(members))
     patch.setattr(memory, "CHUNK_NBYTES", max(room.chunk, least))
     patch.setattr(recipe, "STRIP", STRIP)
-    patch.setattr(pooling, "MIN_RUN", 1)
+    patch.setattr(groupsums, "MIN_RUN", 1)
     patch.setattr(worker, "Buffer", poisoned)
     patch.setattr(evaluate, "Buffer", poisoned)
     return _memory(max(room.tile, least), room.dense)
@@ -377,7 +377,7 @@ def test_sums_of_groups_are_added_up_in_one_order_whatever_the_tile(data: st.Dat
             wanted = wanted + part.index_select(mapped[-1], _members(inner, b))
     wanted *= 0.5 * math.prod(m.common or 1.0 for m in dims if m is not None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pooling, "MIN_RUN", 1)
+        patch.setattr(groupsums, "MIN_RUN", 1)
         for room in ROOMS:
             assert tiny.bits(_read(form, room)) == tiny.bits(wanted.to(sources[0].dtype)), room
         tile = tiling.tile_at(form.spec.shape, (), 0, form.spec.shape[0])
