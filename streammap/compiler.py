@@ -94,7 +94,11 @@ class _Writer:
         if math.prod(len(m.segments) for m in blocks if isinstance(m, BlockMap)) > _MAX_MOVES:
             return False
         (part,) = self._parts[0]
-        held = self._read(part, found)
+        self._place(part, self._read(part, found), out, coefficient)
+        return True
+
+    def _place(self, part: Part, held: View, out: View, coefficient: float) -> None:
+        """Move each element to all of its places."""
         dims = [(d, dim.pulled.segments) for d, dim in enumerate(part) if dim.pulled.segments]
         for chosen in itertools.product(*(segments for _, segments in dims)):
             to, at, factor = out, held, coefficient
@@ -105,23 +109,31 @@ class _Writer:
                 if segment.coefficient != 0.0:
                     at = at.blocks(d, segment, source=True)
             self._put(to, at, factor)
-        return True
 
     def _blended(self, out: View) -> bool:
-        """(1 - w) a + w b of 16-bit sources as they are: one kernel, which rounds once."""
-        form = self._form
-        term = form.terms[0]
-        if len(form.terms) > 1 or len(term.blend) != 2 or any(m is not None for m in term.maps):
+        """(1 - w) a + w b of 16-bit sources, moved where they are: a kernel that rounds once."""
+        dtype, terms = self._form.spec.dtype, self._form.terms
+        sides = [(number, *pair) for number, term in enumerate(terms) for pair in term.blend]
+        if len(sides) != 2 or dtype not in _HALVES:
             return False
-        (u, a), (w, b) = term.blend
-        dtypes = {a.spec.dtype, b.spec.dtype, form.spec.dtype}
-        if len(dtypes) > 1 or form.spec.dtype not in _HALVES or u == 0.0 or w == 0.0:
+        (_, u, a), (_, w, b) = sides
+        if u == 0.0 or w == 0.0 or u != 1.0 - w or {a.spec.dtype, b.spec.dtype} != {dtype}:
             return False
-        if u != 1.0 - w or graph.is_constant(a) or graph.is_constant(b):
+        if graph.is_constant(a) or graph.is_constant(b):
             return False
-        (part,) = self._parts[0]
-        sources = (self._read(part, a), self._read(part, b))
-        self._ops.append(Op("blend", out, sources, number=w))
+        if not all(_moves_exactly(term, dtype) for term in terms):
+            return False
+        sources = []
+        for number, _, found in sides:
+            self._number = number
+            (part,) = self._parts[number]
+            held = self._read(part, found)
+            if any(dim.changes for dim in part):
+                moved = self._new(dtype, out.shape)
+                self._place(part, held, moved, 1.0)
+                held = moved
+            sources.append(held)
+        self._ops.append(Op("blend", out, tuple(sources), number=w))
         return True
 
     def _pooled(self, out: View) -> bool:
@@ -364,6 +376,20 @@ class _Writer:
         self._used += -(-nbytes // _ALIGN_NBYTES) * _ALIGN_NBYTES
         self._peak = max(self._peak, self._used)
         return contiguous(WORK, dtype, offset, shape)
+
+
+def _moves_exactly(term: Term, dtype: str) -> bool:
+    """Whether a term's maps move numbers, each by a factor that takes no rounding."""
+    blocks = [m for m in term.maps if m is not None]
+    n_moves = 1
+    for m in blocks:
+        if not isinstance(m, BlockMap) or m.n_members != 1 or m.common is None:
+            return False
+        # Halves of small numbers: bfloat16 has float32's exponents, float16 has not.
+        if m.common != 1.0 and (dtype != "BF16" or math.frexp(m.common)[0] != 0.5):
+            return False
+        n_moves *= len(m.segments)
+    return n_moves <= _MAX_MOVES
 
 
 def _side_by_side(ranges: Sequence[Range]) -> Iterator[Segment]:
