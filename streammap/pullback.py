@@ -7,7 +7,7 @@ segments move them to their places. Units are counted from the first range's sta
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from streammap import segments
@@ -21,7 +21,7 @@ Range = tuple[int, int]
 """start, end"""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Pullback:
     """What a range of a map's result is made of."""
 
@@ -30,7 +30,7 @@ class Pullback:
     segments: Segments | None
     """From the units of `ranges`, side by side, to the range; None where they stay as they are."""
 
-    @property
+    @cached_property
     def n_in(self) -> int:
         """Units read."""
         return sum(end - start for start, end in self.ranges)
@@ -77,6 +77,7 @@ def _compact(found: Sequence[Segment]) -> Pullback:
     return Pullback(ranges, segments.shared(Segments(moved)))
 
 
+@lru_cache(maxsize=1024)
 def whole(m: AxisMap | None, n: int) -> Pullback:
     """All of a dimension of n source units: nothing is left out, so that it is read in one go."""
     return Pullback(((0, n),), m.segments if isinstance(m, BlockMap) else None)

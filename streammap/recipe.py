@@ -126,18 +126,12 @@ class Recipe:
         """Whether a matrix is multiplied with."""
         return any(isinstance(d.m, DenseMap) for parts in self.parts for d in parts[0])
 
-    @cached_property
+    @property
     def structure(self) -> object:
         """Equal for tiles of forms that are `alike` and have the same program."""
-        return (
-            len(self.tile.prefix),
-            self.tile.shape,
-            tuple(
-                tuple((d.pulled.n_in, d.pulled.segments) for d in part)
-                for parts in self.parts
-                for part in parts
-            ),
-        )
+        dims = [d.pulled for parts in self.parts for part in parts for d in part]
+        sources = [(pulled.n_in, pulled.segments) for pulled in dims]
+        return len(self.tile.prefix), self.tile.shape, *sources
 
     @cached_property
     def requests(self) -> tuple[Request, ...]:

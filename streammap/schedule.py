@@ -7,6 +7,7 @@ same bytes (a layer copied to four places, rows that are copies) are one job wit
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from streammap import compiler, graph, tiling
 from streammap.errors import PlanError
@@ -46,7 +47,7 @@ class Copy:
     places: tuple[Place, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Compute:
     """A tile to compute."""
 
@@ -56,7 +57,7 @@ class Compute:
     recipe: Recipe
     places: tuple[Place, ...]
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the tile."""
         spec = self.recipe.form.spec

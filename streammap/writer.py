@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from queue import SimpleQueue
 from typing import final
 
 from streammap import digests
@@ -28,6 +29,22 @@ waits there keeps a processor busy, so that the others wait here."""
 
 
 @final
+class _Turns:
+    """Lets so many threads in: a semaphore as cheap as a lock, since it is asked for each write."""
+
+    def __init__(self) -> None:
+        self._free: SimpleQueue[None] = SimpleQueue()
+        for _ in range(_N_AT_ONCE):
+            self._free.put(None)
+
+    def __enter__(self) -> None:
+        self._free.get()
+
+    def __exit__(self, *_: object) -> None:
+        self._free.put(None)
+
+
+@final
 class _File:
     """A shard, how much of it there is, and who may write to it."""
 
@@ -35,7 +52,7 @@ class _File:
         self.shard = shard
         self.digests = FileDigests((slot.start, slot.spec.nbytes) for slot in shard.slots)
         self.lock = threading.Lock()
-        self.turns = threading.Semaphore(_N_AT_ONCE)
+        self.turns = _Turns()
         self.is_there = not shard.head
         """Whether the file is there before it begins: an earlier run's, or a torch file."""
         self.has_begun = False
@@ -100,8 +117,10 @@ class Writer:
     def write(self, job: Job, made: Made) -> None:
         """Write a job's bytes to all of its places."""
         for place in job.places:
-            with self._files[place.file].lock:
-                self._begin(self._files[place.file])
+            file = self._files[place.file]
+            if not file.has_begun:
+                with file.lock:
+                    self._begin(file)
         crc, at = 0, 0
         for piece in made.pieces():
             crc = digests.crc32(piece, crc)
