@@ -348,7 +348,7 @@ def groups(draw: st.DrawFn, n_members: int) -> BlockMap:
 
 
 @given(st.data())
-@settings(max_examples=settings().max_examples * 3)
+@settings(max_examples=settings().max_examples * 2)
 def test_sums_of_groups_are_added_up_in_one_order_whatever_the_tile(data: st.DataObject) -> None:
     """From +0 on: each source, each member of its first dimension, with all of the second."""
     rank = data.draw(st.integers(1, 4))
