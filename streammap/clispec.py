@@ -1,7 +1,6 @@
 """Commands about architecture specs: `architectures`, `spec verify`, `spec infer`."""
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,6 +52,8 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     Example:
         streammap spec verify gpt2
     """
+    import tempfile
+
     from streammap import catalogue, proof
 
     reports: list[Report] = []
@@ -98,6 +99,8 @@ def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
     found = inference.infer(config, name=name or str(config.get("model_type", "mine")))
     reports = []
     if proves:
+        import tempfile
+
         with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
             file = Path(folder) / f"{name or found.model_type}.toml"
             file.write_text(found.toml)
