@@ -1,6 +1,6 @@
 """How fast a run is beside `cp`, beside the least any program does, and beside dense products.
 
-    python -m bench.speed [--runs 5] [--folder DIR] [--quick] [--cold] [--dense-runs 1]
+    python -m bench.speed [--runs 5] [--folder DIR] [--quick] [--cold] [--size GB] [--dense-runs 1]
 
 Prints wall and CPU seconds and the ratios of wall time to `cp` of the large model and to the floor:
 a process that reads the same bytes and writes as many with one buffer (bench/floor.py). A run of
@@ -92,6 +92,7 @@ def _remark(title: str, to_cp: float | None, to_floor: float | None) -> str:
 def add(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     parser.add_argument("--cold", action="store_true", help="sources are not in the page cache")
+    parser.add_argument("--size", type=float, metavar="GB", help="of the large model")
     parser.add_argument("--dense-runs", type=int, default=1, help="rounds with dense products")
 
 
@@ -116,6 +117,8 @@ def main(options: Options) -> None:
     cold, folder = options.given.cold, options.folder
     harness.need(folder, 13e9)
     size = 0.2e9 if options.quick else min(2.7e9, _PART * harness.memory_nbytes())
+    if options.given.size is not None:
+        size = options.given.size * 1e9
     big = models.llama_of(size, largest=size / 12)
     small = models.Llama(big.hidden // 2, big.mlp // 2, big.layers, big.vocab)
     for name, model, seed in (("a", big, 0), ("b", big, 1), ("small", small, 2)):
