@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 
 from streammap import segments
-from streammap.maps import AxisMap, BlockMap
+from streammap.maps import BlockMap
 from streammap.segments import Segment, Segments
 
 _MAX_GAP_NBYTES = 32 * 2**10
@@ -78,9 +78,9 @@ def _compact(found: Sequence[Segment]) -> Pullback:
 
 
 @lru_cache(maxsize=1024)
-def whole(m: AxisMap | None, n: int) -> Pullback:
+def whole(m: BlockMap | None, n: int) -> Pullback:
     """All of a dimension of n source units: nothing is left out, so that it is read in one go."""
-    return Pullback(((0, n),), m.segments if isinstance(m, BlockMap) else None)
+    return Pullback(((0, n),), None if m is None else m.segments)
 
 
 def _moves(m: BlockMap, start: int, end: int, unit_nbytes: int) -> Iterable[Segment]:

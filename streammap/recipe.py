@@ -164,7 +164,8 @@ def _parts(term: Term, tile: Tile, item: int) -> tuple[Part, ...]:
     for dim, (n, m) in enumerate(zip(source, term.maps, strict=True)):
         n_out = n if m is None else m.n_out
         if dim > last:
-            choices.append([Dim(m, pullback.whole(m, n), (0, n_out))])
+            blocks = m if isinstance(m, BlockMap) else None  # no cache is to hold a matrix
+            choices.append([Dim(m, pullback.whole(blocks, n), (0, n_out))])
             continue
         rows = (tile.start, tile.end) if dim == last else (tile.prefix[dim], tile.prefix[dim] + 1)
         if isinstance(m, DenseMap):

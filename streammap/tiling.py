@@ -7,7 +7,7 @@ dimension, and all of the rest: its bytes are contiguous, and no tensor is too l
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -120,7 +120,7 @@ def bundles(
     if 0 in shape:
         return
     dims = [
-        _orbits(tuple(m[d] for m in terms), n, cut.rows if d == cut.dim else 1)
+        _orbits(_blocks(maps[d] for maps in terms), n, cut.rows if d == cut.dim else 1)
         for d, n in enumerate(shape[: cut.dim + 1])
     ]
     for chosen in itertools.product(*dims[:-1]):
@@ -143,10 +143,14 @@ class _Orbit:
     starts: tuple[int, ...]
 
 
+def _blocks(dims: Iterable[AxisMap | None]) -> tuple[BlockMap, ...]:
+    """The maps that cut a dimension; matrices do not, and no cache is to hold one."""
+    return tuple(m for m in dims if isinstance(m, BlockMap))
+
+
 @lru_cache(maxsize=256)
-def _orbits(dims: tuple[AxisMap | None, ...], n: int, rows: int) -> tuple[_Orbit, ...]:
+def _orbits(blocks: tuple[BlockMap, ...], n: int, rows: int) -> tuple[_Orbit, ...]:
     """A dimension of n units of the result, cut where runs of any of its maps begin or end."""
-    blocks = [m for m in dims if isinstance(m, BlockMap)]
     places = {0, n} if rows > 1 else set(range(n + 1))
     if rows > 1:
         cuts = {cut for m in blocks if m.is_regular for cut in _cuts(m, rows)}

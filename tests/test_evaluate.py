@@ -1,7 +1,9 @@
 """Forms computed tile by tile against dense float64 products, and the algebra of forms."""
 
+import gc
 import itertools
 import math
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -272,6 +274,17 @@ def test_a_dense_map_takes_its_source_in_strips(n_in: int, dim: int) -> None:
             wanted = oracle.along(x, m.matrix.double(), dim).to(dtype)
             for room in ROOMS:
                 assert torch.equal(_read(form, room), wanted)
+
+
+def test_a_dense_map_is_forgotten_with_its_form() -> None:
+    """It can be large: no cache of the process holds it."""
+    m = DenseMap(torch.randn(3, 4))
+    matrix = weakref.ref(m.matrix)
+    form = graph.map_dims(Held().load(torch.randn(4, 4)), [m, m])
+    assert _read(form).shape == (3, 3)
+    del m, form
+    gc.collect()
+    assert matrix() is None
 
 
 @pytest.mark.parametrize("dims", [(0,), (1,), (0, 1)])
