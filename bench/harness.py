@@ -44,8 +44,8 @@ class Command:
     """Files that it reads, dropped from the page cache first where runs are cold."""
     writes: int = 0
     """Bytes that it writes. A file of that size is written and removed first: on a virtual machine
-    pages cost several times as much when they are touched for the first time in a while: in two
-    seconds. What starts slowly has to do so itself (bench.job's "touch")."""
+    pages cost more when they are touched for the first time in a while. What starts slowly has to
+    do so itself (bench.job's "touch")."""
     most_runs: int | None = None
     """Rounds that it takes part in; None for all."""
     code: int = 0

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import final
 
-from streammap import graph, groupsums, pooling, pullback
+from streammap import graph, groupsums, pullback
 from streammap.graph import Load, Term
 from streammap.maps import BlockMap, DenseMap
 from streammap.memory import N_PLACES
@@ -84,14 +84,11 @@ class _Writer:
         form = self._form
         term = form.terms[0]
         coefficient, found = term.blend[0]
-        blocks = [m for m in term.maps if m is not None]
-        if len(form.terms) > 1 or len(term.blend) > 1 or graph.is_constant(found):
+        if len(form.terms) > 1 or len(term.blend) > 1 or coefficient == 0.0:
             return False
-        if found.spec.dtype != form.spec.dtype or coefficient == 0.0 or not blocks:
+        if not any(term.maps) or not _moves(term):
             return False
-        if any(isinstance(m, DenseMap) or m.longest > 1 for m in blocks):
-            return False
-        if math.prod(len(m.segments) for m in blocks if isinstance(m, BlockMap)) > _MAX_MOVES:
+        if not graph.is_stored(found, form.spec.dtype):
             return False
         (part,) = self._parts[0]
         self._place(part, self._read(part, found), out, coefficient)
@@ -117,9 +114,9 @@ class _Writer:
         if len(sides) != 2 or dtype not in _HALVES:
             return False
         (_, u, a), (_, w, b) = sides
-        if u == 0.0 or w == 0.0 or u != 1.0 - w or {a.spec.dtype, b.spec.dtype} != {dtype}:
+        if u == 0.0 or w == 0.0 or u != 1.0 - w:
             return False
-        if graph.is_constant(a) or graph.is_constant(b):
+        if not graph.is_stored(a, dtype) or not graph.is_stored(b, dtype):
             return False
         if not all(_moves_exactly(term, dtype) for term in terms):
             return False
@@ -141,6 +138,8 @@ class _Writer:
         divisor = groupsums.divisor_of(self._form)
         if divisor is None:
             return False
+        from streammap import pooling
+
         sources = [found for _, found in self._form.terms[0].blend]
         (part,) = self._parts[0]
         held = self._read(part, *sources)
@@ -378,18 +377,26 @@ class _Writer:
         return contiguous(WORK, dtype, offset, shape)
 
 
-def _moves_exactly(term: Term, dtype: str) -> bool:
-    """Whether a term's maps move numbers, each by a factor that takes no rounding."""
+def _moves(term: Term) -> bool:
+    """Whether a term's maps move numbers, none of them added up, and in few runs."""
     blocks = [m for m in term.maps if m is not None]
-    n_moves = 1
-    for m in blocks:
-        if not isinstance(m, BlockMap) or m.n_members != 1 or m.common is None:
-            return False
-        # Halves of small numbers: bfloat16 has float32's exponents, float16 has not.
-        if m.common != 1.0 and (dtype != "BF16" or math.frexp(m.common)[0] != 0.5):
-            return False
-        n_moves *= len(m.segments)
-    return n_moves <= _MAX_MOVES
+    return (
+        all(isinstance(m, BlockMap) and m.longest <= 1 for m in blocks)
+        and math.prod(len(m.segments) for m in blocks if isinstance(m, BlockMap)) <= _MAX_MOVES
+    )
+
+
+def _moves_exactly(term: Term, dtype: str) -> bool:
+    """Whether they move a number to each place, by a factor that takes no rounding."""
+    for m in term.maps:
+        if isinstance(m, BlockMap):
+            # Halves of small numbers: bfloat16 has float32's exponents, float16 has not.
+            takes_none = m.common == 1.0 or (
+                dtype == "BF16" and math.frexp(m.common or 0)[0] == 0.5
+            )
+            if m.n_members != 1 or not takes_none:
+                return False
+    return _moves(term)
 
 
 def _side_by_side(ranges: Sequence[Range]) -> Iterator[Segment]:

@@ -179,6 +179,11 @@ def shift(form: Form, offset: float) -> Form:
     return _collected(form.spec, (*form.terms, term))
 
 
+def is_stored(found: Load, dtype: str) -> bool:
+    """Whether a load reads a tensor of this dtype."""
+    return found.spec.dtype == dtype and not is_constant(found)
+
+
 def is_constant(found: Load) -> bool:
     """Whether a load reads no tensor."""
     return isinstance(found.source, _Ones)

@@ -23,10 +23,7 @@ def divisor_of(form: Form) -> int | None:
     dtype = form.spec.dtype
     if len(form.terms) > 1 or dtype not in _DTYPES or coefficient == 0.0:
         return None
-    if any(
-        c != coefficient or found.spec.dtype != dtype or graph.is_constant(found)
-        for c, found in term.blend
-    ):
+    if not all(c == coefficient and graph.is_stored(found, dtype) for c, found in term.blend):
         return None
     if form.accumulator != ("F64" if dtype == "F64" else "F32"):
         return None

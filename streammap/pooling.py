@@ -100,9 +100,9 @@ def _pooled(
     if columns.in_start or columns.count * inner.k * columns.length != inner.n_in:
         return
     is_whole = len(around) == 1 and around[0].count * outer.k * around[0].length == outer.n_in
-    if (before > 1 and not is_whole) or (n_sources > 1 and not (is_whole and before == 1)):
+    if before > 1 and not is_whole:
         return
-    if n_sources > 1 and around[0].count > 1:
+    if n_sources > 1 and (before > 1 or not is_whole or around[0].count > 1):
         return
     for runs in around:
         width = runs.length * between * columns.count * inner.k

@@ -17,7 +17,7 @@ from streammap.maps import DenseMap
 from streammap.memory import N_PLACES, Limits, Memory
 from streammap.program import OUT, WORK, Program
 from streammap.recipe import Recipe, Request
-from streammap.schedule import Compute, Copy, Job, fits
+from streammap.schedule import Compute, Copy, Job, fits, limits_of
 from streammap.spec import DTYPE_BITS
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Worker:
         self._work = Buffer(limits.work_nbytes)
         self.n_read = 0
         """Bytes read so far."""
-        self._latest: tuple[Recipe, Program] | None = None
+        self._latest: tuple[Recipe, tuple[Program, Limits]] | None = None
         self._bound: dict[object, tuple[Program, tuple[Call | None, ...]]] = {}
         """With the program, so that no other one gets its id."""
         self._pieces: dict[object, Pieces | None] = {}
@@ -83,7 +83,7 @@ class Worker:
         if isinstance(job, Copy) or self._pieces_of(job) is not None:
             yield job
             return
-        program, limits = self._program(job.recipe, job.kind), self._limits(job.recipe)
+        program, limits = self._means(job)
         if job.nbytes <= limits.out_nbytes and fits(program, limits):
             yield job
             return
@@ -148,18 +148,16 @@ class Worker:
                 self.n_read += len(part)
             yield out.view[: end - start]
 
-    def _program(self, recipe: Recipe, kind: object) -> Program:
-        """The program of a recipe; that of the last one is at hand."""
-        if self._latest is None or self._latest[0] is not recipe:
-            chunk = self._limits(recipe).chunk_nbytes
-            self._latest = recipe, self._programs.of(recipe, kind, chunk)
+    def _means(self, job: Compute) -> tuple[Program, Limits]:
+        """A job's program and limits; those of the last one are at hand."""
+        if self._latest is None or self._latest[0] is not job.recipe:
+            limits = limits_of(job.recipe.form, self._memory)
+            program = self._programs.of(job.recipe, job.kind, limits.chunk_nbytes)
+            self._latest = job.recipe, (program, limits)
         return self._latest[1]
 
-    def _limits(self, recipe: Recipe) -> Limits:
-        return self._memory.dense_limits if recipe.is_dense else self._memory.limits
-
     def _compute(self, job: Compute, out: Buffer) -> None:
-        program = self._program(job.recipe, job.kind)
+        program, _ = self._means(job)  # `parts` found them
         requests = job.recipe.requests
         chosen = [self._place(request) for request in requests]
         places = tuple(place for place, _ in chosen)
@@ -185,7 +183,7 @@ class Worker:
             return {OUT: side.out, WORK: side.work}[place] if place < 0 else there[place]
 
         with side.stream():
-            for op in self._program(job.recipe, job.kind).ops:
+            for op in self._means(job)[0].ops:
                 if op.kind != "read":
                     bind(op, buffer, side.matrices.on_device)()
                     continue
