@@ -18,12 +18,12 @@ _HAS = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_availa
 _MAP = """
 import sys, torch
 from pathlib import Path
-from streammap import mapfile
-from streammap.maps import DenseMap
+from streammap.planning import map_file
+from streammap.planning.maps import DenseMap
 n, out = int(sys.argv[1]), Path(sys.argv[2])
 torch.manual_seed(0)
 dense = DenseMap(torch.rand(n // 2, n) / n)
-out.write_bytes(mapfile.encode((mapfile.Level({"embed": dense}),)))
+out.write_bytes(map_file.encode((map_file.Level({"embed": dense}),)))
 """
 _TRANSFERS = """
 import json, sys, time, torch

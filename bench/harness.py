@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from streammap.version import VERSION
+from streammap.common.version import VERSION
 
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from bench import harness
 
 if TYPE_CHECKING:
-    from streammap.plan import Plan
+    from streammap.planning.plan import Plan
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from bench import harness
-from streammap import header
-from streammap.spec import TensorSpec
+from streammap.io.formats import safetensors_header
+from streammap.io.tensor_spec import TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -263,7 +263,7 @@ def _write_sparse(folder: Path, model: Kind, shards: int) -> None:
         name = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
         if shards == 1:
             name = "model.safetensors"
-        head = header.encode(part, {"format": "pt"})
+        head = safetensors_header.encode(part, {"format": "pt"})
         with (folder / name).open("wb") as file:
             file.write(head)
             file.truncate(len(head) + sum(spec.nbytes for _, spec in part))

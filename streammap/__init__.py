@@ -3,12 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from streammap import collection
+from streammap.common import garbage
 
 if TYPE_CHECKING:
     from streammap import progress
+    from streammap.analysis.difference import Difference, diff
+    from streammap.analysis.verification import Verification, verify
     from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, load_into, open
-    from streammap.difference import Difference, diff
+    from streammap.common.version import VERSION as __version__
     from streammap.errors import (
         ArchitectureError,
         CheckpointError,
@@ -17,12 +19,10 @@ if TYPE_CHECKING:
         SchemeError,
         StreammapError,
     )
-    from streammap.executor import Report
-    from streammap.loading import LoadReport
-    from streammap.mapper import BertMapper, DeiTMapper, GPT2Mapper
-    from streammap.ranks import Ranks
-    from streammap.verification import Verification, verify
-    from streammap.version import VERSION as __version__
+    from streammap.output.module.load import LoadReport
+    from streammap.output.ranks.launcher import Ranks
+    from streammap.output.run import Report
+    from streammap.tools.original.mappers import BertMapper, DeiTMapper, GPT2Mapper
 
 __all__ = [
     "ArchitectureError",
@@ -51,13 +51,13 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "difference": ("Difference", "diff"),
+    "analysis.difference": ("Difference", "diff"),
+    "analysis.verification": ("Verification", "verify"),
     "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "load_into", "open"),
-    "loading": ("LoadReport",),
-    "executor": ("Report",),
-    "mapper": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
-    "ranks": ("Ranks",),
-    "verification": ("Verification", "verify"),
+    "output.module.load": ("LoadReport",),
+    "output.ranks.launcher": ("Ranks",),
+    "output.run": ("Report",),
+    "tools.original.mappers": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
 }
 
 
@@ -66,12 +66,12 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         """Import a name's module when it is first used: `streammap --help` needs none of them."""
         if name == "__version__":
-            return import_module("streammap.version").VERSION
+            return import_module("streammap.common.version").VERSION
         if name not in __all__:
             raise AttributeError(f"module 'streammap' has no attribute {name!r}")
         if name == "progress":
             return import_module("streammap.progress")
         home = next((module for module, names in _HOMES.items() if name in names), "errors")
-        with collection.paused():
+        with garbage.paused():
             module = import_module(f"streammap.{home}")
         return getattr(module, name)

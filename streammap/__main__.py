@@ -1,5 +1,5 @@
 """python -m streammap."""
 
-from streammap.cli import main
+from streammap.cli.main import main
 
 main(prog_name="streammap")

@@ -1,4 +1,4 @@
-"""The calls a training launcher makes. The defaults of options are here and in options.py only.
+"""The calls a training launcher makes. Defaults of options are here and in resize_options.py only.
 
 big = streammap.open("bert-base")
 small = big.coalesce(width=2, depth=2)      # nothing is read yet
@@ -13,29 +13,33 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack, final
 
-from streammap import collection, endings, executor, layout, places, recorded, validation
-from streammap.engine import MEMORY, EngineOptions, Reader, engine
+from streammap.common import garbage
+from streammap.common.events import Listener, nobody
+from streammap.engine.options import MEMORY, EngineOptions, Reader, engine
 from streammap.errors import OutputError
-from streammap.events import Listener, nobody
-from streammap.executor import Report
-from streammap.places import PathLike
-from streammap.plan import Plan, Promise
-from streammap.ranks import Ranks
-from streammap.spec import TensorSpec
-from streammap.storage import hubname
-from streammap.storage.hubsink import MESSAGE, Push
-from streammap.storage.sink import Sink
-from streammap.where import FORMATS, Format, Where
+from streammap.io import filenames
+from streammap.io.storage import hub_name, resolve
+from streammap.io.storage.hub_sink import MESSAGE, Push
+from streammap.io.storage.resolve import PathLike
+from streammap.io.storage.sink import Sink
+from streammap.io.tensor_spec import TensorSpec
+from streammap.operators import registry
+from streammap.output import config_check, shards
+from streammap.output import run as executor
+from streammap.output.options import FORMATS, Format, Where
+from streammap.output.ranks.launcher import Ranks
+from streammap.output.run import Report
+from streammap.planning.plan import Plan, Promise
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from streammap.health import Health
-    from streammap.loading import LoadReport
+    from streammap.analysis.health import Health
+    from streammap.analysis.summary import Summary
     from streammap.operators.resize import Direction
-    from streammap.options import ResizeOptions, RunOptions
-    from streammap.summary import Summary
+    from streammap.operators.resize_options import ResizeOptions, RunOptions
+    from streammap.output.module.load import LoadReport
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -89,7 +93,7 @@ class LazyCheckpoint:
         """
         if region is None and out is None and dtype is None and device is None:
             return self.plan.read(key)
-        from streammap import tensors
+        from streammap.engine import lazy_tensors as tensors
 
         return tensors.read(self.plan, key, region, out=out, dtype=dtype, device=device)
 
@@ -100,7 +104,7 @@ class LazyCheckpoint:
 
     def state_dict(self) -> "Mapping[str, Tensor]":
         """The tensors as a mapping; each is computed when it is asked for, each time anew."""
-        from streammap import tensors
+        from streammap.engine import lazy_tensors as tensors
 
         return tensors.LazyState(self.plan)
 
@@ -123,12 +127,12 @@ class LazyCheckpoint:
         """What a run would do: shapes, formulas, bytes, memory, promise.
 
         Args:
-            options: See engine.py: memory, threads, device, reader.
+            options: See options.py: memory, threads, device, reader.
 
         Raises:
             OutputError: the memory is too little for any run.
         """
-        from streammap.summary import summarize
+        from streammap.analysis.summary import summarize
 
         return summarize(self.plan, engine(options))
 
@@ -137,12 +141,12 @@ class LazyCheckpoint:
 
         Args:
             progress: Called with each event of events.py.
-            options: What the pass may use, see engine.py: memory, threads, reader.
+            options: What the pass may use, see options.py: memory, threads, reader.
 
         Raises:
             CheckpointError: a source can't be read.
         """
-        from streammap import health
+        from streammap.analysis import health
 
         return health.measure(self.plan, engine(options), listener=progress)
 
@@ -150,8 +154,8 @@ class LazyCheckpoint:
         """The smaller model: units of a group (heads, layers ...) become their mean.
 
         Args:
-            options: See options.py: scheme, width, depth, hidden, heads, kv_heads, mlp, experts,
-                layers, axes, grouping, kv_merge, map, target, rule, untie.
+            options: See resize_options.py: scheme, width, depth, hidden, heads, kv_heads, mlp,
+                experts, layers, axes, grouping, kv_merge, map, target, rule, untie.
 
         Raises:
             StreammapError: a request that does not fit, see errors.py.
@@ -173,8 +177,8 @@ class LazyCheckpoint:
             PlanError: the two are not of one model and size.
         """
         other = target if isinstance(target, LazyCheckpoint) else open(target)
-        with collection.paused():
-            return LazyCheckpoint(recorded.interpolate(self.plan, other.plan, alpha=alpha))
+        with garbage.paused():
+            return LazyCheckpoint(registry.interpolate(self.plan, other.plan, alpha=alpha))
 
     def save(
         self,
@@ -207,23 +211,23 @@ class LazyCheckpoint:
             progress: Called with each event of events.py.
             ranks: True where all processes of a torchrun or srun make this call: each then writes
                 some of the shards, and all return when the result is whole. See docs/clusters.md.
-            options: What the run may use, see engine.py: memory, threads, device, reader.
+            options: What the run may use, see options.py: memory, threads, device, reader.
 
         Raises:
             OutputError: the place is taken or too small, or a source's own folder; or the memory
                 is too little.
             PlanError: a config.json that transformers, where it is installed, would refuse.
         """
-        size = layout.parse_size(max_shard_size)
+        size = shards.parse_size(max_shard_size)
         self._check_config()
         if format not in FORMATS:
             raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
         here = Ranks.of(ranks)
         where = Where(
-            places.local_path(output), size, overwrite, fsync, engine(options), restart=restart,
+            resolve.local_path(output), size, overwrite, fsync, engine(options), restart=restart,
             format=format, nest=nest, ranks=here,
         )  # fmt: skip
-        if places.is_url(output):
+        if resolve.is_url(output):
             return self._send(self._sink(str(output), where, options), where, progress)
         return executor.run(self.plan, where, progress)
 
@@ -257,7 +261,7 @@ class LazyCheckpoint:
         Raises:
             OutputError: no token, no right to write; a branch with a model, without `overwrite`.
         """
-        size = layout.parse_size(max_shard_size)
+        size = shards.parse_size(max_shard_size)
         self._check_config()
         here = Ranks.of(ranks)
         where = Where(Path(), size, overwrite, fsync, engine(options), restart=restart, ranks=here)
@@ -266,27 +270,27 @@ class LazyCheckpoint:
 
     def _check_config(self) -> None:
         before = None if self.plan.side is None else self.plan.side.config
-        validation.check(before, self.plan.config, nbytes=self.plan.nbytes)
+        config_check.check(before, self.plan.config, nbytes=self.plan.nbytes)
 
     def _sink(self, url: str, where: Where, options: EngineOptions) -> Sink:
         """Where a URL leads."""
-        if where.format != "safetensors" and not url.endswith(endings.WEIGHTS):
+        if where.format != "safetensors" and not url.endswith(filenames.WEIGHTS):
             raise OutputError(
                 f"{url}: a folder of format {where.format} is written on this machine only",
                 hint="write it to a folder, and copy that",
             )
         if url.startswith("hf://"):
-            name = hubname.parse(url)
+            name = hub_name.parse(url)
             return self._hub(Push(name.repo, name.revision), options)
-        from streammap.storage.remotesink import RemoteSink
+        from streammap.io.storage.remote_sink import RemoteSink
 
         return RemoteSink(url)
 
     def _hub(self, push: Push, options: EngineOptions) -> Sink:
-        from streammap import modelcard
-        from streammap.storage.hubsink import HubSink
+        from streammap.analysis import model_card
+        from streammap.io.storage.hub_sink import HubSink
 
-        return HubSink(push, partial(modelcard.card, self.plan, engine(options), name=push.repo))
+        return HubSink(push, partial(model_card.card, self.plan, engine(options), name=push.repo))
 
     def _send(self, sink: Sink, where: Where, progress: Listener) -> Report:
         if where.ranks.world_size > 1:
@@ -295,17 +299,17 @@ class LazyCheckpoint:
                 "folder on a file system",
                 hint="write to a folder, or run it in one process (--no-ranks)",
             )
-        from streammap import outbox
+        from streammap.output import upload
 
-        where = replace(where, path=outbox.spool_of(sink.label))
+        where = replace(where, path=upload.spool_of(sink.label))
         return executor.run(self.plan, where, progress, sink=sink)
 
     def _resize(self, direction: "Direction", given: "ResizeOptions") -> "LazyCheckpoint":
-        with collection.paused():
-            from streammap import options
+        with garbage.paused():
+            from streammap.operators import resize_options as options
 
             op = options.resize(direction, self.plan, given)
-            return LazyCheckpoint(recorded.resize(self.plan, op))
+            return LazyCheckpoint(registry.resize(self.plan, op))
 
 
 def open(
@@ -328,8 +332,8 @@ def open(
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
-    with collection.paused():
-        plan = recorded.open_source(source, config=config, arch=arch, stream=stream)
+    with garbage.paused():
+        plan = registry.open_source(source, config=config, arch=arch, stream=stream)
     return LazyCheckpoint(plan)
 
 
@@ -359,7 +363,7 @@ def load_into(
             error; else they are told in the report.
         progress: Called with each event of events.py.
         memory: What this may add to the process, beside the module.
-        threads: See engine.py, as `reader`.
+        threads: See options.py, as `reader`.
 
     Raises:
         PlanError: names, shapes or tensors that do not fit. Nothing was touched then.
@@ -368,13 +372,13 @@ def load_into(
     """
     import torch
 
-    from streammap import loading
+    from streammap.output.module import load
 
     opened = lazy if isinstance(lazy, LazyCheckpoint) else open(lazy)
     options = EngineOptions(memory=memory, threads=threads, reader=reader)
     place = None if device is None else torch.device(device)
-    wanted = loading.Wanted(place, dtype, strict, engine(options))
-    return loading.load(opened.plan, model, wanted, progress)
+    wanted = load.Wanted(place, dtype, strict, engine(options))
+    return load.load(opened.plan, model, wanted, progress)
 
 
 def coalesce(
@@ -390,7 +394,7 @@ def coalesce(
     **options: "Unpack[RunOptions]",
 ) -> Report:
     """Write the coalesced `source` to `output`. See open, LazyCheckpoint.coalesce and .save."""
-    from streammap.options import split
+    from streammap.operators.resize_options import split
 
     resize, run = split(options)
     with open(source, stream=stream) as lazy:
@@ -419,7 +423,7 @@ def decoalesce(
     The blend is (1 - alpha) * blend_with + alpha * grown, in the same pass.
     See open, LazyCheckpoint.decoalesce, .interpolate and .save.
     """
-    from streammap.options import split
+    from streammap.operators.resize_options import split
 
     resize, run = split(options)
     big = None if blend_with is None else open(blend_with, stream=stream)

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, final
 
-from streammap.events import Event, Finished, Listener, Started, Wrote, nobody
+from streammap.common.events import Event, Finished, Listener, Started, Wrote, nobody
 
 if TYPE_CHECKING:
     from tqdm import tqdm

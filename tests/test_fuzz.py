@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammap import header, requests, scheme
-from streammap.checkpoint import open_checkpoint
 from streammap.errors import CheckpointError, SchemeError, StreammapError
-from streammap.spec import DTYPE_BITS, TensorSpec
-from tests import tiny
+from streammap.io.checkpoint import open_checkpoint
+from streammap.io.formats import safetensors_header
+from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
+from streammap.planning import requests, scheme
 from tests.fuzz import mutate
 from tests.fuzz.run import MOST_SECONDS
 from tests.fuzz.targets import TARGETS, Target, corpus
+from tests.support import tiny
 
 _MOST_NBYTES = 150_000
 
@@ -83,9 +84,9 @@ METADATA = st.dictionaries(KEYS, st.text(st.characters(codec="utf-8"), max_size=
 def test_what_is_encoded_is_read_again(
     tensors: dict[str, TensorSpec], metadata: dict[str, str]
 ) -> None:
-    head = header.encode(list(tensors.items()), metadata)
+    head = safetensors_header.encode(list(tensors.items()), metadata)
     size = len(head) + sum(spec.nbytes for spec in tensors.values())
-    slots = header.decode(head[8:], file="x", file_nbytes=size)
+    slots = safetensors_header.decode(head[8:], file="x", file_nbytes=size)
     assert {slot.key: slot.spec for slot in slots} == tensors
     assert sum(slot.end - slot.start for slot in slots) == size - len(head)
     assert json.loads(head[8:])["__metadata__"] == metadata
@@ -95,12 +96,14 @@ def test_what_is_encoded_is_read_again(
 def test_a_header_of_one_changed_value_is_read_whole_or_refused(
     tensors: dict[str, TensorSpec], chance: random.Random, more: int
 ) -> None:
-    entries = mutate.json_value(json.loads(header.encode(list(tensors.items()), {})[8:]), chance)
+    entries = mutate.json_value(
+        json.loads(safetensors_header.encode(list(tensors.items()), {})[8:]), chance
+    )
     text = json.dumps(entries).encode()
     size = 8 + len(text) + chance.choice((more, sum(spec.nbytes for spec in tensors.values())))
     with contextlib.suppress(CheckpointError):
         at = 8 + len(text)
-        for slot in header.decode(text, file="x", file_nbytes=size):
+        for slot in safetensors_header.decode(text, file="x", file_nbytes=size):
             assert slot.start == at
             at = slot.end
         assert at == size
@@ -119,7 +122,7 @@ def test_an_index_is_read_as_its_shards_are_or_refused(
     scratch: Path, weight_map: dict[str, object]
 ) -> None:
     for name, key in (("1", "a"), ("2", "b")):
-        content = header.encode([(key, TensorSpec("U8", (1,)))], {}) + b"\0"
+        content = safetensors_header.encode([(key, TensorSpec("U8", (1,)))], {}) + b"\0"
         tiny.file(scratch / f"{name}.safetensors", content)
     tiny.write_index(scratch, weight_map)
     try:

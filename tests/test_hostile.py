@@ -15,22 +15,10 @@ import pytest
 import torch
 
 import streammap
-from streammap import (
-    catalogue,
-    dcpmeta,
-    errors,
-    header,
-    mapfile,
-    pattern,
-    reading,
-    replay,
-    scheme,
-    sidefiles,
-    specfile,
-    strictjson,
-    verification,
-)
-from streammap.checkpoint import open_checkpoint
+from streammap import errors
+from streammap.analysis import verification
+from streammap.architectures import key_pattern, registry, spec_file
+from streammap.common import strict_json
 from streammap.errors import (
     ArchitectureError,
     CheckpointError,
@@ -38,14 +26,20 @@ from streammap.errors import (
     SchemeError,
     StreammapError,
 )
-from streammap.output import Output
-from streammap.spec import TensorSpec
-from streammap.storage import disk
-from tests import tiny, typed
-from tests.test_labels import cases
+from streammap.io import safe_open
+from streammap.io.checkpoint import open_checkpoint
+from streammap.io.formats import dcp_metadata, safetensors_header
+from streammap.io.storage import disk
+from streammap.io.tensor_spec import TensorSpec
+from streammap.output import side_files
+from streammap.output.files import Output
+from streammap.planning import map_file, scheme
+from streammap.tools import replay
+from tests.architectures.test_labels import cases
+from tests.support import tiny, typed
 
 SIZES = tiny.Sizes()
-HEAD = header.encode([("a", TensorSpec("F32", (2,)))], {}) + bytes(8)
+HEAD = safetensors_header.encode([("a", TensorSpec("F32", (2,)))], {}) + bytes(8)
 
 
 @contextmanager
@@ -116,7 +110,7 @@ def test_a_terminal_gets_no_escapes_of_a_record(source: Path) -> None:
 
 def _write_sparse(path: Path, specs: dict[str, TensorSpec]) -> None:
     """A file of zeros that take no room."""
-    head = header.encode(list(specs.items()), {})
+    head = safetensors_header.encode(list(specs.items()), {})
     path.write_bytes(head)
     os.truncate(path, len(head) + sum(spec.nbytes for spec in specs.values()))
 
@@ -153,7 +147,7 @@ def test_only_regular_files_are_opened(
 ) -> None:
     make(tmp_path / "x")
     with pytest.raises(CheckpointError, match=f"x: {kind}"):
-        reading.open_file(tmp_path / "x")
+        safe_open.open_file(tmp_path / "x")
 
 
 @SPECIAL
@@ -186,7 +180,7 @@ def test_a_config_that_is_no_file_is_refused_without_waiting(
 
 def test_a_file_of_the_kernels_is_not_read(tmp_path: Path) -> None:
     """It says that it has no bytes, may have any number, and reading it may wait for ever."""
-    assert reading.content(Path("/proc/self/maps"), limit=1000) == b""
+    assert safe_open.content(Path("/proc/self/maps"), limit=1000) == b""
     (tmp_path / "x.safetensors").symlink_to("/proc/self/maps")
     with pytest.raises(CheckpointError, match="0 bytes, a safetensors file has at least 8"):
         streammap.open(tmp_path / "x.safetensors")
@@ -241,7 +235,7 @@ def test_a_scheme_may_come_through_a_pipe(tmp_path: Path) -> None:
         scheme.load_scheme("/dev/zero")
     (tmp_path / "x.toml").symlink_to("/dev/zero")
     with quickly(3), pytest.raises(ArchitectureError, match="more than 1000000 letters"):
-        catalogue.load(str(tmp_path / "x.toml"))
+        registry.load(str(tmp_path / "x.toml"))
 
 
 # Sizes of files.
@@ -259,7 +253,7 @@ def test_json_without_an_end_is_refused_unread(source: Path, name: str) -> None:
 
 def test_json_of_too_many_values_is_refused_unread() -> None:
     with quickly(), pytest.raises(ValueError, match="about 12000002 values, at most 10000000"):
-        strictjson.loads(b"[" + b"[]," * 6_000_000 + b"[]]")
+        strict_json.loads(b"[" + b"[]," * 6_000_000 + b"[]]")
 
 
 @pytest.mark.parametrize("kind", ["list", "object"])
@@ -284,7 +278,7 @@ def test_json_is_nested_as_deep_as_it_can_be_written_again(source: Path, kind: s
 @pytest.mark.parametrize("text", ["9" * 5_000, "-" + "9" * 5_000])
 def test_a_number_of_thousands_of_digits_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="digits"):
-        strictjson.loads(text.encode())
+        strict_json.loads(text.encode())
 
 
 # Keys.
@@ -298,7 +292,7 @@ def _key(key: str, shape: tuple[int, ...] = (2,)) -> bytes:
 @pytest.mark.parametrize("key", ["\x1b[2J", "a\nb", "a\u202eb", "\x7f", "\x85", "a\u2028"])
 def test_a_key_that_can_not_be_shown_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(CheckpointError, match="a key with letters that can't be shown") as caught:
-        header.read(tiny.file(tmp_path / "x.safetensors", _key(key)))
+        safetensors_header.read(tiny.file(tmp_path / "x.safetensors", _key(key)))
     assert caught.value.message.isprintable()
     torch.save({key: torch.zeros(2)}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="a key with letters that can't be shown"):
@@ -311,14 +305,14 @@ def test_a_key_that_can_not_be_shown_is_refused(tmp_path: Path, key: str) -> Non
 def test_a_key_without_an_end_is_refused(tmp_path: Path) -> None:
     file = tiny.file(tmp_path / "x.safetensors", _key("k" * 1025))
     with pytest.raises(CheckpointError, match="a key of 1025 letters, at most 1024"):
-        header.read(file)
-    assert header.read(tiny.file(file, _key("k" * 1024)))
+        safetensors_header.read(file)
+    assert safetensors_header.read(tiny.file(file, _key("k" * 1024)))
 
 
 def test_a_tensor_of_too_many_dimensions_is_refused(tmp_path: Path) -> None:
     file = tiny.file(tmp_path / "x.safetensors", _key("a", (2, *[1] * 64)))
     with pytest.raises(CheckpointError, match="a: 65 dimensions, at most 64 are read"):
-        header.read(file)
+        safetensors_header.read(file)
     torch.save({"a": torch.zeros([1] * 65)}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match="a: 65 dimensions, at most 64 are read"):
         streammap.open(tmp_path / "x.pth")
@@ -336,7 +330,7 @@ def test_a_digit_that_is_no_number_may_stand_in_a_key(source: Path) -> None:
     state = {"².a": torch.zeros(2), "²": torch.zeros(2)}
     tiny.write(source / "x", state, None)
     assert set(streammap.open(source / "x").keys()) == set(state)
-    assert sorted(("²", "a.10", "a.9", "²3"), key=pattern.natural) == ["a.9", "a.10", "²", "²3"]
+    assert sorted(("²", "a.10", "a.9", "²3"), key=key_pattern.natural) == ["a.9", "a.10", "²", "²3"]
 
 
 # Sizes that config.json and requests ask for.
@@ -394,7 +388,7 @@ def test_a_result_of_too_many_tensors_is_refused_quickly(
     bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = streammap.open(bert)
-    monkeypatch.setattr("streammap.planner._MAX_TENSORS", 1000)
+    monkeypatch.setattr("streammap.planning.planner._MAX_TENSORS", 1000)
     source.decoalesce(layers=2)
     with pytest.raises(PlanError, match="would have about 6407 tensors, at most 1000 are planned"):
         source.decoalesce(layers=100)
@@ -403,7 +397,7 @@ def test_a_result_of_too_many_tensors_is_refused_quickly(
 def test_a_scheme_without_an_end_is_refused_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     with quickly(), pytest.raises(SchemeError, match="member 7 stands twice"):
         scheme.load_scheme({"width_scheme": [[*range(300_000), 7]]})
-    monkeypatch.setattr("streammap.requests._MAX_GROUPS", 3)
+    monkeypatch.setattr("streammap.planning.requests._MAX_GROUPS", 3)
     with pytest.raises(SchemeError, match="width_scheme: 4 groups, at most 3"):
         scheme.load_scheme({"width_scheme": [[0], [1], [2], [3]]})
 
@@ -449,7 +443,7 @@ def _saved_map(folder: Path, change: Callable[[dict[str, int]], None]) -> Path:
         ("0.embed.values", TensorSpec("F64", (1,))),
         ("0.embed.places", TensorSpec("I32", (1, 2))),
     ]
-    head = header.encode(specs, {"streammap": about})
+    head = safetensors_header.encode(specs, {"streammap": about})
     return tiny.file(folder / "x.map.safetensors", head + b"\0" * 6 + b"\xf0\x3f" + bytes(8))
 
 
@@ -459,20 +453,20 @@ def test_a_small_map_file_can_not_ask_for_all_memory_on_either_side(
 ) -> None:
     file = _saved_map(tmp_path, lambda made: made.update({side: 2**40}))
     with quickly(), pytest.raises(SchemeError, match=f"{2**40} (rows|columns) of which at most 1"):
-        mapfile.load(file)
-    assert mapfile.load(_saved_map(tmp_path, lambda _: None))
+        map_file.load(file)
+    assert map_file.load(_saved_map(tmp_path, lambda _: None))
 
 
 def test_a_matrix_too_large_for_float32_is_refused(tmp_path: Path) -> None:
     torch.save({"R": torch.tensor([[1e300, 0.0]], dtype=torch.float64)}, tmp_path / "MapMatrix.bin")
     with pytest.raises(SchemeError, match="expected a matrix of 1 x 2 finite numbers"):
-        mapfile.load(tmp_path)
+        map_file.load(tmp_path)
 
 
 def test_a_matrix_that_repeats_a_few_bytes_is_refused(tmp_path: Path) -> None:
     torch.save({"R": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "MapMatrix.bin")
     with quickly(), pytest.raises(SchemeError, match="R is no matrix"):
-        mapfile.load(tmp_path)
+        map_file.load(tmp_path)
 
 
 # Specs.
@@ -519,25 +513,25 @@ layer = "depth"
 def test_a_spec_that_has_no_end_is_refused_quickly(text: str, expected: str) -> None:
     whole = f"{text}\n{SPEC}" if text.startswith("x =") else f"{SPEC}\n{text}"
     with quickly(), pytest.raises(ArchitectureError, match=expected):
-        catalogue.parse(whole, name="mine", config={"n": 3, "n_layer": 1})
+        registry.parse(whole, name="mine", config={"n": 3, "n_layer": 1})
 
 
 def test_aliases_may_stand_for_others() -> None:
     text = "[alias]\na = 'b*embed'\nb = 'embed+embed'"
-    assert catalogue.parse(f"{SPEC}\n{text}", name="mine").aliases.keys() == {"a", "b"}
+    assert registry.parse(f"{SPEC}\n{text}", name="mine").aliases.keys() == {"a", "b"}
 
 
 def test_specs_that_include_one_another_are_read_once() -> None:
-    tables = specfile.merged(specfile.read(SPEC, name="mine"), lambda _: {})
+    tables = spec_file.merged(spec_file.read(SPEC, name="mine"), lambda _: {})
     include = {"include": [{"spec": "mine", "as": "inner"}]}
-    found = specfile.build("mine", {**tables, **include}, {}, lambda _: {**tables, **include})
+    found = spec_file.build("mine", {**tables, **include}, {}, lambda _: {**tables, **include})
     assert set(found.axes) == {"embed", "layer", "inner.embed", "inner.layer"}
 
 
 def test_the_slowest_pattern_that_is_allowed_has_an_end() -> None:
-    (compiled,) = pattern.compile_patterns("*a*{p:a|b|aa|aaa}", {})
+    (compiled,) = key_pattern.compile_patterns("*a*{p:a|b|aa|aaa}", {})
     with quickly():
-        assert compiled.match("a" * header.MAX_KEY_LETTERS + "c") is None
+        assert compiled.match("a" * safetensors_header.MAX_KEY_LETTERS + "c") is None
 
 
 @pytest.mark.parametrize(
@@ -554,13 +548,13 @@ def test_the_slowest_pattern_that_is_allowed_has_an_end() -> None:
 )
 def test_variables_that_have_no_end_are_refused_quickly(variables: dict[str, list[str]]) -> None:
     with quickly(), pytest.raises(ArchitectureError, match=r"expand without an end|matched in"):
-        pattern.compile_patterns("{a}", variables)
+        key_pattern.compile_patterns("{a}", variables)
 
 
 def test_a_sample_may_hold_brackets() -> None:
     """ "{p:a(b|c}" is the texts a(b and c."""
-    (compiled,) = pattern.compile_patterns("{p:a(b|c}.{i}*", {})
-    assert pattern.sample(compiled) == "a(b.0*"
+    (compiled,) = key_pattern.compile_patterns("{p:a(b|c}.{i}*", {})
+    assert key_pattern.sample(compiled) == "a(b.0*"
 
 
 # Records, and folders of torch.distributed.checkpoint.
@@ -601,15 +595,15 @@ TUPLES = b")" + b"\x94h\0\x86" * 1 + b"".join(b"\x94h%c\x86" % i for i in range(
 def test_metadata_that_has_no_end_is_refused_quickly(tmp_path: Path, content: bytes) -> None:
     tiny.file(tmp_path / ".metadata", b"\x80\x04" + content + b".")
     with quickly(), pytest.raises(CheckpointError, match=r"\.metadata"):
-        dcpmeta.read(tmp_path)
+        dcp_metadata.read(tmp_path)
 
 
 def test_chunks_that_make_too_many_pieces_are_refused_quickly() -> None:
     n = 1_100
     bars = [((i, i + 1), (i, i + 1)) for i in range(n)]
-    chunks = [dcpmeta.Chunk(at, "x", 0, 0) for at in bars]
+    chunks = [dcp_metadata.Chunk(at, "x", 0, 0) for at in bars]
     with quickly(), pytest.raises(CheckpointError, match="make 1210000 pieces, at most 1000000"):
-        dcpmeta._check_cover("a", (n, n), chunks)
+        dcp_metadata._check_cover("a", (n, n), chunks)
 
 
 # Files beside the weights.
@@ -618,10 +612,10 @@ def test_chunks_that_make_too_many_pieces_are_refused_quickly() -> None:
 def test_a_file_whose_name_can_not_be_shown_is_not_copied(source: Path) -> None:
     (source / "a\nb.txt").touch()
     with pytest.raises(CheckpointError, match=r"'a\\nb.txt': a file name with letters that can't"):
-        sidefiles.copied(open_checkpoint(source))
+        side_files.copied(open_checkpoint(source))
     (source / "a\nb.txt").rename(source / os.fsdecode(b"\xff\xfe.txt"))
     with pytest.raises(CheckpointError, match="a file name with letters that can't be shown"):
-        sidefiles.copied(open_checkpoint(source))
+        side_files.copied(open_checkpoint(source))
 
 
 def test_files_beside_the_weights_have_an_end(
@@ -629,15 +623,15 @@ def test_files_beside_the_weights_have_an_end(
 ) -> None:
     for i in range(4):
         (source / f"{i}.txt").write_text("x" * 100)
-    assert len(sidefiles.copied(open_checkpoint(source))) == 4
-    monkeypatch.setattr("streammap.sidefiles._MAX_TOTAL_NBYTES", 399)
+    assert len(side_files.copied(open_checkpoint(source))) == 4
+    monkeypatch.setattr("streammap.output.side_files._MAX_TOTAL_NBYTES", 399)
     with pytest.raises(CheckpointError, match="4 files beside the weights, 400 bytes, at most"):
-        sidefiles.copied(open_checkpoint(source))
-    monkeypatch.setattr("streammap.sidefiles._MAX_FILES", 2)
+        side_files.copied(open_checkpoint(source))
+    monkeypatch.setattr("streammap.output.side_files._MAX_FILES", 2)
     with pytest.raises(
         CheckpointError, match="3 files beside the weights, 300 bytes, at most 2 and"
     ):
-        sidefiles.copied(open_checkpoint(source))
+        side_files.copied(open_checkpoint(source))
 
 
 def test_a_side_file_that_becomes_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:

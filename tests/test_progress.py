@@ -8,9 +8,9 @@ from click.testing import CliRunner
 
 import streammap
 from streammap import progress
-from streammap.cli import main
-from streammap.events import Finished, Listener, Started, Wrote
-from tests import tiny
+from streammap.cli.main import main
+from streammap.common.events import Finished, Listener, Started, Wrote
+from tests.support import tiny
 
 SIZES = tiny.Sizes()
 

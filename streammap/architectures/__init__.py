@@ -1,1 +1,1 @@
-"""Architecture specs: one TOML file each, see `streammap/architecture.py`."""
+"""What models are: specs (specs/*.toml), their language, a checkpoint read by one."""

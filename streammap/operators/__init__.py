@@ -1,1 +1,1 @@
-"""Operators: each module turns plans into a plan. Options in, maps and compensations out."""
+"""Operators: each module turns plans into a plan."""

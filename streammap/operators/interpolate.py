@@ -6,10 +6,10 @@ Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 import math
 from dataclasses import dataclass, replace
 
-from streammap import graph
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
-from streammap.graph import Form
-from streammap.plan import Plan, Step
+from streammap.planning import graph
+from streammap.planning.graph import Form
+from streammap.planning.plan import Plan, Step
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from streammap import configfields, maps, planner
-from streammap.architecture import Axis
-from streammap.maps import BlockMap
-from streammap.model import Model
-from streammap.plan import Plan, Step
-from streammap.planner import Change
+from streammap.architectures import config_fields
+from streammap.architectures.model import Model
+from streammap.architectures.schema import Axis
+from streammap.planning import maps, planner
+from streammap.planning.maps import BlockMap
+from streammap.planning.plan import Plan, Step
+from streammap.planning.planner import Change
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,7 @@ class Permute:
         about = model.architecture.experts.get(axis.name)
         n_groups = 1
         if about is not None and about.groups is not None:
-            value = configfields.field_value(model.config, about.groups)
+            value = config_fields.field_value(model.config, about.groups)
             n_groups = value if isinstance(value, int) and value and size % value == 0 else 1
         inside = size // n_groups
         order = source.sample(range(n_groups), n_groups)

@@ -12,18 +12,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from streammap import axisfacts, maps, planner, promises, spaces
-from streammap.axisrequests import Asked, KvMerge
-from streammap.compensation import compensate
+from streammap.architectures import axis_facts
+from streammap.architectures.model import Model
 from streammap.errors import PlanError
-from streammap.headsize import HeadSize
-from streammap.mapfile import Level
-from streammap.maps import AxisMap, BlockMap
-from streammap.model import Model
-from streammap.plan import Plan, Step
-from streammap.planner import Change, Rule
-from streammap.requests import Grouping, Request
-from streammap.scheme import Scheme
+from streammap.planning import coupled_axes as spaces
+from streammap.planning import exactness, maps, planner
+from streammap.planning.axis_maps import Asked, KvMerge
+from streammap.planning.compensation import compensate
+from streammap.planning.head_dim import HeadSize
+from streammap.planning.map_file import Level
+from streammap.planning.maps import AxisMap, BlockMap
+from streammap.planning.plan import Plan, Step
+from streammap.planning.planner import Change, Rule
+from streammap.planning.requests import Grouping, Request
+from streammap.planning.scheme import Scheme
 
 Direction = Literal["coalesce", "decoalesce"]
 NewLayers = Literal["copy", "zero"]
@@ -182,7 +184,7 @@ class Resize:
                     hint=f"its spaces are {told} and layers; `streammap inspect` lists its axes",
                 )
             for axis in there:
-                if len(there) == 1 or not axisfacts.must_follow(model, axis):
+                if len(there) == 1 or not axis_facts.must_follow(model, axis):
                     found[axis] = request
         for axis, request in by_axis.items():
             if not model.sizes.get(axis):
@@ -254,11 +256,11 @@ def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str
             hint="leave it out: the head has a tensor of its own",
         )
     _check_tied(op, model, chosen)
-    by_axis = promises.of_axes(
+    by_axis = exactness.of_axes(
         model, chosen, layers, grows=grows, silent=silent, fills=found, head_size=head_size
     )
     reference = REFERENCE_FACTORS[op.direction] if op.rule == "reference" else None
-    promise, reason = promises.of_all(model, by_axis, reference=reference, untie=op.untie)
+    promise, reason = exactness.of_all(model, by_axis, reference=reference, untie=op.untie)
     options = _options(op, model, chosen, layers)
     step = Step(op.direction, options, promise, reason, (*notes, *found.notes), by_axis)
     change = Change(
@@ -339,9 +341,9 @@ def _check_even(model: Model, chosen: Mapping[str, AxisMap]) -> None:
     """Refuse uneven copies of heads behind a norm over all of them: nothing could compensate it."""
     by_space = model.architecture.spaces
     of_heads = {*by_space.get("heads", ()), *by_space.get("kv_heads", ())}
-    normed = axisfacts.normed_axes(model)
+    normed = axis_facts.normed_axes(model)
     for axis, m in chosen.items():
-        if axis in of_heads & normed and isinstance(m, BlockMap) and not promises.is_even(m):
+        if axis in of_heads & normed and isinstance(m, BlockMap) and not exactness.is_even(m):
             raise PlanError(
                 f"{axis}: {m.n_in} -> {m.n_out} copies some heads more often than others, which "
                 "a norm over all of them (full-width q_norm, k_norm) would see",

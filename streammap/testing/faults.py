@@ -1,6 +1,6 @@
 """Disks that fail, for tests of what happens then.
 
-    with disk.using(faults.fail_at(7, errno.ENOSPC)):     # from streammap.storage import disk
+    with disk.using(faults.fail_at(7, errno.ENOSPC)):     # from streammap.io.storage import disk
         checkpoint.save("out")                            # its 7th change finds the disk full
 
 Each is a Disk (see storage/disk.py) around another one. `counted` counts the operations of a run
@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, final
 
-from streammap.storage import disk
-from streammap.storage.disk import Disk, LocalDisk
+from streammap.io.storage import disk
+from streammap.io.storage.disk import Disk, LocalDisk
 
 Operation = Literal["open", "allocate", "read", "write", "sync", "rename", "remove"]
 CHANGES: frozenset[Operation] = frozenset(("allocate", "write", "sync", "rename", "remove"))

@@ -17,37 +17,33 @@ from io import BytesIO
 from pathlib import Path
 from unittest import mock
 
-from streammap import (
-    axisrequests,
-    catalogue,
-    dcpmeta,
-    dcpsource,
-    header,
-    headsize,
-    inspection,
-    journal,
-    lineage,
-    mapfile,
-    pattern,
+from streammap.analysis import inspection, verification
+from streammap.api import LazyCheckpoint
+from streammap.architectures import expression as expressions
+from streammap.architectures import key_pattern, registry
+from streammap.common import strict_json
+from streammap.errors import ArchitectureError, StreammapError
+from streammap.io.checkpoint import Checkpoint, open_checkpoint
+from streammap.io.formats import dcp_chunks, dcp_metadata, safetensors_header
+from streammap.io.formats.safetensors_header import Slot
+from streammap.io.tensor_spec import TensorSpec
+from streammap.output import journal
+from streammap.output.journal import Request
+from streammap.planning import (
+    axis_maps,
+    coupled_axes,
+    head_dim,
+    map_file,
     plan,
     planner,
-    replay,
+    request_tree,
     requests,
     scheme,
-    spaces,
-    strictjson,
-    verification,
 )
-from streammap import expression as expressions
-from streammap.api import LazyCheckpoint
-from streammap.checkpoint import Checkpoint, open_checkpoint
-from streammap.errors import ArchitectureError, StreammapError
-from streammap.header import Slot
-from streammap.journal import Request
-from streammap.maps import BlockMap
-from streammap.spec import TensorSpec
+from streammap.planning.maps import BlockMap
+from streammap.tools import replay
+from tests.architectures.test_labels import cases
 from tests.fuzz import mutate
-from tests.test_labels import cases
 
 LINKS = ("/dev/zero", "/proc/self/maps", "..", "a.safetensors", "nowhere", "self")
 MODELS = ("bert", "llama", "mixtral", "deepseek_v3", "t5", "gemma3", "mamba2", "gpt_neo", "jamba")
@@ -87,7 +83,7 @@ def _refused() -> Iterator[None]:
     """The project's errors; and results are small, so that a slow plan is a finding."""
     with ExitStack() as lowered:
         lowered.enter_context(mock.patch.object(planner, "_MAX_TENSORS", _MOST_TENSORS))
-        for module in (axisrequests, headsize, spaces):
+        for module in (axis_maps, head_dim, coupled_axes):
             lowered.enter_context(mock.patch.object(module, "MAX_PARTS", _MOST_PARTS))
         with contextlib.suppress(StreammapError):
             yield
@@ -117,13 +113,13 @@ def _planned(lazy: LazyCheckpoint, chance: int) -> None:
 
 def _header(data: bytes, folder: Path) -> None:
     with contextlib.suppress(StreammapError):
-        header.read(_file(folder, "x.safetensors", data))
+        safetensors_header.read(_file(folder, "x.safetensors", data))
 
 
 def _header_seeds() -> list[bytes]:
     specs = [("a.0.weight", TensorSpec("F32", (2, 3))), ("b", TensorSpec("BF16", ()))]
-    head = header.encode([*specs, ("c", TensorSpec("U8", (0, 5)))], {"format": "pt"})
-    return [head + bytes(26), header.encode([], {}), b"\x02\0\0\0\0\0\0\0{}"]
+    head = safetensors_header.encode([*specs, ("c", TensorSpec("U8", (0, 5)))], {"format": "pt"})
+    return [head + bytes(26), safetensors_header.encode([], {}), b"\x02\0\0\0\0\0\0\0{}"]
 
 
 def _mutated_header(data: bytes, chance: random.Random) -> bytes:
@@ -261,7 +257,7 @@ def _request_seeds() -> list[bytes]:
 def _map(data: bytes, folder: Path) -> None:
     path = _file(folder, "x.map.safetensors", data)
     with contextlib.suppress(StreammapError):
-        for level in mapfile.load(path):
+        for level in map_file.load(path):
             assert level.digest
         for step in (_known("llama").coalesce, _known("llama").decoalesce):
             with _refused():
@@ -271,9 +267,9 @@ def _map(data: bytes, folder: Path) -> None:
 def _map_seeds() -> list[bytes]:
     lazy = _known("llama").decoalesce(width=2)
     half = BlockMap((((0, 0.5), (1, 0.5)),), 2, 24)
-    level = mapfile.Level({"embed": half}, frozenset({"embed"}))
+    level = map_file.Level({"embed": half}, frozenset({"embed"}))
     filled = _known("llama").decoalesce(hidden="=60")
-    return [mapfile.encode(p.plan.levels) for p in (lazy, filled)] + [mapfile.encode((level,))]
+    return [map_file.encode(p.plan.levels) for p in (lazy, filled)] + [map_file.encode((level,))]
 
 
 def _mutated_map(data: bytes, chance: random.Random) -> bytes:
@@ -414,8 +410,10 @@ def _record(data: bytes, folder: Path) -> None:
     with contextlib.suppress(StreammapError):
         str(verification.verify(folder, recompute=1))
     with contextlib.suppress(StreammapError, ValueError):
-        content = strictjson.loads(data)
-        lineage.as_json(lineage.parse(content.get("request") if isinstance(content, dict) else 0))
+        content = strict_json.loads(data)
+        request_tree.as_json(
+            request_tree.parse(content.get("request") if isinstance(content, dict) else 0)
+        )
     with _refused():
         replay.open(path, sources=folder)
 
@@ -423,7 +421,7 @@ def _record(data: bytes, folder: Path) -> None:
 def _record_seeds() -> list[bytes]:
     grown = _known("llama").decoalesce(width=2)
     opened = {"operator": "open", "path": "gone", "config": {"hidden_size": 8}}
-    maps = base64.b64encode(zlib.compress(mapfile.encode(grown.plan.levels))).decode()
+    maps = base64.b64encode(zlib.compress(map_file.encode(grown.plan.levels))).decode()
     resized = {"operator": "decoalesce", "width": 2, "mlp": "=9", "source": opened, "maps": maps}
     asked = {"operator": "interpolate", "alpha": 0.5, "source": resized, "target": opened}
     tensors = {key: {"file": "model.safetensors", "crc32": "cbf43926"} for key in ("a", "b", "c")}
@@ -441,9 +439,9 @@ def _record_seeds() -> list[bytes]:
 
 def _dcp(data: bytes, folder: Path) -> None:
     """Its .metadata."""
-    _file(folder, dcpmeta.METADATA, data)
+    _file(folder, dcp_metadata.METADATA, data)
     with contextlib.suppress(StreammapError):
-        str(dcpsource.select(dcpmeta.read(folder), folder="x"))
+        str(dcp_chunks.select(dcp_metadata.read(folder), folder="x"))
 
 
 def _dcp_seeds() -> list[bytes]:
@@ -462,14 +460,14 @@ def _spec(data: bytes, folder: Path) -> None:
     """A spec file; "# model" in its first line names the tiny model that it is tried on."""
     path = _file(folder, "mine.toml", data)
     with contextlib.suppress(StreammapError):
-        for rule in catalogue.load(str(path)).rules:
-            assert pattern.sample(rule.pattern) is not None
+        for rule in registry.load(str(path)).rules:
+            assert key_pattern.sample(rule.pattern) is not None
     first = data.split(b"\n", 1)[0].decode("utf-8", "replace").removeprefix("# ").strip()
     _planned(_lazy(first if first in cases() else "llama", arch=str(path)), len(data))
 
 
 def _spec_seeds() -> list[bytes]:
-    shipped = Path(catalogue.__file__).parent / "architectures"
+    shipped = Path(registry.__file__).parent / "specs"
     served = {"bert": "bert", "llama": "llama", "mixtral": "mixtral", "t5": "t5", "llava": "llava"}
     return [
         f"# {model}\n".encode() + (shipped / f"{name}.toml").read_bytes()
@@ -496,11 +494,11 @@ def _pattern(data: bytes, folder: Path) -> None:
     text, key, expression, *rest = [*data.decode("utf-8", "replace").split("\n"), "", "", ""]
     variables = {name: line.split("|") for name, line in zip("Ln", rest, strict=False)}
     with contextlib.suppress(StreammapError):
-        compiled = pattern.compile_patterns(text, variables)
-        pattern.first_match(compiled, key[: header.MAX_KEY_LETTERS])
+        compiled = key_pattern.compile_patterns(text, variables)
+        key_pattern.first_match(compiled, key[: safetensors_header.MAX_KEY_LETTERS])
         for one in compiled:
-            assert isinstance(pattern.sample(one), str)
-            one.loose.fullmatch(key[: header.MAX_KEY_LETTERS])
+            assert isinstance(key_pattern.sample(one), str)
+            one.loose.fullmatch(key[: safetensors_header.MAX_KEY_LETTERS])
     with contextlib.suppress(StreammapError):
         tree = expressions.parse_expression(expression)
         assert list(expressions.names(tree)) is not None

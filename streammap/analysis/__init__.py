@@ -1,0 +1,1 @@
+"""Results and plans looked at: summary, inspection, health, diff, verify."""

@@ -1,0 +1,116 @@
+"""`streammap architectures`: which model types are served, and what is exact for each."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from streammap.architectures import expression as expressions
+from streammap.architectures import registry
+from streammap.architectures.schema import Architecture
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One model type."""
+
+    model_type: str
+    spec: str
+    exact: tuple[str, ...]
+    """Spaces whose growth by whole factors keeps the function."""
+    any_size: bool
+    """Whether the hidden size can grow to any size (of whole heads, where it is made of heads)."""
+    silent_layers: bool
+    """Whether layers can be added that change nothing."""
+    head_size: bool
+    """Whether heads can become wider."""
+    caveats: tuple[str, ...]
+    """What is not exact, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What `streammap architectures` prints."""
+
+    rows: tuple[Row, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """All rows."""
+        return {"architectures": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        width = max((len(row.model_type) for row in self.rows), default=0)
+        spec = max((len(row.spec) for row in self.rows), default=0)
+        lines = [f"{len(self.rows)} model types, {len({r.spec for r in self.rows})} specs", ""]
+        lines.append(f"{'model type':<{width}}  {'spec':<{spec}}  growth that is exact")
+        for row in self.rows:
+            more = [
+                *(["hidden to any size"] if row.any_size else []),
+                *(["silent layers"] if row.silent_layers else []),
+                *(["head size"] if row.head_size else []),
+            ]
+            told = ", ".join((*row.exact, *more)) or "none"
+            lines.append(f"{row.model_type:<{width}}  {row.spec:<{spec}}  {told}")
+            lines += [f"{'':<{width}}  {'':<{spec}}  not: {caveat}" for caveat in row.caveats]
+        lines += ["", "Merging is approximate everywhere, but for units that are equal."]
+        return "\n".join(lines)
+
+
+def listing() -> Listing:
+    """Every model type that a spec serves, by name.
+
+    Raises:
+        ArchitectureError: a spec that is wrong.
+    """
+    found = sorted(registry.model_types().items(), key=lambda pair: (pair[0].lower(), pair[1]))
+    return Listing(tuple(_row(model_type, spec) for model_type, spec in found))
+
+
+def _row(model_type: str, name: str) -> Row:
+    tiny = _tiny_config(model_type, name)
+    spec = registry.load(name, tiny)
+    norms = [rule.norm for rule in spec.rules if rule.norm is not None]
+    is_post = any(norm.is_post for norm in norms)
+    caveats = dict(spec.caveats)
+    for axis, experts in spec.experts.items():
+        if experts.inexact is not None:
+            caveats.setdefault(axis, experts.inexact)
+    spoilt = _coupled(spec, set(caveats))
+    exact = tuple(
+        space.replace("_", " ")
+        for space, axes in spec.spaces.items()
+        if any(_can_grow(spec, axis) and axis not in spoilt for axis in axes)
+    )
+    return Row(
+        model_type,
+        name,
+        exact,
+        any_size="hidden" in exact and not is_post,
+        silent_layers=not is_post and not set(spec.depth_axes) & set(caveats),
+        head_size=bool(spec.rope),
+        caveats=tuple(f"{axis}: {why}" for axis, why in caveats.items()),
+    )
+
+
+def _coupled(spec: Architecture, axes: set[str]) -> set[str]:
+    """These axes and those that can't change without them."""
+    found = set(axes)
+    for _ in spec.constraints:
+        for _, left, right in spec.constraints:
+            together = {*expressions.names(left), *expressions.names(right)}
+            if together & found:
+                found |= {name for name in together if name in spec.axes}
+    return found
+
+
+def _can_grow(spec: Architecture, axis: str) -> bool:
+    return spec.axes[axis].kind in ("width", "expert") and not (
+        spec.axes[axis].kind == "expert" and axis not in spec.experts
+    )
+
+
+def _tiny_config(model_type: str, name: str) -> Mapping[str, object]:
+    """The config of a tiny model of this type, for the conditions of its spec."""
+    for model in registry.load(name, {"model_type": model_type}).proof:
+        config = model["config"]
+        if model["model_type"] == model_type and isinstance(config, Mapping):
+            return {**config, "model_type": model_type}
+    return {"model_type": model_type}

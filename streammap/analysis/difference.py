@@ -1,0 +1,230 @@
+"""How two checkpoints (or plans) differ, tensor by tensor, read side by side in bounded memory.
+
+    max        largest |a - b|
+    mean       mean of |a - b|
+    relative   ||a - b|| / ||a||, Euclidean norms, summed in float64; infinite where a is all 0
+
+Equal bits are equal, NaN too. Pairs of which one is no finite number are counted (n_odd) unless
+they are the same NaN, Inf or sign of it, and are in none of the figures.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Unpack
+
+from streammap import api
+from streammap.api import LazyCheckpoint
+from streammap.common import text as wording
+from streammap.common.events import Listener, nobody
+from streammap.engine.options import EngineOptions, engine
+from streammap.io.tensor_spec import TensorSpec
+from streammap.planning.graph import Form
+
+if TYPE_CHECKING:
+    from streammap.analysis.pair_statistics import Sums
+    from streammap.analysis.scan import Piece
+    from streammap.analysis.statistics import Scratch
+
+Source = LazyCheckpoint | str | Path
+
+
+@dataclass(frozen=True, slots=True)
+class TensorDifference:
+    """One tensor that both have, in one shape."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    other_dtype: str
+    """The same, or another: numbers are compared then."""
+    is_equal: bool
+    """Bit by bit, dtypes too."""
+    n_different: int
+    """Numbers that differ; bytes, of dtypes that have no arithmetic here."""
+    n_odd: int
+    """Pairs of which one is NaN or Inf, and the other is not the same."""
+    max: float | None
+    mean: float | None
+    relative: float | None
+    """None where there are no numbers to compare."""
+
+    @property
+    def badness(self) -> tuple[float, ...]:
+        """The larger, the worse."""
+        unlike = self.dtype != self.other_dtype
+        return self.n_odd > 0, self.relative or 0.0, self.max or 0.0, self.n_different, unlike
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """All that differs."""
+
+    names: tuple[str, str]
+    tensors: tuple[TensorDifference, ...]
+    """Those that both have in one shape, worst first."""
+    only: tuple[tuple[str, ...], tuple[str, ...]]
+    """Keys that only the first has, and only the second."""
+    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    """Key -> both shapes, where they differ."""
+    nbytes: int
+    """Read of both."""
+    seconds: float
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether all tensors are there in both, bit by bit the same."""
+        return not (self.shapes or any(self.only)) and self.n_equal == len(self.tensors)
+
+    @property
+    def n_equal(self) -> int:
+        """Tensors that are equal bit by bit."""
+        return sum(tensor.is_equal for tensor in self.tensors)
+
+    def as_json(self) -> dict[str, object]:
+        """All fields by name; an infinite relative difference is the text "inf"."""
+        found = [asdict(tensor) for tensor in self.tensors]
+        for tensor in found:
+            if tensor["relative"] == math.inf:
+                tensor["relative"] = "inf"
+        return {
+            "a": self.names[0],
+            "b": self.names[1],
+            "equal": self.is_equal,
+            "n_equal": self.n_equal,
+            "tensors": found,
+            "only_a": list(self.only[0]),
+            "only_b": list(self.only[1]),
+            "shapes": {key: [list(a), list(b)] for key, (a, b) in self.shapes.items()},
+            "nbytes": self.nbytes,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        return self.text(limit=None)
+
+    def text(self, *, limit: int | None) -> str:
+        """A table of the `limit` worst tensors, what only one has, and totals."""
+        lines = [f"only in {self.names[0]}: {key}" for key in self.only[0][:limit]]
+        lines += [f"only in {self.names[1]}: {key}" for key in self.only[1][:limit]]
+        for key, (a, b) in list(self.shapes.items())[:limit]:
+            lines.append(f"{key}: shape {list(a)} and {list(b)}")
+        unequal = [tensor for tensor in self.tensors if not tensor.is_equal]
+        shown = unequal[:limit]
+        if shown:
+            width = max(len(tensor.key) for tensor in shown)
+            lines.append(f"{'tensor':<{width}}  {'relative':>9} {'max':>9} {'mean':>9}  differ")
+            lines += [_row(tensor, width) for tensor in shown]
+        lines += wording.more(len(shown), len(unequal))
+        n_only = len(self.only[0]) + len(self.only[1])
+        apart = f"{len(self.shapes)} of other shapes, {n_only} in one only"
+        lines += [
+            f"tensors  {self.n_equal} equal, {len(unequal)} differ, {apart}",
+            f"read     {wording.moved(self.nbytes, self.seconds)}",
+        ]  # fmt: skip
+        return "\n".join(lines)
+
+
+def _row(tensor: TensorDifference, width: int) -> str:
+    values = (tensor.relative, tensor.max, tensor.mean)
+    told = " ".join(f"{'-' if value is None else f'{value:.2e}':>9}" for value in values)
+    n = math.prod(tensor.shape)
+    unit = "" if tensor.max is not None else " bytes"
+    notes = [f"{tensor.n_different} of {n}{unit}" if not unit else f"{tensor.n_different}{unit}"]
+    if tensor.n_odd:
+        notes.append(f"{tensor.n_odd} NaN or Inf in one only")
+    if tensor.dtype != tensor.other_dtype:
+        notes.append(f"{tensor.dtype} and {tensor.other_dtype}")
+    return f"{tensor.key:<{width}}  {told}  {', '.join(notes)}"
+
+
+def diff(
+    a: Source, b: Source, *, progress: Listener = nobody, **options: Unpack[EngineOptions]
+) -> Difference:
+    """Compare two checkpoints: folders, files, opened or planned ones.
+
+    Args:
+        a: What `relative` is relative to.
+        b: The other.
+        progress: Called with each event of events.py.
+        options: What the pass may use, see options.py: memory, threads, reader.
+
+    Raises:
+        CheckpointError: one is not there, or can't be read.
+        OutputError: the memory is too little.
+    """
+    from streammap.analysis import pair_statistics, scan
+    from streammap.analysis.pair_statistics import Sums
+
+    begun = perf_counter()
+    first, second = (x if isinstance(x, LazyCheckpoint) else api.open(x) for x in (a, b))
+    ours, theirs = first.plan.targets, second.plan.targets
+    common = [key for key in ours if key in theirs]
+    shapes = {
+        key: (ours[key].spec.shape, theirs[key].spec.shape) for key in common
+        if ours[key].spec.shape != theirs[key].spec.shape
+    }  # fmt: skip
+    pairs = {key: (ours[key], theirs[key]) for key in common if key not in shapes}
+    found = {key: Sums() for key in pairs}
+    drivers: dict[str, Form] = {}
+    others: dict[str, Form] = {}
+    swapped: set[str] = set()
+    for key, (x, y) in pairs.items():
+        alike = x.spec.dtype == y.spec.dtype
+        measured = x.spec.dtype in scan.MEASURED and y.spec.dtype in scan.MEASURED
+        if not alike and not measured:
+            found[key] = Sums(is_equal=False, n_different=max(x.spec.nbytes, y.spec.nbytes))
+            continue
+        if x.copied is not None and y.copied is None:  # a copied one is read at any place
+            x, y = y, x
+            swapped.add(key)
+        drivers[key], others[key] = x, y
+
+    def measure(piece: "Piece", scratch: "Scratch") -> Sums:
+        return pair_statistics.compared(piece, scratch, swapped=piece.key in swapped)
+
+    scan.each(
+        drivers, engine(options), measure, lambda key, part: found[key].add(part),
+        others=others, listener=progress,
+    )  # fmt: skip
+    for key, (x, y) in pairs.items():
+        if not x.spec.n_elements and x.spec.dtype != y.spec.dtype:
+            found[key].is_equal = False
+    tensors = [_told(key, x.spec, y.spec, found[key]) for key, (x, y) in pairs.items()]
+    tensors.sort(key=lambda tensor: tensor.badness, reverse=True)
+    return Difference(
+        names=(_name(a, first), _name(b, second)),
+        tensors=tuple(tensors),
+        only=(
+            tuple(key for key in ours if key not in theirs),
+            tuple(key for key in theirs if key not in ours),
+        ),
+        shapes=shapes,
+        nbytes=sum(form.spec.nbytes for form in (*drivers.values(), *others.values())),
+        seconds=perf_counter() - begun,
+    )
+
+
+def _told(key: str, a: TensorSpec, b: TensorSpec, sums: "Sums") -> TensorDifference:
+    n = sums.n_compared
+    return TensorDifference(
+        key=key,
+        shape=a.shape,
+        dtype=a.dtype,
+        other_dtype=b.dtype,
+        is_equal=sums.is_equal,
+        n_different=sums.n_different,
+        n_odd=sums.n_odd,
+        max=sums.max if n else None,
+        mean=sums.total.value / n if n else None,
+        relative=sums.relative if n else None,
+    )
+
+
+def _name(source: Source, opened: LazyCheckpoint) -> str:
+    if isinstance(source, str | Path):
+        return str(source)
+    path = str(opened.plan.sources[0].path)
+    return f"plan from {path}" if opened.plan.steps else path

@@ -1,0 +1,188 @@
+"""Health of tensors: NaN, Inf, ranges, dead rows, constants, each counted as the bytes stream by.
+
+Rows are those of the last dimension; of kernels (four dimensions and more), all behind the first.
+A row is dead where all of it is 0. Means are of finite numbers, in float64.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+from streammap.common import text as wording
+from streammap.common.events import Listener, nobody
+from streammap.engine.options import Engine
+from streammap.io.tensor_spec import TensorSpec
+from streammap.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from streammap.analysis.scan import Piece
+    from streammap.analysis.statistics import Scratch, Tally
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHealth:
+    """One tensor in figures; None where no number is finite, or the dtype is not looked at."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    n_elements: int
+    n_nan: int
+    n_inf: int
+    n_zero: int
+    n_subnormal: int
+    """Numbers too small for all of their digits, in the tensor's own dtype."""
+    n_over_f16: int
+    """Finite numbers beyond float16's range."""
+    n_rows: int
+    """Of matrices; 0 for others."""
+    n_dead_rows: int
+    minimum: float | None
+    maximum: float | None
+    mean: float | None
+    rms: float | None
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all numbers are one."""
+        plain = self.n_elements > 1 and not self.n_nan and not self.n_inf
+        return plain and self.minimum is not None and self.minimum == self.maximum
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What is worth a look, worst first."""
+        dead = self.n_rows and f"{self.n_dead_rows} of {self.n_rows} rows dead"
+        told = (
+            (self.n_nan, f"{self.n_nan} NaN"),
+            (self.n_inf, f"{self.n_inf} Inf"),
+            (self.n_over_f16, f"{self.n_over_f16} beyond float16"),
+            (self.n_dead_rows and not self.is_constant, str(dead)),
+            (self.is_constant, f"all {self.minimum:g}" if self.is_constant else ""),
+            # Small weights of float16 have some; where there are many, digits are lost.
+            (self.n_subnormal > 0.01 * self.n_elements, f"{self.n_subnormal} subnormal"),
+        )
+        return tuple(text for count, text in told if count)
+
+    @property
+    def badness(self) -> tuple[float, ...]:
+        """The larger, the worse. A vector may be constant: biases and norms are, at first."""
+        largest = max(abs(self.minimum or 0.0), abs(self.maximum or 0.0))
+        dead = 0 if self.is_constant else self.n_dead_rows
+        constant = self.is_constant and self.n_rows > 0
+        return self.n_nan, self.n_inf, self.n_over_f16, constant, dead, largest
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """All tensors of a checkpoint, worst first."""
+
+    tensors: tuple[TensorHealth, ...]
+    n_unlooked: int
+    """Tensors of other dtypes, of whose numbers nothing is said."""
+    nbytes: int
+    seconds: float
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Sums over all tensors."""
+        names = ("n_elements", "n_nan", "n_inf", "n_over_f16", "n_subnormal", "n_dead_rows")
+        found = {name: sum(getattr(t, name) for t in self.tensors) for name in names}
+        return found | {"n_constant": sum(t.is_constant for t in self.tensors)}
+
+    def as_json(self) -> dict[str, object]:
+        """All fields by name."""
+        return {
+            "tensors": [
+                {**asdict(tensor), "flags": list(tensor.flags)} for tensor in self.tensors
+            ],
+            "totals": self.totals,
+            "n_unlooked": self.n_unlooked,
+            "nbytes": self.nbytes,
+            "seconds": self.seconds,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return self.text(limit=None)
+
+    def text(self, *, limit: int | None) -> str:
+        """A table of the first `limit` tensors, and totals."""
+        shown = self.tensors[:limit]
+        width = max((len(t.key) for t in shown), default=6)
+        lines = [
+            f"{'tensor':<{width}}  dtype {'min':>10} {'max':>10} {'mean':>10} {'rms':>10}  flags"
+        ]
+        lines += [_row(tensor, width) for tensor in shown]
+        lines += wording.more(len(shown), len(self.tensors))
+        total = self.totals
+        lines += [
+            "",
+            f"tensors  {len(self.tensors)}, {total['n_elements'] / 1e6:.1f} M numbers",
+            f"flags    in {sum(bool(t.flags) for t in self.tensors)} tensors",
+            f"finite   {total['n_nan']} NaN, {total['n_inf']} Inf",
+            f"range    {total['n_over_f16']} beyond float16, {total['n_subnormal']} subnormal",
+            f"zeros    {total['n_dead_rows']} dead rows, {total['n_constant']} constant tensors",
+            f"read     {wording.moved(self.nbytes, self.seconds)}",
+        ]
+        if self.n_unlooked:
+            lines.append(f"note     {self.n_unlooked} tensors of other dtypes: not looked at")
+        return "\n".join(lines)
+
+
+def _row(tensor: TensorHealth, width: int) -> str:
+    values = (tensor.minimum, tensor.maximum, tensor.mean, tensor.rms)
+    told = " ".join(f"{'-' if value is None else f'{value:.3g}':>10}" for value in values)
+    return f"{tensor.key:<{width}}  {tensor.dtype:<5} {told}  {', '.join(tensor.flags)}".rstrip()
+
+
+def measure(plan: Plan, engine: Engine, *, listener: Listener = nobody) -> Health:
+    """Look at all tensors of a plan; what is planned is computed.
+
+    Raises:
+        CheckpointError: a source can't be read.
+        OutputError: the memory is too little.
+    """
+    from streammap.analysis import scan
+    from streammap.analysis.statistics import Tally, counted
+
+    begun = perf_counter()
+    forms = {key: f for key, f in plan.targets.items() if f.spec.dtype in scan.MEASURED}
+    tallies = {key: Tally() for key in forms}
+
+    def look(piece: "Piece", scratch: "Scratch") -> Tally:
+        return counted(piece.numbers(), piece.start, row_length(piece.spec), scratch)
+
+    scan.each(forms, engine, look, lambda key, part: tallies[key].add(part), listener=listener)
+    tensors = [_told(key, forms[key].spec, tallies[key]) for key in forms]
+    tensors.sort(key=lambda tensor: tensor.badness, reverse=True)
+    nbytes = sum(form.spec.nbytes for form in forms.values())
+    return Health(tuple(tensors), len(plan.targets) - len(forms), nbytes, perf_counter() - begun)
+
+
+def row_length(spec: TensorSpec) -> int:
+    """Numbers of a row; 0 where there are no rows."""
+    if len(spec.shape) < 2 or not spec.n_elements:
+        return 0
+    return spec.shape[-1] if len(spec.shape) < 4 else math.prod(spec.shape[1:])
+
+
+def _told(key: str, spec: TensorSpec, tally: "Tally") -> TensorHealth:
+    n_finite = spec.n_elements - tally.n_nan - tally.n_inf
+    length = row_length(spec)
+    return TensorHealth(
+        key=key,
+        dtype=spec.dtype,
+        shape=spec.shape,
+        n_elements=spec.n_elements,
+        n_nan=tally.n_nan,
+        n_inf=tally.n_inf,
+        n_zero=tally.n_zero,
+        n_subnormal=tally.n_subnormal,
+        n_over_f16=tally.n_over_f16,
+        n_rows=spec.n_elements // length if length else 0,
+        n_dead_rows=tally.dead_rows(length),
+        minimum=tally.minimum if n_finite else None,
+        maximum=tally.maximum if n_finite else None,
+        mean=tally.total.value / n_finite if n_finite else None,
+        rms=math.sqrt(tally.squares.value / n_finite) if n_finite else None,
+    )

@@ -1,0 +1,196 @@
+"""What a checkpoint is: spec, sizes, files, and how each key matched."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from streammap.api import LazyCheckpoint
+from streammap.architectures import quantization
+from streammap.architectures.key_pattern import INDEX
+from streammap.architectures.layer_kinds import Kind
+from streammap.architectures.model import Family
+from streammap.errors import ArchitectureError, CheckpointError
+
+_AXES = {
+    "width": "widths",
+    "depth": "layers",
+    "expert": "experts",
+    "group": "groups",
+    "frozen": "fixed sizes",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """The tensors of one key pattern."""
+
+    name: str
+    n_tensors: int
+    dtype: str
+    shape: tuple[int, ...]
+    dims: str
+    """What each dimension is: "embed:out, heads*head_dim:in"."""
+    kind: str
+    """linear, norm, embedding, buffer ..."""
+    rule: str
+    """The pattern of the spec that it matched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What `streammap inspect` prints."""
+
+    path: str
+    architecture: str | None
+    """The spec that serves it; None where none does."""
+    problem: str | None
+    """Why none does."""
+    hint: str | None
+    """What to do then."""
+    tied: bool
+    sizes: Mapping[str, int]
+    files: Mapping[str, int]
+    """File -> bytes."""
+    n_tensors: int
+    n_parameters: int
+    dtypes: Mapping[str, int]
+    """dtype -> bytes."""
+    n_saved_maps: int
+    axes: Mapping[str, str]
+    """Axis -> what can be done with it: width, depth, expert, group, frozen."""
+    layer_kinds: Mapping[str, tuple[str, ...]]
+    """Depth axis -> its kinds of layers, "0-2: before first_k_dense_replace 3"."""
+    patterns: tuple[Pattern, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """All fields by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        total = sum(self.files.values()) / 1e9
+        dtypes = ", ".join(f"{name} {nbytes / 1e9:.3f} GB" for name, nbytes in self.dtypes.items())
+        lines = [
+            f"{self.path}: {files}, {total:.3f} GB",
+            f"tensors       {self.n_tensors}, {self.n_parameters / 1e6:.1f} M values ({dtypes})",
+            f"architecture  {self.architecture or f'none ({self.problem})'}",
+        ]
+        if self.hint is not None:
+            lines.append(f"{'':<14}{self.hint}")
+        if self.sizes:
+            by_kind: dict[str, list[str]] = {}
+            for axis, size in self.sizes.items():
+                by_kind.setdefault(self.axes.get(axis, "frozen"), []).append(f"{axis} {size}")
+            for kind, told in by_kind.items():
+                lines.append(f"{_AXES[kind]:<14}{', '.join(told)}")
+        for axis, kinds in self.layer_kinds.items():
+            lines.append(f"{axis + ' kinds':<14}{'; '.join(kinds)}")
+        if self.architecture is not None:
+            lines.append(
+                f"head          {'tied to the embedding' if self.tied else 'none or its own'}"
+            )
+        if self.n_saved_maps:
+            lines.append(
+                f"saved maps    {self.n_saved_maps}: `streammap decoalesce` needs no scheme"
+            )
+        lines.append("")
+        width = max((len(pattern.name) for pattern in self.patterns), default=0)
+        for pattern in self.patterns:
+            shape = str(list(pattern.shape))
+            lines.append(
+                f"{pattern.name:<{width}}  {pattern.n_tensors:>4}  {pattern.dtype:<5}"
+                f"{shape:<16}  {pattern.kind:<9} {pattern.dims:<32} {pattern.rule}"
+            )
+        return "\n".join(lines)
+
+
+def inspect(lazy: LazyCheckpoint) -> Inspection:
+    """Read a checkpoint by its spec, where one serves it.
+
+    Raises:
+        CheckpointError: a spec serves it, but the tensors are not what that says.
+    """
+    plan = lazy.plan
+    problem, hint, sizes, tied, architecture = None, None, {}, False, None
+    axes: dict[str, str] = {}
+    layer_kinds: dict[str, tuple[str, ...]] = {}
+    patterns: tuple[Pattern, ...] = ()
+    try:
+        model = plan.model
+        architecture, sizes, tied = model.architecture.name, dict(model.sizes), model.tied
+        patterns = tuple(_pattern(lazy, family) for family in model.families)
+        axes = {name: axis.kind for name, axis in model.architecture.axes.items()}
+        found = {axis: _runs(model.kinds(axis)) for axis in model.architecture.depth_axes}
+        layer_kinds = {axis: kinds for axis, kinds in found.items() if len(kinds) > 1}
+    except ArchitectureError as error:
+        problem, hint = error.message, error.hint
+    except CheckpointError as error:
+        if not quantization.is_quantized(plan.specs, plan.config or {}):
+            raise
+        problem, hint = error.message, error.hint
+    if architecture is None:
+        patterns = _unmatched(lazy)
+    dtypes: dict[str, int] = {}
+    for form in plan.targets.values():
+        dtypes[form.spec.dtype] = dtypes.get(form.spec.dtype, 0) + form.spec.nbytes
+    return Inspection(
+        path=plan.sources[0].label,
+        architecture=architecture,
+        problem=problem,
+        hint=hint,
+        tied=tied,
+        sizes=sizes,
+        files={file.name: file.nbytes for file in plan.sources[0].files},
+        n_tensors=len(plan.targets),
+        n_parameters=sum(form.spec.n_elements for form in plan.targets.values()),
+        dtypes=dtypes,
+        n_saved_maps=len(plan.levels),
+        axes=axes,
+        layer_kinds=layer_kinds,
+        patterns=patterns,
+    )
+
+
+def _runs(kinds: tuple[Kind, ...]) -> tuple[str, ...]:
+    """Layers of one kind, as "0-2: before first_k_dense_replace 3"."""
+    found: dict[Kind, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(i)
+    return tuple(f"{_ranges(layers)}: {', '.join(kind)}" for kind, layers in found.items())
+
+
+def _ranges(numbers: list[int]) -> str:
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+def _unmatched(lazy: LazyCheckpoint) -> tuple[Pattern, ...]:
+    """The keys with their numbers as *, where no spec says what they are."""
+    found: dict[str, list[str]] = {}
+    for key in lazy.keys():  # noqa: SIM118 (a method of its own)
+        found.setdefault(INDEX.sub("*", key), []).append(key)
+    specs = {name: lazy.spec(keys[0]) for name, keys in found.items()}
+    return tuple(
+        Pattern(name, len(keys), specs[name].dtype, specs[name].shape, "", "unknown", "")
+        for name, keys in found.items()
+    )
+
+
+def _pattern(lazy: LazyCheckpoint, family: Family) -> Pattern:
+    spec = lazy.spec(next(iter(family.members.values())))
+    dims = ", ".join(
+        dim.text if dim.role == "keep" else f"{dim.text}:{dim.role}" for dim in family.dims
+    )
+    return Pattern(
+        family.name,
+        len(family.members),
+        spec.dtype,
+        spec.shape,
+        dims,
+        family.rule.kind,
+        family.rule.pattern.text.replace("{ prefix}", ""),
+    )

@@ -1,0 +1,185 @@
+"""What a plan would do, for people and as JSON: shapes, formulas in words, bytes, memory."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from streammap.architectures import axis_facts
+from streammap.architectures import key_pattern as pattern
+from streammap.engine.options import Engine
+from streammap.output import run
+from streammap.planning import exactness, graph
+from streammap.planning.graph import Form, Term
+from streammap.planning.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The tensors of one key pattern."""
+
+    pattern: str
+    """The key with its indices as *."""
+    n_before: int
+    n_after: int
+    dtype: str
+    before: tuple[int, ...]
+    """Shape in the source."""
+    after: tuple[int, ...]
+    formula: str
+    """What happens, in words."""
+    promise: str
+    """What is kept of the function, as far as these tensors go."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A plan in figures."""
+
+    rows: tuple[Row, ...]
+    sizes: Mapping[str, tuple[int, int]]
+    """Axis -> size before and after, for each that changes."""
+    n_tensors: int
+    n_parameters: int
+    nbytes_read: int
+    nbytes_written: int
+    peak_nbytes: int
+    """Memory that the run adds to the process, at most."""
+    n_threads: int
+    device: str
+    """Where the run would compute."""
+    device_reason: str
+    promise: str
+    reason: str
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, object]:
+        """All fields by name."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [_line(row, self.rows) for row in self.rows]
+        if self.sizes:
+            told = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items())
+            lines += ["", f"sizes    {told}"]
+        lines += [
+            f"result   {self.n_tensors} tensors, {self.n_parameters / 1e6:.1f} M parameters",
+            f"reads    {self.nbytes_read / 1e9:.3f} GB, writes {self.nbytes_written / 1e9:.3f} GB",
+            f"memory   at most {self.peak_nbytes / 2**20:.0f} MiB beside torch itself",
+            f"device   {self.device}, {self.n_threads} threads: {self.device_reason}",
+            f"promise  {self.promise}: {self.reason}",
+        ]
+        lines += [f"note     {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def summarize(plan: Plan, engine: Engine) -> Summary:
+    """The figures of a plan, run by `engine`."""
+    before: dict[str, set[str]] = {}
+    after: dict[str, list[Form]] = {}
+    for source in plan.sources[:1]:
+        for key in source.slots:
+            before.setdefault(pattern.INDEX.sub("*", key), set()).add(key)
+    for key, form in plan.targets.items():
+        after.setdefault(pattern.INDEX.sub("*", key), []).append(form)
+    rows = []
+    axes = _axes_by_key(plan)
+    first = {pattern.INDEX.sub("*", key): key for key in reversed(tuple(plan.targets))}
+    for name, forms in after.items():
+        form = forms[0]
+        source_spec = form.terms[0].blend[0][1].spec
+        rows.append(
+            Row(
+                name,
+                len(before.get(name, ())),
+                len(forms),
+                form.spec.dtype,
+                source_spec.shape,
+                form.spec.shape,
+                formula(form),
+                exactness.of_family(plan, axes.get(first[name], frozenset()), form),
+            )
+        )
+    promise, reason = plan.promise
+    fitted, choice = run.fit(plan, engine), run.device(plan, engine)
+    return Summary(
+        rows=tuple(rows),
+        sizes={name: pair for name, pair in plan.sized.items() if pair[0] != pair[1]},
+        n_tensors=len(plan.targets),
+        n_parameters=sum(form.spec.n_elements for form in plan.targets.values()),
+        nbytes_read=run.read_nbytes(plan),
+        nbytes_written=plan.nbytes,
+        peak_nbytes=fitted.peak_nbytes,
+        n_threads=fitted.n_workers,
+        device=choice.device,
+        device_reason=choice.reason,
+        promise=promise,
+        reason=reason,
+        notes=plan.notes,
+    )
+
+
+def _axes_by_key(plan: Plan) -> dict[str, frozenset[str]]:
+    """Key -> the axes that its tensor is made of; empty where no spec is known."""
+    if not any(step.axes for step in plan.steps):
+        return {}
+    return {
+        key: axes
+        for family in plan.model.families
+        for axes in (axis_facts.axes_of(plan.model, family),)
+        for key in family.members.values()
+    }
+
+
+def formula(form: Form) -> str:
+    """What a form computes, in words."""
+    if form.copied is not None:
+        return "copied"
+    blends = [[(c, f) for c, f in term.blend if not graph.is_constant(f)] for term in form.terms]
+    terms = [Term(t.maps, tuple(b)) for t, b in zip(form.terms, blends, strict=True) if b]
+    several = len({id(found.source) for term in terms for _, found in term.blend}) > 1
+    words = " + ".join(_term_words(term, named=several) for term in terms)
+    has_offset = any(map(graph.is_constant, form.loads()))
+    return f"{words}, of gains that count from 1" if has_offset else words
+
+
+def _term_words(term: Term, *, named: bool) -> str:
+    """One term: "rows: mean of 2, columns: sum of 2, layers: mean of 2"."""
+    words = [
+        f"{_dim_name(d, len(term.maps))}: {m.describe()}"
+        for d, m in enumerate(term.maps)
+        if m is not None
+    ]
+    by_source: dict[str, list[float]] = {}
+    for coefficient, found in term.blend:
+        by_source.setdefault(found.source.name, []).append(coefficient)
+    parts = []
+    for name, coefficients in by_source.items():
+        total, n = sum(coefficients), len(coefficients)
+        if n > 1:
+            equal = all(abs(c * n - total) < 1e-9 for c in coefficients)
+            words.append(f"layers: {'mean' if equal else 'weighted mean'} of {n}")
+        factor = "" if abs(total - 1) < 1e-9 else f"{total:g} * "
+        parts.append(f"{factor}{name}" if named else factor.removesuffix(" * "))
+    head = " + ".join(part for part in parts if part)
+    detail = ", ".join(dict.fromkeys(words))
+    if named:
+        return f"{head} ({detail})" if detail else head
+    return f"{head} * ({detail})" if head and detail else head or detail or "as it is"
+
+
+def _dim_name(d: int, rank: int) -> str:
+    if rank == 1:
+        return "units"
+    return ("rows", "columns")[d] if rank == 2 else f"dim {d}"
+
+
+def _line(row: Row, rows: tuple[Row, ...]) -> str:
+    width = max(len(other.pattern) for other in rows)
+    count = (
+        f"{row.n_before:>4} -> {row.n_after:<4}"
+        if row.n_before != row.n_after
+        else (f"{row.n_after:>4}        ")
+    )
+    shape = str(list(row.after))
+    if row.before != row.after:
+        shape = f"{list(row.before)} -> {shape}"
+    return f"{row.pattern:<{width}}  {count}  {shape:<30}  {row.promise:<12} {row.formula}"

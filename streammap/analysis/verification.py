@@ -1,0 +1,293 @@
+"""An output against its record, its plan and its sources; all that is wrong is told.
+
+    record    streammap.json: files, sizes, CRC-32 of each tensor as it was written
+    plan      the request of the record made again: keys, dtypes, shapes, offsets, config.json
+    sources   NaN and Inf that they do not have; random tiles computed again
+
+Without a record only the structure is checked, and that all numbers are finite.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Unpack, final
+
+from streammap.api import LazyCheckpoint
+from streammap.architectures import quantization
+from streammap.common.events import Listener, nobody
+from streammap.engine.options import Engine, EngineOptions, engine
+from streammap.errors import ArchitectureError, CheckpointError, StreammapError
+from streammap.io import survey
+from streammap.io.storage.resolve import PathLike
+from streammap.io.survey import Finding, Record, Survey
+from streammap.output import shards
+from streammap.planning import map_file, plan, request_tree
+from streammap.planning.plan import Plan
+from streammap.tools import replay
+from streammap.tools.replay import Moved
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What was looked at, and all that was found."""
+
+    path: str
+    checks: tuple[str, ...]
+    """What was looked at: structure, record, crc32, plan, finite, tiles."""
+    skipped: tuple[str, ...]
+    """What could not be, and why."""
+    findings: tuple[Finding, ...]
+    n_tensors: int
+    n_tiles: int
+    """Tiles that were computed again."""
+    nbytes: int
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.n_errors
+
+    @property
+    def n_errors(self) -> int:
+        """Findings that are errors."""
+        return sum(found.level == "error" for found in self.findings)
+
+    def as_json(self) -> dict[str, object]:
+        """All fields by name."""
+        return {
+            "path": self.path,
+            "ok": self.ok,
+            "checks": list(self.checks),
+            "skipped": list(self.skipped),
+            "findings": [found.as_json() for found in self.findings],
+            "n_tensors": self.n_tensors,
+            "n_tiles": self.n_tiles,
+            "nbytes": self.nbytes,
+            "seconds": self.seconds,
+        }
+
+    def __str__(self) -> str:
+        lines = [str(found) for found in sorted(self.findings, key=lambda f: f.level)]
+        lines += [f"skipped  {told}" for told in self.skipped]
+        checks = ", ".join(self.checks)
+        tiles = f", {self.n_tiles} tiles computed again" if self.n_tiles else ""
+        verdict = "ok" if self.ok else f"{self.n_errors} errors"
+        total = f"{self.n_tensors} tensors, {self.nbytes / 1e9:.3f} GB in {self.seconds:.1f} s"
+        lines += [f"checked  {checks}{tiles}", f"verdict  {verdict}: {total}"]
+        return "\n".join(lines)
+
+
+def verify(
+    path: PathLike,
+    *,
+    sources: Moved = None,
+    recompute: int = 0,
+    seed: int = 0,
+    progress: Listener = nobody,
+    **options: Unpack[EngineOptions],
+) -> Verification:
+    """Look at an output again. Whatever is wrong is a finding, and no error.
+
+    Args:
+        path: A folder or file.
+        sources: Where its sources are now: a path where there is one, else {old: new}.
+        recompute: Random tiles to compute again from the sources, and compare.
+        seed: Which tiles these are.
+        progress: Called with each event of events.py.
+        options: What the pass may use, see options.py: memory, threads, reader.
+
+    Raises:
+        CheckpointError: nothing is there, or its record is none.
+        PlanError: `sources` that the record does not have.
+    """
+    begun = perf_counter()
+    place = Path(path)
+    record = survey.read_record(replay.record_of(place))
+    seen = survey.survey(place, record)
+    expected, why = _expected(place, record, sources)
+    work = _Work(record, seen, expected, engine(options))
+    if record.is_there:
+        work.checks.append("record")
+    else:
+        work.skipped.append("record, plan: there is no record of how it was made")
+    if expected is not None:
+        work.checks.append("plan")
+        work.findings += _planned(seen, expected, record)
+    elif record.is_there:
+        work.skipped.append(f"plan: {why}")
+    if not any(found.check in ("key", "file", "shape", "dtype") for found in work.findings):
+        work.findings += _config(work.own, record, expected)
+    work.read(progress)
+    n_tiles = work.recompute(recompute, seed)
+    return Verification(
+        path=str(path),
+        checks=tuple(work.checks),
+        skipped=tuple(work.skipped),
+        findings=tuple(work.findings),
+        n_tensors=len(work.own.targets),
+        n_tiles=n_tiles,
+        nbytes=work.own.nbytes,
+        seconds=perf_counter() - begun,
+    )
+
+
+@final
+class _Work:
+    """What is known, and what was found so far."""
+
+    def __init__(self, record: Record, seen: Survey, expected: Plan | None, engine: Engine) -> None:
+        self.record, self.expected, self.engine = record, expected, engine
+        self.findings = list(seen.findings)
+        self.checks = ["structure"]
+        self.skipped: list[str] = []
+        arch = None if expected is None else expected.architecture
+        self.own = plan.from_checkpoint(seen.checkpoint, (), architecture=arch)
+
+    def read(self, progress: Listener) -> None:
+        """All bytes: CRCs, and numbers that are none."""
+        from streammap.analysis import reread
+
+        readings = reread.read(self.own, self.engine, progress)
+        if self.record.crcs:
+            self.checks.append("crc32")
+            self.findings += reread.compare_crcs(readings, self.record, self.own)
+        elif self.record.is_there:
+            self.skipped.append("crc32: the record has none")
+        self.checks.append("finite")
+        self.findings += reread.compare_finite(
+            readings, self.record, self.own, self.expected, self.engine
+        )
+
+    def recompute(self, n_tiles: int, seed: int) -> int:
+        """Random tiles; gives how many."""
+        from streammap.analysis import reread
+
+        if n_tiles and self.expected is None:
+            self.skipped.append("tiles: no plan to compute them from")
+        if not n_tiles or self.expected is None:
+            return 0
+        self.checks.append("tiles")
+        done, wrong = reread.recompute(
+            self.own, self.expected, self.engine, n_tiles=n_tiles, seed=seed
+        )
+        self.findings += wrong
+        return done
+
+
+def _expected(path: Path, record: Record, sources: Moved) -> tuple[Plan | None, str]:
+    """The plan made again, or why it can't be."""
+    if record.content.get("request") is None:
+        return None, "the record does not say how to make it again"
+    call = request_tree.parse(record.content["request"])
+    replay.moved(call, sources)  # a wrong --source is the user's, no finding
+    try:
+        near = map_file.find(path) if path.exists() else ()
+        made: LazyCheckpoint = replay.rebuilt(call, sources, known=near)
+    except StreammapError as error:
+        return None, error.message
+    changed = _changed(made.plan, record)
+    if changed is not None:
+        return None, changed
+    return made.plan, ""
+
+
+def _changed(made: Plan, record: Record) -> str | None:
+    """Which source is another one than it was."""
+    told = record.content.get("sources")
+    recorded = told if isinstance(told, list) else []
+    for source, before in zip(made.sources, recorded, strict=False):
+        files = before.get("files") if isinstance(before, dict) else None
+        now = [file.as_json() for file in source.files]
+        if isinstance(files, list) and files != now:
+            old = {f["name"]: f for f in files if isinstance(f, dict) and "name" in f}
+            wrong = next((f for f in now if old.get(f["name"]) != f), now[0])
+            return f"{source.path}: {wrong['name']} is another file than it was"
+    return None
+
+
+def _planned(seen: Survey, expected: Plan, record: Record) -> Iterator[Finding]:
+    """Keys, dtypes, shapes and offsets."""
+    there = seen.checkpoint
+    for key, spec in expected.specs.items():
+        slot = there.slots.get(key)
+        if slot is None:
+            if key not in record.places and not seen.n_unread:
+                yield Finding("error", "key", "missing, it is in the plan", key)
+            continue
+        file = there.file_of[key]
+        for name, found, planned in (
+            ("dtype", slot.spec.dtype, spec.dtype),
+            ("shape", list(slot.spec.shape), list(spec.shape)),
+        ):
+            if found != planned:
+                told = f"{name} {found}, planned {planned}"
+                yield Finding("error", name, told, key, file, found, planned)
+    for key in there.slots:
+        if key not in expected.specs and (not record.places or key in record.places):
+            told = "there, it is not in the plan"
+            yield Finding("error", "key", told, key, there.file_of[key])
+    yield from _offsets(seen, expected)
+
+
+def _offsets(seen: Survey, expected: Plan) -> Iterator[Finding]:
+    """In a file, tensors stand in the order of the plan, the widest dtype first."""
+    surplus = {file for key, file in seen.checkpoint.file_of.items() if key not in expected.specs}
+    by_file: dict[str, list[str]] = {}
+    for key in expected.specs:
+        if key in seen.checkpoint.slots:
+            by_file.setdefault(seen.checkpoint.file_of[key], []).append(key)
+    for file, keys in by_file.items():
+        if not file.endswith(".safetensors") or file in surplus:
+            continue
+        specs = {key: seen.checkpoint.slots[key].spec for key in keys}
+        (shard,) = shards.arrange(specs, max_shard_nbytes=2**62, single=file)
+        planned = {slot.key: slot.start for slot in shard.slots}
+        first = min(planned.values(), default=0)
+        least = min((seen.checkpoint.slots[key].start for key in keys), default=0)
+        for key in keys:
+            found = seen.checkpoint.slots[key].start - least
+            if found != planned[key] - first:
+                told = f"its bytes begin at {found}, planned {planned[key] - first}"
+                yield Finding("error", "offset", told, key, file, found, planned[key] - first)
+
+
+def _config(own: Plan, record: Record, expected: Plan | None) -> Iterator[Finding]:
+    """config.json: whether the tensors fit it, and whether sizes are those that were written."""
+    if own.config is None:
+        if expected is not None and expected.config is not None and own.sources[0].path.is_dir():
+            yield Finding("error", "config", "missing", file="config.json")
+        return
+    if expected is not None and expected.config is not None:
+        yield from _fields(own.config, expected.config)
+    if quantization.is_quantized(own.specs, own.config):
+        yield Finding("note", "config", "quantised: no spec reads it", file="config.json")
+        return
+    try:
+        sizes = own.model.sizes
+    except ArchitectureError as error:
+        yield Finding("note", "config", error.message, file="config.json")
+        return
+    except CheckpointError as error:
+        yield Finding("error", "config", error.message, file="config.json")
+        return
+    written = record.content.get("sizes")
+    for axis, size in written.items() if isinstance(written, dict) else ():
+        if sizes.get(axis) != size:
+            told = f"{axis} is {sizes.get(axis)}, {size} was written"
+            yield Finding("error", "config", told, None, "config.json", sizes.get(axis), size)
+
+
+def _fields(found: object, planned: object, name: str = "") -> Iterator[Finding]:
+    """Numbers that differ are errors: they are sizes. Other fields may be edited."""
+    if isinstance(found, dict) and isinstance(planned, dict):
+        for field in dict.fromkeys((*planned, *found)):
+            inner = f"{name}.{field}" if name else str(field)
+            yield from _fields(found.get(field), planned.get(field), inner)
+    elif found != planned:
+        is_size = type(planned) is int or type(found) is int
+        told = f"{name} is {found!r}, planned {planned!r}"
+        yield Finding(
+            "error" if is_size else "note", "config", told, None, "config.json", found, planned
+        )

@@ -1,0 +1,186 @@
+"""Sizes of a model's axes, read from config.json and, where a spec says so, from the tensors."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+
+from streammap.architectures import expression as expressions
+from streammap.architectures import key_pattern
+from streammap.architectures.config_fields import field_value
+from streammap.architectures.expression import Expression, InexactDivisionError
+from streammap.architectures.schema import Architecture, Axis
+from streammap.errors import ArchitectureError, CheckpointError
+from streammap.io.tensor_spec import TensorSpec
+from streammap.planning.requests import MAX_LAYERS, MAX_SIZE
+
+
+def read(
+    spec: Architecture, config: Mapping[str, object], specs: Mapping[str, TensorSpec]
+) -> dict[str, int]:
+    """Axis -> size, for each axis that config.json or the tensors give.
+
+    Raises:
+        CheckpointError: a size that is missing, no size, or against a constraint of the spec.
+    """
+    found = _Sizes(spec, config, specs).all()
+    for name in spec.depth_axes:
+        if found.get(name, 0) > MAX_LAYERS:
+            raise CheckpointError(
+                f"config.json: {name} is {found[name]}, at most {MAX_LAYERS} layers are read",
+                hint="is this config.json the checkpoint's own?",
+            )
+    _check_constraints(spec, found)
+    return found
+
+
+def of_config(spec: Architecture, config: Mapping[str, object]) -> dict[str, int]:
+    """Axis sizes as far as a config.json alone gives them.
+
+    Raises:
+        CheckpointError: a field that is no size, or of another architecture.
+    """
+    found: dict[str, int] = {}
+    model_type = config.get("model_type")
+    if model_type is not None and model_type not in spec.model_types:
+        raise CheckpointError(
+            f"target config.json: model_type {model_type!r}, the source is a {spec.name}",
+            hint="give the config.json of a model of the same architecture",
+        )
+    known = _Sizes(spec, config, {})
+    for name in spec.axes:
+        with contextlib.suppress(CheckpointError):
+            found[name] = known.size(name)
+    return found
+
+
+def axis_origin(axis: Axis, config: Mapping[str, object]) -> str | Expression | None:
+    """Which of an axis' sources gives its size: the first that is there."""
+    for source in axis.sources:
+        if not isinstance(source, str) or field_value(config, source) is not None:
+            return source
+    return None
+
+
+def evaluate_axis(
+    spec: Architecture,
+    expression: Expression,
+    sizes: Mapping[str, int],
+    specs: Mapping[str, TensorSpec],
+) -> int:
+    """The value of an axis' "=expression" for given sizes and tensors."""
+
+    def value_of(name: str) -> int:
+        if name in spec.aliases:
+            return evaluate_axis(spec, spec.aliases[name], sizes, specs)
+        if name not in sizes:
+            raise ArchitectureError(f"{spec.name}.toml: no axis {name!r}")
+        return sizes[name]
+
+    return expressions.evaluate(expression, value_of, lambda f, a: _called(f, a, value_of, specs))
+
+
+class _Sizes:
+    """Axis sizes from config.json, each worked out when another one asks for it."""
+
+    def __init__(
+        self, spec: Architecture, config: Mapping[str, object], specs: Mapping[str, TensorSpec]
+    ) -> None:
+        self._spec, self._config, self._specs = spec, config, specs
+        self._known: dict[str, int] = {}
+        self._open: set[str] = set()
+
+    def all(self) -> dict[str, int]:
+        for name in self._spec.axes:
+            if axis_origin(self._spec.axes[name], self._config) is not None:
+                self.size(name)
+        for name in self._spec.depth_axes:
+            self.size(name)
+        return self._known
+
+    def size(self, name: str) -> int:
+        if name in self._known:
+            return self._known[name]
+        if name in self._spec.aliases:
+            return self._evaluate(self._spec.aliases[name])
+        if name not in self._spec.axes:
+            raise ArchitectureError(f"{self._spec.name}.toml: no axis {name!r}")
+        if name in self._open:
+            raise ArchitectureError(f"{self._spec.name}.toml: {name} is defined by itself")
+        axis = self._spec.axes[name]
+        origin = axis_origin(axis, self._config)
+        if origin is None:
+            raise CheckpointError(
+                f"config.json: no {' or '.join(axis.fields)}, which is the size of {name}",
+                hint="give the checkpoint's own config.json with --config",
+            )
+        self._open.add(name)
+        try:
+            if isinstance(origin, str):
+                self._known[name] = _size(field_value(self._config, origin), origin)
+            else:
+                self._known[name] = self._evaluate(origin)
+        except InexactDivisionError as error:
+            raise CheckpointError(
+                f"config.json: {name} is no whole number: {error.message}",
+                hint="is this config.json the checkpoint's own?",
+            ) from error
+        finally:
+            self._open.remove(name)
+        return self._known[name]
+
+    def _evaluate(self, expression: Expression) -> int:
+        return expressions.evaluate(
+            expression, self.size, lambda f, a: _called(f, a, self.size, self._specs)
+        )
+
+
+def _called(
+    function: str,
+    arguments: tuple[str, ...],
+    value_of: Callable[[str], int],
+    specs: Mapping[str, TensorSpec],
+) -> int:
+    if function == "shape":
+        if len(arguments) != 2 or not arguments[1].isdecimal():
+            raise ArchitectureError(
+                f"function shape({', '.join(arguments)}): expected a key and a number"
+            )
+        key, dim = arguments
+        if key not in specs or int(dim) >= len(specs[key].shape):
+            raise CheckpointError(f"{key}: expected in this architecture, not there")
+        return specs[key].shape[int(dim)]
+    if function == "count":
+        compiled = key_pattern.compile_patterns(arguments[0], {})
+        found = sum(key_pattern.first_match(compiled, key) is not None for key in specs)
+        if not found:
+            raise CheckpointError(f"{arguments[0]}: expected in this architecture, not there")
+        return found
+    if function == "swiglu8" and len(arguments) == 2:
+        # DINOv2's gated MLP: two thirds of the plain one's size, rounded up to a multiple of 8.
+        return (value_of(arguments[0]) * value_of(arguments[1]) * 2 // 3 + 7) // 8 * 8
+    raise ArchitectureError(f"no function {function!r}", hint="there are shape, count and swiglu8")
+
+
+def _size(value: object, field: str) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_SIZE:
+        raise CheckpointError(
+            f"config.json: {field} is {value!r}, expected a size",
+            hint="is this config.json the checkpoint's own?",
+        )
+    return value
+
+
+def _check_constraints(spec: Architecture, sizes: Mapping[str, int]) -> None:
+    for text, left, right in spec.constraints:
+        try:
+            a, b = evaluate_axis(spec, left, sizes, {}), evaluate_axis(spec, right, sizes, {})
+        except InexactDivisionError as error:
+            raise CheckpointError(
+                f"{spec.name}: {text} does not hold: {error.message}",
+                hint="is this config.json the checkpoint's own?",
+            ) from error
+        if a != b:
+            told = ", ".join(f"{name}={size}" for name, size in sizes.items() if name in text)
+            raise CheckpointError(
+                f"{spec.name}: {text} does not hold: {a} is not {b} ({told})",
+                hint="is this config.json the checkpoint's own?",
+            )

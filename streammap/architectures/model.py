@@ -1,0 +1,406 @@
+"""A checkpoint as its architecture spec sees it: sizes of the axes, tensors by family.
+
+Each key must match exactly one rule, each dimension must equal its expression, and layers of one
+kind must have the same tensors; else the checkpoint is refused, with the nearest patterns named.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from streammap.architectures import (
+    axis_sizes as sizes,
+)
+from streammap.architectures import (
+    config_fields,
+    key_pattern,
+    layer_kinds,
+    quantization,
+    registry,
+)
+from streammap.architectures.expression import Expression, Name
+from streammap.architectures.key_pattern import KeyPattern, first_match
+from streammap.architectures.schema import Architecture, Depth, Dim, Head, Rule
+from streammap.errors import ArchitectureError, CheckpointError, some
+from streammap.io.tensor_spec import TensorSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """The tensors that one rule describes under one name, over all layers and experts."""
+
+    rule: Rule
+    name: str
+    """The key with its indices by name: "h.{layer}.ln_1.weight"."""
+    members: Mapping[tuple[int, ...], str]
+    """Values of the indices -> key."""
+    dims: tuple[Dim, ...]
+
+    @property
+    def indices(self) -> tuple[str, ...]:
+        """Names of the indices in the key."""
+        return self.rule.pattern.indices
+
+    def key(self, values: tuple[int, ...]) -> str:
+        """The key of the family with these indices, there or not."""
+        found = self.name
+        for index, value in zip(self.indices, values, strict=True):
+            found = found.replace(f"{{{index}}}", str(value))
+        return found
+
+    def index_expression(self, index: str) -> Expression:
+        """What an index counts: an axis, or an expression of its own."""
+        return self.rule.pattern.counts.get(index, Name(index))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TiedHead:
+    """A head that shares the embedding's tensor, at its place in a checkpoint."""
+
+    head: Head
+    norm: tuple[KeyPattern, ...]
+    """Of the head's norms, the one that is there; empty where none is."""
+
+    def feeds(self, key: str, n_last: Mapping[str, int]) -> bool:
+        """Whether the tensor `key` belongs to the norm before the head.
+
+        Args:
+            n_last: Depth axis -> its last layer.
+        """
+        for found in self.norm:
+            values = found.match(key)
+            if values is not None:
+                return all(values[name] == n_last.get(name) for name in found.last)
+        return False
+
+    def is_head(self, key: str) -> bool:
+        """Whether `key` is the head's own tensor (a copy of the embedding)."""
+        return first_match(self.head.head, key) is not None
+
+    def is_embedding(self, key: str) -> bool:
+        """Whether `key` is the tensor that the head shares."""
+        return first_match(self.head.embed, key) is not None
+
+    def reads(self, key: str) -> bool:
+        """Whether `key` also reads what the norm makes."""
+        return first_match(self.head.readers, key) is not None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Model:
+    """A resolved checkpoint."""
+
+    architecture: Architecture
+    config: Mapping[str, object]
+    sizes: Mapping[str, int]
+    """Axis -> size, for each axis whose size is known."""
+    families: tuple[Family, ...]
+    tied_heads: tuple[TiedHead, ...]
+
+    @property
+    def tied(self) -> bool:
+        """Whether a head shares the embedding's tensor."""
+        return bool(self.tied_heads)
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the first depth axis, by config.json."""
+        return self.sizes[self.architecture.depth_axes[0]]
+
+    def size(self, expression: Expression) -> int:
+        """The value of a dimension expression."""
+        return self.architecture.size(expression, self.sizes)
+
+    def kinds(self, axis: str) -> tuple[layer_kinds.Kind, ...]:
+        """What config.json says of each layer of a depth axis."""
+        depth = self.architecture.depth.get(axis, Depth())
+        return layer_kinds.kinds(depth, self.config, self.sizes[axis])
+
+
+def resolve(
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, object] | None,
+    *,
+    name: str | None = None,
+) -> Model:
+    """Find the spec that serves a checkpoint and read the checkpoint by it.
+
+    Args:
+        specs: Key -> dtype and shape.
+        name: The spec to take, where the checkpoint doesn't tell: a name, or a file (*.toml).
+
+    Raises:
+        ArchitectureError: no spec serves it.
+        CheckpointError: a key that no rule knows, a missing tensor, a shape that does not fit, a
+            quantised checkpoint.
+    """
+    quantization.check(specs, config or {})
+    spec = find(specs, config, name)
+    found = sizes.read(spec, config or {}, specs)
+    families = _families(spec, specs, config or {})
+    heads = tuple(
+        tied for head in spec.heads if (tied := _tied(head, specs, config or {})) is not None
+    )
+    model = Model(spec, config or {}, found, families, heads)
+    _check_shapes(model, specs)
+    _check_complete(model)
+    return model
+
+
+def find(
+    specs: Mapping[str, TensorSpec], config: Mapping[str, object] | None, name: str | None
+) -> Architecture:
+    """The spec that serves a checkpoint.
+
+    Raises:
+        ArchitectureError: there is none; the hint says how to get one.
+    """
+    fields = config or {}
+    if name is not None:
+        return registry.load(name, fields)
+    model_type = fields.get("model_type")
+    if model_type is not None:
+        found = registry.for_model_type(str(model_type), fields)
+        if found is None:
+            raise ArchitectureError(
+                f"no architecture spec serves model_type {str(model_type)[:80]!r}",
+                hint="`streammap spec infer CHECKPOINT > mine.toml` writes one (needs "
+                "transformers), --arch mine.toml uses it; `streammap architectures` lists all",
+            )
+        return found
+    found = registry.for_keys(specs, fields)
+    if found is None:
+        what = "config.json has no model_type" if config is not None else "there is no config.json"
+        raise ArchitectureError(
+            f"{what}, and the keys ({some(list(specs))}) do not tell the architecture",
+            hint="give the checkpoint's config.json with --config",
+        )
+    return found
+
+
+def _families(
+    spec: Architecture, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
+) -> tuple[Family, ...]:
+    """Match every key. Candidates are found once per key shape, so the cost is linear in keys."""
+    candidates: dict[str, tuple[Rule, ...]] = {}
+    found: dict[tuple[int, str], tuple[Rule, dict[tuple[int, ...], str], int]] = {}
+    unknown = []
+    for key, tensor in specs.items():
+        shape = key_pattern.INDEX.sub("0", key)
+        if shape not in candidates:
+            candidates[shape] = tuple(r for r in spec.rules if r.pattern.loose.fullmatch(shape))
+        matches = [
+            (rule, values)
+            for rule in candidates[shape]
+            if (values := rule.pattern.match(key)) is not None and _applies(rule, values, config)
+        ]
+        if not matches:
+            unknown.append(key)
+            continue
+        lowest = min(rule.generation for rule, _ in matches)
+        own = [match for match in matches if match[0].generation == lowest]
+        rule, values = own[0]
+        if len(own) > 1:
+            raise ArchitectureError(
+                f"{spec.name}.toml: {key} matches {rule.pattern.text} and {own[1][0].pattern.text}"
+            )
+        name = _family_name(key, rule)
+        entry = found.setdefault((id(rule), name), (rule, {}, len(tensor.shape)))
+        entry[1][tuple(values[index] for index in rule.pattern.indices)] = key
+    if unknown:
+        _refuse_unknown(spec, unknown)
+    return tuple(
+        Family(rule, name, members, _dims(rule, name, rank))
+        for (_, name), (rule, members, rank) in found.items()
+    )
+
+
+def _applies(rule: Rule, values: Mapping[str, int], config: Mapping[str, object]) -> bool:
+    """Whether the layer of a key is one that the rule is for."""
+    for condition in rule.when:
+        listed = config_fields.field_value(config, condition.field)
+        at = values.get(condition.axis)
+        same = False
+        if isinstance(listed, list) and at is not None and at < len(listed):
+            same = str(listed[at]) == condition.value
+        if same == condition.negated:
+            return False
+    return True
+
+
+def _family_name(key: str, rule: Rule) -> str:
+    indices = rule.pattern.indices
+    if not indices:
+        return key
+    found = rule.pattern.regex.fullmatch(key)
+    assert found is not None
+    name = key
+    for at in sorted(range(len(indices)), key=lambda at: -found.start(at + 1)):
+        name = f"{name[: found.start(at + 1)]}{{{indices[at]}}}{name[found.end(at + 1) :]}"
+    return name
+
+
+def _dims(rule: Rule, name: str, rank: int) -> tuple[Dim, ...]:
+    dims = rule.dims_for(rank)
+    if dims is None:
+        raise CheckpointError(
+            f"{name}: {rank} dimensions, expected {len(rule.dims)} "
+            f"({', '.join(dim.text for dim in rule.dims)})",
+            hint="is this config.json the checkpoint's own?",
+        )
+    return dims
+
+
+def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
+    rendered = {key_pattern.sample(rule.pattern): rule.pattern.text for rule in spec.rules}
+    import difflib
+
+    near = difflib.get_close_matches(
+        key_pattern.INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3
+    )
+    told = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
+    raise CheckpointError(
+        f"{unknown[0]}: no rule of {spec.name}.toml knows this tensor "
+        f"({len(unknown)} such: {some(unknown)}){told}",
+        hint="is this the right architecture? --arch names another",
+    )
+
+
+def _tied(
+    head: Head, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
+) -> TiedHead | None:
+    """The head, where it shares the embedding, by the file or by config.json.
+
+    A head tensor beside `tie_word_embeddings: true` is a copy; it is treated as tied, which is
+    right whether the loader ties it or not.
+    """
+    classes = config.get("architectures")
+    if isinstance(classes, list) and not head.is_in(str(name) for name in classes):
+        return None
+    norm = next((n for n in head.norms if any(first_match(n, k) is not None for k in specs)), ())
+    if head.norms and not norm and not (isinstance(classes, list) and head.classes):
+        return None
+    if not any(first_match(head.embed, key) is not None for key in specs):
+        return None
+    has_tensor = any(first_match(head.head, key) is not None for key in specs)
+    if not has_tensor:
+        return TiedHead(head, norm)
+    flag = config_fields.field_value(config, f"{head.path}tie_word_embeddings")
+    if flag is None:
+        flag = config.get("tie_word_embeddings", head.is_tied)
+    return TiedHead(head, norm) if flag is not False else None
+
+
+def _check_shapes(model: Model, specs: Mapping[str, TensorSpec]) -> None:
+    for family in model.families:
+        expected = tuple(_expected(model, family, dim) for dim in family.dims)
+        for key in family.members.values():
+            shape = specs[key].shape
+            if len(shape) == len(expected) and all(
+                size in (None, n) for size, n in zip(expected, shape, strict=True)
+            ):
+                continue
+            text = ", ".join(dim.text for dim in family.dims)
+            wanted = ", ".join("_" if size is None else str(size) for size in expected)
+            raise CheckpointError(
+                f"{key}: shape {list(shape)} is not ({text}) = [{wanted}]",
+                hint="is this config.json the checkpoint's own?",
+            )
+
+
+def _expected(model: Model, family: Family, dim: Dim) -> int | None:
+    if dim.expression is None:
+        return None
+    try:
+        return model.size(dim.expression)
+    except KeyError as missing:
+        axis = model.architecture.axes.get(missing.args[0])
+        fields = " or ".join(axis.fields) if axis is not None else str(missing)
+        raise CheckpointError(
+            f"config.json: no {fields}, which {family.name} needs",
+            hint="give the checkpoint's own config.json with --config",
+        ) from missing
+
+
+def _check_complete(model: Model) -> None:
+    missing: list[str] = []
+    n_missing = 0
+    for axis in model.architecture.depth_axes:
+        _check_surplus(model, axis)
+        names, n = _missing(model, axis)
+        missing += names
+        n_missing += n
+    for required in _unmet(model):
+        missing.append(required)
+        n_missing += 1
+    if missing:
+        told = ", ".join(missing[:3])
+        if n_missing > 3:
+            told += f" and {n_missing - 3} more"
+        raise CheckpointError(
+            f"{missing[0]}: missing ({n_missing} tensors: {told})",
+            hint="download or save the checkpoint again",
+        )
+
+
+def _unmet(model: Model) -> Iterable[str]:
+    """Required patterns that no family fits; alternatives of one text count as one."""
+    by_text: dict[str, list[KeyPattern]] = {}
+    for required in model.architecture.required:
+        by_text.setdefault(required.text, []).append(required)
+    for patterns in by_text.values():
+        keys = (next(iter(family.members.values())) for family in model.families)
+        if not any(first_match(patterns, key) is not None for key in keys):
+            yield key_pattern.sample(patterns[0])
+
+
+def _check_surplus(model: Model, axis: str) -> None:
+    n_layers = model.sizes[axis]
+    depth = model.architecture.depth.get(axis)
+    tail = 0
+    if depth is not None and depth.tail is not None:
+        value = config_fields.field_value(model.config, depth.tail)
+        # Checkpoints with such a tail exist whose config.json doesn't count it.
+        tail = value if isinstance(value, int) and value > 0 else 1
+    surplus = [
+        key
+        for family in model.families
+        if axis in family.indices
+        for values, key in family.members.items()
+        if values[family.indices.index(axis)] >= n_layers + tail
+    ]
+    if surplus:
+        raise CheckpointError(
+            f"{surplus[0]}: config.json says {n_layers} layers (0 to {n_layers - 1}); "
+            f"{len(surplus)} tensors are of later ones",
+            hint="is this config.json the checkpoint's own?",
+        )
+
+
+def _missing(model: Model, axis: str) -> tuple[list[str], int]:
+    """Some of the keys that layers lack and others of their kind have, and how many these are."""
+    members: dict[layer_kinds.Kind, list[int]] = {}
+    for i, kind in enumerate(model.kinds(axis)):
+        members.setdefault(kind, []).append(i)
+    names: list[str] = []
+    n_missing = 0
+    held: set[int] = set()
+    for family in model.families:
+        if axis not in family.indices or family.rule.kind == "drop":
+            continue
+        at = family.indices.index(axis)
+        rests: dict[tuple[int, ...], set[int]] = {}
+        for values in family.members:
+            rests.setdefault((*values[:at], *values[at + 1 :]), set()).add(values[at])
+        for rest, there in rests.items():
+            held |= there
+            for same in members.values():
+                if there.isdisjoint(same) or there.issuperset(same):
+                    continue
+                lacking = [i for i in same if i not in there]
+                n_missing += len(lacking)
+                names += [family.key((*rest[:at], i, *rest[at:])) for i in lacking[:3]]
+    # A model may be the encoder or the decoder alone: then an axis has no layers at all.
+    if not n_missing and held:
+        empty = [i for same in members.values() for i in same if i not in held]
+        return [f"layer {i} of {axis}" for i in empty[:3]], len(empty)
+    return names[:3], n_missing

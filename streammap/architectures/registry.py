@@ -1,0 +1,129 @@
+"""Which specs there are: those shipped, and those of the folder in STREAMMAP_ARCHITECTURES."""
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from streammap.architectures import spec_file
+from streammap.architectures.key_pattern import first_match
+from streammap.architectures.schema import Architecture
+from streammap.architectures.toml_values import Tables
+from streammap.errors import ArchitectureError
+
+FOLDER = "STREAMMAP_ARCHITECTURES"
+"""Environment variable: a folder with further specs."""
+_NO_CONFIG: dict[str, object] = {}
+
+
+def names() -> tuple[str, ...]:
+    """The specs, by name."""
+    return tuple(sorted(_texts(_folder())))
+
+
+def load(name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
+    """A spec by name, or by its file (*.toml), as it stands for a config.json.
+
+    Raises:
+        ArchitectureError: there is none, or its file is wrong.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        try:
+            with path.open(encoding="utf-8") as file:  # no more than tells that it is too long
+                text = file.read(spec_file.MAX_LETTERS + 1)
+        except (OSError, ValueError) as error:
+            raise ArchitectureError(f"{path}: {error}", hint="check the path") from error
+        return parse(text, name=path.stem, config=config)
+    return spec_file.build(name, _merged(name), config, _merged)
+
+
+def parse(text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
+    """Read a spec from TOML.
+
+    Raises:
+        ArchitectureError: naming the spec and the entry.
+    """
+    tables = spec_file.merged(spec_file.read(text, name=name), _tables)
+    return spec_file.build(name, tables, config, _merged)
+
+
+def model_types() -> dict[str, str]:
+    """model_type -> name of the spec that serves it."""
+    found: dict[str, str] = {}
+    for name in _texts(_folder()):
+        listed = _tables(name).get("model_types", [])
+        for model_type in listed if isinstance(listed, list) else []:
+            found.setdefault(str(model_type), name)
+    return found
+
+
+def for_model_type(model_type: str, config: Mapping[str, object]) -> Architecture | None:
+    """The spec that serves a config.json with this model_type."""
+    quoted = f'"{model_type}"'
+    for name, text in _texts(_folder()).items():
+        # Reading TOML is slow; most files do not even hold the word.
+        if quoted in text:
+            listed = _tables(name).get("model_types", [])
+            if isinstance(listed, list) and model_type in listed:
+                return load(name, config)
+    return None
+
+
+def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture | None:
+    """The spec whose `detect` keys are all there."""
+    found = tuple(keys)
+    for name, text in _texts(_folder()).items():
+        if "\ndetect" not in text:
+            continue
+        architecture = load(name, config)
+        patterns = architecture.detect
+        if patterns and all(
+            any(first_match((p,), key) is not None for key in found) for p in patterns
+        ):
+            return architecture
+    return None
+
+
+def _folder() -> str:
+    return os.environ.get(FOLDER, "")
+
+
+@cache
+def _texts(folder: str) -> Mapping[str, str]:
+    """Name -> TOML; a user's own file counts before a shipped one of its name."""
+    shipped = resources.files("streammap") / "architectures" / "specs"
+    found = {f.name[:-5]: f.read_text() for f in shipped.iterdir() if f.name.endswith(".toml")}
+    if folder:
+        try:
+            own = {
+                p.stem: p.read_text(encoding="utf-8") for p in sorted(Path(folder).glob("*.toml"))
+            }
+        except (OSError, UnicodeDecodeError) as error:
+            raise ArchitectureError(f"{folder}: {error}", hint=f"check {FOLDER}") from error
+        return {**own, **{name: text for name, text in found.items() if name not in own}}
+    return found
+
+
+def _tables(name: str) -> Tables:
+    return _read(_folder(), name)
+
+
+@cache
+def _read(folder: str, name: str) -> Tables:
+    texts = _texts(folder)
+    if name not in texts:
+        raise ArchitectureError(
+            f"no architecture {name!r}", hint=f"there are {', '.join(sorted(texts))}"
+        )
+    return spec_file.read(texts[name], name=name)
+
+
+def _merged(name: str) -> Tables:
+    return _merged_in(_folder(), name)
+
+
+@cache
+def _merged_in(folder: str, name: str) -> Tables:
+    return spec_file.merged(_read(folder, name), lambda above: _read(folder, above))

@@ -1,0 +1,132 @@
+"""Commands about architecture specs: `architectures`, `spec verify`, `spec infer`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from streammap.errors import ArchitectureError
+
+if TYPE_CHECKING:
+    from streammap.tools.spec_proof.checks import Report
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def architectures(as_json: bool) -> None:
+    r"""List the model types that are served, and what is exact for each.
+
+    \b
+    Example:
+        streammap architectures
+    """
+    from streammap.analysis import architectures_table
+
+    found = architectures_table.listing()
+    click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+
+
+@click.group()
+def spec() -> None:
+    r"""Write and prove architecture specs.
+
+    \b
+    Example:
+        streammap spec verify gpt2
+    """
+
+
+@spec.command()
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--model", metavar="MODEL", help="Only this one of the spec's tiny models.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
+    r"""Prove specs (names, or *.toml files) on tiny models, by comparing outputs.
+
+    Each model is made with random float64 weights, then permuted and doubled through files and
+    from_pretrained. Needs transformers: pip install 'streammap[transformers]'.
+
+    \b
+    Example:
+        streammap spec verify gpt2
+    """
+    import tempfile
+
+    from streammap.architectures import registry
+    from streammap.tools.spec_proof import checks
+
+    reports: list[Report] = []
+    with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
+        for name in names:
+            for tiny in checks.models(registry.load(name)):
+                if model not in (None, tiny.name):
+                    continue
+                reports.append(checks.prove(tiny, name, Path(folder) / f"{len(reports)}"))
+                if not as_json:
+                    click.echo(_told(reports[-1]))
+    if as_json:
+        click.echo(json.dumps({"reports": [asdict(report) for report in reports]}, indent=2))
+    failed = [report.model for report in reports if not report.passed]
+    if failed:
+        raise ArchitectureError(
+            f"{len(failed)} of {len(reports)} models fail: {', '.join(failed)}",
+            hint="the messages name the axis; correct its dimensions or roles in the spec",
+        )
+
+
+@spec.command()
+@click.argument("source", metavar="CHECKPOINT")
+@click.option("--name", metavar="NAME", help="Name of the spec. [default: the model type]")
+@click.option("--verify/--no-verify", "proves", default=True, show_default=True,
+              help="Prove it on a tiny model; the report goes to stderr.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
+    r"""Write a spec for a checkpoint that none serves, by probing its model class.
+
+    Only transformers' own classes are used; no code of the checkpoint is run. CHECKPOINT is its
+    folder or its config.json. Needs transformers: pip install 'streammap[transformers]'.
+
+    \b
+    Example:
+        streammap spec infer bert-base-uncased/ > mine.toml
+    """
+    from streammap.io.json_files import read_config
+    from streammap.tools.spec_infer import infer as inference
+    from streammap.tools.spec_proof import checks
+
+    config = read_config(source)
+    found = inference.infer(config, name=name or str(config.get("model_type", "mine")))
+    reports = []
+    if proves:
+        import tempfile
+
+        with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
+            file = Path(folder) / f"{name or found.model_type}.toml"
+            file.write_text(found.toml)
+            reports = list(checks.verify(str(file), scratch=Path(folder) / "models"))
+    if as_json:
+        told = {
+            "model_type": found.model_type, "toml": found.toml,
+            "unresolved": list(found.unresolved), "n_probes": found.n_probes,
+            "seconds": found.seconds, "reports": [asdict(report) for report in reports],
+        }  # fmt: skip
+        click.echo(json.dumps(told, indent=2))
+        return
+    click.echo(found.toml)
+    click.echo(f"{found.n_probes} probes in {found.seconds:.1f} s", err=True)
+    for line in found.unresolved:
+        click.echo(f"not resolved: {line}", err=True)
+    for report in reports:
+        click.echo(_told(report), err=True)
+
+
+def _told(report: "Report") -> str:
+    """One model's checks in a few lines."""
+    lines = [f"{report.model}: {'passed' if report.passed else 'FAILED'}"]
+    for check in report.checks:
+        error = "" if check.error is None else f"{check.error:.1e}"
+        sign = "ok" if check.passed else "FAILED"
+        lines.append(f"  {check.name:<12} {sign:<7} {error:<8} {check.message}".rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""What knows nothing of models: text, JSON, events, process settings."""

@@ -1,0 +1,1 @@
+"""Linear forms to bytes in bounded memory: tiles, programs, kernels, threads."""

@@ -1,0 +1,445 @@
+"""Recipe -> program: the operations that compute a tile, and in which order.
+
+Each element is computed by the same operations in the same order whatever the tile: sources are
+added up in the order of the blend, then each dimension is mapped in turn, members of a unit in the
+order of its row (or all in one go, see pooling.py: that depends on the form, not on the tile). Sums
+are kept in the form's accumulator; a factor that all members share is applied after the sum, and
+the result is rounded once. So tiles of any size give the same bits, but for matrix products, whose
+kernels add in an order of their own. No torch here.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import final
+
+from streammap.engine import pullback
+from streammap.engine.memory import N_PLACES
+from streammap.engine.program import OUT, WORK, Op, Program, Strip, View, contiguous
+from streammap.engine.pullback import Pullback, Range
+from streammap.engine.tile_reads import Dim, Part, Recipe, Request
+from streammap.io.tensor_spec import DTYPE_BITS
+from streammap.planning import graph, group_sums
+from streammap.planning.graph import Load, Term
+from streammap.planning.maps import BlockMap, DenseMap
+from streammap.planning.segments import Segment
+
+_ALIGN_NBYTES = 64
+_MAX_MOVES = 64
+_MAX_PROGRAMS = 1024
+_HALVES = ("BF16", "F16")
+
+
+def program(recipe: Recipe, chunk_nbytes: int) -> Program:
+    """The operations; of a source, `chunk_nbytes` are computed with at once, or one row."""
+    return _Writer(recipe, chunk_nbytes).written()
+
+
+@final
+class Programs:
+    """The programs of a run: tiles of the same structure share one."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._found: dict[object, Program] = {}
+
+    def of(self, recipe: Recipe, kind: object, chunk_nbytes: int) -> Program:
+        """The program of a recipe of a form that is `alike(form)` = kind."""
+        if recipe.is_dense:  # matrices are cut at another place for each tile
+            return program(recipe, chunk_nbytes)
+        key = (kind, recipe.structure)
+        found = self._found.get(key)
+        if found is None:
+            if len(self._found) >= _MAX_PROGRAMS:
+                self._found.clear()
+            found = self._found[key] = program(recipe, chunk_nbytes)
+        return found
+
+
+@final
+class _Writer:
+    """Writes the operations of one tile."""
+
+    def __init__(self, recipe: Recipe, chunk_nbytes: int) -> None:
+        self._form, self._parts, self._chunk_nbytes = recipe.form, recipe.parts, chunk_nbytes
+        tile = recipe.tile
+        self._dim = len(tile.prefix)
+        self._shape = tile.shape or (1,)
+        # Maps act on the dimensions of the source, so the tile has its leading ones too.
+        self._shape = (*(1,) * self._dim, *self._shape)
+        self._ops: list[Op] = []
+        self._used = self._peak = self._largest = 0
+        self._staged: dict[tuple[int, tuple[int, ...], Part], View] = {}
+        self._number = 0  # of the term at hand
+
+    def written(self) -> Program:
+        """The program."""
+        out = contiguous(OUT, self._form.spec.dtype, 0, self._shape)
+        if not self._moved(out) and not self._blended(out) and not self._pooled(out):
+            self._summed(out)
+        return Program(tuple(self._ops), self._peak, self._largest)
+
+    def _moved(self, out: View) -> bool:
+        """One source whose elements are copied, or scaled by one number each: no accumulator."""
+        form = self._form
+        term = form.terms[0]
+        coefficient, found = term.blend[0]
+        if len(form.terms) > 1 or len(term.blend) > 1 or coefficient == 0.0:
+            return False
+        if not any(term.maps) or not _moves(term):
+            return False
+        if not graph.is_stored(found, form.spec.dtype):
+            return False
+        (part,) = self._parts[0]
+        self._place(part, self._read(part, found), out, coefficient)
+        return True
+
+    def _place(self, part: Part, held: View, out: View, coefficient: float) -> None:
+        """Move each element to all of its places."""
+        dims = [(d, dim.pulled.segments) for d, dim in enumerate(part) if dim.pulled.segments]
+        for chosen in itertools.product(*(segments for _, segments in dims)):
+            to, at, factor = out, held, coefficient
+            # From the last dimension on: `blocks` moves those behind it.
+            for (d, _), segment in reversed(list(zip(dims, chosen, strict=True))):
+                to = to.blocks(d, segment, source=False)
+                factor *= segment.coefficient
+                if segment.coefficient != 0.0:
+                    at = at.blocks(d, segment, source=True)
+            self._put(to, at, factor)
+
+    def _blended(self, out: View) -> bool:
+        """(1 - w) a + w b of 16-bit sources, moved where they are: a kernel that rounds once."""
+        dtype, terms = self._form.spec.dtype, self._form.terms
+        sides = [(number, *pair) for number, term in enumerate(terms) for pair in term.blend]
+        if len(sides) != 2 or dtype not in _HALVES:
+            return False
+        (_, u, a), (_, w, b) = sides
+        if u == 0.0 or w == 0.0 or u != 1.0 - w:
+            return False
+        if not graph.is_stored(a, dtype) or not graph.is_stored(b, dtype):
+            return False
+        if not all(_moves_exactly(term, dtype) for term in terms):
+            return False
+        sources = []
+        for number, _, found in sides:
+            self._number = number
+            (part,) = self._parts[number]
+            held = self._read(part, found)
+            if any(dim.changes for dim in part):
+                moved = self._new(dtype, out.shape)
+                self._place(part, held, moved, 1.0)
+                held = moved
+            sources.append(held)
+        self._ops.append(Op("blend", out, tuple(sources), number=w))
+        return True
+
+    def _pooled(self, out: View) -> bool:
+        """Sums of groups of sources as they are: one kernel, which rounds once."""
+        divisor = group_sums.divisor_of(self._form)
+        if divisor is None:
+            return False
+        from streammap.engine import pooling
+
+        sources = [found for _, found in self._form.terms[0].blend]
+        (part,) = self._parts[0]
+        held = self._read(part, *sources)
+        self._ops += pooling.ops(part, len(sources), held, out, divisor, self._new)
+        return True
+
+    def _summed(self, out: View) -> None:
+        """Any form, in chunks of rows."""
+        dtype = self._form.accumulator
+        direct = dtype == self._form.spec.dtype
+        for start, end in self._chunks():
+            self._used = 0
+            target = out.narrow(self._dim, start, end)
+            total = target if direct else self._new(dtype, target.shape)
+            is_first = True
+            for number, term in enumerate(self._form.terms):
+                self._number = number
+                for part in self._parts[number]:
+                    mark = self._used
+                    self._add(term, part, (start, end), total, is_first=is_first)
+                    self._used = mark
+                    is_first = False
+            if not direct:
+                self._ops.append(Op("copy", target, (total,)))
+
+    def _chunks(self) -> list[Range]:
+        """The tile's rows, some at a time."""
+        n = self._shape[self._dim]
+        n_requests = sum(
+            len(parts) * len(term.blend)
+            for term, parts in zip(self._form.terms, self._parts, strict=True)
+        )
+        dense = any(
+            isinstance(dim.m, DenseMap)
+            for parts in self._parts
+            for dim in parts[0][: self._dim + 1]
+        )
+        if dense or n_requests > N_PLACES:  # parts are added up, or can't all be kept
+            return [(0, n)]
+        item = DTYPE_BITS[self._form.accumulator] // 8
+        largest = max(math.prod(d.pulled.n_in for d in part) for (part,) in self._parts) * item
+        n_chunks = max(1, min(n, -(-largest // self._chunk_nbytes)))
+        step = -(-n // n_chunks)
+        return [(at, min(at + step, n)) for at in range(0, n, step)]
+
+    def _add(self, term: Term, whole: Part, rows: Range, total: View, *, is_first: bool) -> None:
+        """Add a part of a term to the total, or put it there."""
+        held, part, factor = self._blend(term, whole, rows, total, is_first=is_first)
+        dims = [(d, dim) for d, dim in enumerate(part) if dim.changes]
+        for number, (d, dim) in enumerate(dims):
+            lands = is_first and number == len(dims) - 1
+            shape = (*held.shape[:d], dim.n_out, *held.shape[d + 1 :])
+            to = total if lands else self._new(total.dtype, shape)
+            factor *= self._map(dim, held, to, d)
+            held = to
+        if held == total or is_first:
+            self._put(total, held, factor)
+            return
+        if factor != 1.0:
+            scaled = held if held.place == WORK else self._new(held.dtype, held.shape)
+            self._ops.append(Op("mul", scaled, (held,), number=factor))
+            held = scaled
+        self._ops.append(Op("add", total, (total, held)))
+
+    def _blend(
+        self, term: Term, whole: Part, rows: Range, total: View, *, is_first: bool
+    ) -> tuple[View, Part, float]:
+        """The blend, how it is mapped, and a factor that is still to be applied."""
+        blend = [(c, found) for c, found in term.blend if c != 0.0]
+        values = {c for c, _ in blend}
+        factor = values.pop() if len(values) == 1 else 1.0
+        if len(blend) == 1 and not graph.is_constant(blend[0][1]):
+            staged = self._as_read(blend[0][1], whole, rows, total.dtype)
+            if staged is not None:
+                return *staged, factor
+        part = self._within(whole, rows)
+        shape = tuple(dim.pulled.n_in for dim in part)
+        lands = is_first and not any(dim.changes for dim in part)
+        held = total if lands else self._new(total.dtype, shape)
+        if not blend:
+            self._ops.append(Op("fill", held, number=0.0))
+        spare: View | None = None
+        for position, (coefficient, found) in enumerate(blend):
+            weight = coefficient / factor
+            to = held
+            if position:
+                spare = spare or self._new(total.dtype, shape)
+                to = spare
+            if graph.is_constant(found):
+                self._ops.append(Op("fill", to, number=weight))
+            else:
+                self._gather(self._read(whole, found), whole, part, to, weight)
+            if position:
+                self._ops.append(Op("add", held, (held, to)))
+        return held, part, factor
+
+    def _as_read(
+        self, found: Load, whole: Part, rows: Range, dtype: str
+    ) -> tuple[View, Part] | None:
+        """A source to compute with where it was read to; None where that can't be."""
+        if found.spec.dtype != dtype or any(d.pulled.n_in != 1 for d in whole[: self._dim]):
+            return None
+        staged, dim = self._read(whole, found), whole[self._dim]
+        segments = dim.pulled.segments
+        if segments is None:
+            if isinstance(dim.m, DenseMap):
+                return staged, whole
+            return staged.narrow(self._dim, *rows), self._within(whole, rows)
+        pulled = Pullback(dim.pulled.ranges, pullback.clipped(segments, *rows))
+        return staged, self._with(whole, pulled, rows)
+
+    def _within(self, whole: Part, rows: Range) -> Part:
+        """A part cut down to some rows of the tile, and what they are made of."""
+        if isinstance(whole[self._dim].m, DenseMap):
+            return whole
+        return self._with(whole, pullback.within(whole[self._dim].pulled, *rows), rows)
+
+    def _with(self, whole: Part, pulled: Pullback, rows: Range) -> Part:
+        dim = whole[self._dim]
+        start = dim.rows[0]
+        cut = Dim(dim.m, pulled, (start + rows[0], start + rows[1]))
+        return (*whole[: self._dim], cut, *whole[self._dim + 1 :])
+
+    def _gather(self, staged: View, whole: Part, part: Part, to: View, weight: float) -> None:
+        """Convert what a chunk is made of, and weigh it."""
+        converts = staged.dtype != to.dtype  # kernels that mix dtypes take memory of their own
+        number = 1.0 if converts else weight
+        if isinstance(part[self._dim].m, DenseMap):
+            self._put(to, staged, number)
+        else:
+            for move in _side_by_side(part[self._dim].pulled.ranges):
+                place = to.blocks(self._dim, move, source=False)
+                self._put(place, staged.blocks(self._dim, move, source=True), number)
+        if converts:
+            self._put(to, to, weight)
+
+    def _map(self, dim: Dim, held: View, to: View, d: int) -> float:
+        """Apply a dimension's map; gives a factor that is still to be applied."""
+        if isinstance(dim.m, DenseMap):
+            ((start, end),) = dim.pulled.ranges
+            strip = Strip(dim.m, dim.rows, (start, end))
+            self._ops.append(Op("matmul", to.folded(d), (held.folded(d),), matrix=strip))
+            return 1.0
+        assert isinstance(dim.m, BlockMap)
+        factor = dim.m.common or 1.0
+        found = [
+            replace(s, coefficient=s.coefficient and 1.0) if dim.m.common else s
+            for s in dim.pulled.segments or ()
+        ]
+        if len(found) > _MAX_MOVES:
+            self._take(found, held, to, d)
+        else:
+            self._move(found, held, to, d)
+        return factor
+
+    def _move(self, found: Sequence[Segment], held: View, to: View, d: int) -> None:
+        n = sum(1 for s in found if not s.adds)
+        paired = len(found) >= 2 * n and all(
+            b.adds and _alike(a, b) for a, b in zip(found[:n], found[n : 2 * n], strict=True)
+        )
+        mark = self._used
+        for i, segment in enumerate(found):
+            place = to.blocks(d, segment, source=False)
+            if segment.coefficient == 0.0:
+                if not segment.adds:
+                    self._ops.append(Op("fill", place, number=0.0))
+                continue
+            at = held.blocks(d, segment, source=True)
+            if paired and i < n:
+                other = held.blocks(d, found[n + i], source=True)
+                self._ops.append(Op("add", place, (at, other)))
+            elif not segment.adds:
+                self._put(place, at, segment.coefficient)
+            elif not (paired and i < 2 * n):
+                if segment.coefficient != 1.0:
+                    scaled = self._new(held.dtype, place.shape)
+                    self._ops.append(Op("mul", scaled, (at,), number=segment.coefficient))
+                    at = scaled
+                self._ops.append(Op("add", place, (place, at)))
+                self._used = mark
+
+    def _take(self, found: Sequence[Segment], held: View, to: View, d: int) -> None:
+        """An irregular map: units by number, one slot of its rows after the other."""
+        mark = self._used
+        for slot in _slots(found):
+            units = [unit for segment in slot for unit in _units(segment)]
+            kept = [(to_unit, at, c) for to_unit, at, c in units if c != 0.0]
+            if not slot[0].adds:
+                target, places = to, dict.fromkeys(range(to.shape[d]), (0, 1.0))
+                places |= {to_unit: (at, c) for to_unit, at, c in kept}
+            else:
+                places = {to_unit: (at, c) for to_unit, at, c in kept}
+                shape = (*to.shape[:d], len(places), *to.shape[d + 1 :])
+                target = self._new(held.dtype, shape)
+            indices = tuple(at for at, _ in places.values())
+            numbers = tuple(c for _, c in places.values())
+            self._ops.append(Op("take", target.folded(d), (held.folded(d),), indices=indices))
+            if any(number != 1.0 for number in numbers):
+                self._ops.append(Op("scale", target.folded(d), numbers=numbers))
+            empty = tuple(to_unit for to_unit, _, c in units if c == 0.0)
+            if slot[0].adds:
+                into = tuple(places)
+                self._ops.append(Op("put", to.folded(d), (target.folded(d),), indices=into))
+            elif empty:
+                self._ops.append(Op("clear", to.folded(d), indices=empty))
+            self._used = mark
+
+    def _read(self, part: Part, *sources: Load) -> View:
+        """Where a source is read to, or several; a program reads them once for a part."""
+        key = self._number, tuple(id(found) for found in sources), part
+        if key not in self._staged:
+            request = Request(sources, tuple(dim.pulled.ranges for dim in part))
+            self._largest = max(self._largest, request.nbytes)
+            shape = tuple(dim.pulled.n_in for dim in part)
+            dtype = sources[0].spec.dtype
+            whole = contiguous(len(self._staged), dtype, 0, (len(sources), *shape))
+            self._staged[key] = whole.at(0, 0) if len(sources) == 1 else whole
+            self._ops.append(Op("read", whole))
+        return self._staged[key]
+
+    def _put(self, to: View, at: View, factor: float) -> None:
+        if factor == 0.0:
+            self._ops.append(Op("fill", to, number=0.0))
+        elif factor != 1.0:
+            self._ops.append(Op("mul", to, (at,), number=factor))
+        elif to != at:
+            self._ops.append(Op("copy", to, (at,)))
+
+    def _new(self, dtype: str, shape: tuple[int, ...]) -> View:
+        item = DTYPE_BITS[dtype] // 8
+        offset = self._used // item
+        nbytes = math.prod(shape) * item
+        self._used += -(-nbytes // _ALIGN_NBYTES) * _ALIGN_NBYTES
+        self._peak = max(self._peak, self._used)
+        return contiguous(WORK, dtype, offset, shape)
+
+
+def _moves(term: Term) -> bool:
+    """Whether a term's maps move numbers, none of them added up, and in few runs."""
+    blocks = [m for m in term.maps if m is not None]
+    return (
+        all(isinstance(m, BlockMap) and m.longest <= 1 for m in blocks)
+        and math.prod(len(m.segments) for m in blocks if isinstance(m, BlockMap)) <= _MAX_MOVES
+    )
+
+
+def _moves_exactly(term: Term, dtype: str) -> bool:
+    """Whether they move a number to each place, by a factor that takes no rounding."""
+    for m in term.maps:
+        if isinstance(m, BlockMap):
+            # Halves of small numbers: bfloat16 has float32's exponents, float16 has not.
+            takes_none = m.common == 1.0 or (
+                dtype == "BF16" and math.frexp(m.common or 0)[0] == 0.5
+            )
+            if m.n_members != 1 or not takes_none:
+                return False
+    return _moves(term)
+
+
+def _side_by_side(ranges: Sequence[Range]) -> Iterator[Segment]:
+    """The moves that put ranges one after the other: one, where they are alike and evenly apart."""
+    steps = {b[0] - a[0] for a, b in itertools.pairwise(ranges)}
+    lengths = {end - start for start, end in ranges}
+    if len(steps) <= 1 and len(lengths) == 1:
+        (length,) = lengths
+        yield Segment(
+            0, length, ranges[0][0], max(steps, default=0), len(ranges), length, 1.0, False
+        )
+        return
+    at = 0
+    for start, end in ranges:
+        yield Segment(at, 0, start, 0, 1, end - start, 1.0, False)
+        at += end - start
+
+
+def _alike(a: Segment, b: Segment) -> bool:
+    """Whether two segments write to the same places, with coefficient 1."""
+    return a.coefficient == b.coefficient == 1.0 and (
+        (a.out_start, a.out_step, a.count, a.length)
+        == (b.out_start, b.out_step, b.count, b.length)
+    )  # fmt: skip
+
+
+def _units(segment: Segment) -> Iterator[tuple[int, int, float]]:
+    """(unit of the result, unit of the source, coefficient) of every move."""
+    for k, i in itertools.product(range(segment.count), range(segment.length)):
+        to = segment.out_start + k * segment.out_step + i
+        yield to, segment.in_start + k * segment.in_step + i, segment.coefficient
+
+
+def _slots(found: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments by the slot of the rows that they are of; a slot writes to no unit twice."""
+    slots: list[list[Segment]] = [[]]
+    taken: set[int] = set()
+    for segment in found:
+        units = {to for to, _, _ in _units(segment)}
+        if slots[-1] and (segment.adds != slots[-1][0].adds or taken & units):
+            slots.append([])
+            taken = set()
+        slots[-1].append(segment)
+        taken |= units
+    return slots

@@ -1,0 +1,198 @@
+"""Where kernels run: on the processor, or on a GPU where that gains more than it costs.
+
+Copies and sums are as fast as memory on any processor, and files are slower than both: a GPU would
+only wait for them. Matrix products (dense maps) are another matter. On a GPU each worker has a
+stream of its own, so that the copies of one overlap with the products of another.
+"""
+
+import math
+import threading
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from streammap.engine.memory import Limits
+from streammap.errors import OutputError
+from streammap.io.buffers import Buffer
+from streammap.planning.graph import Form
+from streammap.planning.maps import DenseMap
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_WORTH_FLOP = 2e11
+"""Products that take a processor seconds, as starting a GPU does."""
+_PART_OF_DEVICE = 8
+_MAX_HELD_NBYTES = 2 * 2**30
+"""Source bytes that a worker keeps on a device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a run computes."""
+
+    device: str
+    """"cpu" or "cuda:N"."""
+    reason: str
+
+
+def flop(forms: Iterable[Form]) -> float:
+    """Operations of all matrix products."""
+    total = 0.0
+    for form in forms:
+        for term in form.terms:
+            n_elements = math.prod(term.blend[0][1].spec.shape)
+            total += sum(2.0 * m.n_out * n_elements for m in term.maps if isinstance(m, DenseMap))
+    return total
+
+
+def choose(forms: Iterable[Form], wanted: str, *, local_rank: int = 0) -> Choice:
+    """The device of a run.
+
+    Args:
+        wanted: "auto", "cpu", "cuda" or "cuda:N".
+        local_rank: Of the processes of this machine, which take its GPUs in turn.
+
+    Raises:
+        OutputError: a GPU that torch does not find.
+    """
+    if wanted == "cpu":
+        return Choice("cpu", "as asked for")
+    if wanted == "auto":
+        work = flop(forms)
+        if work < _WORTH_FLOP:
+            what = "few matrix products" if work else "copies and sums"
+            return Choice("cpu", f"{what}: a GPU would wait for the files")
+        told = f"{work / 1e12:.1f} TFLOP of matrix products"
+        n = _n_gpus()
+        return Choice(f"cuda:{local_rank % n}", told) if n else Choice("cpu", f"{told}, and no GPU")
+    n = _n_gpus()
+    number = local_rank % max(n, 1) if wanted == "cuda" else int(wanted.partition(":")[2])
+    if number >= n:
+        import torch
+
+        raise OutputError(
+            f"device {wanted}: torch {torch.__version__} finds {n} GPUs",
+            hint="pass --device cpu, or install a torch with CUDA",
+        )
+    return Choice(f"cuda:{number}", "as asked for")
+
+
+def _n_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@final
+class DeviceBuffer:
+    """Bytes on a device."""
+
+    def __init__(self, nbytes: int, device: "torch.device") -> None:
+        """Room for `nbytes`."""
+        import torch
+
+        self._bytes = torch.empty(-(-nbytes // 16) * 16, dtype=torch.uint8, device=device)
+
+    def typed(self, dtype: str) -> "Tensor":
+        """All of it as a tensor of one dimension."""
+        from streammap.io.dtypes import to_torch
+
+        return self._bytes.view(to_torch(dtype))
+
+
+@final
+class Matrices:
+    """Dense maps on a device, each once for all workers."""
+
+    def __init__(self, device: str) -> None:
+        """None yet."""
+        self.device = device
+        self._held: dict[int, Tensor] = {}
+        self._lock = threading.Lock()
+
+    def on_device(self, m: DenseMap) -> "Tensor":
+        """The map's matrix."""
+        with self._lock:
+            if id(m) not in self._held:
+                self._held[id(m)] = m.matrix.to(self.device)
+            return self._held[id(m)]
+
+
+@final
+class DeviceSide:
+    """A worker's buffers on a device, and its stream."""
+
+    def __init__(self, limits: Limits, matrices: Matrices) -> None:
+        """Buffers for tiles within `limits`, on the device of `matrices`."""
+        import torch
+
+        self._device = torch.device(matrices.device)
+        is_cuda = self._device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._device) if is_cuda else None  # type: ignore[no-untyped-call]
+        self.matrices = matrices
+        self.work = DeviceBuffer(limits.work_nbytes, self._device)
+        self.out = DeviceBuffer(limits.out_nbytes, self._device)
+        self._held: dict[object, DeviceBuffer] = {}
+        self._nbytes = 0
+        self._room = _MAX_HELD_NBYTES
+        if is_cuda:
+            free, _ = torch.cuda.mem_get_info(self._device)
+            self._room = min(self._room, free // _PART_OF_DEVICE)
+        self._pinned: list[int] = []
+
+    def pin(self, host: Buffer) -> None:
+        """Let the device copy from and to `host` by itself; where it refuses, copies are slower."""
+        if self._stream is None:
+            return
+        import torch
+
+        at = host.typed("U8")
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = runtime.cudaHostRegister(at.data_ptr(), at.numel(), 0)
+        if int(status) == 0:
+            self._pinned.append(at.data_ptr())
+
+    def stream(self) -> AbstractContextManager[object]:
+        """Work in here goes to the worker's own stream."""
+        import torch
+
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def held(self, key: object) -> DeviceBuffer | None:
+        """What was uploaded for `key`, if it is still there."""
+        return self._held.get(key)
+
+    def upload(self, key: object, host: Buffer, nbytes: int) -> DeviceBuffer:
+        """Copy to the device, and keep it there as long as there is room."""
+        if self._nbytes + nbytes > self._room:
+            self._held.clear()
+            self._nbytes = 0
+        made = self._held[key] = DeviceBuffer(nbytes, self._device)
+        self._nbytes += nbytes
+        made.typed("U8")[:nbytes].copy_(host.typed("U8")[:nbytes], non_blocking=True)
+        return made
+
+    def download(self, host: Buffer, nbytes: int) -> None:
+        """Copy the result to `host`, and wait until all is done."""
+        host.typed("U8")[:nbytes].copy_(self.out.typed("U8")[:nbytes], non_blocking=True)
+        self.wait()
+
+    def wait(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.wait()
+        self._held.clear()
+        if self._pinned:
+            import torch
+
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            for at in self._pinned:
+                runtime.cudaHostUnregister(at)
+            self._pinned.clear()

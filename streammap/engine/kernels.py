@@ -1,0 +1,122 @@
+"""Operations of a program as calls of torch on buffers. None of them takes memory of its own."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from streammap.engine.program import Op, View
+from streammap.planning.maps import DenseMap
+
+Call = Callable[[], object]
+_MENDED = 2**16
+"""Elements at a time: so few that what is taken for them does not count."""
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Threads started in here compute in one thread each, and GPUs in float32 where it says so.
+
+    torch is as it was afterwards.
+    """
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+class _Typed(Protocol):
+    def typed(self, dtype: str) -> Tensor: ...
+
+
+def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap], Tensor]) -> Call:
+    """The call that does what `op` says, on the buffers of its places."""
+
+    def of(view: View) -> Tensor:
+        whole = buffers(view.place).typed(view.dtype)
+        return whole.as_strided(view.shape, view.strides, view.offset)
+
+    out = of(op.out)
+    sources = [of(view) for view in op.sources]
+    match op.kind:
+        case "copy":
+            return partial(out.copy_, sources[0])
+        case "mul":
+            return partial(torch.mul, sources[0], op.number, out=out)
+        case "add":
+            return partial(torch.add, sources[0], sources[1], out=out)
+        case "blend":
+            return partial(_blend, sources[0], sources[1], op.number, out)
+        case "pool":
+            return _pool(sources[0], int(op.number), out)
+        case "fill":
+            return partial(out.fill_, op.number)
+        case "take":
+            return partial(torch.index_select, sources[0], 1, _indices(op, out), out=out)
+        case "put":
+            return partial(out.index_add_, 1, _indices(op, out), sources[0])
+        case "clear":
+            return partial(out.index_fill_, 1, _indices(op, out), 0.0)
+        case "scale":
+            numbers = torch.tensor(op.numbers, dtype=out.dtype, device=out.device)
+            return partial(torch.mul, out, numbers.view(1, -1, 1), out=out)
+        case "matmul":
+            return _product(op, sources, out, matrix_of)
+    raise AssertionError(op.kind)
+
+
+def _blend(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
+    """Out = (1 - weight) a + weight b, rounded once: a kernel for it reckons a + weight (b - a).
+
+    Where b - a is none of the numbers that float32 has (of infinities, of numbers beyond its
+    range), the result is mended. A sum over it tells, which is read from a cache.
+    """
+    torch.lerp(a, b, weight, out=out)
+    if math.isfinite(torch.sum(out).item()):
+        return
+    least, largest = torch.aminmax(out)
+    if not (math.isfinite(least.item()) and math.isfinite(largest.item())):
+        for start in range(0, out.numel(), _MENDED):
+            end = start + _MENDED
+            parts = [x.view(-1)[start:end] for x in (a, b, out)]
+            mended = parts[0].float().mul_(1.0 - weight).add_(parts[1].float().mul_(weight))
+            parts[2].copy_(torch.where(parts[2].isfinite(), parts[2], mended.to(out.dtype)))
+
+
+def _pool(source: Tensor, divisor: int, out: Tensor) -> Call:
+    """Sums over windows of [N, H, W, C] that span H and lie side by side in W, divided.
+
+    Shapes: [N, H, W, C] -> [N, 1, W / w, C].
+    """
+    window = [source.shape[1], source.shape[2] // out.shape[2]]
+    pool, pads = torch.ops.aten.avg_pool2d.out, [0, 0]
+    source, out = (x.permute(0, 3, 1, 2) for x in (source, out))
+    return partial(pool, source, window, window, pads, False, True, divisor, out=out)
+
+
+def _indices(op: Op, out: Tensor) -> Tensor:
+    return torch.tensor(op.indices, dtype=torch.int64, device=out.device)
+
+
+def _product(
+    op: Op, sources: Sequence[Tensor], out: Tensor, matrix_of: Callable[[DenseMap], Tensor]
+) -> Call:
+    """Out = matrix times source, over the middle one of three dimensions."""
+    strip = op.matrix
+    assert strip is not None
+    whole = matrix_of(strip.dense)
+    matrix = whole[slice(*strip.rows), slice(*strip.columns)].to(out.dtype)
+    (source,) = sources
+    if out.shape[2] == 1:
+        return partial(torch.mm, source[:, :, 0], matrix.T, out=out[:, :, 0])
+    if out.shape[0] == 1:
+        return partial(torch.mm, matrix, source[0], out=out[0])
+    return partial(torch.matmul, matrix, source, out=out)

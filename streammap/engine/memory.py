@@ -1,0 +1,183 @@
+"""How much memory a run takes: fixed before it begins, whatever the model's size.
+
+    base       streammap's modules and torch's kernels, once they are used
+    tensors    the plan, and bookkeeping of the run: about 2 kB for each
+    matrices   dense maps, which are held
+    network    a client and what it fetched ahead, where sources are read over one
+    workers    each: a few places for parts of sources, a tile of the result, and scratch
+
+The tile is what the budget leaves room for, up to 2 MiB: larger ones are not faster. It is computed
+in chunks that stay in a processor's cache. Tiles of dense maps read the source once each, so they
+are larger where the budget is.
+"""
+
+import math
+import os
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from streammap.errors import OutputError
+from streammap.io.storage.base import Network
+from streammap.planning.graph import Form
+from streammap.planning.maps import BlockMap, DenseMap
+
+BASE_NBYTES = 14 * 2**20
+"""Measured, with room to spare; tests/test_memory.py holds runs to it."""
+TENSOR_NBYTES = 2200
+"""What a plan and its run keep for each tensor; bench/tensors.py prints it."""
+PRODUCT_NBYTES = 10 * 2**20
+"""What the library of matrix products keeps for each thread; measured."""
+CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
+"""A client for a network, its connections, and what they receive; measured, with room to spare."""
+MAX_AHEAD_NBYTES = 64 * 2**20
+MIN_AHEAD_NBYTES = 4 * 2**20
+MAX_TILE_NBYTES = 2 * 2**20
+MIN_TILE_NBYTES = 2**14
+CHUNK_NBYTES = 2**20
+"""A part of a source in the accumulator's dtype: what a processor's cache holds."""
+_SCRATCH_CHUNKS = 4
+_TILES_NBYTES = 40 * 2**20
+"""What all tiles and scratch take at most, but for dense maps: many workers get smaller tiles."""
+N_PLACES = 3
+"""Parts of sources that a worker keeps."""
+_MAX_WORKERS = 8
+_MAX_DENSE_NBYTES = 64 * 2**20
+_MAX_ITEM_NBYTES = 8
+_STEP_NBYTES = 4096
+_DENSE_PART = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one tile may take."""
+
+    out_nbytes: int
+    read_nbytes: int
+    """A part of one source."""
+    chunk_nbytes: int
+    """A part of one source in the accumulator's dtype, which is computed with at once."""
+    work_nbytes: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of a run."""
+
+    n_workers: int
+    """Threads."""
+    n_tensors: int
+    tile_nbytes: int
+    dense_tile_nbytes: int
+    """0 where there is no dense map."""
+    matrices_nbytes: int
+    ahead_nbytes: int = 0
+    """What is fetched before it is used, where sources are read over a network."""
+    client_nbytes: int = 0
+    """What a client for that network takes."""
+
+    @cached_property
+    def limits(self) -> Limits:
+        """For forms without dense maps."""
+        chunk = min(CHUNK_NBYTES, self.tile_nbytes)
+        return Limits(self.tile_nbytes, self.tile_nbytes, chunk, _SCRATCH_CHUNKS * chunk)
+
+    @cached_property
+    def dense_limits(self) -> Limits:
+        """For forms with dense maps."""
+        largest = max(self.tile_nbytes, self.dense_tile_nbytes)
+        work = max(self.limits.work_nbytes, _SCRATCH_CHUNKS * self.dense_tile_nbytes)
+        return Limits(largest, self.tile_nbytes, work, work)
+
+    @property
+    def fixed_nbytes(self) -> int:
+        """What is taken whatever the tiles are."""
+        products = PRODUCT_NBYTES * self.n_workers if self.matrices_nbytes else 0
+        network = self.client_nbytes + self.ahead_nbytes
+        tensors = TENSOR_NBYTES * self.n_tensors
+        return BASE_NBYTES + tensors + self.matrices_nbytes + products + network
+
+    @property
+    def peak_nbytes(self) -> int:
+        """What the run adds to a process that has torch imported, at most."""
+        return _peak(self)
+
+    def room(self, budget: int) -> int:
+        """The tile that a budget has room for."""
+        each = (budget - self.fixed_nbytes) // self.n_workers
+        tile = max(
+            each // (N_PLACES + 1 + _SCRATCH_CHUNKS),  # a chunk is a tile
+            (each - _SCRATCH_CHUNKS * CHUNK_NBYTES) // (N_PLACES + 1),
+        )
+        return tile // _STEP_NBYTES * _STEP_NBYTES
+
+
+def _peak(m: Memory) -> int:
+    limits = m.dense_limits
+    each = N_PLACES * limits.read_nbytes + limits.out_nbytes + limits.work_nbytes
+    return m.fixed_nbytes + m.n_workers * each
+
+
+def n_processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def fit(
+    forms: Iterable[Form],
+    *,
+    budget: int | None,
+    n_workers: int | None,
+    networks: Collection[Network] = (),
+    n_sharing: int = 1,
+) -> Memory:
+    """The memory of a run within a budget.
+
+    Args:
+        budget: Bytes that the run may add to the process; None for what is best.
+        n_workers: Threads; by default one a processor, but two at least, and fewer where the
+            budget is small.
+        networks: How sources come over a network.
+        n_sharing: Processes that have the processors together.
+
+    Raises:
+        OutputError: no tile fits, or no thread is asked for.
+    """
+    if n_workers is not None and n_workers < 1:
+        raise OutputError(f"{n_workers} threads: expected at least 1", hint="pass --threads 1")
+    n_tensors, least = 0, MIN_TILE_NBYTES
+    matrices: dict[int, int] = {}
+    for form in forms:
+        n_tensors += 1
+        for term in form.terms:
+            members = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
+            least = max(least, len(term.blend) * members * _MAX_ITEM_NBYTES)
+            matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
+    wanted = n_workers or min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
+    ahead = 0
+    if "ranges" in networks:
+        ahead = max(min(MAX_AHEAD_NBYTES, (budget or 2**40) // 4), MIN_AHEAD_NBYTES)
+    client = sum(CLIENT_NBYTES[network] for network in set(networks))
+    found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()), ahead, client)
+    if budget is None:
+        budget = found.peak_nbytes + 4 * _TILES_NBYTES
+    # Fewer workers rather than tiles so small that each costs more than it holds.
+    while n_workers is None and found.n_workers > 1 and found.room(budget) < 8 * least:
+        found = replace(found, n_workers=found.n_workers - 1)
+    if found.peak_nbytes > budget:
+        needed = -(-found.peak_nbytes // 2**20)
+        raise OutputError(
+            f"memory {budget / 2**20:.0f} MiB: this run takes at least {needed} MiB beside torch",
+            hint=f"pass --memory {needed}MiB, or more",
+        )
+    tile = min(found.room(min(budget, found.fixed_nbytes + _TILES_NBYTES)), MAX_TILE_NBYTES)
+    found = replace(found, tile_nbytes=max(least, tile))
+    if not matrices:
+        return found
+    # Not all of it: with larger tiles a source is read less often, which is soon often enough.
+    share = (budget - found.fixed_nbytes) // _DENSE_PART
+    each = share // found.n_workers - N_PLACES * found.tile_nbytes
+    dense = min(each // (1 + _SCRATCH_CHUNKS), _MAX_DENSE_NBYTES)
+    return replace(
+        found, dense_tile_nbytes=max(found.tile_nbytes, dense // _STEP_NBYTES * _STEP_NBYTES)
+    )

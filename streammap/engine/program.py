@@ -1,0 +1,121 @@
+"""What is done to compute one tile: a short list of operations on views of a few buffers.
+
+    READ    request k -> its place              bytes of the source, as they are stored
+    others  views -> view                       one kernel each; none needs memory of its own
+
+No torch here: kernels.py makes calls of it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from streammap.engine.pullback import Range
+from streammap.planning.maps import DenseMap
+from streammap.planning.segments import Segment
+
+Kind = Literal[
+    "read", "copy", "mul", "add", "blend", "pool", "fill", "matmul", "take", "scale", "put", "clear"
+]
+OUT, WORK = -1, -2
+"""Places of views beside those of requests, which count from 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Elements of a buffer, strided."""
+
+    place: int
+    """OUT, WORK, or the number of a request."""
+    dtype: str
+    offset: int
+    """In elements of the dtype, as the strides."""
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def blocks(self, dim: int, segment: Segment, *, source: bool) -> "View":
+        """The blocks of a segment. Shapes: [.., n, ..] -> [.., count, length, ..]."""
+        start, step = (
+            (segment.in_start, segment.in_step) if source else (segment.out_start, segment.out_step)
+        )
+        stride = self.strides[dim]
+        return View(
+            self.place,
+            self.dtype,
+            self.offset + start * stride,
+            (*self.shape[:dim], segment.count, segment.length, *self.shape[dim + 1 :]),
+            (*self.strides[:dim], step * stride, stride, *self.strides[dim + 1 :]),
+        )
+
+    def narrow(self, dim: int, start: int, end: int) -> "View":
+        """The units [start, end) of a dimension."""
+        return View(
+            self.place,
+            self.dtype,
+            self.offset + start * self.strides[dim],
+            (*self.shape[:dim], end - start, *self.shape[dim + 1 :]),
+            self.strides,
+        )
+
+    def at(self, dim: int, i: int) -> "View":
+        """Unit i of a dimension, which is gone."""
+        return View(
+            self.place,
+            self.dtype,
+            self.offset + i * self.strides[dim],
+            (*self.shape[:dim], *self.shape[dim + 1 :]),
+            (*self.strides[:dim], *self.strides[dim + 1 :]),
+        )
+
+    def seen(self, shape: tuple[int, ...], *, at: int = 0) -> "View":
+        """Elements of a contiguous view, from its element `at` on, in another shape."""
+        return contiguous(self.place, self.dtype, self.offset + at, shape)
+
+    def folded(self, dim: int) -> "View":
+        """The same elements of a contiguous view as [before, n, after]."""
+        before, after = math.prod(self.shape[:dim]), math.prod(self.shape[dim + 1 :])
+        return self.seen((before, self.shape[dim], after))
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One kernel."""
+
+    kind: Kind
+    out: View
+    sources: tuple[View, ...] = ()
+    number: float = 0.0
+    """The factor of "mul", the divisor of "pool", the value of "fill", the second source's weight
+    in "blend"."""
+    indices: tuple[int, ...] = ()
+    """Of "take", "put" (adds to them) and "clear": units of dimension 1 of a folded view."""
+    numbers: tuple[float, ...] = ()
+    """Of "scale": a factor for each unit of dimension 1 of a folded view."""
+    matrix: "Strip | None" = None
+    """Of "matmul", over dimension 1 of a folded view."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Part of a dense map."""
+
+    dense: DenseMap
+    rows: Range
+    columns: Range
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """How one tile is computed."""
+
+    ops: tuple[Op, ...]
+    work_nbytes: int
+    """Scratch that the operations need."""
+    read_nbytes: int
+    """The largest request."""
+
+
+def contiguous(place: int, dtype: str, offset: int, shape: tuple[int, ...]) -> View:
+    """A view of elements that stand in order, row by row."""
+    strides = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    return View(place, dtype, offset, shape, strides)

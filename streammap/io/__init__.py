@@ -1,0 +1,1 @@
+"""Bytes: storages, file formats, opened checkpoints."""

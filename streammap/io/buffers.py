@@ -1,0 +1,30 @@
+"""Memory that is taken once and used again: bytes for reads and writes, tensors for kernels."""
+
+import mmap
+from typing import TYPE_CHECKING, final
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+class Buffer:
+    """Bytes in memory, that become resident when they are first used."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Room for `nbytes`."""
+        pages = max(1, -(-nbytes // mmap.PAGESIZE))
+        self._map = mmap.mmap(-1, pages * mmap.PAGESIZE)
+        self.view = memoryview(self._map)
+        self._typed: dict[str, Tensor] = {}
+
+    def typed(self, dtype: str) -> "Tensor":
+        """All of it as a tensor of one dimension."""
+        found = self._typed.get(dtype)
+        if found is None:
+            import torch
+
+            from streammap.io.dtypes import to_torch
+
+            found = self._typed[dtype] = torch.frombuffer(self._map, dtype=to_torch(dtype))
+        return found

@@ -1,0 +1,349 @@
+"""A source: a folder or file of weights, opened lazily. Headers and config now, bytes when used.
+
+    folder   model.safetensors | model.safetensors.index.json + shards | *.safetensors (one)
+             pytorch_model.bin | pytorch_model.bin.index.json + shards
+             .metadata + *.distcp (torch.distributed.checkpoint)
+    file     *.safetensors | *.pth, *.pt, *.bin (a state dict, or one under "model"/"state_dict")
+
+It may be on this machine, on the Hub or at any URL: resolve.py.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, final
+
+from streammap.errors import CheckpointError
+from streammap.io import json_files, safe_open, weight_files
+from streammap.io.formats.safetensors_header import Slot
+from streammap.io.storage import resolve
+from streammap.io.storage.base import Network, OpenFile, Place
+from streammap.io.storage.local import LocalFile
+from streammap.io.storage.prefetch import AheadFile, Window
+from streammap.io.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streammap.io.formats.dcp_chunks import Chunks
+
+_STRIP = 64
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """One file of a source, as it was when it was opened."""
+
+    name: str
+    nbytes: int
+    mtime_ns: int
+    header_digest: str
+    """sha256 of what says where its tensors are."""
+    version: str = ""
+    """What its place calls its content, where that isn't on this machine."""
+
+    def as_json(self) -> dict[str, object]:
+        """What records say of it; when it was written is a matter of this machine alone."""
+        found = {"name": self.name, "nbytes": self.nbytes, "header_sha256": self.header_digest}
+        return {**found, **({"version": self.version} if self.version else {})}
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """An opened source. Its bytes are read through `tensor` while it is open."""
+
+    path: Path
+    """The folder or file, as given; a name only, where it isn't on this machine."""
+    files: tuple[SourceFile, ...]
+    slots: Mapping[str, Slot]
+    """In the order of files and bytes."""
+    file_of: Mapping[str, str]
+    """Key -> name of its file."""
+    config: Mapping[str, object] | None
+    """config.json, or None where there is none."""
+    config_text: bytes | None = None
+    """The file's own bytes."""
+    nest: str | None = None
+    """The entry of a torch file that its state dict is nested under."""
+    others: tuple[str, ...] = ()
+    """What a torch file holds beside its state dict; not read."""
+    place: Place | None = None
+    """Where the files are; None for a checkpoint without any."""
+    _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
+    chunks: "Chunks | None" = field(default=None, repr=False)
+    """What reads tensors that lie in chunks."""
+
+    @property
+    def name(self) -> str:
+        """The folder's or file's name."""
+        return self.path.resolve().name if self.place is None else self.place.name
+
+    @property
+    def label(self) -> str:
+        """What to call it in full: its path, its repository and commit, its URL."""
+        return str(self.path if self.place is None else self.place)
+
+    @property
+    def address(self) -> str:
+        """What opens it again: an absolute path, hf:// with the commit, or a URL."""
+        return str(self.path.absolute()) if self.place is None else self.place.address
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Where it is, if not on this machine."""
+        return {} if self.place is None else self.place.origin
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on this machine, and not just some of it."""
+        return not self.origin
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether each read goes over a network."""
+        return self.place is not None and self.place.is_streamed
+
+    @property
+    def folder(self) -> Path:
+        """Where the files are."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """The folder or file as given, and each file that is read; of this machine only."""
+        if not self.is_local:
+            return ()
+        return (self.path, *(self.folder / file.name for file in self.files))
+
+    @property
+    def network(self) -> Network:
+        """How its bytes come over a network: by ranges, as files, or not at all."""
+        if self.is_streamed:
+            return "ranges"
+        is_here = all(isinstance(opened, LocalFile) for opened in self._opened.values())
+        return "none" if is_here else "files"
+
+    def spec(self, key: str) -> TensorSpec:
+        """Dtype and shape of a tensor."""
+        return self.slots[key].spec
+
+    def file(self, key: str) -> OpenFile:
+        """The opened file that holds `key`."""
+        return self._opened[self.file_of[key]]
+
+    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.
+
+        Args:
+            mapped: Whether to read through a mapping.
+
+        Raises:
+            CheckpointError: the file ends before, or can't be read.
+        """
+        slot = self.slots[key]
+        if self.chunks is not None:
+            self.chunks.read_into(key, start, view, mapped=mapped)
+        elif slot.strides is None:
+            self.file(key).read_into(slot.start + start, view, mapped=mapped)
+        else:
+            self._gather_into(key, start, view)
+
+    def _gather_into(self, key: str, start: int, view: memoryview) -> None:
+        """For a tensor of a torch file that is stored in another order than row by row."""
+        import torch
+
+        self.file(key).check_unchanged()  # a page past the end of a file ends the process
+        whole = self.tensor(key)
+        item = whole.element_size()
+        out = torch.frombuffer(view, dtype=whole.dtype)
+        inner = whole[0].numel() if whole.dim() else 1
+        at = start // item
+        while len(out):
+            row, column = divmod(at, inner)
+            n = min(len(out), inner - column)
+            if n == inner and whole.dim() > 1:
+                n = len(out) // inner * inner
+                _copy_strips(whole[row : row + n // inner], out[:n], self.release)
+            else:
+                flat = whole[row].reshape(-1) if whole.dim() else whole.reshape(-1)
+                out[:n].copy_(flat[column : column + n])
+                self.release()
+            out, at = out[n:], at + n
+
+    def tensor(self, key: str) -> "Tensor":
+        """A tensor over the file's mapping; nothing is read until it is used. Do not write to it.
+
+        Where its bytes are not aligned to its dtype, a copy.
+        """
+        from streammap.io.dtypes import to_torch
+
+        slot = self.slots[key]
+        dtype = to_torch(slot.spec.dtype)
+        if slot.spec.n_elements == 0:
+            import torch
+
+            return torch.empty(slot.spec.shape, dtype=dtype)
+        end = slot.end
+        if slot.strides is not None:
+            reach = sum((n - 1) * s for n, s in zip(slot.spec.shape, slot.strides, strict=True))
+            end = slot.start + (reach + 1) * dtype.itemsize
+        part = self.file(key).part(slot.start, end)
+        if slot.start % dtype.itemsize:
+            part = part.clone()
+        typed = part.view(dtype)
+        if slot.strides is not None:
+            return typed.as_strided(slot.spec.shape, slot.strides)
+        return typed.view(slot.spec.shape)
+
+    def release(self) -> None:
+        """Give back the memory of mapped pages."""
+        for opened in self._opened.values():
+            opened.release()
+
+    def expect(self, names: tuple[str, ...]) -> None:
+        """Be told that these files will be read, in this order; they may be fetched ahead."""
+        if self.place is not None:
+            self.place.expect(names)
+
+    def window(self, window: Window | None) -> None:
+        """Let reads over a network take from what `window` fetched ahead."""
+        for opened in self._opened.values():
+            if isinstance(opened, AheadFile):
+                opened.window = window
+
+    def cancel(self) -> None:
+        """Let reads that wait for a network end in an error."""
+        for opened in self._opened.values():
+            opened.cancel()
+
+    def check_unchanged(self) -> None:
+        """Refuse to go on with files that were written to since they were opened.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        for opened in self._opened.values():
+            opened.check_unchanged()
+
+    def close(self) -> None:
+        """Close all files."""
+        for opened in self._opened.values():
+            opened.close()
+
+
+def _copy_strips(rows: "Tensor", out: "Tensor", release: Callable[[], None]) -> None:
+    """Copy rows, a few columns at a time: of a transposed tensor each column is a page or more."""
+    to = out.view(rows.shape)
+    for start in range(0, rows.shape[1], _STRIP):
+        to[:, start : start + _STRIP].copy_(rows[:, start : start + _STRIP])
+        release()
+
+
+def open_checkpoint(
+    path: str | Path, *, config: str | Path | None = None, stream: bool = False
+) -> Checkpoint:
+    """Open a folder or file of weights: headers, index and config.json; no tensor is read.
+
+    Args:
+        path: On this machine, "org/name" on the Hub, or a URL; see resolve.py.
+        config: config.json, or a folder with one; by default the one beside the weights.
+        stream: Whether to read from the Hub as needed, instead of through its cache.
+
+    Raises:
+        CheckpointError: nothing there, or any file that is not what it says.
+    """
+    try:
+        return _open(resolve.locate(path, stream=stream), resolve.local_path(path), config)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
+
+
+def _open(place: Place, path: Path, config: str | Path | None) -> Checkpoint:
+    if place.file is None and place.has(weight_files.DCP_METADATA):
+        from streammap.io.formats import dcp_metadata
+
+        if not place.origin and dcp_metadata.is_folder(path):
+            return _open_chunked(place, path, config)
+        if place.origin and any(name.endswith(weight_files.DCP_SUFFIX) for name in place.names()):
+            raise CheckpointError(
+                f"{place}: of torch.distributed.checkpoint, which is read on this machine only",
+                hint="download the folder first",
+            )
+    names, weight_map = (
+        weight_files.names_in(place) if place.file is None else ((place.file,), None)
+    )
+    files: list[SourceFile] = []
+    slots: dict[str, Slot] = {}
+    file_of: dict[str, str] = {}
+    opened: dict[str, OpenFile] = {}
+    nest: str | None = None
+    others: tuple[str, ...] = ()
+    for name, (stat, found, digest, nest, others) in weight_files.read_files(place, names):  # noqa: B007
+        for slot in found:
+            if slot.key in slots:
+                raise CheckpointError(
+                    f"{slot.key} is in {file_of[slot.key]} and in {name}",
+                    hint="keep one of the two files",
+                )
+            slots[slot.key] = slot
+            file_of[slot.key] = name
+        files.append(SourceFile(name, stat.nbytes, stat.mtime_ns, digest, stat.version))
+        opened[name] = place.open(name, stat)
+    if weight_map is not None:
+        weight_files.check_index(place.name, weight_map, file_of)
+    found_config, text = _find_config(place, config)
+    return Checkpoint(
+        path, tuple(files), slots, file_of, found_config, text, nest, others, place, opened
+    )
+
+
+def _open_chunked(place: Place, folder: Path, config: str | Path | None) -> Checkpoint:
+    """A folder of torch.distributed.checkpoint."""
+    from streammap.io.formats import dcp_chunks, dcp_metadata
+
+    both = [
+        name for name in (*weight_files.SINGLES, *weight_files.INDEXES) if (folder / name).is_file()
+    ]
+    if both:
+        raise CheckpointError(
+            f"{folder}: has {both[0]} and {dcp_metadata.METADATA}, which may differ",
+            hint="remove the stale one, or name the file",
+        )
+    found = dcp_metadata.read(folder)
+    chosen = dcp_chunks.select(found, folder=str(folder))
+    tensors = {key: found.tensors[name] for key, name in chosen.keys.items()}
+    digest = hashlib.sha256((folder / dcp_metadata.METADATA).read_bytes()).hexdigest()
+    files: list[SourceFile] = []
+    opened: dict[str, LocalFile] = {}
+    for name in sorted({chunk.file for _, chunks in tensors.values() for chunk in chunks}):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: no such file", hint="copy all ranks' files")
+        stat = place.stat(name)
+        files.append(SourceFile(name, stat.nbytes, stat.mtime_ns, digest))
+        opened[name] = LocalFile(folder / name, stat.nbytes, stat.mtime_ns)
+    slots = {key: Slot(key, spec, 0) for key, (spec, _) in tensors.items()}
+    file_of = {key: chunks[0].file for key, (_, chunks) in tensors.items() if chunks}
+    found_config, text = _find_config(place, config)
+    return Checkpoint(
+        folder, tuple(files), slots, file_of, found_config, text,
+        chosen.nest, chosen.others, place, dict(opened), dcp_chunks.Chunks(tensors, opened),
+    )  # fmt: skip
+
+
+def _find_config(
+    place: Place, given: str | Path | None
+) -> tuple[Mapping[str, object] | None, bytes | None]:
+    if given is not None:
+        return json_files.config_at(given)
+    if not place.has("config.json"):
+        return None, None
+    path = place.path("config.json")
+    if path is not None and not place.origin and not safe_open.is_own(path.parent, path):
+        # It is written out again: what it links to could be anyone's secret.
+        raise CheckpointError(
+            f"{path}: a link out of the checkpoint, to {path.resolve()}",
+            hint=f"if it is meant, give it by name: --config {path}",
+        )
+    return json_files.read_in(place, "config.json")

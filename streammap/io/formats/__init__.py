@@ -1,0 +1,1 @@
+"""File formats: safetensors, torch's zip form, torch.distributed.checkpoint."""

@@ -1,0 +1,260 @@
+"""Tensors of a DCP folder, read region by region out of their chunks.
+
+A chunk's stream is a zip file that torch.save wrote: where its numbers are is looked up when it is
+first read, and then any of them are read where they lie. A tensor's rows may be spread over chunks
+and files; what is read of each is put in its place.
+"""
+
+import itertools
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, final
+
+from streammap.engine import tiles
+from streammap.engine.pullback import Range
+from streammap.errors import CheckpointError, some
+from streammap.io.buffers import Buffer
+from streammap.io.formats import dcp_stream
+from streammap.io.formats.dcp_metadata import Chunk, Metadata, Path_
+from streammap.io.formats.dcp_stream import Place
+from streammap.io.formats.torch_zip import NESTS
+from streammap.io.storage.local import LocalFile
+from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_SCRATCH_NBYTES = 2**18
+_BY_ITEM = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}
+"""A dtype to move numbers of so many bytes."""
+_WASTE = 4
+"""Bytes that are read for each one that is wanted, at most, where that saves requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The state dict of a model among what a folder holds."""
+
+    keys: Mapping[str, str]
+    """Key -> flat name."""
+    nest: str | None
+    """What it is nested under: "model", "app.model"."""
+    others: tuple[str, ...]
+    """Entries beside it: optimizer, step ..."""
+
+
+def select(found: Metadata, *, folder: str) -> Selected:
+    """The model's own tensors: those under "model" or "state_dict", else those of the top level.
+
+    Raises:
+        CheckpointError: there are none, or two of one name.
+    """
+    paths = {name: found.paths[name] for name in found.tensors}
+    nest = _nest(paths.values())
+    inside = {
+        name: path for name, path in paths.items()
+        if (len(path) == 1 if nest is None else path[: len(nest)] == nest and len(path) > len(nest))
+    }  # fmt: skip
+    tops = dict.fromkeys(str(path[0]) for path in found.paths.values())
+    if not inside:
+        raise CheckpointError(
+            f"{folder}: no state dict at its top or under 'model' or 'state_dict', found "
+            f"{some(list(tops), limit=5)}",
+            hint='save {"model": model.state_dict()}',
+        )
+    n = 0 if nest is None else len(nest)
+    keys: dict[str, str] = {}
+    for name, path in inside.items():
+        key = ".".join(map(str, path[n:]))
+        if key in keys:
+            raise CheckpointError(f"{folder}: {keys[key]} and {name} are both {key}")
+        keys[key] = name
+    taken = {str(found.paths[name][0]) for name in inside}
+    others = tuple(top for top in tops if top not in taken)
+    return Selected(keys, None if nest is None else ".".join(map(str, nest)), others)
+
+
+def _nest(paths: Iterable[Path_]) -> Path_ | None:
+    candidates = {
+        path[: i + 1]
+        for path in paths
+        for i, part in enumerate(path[:-1])
+        if part in NESTS and not any("optim" in str(before) for before in path[:i])
+    }
+    return min(candidates, key=lambda path: (len(path), NESTS.index(str(path[-1]))), default=None)
+
+
+@final
+class Chunks:
+    """Reads tensors of a folder."""
+
+    def __init__(
+        self,
+        tensors: Mapping[str, tuple[TensorSpec, tuple[Chunk, ...]]],
+        files: Mapping[str, LocalFile],
+    ) -> None:
+        """`tensors` by key; `files` by name.
+
+        Raises:
+            CheckpointError: a file ends before one of its chunks.
+        """
+        for key, (_, chunks) in tensors.items():
+            for chunk in chunks:
+                end, there = chunk.offset + chunk.nbytes, files[chunk.file].nbytes
+                if end > there:
+                    raise CheckpointError(
+                        f"{chunk.file}: {key}: its chunk ends at byte {end}, the file has {there}",
+                        hint="the file was cut short: copy it again",
+                    )
+        self._tensors, self._files = tensors, files
+        self._places: dict[tuple[str, int], Place] = {}
+        self._local = threading.local()
+
+    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.
+
+        Raises:
+            CheckpointError: a chunk is not what the metadata says, or can't be read.
+        """
+        import torch
+
+        from streammap.io.dtypes import to_torch
+
+        spec, chunks = self._tensors[key]
+        item = DTYPE_BITS[spec.dtype] // 8
+        first, n = start // item, len(view) // item
+        out = torch.frombuffer(view, dtype=to_torch(_BY_ITEM[item]))
+        for box in tiles.boxes(spec.shape, first, first + n):
+            whole = out[box.offset - first :][: box.n_elements]
+            target = whole.view((*(1,) * len(box.prefix), *box.shape))
+            wanted = _ranges(box, spec.shape)
+            for chunk in chunks:
+                both = _common(wanted, chunk.at)
+                if both is None:
+                    continue
+                part = target
+                for dim, ((a, b), (low, _)) in enumerate(zip(both, wanted, strict=True)):
+                    part = part.narrow(dim, a - low, b - a)
+                inside = [(a - s, b - s) for (a, b), (s, _) in zip(both, chunk.at, strict=True)]
+                self._copy(key, chunk, inside, part, (view, mapped))
+
+    def _copy(
+        self,
+        key: str,
+        chunk: Chunk,
+        ranges: Sequence[Range],
+        target: "Tensor",
+        means: tuple[memoryview, bool],
+    ) -> None:
+        """A region of a chunk into a region of `means`' view."""
+        place = self._place(key, chunk)
+        shape = [end - start for start, end in chunk.at]
+        order = place.order
+        source = _Source(self._files[chunk.file], place.start, means[1], self._scratch())
+        sizes, ranges, target = (
+            [shape[d] for d in order], [ranges[d] for d in order], target.permute(order)
+        )  # fmt: skip
+        source.copy(*_merged(sizes, ranges, target), means[0])
+
+    def _scratch(self) -> Buffer:
+        """This thread's."""
+        found: Buffer | None = vars(self._local).get("scratch")
+        if found is None:
+            found = self._local.scratch = Buffer(_SCRATCH_NBYTES)
+        return found
+
+    def _place(self, key: str, chunk: Chunk) -> Place:
+        known = self._places.get((chunk.file, chunk.offset))
+        if known is None:
+            spec, _ = self._tensors[key]
+            known = dcp_stream.find(key, chunk, spec, self._files[chunk.file])
+            self._places[chunk.file, chunk.offset] = known
+        return known
+
+
+def _ranges(box: tiles.Tile, shape: tuple[int, ...]) -> list[Range]:
+    if not shape:
+        return []
+    n = len(box.prefix)
+    return [
+        *((i, i + 1) for i in box.prefix),
+        (box.start, box.end),
+        *((0, m) for m in shape[n + 1 :]),
+    ]
+
+
+def _common(wanted: Sequence[Range], at: Sequence[Range]) -> list[Range] | None:
+    both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, at, strict=True)]
+    return both if all(a < b for a, b in both) else None
+
+
+def _merged(
+    sizes: list[int], ranges: list[Range], target: "Tensor"
+) -> tuple[list[int], list[Range], "Tensor"]:
+    """The same region in as few dimensions as express it, two at least."""
+    while len(sizes) < 2:
+        sizes, ranges, target = [1, *sizes], [(0, 1), *ranges], target.unsqueeze(0)
+    for dim in range(len(sizes) - 1, 0, -1):
+        inner = sizes[dim]
+        is_whole = ranges[dim] == (0, inner)
+        if is_whole and target.stride(dim - 1) == inner * target.stride(dim) and len(sizes) > 2:
+            low, high = ranges[dim - 1]
+            sizes = [*sizes[: dim - 1], sizes[dim - 1] * inner, *sizes[dim + 1 :]]
+            ranges = [*ranges[: dim - 1], (low * inner, high * inner), *ranges[dim + 1 :]]
+            target = target.flatten(dim - 1, dim)
+    return sizes, ranges, target
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A chunk's numbers, row by row."""
+
+    file: LocalFile
+    start: int
+    mapped: bool
+    scratch: Buffer
+
+    def copy(
+        self, sizes: list[int], ranges: list[Range], target: "Tensor", view: memoryview
+    ) -> None:
+        """Copy a region; `target` is over `view`."""
+        *lead, (top, bottom), columns = ranges
+        *outer, n_rows, n_columns = sizes
+        for index in itertools.product(*(range(a, b) for a, b in lead)):
+            part, row = target, 0
+            for i, n, (a, _) in zip(index, outer, lead, strict=True):
+                part, row = part[i - a], row * n + i
+            self._rows(row * n_rows + top, bottom - top, n_columns, columns, (part, view))
+
+    def _rows(
+        self, row: int, n: int, n_columns: int, columns: Range, to: "tuple[Tensor, memoryview]"
+    ) -> None:
+        """Columns of n rows, which stand one after the other in the file."""
+        part, view = to
+        item = part.element_size()
+        left, right = columns
+        width = right - left
+        at = self.start + row * n_columns * item
+        if width == n_columns and part.is_contiguous():
+            first = part.storage_offset() * item
+            self.file.read_into(at, view[first : first + n * width * item], mapped=self.mapped)
+            return
+        scratch = self.scratch.typed(_BY_ITEM[item])
+        step = len(scratch) // n_columns
+        if width * _WASTE < n_columns or not step:
+            # Few of each row: one request a row, or several for a long one.
+            piece = len(scratch)
+            for i, low in itertools.product(range(n), range(0, width, piece)):
+                m = min(piece, width - low)
+                self._read(at + (i * n_columns + left + low) * item, m * item)
+                part[i, low : low + m].copy_(scratch[:m])
+            return
+        for first in range(0, n, step):
+            m = min(step, n - first)
+            self._read(at + first * n_columns * item, m * n_columns * item)
+            rows = scratch[: m * n_columns].view(m, n_columns)
+            part[first : first + m].copy_(rows[:, left:right])
+
+    def _read(self, at: int, nbytes: int) -> None:
+        self.file.read_into(at, self.scratch.view[:nbytes], mapped=self.mapped)

@@ -1,0 +1,124 @@
+"""Where the numbers of one chunk are: its stream is what torch.save(tensor) writes, a zip file.
+
+    archive/data.pkl    a pickle: _rebuild_tensor_v2(storage "0", first, shape, strides, ...)
+    archive/data/0      the numbers
+
+The pickle is read as that of any torch file (torch_pickle.py).
+"""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, final
+
+from streammap.errors import CheckpointError
+from streammap.io.formats import torch_pickle, torch_zip
+from streammap.io.formats.dcp_metadata import Chunk
+from streammap.io.formats.torch_pickle import StoredTensor
+from streammap.io.storage.local import LocalFile
+from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_MAX_PICKLE_NBYTES = 2**20
+_BUFFER_NBYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a chunk's numbers are."""
+
+    start: int
+    """First byte, counted from the beginning of the file."""
+    order: tuple[int, ...]
+    """Its dimensions as they are stored, the slowest first."""
+
+
+def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> Place:
+    """Where the numbers of a chunk are.
+
+    Raises:
+        CheckpointError: its stream is not torch.save's, or holds another tensor.
+    """
+    where = f"{file.path.name}: {key}"
+    stream = io.BufferedReader(_Window(file, chunk.offset, chunk.nbytes), _BUFFER_NBYTES)
+    entries = torch_zip.entries_of(stream, where)
+    at, tensor = _described(stream, entries, where)
+    shape = tuple(end - start for start, end in chunk.at)
+    found = TensorSpec(tensor.dtype, tensor.shape)
+    if found != TensorSpec(spec.dtype, shape):
+        raise CheckpointError(
+            f"{where}: its chunk is {found}, the metadata says {TensorSpec(spec.dtype, shape)}",
+            hint="copy the checkpoint again",
+        )
+    item = DTYPE_BITS[spec.dtype] // 8
+    start, nbytes = entries.get(f"{at}data/{tensor.storage.key}", (0, 0))
+    end = (tensor.offset + math.prod(shape)) * item
+    if end > nbytes:
+        raise CheckpointError(
+            f"{where}: its chunk needs {end} bytes, there are {nbytes}",
+            hint="copy the checkpoint again",
+        )
+    order = _order(where, shape, tensor.strides)
+    return Place(chunk.offset + start + tensor.offset * item, order)
+
+
+def _described(
+    stream: BinaryIO, entries: Mapping[str, tuple[int, int]], where: str
+) -> tuple[str, StoredTensor]:
+    """What stands before the names of entries, and the tensor."""
+    name = next((name for name in entries if name.endswith("/data.pkl")), "")
+    start, nbytes = entries.get(name, (0, 0))
+    stream.seek(start)
+    tensor = torch_pickle.read(stream.read(min(nbytes, _MAX_PICKLE_NBYTES)), file=where)
+    if not isinstance(tensor, StoredTensor):
+        raise CheckpointError(
+            f"{where}: its chunk holds a {type(tensor).__name__}, no tensor",
+            hint="save it as a plain one: tensor.to_dense(), .dequantize(), .resolve_conj()",
+        )
+    return name.removesuffix("data.pkl"), tensor
+
+
+@final
+class _Window(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: LocalFile, start: int, nbytes: int) -> None:
+        self._file, self._start, self._nbytes, self._at = file, start, nbytes, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = max(0, offset + (0, self._at, self._nbytes)[whence])
+        return self._at
+
+    def readinto(self, buffer: "Buffer") -> int:
+        view = memoryview(buffer).cast("B")
+        n = min(len(view), max(0, self._nbytes - self._at))
+        if n:
+            self._file.read_into(self._start + self._at, view[:n], mapped=False)
+        self._at += n
+        return n
+
+
+def _order(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The dimensions as they are stored, the slowest first."""
+    dims = sorted(range(len(shape)), key=lambda d: (-strides[d], d) if shape[d] > 1 else (0, d))
+    expected = 1
+    for d in reversed(dims):
+        if shape[d] > 1 and strides[d] != expected:
+            raise CheckpointError(
+                f"{where}: stored with strides {list(strides)} for {list(shape)}, expected no gaps",
+                hint="save it from a contiguous tensor",
+            )
+        expected *= shape[d]
+    return tuple(dims)

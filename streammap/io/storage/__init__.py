@@ -1,0 +1,1 @@
+"""Places that bytes are in: this machine, the Hub, any fsspec URL."""

@@ -1,0 +1,200 @@
+"""A repository of the Hub at one commit, through huggingface_hub: its cache, tokens and settings.
+
+    org/name, org/name@revision, hf://org/name@revision/folder/or/file
+
+The commit is asked for once; all that follows asks for that commit, so a push in between changes
+nothing. Headers are fetched by ranges. Weights come through the client's own download into its
+cache (hub_file.py), or by ranges without touching the disk; what the cache has is read there.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, TypeVar, final
+
+from streammap.errors import CheckpointError
+from streammap.io.storage import hub_client
+from streammap.io.storage.base import OpenFile, Stat
+from streammap.io.storage.hub_file import CachedFile, Downloads, RangeFile
+from streammap.io.storage.hub_name import HubName
+from streammap.io.storage.local import LocalFile
+from streammap.io.storage.prefetch import AheadFile
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+N_CONNECTIONS = 8
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Listing:
+    """A commit and its files."""
+
+    sha: str
+    files: Mapping[str, Stat]
+
+
+@final
+class HubPlace:
+    """A repository's folder, or a file of it, at one commit."""
+
+    n_at_once = N_CONNECTIONS
+
+    def __init__(self, name: HubName, *, stream: bool) -> None:
+        """Ask for the commit and its files, or look into the cache where the Hub is offline.
+
+        Raises:
+            CheckpointError: no such repository or revision, no right to see it, no Hub.
+        """
+        self._name = name
+        self._client = hub_client.Client(name.repo, threading.Event())
+        self._seen: dict[str, str] = {}
+        """What answers called each file's content, since it was opened."""
+        self.is_offline = hub_client.is_offline()
+        listing = self._cached_listing() if self.is_offline else self._listing()
+        self.commit = listing.sha
+        self._files = listing.files
+        inside = name.path
+        self.file = PurePosixPath(inside).name if inside in listing.files else None
+        self._prefix = inside.rpartition("/")[0] if self.file else inside
+        self._prefix += "/" if self._prefix else ""
+        self.is_streamed = stream and not self.is_offline
+        self._downloads = Downloads(self._client, self.commit)
+
+    def __str__(self) -> str:
+        inside = f"/{self._name.path}" if self._name.path else ""
+        return f"{self._name.repo}@{self.commit[:12]}{inside}"
+
+    @property
+    def name(self) -> str:
+        """The repository's name, or that of the folder or file inside."""
+        return (self._name.path or self._name.repo).rpartition("/")[2]
+
+    @property
+    def address(self) -> str:
+        """Its repository at this commit."""
+        inside = f"/{self._name.path}" if self._name.path else ""
+        return f"hf://{self._name.repo}@{self.commit}{inside}"
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """Repository, what was asked for, and the commit that it was then."""
+        found = {"repo": self._name.repo, "revision": self._name.revision, "commit": self.commit}
+        return {**found, "path": self._name.path} if self._name.path else found
+
+    def where(self, name: str) -> str:
+        """Repository, commit and file."""
+        return f"{self._name.repo}@{self.commit[:12]}/{self._prefix}{name}"
+
+    def has(self, name: str) -> bool:
+        """Whether the commit has such a file."""
+        return self._prefix + name in self._files
+
+    def names(self) -> Collection[str]:
+        """All files of the folder and of those inside."""
+        n = len(self._prefix)
+        return [name[n:] for name in self._files if name.startswith(self._prefix)]
+
+    def path(self, name: str) -> Path | None:
+        """Where the cache has a file."""
+        return self._client.cached(self._prefix + name, self.commit)
+
+    def stat(self, name: str) -> Stat:
+        """What the commit says that a file is."""
+        return self._files[self._prefix + name]
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """All of a small file; into the cache, unless the place is streamed."""
+        stat, path = self.stat(name), self.path(name)
+        if stat.nbytes > limit:
+            raise CheckpointError(f"{self.where(name)}: {stat.nbytes} bytes, at most {limit}")
+        if path is None and not self.is_streamed:
+            path = self._downloads.fetch(self._prefix + name, stat, self._name.revision)
+        if path is not None:
+            return path.read_bytes()
+        content = bytearray(stat.nbytes)
+        self.peek(name).read_into(0, memoryview(content), mapped=False)
+        return bytes(content)
+
+    def peek(self, name: str) -> OpenFile:
+        """The file by ranges, or in the cache."""
+        stat, path = self.stat(name), self.path(name)
+        if path is not None:
+            return _local(path, self.where(name), stat)
+        full = self._prefix + name
+        return RangeFile(self._client, full, self.commit, stat, self._seen)
+
+    def open(self, name: str, stat: Stat) -> OpenFile:
+        """The file in the cache, or on its way there, or by ranges."""
+        path = self.path(name)
+        if path is not None:
+            return _local(path, self.where(name), stat)
+        if self.is_streamed:
+            return AheadFile(self.peek(name))
+        return CachedFile(self._downloads, self._prefix + name, stat)
+
+    def expect(self, names: tuple[str, ...]) -> None:
+        """Fetch shards into the cache ahead of their use."""
+        self._client.cancelled.clear()
+        if not self.is_streamed:
+            missing = [self._prefix + name for name in names if self.path(name) is None]
+            self._downloads.expect({name: self._files[name] for name in missing})
+
+    def _listing(self) -> _Listing:
+        api: HfApi = self._client.api
+        name = self._name
+
+        def ask() -> _Listing:
+            found = api.model_info(name.repo, revision=name.revision, files_metadata=True)
+            files = {}
+            for sibling in found.siblings or ():
+                version = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
+                files[sibling.rfilename] = Stat(sibling.size or 0, 0, version or "")
+            return _Listing(found.sha or name.revision, files)
+
+        return self._asked(ask)
+
+    def _asked(self, ask: Callable[[], _Result]) -> _Result:
+        try:
+            return self._client.patiently(ask, self._name.given)
+        except CheckpointError as error:
+            if self._name.given.startswith("hf://"):
+                raise
+            message = f"{self._name.given}: no folder of that name here; as a model of the Hub: "
+            told = error.message.removeprefix(f"{self._name.repo}: ")
+            told = told.removeprefix(f"{self._name.given}: ")
+            raise CheckpointError(message + told, hint=error.hint) from error.__cause__
+
+    def _cached_listing(self) -> _Listing:
+        """What the cache has of the revision."""
+        name = self._name
+        folder = self._client.snapshot(name.revision)
+        if folder is None:
+            raise CheckpointError(
+                f"{name.given}: no folder of that name here, nor is it in the Hub's cache, and "
+                "HF_HUB_OFFLINE is set",
+                hint="unset HF_HUB_OFFLINE, or fetch it first where there is a network: "
+                f"hf download {name.repo}",
+            )
+        files = {}
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                # The cache names each file's content by its etag.
+                blob = Path(os.path.realpath(path))
+                version = blob.name if path.is_symlink() else ""
+                files[path.relative_to(folder).as_posix()] = Stat(blob.stat().st_size, 0, version)
+        return _Listing(folder.name, files)
+
+
+def _local(path: Path, where: str, stat: Stat) -> LocalFile:
+    """A file of the cache, which must be what the commit says."""
+    found = path.stat()
+    if found.st_size != stat.nbytes:
+        raise CheckpointError(
+            f"{where}: {found.st_size} bytes in the cache, the Hub says {stat.nbytes}",
+            hint=f"remove {path} and let it be fetched again",
+        )
+    return LocalFile(path, found.st_size, found.st_mtime_ns)

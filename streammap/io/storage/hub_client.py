@@ -1,0 +1,313 @@
+"""What streammap asks of huggingface_hub, and what its errors mean to a user.
+
+The client's own session, headers, tokens and cache are used, through its public names.
+"""
+
+import importlib
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, final
+
+from streammap.common.version import VERSION
+from streammap.errors import CheckpointError
+from streammap.io.storage.retry import Patience, TransientError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+TIMEOUT_SECONDS = 30.0
+"""How long a connection may say nothing."""
+_BUSY = (408, 425, 429, 500, 502, 503, 504)
+_LOOKED_FOR = (
+    "config.json", "model.safetensors.index.json", "model.safetensors",
+    "pytorch_model.bin.index.json", "pytorch_model.bin",
+)  # fmt: skip
+_Result = TypeVar("_Result")
+
+
+def endpoint() -> str:
+    """The Hub's address: HF_ENDPOINT as it is now, or as the client knows it."""
+    from huggingface_hub import constants
+
+    return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
+
+
+def cache_folder() -> Path:
+    """The Hub's cache: HF_HUB_CACHE as it is now, or as the client knows it."""
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set, now or when the client was imported."""
+    from huggingface_hub import constants
+
+    is_set = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return is_set or bool(constants.HF_HUB_OFFLINE)
+
+
+@final
+class Client:
+    """Requests about one repository."""
+
+    def __init__(self, repo: str, cancelled: threading.Event) -> None:
+        """Connect to nothing yet."""
+        self.repo, self.cancelled = repo, cancelled
+
+    @cached_property
+    def api(self) -> "HfApi":
+        """The client's own."""
+        from huggingface_hub import HfApi
+
+        return HfApi(endpoint=endpoint(), library_name="streammap", library_version=VERSION)
+
+    @cached_property
+    def headers(self) -> dict[str, str]:
+        """What each request carries: the token, and who asks."""
+        found = _utils().build_hf_headers(library_name="streammap", library_version=VERSION)
+        return {**found, "Accept-Encoding": "identity"}
+
+    def url(self, name: str, commit: str) -> str:
+        """Where a file's bytes are."""
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(self.repo, name, revision=commit, endpoint=endpoint())
+
+    def cached(self, name: str, commit: str) -> Path | None:
+        """Where the cache has a file."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, name, revision=commit, cache_dir=cache_folder())
+        return Path(found) if isinstance(found, str) else None
+
+    def snapshot(self, revision: str) -> Path | None:
+        """The cache's folder of a revision."""
+        for name in _LOOKED_FOR:
+            found = self.cached(name, revision)
+            if found is not None:
+                return found.parent
+        return None
+
+    def download(self, name: str, revision: str) -> Path:
+        """Fetch a file into the cache, by the client's own means.
+
+        Raises:
+            CheckpointError: it can't be fetched.
+        """
+        from huggingface_hub import hf_hub_download
+
+        return Path(
+            self.patiently(
+                lambda: hf_hub_download(
+                    self.repo, name, revision=revision, cache_dir=cache_folder(),
+                    endpoint=endpoint(), library_name="streammap", library_version=VERSION,
+                    tqdm_class=_bar(self.cancelled),
+                ),
+                f"{self.repo}: {name}",
+            )
+        )  # fmt: skip
+
+    def check_cancelled(self) -> None:
+        """End in an error where nobody waits any more."""
+        if self.cancelled.is_set():
+            raise CheckpointError(f"{self.repo}: cancelled")
+
+    def check_room(self, nbytes: int) -> None:
+        """Refuse to begin what the cache's disk has no room for.
+
+        Raises:
+            CheckpointError: naming both numbers.
+        """
+        folder = cache_folder()
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free
+        if nbytes > free:
+            raise CheckpointError(
+                f"{self.repo}: takes {nbytes / 1e9:.2f} GB of the Hub's cache, {free / 1e9:.2f} GB "
+                f"are free in {cache_folder()}",
+                hint="use --stream, which needs no disk, or set HF_HUB_CACHE to another disk",
+            )
+
+    @contextmanager
+    def stream(self, url: str, headers: dict[str, str]) -> Iterator[Any]:
+        """An answer whose body is read piece by piece.
+
+        Raises:
+            TransientError: it may go well the next time.
+            CheckpointError: it will not.
+        """
+        utils = _utils()
+        try:
+            with utils.get_session().stream(
+                "GET", url, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True
+            ) as response:
+                utils.hf_raise_for_status(response)
+                yield response
+        except (CheckpointError, TransientError):
+            raise
+        except Exception as error:  # the client's and its transport's are many
+            raise self.explained(error) from error
+
+    def patiently(self, ask: Callable[[], _Result], where: str) -> _Result:
+        """What `ask` gives, tried again while it may go well.
+
+        Raises:
+            CheckpointError: it does not.
+        """
+        patience = Patience(where, self.cancelled)
+        while True:
+            try:
+                try:
+                    return ask()
+                except (CheckpointError, TransientError):
+                    raise
+                except Exception as error:
+                    raise self.explained(error) from error
+            except TransientError as error:
+                patience.wait(error)
+
+    def explained(self, error: Exception) -> CheckpointError | TransientError:
+        """An error of the client as one of ours."""
+        from huggingface_hub import errors
+
+        if isinstance(error, errors.OfflineModeIsEnabled):
+            return self._told("HF_HUB_OFFLINE is set", hint="unset it to reach the Hub")
+        if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+            cause = error.__cause__  # the cache lacks it, and the Hub failed
+            return self.explained(cause if isinstance(cause, Exception) else Exception(str(cause)))
+        status = _status(error)
+        if status in _BUSY:
+            return TransientError(f"the Hub answers {status}", seconds=_asked_wait(error))
+        if status is None and _is_transport(error):
+            reason = str(error) or type(error).__name__
+            return TransientError(f"no connection to {endpoint()} ({reason})")
+        known: tuple[tuple[type[Exception], Callable[[], CheckpointError]], ...] = (
+            (errors.GatedRepoError, self._gated),
+            (errors.RevisionNotFoundError, lambda: self._no_revision(error)),
+            (errors.RepositoryNotFoundError, lambda: self._no_repo(error)),
+            (errors.EntryNotFoundError, lambda: self._no_file(error)),
+            (errors.HFValidationError, lambda: self._told(f"no name of a repository: {error}")),
+        )
+        for kind, told in known:
+            if isinstance(error, kind):
+                return told()
+        if status in (401, 403):
+            return self._no_repo(error)
+        if isinstance(error, OSError) and error.errno:
+            return self._told(str(error), hint="free disk space, or set HF_HOME to another disk")
+        if isinstance(error, OSError) and status is None:  # a body of another length
+            return TransientError(str(error).splitlines()[0])
+        if status is None and isinstance(error.__cause__, Exception):
+            return self.explained(error.__cause__)
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        return self._told(f"the Hub's client failed: {first[0]}")
+
+    def _told(self, message: str, *, hint: str | None = None) -> CheckpointError:
+        return CheckpointError(f"{self.repo}: {message}", hint=hint)
+
+    def _gated(self) -> CheckpointError:
+        return self._told(
+            "gated: its owner asks you to accept its terms first",
+            hint=f"accept them at {endpoint()}/{self.repo}, and log in: hf auth login"
+            + ("" if self.has_token else " (no token is set now)"),
+        )
+
+    def _no_revision(self, error: Exception) -> CheckpointError:
+        return self._told(
+            "no such revision",
+            hint=f"{endpoint()}/{self.repo}/tree/main lists them; without @ it is main",
+        )
+
+    def _no_file(self, error: Exception) -> CheckpointError:
+        return self._told("a file is gone from the commit", hint="open it again")
+
+    def _no_repo(self, error: Exception) -> CheckpointError:
+        status = _status(error)
+        if status == 401 and self.has_token:
+            return self._told(
+                "the Hub does not accept the token",
+                hint="log in anew: hf auth login, or set HF_TOKEN to a token that is valid",
+            )
+        if status == 403:
+            return self._told(
+                "the token may not do this",
+                hint="use a token with access to it: hf auth login, or set HF_TOKEN",
+            )
+        if self.has_token:
+            return self._told(
+                f"not on {endpoint()}, or private and not yours",
+                hint="check the name, and who you are: hf auth whoami",
+            )
+        return self._told(
+            f"not on {endpoint()}, or private",
+            hint="check the name; if it is private, log in: hf auth login, or set HF_TOKEN",
+        )
+
+    @property
+    def has_token(self) -> bool:
+        """Whether requests carry one."""
+        return "authorization" in {name.lower() for name in self.headers}
+
+
+def _utils() -> Any:
+    """Its public helpers, which its annotations do not name."""
+    return importlib.import_module("huggingface_hub.utils")
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    status = getattr(response, "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _asked_wait(error: Exception) -> float:
+    """Seconds that the server asks to wait."""
+    text = getattr(error, "response", None)
+    value = text.headers.get("Retry-After", "") if text is not None else ""
+    return float(value) if value.isdecimal() else 0.0
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether a connection failed; by name, for the client changed its transport once already."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"TransportError", "ConnectionError", "TimeoutError", "StreamError"})
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """No progress bars of the client's own inside."""
+    utils = _utils()
+    if utils.are_progress_bars_disabled():
+        yield
+        return
+    utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        utils.enable_progress_bars()
+
+
+def _bar(cancelled: threading.Event) -> Any:
+    """A progress bar that shows nothing, and ends a download that nobody waits for any more."""
+    base: Any = _utils().tqdm
+
+    class Silent(base):  # type: ignore[misc]
+        """Takes part in a download only to stop it."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{**options, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            """Called with each piece that came."""
+            if cancelled.is_set():
+                raise CheckpointError("cancelled")
+            return None
+
+    return Silent

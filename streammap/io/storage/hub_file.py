@@ -1,0 +1,313 @@
+"""Files of a repository: by ranges, or through the client's download into its cache."""
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from streammap.errors import CheckpointError
+from streammap.io.storage.base import Stat
+from streammap.io.storage.hub_client import Client
+from streammap.io.storage.local import LocalFile
+from streammap.io.storage.retry import Patience, TransientError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_N_AHEAD = 2
+"""Shards that are fetched before anybody asks for them, at most."""
+_POLL_SECONDS = 0.2
+_STOP_SECONDS = 3.0
+
+
+@final
+class RangeFile:
+    """A file that is read by ranges. What was read is not kept."""
+
+    def __init__(
+        self, client: Client, name: str, commit: str, stat: Stat, seen: dict[str, str]
+    ) -> None:
+        """Connect to nothing yet.
+
+        Args:
+            seen: What answers called each file's content so far.
+        """
+        self._client, self._name, self._stat = client, name, stat
+        self._where = f"{client.repo}@{commit[:12]}/{name}"
+        self._url = client.url(name, commit)
+        self._storage: str | None = None
+        """Where a redirect led: a link that lasts some time, and spares a question each."""
+        self._seen = seen
+
+    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view` with the file's bytes from `offset` on; what arrived is not asked for again.
+
+        Raises:
+            CheckpointError: the Hub refuses, fails too often, or has other bytes now.
+        """
+        patience, at = Patience(self._where, self._client.cancelled), 0
+        while at < len(view):
+            before = at
+            try:
+                for piece in self._pieces(offset + at, len(view) - at):
+                    view[at : at + len(piece)] = piece
+                    at += len(piece)
+                found = TransientError("an answer without bytes")
+            except TransientError as error:
+                found = error
+            if at < len(view):
+                if at > before:
+                    patience.progress()
+                patience.wait(found, f" at byte {offset + at}")
+
+    def part(self, start: int, end: int) -> "Tensor":
+        """Bytes `start` to `end`, in memory."""
+        return fetched(self, start, end)
+
+    def check_unchanged(self) -> None:
+        """Nothing to do: a commit does not change, and each answer was looked at."""
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
+    def cancel(self) -> None:
+        """Wait for nothing any more."""
+        self._client.cancelled.set()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _pieces(self, start: int, nbytes: int) -> Iterator[bytes]:
+        url, headers = self._storage or self._url, dict(self._client.headers)
+        if self._storage is not None:
+            headers = {k: v for k, v in headers.items() if k.lower() != "authorization"}
+        headers["Range"] = f"bytes={start}-{start + nbytes - 1}"
+        try:
+            with self._client.stream(url, headers) as response:
+                self._check(response, start)
+                if response.history:
+                    self._storage = str(response.url)
+                for piece in response.iter_bytes():
+                    self._client.check_cancelled()
+                    yield piece[:nbytes]
+                    nbytes -= len(piece)
+                    if nbytes <= 0:
+                        return
+        except CheckpointError:
+            if url == self._url or self._client.cancelled.is_set():
+                raise
+            # The link may have expired: ask the Hub itself, which says so if it is something else.
+            self._storage = None
+            raise TransientError("the storage refuses") from None
+
+    def _check(self, response: Any, start: int) -> None:
+        """Refuse other bytes than those that were asked for."""
+        total = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status_code == 200:
+            total = response.headers.get("Content-Length", "")
+            if start:
+                raise CheckpointError(
+                    f"{self._where}: the server sends whole files only",
+                    hint="use it without --stream",
+                )
+        if total.isdecimal() and int(total) != self._stat.nbytes:
+            raise CheckpointError(
+                f"{self._where}: {total} bytes now, it had {self._stat.nbytes} when it was opened",
+                hint="open it again",
+            )
+        for answer in (*response.history, response):
+            linked = answer.headers.get("X-Linked-Etag")
+            kind = "linked" if linked else ("storage" if response.history else "own")
+            if self._storage is not None and str(response.url) == self._storage:
+                kind = "storage"
+            etag = _plain(linked or answer.headers.get("ETag"))
+            if answer.is_redirect and not linked:
+                continue
+            first = self._seen.setdefault(f"{self._name} {kind}", etag) if etag else ""
+            if etag and first != etag:
+                raise CheckpointError(
+                    f"{self._where}: its content changed: etag {etag}, it was {first}",
+                    hint="open it again",
+                )
+
+
+def fetched(file: RangeFile, start: int, end: int) -> "Tensor":
+    """Bytes of a file as a tensor of their own."""
+    import torch
+
+    content = bytearray(end - start)
+    file.read_into(start, memoryview(content), mapped=False)
+    return torch.frombuffer(content, dtype=torch.uint8)
+
+
+def _plain(etag: str | None) -> str:
+    return (etag or "").removeprefix("W/").strip('"')
+
+
+@dataclass(slots=True)
+class _Job:
+    """A download, waiting, on its way, or done."""
+
+    name: str
+    stat: Stat
+    is_wanted: bool = False
+    """Whether somebody asked for its bytes."""
+    done: threading.Event = field(default_factory=threading.Event)
+    path: Path | None = None
+    error: BaseException | None = None
+
+
+@final
+class Downloads:
+    """Downloads of one commit's files into the cache, a few ahead of their use."""
+
+    def __init__(self, client: Client, commit: str) -> None:
+        """Download nothing yet."""
+        self._client, self._commit = client, commit
+        self._jobs: dict[str, _Job] = {}
+        self._expected: deque[_Job] = deque()
+        self._lock = threading.Lock()
+
+    def expect(self, files: Mapping[str, Stat]) -> None:
+        """Begin to fetch files that will be read, in this order.
+
+        Raises:
+            CheckpointError: the cache's disk has no room for them.
+        """
+        with self._lock:
+            self._expected.clear()
+            new = {name: stat for name, stat in files.items() if name not in self._jobs}
+            self._client.check_room(sum(stat.nbytes for stat in new.values()))
+            self._expected.extend(_Job(name, stat) for name, stat in new.items())
+            self._advance()
+
+    def fetch(self, name: str, stat: Stat, revision: str | None = None) -> Path:
+        """Where a file is, once it is there.
+
+        Args:
+            revision: What the user calls the commit, so that the cache knows it by that name too.
+
+        Raises:
+            CheckpointError: it can't be fetched.
+        """
+        with self._lock:
+            job = self._jobs.get(name)
+            if job is None or job.error is not None:  # it may go well this time
+                job = next((j for j in self._expected if j.name == name), None) or _Job(name, stat)
+                if job in self._expected:
+                    self._expected.remove(job)
+                self._start(job, revision)
+            job.is_wanted = True
+            self._advance()
+        while not job.done.wait(_POLL_SECONDS):
+            self._client.check_cancelled()
+        if job.path is None:
+            raise job.error or CheckpointError(f"{name}: not fetched")
+        return job.path
+
+    def cancel(self) -> None:
+        """Stop all; wait a little, so that the client removes what it began."""
+        if self._client.cancelled.is_set():
+            return
+        self._client.cancelled.set()
+        with self._lock:
+            running = [job for job in self._jobs.values() if not job.done.is_set()]
+            self._expected.clear()
+        until = time.monotonic() + _STOP_SECONDS
+        for job in running:
+            job.done.wait(max(0.0, until - time.monotonic()))
+
+    def _advance(self) -> None:
+        """Start the next ones, as long as few wait for their use. Called with the lock."""
+        n_ahead = sum(not job.is_wanted for job in self._jobs.values())
+        while self._expected and n_ahead < _N_AHEAD:
+            self._start(self._expected.popleft(), None)
+            n_ahead += 1
+
+    def _start(self, job: _Job, revision: str | None) -> None:
+        self._jobs[job.name] = job
+        # A thread that ends with the program: the client's download can't be told to stop sooner.
+        threading.Thread(
+            target=self._run, args=(job, revision), daemon=True, name=f"streammap-{job.name}"
+        ).start()
+
+    def _run(self, job: _Job, revision: str | None) -> None:
+        try:
+            path = self._client.download(job.name, revision or self._commit)
+            if revision is not None and self._commit not in path.parts:  # a push came between
+                path = self._client.download(job.name, self._commit)
+            self._check(path, job)
+            job.path = path
+        except BaseException as error:  # raised again where the file is wanted
+            job.error = error
+        job.done.set()
+
+    def _check(self, path: Path, job: _Job) -> None:
+        where = f"{self._client.repo}@{self._commit[:12]}/{job.name}"
+        nbytes = path.stat().st_size
+        if nbytes != job.stat.nbytes:
+            raise CheckpointError(
+                f"{where}: {nbytes} bytes came, the Hub said {job.stat.nbytes}",
+                hint=f"remove {path} and try again",
+            )
+        blob = Path(os.path.realpath(path)).name
+        if path.is_symlink() and job.stat.version and blob != job.stat.version:
+            raise CheckpointError(
+                f"{where}: its content changed: etag {blob}, it was {job.stat.version}",
+                hint="open it again",
+            )
+
+
+@final
+class CachedFile:
+    """A file that is read in the cache, and fetched into it when it is first needed."""
+
+    def __init__(self, downloads: Downloads, name: str, stat: Stat) -> None:
+        """Fetch nothing yet."""
+        self._downloads, self._name, self._stat = downloads, name, stat
+        self._file: LocalFile | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def _local(self) -> LocalFile:
+        with self._lock:
+            if self._file is None:
+                path = self._downloads.fetch(self._name, self._stat)
+                found = path.stat()
+                self._file = LocalFile(path, found.st_size, found.st_mtime_ns)
+            return self._file
+
+    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view`; the first read waits for the download.
+
+        Raises:
+            CheckpointError: it can't be fetched or read.
+        """
+        self._local.read_into(offset, view, mapped=mapped)
+
+    def part(self, start: int, end: int) -> "Tensor":
+        """Bytes `start` to `end` as a tensor over the mapping."""
+        return self._local.part(start, end)
+
+    def check_unchanged(self) -> None:
+        """Compare the cache's file with what it was when it came."""
+        if self._file is not None:
+            self._file.check_unchanged()
+
+    def release(self) -> None:
+        """Give mapped pages back."""
+        if self._file is not None:
+            self._file.release()
+
+    def cancel(self) -> None:
+        """Stop the downloads."""
+        self._downloads.cancel()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()

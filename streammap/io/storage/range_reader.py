@@ -1,0 +1,89 @@
+"""A file elsewhere as a Python file, of which only the parts that are looked at are fetched.
+
+For headers, and for what zipfile and torch read of a torch file: its directory, its pickle, and a
+few bytes before each tensor. What was fetched is kept, in pages.
+"""
+
+import io
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, final
+
+from streammap.io.storage.base import OpenFile
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+PAGE_NBYTES = 512
+
+
+@final
+class SpanReader(io.RawIOBase):
+    """Reads a file, and remembers what it read."""
+
+    def __init__(self, file: OpenFile, nbytes: int, *, n_at_once: int) -> None:
+        """Fetch nothing yet."""
+        super().__init__()
+        self._file, self._nbytes, self._n_at_once = file, nbytes, n_at_once
+        self._pages: dict[int, bytes] = {}
+        self._at = 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """Where the next read begins."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Go to a place; nothing is fetched."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: "WriteableBuffer", /) -> int:
+        """The bytes from here on: all that are asked for, but for the file's end."""
+        view = memoryview(buffer).cast("B")
+        n = max(0, min(len(view), self._nbytes - self._at))
+        first, last = self._at // PAGE_NBYTES, -(-(self._at + n) // PAGE_NBYTES)
+        self._fetch_run(first, last)
+        whole = b"".join(self._pages[i] for i in range(first, last))
+        start = self._at - first * PAGE_NBYTES
+        view[:n] = whole[start : start + n]
+        self._at += n
+        return n
+
+    def fetch(self, offsets: Iterable[int]) -> None:
+        """Fetch the pages around some places, several at once."""
+        wanted = {i for at in offsets for i in (at // PAGE_NBYTES, (at + 64) // PAGE_NBYTES)}
+        last = (self._nbytes - 1) // PAGE_NBYTES
+        missing = sorted(i for i in wanted if i <= last and i not in self._pages)
+        with ThreadPoolExecutor(self._n_at_once) as pool:
+            for _ in pool.map(lambda run: self._fetch_run(*run), _runs(missing)):
+                pass
+
+    def _fetch_run(self, first: int, last: int) -> None:
+        """Have pages `first` to `last`."""
+        missing = [i for i in range(first, last) if i not in self._pages]
+        for start, end in _runs(missing):
+            at = start * PAGE_NBYTES
+            found = bytearray(min(end * PAGE_NBYTES, self._nbytes) - at)
+            self._file.read_into(at, memoryview(found), mapped=False)
+            for i in range(start, end):
+                self._pages[i] = bytes(found[i * PAGE_NBYTES - at : (i + 1) * PAGE_NBYTES - at])
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """Neighbours together: [1, 2, 5] -> [(1, 3), (5, 6)]."""
+    found: list[tuple[int, int]] = []
+    for i in numbers:
+        if found and found[-1][1] == i:
+            found[-1] = (found[-1][0], i + 1)
+        else:
+            found.append((i, i + 1))
+    return found

@@ -1,0 +1,267 @@
+"""A folder or file at any URL that fsspec knows: s3://, gs://, az://, https://, memory:// ...
+
+Drivers and credentials are fsspec's: AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, or its own
+configuration files (~/.config/fsspec). Reads are ranges; nothing touches the disk.
+"""
+
+import importlib
+import posixpath
+import threading
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
+
+from streammap.errors import CheckpointError
+from streammap.io.storage.base import OpenFile, Stat
+from streammap.io.storage.prefetch import AheadFile
+from streammap.io.storage.retry import Patience, TransientError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+_DRIVERS = {"az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+_VERSIONS = (
+    "ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified",
+    "last_modified", "updated", "created",
+)  # fmt: skip
+"""What drivers call the thing that changes when a file does."""
+_MAX_DEPTH = 4
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """Fsspec's file system of a URL, and the path in it.
+
+    Raises:
+        CheckpointError: an unknown kind of URL, or a driver that is not installed.
+    """
+    try:
+        core = importlib.import_module("fsspec.core")
+        fs, path = core.url_to_fs(url)
+    except ImportError as error:
+        raise CheckpointError(f"{url}: {error}", hint=_install(url)) from error
+    except ValueError as error:
+        raise CheckpointError(f"{url}: {error}", hint="check the URL") from error
+    except OSError as error:
+        raise explained(url, error) from error
+    return fs, str(path).rstrip("/")
+
+
+def explained(url: str, error: Exception) -> CheckpointError:
+    """An error of a driver as one of ours."""
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{url}: no such folder or file", hint="check the URL")
+    if isinstance(error, PermissionError) or "redential" in f"{type(error).__name__} {error}":
+        return CheckpointError(
+            f"{url}: access denied ({_first(error)})",
+            hint="check the credentials: AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, or "
+            "~/.config/fsspec",
+        )
+    return CheckpointError(f"{url}: {_first(error)}", hint="check the URL and the network")
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether trying again makes no sense."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
+    return isinstance(error, kinds) or "redential" in f"{type(error).__name__} {error}"
+
+
+def _install(url: str) -> str:
+    scheme = url.partition("://")[0].rpartition("::")[2]
+    if scheme in _EXTRAS:
+        return f"pip install 'streammap[{_EXTRAS[scheme]}]'"
+    return f"pip install fsspec {_DRIVERS.get(scheme, '')}".rstrip()
+
+
+def _first(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@final
+class RemotePlace:
+    """A folder or file of a file system that fsspec knows."""
+
+    n_at_once = 8
+    is_streamed = True
+
+    def __init__(self, url: str) -> None:
+        """Look what is there.
+
+        Raises:
+            CheckpointError: nothing is, or it can't be reached.
+        """
+        self._url = url.rstrip("/")
+        self._cancelled = threading.Event()
+        self._fs, self._root = filesystem(url)
+        try:
+            self._fs.invalidate_cache()
+            is_file = bool(self._fs.isfile(self._root))
+        except Exception as error:  # drivers raise what they like
+            raise explained(url, error) from error
+        self.file = posixpath.basename(self._root) if is_file else None
+        self._folder = posixpath.dirname(self._root) if is_file else self._root
+        if not self._infos:
+            raise CheckpointError(f"{url}: no such folder or file", hint="check the URL")
+
+    def __str__(self) -> str:
+        return self._url
+
+    @cached_property
+    def _infos(self) -> Mapping[str, Mapping[str, Any]]:
+        """Relative name -> what the driver says about a file."""
+        try:
+            alone = {} if self.file is None else {self._root: self._fs.info(self._root)}
+            try:
+                found = self._fs.find(self._folder, maxdepth=_MAX_DEPTH, detail=True)
+            except Exception:
+                if not alone:
+                    raise
+                found = {}  # a file may be readable where its folder can't be listed
+        except Exception as error:
+            raise explained(self._url, error) from error
+        base = len(self._folder.rstrip("/"))
+        return {str(path)[base:].lstrip("/"): info for path, info in {**found, **alone}.items()}
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return posixpath.basename(self._url) or self._url
+
+    @property
+    def address(self) -> str:
+        """The URL."""
+        return self._url
+
+    @property
+    def origin(self) -> Mapping[str, str]:
+        """The URL."""
+        return {"url": self._url}
+
+    def where(self, name: str) -> str:
+        """Its URL."""
+        folder = self._url if self.file is None else self._url.rpartition("/")[0]
+        return f"{folder}/{name}"
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file."""
+        return name in self._infos
+
+    def names(self) -> Collection[str]:
+        """All files of the folder and of those inside."""
+        return self._infos
+
+    def path(self, name: str) -> Path | None:
+        """Never on this machine."""
+        return None
+
+    def stat(self, name: str) -> Stat:
+        """Its size, and what tells whether it changed."""
+        return stat_of(self._infos[name])
+
+    def read(self, name: str, *, limit: int) -> bytes:
+        """All of a small file."""
+        stat = self.stat(name)
+        if stat.nbytes > limit:
+            raise CheckpointError(f"{self.where(name)}: {stat.nbytes} bytes, at most {limit}")
+        content = bytearray(stat.nbytes)
+        self.peek(name).read_into(0, memoryview(content), mapped=False)
+        return bytes(content)
+
+    def peek(self, name: str) -> OpenFile:
+        """The file."""
+        path = f"{self._folder}/{name}"
+        return RemoteFile(self._fs, path, self.where(name), self.stat(name), self._cancelled)
+
+    def open(self, name: str, stat: Stat) -> OpenFile:
+        """The file; its bytes can be asked for in advance."""
+        return AheadFile(self.peek(name))
+
+    def expect(self, names: tuple[str, ...]) -> None:
+        """Nothing to fetch: tensors are asked for one by one."""
+        self._cancelled.clear()
+
+
+def stat_of(info: Mapping[str, Any]) -> Stat:
+    """Size and version of a file, by what its driver says."""
+    found = next((info[key] for key in _VERSIONS if info.get(key)), "unknown")
+    # A listing may give as a number what a question about one file gives as a date.
+    version = found.timestamp() if isinstance(found, datetime) else found
+    return Stat(int(info["size"]), 0, str(version).strip('"'))
+
+
+@final
+class RemoteFile:
+    """A file that is read by ranges."""
+
+    def __init__(
+        self, fs: Any, path: str, where: str, stat: Stat, cancelled: threading.Event
+    ) -> None:
+        """Connect to nothing yet."""
+        self._fs, self._path, self._where = fs, path, where
+        self._stat, self._cancelled = stat, cancelled
+
+    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view` with the file's bytes from `offset` on.
+
+        Raises:
+            CheckpointError: it can't be read, or ends before.
+        """
+        patience, at = Patience(self._where, self._cancelled), 0
+        while at < len(view):
+            try:
+                found = self._fs.cat_file(self._path, start=offset + at, end=offset + len(view))
+            except Exception as error:
+                if is_lasting(error):
+                    raise explained(self._where, error) from error
+                reason = f"no answer ({_first(error)})"
+                patience.wait(TransientError(reason), f" at byte {offset + at}")
+                continue
+            if not found or len(found) > len(view) - at:
+                raise CheckpointError(
+                    f"{self._where}: {len(found)} bytes came from byte {offset + at} on, "
+                    f"{len(view) - at} were asked for; it had {self._stat.nbytes} when it was "
+                    "opened",
+                    hint="is another program writing it?",
+                )
+            view[at : at + len(found)] = found
+            at += len(found)
+            patience.progress()
+
+    def part(self, start: int, end: int) -> "Tensor":
+        """Bytes `start` to `end`, in memory."""
+        import torch
+
+        content = bytearray(end - start)
+        self.read_into(start, memoryview(content), mapped=False)
+        return torch.frombuffer(content, dtype=torch.uint8)
+
+    def check_unchanged(self) -> None:
+        """Ask what the file is now.
+
+        Raises:
+            CheckpointError: it was written to since it was opened.
+        """
+        try:
+            self._fs.invalidate_cache()
+            found = stat_of(self._fs.info(self._path))
+        except Exception as error:
+            raise explained(self._where, error) from error
+        if found != self._stat:
+            raise CheckpointError(
+                f"{self._where}: {found.nbytes} bytes, version {found.version}; it had "
+                f"{self._stat.nbytes}, version {self._stat.version}, when it was opened",
+                hint="is another program writing it?",
+            )
+
+    def release(self) -> None:
+        """Nothing is kept."""
+
+    def cancel(self) -> None:
+        """Wait for nothing any more."""
+        self._cancelled.set()
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -1,0 +1,127 @@
+"""A folder or file at a URL that fsspec knows, as the place of a result.
+
+Object stores show a file when it is whole (multipart uploads end in one step). Elsewhere it is sent
+under another name first.
+"""
+
+import posixpath
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, final
+
+from streammap.errors import CheckpointError, OutputError
+from streammap.io import filenames
+from streammap.io.storage import remote
+from streammap.io.storage.retry import Patience, TransientError
+
+_ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
+"""Endings of a result that is one file."""
+_Result = TypeVar("_Result")
+
+
+@final
+class RemoteSink:
+    """Files of a file system that fsspec knows."""
+
+    def __init__(self, url: str) -> None:
+        """Load the driver.
+
+        Raises:
+            OutputError: there is none, or it is not installed.
+        """
+        self.label = url.rstrip("/")
+        self.file = (
+            posixpath.basename(self.label) if self.label.endswith(filenames.WEIGHTS) else None
+        )
+        try:
+            self._fs, root = remote.filesystem(url)
+        except CheckpointError as error:
+            raise OutputError(error.message, hint=error.hint) from error
+        self._folder = posixpath.dirname(root) if self.file else root
+        self._is_atomic = bool(_ATOMIC & set(_protocols(self._fs)))
+
+    def names(self) -> Mapping[str, str]:
+        """Each file that is there, and its etag or the like."""
+
+        def ask() -> Mapping[str, str]:
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.find(self._folder, detail=True)
+            except FileNotFoundError:
+                return {}
+            base = len(self._folder.rstrip("/"))
+            return {str(path)[base:].lstrip("/"): _version(info) for path, info in found.items()}
+
+        return self._patiently(ask, self.label)
+
+    def is_harmless(self, name: str) -> bool:
+        """Nothing is."""
+        return False
+
+    def put(self, name: str, path: Path) -> str:
+        """Send a file."""
+        where, nbytes = f"{self._folder}/{name}", path.stat().st_size
+
+        def send() -> str:
+            there = where if self._is_atomic else f"{where}.partial"
+            self._fs.makedirs(posixpath.dirname(where), exist_ok=True)
+            self._fs.put_file(str(path), there)
+            if not self._is_atomic:
+                self._fs.mv(there, where)
+            self._fs.invalidate_cache()
+            info = self._fs.info(where)
+            if int(info["size"]) != nbytes:
+                raise OSError(f"{info['size']} bytes are there, {nbytes} were sent")
+            return _version(info)
+
+        return self._patiently(send, f"{self.label}: {name}")
+
+    def put_all(self, contents: Mapping[str, bytes]) -> None:
+        """Send small files, one after the other."""
+        for name, content in contents.items():
+            where = f"{self._folder}/{name}"
+
+            def send(where: str = where, content: bytes = content) -> None:
+                there = where if self._is_atomic else f"{where}.partial"
+                self._fs.makedirs(posixpath.dirname(where), exist_ok=True)
+                self._fs.pipe_file(there, content)
+                if not self._is_atomic:
+                    self._fs.mv(there, where)
+
+            self._patiently(send, f"{self.label}: {name}")
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files, one after the other."""
+        for name in names:
+            where = f"{self._folder}/{name}"
+            self._patiently(partial(self._fs.rm_file, where), f"{self.label}: {name}")
+
+    def extras(self) -> Iterable[tuple[str, bytes]]:
+        """None."""
+        return ()
+
+    def _patiently(self, do: Callable[[], _Result], where: str) -> _Result:
+        patience = Patience(where, threading.Event())
+        try:
+            while True:
+                try:
+                    return do()
+                except Exception as error:  # drivers raise what they like
+                    if remote.is_lasting(error):
+                        raise remote.explained(where, error) from error
+                    reason = str(error).splitlines() or [type(error).__name__]
+                    patience.wait(TransientError(f"not sent ({reason[0]})"))
+        except CheckpointError as error:
+            raise OutputError(error.message, hint=error.hint) from error
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    found = fs.protocol
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    found = remote.stat_of(info)
+    return f"{found.nbytes} {found.version}"

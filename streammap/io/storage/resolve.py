@@ -1,0 +1,69 @@
+"""What a user names as a source -> the Place that it is.
+
+    runs/bert                 a folder or file of this machine, wherever there is one
+    org/name, org/name@v1     a model of the Hub, where there is no such folder
+    hf://org/name@v1/folder   the same without a doubt, and a folder or file inside
+    file:///runs/bert         this machine
+    s3://bucket/bert, ...     any URL that fsspec knows
+
+A pathlib.Path is a path of this machine. To add a kind of place, see storage/place.py.
+"""
+
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from streammap.errors import CheckpointError
+from streammap.io.storage import hub_name
+from streammap.io.storage.base import Place
+from streammap.io.storage.local import LocalPlace
+
+PathLike = str | Path
+
+
+def locate(source: str | Path, *, stream: bool) -> Place:
+    """The place that `source` names.
+
+    Args:
+        stream: Whether a model of the Hub is read as needed, instead of through its cache.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    text = os.fspath(source)
+    if is_elsewhere(source):
+        if _is_hub(text):
+            from streammap.io.storage.hub import HubPlace
+
+            return HubPlace(hub_name.parse(text), stream=stream)
+        from streammap.io.storage.remote import RemotePlace
+
+        return RemotePlace(text)
+    path = local_path(source)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
+    return LocalPlace(path)
+
+
+def is_elsewhere(source: str | Path) -> bool:
+    """Whether `source` names nothing on this machine."""
+    if isinstance(source, Path):
+        return False
+    if "://" in source:
+        return urlsplit(source).scheme != "file"
+    return _is_hub(source)
+
+
+def is_url(output: str | Path) -> bool:
+    """Whether an output is a URL, and not one of this machine's files."""
+    return isinstance(output, str) and "://" in output and not output.startswith("file://")
+
+
+def local_path(source: str | Path) -> Path:
+    """A path of this machine, also from file://."""
+    text = os.fspath(source)
+    return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text)
+
+
+def _is_hub(text: str) -> bool:
+    return text.startswith("hf://") or (hub_name.is_one(text) and not Path(text).exists())

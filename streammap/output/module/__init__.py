@@ -1,0 +1,1 @@
+"""load_into: a module filled in place."""

@@ -1,0 +1,191 @@
+"""Which tensors of a checkpoint make each parameter of a module, under the module's own names.
+
+A plain module has the names of its checkpoint. Models of transformers may have others on disk than
+at work: prefixes, gamma and beta, experts one by one. Its own renamings are asked, and its
+conversions are run on tensors without numbers (symbolic.py).
+"""
+
+import copy
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, cast, final
+
+from streammap.common import optional
+from streammap.errors import PlanError
+from streammap.io.tensor_spec import TensorSpec
+from streammap.output.module import symbolic
+from streammap.output.module.symbolic import Assembly, UnmovedError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """How a checkpoint's tensors and a module's fit together."""
+
+    found: Mapping[str, Assembly]
+    """Name in the module -> the tensors of the checkpoint that make it."""
+    unexpected: tuple[str, ...]
+    """Keys that the module has no use for."""
+
+
+class Pretrained(Protocol):
+    """A model of transformers, as far as it is used here."""
+
+    base_model_prefix: str
+    all_tied_weights_keys: Mapping[str, str]
+    config: object
+    _keys_to_ignore_on_load_missing: Iterable[str] | None
+    _keys_to_ignore_on_load_unexpected: Iterable[str] | None
+    _weight_conversions: list[object]
+
+    def named_buffers(self) -> "Iterable[tuple[str, torch.Tensor]]":
+        """Buffers by name."""
+        ...
+
+    def initialize_weights(self) -> None:
+        """Set what no checkpoint gave: all but tensors marked with _is_hf_initialized."""
+        ...
+
+    def _get_dtype_plan(self, dtype: "torch.dtype") -> "Mapping[str, torch.dtype]": ...
+
+
+class _Transform(Protocol):
+    """A renaming or conversion of transformers."""
+
+    source_patterns: list[str]
+
+    def add_tensor(
+        self, target_key: str, source_key: str, source_pattern: str, future: object
+    ) -> None: ...
+    def convert(
+        self, layer_name: str, *, model: object, config: object
+    ) -> Mapping[str, object]: ...
+    def was_used(self) -> bool: ...
+
+
+def match(
+    model: "torch.nn.Module",
+    specs: Mapping[str, TensorSpec],
+    expected: Mapping[str, "torch.Tensor"],
+) -> Match:
+    """Find the tensors of a checkpoint that make each parameter and buffer of a module.
+
+    Args:
+        specs: Key of the checkpoint -> dtype and shape.
+        expected: Name in the module -> what is there.
+
+    Raises:
+        PlanError: a conversion that does more than move numbers.
+    """
+    pretrained = pretrained_of(model)
+    if pretrained is not None:
+        return _converted(pretrained, specs, expected)
+    found = {key: symbolic.whole(key, spec.shape) for key, spec in specs.items() if key in expected}
+    return Match(found, tuple(key for key in specs if key not in expected))
+
+
+def pretrained_of(model: "torch.nn.Module") -> Pretrained | None:
+    """The model as one of transformers, where it is."""
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None or not isinstance(model, library.PreTrainedModel):
+        return None
+    return cast("Pretrained", model)
+
+
+def ignored(
+    model: Pretrained, missing: Iterable[str], unexpected: Iterable[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is missing and unexpected but for the names that the model's class does without."""
+    extra = [
+        pattern
+        for ending, pattern in (
+            ("rotary_emb.inv_freq", r"rotary_emb\.inv_freq"),
+            ("position_ids", r"(^|\.)position_ids$"),
+        )
+        if any(name.endswith(ending) for name, _ in model.named_buffers())
+    ]
+    without = model._keys_to_ignore_on_load_missing or ()
+    beside = (*(model._keys_to_ignore_on_load_unexpected or ()), *extra)
+    return _left(missing, without), _left(unexpected, beside)
+
+
+def _left(names: Iterable[str], patterns: Iterable[str]) -> tuple[str, ...]:
+    compiled = [re.compile(pattern) for pattern in patterns]
+    return tuple(name for name in names if not any(p.search(name) for p in compiled))
+
+
+def _converted(
+    model: Pretrained,
+    specs: Mapping[str, TensorSpec],
+    expected: Mapping[str, "torch.Tensor"],
+) -> Match:
+    names = _Names(model, expected)
+    waiting: dict[str, tuple[_Transform, list[str]]] = {}
+    found: dict[str, Assembly] = {}
+    unexpected: list[str] = []
+    for key in sorted(specs, key=names.order):
+        name, pattern, converter = names.renamed(key)
+        if name not in expected:
+            unexpected.append(key)
+        elif converter is None:
+            found.setdefault(name, symbolic.whole(key, specs[key].shape))
+        else:
+            made, sources = waiting.setdefault(name, (copy.deepcopy(converter), []))
+            made.add_tensor(name, key, pattern, symbolic.whole(key, specs[key].shape))
+            sources.append(key)
+    for name, (converter, sources) in waiting.items():
+        found |= _moved(model, name, converter, sources)
+    # As from_pretrained does, so that save_pretrained writes the names that were read.
+    model._weight_conversions = [made for made in names.transforms if made.was_used()]
+    return Match(found, tuple(unexpected))
+
+
+@final
+class _Names:
+    """Names on disk -> names in a model of transformers."""
+
+    def __init__(self, model: Pretrained, expected: Mapping[str, object]) -> None:
+        loading = optional.library("transformers.core_model_loading")
+        mapping = optional.library("transformers.conversion_mapping")
+        self.order: Callable[[str], list[tuple[object, ...]]] = loading.dot_natural_key
+        self.transforms: list[_Transform] = mapping.get_model_conversion_mapping(model)
+        self._prefix, self._expected = model.base_model_prefix, expected
+        self._rename: Callable[..., tuple[str, str | None]] = loading.rename_source_key
+        self._renamings = [t for t in self.transforms if isinstance(t, loading.WeightRenaming)]
+        self._converters = [t for t in self.transforms if isinstance(t, loading.WeightConverter)]
+        self._known = {p: t for t in self._converters for p in t.source_patterns}
+
+    def renamed(self, key: str) -> tuple[str, str, _Transform | None]:
+        """Name in the module, and the conversion with the pattern that it goes by."""
+        where = (self._prefix, self._expected)
+        name, pattern = self._rename(key, self._renamings, self._converters, *where)
+        if name not in self._expected and key in self._expected:
+            name, pattern = self._rename(key, [], [], *where)
+        return name, pattern or "", None if pattern is None else self._known[pattern]
+
+
+def _moved(
+    model: Pretrained, name: str, converter: _Transform, sources: list[str]
+) -> dict[str, Assembly]:
+    """What a conversion makes of its sources: one parameter, or several of one tensor."""
+    try:
+        made = converter.convert(name, model=model, config=model.config)
+    except (UnmovedError, AttributeError, TypeError, ValueError) as error:
+        raise PlanError(
+            f"{name}: transformers makes it of {sources[0]} by more than moving numbers: {error}",
+            hint="save the result and use from_pretrained",
+        ) from error
+    found: dict[str, Assembly] = {}
+    for key, value in made.items():
+        one = value[0] if isinstance(value, list) else value
+        if not isinstance(one, Assembly):
+            raise PlanError(
+                f"{name}: transformers makes {type(one).__name__} of {sources[0]}",
+                hint="save the result and use from_pretrained",
+            )
+        found[key] = one
+    return found

@@ -1,0 +1,210 @@
+"""A run's bytes on their way into shards: written, digested, and journalled when they are whole.
+
+Threads write tiles as they come. A shard is opened when its first bytes come and closed, synced and
+journalled when its last do; tensors that are whole before are journalled from time to time.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from queue import SimpleQueue
+from typing import final
+
+from streammap.engine import crc32
+from streammap.engine.crc32 import FileDigests
+from streammap.engine.schedule import Job
+from streammap.engine.worker import Made
+from streammap.io.formats.safetensors_header import Slot
+from streammap.io.storage.disk import Disk
+from streammap.output.files import Output
+from streammap.output.journal import Journal
+from streammap.output.shards import Shard
+
+JOURNAL_SECONDS = 10.0
+"""Time between two journal lines for shards that are not whole."""
+_N_AT_ONCE = 2
+"""Threads that write to a file: the kernel lets one, and another is there when it is done. Who
+waits there keeps a processor busy, so that the others wait here."""
+
+
+@final
+class _Turns:
+    """Lets so many threads in: a semaphore as cheap as a lock, since it is asked for each write."""
+
+    def __init__(self) -> None:
+        self._free: SimpleQueue[None] = SimpleQueue()
+        for _ in range(_N_AT_ONCE):
+            self._free.put(None)
+
+    def __enter__(self) -> None:
+        self._free.get()
+
+    def __exit__(self, *_: object) -> None:
+        self._free.put(None)
+
+
+@final
+class _File:
+    """A shard, how much of it there is, and who may write to it."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard = shard
+        self.digests = FileDigests((slot.start, slot.spec.nbytes) for slot in shard.slots)
+        self.lock = threading.Lock()
+        self.turns = _Turns()
+        self.is_there = not shard.head
+        """Whether the file is there before it begins: an earlier run's, or a torch file."""
+        self.has_begun = False
+        self.waiting: list[int] = []
+        """Tensors that are whole and not in the journal."""
+
+    def taken(self) -> list[int]:
+        """The waiting tensors, which wait no more."""
+        found, self.waiting = self.waiting, []
+        return found
+
+
+@final
+class Writer:
+    """Writes bytes of the shards."""
+
+    def __init__(
+        self, shards: Sequence[Shard], out: Output, journal: Journal, *, disk: Disk, fsync: bool
+    ) -> None:
+        """Nothing is opened before its first bytes come."""
+        self._out, self._journal, self._disk, self._fsync = out, journal, disk, fsync
+        self._files = {shard.name: _File(shard) for shard in shards}
+        self._lock = threading.Lock()
+        self._n_open = sum(1 for file in self._files.values() if file.digests.left_nbytes)
+        self._kept_at = time.monotonic()
+        self.n_journalled = 0
+        """Tensors that are durable."""
+        self.journalled_nbytes = 0
+        self.n_resumed = self.resumed_nbytes = 0
+
+    @property
+    def left_nbytes(self) -> int:
+        """Bytes that are to be written."""
+        return sum(file.digests.left_nbytes for file in self._files.values())
+
+    def resume(self, crcs: Mapping[str, int]) -> None:
+        """Take over what an earlier run wrote.
+
+        Raises:
+            OutputError: a file that can't hold it.
+        """
+        for file in self._files.values():
+            there = [i for i, slot in enumerate(file.shard.slots) if slot.key in crcs]
+            if not there:
+                continue
+            for i in there:
+                file.digests.restore(i, crcs[file.shard.slots[i].key])
+            self._out.check_there(file.shard, max(file.shard.slots[i].end for i in there))
+            self._count(file, there)
+            file.is_there = True
+            file.has_begun = not file.digests.left_nbytes
+            self._n_open -= file.has_begun
+        self.n_resumed, self.resumed_nbytes = self.n_journalled, self.journalled_nbytes
+
+    def slots(self) -> Iterator[tuple[str, Slot]]:
+        """(file, slot) of every tensor that is to be written."""
+        for name, file in self._files.items():
+            for i, slot in enumerate(file.shard.slots):
+                if not file.digests.is_whole(i):
+                    yield name, slot
+
+    def write(self, job: Job, made: Made) -> None:
+        """Write a job's bytes to all of its places."""
+        for place in job.places:
+            file = self._files[place.file]
+            if not file.has_begun:
+                with file.lock:
+                    self._begin(file)
+        crc, at = 0, 0
+        for piece in made.pieces():
+            crc = crc32.crc32(piece, crc)
+            for place in job.places:
+                with self._files[place.file].turns:
+                    self._out.write_at(place.file, place.offset + at, piece)
+            at += len(piece)
+        for place in job.places:
+            file = self._files[place.file]
+            with file.lock:  # writes are done without: the file ends once all are counted
+                whole = file.digests.add(place.offset, at, crc)
+                if whole is not None:
+                    file.waiting.append(whole)
+                    if not file.digests.left_nbytes:
+                        self._end(file)
+
+    def keep(self, *, at_once: bool = False) -> None:
+        """Journal what is whole by now, if it is time to."""
+        now = time.monotonic()
+        if not at_once and now - self._kept_at < JOURNAL_SECONDS:
+            return
+        self._kept_at = now
+        for name, file in self._files.items():
+            with file.lock:
+                taken = file.taken()
+                descriptor = self._out.duplicate(name) if taken else None
+            if descriptor is not None:
+                try:
+                    if self._fsync:
+                        self._disk.sync(descriptor)
+                finally:
+                    os.close(descriptor)
+            self._add(file, taken)
+
+    def finish(self) -> None:
+        """Begin the shards that have no bytes but their header."""
+        for file in self._files.values():
+            if not file.has_begun:
+                self._begin(file)
+                self._out.close(file.shard.name)
+
+    def tensors(self) -> Iterator[tuple[str, str, int]]:
+        """(key, file, CRC) of every tensor, when all are whole."""
+        for name, file in self._files.items():
+            for i, slot in enumerate(file.shard.slots):
+                yield slot.key, name, file.digests.crc(i)
+
+    def _begin(self, file: _File) -> None:
+        if file.has_begun:
+            return
+        if file.is_there:
+            self._out.go_on(file.shard)
+        else:
+            self._out.begin(file.shard)
+        file.has_begun = True
+
+    def _end(self, file: _File) -> None:
+        taken = file.taken()  # what can't be synced is not journalled either
+        self._out.close(file.shard.name)
+        with self._lock:
+            self._n_open -= 1
+            is_last = not self._n_open
+        if is_last:
+            file.waiting = taken  # no line where all is put in place at once
+        else:
+            self._add(file, taken)
+
+    def _add(self, file: _File, tensors: Sequence[int]) -> None:
+        if not tensors:
+            return
+        crcs = {file.shard.slots[i].key: file.digests.crc(i) for i in tensors}
+        try:
+            with self._lock:
+                self._journal.add(crcs)
+                self._count(file, tensors)
+        except OSError:
+            file.waiting.extend(tensors)  # they are on the disk: another line may say so
+            raise
+
+    def _count(self, file: _File, tensors: Sequence[int]) -> None:
+        self.n_journalled += len(tensors)
+        self.journalled_nbytes += sum(file.shard.slots[i].spec.nbytes for i in tensors)
+
+
+def keys(shards: Sequence[Shard]) -> frozenset[str]:
+    """The tensors that have bytes: what a journal may name."""
+    return frozenset(slot.key for s in shards for slot in s.slots if slot.spec.nbytes)

@@ -1,0 +1,111 @@
+"""Targets -> shards, byte by byte, and the index that says which shard has what.
+
+Shards are filled in the order of the targets, as the Hub does: a tensor that would make a shard
+larger than allowed begins the next one. Inside a shard the widest dtype comes first: the format
+allows no padding, so that order keeps every tensor aligned.
+"""
+
+import json
+import re
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from streammap.errors import OutputError
+from streammap.io.formats import safetensors_header
+from streammap.io.formats.safetensors_header import Slot
+from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
+
+METADATA = {"format": "pt"}
+_MAX_NBYTES = 2**63 - 1
+INDEX = "model.safetensors.index.json"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of the result."""
+
+    name: str
+    head: bytes
+    """What comes before the tensors: length and header."""
+    slots: tuple[Slot, ...]
+    tail_nbytes: int = 0
+    """Bytes behind the last tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return (self.slots[-1].end if self.slots else len(self.head)) + self.tail_nbytes
+
+    def left_nbytes(self, there: Container[str]) -> int:
+        """Bytes of the tensors whose keys are not `there`."""
+        return sum(slot.spec.nbytes for slot in self.slots if slot.key not in there)
+
+
+def arrange(
+    specs: Mapping[str, TensorSpec], *, max_shard_nbytes: int, single: str | None = None
+) -> tuple[Shard, ...]:
+    """The shards of a result.
+
+    Args:
+        single: Name of the only file, whatever its size; by default the Hub's names.
+    """
+    groups: list[list[str]] = [[]]
+    room = max_shard_nbytes
+    for key, spec in specs.items():
+        if single is None and spec.nbytes > room and groups[-1]:
+            groups.append([])
+            room = max_shard_nbytes
+        groups[-1].append(key)
+        room -= spec.nbytes
+    names = [single or "model.safetensors"]
+    if len(groups) > 1:
+        n = len(groups)
+        names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    return tuple(_shard(name, group, specs) for name, group in zip(names, groups, strict=True))
+
+
+def index(shards: Sequence[Shard]) -> bytes:
+    """model.safetensors.index.json."""
+    weight_map = {slot.key: shard.name for shard in shards for slot in shard.slots}
+    slots = [slot for shard in shards for slot in shard.slots]
+    metadata = {
+        "total_parameters": sum(slot.spec.n_elements for slot in slots),
+        "total_size": sum(slot.spec.nbytes for slot in slots),
+    }
+    content = {"metadata": metadata, "weight_map": weight_map}
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "5GB" (10^9), "256MiB" (2^20) or a plain number.
+
+    Raises:
+        OutputError: not a size.
+    """
+    if isinstance(text, int):
+        found = text
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+        if match is None or (match[3] and not match[2]):
+            raise OutputError(f"size {text!r}: expected one such as 5GB, 500MB or 256MiB")
+        units = _BINARY_UNITS if match[3] else _UNITS
+        found = int(Fraction(match[1]) * units[match[2].upper()])
+    if found > _MAX_NBYTES:
+        raise OutputError(f"size {str(text)[:40]!r}: expected one such as 5GB, 500MB or 256MiB")
+    if found < 1:
+        raise OutputError(f"size {text!r}: expected more than nothing")
+    return found
+
+
+def _shard(name: str, keys: Sequence[str], specs: Mapping[str, TensorSpec]) -> Shard:
+    ordered = sorted(keys, key=lambda key: -DTYPE_BITS[specs[key].dtype])
+    head = safetensors_header.encode([(key, specs[key]) for key in ordered], METADATA)
+    slots = []
+    at = len(head)
+    for key in ordered:
+        slots.append(Slot(key, specs[key], at))
+        at += specs[key].nbytes
+    return Shard(name, head, tuple(slots))

@@ -1,0 +1,164 @@
+"""The request on one axis -> its merging map F (small x large)."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from streammap.architectures import axis_facts
+from streammap.architectures.model import Model
+from streammap.errors import PlanError, SchemeError, some
+from streammap.planning import maps, requests
+from streammap.planning.maps import BlockMap
+from streammap.planning.requests import MAX_LAYERS, MAX_PARTS, MAX_SIZE, Grouping, Request
+
+KvMerge = Literal["mean", "first"]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a user asks for."""
+
+    axes: Mapping[str, Request]
+    """Axis -> what becomes of it."""
+    width: Request | None
+    """What becomes of all widths together: a factor, or groups of heads."""
+    grouping: Grouping
+    kv_merge: KvMerge
+    known: Mapping[str, int]
+    """Axis -> size of a large model that this one was made from, where groups don't tell."""
+    wanted: Mapping[str, int]
+    """Axis -> size that the result must have; empty where nothing is said."""
+
+
+def check_parts(axis: str, n: int, most: int) -> None:
+    """Refuse a map that could not be planned: each of its parts is an object in memory.
+
+    Raises:
+        PlanError: naming the axis.
+    """
+    if n > most:
+        raise PlanError(
+            f"{axis}: {n} units, at most {most} can be planned this way", hint="ask for less"
+        )
+
+
+class AxisRequests:
+    """Maps of single axes of one model."""
+
+    def __init__(self, model: Model, asked: Asked, notes: list[str], *, grows: bool) -> None:
+        self._model, self._asked, self._grows, self.notes = model, asked, grows, notes
+        self._spec, self._own = model.architecture, model.sizes
+
+    def map(self, axis: str, request: Request) -> BlockMap | None:
+        """F of an axis; None where nothing changes.
+
+        Raises:
+            SchemeError, PlanError: the request does not fit the model.
+        """
+        own = self._own[axis]
+        if self._spec.axes[axis].kind == "depth":
+            size = own * request.factor if request.factor is not None else request.size or 0
+            check_parts(axis, size if self._grows else own, MAX_LAYERS)
+        if request.factor is not None:
+            grouping = request.grouping or self._asked.grouping
+            large = own * request.factor if self._grows else own
+            check_parts(axis, large, MAX_SIZE)
+            return self._uniform(axis, large, request.factor, grouping)
+        if request.size is not None:
+            return self.sized(axis, own, request.size, request.grouping)
+        assert request.groups is not None
+        n_large = self.n_large(axis, request.groups, request.where or axis)
+        self.tell_left(axis, request.groups, n_large)
+        return maps.merging(request.groups, n_large, weights=request.weights)
+
+    def n_large(self, axis: str, groups: Sequence[Sequence[int]], where: str) -> int:
+        """The large model's size of an axis that groups are given for.
+
+        Raises:
+            SchemeError: another number of groups than the small model has, or a member that the
+                large one doesn't have.
+        """
+        own, wanted = self._own[axis], self._asked.wanted.get(axis)
+        n_small = own if self._grows else wanted
+        if n_small is not None and len(groups) != n_small:
+            raise SchemeError(
+                f"{where}: {len(groups)} groups, the small model has {n_small} {self.word(axis)}",
+                hint="write the scheme for this pair of models; `streammap scheme` prints one",
+            )
+        n_large = wanted if self._grows else own
+        if n_large is None:
+            most = 1 + max(member for group in groups for member in group)
+            n_large = max(self._asked.known.get(axis, 0), most)
+        requests.check_members(groups, n_large, where)
+        check_parts(axis, n_large, MAX_PARTS)
+        return n_large
+
+    def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:
+        if factor == 1:
+            return None
+        if large % factor:
+            divisors = [d for d in range(2, min(large, 4096) + 1) if large % d == 0]
+            raise SchemeError(
+                f"{large} {self.word(axis)} do not divide into groups of {factor}",
+                hint=f"take a factor of {large} ({some(divisors, limit=6)}), a size such as "
+                f"={max(1, large // factor)}, or give groups",
+            )
+        parts = self._parts(axis, large, factor, grouping)
+        check_parts(axis, parts, MAX_PARTS)
+        n = parts // factor
+        groups = [
+            range(i * factor, (i + 1) * factor) if grouping == "adjacent" else range(i, parts, n)
+            for i in range(n)
+        ]
+        return maps.merging([tuple(group) for group in groups], parts, block=large // parts)
+
+    def word(self, axis: str) -> str:
+        """What the units of an axis are called."""
+        name = axis.rpartition(".")[2]
+        words = {"heads": "heads", "layer": "layers", "expert": "experts", "kv_heads": "kv heads"}
+        return words.get(name, f"units of {axis}")
+
+    def _parts(self, axis: str, large: int, factor: int, grouping: Grouping) -> int:
+        """Into how many parts an axis is cut: as many as there are heads, where that fits."""
+        if self._spec.axes[axis].kind != "width":
+            return large
+        heads = self._own.get("heads", 0) * (factor if self._grows else 1)
+        if heads and large % heads == 0 and heads % factor == 0:
+            return heads
+        return large if grouping == "adjacent" else factor
+
+    def sized(
+        self, axis: str, own: int, size: int, grouping: Grouping | None = None
+    ) -> BlockMap | None:
+        """F of an axis that gets a new size."""
+        if size == own:
+            return None
+        large, small = (size, own) if self._grows else (own, size)
+        if large < small:
+            raise PlanError(
+                f"{axis}: can't go from {own} to {size} this way",
+                hint="coalesce makes a model smaller, decoalesce larger",
+            )
+        if large % small == 0 and self._spec.axes[axis].kind != "depth":
+            return self._uniform(axis, large, large // small, grouping or self._asked.grouping)
+        check_parts(axis, large, MAX_PARTS)
+        if not self._grows or self._spec.axes[axis].kind == "depth":
+            return maps.merging(requests.near_even(large, small), large)
+        if axis in axis_facts.normed_axes(self._model):
+            groups = requests.copies(large, small)
+            left = large - small * (large // small)
+            self.notes.append(f"{axis}: {left} of {large} units are new and stay empty at first")
+            return maps.merging(groups, large)
+        return maps.merging(requests.cyclic(large, small), large)
+
+    def tell_left(self, axis: str, groups: Sequence[Sequence[int]], n_large: int) -> None:
+        """Note which units are in no group, or in several."""
+        used = [member for group in groups for member in group]
+        left = sorted(set(range(n_large)) - set(used))
+        if left:
+            fate = "zeros in the result" if self._grows else "dropped"
+            self.notes.append(f"{self.word(axis)} {some(left)} of {n_large}: in no group, {fate}")
+        twice = sorted({a for a, b in itertools.pairwise(sorted(used)) if a == b})
+        if twice:
+            self.notes.append(f"{self.word(axis)} {some(twice)}: in more than one group")

@@ -1,0 +1,106 @@
+"""config.json of a result: sizes, lists of layers, and whatever a change asks for.
+
+Each field that gave a size gives the new one; a size that an expression gave ("4 * hidden size") is
+written out where it no longer holds; all other fields stay as they are.
+"""
+
+import contextlib
+import copy
+from collections.abc import Mapping, Sequence
+
+from streammap.architectures import axis_sizes, layer_kinds
+from streammap.architectures.config_fields import field_value, set_field
+from streammap.architectures.expression import (
+    MEASURES,
+    Call,
+    Expression,
+    InexactDivisionError,
+    Operation,
+)
+from streammap.architectures.model import Model
+from streammap.architectures.schema import Architecture
+from streammap.errors import PlanError
+
+
+def rewritten(
+    config: Mapping[str, object],
+    model: Model,
+    after: Mapping[str, int],
+    *,
+    sources: Mapping[str, Sequence[int]],
+    fields: Mapping[str, object],
+) -> tuple[dict[str, object], tuple[str, ...]]:
+    """config.json for new sizes, and what a user might not expect of it.
+
+    Args:
+        after: Axis -> size in the result.
+        sources: Depth axis -> for each layer of the result, the source layer that it takes after.
+        fields: Further fields to set.
+
+    Raises:
+        PlanError: there is no field for a size, or a list can't follow.
+    """
+    changed: dict[str, object] = copy.deepcopy(dict(config))
+    spec = model.architecture
+    for name, axis in spec.axes.items():
+        if after.get(name) == model.sizes.get(name):
+            continue
+        origin = axis_sizes.axis_origin(axis, config)
+        if isinstance(origin, str):
+            set_field(changed, origin, after[name])
+    for name in spec.axes:
+        _write_out(spec, name, config, changed, after)
+    for field, expression in spec.config.items():
+        if field_value(config, field) is None:
+            continue
+        value = axis_sizes.evaluate_axis(spec, expression, after, {})
+        if value != axis_sizes.evaluate_axis(spec, expression, model.sizes, {}):
+            set_field(changed, field, value)
+    notes: list[str] = []
+    for name, found in sources.items():
+        depth = spec.depth.get(name)
+        if depth is not None:
+            notes += layer_kinds.follow(
+                depth, changed, found, what=name, n_before=model.sizes[name]
+            )
+    for field, given in fields.items():
+        set_field(changed, field, given)
+    return changed, tuple(notes)
+
+
+def _write_out(
+    spec: Architecture,
+    name: str,
+    config: Mapping[str, object],
+    changed: dict[str, object],
+    after: Mapping[str, int],
+) -> None:
+    """Write a size that an expression gave, where the expression no longer gives it."""
+    axis = spec.axes[name]
+    origin = axis_sizes.axis_origin(axis, config)
+    if origin is None or isinstance(origin, str) or is_measured(origin) or name not in after:
+        return
+    if any(other not in after for other in spec.axes_in(origin)):
+        return
+    if axis.kind == "group":
+        return
+    with contextlib.suppress(InexactDivisionError):
+        if axis_sizes.evaluate_axis(spec, origin, after, {}) == after[name]:
+            return
+    if not axis.fields:
+        raise PlanError(
+            f"config.json can't say that {name} is {after[name]}: it has no field for it",
+            hint="change the axes that it follows from alike",
+        )
+    set_field(changed, axis.fields[0], after[name])
+
+
+def is_measured(expression: Expression) -> bool:
+    """Whether it reads shapes, so that the tensors themselves tell the new size."""
+    match expression:
+        case Operation(_, left, right):
+            return is_measured(left) or is_measured(right)
+        case Call(function):
+            return function in MEASURES
+        case _:
+            return False

@@ -1,0 +1,143 @@
+"""The map of a dimension, from the maps of the axes that make it up.
+
+Products of axes are Kronecker products, sums stand side by side. One thing is not a product: query
+heads of grouped-query attention. They lie as kv_heads * q_group, but any map of heads that keeps
+to the groups is allowed, so that pair counts as the axis heads. Where something stands between the
+two, as in kv_heads*(q_group+2), the sum is taken apart first and put together again after:
+
+    map of a*(b+c)  =  (put back)  .  [map of a*b, map of a*c]  .  (take apart)
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from streammap.architectures import expression as expressions
+from streammap.architectures.expression import Expression, Name, Number, Operation
+from streammap.architectures.schema import Architecture, Role
+from streammap.errors import ArchitectureError
+from streammap.planning import maps
+from streammap.planning.maps import AxisMap, BlockMap, MapPair
+
+
+class DimMaps:
+    """Maps of dimension expressions for given maps of axes; each is worked out once."""
+
+    def __init__(
+        self,
+        spec: Architecture,
+        pairs: Mapping[str, MapPair],
+        before: Mapping[str, int],
+        after: Mapping[str, int],
+    ) -> None:
+        self._spec, self._pairs, self._before, self._after = spec, pairs, before, after
+        self._joint: dict[str, dict[str, str]] = {}
+        for shared in spec.shared_heads:
+            self._joint.setdefault(shared.kv, {})[shared.group] = shared.heads
+        self._known: dict[tuple[Expression, bool], AxisMap | None] = {}
+
+    def of(self, expression: Expression, role: Role) -> AxisMap | None:
+        """The map of a dimension; None where it stays."""
+        reads = role == "in"
+        place = (expression, reads)
+        if place not in self._known:
+            found = None
+            if any(self._changes(name) for name in expressions.names(expression)):
+                found = self._map(expression, reads)
+            self._known[place] = None if found is None or found.is_identity else found
+        return self._known[place]
+
+    def _changes(self, name: str) -> bool:
+        if name in self._pairs or self._before.get(name) != self._after.get(name):
+            return True
+        alias = self._spec.aliases.get(name)
+        return alias is not None and any(self._changes(n) for n in expressions.names(alias))
+
+    def _map(self, expression: Expression, reads: bool) -> AxisMap:
+        match expression:
+            case Name(name) if name in self._pairs:
+                return self._pairs[name].into if reads else self._pairs[name].out
+            case Name(name) if name in self._spec.aliases:
+                return self._map(self._spec.aliases[name], reads)
+            case Name(name):
+                if self._before[name] != self._after[name]:
+                    raise ArchitectureError(f"{name} changes its size, and nothing says how")
+                return BlockMap((((0, 1.0),),), 1, self._before[name])
+            case Number(value):
+                return maps.identity(value)
+            case Operation("+"):
+                return maps.concatenated(
+                    [self._map(t, reads) for t in self._split("+", expression)]
+                )
+            case Operation("*"):
+                return self._product(self._split("*", expression), reads)
+            case _:
+                raise ArchitectureError(f"{expression}: a dimension is a sum of products")
+
+    def _product(self, factors: Sequence[Expression], reads: bool) -> AxisMap:
+        for i, factor in enumerate(factors[:-1]):
+            groups = self._joint.get(factor.name, {}) if isinstance(factor, Name) else {}
+            following = factors[i + 1]
+            if isinstance(following, Name) and following.name in groups:
+                joined = Name(groups[following.name])
+                return self._product([*factors[:i], joined, *factors[i + 2 :]], reads)
+            later = (name for f in factors[i + 1 :] for name in expressions.names(f))
+            if any(name in groups for name in later):
+                return self._taken_apart(factors, i + 1, reads)
+        found = self._map(factors[0], reads)
+        for factor in factors[1:]:
+            found = maps.kron(found, self._map(factor, reads))
+        return found
+
+    def _taken_apart(self, factors: Sequence[Expression], at: int, reads: bool) -> AxisMap:
+        """The map of a product whose factor `at` is a sum."""
+        first, rest = list(factors[:at]), list(factors[at + 1 :])
+        terms = self._split("+", factors[at])
+        if isinstance(factors[at], Number):
+            terms = [Number(1)] * factors[at].value  # type: ignore[union-attr]
+        if len(terms) < 2:
+            raise ArchitectureError(f"{factors[at]} stands between kv heads and their group")
+        parts = [self._map(_as_product([*first, term, *rest]), reads) for term in terms]
+        whole = maps.concatenated(parts)
+        apart = self._rearranged(first, terms, rest, self._before)
+        back = maps.transposed(self._rearranged(first, terms, rest, self._after))
+        return maps.compose(back, maps.compose(whole, apart))
+
+    def _rearranged(
+        self,
+        first: Sequence[Expression],
+        terms: Sequence[Expression],
+        rest: Sequence[Expression],
+        sizes: Mapping[str, int],
+    ) -> AxisMap:
+        """The permutation from first*(sum of terms)*rest to the sum of first*term*rest."""
+        n_first, block = (
+            self._spec.size(_as_product(first), sizes),
+            self._spec.size(_as_product(rest), sizes),
+        )
+        lengths = [self._spec.size(term, sizes) for term in terms]
+        rows = []
+        offset, total = 0, sum(lengths)
+        for length in lengths:
+            for i in range(n_first):
+                at = i * total + offset
+                rows += [((at + j, 1.0),) for j in range(length)]
+            offset += length
+        return BlockMap(tuple(rows), n_first * total, block)
+
+    def _split(self, operator: Literal["*", "+"], expression: Expression) -> list[Expression]:
+        """The factors of a product, or the terms of a sum, aliases taken apart."""
+        match expression:
+            case Operation(found, left, right) if found == operator:
+                return [*self._split(operator, left), *self._split(operator, right)]
+            case Name(name) if name not in self._pairs and name in self._spec.aliases:
+                return self._split(operator, self._spec.aliases[name])
+            case _:
+                return [expression]
+
+
+def _as_product(factors: Sequence[Expression]) -> Expression:
+    kept = [factor for factor in factors if factor != Number(1)]
+    found: Expression = kept[0] if kept else Number(1)
+    for factor in kept[1:]:
+        found = Operation("*", found, factor)
+    return found

@@ -1,0 +1,165 @@
+"""What a change keeps of the function, read from the maps and the spec.
+
+bit-exact         the outputs are the same numbers
+exact             the same in real arithmetic; floating point rounds a little differently
+exact up to eps   the same but for the epsilon of norms
+approximate       another function; how near is for training to say
+"""
+
+import math
+from collections.abc import Container, Mapping
+
+from streammap.architectures.axis_facts import normed_axes
+from streammap.architectures.model import Model
+from streammap.planning.compensation import Compensation, copies_are_exact
+from streammap.planning.graph import Form
+from streammap.planning.head_dim import HeadSize
+from streammap.planning.maps import AxisMap, BlockMap
+from streammap.planning.plan import PROMISES, Plan, Promise
+
+Found = tuple[Promise, str]
+
+
+def worst(found: Mapping[str, Found]) -> Found:
+    """The weakest of several promises; the first of its kind."""
+    if not found:
+        return "bit-exact", "nothing is resized"
+    return max(found.values(), key=lambda one: PROMISES.index(one[0]))
+
+
+def of_axes(
+    model: Model,
+    chosen: Mapping[str, AxisMap],
+    layers: Mapping[str, AxisMap],
+    *,
+    grows: bool,
+    silent: Mapping[str, frozenset[int]],
+    fills: Compensation,
+    head_size: HeadSize | None,
+) -> dict[str, Found]:
+    """Axis -> what its change promises, with the reason."""
+    normed = normed_axes(model)
+    found: dict[str, Found] = {}
+    for axis, m in layers.items():
+        if not m.is_identity:
+            caveat = model.architecture.caveats.get(axis)
+            found[axis] = _of_layers(axis, m, grows=grows, silent=axis in silent and caveat is None)
+    for axis, m in chosen.items():
+        if m.is_identity:
+            continue
+        caveat = model.architecture.caveats.get(axis)
+        if caveat is not None:
+            found[axis] = "approximate", f"{axis}: {caveat}"
+        elif axis in fills.fills and grows:
+            if axis in fills.inexact_eps:
+                found[axis] = "exact up to eps", f"{axis}: other norms share the epsilon"
+            else:
+                found[axis] = "exact", f"{axis}: new units stay empty, norms are compensated"
+        else:
+            found[axis] = _of_units(model, axis, m, grows=grows, normed=axis in normed)
+    if head_size is not None:
+        found[head_size.axis] = head_size.promise
+    return found
+
+
+def of_all(
+    model: Model, by_axis: Mapping[str, Found], *, reference: float | None, untie: bool
+) -> Found:
+    """What the whole change promises."""
+    if reference is not None and by_axis:
+        has_embeddings = any(f.rule.kind == "embedding" for f in model.families)
+        widths = [axis for axis in by_axis if axis not in model.architecture.depth_axes]
+        if has_embeddings and widths:
+            why = f"the reference rule multiplies the embeddings by {reference:g}"
+            return "approximate", why
+    promise, reason = worst(by_axis)
+    if not by_axis and untie:
+        reason = "the tied head gets a tensor of its own"
+    hidden = model.architecture.spaces.get("hidden", ())
+    if promise == "exact" and any(axis in by_axis for axis in hidden) and model.tied:
+        how = "has a tensor of its own" if untie else "is folded into the norm before it"
+        reason = f"{reason}; the tied head {how}"
+    return promise, reason
+
+
+def of_family(plan: Plan, axes: Container[str], form: Form) -> Promise:
+    """What a chain of steps keeps of one family of tensors.
+
+    Where its axes keep the function, "bit-exact" says that its numbers are kept too: they are
+    copied, or split by powers of two.
+
+    Args:
+        axes: Those that the family is made of.
+        form: What computes one of its tensors.
+    """
+    found: dict[str, Found] = {}
+    for i, step in enumerate(plan.steps):
+        if step.axes:
+            found |= {f"{i} {axis}": one for axis, one in step.axes.items() if axis in axes}
+        else:
+            found[str(i)] = (step.promise, step.reason)
+    weakest = worst(found)[0]
+    if weakest in ("bit-exact", "exact"):
+        return "bit-exact" if _keeps_bits(form) else "exact"
+    return weakest
+
+
+def _keeps_bits(form: Form) -> bool:
+    """Whether each number of the result is one of the source's times a power of two, or 0."""
+    if len(form.terms) != 1 or len(form.terms[0].blend) != 1:
+        return False
+    values = [form.terms[0].blend[0][0]]
+    for m in form.terms[0].maps:
+        if isinstance(m, BlockMap):
+            if m.longest > 1:
+                return False
+            values += (value for row in m.rows for _, value in row)
+        elif m is not None:
+            return False
+    return all(math.frexp(abs(value))[0] in (0.0, 0.5) for value in set(values))
+
+
+def _of_layers(axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Found:
+    if silent:
+        return "bit-exact", f"{axis}: new layers write nothing at first"
+    if grows:
+        return "approximate", "copied layers are run twice: depth growth by copying is not exact"
+    return "approximate", f"layers are merged ({m.describe()})"
+
+
+def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool) -> Found:
+    if not isinstance(m, BlockMap):
+        return "approximate", f"{axis} is mapped by a dense matrix"
+    if _is_permutation(m):
+        return "exact", f"units of {axis} change places"
+    uses = set(m.uses)
+    if any(len(row) > 1 or (row and row[0][1] != 1.0) for row in m.rows):
+        what = "are merged" if not grows else "are in several groups"
+        return "approximate", f"units of {axis} {what} ({m.describe()})"
+    if 0 in uses:
+        return "approximate", f"units of {axis} are dropped ({m.describe()})"
+    if model.architecture.axes.get(axis) and model.architecture.axes[axis].kind == "expert":
+        why = copies_are_exact(model, axis, m)
+        if why is not None:
+            return "approximate", f"{axis}: {why}"
+        return "exact", "copies of experts are equal, and as many more are chosen as there are"
+    empty = any(not row for row in m.rows)
+    if normed and (len(uses) != 1 or empty):
+        low, high = min(uses), max(uses)
+        what = "has new empty units" if empty else f"is copied unevenly ({low} to {high} times)"
+        return "approximate", f"{axis} {what}, which a norm over it sees"
+    if len(uses) != 1:
+        return "exact", f"units of {axis} are copied, their readers are split; no norm sees them"
+    return "exact", "each unit is copied as often as the others, its readers are split"
+
+
+def _is_permutation(m: BlockMap) -> bool:
+    """Whether units only change places."""
+    return len(m.rows) == m.n_in_blocks and sorted(
+        (row[0] if len(row) == 1 else (-1, 0.0)) for row in m.rows
+    ) == [(i, 1.0) for i in range(m.n_in_blocks)]
+
+
+def is_even(m: BlockMap) -> bool:
+    """Whether every unit is copied, and as often as the others."""
+    return len(set(m.uses)) == 1 and all(m.rows)

@@ -1,0 +1,244 @@
+"""The graph of one tensor: a linear function of source tensors, kept in normal form.
+
+    Form   =  sum of terms                          one per result tensor
+    Term   =  M_0 x M_1 x ... applied to a blend    one map a dimension (None keeps it)
+    blend  =  sum of coefficient * Load             tensors of one shape (a constant: ones)
+
+All that streammap does is of this kind, and the kind is closed: a map of a sum is a sum of maps,
+maps of one dimension compose, equal maps share one blend. So each function below returns the normal
+form at once, and a chain of operators costs one pass over the sources. A tensor that nothing
+changes is one bare Load, and is copied byte for byte.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Protocol, final
+
+from streammap.io.tensor_spec import TensorSpec
+from streammap.planning import maps
+from streammap.planning.maps import AxisMap, BlockMap
+
+
+class TensorSource(Protocol):
+    """Where tensors come from: what a graph needs of a checkpoint."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
+
+    def spec(self, key: str) -> TensorSpec:
+        """Dtype and shape."""
+        ...
+
+    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+        """Fill `view` with the tensor's bytes, row by row, from its byte `start` on."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A planned read of one tensor."""
+
+    source: TensorSource
+    key: str
+    spec: TensorSpec
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Load) and other.source is self.source and other.key == self.key
+
+    def __hash__(self) -> int:
+        return hash((id(self.source), self.key))
+
+
+Blend = tuple[tuple[float, Load], ...]
+_MAX_F32_ADDENDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Maps over a blend of tensors of one shape."""
+
+    maps: tuple[AxisMap | None, ...]
+    """One a dimension; None keeps it."""
+    blend: Blend
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result."""
+        source = self.blend[0][1].spec.shape
+        return tuple(n if m is None else m.n_out for n, m in zip(source, self.maps, strict=True))
+
+    @property
+    def n_addends(self) -> int:
+        """Numbers that are added up in one go, at most: along the rows, or along the columns."""
+        longest = [m.longest if isinstance(m, BlockMap) else 1 for m in self.maps]
+        return max(len(self.blend) * math.prod(longest[:-1] or longest), *longest, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One result tensor as a function of source tensors."""
+
+    spec: TensorSpec
+    terms: tuple[Term, ...]
+
+    @property
+    def accumulator(self) -> str:
+        """The dtype sums are kept in: float32, or float64 for float64 and for long float32 sums.
+
+        In float32 the sum of 2 or 4 equal parts is the whole, bit for bit (of -0.0 it may be +0.0);
+        of 8 it is not.
+        """
+        if self.spec.dtype == "F64":
+            return "F64"
+        long = any(term.n_addends > _MAX_F32_ADDENDS for term in self.terms)
+        return "F64" if self.spec.dtype == "F32" and long else "F32"
+
+    @property
+    def copied(self) -> Load | None:
+        """The source tensor that this is byte for byte, if it is one."""
+        if len(self.terms) != 1:
+            return None
+        term = self.terms[0]
+        coefficient, found = term.blend[0]
+        same = coefficient == 1.0 and found.spec == self.spec and len(term.blend) == 1
+        return found if same and all(m is None for m in term.maps) else None
+
+    def loads(self) -> Iterator[Load]:
+        """Each source tensor, once for each term that reads it."""
+        for term in self.terms:
+            for _, found in term.blend:
+                yield found
+
+
+def load(source: TensorSource, key: str) -> Form:
+    """A source tensor as it is."""
+    spec = source.spec(key)
+    keep = (None,) * len(spec.shape)
+    return Form(spec, (Term(keep, ((1.0, Load(source, key, spec)),)),))
+
+
+def flat(form: Form) -> Form | None:
+    """The same numbers in one dimension; None where a map moves some along one of several."""
+    if any(m is not None for term in form.terms for m in term.maps):
+        return None
+    shape = (form.spec.n_elements,)
+    terms = (
+        tuple(
+            (c, Load(found.source, found.key, TensorSpec(found.spec.dtype, shape)))
+            for c, found in term.blend
+        )
+        for term in form.terms
+    )
+    return Form(TensorSpec(form.spec.dtype, shape), tuple(Term((None,), blend) for blend in terms))
+
+
+def map_dims(form: Form, dims: Sequence[AxisMap | None]) -> Form:
+    """`form` with a map applied to each dimension that has one.
+
+    Shapes: [n_0, n_1, ...] -> [dims[0].n_out, ...].
+    """
+    changes = [None if m is None or m.is_identity else m for m in dims]
+    if not any(changes):
+        return form
+    shape = tuple(
+        n if m is None else m.n_out for n, m in zip(form.spec.shape, changes, strict=True)
+    )
+    terms = [Term(_composed(changes, term.maps), term.blend) for term in form.terms]
+    return _collected(TensorSpec(form.spec.dtype, shape), terms)
+
+
+def combine(parts: Iterable[tuple[float, Form]], *, dtype: str | None = None) -> Form:
+    """The sum of coefficient * form; the dtype is that of the first part unless given."""
+    kept = tuple(parts)
+    spec = kept[0][1].spec
+    terms = [
+        Term(term.maps, tuple((c * inner, found) for inner, found in term.blend))
+        for c, form in kept
+        if c != 0.0
+        for term in form.terms
+    ]
+    if not terms:
+        terms = [Term(t.maps, tuple((0.0, f) for _, f in t.blend)) for t in kept[0][1].terms[:1]]
+    return _collected(TensorSpec(dtype or spec.dtype, spec.shape), terms)
+
+
+def scale(form: Form, factor: float) -> Form:
+    """`factor` times `form`."""
+    return form if factor == 1.0 else combine([(factor, form)])
+
+
+def shift(form: Form, offset: float) -> Form:
+    """`form` plus a constant."""
+    ones = _ones(form.spec.shape)
+    constant = Load(ones, "1", ones.spec("1"))
+    term = Term((None,) * len(form.spec.shape), ((offset, constant),))
+    return _collected(form.spec, (*form.terms, term))
+
+
+def is_stored(found: Load, dtype: str) -> bool:
+    """Whether a load reads a tensor of this dtype."""
+    return found.spec.dtype == dtype and not is_constant(found)
+
+
+def is_constant(found: Load) -> bool:
+    """Whether a load reads no tensor."""
+    return isinstance(found.source, _Ones)
+
+
+def _composed(
+    after: Sequence[AxisMap | None], before: Sequence[AxisMap | None]
+) -> tuple[AxisMap | None, ...]:
+    found: list[AxisMap | None] = []
+    for a, b in zip(after, before, strict=True):
+        both = maps.compose(a, b) if a is not None and b is not None else a or b
+        found.append(None if both is None or both.is_identity else both)
+    return tuple(found)
+
+
+def _collected(spec: TensorSpec, terms: Sequence[Term]) -> Form:
+    """Terms of equal maps and source shape share one blend; equal loads add up."""
+    groups: list[tuple[Term, dict[Load, float]]] = []
+    for term in terms:
+        shape = term.blend[0][1].spec.shape
+        for first, blend in groups:  # noqa: B007 (used after the loop)
+            if first.blend[0][1].spec.shape == shape and first.maps == term.maps:
+                break
+        else:
+            blend = {}
+            groups.append((term, blend))
+        for coefficient, found in term.blend:
+            blend[found] = blend.get(found, 0.0) + coefficient
+    merged = [
+        Term(first.maps, tuple((c, found) for found, c in blend.items() if c != 0.0))
+        for first, blend in groups
+    ]
+    kept = tuple(term for term in merged if term.blend)
+    if not kept:
+        first, blend = groups[0]
+        kept = (Term(first.maps, ((0.0, next(iter(blend))),)),)
+    return Form(spec, kept)
+
+
+@final
+class _Ones:
+    """A source of one tensor of ones, which takes no memory: it makes constants linear too."""
+
+    name = "1"
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self._spec = TensorSpec("F32", shape)
+
+    def spec(self, key: str) -> TensorSpec:
+        return self._spec
+
+    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+        raise KeyError(key)
+
+
+@cache
+def _ones(shape: tuple[int, ...]) -> _Ones:
+    return _Ones(shape)

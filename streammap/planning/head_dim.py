@@ -1,0 +1,163 @@
+"""Head-size growth with rotary positions: wider heads that attend as before.
+
+New pairs of rotary dimensions stay empty. Old pair i keeps its place and, with
+
+    theta' = theta ** (d' / d)        its frequency theta^(-2i/d)
+    q * sqrt(d' / d)                  the scale 1/sqrt(d) of scores
+
+so that attention is the same. A norm over the head (q_norm, k_norm) sees the empty dimensions: its
+gain takes sqrt(d / d') more. Exact for default, llama3 and yarn frequencies.
+
+Source: Gesmundo & Maile, arXiv:2308.06103 (scale); the rule for theta by equating frequencies.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from streammap.architectures.config_fields import field_value
+from streammap.architectures.key_pattern import first_match
+from streammap.architectures.model import Model
+from streammap.architectures.schema import Rope
+from streammap.errors import PlanError
+from streammap.planning import maps
+from streammap.planning.compensation import Compensation
+from streammap.planning.maps import BlockMap
+from streammap.planning.plan import Promise
+from streammap.planning.requests import MAX_PARTS
+
+_EXACT_TYPES = ("default", "llama3", "yarn")
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSize:
+    """A growth of the head size."""
+
+    axis: str
+    size: int
+    map: BlockMap
+    rope: Rope
+    theta: tuple[tuple[str, float], ...]
+    """Config field -> new value."""
+    has_norms: bool
+
+    @staticmethod
+    def of(model: Model, size: int) -> "HeadSize":
+        """The growth of a model's heads to `size`.
+
+        Raises:
+            PlanError: this architecture's positions don't allow it.
+        """
+        spec = model.architecture
+        name = spec.name
+        if not spec.rope:
+            raise PlanError(
+                f"{name}: the head size can't grow, its heads don't rotate as a whole",
+                hint="grow the number of heads instead: --heads",
+            )
+        axis, rope = next(iter(spec.rope.items()))
+        if "." in axis:
+            raise PlanError(
+                f"{name}: the head size of an included model can't grow",
+                hint="grow the number of its heads instead: --heads",
+            )
+        old = model.sizes[axis]
+        if size > MAX_PARTS:
+            raise PlanError(
+                f"{axis}: from {old} to {size}, at most {MAX_PARTS}", hint="ask for less"
+            )
+        if old < 1 or size <= old or size % 2 or old % 2:
+            raise PlanError(
+                f"{axis}: from {old} to {size}, expected an even size above {old}",
+                hint=f"take {2 * old}, or another even number above {old}",
+            )
+        partial = field_value(model.config, "partial_rotary_factor")
+        if isinstance(partial, float) and partial < 1:
+            raise PlanError(
+                f"partial_rotary_factor {partial}: only heads that rotate as a whole can grow",
+                hint="grow the number of heads instead: --heads",
+            )
+        kind = _rope_type(model)
+        if kind not in _EXACT_TYPES:
+            raise PlanError(
+                f"rope type {kind!r}: its frequencies don't follow from theta alone",
+                hint=f"head-size growth is for {', '.join(_EXACT_TYPES)}",
+            )
+        theta = [
+            (f, _theta(f, value, size / old))
+            for f in rope.theta
+            if isinstance(value := field_value(model.config, f), int | float)
+        ]
+        if not theta:
+            raise PlanError(
+                f"config.json: no {' or '.join(rope.theta)}", hint="write the rope theta out"
+            )
+        keys = [key for family in model.families for key in family.members.values()]
+        norms = (*rope.query_norm, *rope.key_norm)
+        normed = any(first_match(norms, key) is not None for key in keys)
+        if not normed and not any(first_match(rope.query, key) is not None for key in keys):
+            raise PlanError(
+                f"{name}: the queries have no tensor of their own here, which could be scaled",
+                hint="grow the number of heads instead: --heads",
+            )
+        return HeadSize(axis, size, _map(old, size, rope.layout), rope, tuple(theta), normed)
+
+    @property
+    def promise(self) -> tuple[Promise, str]:
+        """What it keeps."""
+        if self.has_norms:
+            return "exact up to eps", f"{self.axis}: norms over a head share their epsilon"
+        return "exact", f"{self.axis}: new rotary pairs stay empty, theta and scores follow"
+
+    def added_to(self, other: Compensation) -> Compensation:
+        """The compensations of other axes and this one."""
+        ratio = self.size / (self.map.n_in)
+        factors = list(other.factors)
+        scale = math.sqrt(ratio) if self.rope.scores == "head_dim" else 1.0
+        if self.has_norms:
+            factors.append((self.rope.query_norm, scale / math.sqrt(ratio)))
+            factors.append((self.rope.key_norm, 1.0 / math.sqrt(ratio)))
+        else:
+            factors.append((self.rope.query, scale))
+        return replace(
+            other,
+            pairs={**other.pairs, self.axis: maps.pair_of(self.map)},
+            factors=tuple(factors),
+            fields={**other.fields, **dict(self.theta)},
+        )
+
+
+def _theta(field: str, value: float, ratio: float) -> float:
+    """The rope theta with which old frequencies keep their values."""
+    try:
+        if value > 0 and math.isfinite(found := math.pow(value, ratio)):
+            return found
+    except OverflowError:
+        pass
+    raise PlanError(
+        f"config.json: {field} is {value}, to the power of {ratio:g} it is no number",
+        hint="is this config.json the checkpoint's own?",
+    )
+
+
+def _rope_type(model: Model) -> str:
+    for name in ("rope_parameters", "rope_scaling"):
+        table = field_value(model.config, name)
+        if isinstance(table, dict) and "mrope_section" in table:
+            return "mrope"
+        if isinstance(table, dict):
+            return str(table.get("rope_type", table.get("type", "default")))
+    return "default"
+
+
+def _map(old: int, new: int, layout: str) -> BlockMap:
+    """Old dimensions at their places among the new ones, the rest empty."""
+    rows: list[tuple[tuple[int, float], ...]] = [()] * new
+    for i in range(old // 2):
+        places = (
+            ((i, i), (i + old // 2, i + new // 2))
+            if layout == "half"
+            else ((2 * i, 2 * i), (2 * i + 1, 2 * i + 1))
+        )
+        for source, target in places:
+            rows[target] = ((source, 1.0),)
+    return BlockMap(tuple(rows), old)

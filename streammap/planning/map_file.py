@@ -1,0 +1,303 @@
+"""The map file, saved with a result and used on the way back up.
+
+`streammap.map.safetensors` holds the levels of a chain, largest model first. Level i has, for each
+axis, its merging map F (small x large): as non-zeros ("i.heads.places" [n, 2] and "i.heads.values"
+[n], over blocks of metadata's "block" units), or as a matrix ("i.heads.matrix"). The names of axes
+are the architecture spec's; "embed", "qk", "v", "mlp" of a file that the original tools wrote
+(`MapMatrix.bin`: embed_F, qk_F, v_F, inter_F and R) are read as such.
+"""
+
+import hashlib
+import itertools
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from streammap.errors import CheckpointError, SchemeError
+from streammap.io.formats import safetensors_header
+from streammap.io.storage import resolve as places
+from streammap.io.storage.base import OpenFile, Place
+from streammap.io.storage.local import LocalFile
+from streammap.io.tensor_spec import TensorSpec
+from streammap.planning import maps
+from streammap.planning.maps import AxisMap, BlockMap, DenseMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streammap.io.checkpoint import Checkpoint
+
+SUFFIX = ".map.safetensors"
+NAME = f"streammap{SUFFIX}"
+ORIGINAL = "MapMatrix.bin"
+NAMES = (NAME, ORIGINAL)
+_ORIGINAL_AXES = {"embed_F": "embed", "qk_F": "qk", "v_F": "v", "inter_F": "mlp"}
+_MAX_NBYTES = 8 * 2**30
+_MAX_UNITS = 2**40
+_MAX_EMPTY_ROWS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """The merging maps between one model and the next smaller one."""
+
+    merging: Mapping[str, AxisMap]
+    """Axis or alias -> F (small x large)."""
+    filled: frozenset[str] = frozenset()
+    """Axes whose uncovered units are empty ones, for which norms are compensated."""
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Axis -> its size in the large and in the small model."""
+        return {name: (m.n_in, m.n_out) for name, m in self.merging.items()}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the maps."""
+        found = hashlib.sha256()
+        for name, m in sorted(self.merging.items()):
+            found.update(f"{name} {m.n_out} {m.n_in} ".encode())
+            found.update(_content_of(m))
+        if self.filled:
+            found.update(" ".join(sorted(self.filled)).encode())
+        return found.hexdigest()
+
+
+def beside(file: Path) -> Path:
+    """Where the map of a checkpoint that is one file goes."""
+    return file.with_suffix(SUFFIX)
+
+
+def find(path: Path) -> tuple[Level, ...]:
+    """The levels saved with a folder or file of weights; the original's file counts too.
+
+    Raises:
+        SchemeError: a map file that is wrong.
+    """
+    folder = path if path.is_dir() else path.parent
+    places = [path / NAME] if path.is_dir() else [beside(path), folder / NAME]
+    for place in (*places, folder / ORIGINAL):
+        if place.is_file():
+            return load(place)
+    return ()
+
+
+def find_at(place: Place) -> tuple[Level, ...]:
+    """The same for a place that may be elsewhere.
+
+    Raises:
+        SchemeError: a map file that is wrong.
+        CheckpointError: it can't be fetched.
+    """
+    name = place.file
+    names = NAMES if name is None else (beside(Path(name)).name, *NAMES)
+    for name in names:
+        if place.has(name):
+            path = place.path(name)
+            if path is not None:
+                return load(path)
+            import tempfile
+
+            with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
+                path = Path(folder) / name
+                path.write_bytes(place.read(name, limit=_MAX_NBYTES))
+                return load(path)
+    return ()
+
+
+def load_from(source: str | Path) -> tuple[Level, ...]:
+    """The levels of a map file, or of a folder that has one, here or elsewhere.
+
+    Raises:
+        SchemeError: there is none, or it is wrong in itself.
+        CheckpointError: it can't be fetched.
+    """
+    if not places.is_elsewhere(source):
+        return load(places.local_path(source))
+    place = places.locate(source, stream=False)
+    found = find_at(place)
+    if not found:
+        raise SchemeError(f"{place}: no {NAME} and no {ORIGINAL} in it")
+    return found
+
+
+def load(path: Path) -> tuple[Level, ...]:
+    """The levels of a map file, ours or the original's.
+
+    Raises:
+        SchemeError: it is neither, or it is wrong in itself.
+    """
+    try:
+        if path.is_dir():
+            found = find(path)
+            if not found:
+                raise SchemeError(f"{path}: no {NAME} and no {ORIGINAL} in it")
+            return found
+        if not path.is_file():
+            raise SchemeError(f"{path}: no such map file", hint="check the path")
+        if path.stat().st_size > _MAX_NBYTES:
+            raise SchemeError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_NBYTES}")
+        if path.suffix == ".safetensors":
+            return _load_ours(path)
+        return (_load_original(path),)
+    except CheckpointError as error:
+        raise SchemeError(f"map file {error.message}", hint=error.hint) from error
+
+
+def encode(levels: tuple[Level, ...]) -> bytes:
+    """A map file's bytes."""
+    specs: list[tuple[str, TensorSpec]] = []
+    chunks: list[bytes] = []
+    about = []
+    for i, level in enumerate(levels):
+        axes: dict[str, dict[str, int]] = {}
+        for name, m in sorted(level.merging.items()):
+            axes[name] = {"small": m.n_out, "large": m.n_in}
+            if isinstance(m, BlockMap):
+                axes[name]["block"] = m.block
+            for suffix, spec, content in _tensors_of(m):
+                specs.append((f"{i}.{name}.{suffix}", spec))
+                chunks.append(content)
+        sizes = {name: list(pair) for name, pair in sorted(level.sizes.items())}
+        entry: dict[str, object] = {"axes": axes, "sizes": sizes}
+        about.append({**entry, "filled": sorted(level.filled)} if level.filled else entry)
+    text = {"format": "pt", "streammap": json.dumps({"version": 1, "levels": about})}
+    return safetensors_header.encode(specs, text) + b"".join(chunks)
+
+
+def _tensors_of(m: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
+    if isinstance(m, DenseMap):
+        import torch
+
+        matrix = m.matrix.to(torch.float32).contiguous()
+        import ctypes
+
+        content = ctypes.string_at(matrix.data_ptr(), 4 * matrix.numel())
+        return [("matrix", TensorSpec("F32", (m.n_out, m.n_in)), content)]
+    places = [(i, j) for i, row in enumerate(m.rows) for j, _ in row]
+    values = [value for row in m.rows for _, value in row]
+    n, flat = len(values), itertools.chain.from_iterable(places)
+    return [
+        ("values", TensorSpec("F64", (n,)), struct.pack(f"<{n}d", *values)),
+        ("places", TensorSpec("I32", (n, 2)), struct.pack(f"<{2 * n}i", *flat)),
+    ]
+
+
+def _content_of(m: AxisMap) -> bytes:
+    return b"".join(content for _, _, content in _tensors_of(m))
+
+
+def _load_ours(path: Path) -> tuple[Level, ...]:
+    from streammap.io.checkpoint import open_checkpoint
+
+    _, text = safetensors_header.read(path)
+    try:
+        about = json.loads(json.loads(text)["__metadata__"]["streammap"])
+        if about["version"] != 1:
+            raise SchemeError(f"{path.name}: version {about['version']}, expected 1")
+        tensors = open_checkpoint(path)
+        levels = tuple(_level(tensors, i, entry) for i, entry in enumerate(about["levels"]))
+        tensors.close()
+    except (
+        KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError
+    ) as error:  # fmt: skip
+        raise SchemeError(
+            f"{path.name}: no map of streammap's: {type(error).__name__} {error}",
+            hint="remove the file, and give a scheme",
+        ) from error
+    return levels
+
+
+def _level(
+    tensors: "Checkpoint", i: int, entry: Mapping[str, Mapping[str, Mapping[str, int]]]
+) -> Level:
+    merging: dict[str, AxisMap] = {}
+    for name, axis in entry["axes"].items():
+        small, large = _count(axis["small"]), _count(axis["large"])
+        if f"{i}.{name}.matrix" in tensors.slots:
+            merging[name] = DenseMap(_matrix(tensors.tensor(f"{i}.{name}.matrix"), small, large))
+            continue
+        block = _count(axis["block"])
+        if small % block or large % block:
+            raise ValueError(f"blocks of {block} in {small} and {large}")
+        places, values = (tensors.tensor(f"{i}.{name}.{part}") for part in ("places", "values"))
+        merging[name] = _block_map(places, values, small // block, large // block, block)
+    sizes = {name: (_count(a), _count(b)) for name, (a, b) in entry["sizes"].items()}
+    filled: object = entry.get("filled", [])
+    if not isinstance(filled, list) or not all(name in merging for name in filled):
+        raise ValueError(f"filled axes {filled!r} have no maps")
+    level = Level(merging, frozenset(filled))
+    if sizes != level.sizes:
+        raise ValueError(f"sizes {sizes} are not those of the maps, {level.sizes}")
+    return level
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or not 0 < value <= _MAX_UNITS:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _matrix(matrix: "Tensor", small: int, large: int) -> "Tensor":
+    import torch
+
+    plain = matrix.layout == torch.strided and matrix.is_floating_point()
+    if plain and matrix.shape == (small, large):
+        found = matrix.detach().to(torch.float32, copy=True)
+        if bool(torch.isfinite(found).all()):
+            return found
+    raise ValueError(f"expected a matrix of {small} x {large} finite numbers")
+
+
+def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block: int) -> BlockMap:
+    n = int(values.numel())
+    if places.shape != (n, 2) or values.shape != (n,) or not values.is_floating_point():
+        raise ValueError("expected places of [n, 2] and values of [n]")
+    if places.is_floating_point() or not bool(values.isfinite().all()):
+        raise ValueError("expected whole places and finite values")
+    for size, word in ((n_out, "rows"), (n_in, "columns")):
+        if size > _MAX_EMPTY_ROWS + n:
+            raise ValueError(f"{size} {word} of which at most {n} are not empty")
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(n_out)]
+    for (i, j), value in zip(places.tolist(), values.tolist(), strict=True):
+        if i < 0:
+            raise IndexError(i)
+        rows[i].append((j, value))
+    return BlockMap(tuple(tuple(row) for row in rows), n_in, block)
+
+
+def _load_original(path: Path) -> Level:
+    from streammap.io.checkpoint import Checkpoint
+    from streammap.io.formats import torch_zip
+
+    try:
+        content = torch_zip.table(path)
+    except CheckpointError as error:
+        raise SchemeError(
+            f"{path}: no MapMatrix of tensors: {error.message}",
+            hint="remove the file, and give a scheme",
+        ) from error
+    names = (*_ORIGINAL_AXES, "R")
+    if not any(name in content for name in names):
+        raise SchemeError(f"{path}: expected a dict of {', '.join(names)}")
+    merging: dict[str, AxisMap] = {}
+    stat = path.stat()
+    slots = {name: slot for name, slot in content.items() if slot is not None}
+    opened: dict[str, OpenFile] = {path.name: LocalFile(path, stat.st_size, stat.st_mtime_ns)}
+    tensors = Checkpoint(path, (), slots, dict.fromkeys(slots, path.name), None, _opened=opened)
+    for name, axis in (*_ORIGINAL_AXES.items(), ("R", "layer")):
+        if name not in content:
+            continue
+        # A view can repeat a few bytes without an end.
+        shape = slots[name].spec.shape if name in slots else ()
+        if len(shape) != 2 or slots[name].spec.nbytes > stat.st_size:
+            raise SchemeError(f"{path}: {name} is no matrix")
+        try:
+            merging[axis] = maps.from_matrix(_matrix(tensors.tensor(name), *shape))
+        except ValueError as error:
+            raise SchemeError(f"{path}: {name}: {error}", hint="give a scheme") from error
+    tensors.close()
+    return Level(merging)

@@ -1,0 +1,410 @@
+"""Linear maps over one axis, sparse over blocks.
+
+A BlockMap sends n_in blocks to len(rows) blocks of the same length:
+
+    out block i = sum of coefficient * in block j, over the pairs (j, coefficient) of rows[i]
+
+so `kron(S, I_block)` with S given by its non-zeros. A group scheme on heads is one with a block of
+head_dim; the same scheme on layers has blocks of 1. Written as matrices F (small x large):
+
+    merging    F = rownorm(groups)          each small unit is the mean of its group
+    growing    T = rownorm(F^T)             each large unit copies its group
+    in(M)      rownorm(M^T)                 what the reader of a mapped axis applies
+
+Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
+from typing import TYPE_CHECKING, final
+
+from streammap.planning import segments
+from streammap.planning.segments import Row, Segments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MANY_SEGMENTS = 64
+
+
+@final
+@dataclass(frozen=True)
+class BlockMap:
+    """A map that is sparse over blocks of `block` units."""
+
+    rows: tuple[Row, ...]
+    n_in_blocks: int
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        for row in self.rows:
+            for j, _ in row:
+                if not 0 <= j < self.n_in_blocks:
+                    raise IndexError(j)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.rows, self.n_in_blocks, self.block))
+
+    @property
+    def n_in(self) -> int:
+        """Units read."""
+        return self.n_in_blocks * self.block
+
+    @property
+    def n_out(self) -> int:
+        """Units made."""
+        return len(self.rows) * self.block
+
+    @cached_property
+    def is_identity(self) -> bool:
+        """Whether nothing changes."""
+        return len(self.rows) == self.n_in_blocks and all(
+            row == ((i, 1.0),) for i, row in enumerate(self.rows)
+        )
+
+    @cached_property
+    def uses(self) -> tuple[int, ...]:
+        """How many rows read each in block."""
+        counts = [0] * self.n_in_blocks
+        for row in self.rows:
+            for j, _ in row:
+                counts[j] += 1
+        return tuple(counts)
+
+    @cached_property
+    def longest(self) -> int:
+        """Members of the longest row."""
+        return max((len(row) for row in self.rows), default=0)
+
+    @cached_property
+    def n_members(self) -> int:
+        """Members of each row; 0 where rows differ."""
+        return self.longest if all(len(row) == self.longest for row in self.rows) else 0
+
+    @cached_property
+    def segments(self) -> Segments:
+        """The map as few regular runs of block moves, in the order in which they are added."""
+        return segments.segments(self.rows, self.block)
+
+    @cached_property
+    def is_regular(self) -> bool:
+        """Whether few segments express it."""
+        return len(self.segments) <= _MANY_SEGMENTS
+
+    @cached_property
+    def common(self) -> float | None:
+        """The coefficient of all members, if it is one and not 0."""
+        values = {value for row in self.rows for _, value in row}
+        value = values.pop() if len(values) == 1 else 0.0
+        return value or None
+
+    def members(self, unit: int) -> Row:
+        """The (in unit, coefficient) pairs of one out unit."""
+        i, rest = divmod(unit, self.block)
+        return tuple((j * self.block + rest, value) for j, value in self.rows[i])
+
+    def describe(self) -> str:
+        """The map in words: "mean of 2", "sum of 2", "copy x2", "copy / 2"..."""
+        return _describe(self)
+
+
+@final
+@dataclass(frozen=True)
+class DenseMap:
+    """A map given as a matrix (learned, or loaded from a file): n_out x n_in."""
+
+    matrix: "Tensor"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DenseMap) and other.matrix is self.matrix
+
+    def __hash__(self) -> int:
+        return id(self.matrix)
+
+    @property
+    def n_in(self) -> int:
+        """Units read."""
+        return int(self.matrix.shape[1])
+
+    @property
+    def n_out(self) -> int:
+        """Units made."""
+        return int(self.matrix.shape[0])
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing changes: a matrix is not looked into."""
+        return False
+
+    def members(self, unit: int) -> Row:
+        """The (in unit, coefficient) pairs of one out unit."""
+        values: list[float] = self.matrix[unit].tolist()
+        return tuple((j, value) for j, value in enumerate(values) if value != 0.0)
+
+    def describe(self) -> str:
+        """The map in words."""
+        return f"dense {self.n_out}x{self.n_in}"
+
+
+AxisMap = BlockMap | DenseMap
+
+
+@dataclass(frozen=True, slots=True)
+class MapPair:
+    """What producers and readers of one axis apply: `out` on rows made, `into` on columns read."""
+
+    out: AxisMap
+    into: AxisMap
+
+
+def identity(n: int, *, block: int = 1) -> BlockMap:
+    """N blocks that stay where they are."""
+    return BlockMap(tuple(((i, 1.0),) for i in range(n)), n, block)
+
+
+def merging(
+    groups: Sequence[Sequence[int]],
+    n_large: int,
+    *,
+    block: int = 1,
+    weights: Sequence[Sequence[float]] | None = None,
+) -> BlockMap:
+    """F of a scheme: row i is the (weighted) mean of the blocks in groups[i].
+
+    A member of weight 0 gives nothing to the mean, but belongs to the group on the way back.
+    """
+    if weights is None:
+        rows = tuple(tuple((j, 1.0 / len(group)) for j in group) for group in groups)
+    else:
+        rows = tuple(
+            tuple(zip(group, parts, strict=True))
+            for group, parts in zip(groups, weights, strict=True)
+        )
+    return BlockMap(rows, n_large, block)
+
+
+def first_of(m: BlockMap) -> BlockMap:
+    """The map that takes the first of each group instead of their mean."""
+    rows = tuple(tuple((j, 0.0 if at else 1.0) for at, (j, _) in enumerate(row)) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
+
+
+def transposed(m: AxisMap) -> AxisMap:
+    """The transpose."""
+    if isinstance(m, DenseMap):
+        return DenseMap(m.matrix.T.contiguous())
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(m.n_in_blocks)]
+    for i, row in enumerate(m.rows):
+        for j, value in row:
+            rows[j].append((i, value))
+    return BlockMap(tuple(tuple(row) for row in rows), len(m.rows), m.block)
+
+
+def row_normalized(m: AxisMap) -> AxisMap:
+    """Each row divided by its sum; members of a row that sums to 0 count alike."""
+    if isinstance(m, DenseMap):
+        sums = m.matrix.sum(dim=1, keepdim=True)
+        return DenseMap(m.matrix / sums.masked_fill(sums == 0, 1.0))
+    rows = []
+    for row in m.rows:
+        total = sum(value for _, value in row)
+        alike = 1.0 / len(row) if row else 0.0
+        rows.append(tuple((j, value / total if total else alike) for j, value in row))
+    return BlockMap(tuple(rows), m.n_in_blocks, m.block)
+
+
+def growing(m: AxisMap) -> AxisMap:
+    """T = rownorm(F^T) of a merging map F: each large unit copies its group."""
+    return row_normalized(transposed(m))
+
+
+def pair_of(m: AxisMap) -> MapPair:
+    """`m` for producers and in(m) for readers.
+
+    in(M) = rownorm(M^T) stands at the right of a weight; seen as a map of the read dimension it is
+    the transpose of that.
+    """
+    return MapPair(_without_zeros(m), transposed(row_normalized(transposed(m))))
+
+
+def _without_zeros(m: AxisMap) -> AxisMap:
+    if isinstance(m, DenseMap) or all(value for row in m.rows for _, value in row):
+        return m
+    rows = tuple(tuple((j, value) for j, value in row if value) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
+
+
+def scaled(m: AxisMap, factor: float) -> AxisMap:
+    """`factor` times m."""
+    if isinstance(m, DenseMap):
+        return DenseMap(m.matrix * factor)
+    rows = tuple(tuple((j, value * factor) for j, value in row) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
+
+
+def reblocked(m: BlockMap, block: int) -> BlockMap:
+    """The same map over blocks of `block` units, a divisor of m's."""
+    if block == m.block:
+        return m
+    times = m.block // block
+    rows = tuple(
+        tuple((j * times + r, value) for j, value in row) for row in m.rows for r in range(times)
+    )
+    return BlockMap(rows, m.n_in_blocks * times, block)
+
+
+def compose(after: AxisMap, before: AxisMap) -> AxisMap:
+    """The map that does `before` and then `after`."""
+    if isinstance(after, DenseMap) or isinstance(before, DenseMap):
+        dtype_of = after if isinstance(after, DenseMap) else before
+        assert isinstance(dtype_of, DenseMap)
+        like = dtype_of.matrix
+        return DenseMap(to_matrix(after, like=like) @ to_matrix(before, like=like))
+    block = gcd(after.block, before.block)
+    a, b = reblocked(after, block), reblocked(before, block)
+    rows = []
+    for row in a.rows:
+        total: dict[int, float] = {}
+        for k, outer in row:
+            for j, inner in b.rows[k]:
+                total[j] = total.get(j, 0.0) + outer * inner
+        rows.append(tuple((j, value) for j, value in sorted(total.items()) if value != 0.0))
+    return BlockMap(tuple(rows), b.n_in_blocks, block)
+
+
+def kron(left: AxisMap, right: AxisMap) -> AxisMap:
+    """The map of an ordered product of axes, `left` the slower."""
+    if isinstance(left, DenseMap) or isinstance(right, DenseMap):
+        like = left if isinstance(left, DenseMap) else right
+        assert isinstance(like, DenseMap)
+        return DenseMap(_kron_dense(left, right, like.matrix))
+    if right.is_identity:
+        return BlockMap(left.rows, left.n_in_blocks, left.block * right.n_in)
+    outer = reblocked(left, 1)
+    rows = tuple(
+        tuple((j * right.n_in_blocks + k, a * b) for j, a in row for k, b in inner)
+        for row in outer.rows
+        for inner in right.rows
+    )
+    return BlockMap(rows, outer.n_in_blocks * right.n_in_blocks, right.block)
+
+
+def concatenated(parts: Sequence[AxisMap]) -> AxisMap:
+    """The map of a sum of axes: each part acts on its own stretch (block diagonal)."""
+    if len(parts) == 1:
+        return parts[0]
+    dense = next((part for part in parts if isinstance(part, DenseMap)), None)
+    if dense is not None:
+        return DenseMap(_block_diagonal(parts, dense.matrix))
+    blocks = [part for part in parts if isinstance(part, BlockMap)]
+    block = gcd(*(part.block for part in blocks))
+    rows: list[Row] = []
+    offset = 0
+    for part in blocks:
+        fine = reblocked(part, block)
+        rows += (tuple((j + offset, value) for j, value in row) for row in fine.rows)
+        offset += fine.n_in_blocks
+    return BlockMap(tuple(rows), offset, block)
+
+
+def from_matrix(matrix: "Tensor") -> AxisMap:
+    """A matrix as a BlockMap where it is sparse, else as a DenseMap; values are kept."""
+    n_out, n_in = int(matrix.shape[0]), int(matrix.shape[1])
+    places = matrix.nonzero()
+    if places.shape[0] > 4 * max(n_out, n_in):
+        return DenseMap(matrix)
+    rows: list[list[tuple[int, float]]] = [[] for _ in range(n_out)]
+    values: list[float] = matrix[places[:, 0], places[:, 1]].tolist()
+    for (i, j), value in zip(places.tolist(), values, strict=True):
+        rows[i].append((j, value))
+    fine = BlockMap(tuple(tuple(row) for row in rows), n_in)
+    return _coarsest(fine)
+
+
+def to_matrix(m: AxisMap, *, like: "Tensor") -> "Tensor":
+    """M as a matrix with the dtype of `like`. Shapes: n_out x n_in."""
+    if isinstance(m, DenseMap):
+        return m.matrix.to(like.dtype)
+    matrix = like.new_zeros((m.n_out, m.n_in))
+    for unit in range(m.n_out):
+        for j, value in m.members(unit):
+            matrix[unit, j] += value
+    return matrix
+
+
+def _kron_dense(left: AxisMap, right: AxisMap, like: "Tensor") -> "Tensor":
+    a, b = to_matrix(left, like=like), to_matrix(right, like=like)
+    product = a[:, None, :, None] * b[None, :, None, :]
+    return product.reshape(left.n_out * right.n_out, left.n_in * right.n_in)
+
+
+def _block_diagonal(parts: Sequence[AxisMap], like: "Tensor") -> "Tensor":
+    whole = like.new_zeros((sum(p.n_out for p in parts), sum(p.n_in for p in parts)))
+    row = column = 0
+    for part in parts:
+        whole[row : row + part.n_out, column : column + part.n_in] = to_matrix(part, like=like)
+        row, column = row + part.n_out, column + part.n_in
+    return whole
+
+
+def _coarsest(fine: BlockMap) -> BlockMap:
+    """The same map with the largest block that expresses it."""
+    common = gcd(len(fine.rows), fine.n_in_blocks)
+    for block in sorted((d for d in range(2, common + 1) if common % d == 0), reverse=True):
+        if all(_fits(fine, i, block) for i in range(len(fine.rows))):
+            rows = tuple(
+                tuple((j // block, value) for j, value in fine.rows[i])
+                for i in range(0, len(fine.rows), block)
+            )
+            return BlockMap(rows, fine.n_in_blocks // block, block)
+    return fine
+
+
+def _fits(fine: BlockMap, i: int, block: int) -> bool:
+    rest = i % block
+    first = fine.rows[i - rest]
+    return all(j % block == 0 for j, _ in first) and fine.rows[i] == tuple(
+        (j + rest, value) for j, value in first
+    )
+
+
+def _describe(m: BlockMap) -> str:
+    sizes = {len(row) for row in m.rows}
+    values = {value for row in m.rows for _, value in row}
+    filled = sorted(sizes - {0})
+    if not filled:
+        return "zeros"
+    span = str(filled[0]) if len(filled) == 1 else f"{filled[0]}-{filled[-1]}"
+    copies = sorted({use for use in m.uses if use})
+    times = str(copies[0]) if len(copies) == 1 else f"{copies[0]}-{copies[-1]}"
+    if filled == [1]:
+        words = _describe_copies(m, values, times)
+    elif all(_close(value, 1 / len(row)) for row in m.rows for _, value in row):
+        words = f"mean of {span}"
+    elif values == {1.0}:
+        words = f"sum of {span}"
+    else:
+        words = f"weighted sum of {span}"
+    if 0 in sizes:
+        words += ", zeros where nothing maps"
+    return words
+
+
+def _describe_copies(m: BlockMap, values: set[float], times: str) -> str:
+    if values == {1.0}:
+        if times != "1":
+            return f"copy x{times}"
+        return "permutation" if all(m.uses) else "selection"
+    if all(_close(value * m.uses[j], 1.0) for row in m.rows for j, value in row):
+        return f"copy / {times}"
+    return "scaled copy"
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * abs(b)

@@ -1,0 +1,170 @@
+"""A plan: a checkpoint that has not been written.
+
+It holds, for each key of the result, the Form that computes it, and beside that the config.json,
+the side files, what was done (`steps`) and what that promises. Its tensors can be read like those
+of a checkpoint, so operators take plans and give plans, and a chain of them is one plan.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, final
+
+from streammap.engine import memory
+from streammap.engine.regions import Region
+from streammap.errors import some
+from streammap.io.checkpoint import Checkpoint
+from streammap.io.tensor_spec import TensorSpec
+from streammap.output import side_list
+from streammap.planning import graph
+from streammap.planning.graph import Form
+from streammap.planning.map_file import Level
+from streammap.planning.request_tree import Call
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from streammap.architectures.model import Model
+
+FORMAT = 1
+"""Version of what a digest and a provenance file mean."""
+Promise = Literal["bit-exact", "exact", "exact up to eps", "approximate"]
+PROMISES: tuple[Promise, ...] = ("bit-exact", "exact", "exact up to eps", "approximate")
+"""From the strongest to the weakest; exactness.py says what they mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operator of a chain, for people and for the provenance file."""
+
+    operator: str
+    options: Mapping[str, object]
+    promise: Promise
+    reason: str
+    """Why the promise is what it is, in one line."""
+    notes: tuple[str, ...] = ()
+    """What a user might not expect: heads in no group, entries that are not used."""
+    axes: Mapping[str, tuple[Promise, str]] = field(default_factory=dict)
+    """Axis -> what its change promises, and why."""
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """A result, tensor by tensor, not written."""
+
+    targets: Mapping[str, Form]
+    """In the order of the source's files."""
+    config: Mapping[str, object] | None
+    sources: tuple[Checkpoint, ...]
+    steps: tuple[Step, ...] = ()
+    levels: tuple[Level, ...] = ()
+    """The maps used on the way down, largest model first."""
+    side: Checkpoint | None = None
+    """The source whose tokenizer and other files go along."""
+    sized: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Axis -> its size in the side files' model and in the result, where they differ."""
+    architecture: str | None = None
+    """The spec to read it by, where config.json doesn't tell."""
+    request: Call | None = None
+    """What was asked; None where it was made by other means than registry.py's calls."""
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Key -> dtype and shape."""
+        return {key: form.spec for key, form in self.targets.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(form.spec.nbytes for form in self.targets.values())
+
+    @property
+    def promise(self) -> tuple[Promise, str]:
+        """What the whole chain promises, and the reason."""
+        if not self.steps:
+            return "bit-exact", "nothing is changed"
+        weakest = max(self.steps, key=lambda step: PROMISES.index(step.promise))
+        alike = [step for step in self.steps if step.promise == weakest.promise]
+        told = alike[:1] if weakest.promise == "approximate" else alike
+        return weakest.promise, "; ".join(f"{step.operator}: {step.reason}" for step in told)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user might not expect."""
+        left = [
+            f"{source.name}: {some(source.others, limit=5)} beside the state dict: left out"
+            for source in self.sources
+            if source.others
+        ]
+        if self.side is not None and (large := side_list.left(self.side)):
+            left.append(f"{self.side.name}: {some(large)}: large, not copied along")
+        return (*left, *(note for step in self.steps for note in step.notes))
+
+    @cached_property
+    def model(self) -> "Model":
+        """The plan as its architecture spec sees it.
+
+        Raises:
+            ArchitectureError, CheckpointError: no spec serves it, or it does not fit.
+        """
+        from streammap.architectures import model
+
+        return model.resolve(self.specs, self.config, name=self.architecture)
+
+    def asked(self, request: Call | None) -> "Plan":
+        """The same plan with its record; what is known of its model stays."""
+        made = replace(self, request=request)
+        if "model" in self.__dict__:
+            made.__dict__["model"] = self.model
+        return made
+
+    def read(self, key: str) -> "Tensor":
+        """One tensor of the result, computed now."""
+        from streammap.engine import evaluate
+
+        form = self.targets[key]
+        return evaluate.read(form, memory.fit([form], budget=None, n_workers=1))
+
+    def read_into(self, key: str, region: Region, out: "Tensor") -> None:
+        """A region of a tensor of the result, computed now into `out`."""
+        from streammap.engine import evaluate
+
+        form = self.targets[key]
+        evaluate.read_into(form, region, out, memory.fit([form], budget=None, n_workers=1))
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what determines the result: sources, steps, format version."""
+        content = {
+            "format": FORMAT,
+            "sources": [
+                [
+                    [
+                        f.name,
+                        f.nbytes,
+                        f.mtime_ns,
+                        f.header_digest,
+                        *([f.version] * bool(f.version)),
+                    ]
+                    for f in source.files
+                ]
+                for source in self.sources
+            ],
+            "steps": [[step.operator, dict(step.options)] for step in self.steps],
+            "levels": [level.digest for level in self.levels],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint, levels: tuple[Level, ...], *, architecture: str | None = None
+) -> Plan:
+    """The plan that changes nothing."""
+    targets = {key: graph.load(checkpoint, key) for key in checkpoint.slots}
+    return Plan(
+        targets, checkpoint.config, (checkpoint,), levels=levels, side=checkpoint,
+        architecture=architecture,
+    )  # fmt: skip

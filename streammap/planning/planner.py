@@ -1,0 +1,144 @@
+"""Plans from plans: apply maps to the axes of a model. Reads no tensor.
+
+`remap` is the heart: for each tensor, the spec says what its dimensions are, the maps say what
+becomes of these, and the role says which side applies:
+
+    result layer i  =  sum over layers j of R[i, j] * (out maps) . W_j . (into maps)
+
+Layers and experts that stand in a key are dimensions like others: their maps choose source tensors.
+
+Compensation for a tied head (rule "exact"): the head reads the embedding with its producer map, so
+the norm before it is read through instead: its gain and bias take the reader's map. Twofold growth
+then halves them, and the logits stay the same. Rule "reference" scales the embeddings instead, as
+the original tools do, by 2 on the way down and 0.5 on the way up.
+
+Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999; the fold, Shen et al., arXiv:2203.06211.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from streammap.architectures import key_pattern
+from streammap.architectures.model import Model
+from streammap.architectures.schema import Depth
+from streammap.errors import PlanError, some
+from streammap.planning import config_json
+from streammap.planning.graph import Form
+from streammap.planning.map_file import Level
+from streammap.planning.maps import AxisMap
+from streammap.planning.plan import Plan, Step
+from streammap.planning.tensor_maps import RULES, Change, Fill, Remapping, Rule
+
+_MAX_TENSORS = 500_000
+__all__ = ["RULES", "Change", "Fill", "Rule", "remap"]
+
+
+def remap(
+    plan: Plan, change: Change, step: Step, *, levels: tuple[Level, ...] | None = None
+) -> Plan:
+    """The plan with each axis changed.
+
+    Args:
+        levels: The maps to save with the result; None for those of the plan.
+
+    Raises:
+        PlanError: a tensor that can't be computed with, layers that can't be mixed, a size that
+            config.json can't express.
+    """
+    model = plan.model
+    sizes = {**model.sizes, **change.sizes}
+    work = Remapping(plan, model, change, sizes)
+    _check_count(work, model)
+    targets: dict[str, Form] = {}
+    notes = list(step.notes)
+    for family in model.families:
+        if family.rule.kind == "drop":
+            notes.append(f"{family.name} ({len(family.members)}): dropped, loaders don't use it")
+        else:
+            targets.update(work.family(family))
+    fields = dict(change.fields)
+    if change.untie:
+        targets.update(work.untied(targets))
+        fields |= {f"{tied.head.path}tie_word_embeddings": False for tied in model.tied_heads}
+    if work.n_after:
+        notes.append(f"{work.n_after} tensors of layers after the stack (MTP) are dropped")
+    notes += _mixed(model, change)
+    config = None
+    if plan.config is not None:
+        sources = {name: _sources(m, model, name) for name, m in change.layers.items()}
+        fields |= _tails(model, change)
+        config, told = config_json.rewritten(
+            plan.config, model, sizes, sources=sources, fields=fields
+        )
+        notes += told
+    sized = dict(plan.sized)
+    for axis, new in change.sizes.items():
+        sized[axis] = (sized.get(axis, (model.sizes[axis], 0))[0], new)
+    step = replace(step, notes=tuple(notes))
+    ordered = {key: targets[key] for key in sorted(targets, key=key_pattern.natural)}
+    result = replace(
+        plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized,
+        levels=plan.levels if levels is None else levels, request=None,
+    )  # fmt: skip
+    _check_sizes(result, sizes)
+    return result
+
+
+def _check_count(work: Remapping, model: Model) -> None:
+    """Refuse a result of more tensors than could be planned: layers times experts grow fast."""
+    n_tensors = sum(work.count(family) for family in model.families)
+    if n_tensors > _MAX_TENSORS:
+        raise PlanError(
+            f"the result would have about {n_tensors} tensors, at most {_MAX_TENSORS} are planned",
+            hint="ask for fewer layers or experts",
+        )
+
+
+def _sources(m: AxisMap, model: Model, axis: str) -> tuple[int, ...]:
+    """For each layer of the result, the source layer that it takes after."""
+    rows = [m.members(i) for i in range(m.n_out)]
+    found = [max(row, key=lambda pair: pair[1])[0] if row else 0 for row in rows]
+    is_last = model.architecture.depth.get(axis, Depth()).last
+    if is_last and any(j == m.n_in - 1 for j, _ in rows[-1]):
+        found[-1] = m.n_in - 1
+    return tuple(found)
+
+
+def _mixed(model: Model, change: Change) -> list[str]:
+    """Layers of the result that mix kinds of config.json; the first one's entries count."""
+    found = []
+    for axis, m in change.layers.items():
+        kinds, sources = model.kinds(axis), _sources(m, model, axis)
+        mixed = [
+            i for i in range(m.n_out)
+            if len({kinds[j] for j, _ in m.members(i)}) > 1
+        ]  # fmt: skip
+        if mixed:
+            first = mixed[0]
+            told = ", ".join(kinds[sources[first]])
+            found.append(
+                f"{axis} {some(mixed)}: made of layers of several kinds; {first} is {told}"
+            )
+    return found
+
+
+def _tails(model: Model, change: Change) -> dict[str, object]:
+    """Counts of layers after the stack, which a change of depth drops."""
+    found: dict[str, object] = {}
+    for axis in change.layers:
+        depth = model.architecture.depth.get(axis, Depth())
+        if depth.tail is not None and depth.tail in model.config:
+            found[depth.tail] = 0
+    return found
+
+
+def _check_sizes(result: Plan, sizes: Mapping[str, int]) -> None:
+    """The rewritten config must lead back to the mapped sizes, and fit each tensor."""
+    found = result.model.sizes
+    wrong = [name for name, size in sizes.items() if found.get(name) != size]
+    if wrong:
+        name = wrong[0]
+        raise PlanError(
+            f"{name} would be {sizes[name]}, but config.json would say {found.get(name)}",
+            hint="this architecture can't express the request",
+        )

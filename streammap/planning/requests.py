@@ -1,0 +1,222 @@
+"""What becomes of one axis: a factor, a new size, or groups.
+
+    2                                         a factor, put together by the grouping asked for
+    "=768"                                    a new size
+    [[0, 6], [1, 7], ...]                     groups: entry i lists the units of the large model
+                                              that unit i of the small one stands for
+    {"factor": 2, "grouping": "adjacent"}     a factor with a grouping of its own
+    {"groups": [{"members": [0, 6], "weights": [0.7, 0.3]}, ...]}     weighted members
+
+Each may stand on the command line, in a scheme file, and in Python.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from streammap.common import strict_json
+from streammap.errors import SchemeError
+
+Groups = tuple[tuple[int, ...], ...]
+Weights = tuple[tuple[float, ...], ...]
+Grouping = Literal["stacked", "adjacent"]
+GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
+MAX_SIZE = 2**40
+"""Of any axis: far above any model's, far below where sizes of tensors overflow."""
+MAX_PARTS = 200_000
+"""Of what one map puts together: each takes time and memory to plan."""
+MAX_LAYERS = 10_000
+"""Of one stack; the deepest models have some hundred."""
+_MAX_INDEX = 1_000_000
+_MAX_GROUPS = MAX_PARTS
+_MAX_TEXT = 10_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked of one axis; exactly one of factor, size and groups is given."""
+
+    factor: int | None = None
+    size: int | None = None
+    groups: Groups | None = None
+    weights: Weights | None = None
+    """For each member of a group, its part of the mean; None for equal parts."""
+    grouping: Grouping | None = None
+    """How a factor puts units together; None for the way asked for overall."""
+    where: str = field(default="", compare=False)
+    """What the user calls it, for messages."""
+
+
+def parse_request(value: object, where: str) -> Request:
+    """A request from what a user wrote.
+
+    Raises:
+        SchemeError: naming `where`.
+    """
+    return replace(_request(value, where), where=where)
+
+
+def _request(value: object, where: str) -> Request:
+    if isinstance(value, Request):
+        return value
+    if isinstance(value, str):
+        value = _of_text(value, where)
+    if type(value) is int:
+        if value < 1:
+            raise SchemeError(f"{where} is {value}, expected 1 or more")
+        _check_size(value, where)
+        return Request(factor=value)
+    if isinstance(value, str):
+        size = value.removeprefix("=")
+        if value.startswith("=") and re.fullmatch(r"0*[1-9][0-9]{0,12}", size) is not None:
+            _check_size(int(size), where)
+            return Request(size=int(size))
+    if isinstance(value, list | tuple):
+        groups, weights = parse_groups(value, where)
+        return Request(groups=groups, weights=weights)
+    if isinstance(value, Mapping):
+        return _of_table(value, where)
+    raise SchemeError(
+        f"{where}: {str(value)[:60]!r} is no request",
+        hint="give a factor such as 2, a size such as =768, or groups such as [[0, 1], [2, 3]]",
+    )
+
+
+def parse_groups(value: object, where: str) -> tuple[Groups, Weights | None]:
+    """Groups, and the weights of their members where they have some.
+
+    Raises:
+        SchemeError: an empty group, a repeated member, a bad index or weight.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        raise SchemeError(f"{where}: expected a list of groups such as [[0, 6], [1, 7]]")
+    if len(value) > _MAX_GROUPS:
+        raise SchemeError(f"{where}: {len(value)} groups, at most {_MAX_GROUPS}")
+    pairs = [_group(group, f"{where}[{i}]") for i, group in enumerate(value)]
+    groups = tuple(members for members, _ in pairs)
+    if all(weights is None for _, weights in pairs):
+        return groups, None
+    return groups, tuple(
+        tuple(1.0 / len(members) for _ in members) if weights is None else weights
+        for members, weights in pairs
+    )
+
+
+def _of_text(text: str, where: str) -> object:
+    stripped = text.strip()
+    if re.fullmatch(r"-?\d{1,12}", stripped):
+        return int(stripped)
+    if stripped.startswith(("[", "{")) and len(stripped) <= _MAX_TEXT:
+        try:
+            return strict_json.loads(stripped.encode())
+        except ValueError as error:
+            raise SchemeError(f"{where}: not JSON: {error}") from error
+    return stripped
+
+
+def _of_table(table: Mapping[str, object], where: str) -> Request:
+    known = ("factor", "size", "groups", "grouping")
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise SchemeError(f"{where}: unknown key {unknown[0]!r}", hint=f"known: {', '.join(known)}")
+    given = [key for key in ("factor", "size", "groups") if key in table]
+    if len(given) != 1:
+        raise SchemeError(f"{where}: expected one of factor, size and groups")
+    grouping = next((g for g in GROUPINGS if g == table.get("grouping")), None)
+    if "grouping" in table and grouping is None:
+        raise SchemeError(f"{where}: grouping {table['grouping']!r}, expected stacked or adjacent")
+    value = table[given[0]]
+    if given[0] == "groups":
+        if grouping is not None:
+            raise SchemeError(f"{where}: both groups and a grouping", hint="give one of the two")
+        groups, weights = parse_groups(value, where)
+        return Request(groups=groups, weights=weights)
+    if type(value) is not int or value < 1:
+        raise SchemeError(f"{where}: {given[0]} is {value!r}, expected 1 or more")
+    _check_size(value, f"{where}: {given[0]}")
+    if given[0] == "size":
+        return Request(size=value, grouping=grouping)
+    return Request(factor=value, grouping=grouping)
+
+
+def _check_size(value: int, where: str) -> None:
+    if value > MAX_SIZE:
+        # A number of thousands of digits can't even be written out.
+        told = value if value < 10**20 else "a number of more than 20 digits"
+        raise SchemeError(f"{where} is {told}, at most {MAX_SIZE}", hint="ask for less")
+
+
+def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
+    if isinstance(group, Mapping):
+        if set(group) != {"members", "weights"}:
+            raise SchemeError(
+                f"{where}: expected members and weights, found {sorted(map(str, group))}"
+            )
+        members = _members(group["members"], where)
+        return members, _weights(group["weights"], len(members), where)
+    return _members(group, where), None
+
+
+def _members(group: object, where: str) -> tuple[int, ...]:
+    if not isinstance(group, list | tuple):
+        raise SchemeError(f"{where}: expected a list of numbers such as [0, 6], found {group!r}")
+    if not group:
+        raise SchemeError(f"{where}: an empty group", hint="remove it, or give it a member")
+    for member in group:
+        if type(member) is not int or not 0 <= member <= _MAX_INDEX:
+            raise SchemeError(f"{where}: {member!r} is no index, expected 0, 1, 2 ...")
+    seen: set[int] = set()
+    for member in group:
+        if member in seen:
+            raise SchemeError(
+                f"{where}: member {member} stands twice", hint="name each member once"
+            )
+        seen.add(member)
+    return tuple(group)
+
+
+def _weights(weights: object, n: int, where: str) -> tuple[float, ...]:
+    if not isinstance(weights, list | tuple) or len(weights) != n:
+        raise SchemeError(f"{where}: expected {n} weights, found {weights!r}")
+    for weight in weights:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
+            raise SchemeError(f"{where}: {weight!r} is no weight, expected 0 or more")
+    total = sum(weights)
+    if not total > 0:
+        raise SchemeError(f"{where}: the weights add up to {total}, expected more than 0")
+    return tuple(weight / total for weight in weights)
+
+
+def near_even(n_large: int, n_small: int) -> Groups:
+    """n_small groups of neighbours, as even as can be."""
+    bounds = [i * n_large // n_small for i in range(n_small + 1)]
+    return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))
+
+
+def cyclic(n_large: int, n_small: int) -> Groups:
+    """n_small groups: i with i + n_small, i + 2*n_small ..., as far as they go."""
+    return tuple(tuple(range(i, n_large, n_small)) for i in range(n_small))
+
+
+def copies(n_large: int, n_small: int) -> Groups:
+    """n_small groups of n_large // n_small whole copies; units left over are in no group."""
+    times = n_large // n_small
+    return tuple(tuple(range(i, n_small * times, n_small)) for i in range(n_small))
+
+
+def check_members(groups: Sequence[Sequence[int]], n_large: int, where: str) -> None:
+    """Refuse a member that the large model does not have.
+
+    Raises:
+        SchemeError: naming the entry.
+    """
+    for i, group in enumerate(groups):
+        for member in group:
+            if member >= n_large:
+                raise SchemeError(
+                    f"{where}[{i}]: {member} is out of range, the large model has {n_large} "
+                    f"(0 to {n_large - 1})",
+                    hint="write the scheme for this model; `streammap scheme` prints one",
+                )

@@ -1,0 +1,144 @@
+"""Schemes: which heads and layers of the large model become one of the small.
+
+    {"width_scheme": [[0, 6], [1, 7], ...], "depth_scheme": [[0, 6], [1, 7], ...]}
+
+Entry i lists the heads (layers) of the large model that head (layer) i of the small one stands for.
+One scheme serves both directions. `reserved_heads` and `reserved_layers` may be there and are not
+used. The form is that of the original map tools; see schemes/README.md.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from streammap.architectures import schema
+from streammap.common import strict_json
+from streammap.errors import SchemeError, some
+from streammap.planning import requests
+from streammap.planning.requests import GROUPINGS, Grouping, Groups, Request
+
+__all__ = ["GROUPINGS", "Grouping", "Groups", "Scheme", "load_scheme", "uniform"]
+_MAX_NBYTES = 100_000_000
+UNUSED = ("reserved_heads", "reserved_layers")
+SPACES = ("width", *schema.SPACES, "layers")
+"""Entries with a request each, see requests.py; `axes` holds further ones by the axis' own name."""
+_KEYS = ("width_scheme", "depth_scheme", *SPACES, "axes", *UNUSED)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Groups of heads, of layers, or of both."""
+
+    width: Groups | None = None
+    depth: Groups | None = None
+    unused: tuple[str, ...] = ()
+    """Entries that were there and are not used."""
+    spaces: Mapping[str, Request] = field(default_factory=dict)
+    """Space ("hidden", "kv_heads", "width" ...) -> what becomes of it."""
+    axes: Mapping[str, Request] = field(default_factory=dict)
+    """Axis of the architecture spec -> what becomes of it."""
+
+    def as_json(self) -> dict[str, object]:
+        """The scheme in the file's form."""
+        entries = {"width_scheme": self.width, "depth_scheme": self.depth}
+        return {
+            name: [list(group) for group in groups]
+            for name, groups in entries.items()
+            if groups is not None
+        }
+
+    def as_text(self) -> str:
+        """The file itself, one group a line."""
+        parts = []
+        for name, groups in self.as_json().items():
+            assert isinstance(groups, list)
+            lines = ",\n".join(f"        {json.dumps(group)}" for group in groups)
+            parts.append(f'    "{name}": [\n{lines}\n    ]')
+        return "{\n" + ",\n".join(parts) + "\n}"
+
+
+def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
+    """A scheme from a file, or from the same thing as a dict.
+
+    Raises:
+        SchemeError: not JSON, an unknown key, an empty group, a repeated member, a bad index.
+    """
+    if isinstance(source, Scheme):
+        return source
+    if isinstance(source, Mapping):
+        return _parse(source, "scheme")
+    path = Path(source)
+    try:
+        with path.open("rb") as file:  # a pipe is fine: the user has named it
+            text = file.read(_MAX_NBYTES + 1)
+        if len(text) > _MAX_NBYTES:
+            raise SchemeError(f"{path}: more than {_MAX_NBYTES} bytes", hint="is this a scheme?")
+        content = strict_json.loads(text)
+    except OSError as error:
+        raise SchemeError(f"{path}: {error.strerror}", hint="check the path") from error
+    except ValueError as error:
+        raise SchemeError(f"{path}: not JSON: {error}", hint="see schemes/README.md") from error
+    if not isinstance(content, dict):
+        raise SchemeError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return _parse(content, path.name)
+
+
+def uniform(n_large: int, factor: int, grouping: Grouping, *, what: str) -> Groups:
+    """n_large / factor groups of `factor` members each: i with i+n/factor, or neighbours.
+
+    Raises:
+        SchemeError: `factor` does not divide `n_large`; `what` ("heads") names them.
+    """
+    if factor < 1 or n_large % factor:
+        divisors = [d for d in range(2, min(n_large, 4096) + 1) if n_large % d == 0]
+        raise SchemeError(
+            f"{n_large} {what} do not divide into groups of {factor}",
+            hint=f"take a factor of {n_large} ({some(divisors, limit=6)}), or give a scheme",
+        )
+    n_small = n_large // factor
+    if grouping == "adjacent":
+        return tuple(tuple(range(i * factor, (i + 1) * factor)) for i in range(n_small))
+    return tuple(tuple(range(i, n_large, n_small)) for i in range(n_small))
+
+
+def template(n_large: int, n_small: int) -> Groups:
+    """The original's width map without a scheme: i with n_small + i, where that exists."""
+    return tuple(
+        (i, n_small + i) if n_small + i < n_large else (i,) for i in range(min(n_small, n_large))
+    )
+
+
+def _parse(content: Mapping[str, object], where: str) -> Scheme:
+    unknown = [key for key in content if key not in _KEYS]
+    if unknown:
+        raise SchemeError(
+            f"{where}: unknown key {unknown[0]!r}", hint=f"known are {', '.join(_KEYS)}"
+        )
+    width = _groups(content.get("width_scheme"), f"{where}: width_scheme")
+    depth = _groups(content.get("depth_scheme"), f"{where}: depth_scheme")
+    axes = content.get("axes", {})
+    if not isinstance(axes, Mapping):
+        raise SchemeError(f"{where}: axes is {axes!r}, expected a table of axes")
+    return Scheme(
+        width,
+        depth,
+        tuple(key for key in UNUSED if key in content),
+        {
+            space: requests.parse_request(content[space], f"{where}: {space}")
+            for space in SPACES
+            if space in content
+        },
+        {str(k): requests.parse_request(v, f"{where}: axes: {k}") for k, v in axes.items()},
+    )
+
+
+def _groups(value: object, where: str) -> Groups | None:
+    if value is None:
+        return None
+    groups, weights = requests.parse_groups(value, where)
+    if weights is not None:
+        raise SchemeError(
+            f"{where}: weighted members", hint='give them as {"heads": {"groups": [...]}}'
+        )
+    return groups

@@ -1,0 +1,375 @@
+"""The result's tensors, family by family: maps on dimensions, roles, and what keeps the function.
+
+Layers and experts that stand in a key are dimensions like others: their maps choose source tensors.
+Compensations: the norm before a tied head is read through, factors of the forward pass are undone,
+norms of axes with empty units are corrected, silent layers write nothing.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from streammap.architectures.expression import Name
+from streammap.architectures.key_pattern import KeyPattern, first_match, sample
+from streammap.architectures.model import Family, Model, TiedHead
+from streammap.architectures.schema import Depth, Dim, Factor, Role
+from streammap.errors import ArchitectureError, PlanError, some
+from streammap.planning import graph, maps
+from streammap.planning.dim_maps import DimMaps
+from streammap.planning.graph import Form
+from streammap.planning.maps import AxisMap, MapPair
+from streammap.planning.plan import Plan
+
+Rule = Literal["exact", "reference"]
+RULES: tuple[Rule, ...] = ("exact", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Fill:
+    """An axis that grows by units that stay empty behind its norms."""
+
+    map: AxisMap
+    """What the norms' gains and biases take: new units get 0."""
+    gain: float
+    """What the gains are multiplied by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What becomes of a model's axes."""
+
+    pairs: Mapping[str, MapPair]
+    """Width or expert axis, or alias -> its maps; what is not here stays."""
+    layers: Mapping[str, AxisMap]
+    """Depth axis -> R or G; what is not here stays."""
+    sizes: Mapping[str, int]
+    """Axis -> new size, for each axis that changes."""
+    rule: Rule
+    embedding_factor: float
+    """What the rule "reference" multiplies embeddings by."""
+    fills: Mapping[str, Fill] = field(default_factory=dict)
+    """Axis -> how its norms are compensated, where it grows by empty units."""
+    silent: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """Depth axis -> layers of the result that write nothing: their writers are 0."""
+    factors: tuple[tuple[tuple[KeyPattern, ...], float], ...] = ()
+    """Further factors on tensors."""
+    fields: Mapping[str, object] = field(default_factory=dict)
+    """config.json fields to set."""
+    untie: bool = False
+    """Whether a tied head gets a tensor of its own."""
+
+
+def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
+    """What a factor of a spec is for given sizes."""
+    found = replace(model, sizes=sizes).size(factor.expression)
+    return float(found**factor.exponent) if found else 1.0
+
+
+def writes(family: Family, hidden: tuple[str, ...]) -> bool:
+    """Whether tensors of a family write to the residual stream; without, a layer does nothing."""
+    spans = [dim.expression for dim in family.dims if dim.role == "out"]
+    makes = any(isinstance(e, Name) and e.name in hidden for e in spans)
+    reads = any(dim.role == "in" for dim in family.dims)
+    is_bias = family.name.endswith("bias") and family.rule.kind != "norm"
+    return makes and family.rule.kind != "embedding" and (reads or is_bias)
+
+
+class Remapping:
+    """One remap: the maps of each (dimension, role), worked out once."""
+
+    def __init__(self, plan: Plan, model: Model, change: Change, sizes: Mapping[str, int]) -> None:
+        self._plan, self._model, self._change, self._sizes = plan, model, change, sizes
+        stacked = {name: maps.pair_of(m) for name, m in change.layers.items()}
+        pairs = {**stacked, **change.pairs}
+        self._maps = DimMaps(model.architecture, pairs, model.sizes, sizes)
+        self._tied = () if change.untie else model.tied_heads
+        self._last = {
+            axis: sizes[axis] - 1 for axis in model.architecture.depth_axes if axis in sizes
+        }
+        self._hidden = model.architecture.spaces.get("hidden", ())
+        self._inverted: dict[int, list[list[tuple[int, float]]]] = {}
+        self.n_after = 0
+        """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""
+
+    def count(self, family: Family) -> int:
+        """About how many tensors of the result come from a family."""
+        n = len(family.members)
+        for index in family.indices:
+            m = self._index_map(family, index)
+            if m is not None:
+                n = -(-n * m.n_out // max(1, m.n_in))
+        return n
+
+    def family(self, family: Family) -> dict[str, Form]:
+        """The result's tensors of one family."""
+        found_maps = [self._index_map(family, index) for index in family.indices]
+        rows = {at: m for at, m in enumerate(found_maps) if m is not None}
+        if not rows:
+            return {
+                key: self._tensor(family, key, ((1.0, key),)) for key in family.members.values()
+            }
+        parts: dict[tuple[int, ...], list[tuple[float, str]]] = {}
+        # In order, so that sums don't depend on how the source is sharded.
+        for values, key in sorted(family.members.items()):
+            if self._is_tail(family, values):
+                self.n_after += 1
+                continue
+            found: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
+            for at, value in enumerate(values):
+                m = rows.get(at)
+                options = ((value, 1.0),) if m is None else self._columns(m)[value]
+                found = [((*t, i), c * d) for t, c in found for i, d in options]
+            for target, coefficient in found:
+                parts.setdefault(target, []).append((coefficient, key))
+        self._check_first(family)
+        made: dict[str, Form] = {}
+        for target, row in parts.items():
+            whole = self._whole(family, target, row, rows)
+            if whole:
+                key = family.key(target)
+                silent = self._is_silent(family, target)
+                made[key] = self._tensor(family, key, whole, silent=silent)
+                if self._is_one(family, target, key):
+                    made[key] = graph.shift(graph.scale(made[key], 0.0), 1.0)
+        return made
+
+    def _check_first(self, family: Family) -> None:
+        """Refuse copies of a first layer that lacks what the others have."""
+        for at, index in enumerate(family.indices):
+            m = self._change.layers.get(index)
+            depth = self._model.architecture.depth.get(index, Depth())
+            if m is None or not depth.first or any(values[at] == 0 for values in family.members):
+                continue
+            for i in range(1, m.n_out):
+                if any(j == 0 for j, _ in m.members(i)):
+                    raise PlanError(
+                        f"{index} {i} would come from layer 0, which has no {family.name}: the "
+                        "first layer is of another kind",
+                        hint="give groups in which layer 0 stands alone, and is the first",
+                    )
+
+    def untied(self, targets: Mapping[str, Form]) -> dict[str, Form]:
+        """A tensor of its own for each tied head: the embedding as its reader sees it."""
+        made: dict[str, Form] = {}
+        for tied in self._model.tied_heads:
+            for family in self._model.families:
+                for key in family.members.values():
+                    if not tied.is_embedding(key):
+                        continue
+                    form = self._plan.targets[key]
+                    dims = [
+                        None if d.expression is None or d.role == "keep"
+                        else self._maps.of(d.expression, "in")
+                        for d in family.dims
+                    ]  # fmt: skip
+                    name = sample(tied.head.head[0])
+                    mapped = graph.map_dims(form, dims)
+                    if name not in self._plan.targets:
+                        made[name] = graph.scale(mapped, self._head_factor(tied))
+                    break
+            made |= self._copies(tied, targets)
+        return made
+
+    def _copies(self, tied: TiedHead, targets: Mapping[str, Form]) -> dict[str, Form]:
+        """Tensors that other parts shared, and look for under their own names once untied."""
+        return {
+            key.removesuffix(end) + name: form
+            for name, end in tied.head.copies.items()
+            for key, form in targets.items()
+            if key.endswith(end) and key.removesuffix(end) + name not in targets
+        }
+
+    def _index_map(self, family: Family, index: str) -> AxisMap | None:
+        if index in self._change.layers:
+            return self._change.layers[index]
+        expression = family.index_expression(index)
+        if isinstance(expression, Name) and expression.name not in self._model.sizes:
+            return None
+        return self._maps.of(expression, "out")
+
+    def _columns(self, m: AxisMap) -> list[list[tuple[int, float]]]:
+        """Source index -> (result index, coefficient). A result that nothing maps to takes 0."""
+        if id(m) not in self._inverted:
+            found: list[list[tuple[int, float]]] = [[] for _ in range(m.n_in)]
+            for i in range(m.n_out):
+                for j, coefficient in m.members(i) or ((0, 0.0),):
+                    found[j].append((i, coefficient))
+            self._inverted[id(m)] = found
+        return self._inverted[id(m)]
+
+    def _is_tail(self, family: Family, values: tuple[int, ...]) -> bool:
+        return any(
+            index in self._change.layers and value >= self._model.sizes[index]
+            for index, value in zip(family.indices, values, strict=True)
+        )
+
+    def _is_silent(self, family: Family, target: tuple[int, ...]) -> bool:
+        return bool(self._silent_axes(family, target)) and writes(family, self._hidden)
+
+    def _is_one(self, family: Family, target: tuple[int, ...], key: str) -> bool:
+        """Whether a tensor of a silent layer is to be 1."""
+        depths = self._model.architecture.depth
+        return any(
+            axis in depths and first_match(depths[axis].ones, key) is not None
+            for axis in self._silent_axes(family, target)
+        )
+
+    def _silent_axes(self, family: Family, target: tuple[int, ...]) -> list[str]:
+        """Depth axes by which a tensor of the result is in a silent layer."""
+        return [
+            index
+            for index, value in zip(family.indices, target, strict=True)
+            if value in self._change.silent.get(index, ())
+        ]
+
+    def _whole(
+        self,
+        family: Family,
+        target: tuple[int, ...],
+        row: list[tuple[float, str]],
+        rows: Mapping[int, AxisMap],
+    ) -> tuple[tuple[float, str], ...]:
+        """The row of one result tensor, if the layers that it mixes all have it."""
+        expected = math.prod(max(1, len(m.members(target[i]))) for i, m in rows.items())
+        for at, index in enumerate(family.indices):
+            depth = self._model.architecture.depth.get(index, Depth())
+            if depth.first and index in self._change.layers:
+                there = {values[at] for values in family.members}
+                if there == {0}:
+                    # Only the first layer has it: what is first in the result takes it whole.
+                    return ((1.0, row[0][1]),) if target[at] == 0 else ()
+                if target[at] == 0 and 0 not in there:
+                    return ()
+        if len(row) == expected:
+            return tuple(row)
+        have = [key for _, key in row]
+        raise PlanError(
+            f"{family.key(target)} would mix {expected} layers, of which {len(row)} have it "
+            f"({some(have)}): layers of different kinds can't be mixed",
+            hint="give groups of layers of one kind, as `streammap inspect` lists them",
+        )
+
+    def _tensor(
+        self,
+        family: Family,
+        target: str,
+        row: tuple[tuple[float, str], ...],
+        *,
+        silent: bool = False,
+    ) -> Form:
+        forms = [(value, self._plan.targets[key]) for value, key in row]
+        if family.rule.kind == "buffer":
+            return forms[0][1]
+        if silent:
+            forms = [(0.0, forms[0][1])]
+        blended = forms[0][1] if forms[0][0] == 1.0 and len(forms) == 1 else graph.combine(forms)
+        dims = [self._map(family, dim, target) for dim in family.dims]
+        factor = self._factor(family, row[0][1], target)
+        changes = any(m is not None for m in dims) or blended is not forms[0][1] or factor != 1.0
+        if changes and not blended.spec.is_float:
+            raise PlanError(
+                f"{row[0][1]}: dtype {blended.spec.dtype} can't be averaged or scaled",
+                hint="dequantise the checkpoint, or save it in a float dtype",
+            )
+        offset = self._offset(family, target)
+        if not offset or not (
+            factor != 1.0 or self._feeds(target) is not None or self._fill(family)
+        ):
+            return graph.scale(graph.map_dims(blended, dims), factor)
+        shifted = graph.map_dims(graph.shift(blended, offset), dims)
+        return graph.shift(graph.scale(shifted, factor), -offset)
+
+    def _offset(self, family: Family, key: str) -> float:
+        """What a norm adds to its gain before it multiplies by it."""
+        norm = family.rule.norm
+        return norm.offset if norm is not None and is_gain(key) else 0.0
+
+    def _feeds(self, key: str) -> TiedHead | None:
+        """The tied head that reads what the tensor `key` of the result makes."""
+        return next((tied for tied in self._tied if tied.feeds(key, self._last)), None)
+
+    def _fill(self, family: Family) -> Fill | None:
+        """How a norm is compensated for empty units."""
+        if family.rule.norm is None or len(family.dims) != 1:
+            return None
+        expression = family.dims[0].expression
+        return self._change.fills.get(expression.name) if isinstance(expression, Name) else None
+
+    def _factor(self, family: Family, source: str, key: str) -> float:
+        if self._change.rule == "reference":
+            if not self._change.pairs:
+                return 1.0
+            shares = any(tied.is_head(key) for tied in self._tied)
+            is_embedding = family.rule.kind == "embedding" or shares
+            return self._change.embedding_factor if is_embedding else 1.0
+        found = 1.0
+        for pattern, factor in self._model.architecture.forward_scale:
+            if pattern.match(source) is not None:
+                found *= self._ratio(factor)
+        for patterns, extra in self._change.factors:
+            if first_match(patterns, source) is not None:
+                found *= extra
+        fill = self._fill(family)
+        if fill is not None and is_gain(key):
+            found *= fill.gain
+        tied = self._feeds(key)
+        if tied is not None:
+            found *= self._head_factor(tied) / self._embedding_factor(tied)
+        return found
+
+    def _ratio(self, factor: Factor) -> float:
+        """What undoes the change of a factor that the model applies."""
+        before = value_of(factor, self._model, self._model.sizes)
+        return before / value_of(factor, self._model, self._sizes)
+
+    def _head_factor(self, tied: TiedHead) -> float:
+        return 1.0 if tied.head.scale is None else self._ratio(tied.head.scale)
+
+    def _embedding_factor(self, tied: TiedHead) -> float:
+        found = 1.0
+        for pattern, factor in self._model.architecture.forward_scale:
+            if any(
+                tied.is_embedding(key) and pattern.match(key) is not None
+                for family in self._model.families
+                if family.rule.kind == "embedding"
+                for key in family.members.values()
+            ):
+                found *= self._ratio(factor)
+        return found
+
+    def _map(self, family: Family, dim: Dim, key: str) -> AxisMap | None:
+        if dim.expression is None:
+            return None
+        fill = self._fill(family)
+        role = self._role(dim.role, key)
+        if fill is not None and role == "out":
+            return fill.map
+        found = self._maps.of(dim.expression, role)
+        if found is not None and role == "keep" and not self._is_stack(dim):
+            raise ArchitectureError(f"{family.name}: {dim.text} is resized, but has no role")
+        return found
+
+    def _is_stack(self, dim: Dim) -> bool:
+        """Whether a dimension without a role is a stack of layers or experts."""
+        axes = self._model.architecture.axes
+        names = [dim.expression.name] if isinstance(dim.expression, Name) else []
+        return any(axes[name].kind == "expert" for name in names if name in axes)
+
+    def _role(self, role: Role, key: str) -> Role:
+        """The role of a dimension; with a tied head, the norm before it and its readers swap."""
+        for tied in self._tied:
+            if role == "in" and tied.is_head(key):
+                return "out"
+            if self._change.rule == "reference":
+                continue
+            if role == "in" and tied.reads(key):
+                return "out"
+            if role == "out" and tied.feeds(key, self._last):
+                return "in"
+        return role
+
+
+def is_gain(key: str) -> bool:
+    """Whether a norm's tensor is its gain, not its bias."""
+    return key.endswith((".weight", ".gamma"))

@@ -1,1 +1,0 @@
-"""Places where bytes are; one module a place."""

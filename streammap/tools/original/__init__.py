@@ -1,0 +1,1 @@
+"""The original tools' front: mapper.py's command line and classes, its table."""

@@ -1,0 +1,94 @@
+"""A result made again from what was asked for it.
+
+    replay.open("small/streammap.json")                        # as it was recorded
+    replay.open("small", sources={"/old/big": "/new/big"})     # its source is elsewhere now
+    replay.open({"operator": "coalesce", "width": 2, "source": {"operator": "open", "path": "big"}})
+
+The form is that of request_tree.py. Nothing is computed until it is read or saved.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from streammap.api import LazyCheckpoint
+from streammap.errors import PlanError, some
+from streammap.io.json_files import read_json
+from streammap.io.storage.resolve import PathLike
+from streammap.operators import registry
+from streammap.output import record
+from streammap.planning import map_file, request_tree
+from streammap.planning.map_file import Level
+from streammap.planning.request_tree import Call
+
+Moved = Mapping[str, PathLike] | PathLike | None
+"""Path of a source in the record -> where it is now; or where the only source is."""
+
+
+def open(request: PathLike | Mapping[str, object], *, sources: Moved = None) -> LazyCheckpoint:
+    """The checkpoint that a request tells of, planned.
+
+    Args:
+        request: The tree, a file with it, a result's streammap.json or the result itself.
+        sources: Where its sources are, if not where they were.
+
+    Raises:
+        StreammapError: no request, a source that is not there, an option that makes no sense.
+    """
+    if isinstance(request, Mapping):
+        return rebuilt(request_tree.parse(_tree(request, "request")), sources)
+    path = Path(request)
+    file = record_of(path) if path.is_dir() or path.suffix != ".json" else path
+    call = request_tree.parse(_tree(read_json(file), str(file)))
+    near = path if path.is_dir() or path.suffix != ".json" else path.parent
+    return rebuilt(call, sources, known=map_file.find(near) if near.exists() else ())
+
+
+def rebuilt(call: Call, sources: Moved, *, known: Iterable[Level] = ()) -> LazyCheckpoint:
+    """The same from a tree that is parsed; `known` maps may be named by their digest."""
+    return LazyCheckpoint(registry.build(call, moved=moved(call, sources), known=known))
+
+
+def record_of(path: Path) -> Path:
+    """Where the record of a result is: inside a folder, beside a file."""
+    return path / record.NAME if path.is_dir() else record.beside(path)
+
+
+def paths_of(call: Call) -> tuple[str, ...]:
+    """The sources' paths as recorded, each once."""
+    return tuple(dict.fromkeys(str(opened.options.get("path")) for opened in call.opens()))
+
+
+def moved(call: Call, sources: Moved) -> dict[str, PathLike]:
+    """Recorded path -> where that source is now, for those that have moved.
+
+    Raises:
+        PlanError: a path that is not in the record, or one new place for several sources.
+    """
+    paths = paths_of(call)
+    if sources is None:
+        return {}
+    if not isinstance(sources, Mapping):
+        if len(paths) != 1:
+            raise PlanError(
+                f"{sources}: which of {len(paths)} sources is it ({some(paths)})",
+                hint="give OLD=NEW for each source that has moved",
+            )
+        return {paths[0]: sources}
+    found: dict[str, PathLike] = {}
+    for old, new in sources.items():
+        known = next((path for path in paths if path in (old, str(Path(old).absolute()))), None)
+        if known is None:
+            raise PlanError(f"{old}: no source of this result", hint=f"it has {some(paths)}")
+        found[known] = new
+    return found
+
+
+def _tree(content: Mapping[str, object], where: str) -> object:
+    if "operator" in content:
+        return content
+    if content.get("request") is None:
+        raise PlanError(
+            f"{where}: does not say how to make it again",
+            hint="it was written by an older version, or by other means than streammap's calls",
+        )
+    return content["request"]

@@ -1,0 +1,1 @@
+"""`streammap spec infer`: a spec written by probing a transformers class."""

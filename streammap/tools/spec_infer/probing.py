@@ -1,0 +1,433 @@
+"""What a model class of transformers would save, asked of the class itself on the meta device.
+
+A `Workbench` holds one configuration, every default spelt out, and builds the model of it with any
+field changed: shapes cost nothing there, so that a question takes about 10 ms. Its answer is a
+`Snapshot`: the keys that save_pretrained would write, with their shapes, and the whole-number
+attributes of the modules. The modules behind the keys (`Part`) tell who makes a dimension and who
+reads it. Nothing of a checkpoint's folder is ever imported: a model type that transformers does not
+have is refused.
+"""
+
+import contextlib
+import copy
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from streammap.architectures import config_fields
+from streammap.architectures.key_pattern import INDEX
+from streammap.common import optional
+from streammap.errors import ArchitectureError
+from streammap.tools.spec_infer import config_changes
+from streammap.tools.spec_infer.config_changes import Changes, Fields
+
+_AUTO = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "MODEL_MAPPING",
+)  # fmt: skip
+REBUILT = ("out_features", "out_indices", "stage_names")
+"""Fields that a class makes again from the number of layers."""
+_DERIVED = (
+    "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", *REBUILT,
+)  # fmt: skip
+_MAX_LIST = 8
+_LIST_SIZE = re.compile(r"dim|size|channels|width")
+_RATIO = re.compile(r"ratio|mult|expan|factor")
+_OPTIONAL = re.compile(r"dim|size|inner|heads|rank|width")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One model, built without memory."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    """On-disk key -> shape."""
+    attributes: Mapping[tuple[str, str], int]
+    """(module, attribute) -> value, of those that are whole numbers."""
+
+    templates: frozenset[str]
+    """The keys, every number in them "*"."""
+    counts: Mapping[str, int]
+    """Beginning of keys up to a number ("layers.", "layers.*.experts.") -> the highest + 1."""
+
+
+class _Config(Protocol):
+    """A configuration of transformers, as far as it is used here."""
+
+    def to_dict(self) -> dict[str, object]: ...
+
+
+_ConfigClass = Callable[..., _Config]
+
+
+class MetaTensor(Protocol):
+    """A tensor, as far as it is used here."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its size in each dimension."""
+        ...
+
+
+class Module(Protocol):
+    """A module of torch."""
+
+    def named_modules(self) -> Iterator[tuple[str, "Module"]]:
+        """Itself and all modules inside, by path."""
+        ...
+
+    def named_parameters(self, *, recurse: bool) -> Iterator[tuple[str, MetaTensor]]:
+        """Its parameters."""
+        ...
+
+    def named_buffers(self, *, recurse: bool) -> Iterator[tuple[str, MetaTensor]]:
+        """Its buffers."""
+        ...
+
+
+class Net(Module, Protocol):
+    """A model of transformers."""
+
+    base_model_prefix: str
+    _keys_to_ignore_on_save: Iterable[str] | None
+
+    @property
+    def base_model(self) -> Module:
+        """What all classes of the model type share."""
+        ...
+
+    def tie_weights(self) -> None:
+        """Make tied parameters one."""
+        ...
+
+    def state_dict(self) -> dict[str, MetaTensor]:
+        """Parameters and buffers by key."""
+        ...
+
+    def get_input_embeddings(self) -> Module:
+        """The token embeddings."""
+        ...
+
+    def get_output_embeddings(self) -> Module | None:
+        """The head."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A whole-number field of the configuration."""
+
+    name: str
+    """Dotted, from the top."""
+    value: int
+
+    @property
+    def scope(self) -> str:
+        """The part of the configuration it stands in."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def leaf(self) -> str:
+        """Its own name."""
+        return self.name.rpartition(".")[2]
+
+
+class Workbench:
+    """One configuration, and the models that differ from its model in some fields."""
+
+    def __init__(self, config: Fields, *, name: str) -> None:
+        """Find the classes for `config`, and spell out its defaults.
+
+        Raises:
+            ArchitectureError: a model that transformers does not have, or can't build.
+            PlanError: transformers is not installed.
+        """
+        given = config_changes.decoded(
+            {k: v for k, v in config.items() if k not in ("auto_map", "dtype")}
+        )
+        self.model_type, self._config_class = _config_class(config, name)
+        self.n_probes = 0
+        self._cache: dict[str, Snapshot | None] = {}
+        try:
+            with quiet():
+                finished = self._config_class(**copy.deepcopy(given))
+                self._net_class = _net_class(finished, config, name)
+                self.finished: Fields = finished.to_dict()
+                self.fields: dict[str, object] = _plain(self.finished)
+        except ArchitectureError:
+            raise
+        except Exception as error:
+            raise ArchitectureError(
+                f"{name}: transformers can't read its config: {str(error)[:200]}",
+                hint="is this config.json the model's own?",
+            ) from error
+        self.class_name = str(getattr(self._net_class, "__name__", ""))
+        self._name = name
+
+    def base(self) -> Snapshot:
+        """The model of the configuration itself.
+
+        Raises:
+            ArchitectureError: it can't be built.
+        """
+        found = self.snapshot({})
+        if found is None:
+            raise ArchitectureError(
+                f"{self._name}: {self.class_name} can't be built: {self._why()}",
+                hint="check config.json, or write a spec by hand",
+            )
+        return found
+
+    def numbers(self) -> tuple[Field, ...]:
+        """The fields that may be sizes."""
+        found = []
+        for name, value in config_changes.leaves(self.fields):
+            leaf = name.rpartition(".")[2]
+            if isinstance(value, bool) or config_changes.NO_SIZE.search(leaf):
+                continue
+            if isinstance(value, list) and 0 < len(value) <= _MAX_LIST and _LIST_SIZE.search(leaf):
+                name, value = f"{name}.-1", value[-1]
+            whole = isinstance(value, int) and value > 0
+            ratio = isinstance(value, float) and value >= 1 and value.is_integer()
+            if whole or (ratio and _RATIO.search(leaf)):
+                found.append(Field(name, int(cast("float", value))))
+        return tuple(found)
+
+    def lists(self, scope: str) -> dict[str, list[object]]:
+        """The list-valued fields of one part of the configuration."""
+        inside = config_fields.field_value(self.fields, scope) if scope else self.fields
+        entries = inside.items() if isinstance(inside, dict) else ()
+        return {k: v for k, v in entries if isinstance(v, list)}
+
+    def adopt(self, changes: Changes) -> bool:
+        """Go on from a changed configuration, where a model can be built of it."""
+        if self.snapshot(changes) is None:
+            return False
+        self.fields = config_changes.changed(self.fields, changes)
+        self._cache.clear()
+        return True
+
+    def explicit(self, guess: int) -> None:
+        """Give sizes that are null (n_inner: "as usual") a value, so that they can be probed."""
+        before = self.base()
+        for name, value in list(config_changes.leaves(self.fields)):
+            if value is None and _OPTIONAL.search(name.rpartition(".")[2]):
+                after = self.snapshot({name: guess})
+                if (
+                    after
+                    and after.shapes.keys() == before.shapes.keys()
+                    and (after.shapes != before.shapes)
+                ):
+                    self.adopt({name: guess})
+                    before = self.base()
+
+    def snapshot(self, changes: Changes) -> Snapshot | None:
+        """The model with some fields changed; None where there can't be one."""
+        key = repr(sorted(changes.items()))
+        if key not in self._cache:
+            found = None
+            for build in (self._plainly, self._with_lists, self._afterwards):
+                with contextlib.suppress(Exception), quiet():
+                    found = build(changes)
+                    break
+            self._cache[key] = found
+        return self._cache[key]
+
+    def default(self, field: str, changes: Changes) -> int | None:
+        """What the configuration class makes of a `field` that is not there."""
+        with contextlib.suppress(Exception), quiet():
+            fields = config_changes.changed(self.fields, {**changes, field: None})
+            found = config_fields.field_value(self._config_class(**fields).to_dict(), field)
+            return found if isinstance(found, int) and not isinstance(found, bool) else None
+        return None
+
+    def flag(self, field: str) -> bool:
+        """What a configuration without this field means."""
+        with contextlib.suppress(Exception), quiet():
+            finished = self._config_class(**config_changes.changed(self.fields, {field: None}))
+            return bool(getattr(finished, field))
+        return True
+
+    def defaults(self) -> dict[str, object]:
+        """The class's own configuration, where it has one."""
+        with contextlib.suppress(Exception), quiet():
+            return _plain(self._config_class().to_dict())
+        return {}
+
+    def net(self) -> Net:
+        """The model itself, without memory."""
+        with quiet():
+            return self._net(self._config_class(**copy.deepcopy(self.fields)))
+
+    def _plainly(self, changes: Changes) -> Snapshot:
+        return self._shot(self._config_class(**config_changes.changed(self.fields, changes)))
+
+    def _with_lists(self, changes: Changes) -> Snapshot:
+        # One entry a layer: a longer stack needs longer lists.
+        more = dict(changes)
+        for name, value in changes.items():
+            scope, old = name.rpartition(".")[0], config_fields.field_value(self.fields, name)
+            if not isinstance(value, int):
+                continue
+            for leaf, entries in self.lists(scope).items():
+                spread = config_changes.spread(entries)
+                if len(spread) == old:
+                    longer = [spread[i % old] for i in range(value)]
+                    more[config_changes.joined(scope, leaf)] = (
+                        longer if spread is entries else [[longer, 1]]
+                    )
+            layers = config_fields.field_value(
+                self.fields, config_changes.joined(scope, "per_layer_config")
+            )
+            if isinstance(layers, dict) and type(old) is int:
+                more[config_changes.joined(scope, "per_layer_config")] = {
+                    str(at): v for k, v in layers.items() for at in range(int(k), value, old)
+                }
+        return self._shot(self._config_class(**config_changes.changed(self.fields, more)))
+
+    def _afterwards(self, changes: Changes) -> Snapshot:
+        # Validators and constructors that refuse a value are passed by on the finished config.
+        finished = self._config_class(**copy.deepcopy(self.fields))
+        for name, value in changes.items():
+            scope, _, leaf = name.rpartition(".")
+            owner: object = finished
+            for part in filter(None, scope.split(".")):
+                owner = owner[part] if isinstance(owner, dict) else getattr(owner, part)
+            if isinstance(owner, dict):
+                owner[leaf] = value
+            elif isinstance(owner, list):
+                owner[int(leaf)] = value
+            else:
+                setattr(owner, leaf, value)
+        return self._shot(finished)
+
+    def _why(self) -> str:
+        try:
+            with quiet():
+                self._plainly({})
+        except Exception as error:
+            return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return "no reason given"
+
+    def _net(self, finished: _Config) -> Net:
+        import torch
+
+        self.n_probes += 1
+        no_weights = optional.library("transformers.initialization").no_init_weights
+        with torch.device("meta"), no_weights():
+            net = self._net_class(finished)
+        net.tie_weights()
+        return net
+
+    def _shot(self, finished: _Config) -> Snapshot:
+        net = self._net(finished)
+        shapes = {k: tuple(x.shape) for k, x in on_disk(net, saved(net)).items()}
+        attributes = {
+            (path, name): value
+            for path, module in net.named_modules()
+            for name, value in vars(module).items()
+            if type(value) is int and name[0] != "_"
+        }
+        return Snapshot(shapes, attributes, frozenset(map(template, shapes)), _index_counts(shapes))
+
+
+def template(key: str) -> str:
+    """A key with every number in it "*"."""
+    return INDEX.sub("*", key)
+
+
+def _index_counts(keys: Iterable[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for key in keys:
+        for number in INDEX.finditer(key):
+            start = template(key[: number.start()])
+            found[start] = max(found.get(start, 0), int(number[0]) + 1)
+    return found
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No word from transformers inside."""
+    logging = optional.library("transformers.utils.logging")
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def transformers_version() -> str:
+    """The version that the models are from."""
+    return str(getattr(optional.library("transformers"), "__version__", "?"))
+
+
+def _config_class(config: Fields, name: str) -> tuple[str, _ConfigClass]:
+    model_type = config.get("model_type")
+    known = optional.library("transformers.models.auto.configuration_auto").CONFIG_MAPPING
+    if isinstance(model_type, str) and model_type in known:
+        return model_type, cast("_ConfigClass", known[model_type])
+    if not isinstance(model_type, str):
+        raise ArchitectureError(
+            f"{name}: no model_type in its config.json", hint="write a spec by hand"
+        )
+    if "auto_map" in config:
+        raise ArchitectureError(
+            f"{name}: {model_type!r} brings its own code, which is never run",
+            hint="write a spec by hand: streammap/architectures/README.md",
+        )
+    version = transformers_version()
+    raise ArchitectureError(
+        f"{name}: transformers {version} has no model type {model_type!r}",
+        hint="update transformers, or write a spec by hand",
+    )
+
+
+def _net_class(finished: _Config, config: Fields, name: str) -> Callable[[_Config], Net]:
+    named = config.get("architectures")
+    for class_name in named if isinstance(named, list) else ():
+        found = getattr(optional.library("transformers"), str(class_name), None)
+        if isinstance(found, type) and hasattr(found, "base_model_prefix"):
+            return cast("Callable[[_Config], Net]", found)
+    auto = optional.library("transformers.models.auto.modeling_auto")
+    for mapping in _AUTO:
+        options = getattr(auto, mapping, {})
+        if type(finished) in options:
+            found = options[type(finished)]
+            first = found[0] if isinstance(found, (list, tuple)) else found
+            return cast("Callable[[_Config], Net]", first)
+    raise ArchitectureError(
+        f"{name}: transformers has no model class for {config.get('model_type')!r}",
+        hint="name one in config.json's architectures, or write a spec by hand",
+    )
+
+
+def _plain(value: Mapping[str, object]) -> dict[str, object]:
+    """Nothing but what a constructor takes back."""
+    return {
+        k: _plain(v) if isinstance(v, dict) and k.endswith("_config") else v
+        for k, v in config_changes.decoded(value).items()
+        if k not in _DERIVED
+    }
+
+
+def saved(net: Net) -> dict[str, MetaTensor]:
+    """The tensors that save_pretrained keeps, by their names in the model."""
+    state = net.state_dict()
+    for key in net._keys_to_ignore_on_save or ():
+        state.pop(key, None)
+    modeling = optional.library("transformers.modeling_utils")
+    found: dict[str, MetaTensor] = modeling.remove_tied_weights_from_state_dict(state, net)
+    return found
+
+
+def on_disk(net: Net, state: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
+    """The tensors as files hold them."""
+    loading = optional.library("transformers.core_model_loading")
+    found: dict[str, MetaTensor] = loading.revert_weight_conversion(net, state)
+    return found

@@ -1,0 +1,166 @@
+"""Small models: few layers before the probing, small sizes after it.
+
+Building takes time for layers and experts, so that of both a few are left, of every kind that there
+is. When the sizes are explained, a model with other sizes checks all of them at once; where the
+given model is no tiny one already, it becomes the spec's tiny model.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from fractions import Fraction
+
+from streammap.tools.spec_infer import config_changes, probing, solving
+from streammap.tools.spec_infer.axis_naming import HEAD_SIZE, Meanings, is_heads, plain_name
+from streammap.tools.spec_infer.probing import Snapshot, Workbench, template
+from streammap.tools.spec_infer.spec_tables import INDEX_LIST, PER_TOKEN
+
+_SMALL = 160
+"""A hidden size up to this is that of a tiny model already."""
+_TINY_WIDTHS = (92, 76, 44, 38, 28, 26, 22, 34, 46, 52, 58, 62, 68, 74)
+
+
+def shorten(bench: Workbench) -> None:
+    """Few layers and experts, of every kind that there is: that is what building takes time for."""
+    numbers = [f for f in bench.numbers() if f.value > 2]
+    least = max((f.value for f in numbers if PER_TOKEN.search(f.leaf)), default=1)
+    for field in numbers:
+        value = field.value
+        if "experts" in field.leaf and not PER_TOKEN.search(field.leaf):
+            while value % 2 == 0 and value // 2 >= max(8, 2 * least):
+                value //= 2
+            if value < field.value:
+                bench.adopt({field.name: value})
+    for field in numbers:
+        named = re.search(r"layer|depth|block|group", field.leaf)
+        if not named or field.leaf.endswith(("_period", "_offset")) or field.value <= 4:
+            continue
+        full = bench.base()
+        for n in (2, 3, 4, 6, 8, 12, 16, 24, 32):
+            changes = _stack(bench, field, n)
+            short = None if n >= field.value or changes is None else bench.snapshot(changes)
+            if short is not None and _kinds(short) == _kinds(full):
+                assert changes is not None
+                bench.adopt(changes)
+                break
+
+
+def prove_sizes(m: Meanings) -> tuple[str, ...]:
+    """Build a model whose sizes all differ from the probed ones, and keep it if it is tiny.
+
+    Returns:
+        What the sizes of that model contradict, one line each.
+    """
+    hidden = m.fields.get(m.residual())
+    large = hidden is not None and hidden.value > _SMALL
+    tiny = (
+        _tiny(m)
+        if large
+        else {
+            s: 3 * m.fields[s].value
+            for s, name in m.names.items()
+            if s in m.fields and m.kinds[name] != "depth"
+        }
+    )
+    snapshot = m.bench.snapshot(tiny)
+    if snapshot is None:
+        return ("the model that checks all sizes at once can't be built",)
+
+    def size(symbol: str) -> Fraction:
+        for table in (m.solution.head_sizes, m.solution.groups):
+            if symbol in table:
+                above, below = table[symbol]
+                return size(above) / size(below)
+        return Fraction(int(str(tiny.get(symbol, m.fields[symbol].value))))
+
+    wrong: dict[str, None] = {}
+    for key, dims in m.solution.dims.items():
+        for polynomial, found in zip(dims, snapshot.shapes.get(key, ()), strict=False):
+            if polynomial is not None and solving.value_of(polynomial, size) != found:
+                wrong[template(key)] = None
+    if large:
+        m.bench.adopt(tiny)
+    return tuple(f"{key}: its sizes differ in the model that checks them" for key in wrong)
+
+
+def _tiny(m: Meanings) -> dict[str, object]:
+    """Small sizes in the proportions that constructors ask for."""
+    found: dict[str, object] = {}
+    widths = iter(_TINY_WIDTHS * 9)
+    groups = {kv: heads for heads, kv in m.solution.groups.values()}
+    for symbol, name in m.names.items():
+        field = m.fields.get(symbol)
+        kind = m.kinds[name]
+        if field is None or kind == "depth" or symbol in found:
+            continue
+        leaf = field.leaf
+        if "vocab" in leaf:
+            found[symbol] = 97 if "type" not in leaf else field.value
+        elif symbol in groups:
+            n = min(field.value, 2)
+            times = min(3, m.fields[groups[symbol]].value // field.value)
+            found |= {symbol: n, groups[symbol]: n * times}
+        elif is_heads(symbol) and kind == "width":
+            found[symbol] = min(field.value, 6)
+        elif HEAD_SIZE.search(leaf):
+            found[symbol] = min(field.value, 8)
+        elif kind == "frozen" or kind == "expert":
+            found[symbol] = min(field.value, 61)
+        elif name.endswith("embed"):
+            found[symbol] = 48
+        else:
+            found[symbol] = min(field.value, next(widths))
+    for heads, kv in m.solution.groups.values():
+        found[heads] = int(str(found[kv])) * min(3, m.fields[heads].value // m.fields[kv].value)
+    for hidden in {h for h, _ in m.solution.head_sizes.values()} | {m.residual()}:
+        scope = hidden.rpartition(".")[0]
+        counts = [
+            int(str(n))
+            for s, n in found.items()
+            if plain_name(s) == "heads" and s.rpartition(".")[0] == scope
+        ]
+        found[hidden] = math.lcm(*counts, 1) * 8
+    for token, value in config_changes.leaves(m.bench.fields):
+        if re.search(r"token_id$", token) and isinstance(value, int) and value >= 90:
+            found[token] = 90 + len([n for n in found if n.endswith("token_id")]) % 7
+    return found
+
+
+def proof_config(bench: Workbench) -> dict[str, object]:
+    """The tiny model's config.json, without what its class has by itself."""
+    config = _different(bench.fields, bench.defaults())
+    config.pop("model_type", None)
+    return config
+
+
+def _stack(bench: Workbench, field: probing.Field, n: int) -> dict[str, object] | None:
+    """The changes that leave `n` layers, or None where a kind of layer would be lost."""
+    changes: dict[str, object] = {field.name: n}
+    for leaf, entries in bench.lists(field.scope).items():
+        name = f"{field.scope}.{leaf}".lstrip(".")
+        if len(entries) == field.value:
+            if {json.dumps(e) for e in entries[:n]} != {json.dumps(e) for e in entries}:
+                return None
+            changes[name] = entries[:n]
+        elif INDEX_LIST.search(leaf) and all(type(e) is int for e in entries):
+            changes[name] = [e for e in entries if isinstance(e, int) and e < n]
+    return changes
+
+
+def _kinds(snapshot: Snapshot) -> set[tuple[str, tuple[int, ...]]]:
+    return {(template(key), shape) for key, shape in snapshot.shapes.items()}
+
+
+def _different(fields: Mapping[str, object], usual: Mapping[str, object]) -> dict[str, object]:
+    """The entries that a class does not have by itself; TOML has no null."""
+    found: dict[str, object] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            inside = usual.get(name)
+            kept = _different(value, inside if isinstance(inside, dict) else {})
+            if kept and value != inside:
+                found[name] = kept if isinstance(inside, dict) else _different(value, {})
+        elif value is not None and value != usual.get(name):
+            found[name] = value
+    return found

@@ -1,0 +1,1 @@
+"""`streammap spec verify`: a spec tested on a tiny random model."""

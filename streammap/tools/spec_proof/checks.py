@@ -1,0 +1,385 @@
+"""The functional proof of a spec: tiny random models, resized through files, compute the same.
+
+Each model of a spec's [proof] is made, saved and resized by streammap, and loaded again by its own
+library, which must find each key it wants and no other:
+
+    source       it is made, saved, loaded and run
+    growth       every width axis x 2: the same outputs; where not, the axes that change them
+    round trip   the grown model merged again by its saved map: the source, bit for bit
+    permutation  every width axis in random order, experts too: the same outputs
+    shrink       twice the width and depth, and half of that in other groups: both of them run
+    promises     other growth that says it is exact (experts, head size, layers): the same outputs
+
+Outputs are compared number by number where they are logits. Hidden states, of a model without a
+head, have a width that is resized: there the sorted numbers of a position are compared, each of the
+source's as often as it was copied.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+from torch import Tensor
+
+from streammap import api
+from streammap.api import LazyCheckpoint
+from streammap.architectures import registry
+from streammap.architectures.schema import Architecture, Kind
+from streammap.errors import ArchitectureError, PlanError, StreammapError, some
+from streammap.operators.permute import Permute
+from streammap.operators.resize_options import RequestLike, ResizeOptions
+from streammap.planning.plan import Promise
+from streammap.planning.requests import Grouping
+from streammap.tools.spec_proof import tiny_models
+from streammap.tools.spec_proof.tiny_models import FEATURES, TinyModel
+
+CheckName = Literal["source", "growth", "round trip", "permutation", "shrink", "promises"]
+CHECKS: tuple[CheckName, ...] = (
+    "source", "growth", "round trip", "permutation", "shrink", "promises",
+)  # fmt: skip
+TOLERANCE = 1e-9
+"""Largest relative difference of outputs that are called the same."""
+_ROUNDING = 2.0**-50
+_ALLOWED: Mapping[Promise, float] = {
+    "bit-exact": 0.0, "exact": TOLERANCE, "exact up to eps": 1e-3,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check of one model found."""
+
+    name: CheckName
+    passed: bool
+    error: float | None
+    """Largest difference / largest number, of the outputs; None where nothing was compared."""
+    message: str
+    """What went wrong, or why nothing was compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All checks of one model."""
+
+    model: str
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether each check did."""
+        return all(check.passed for check in self.checks)
+
+
+def models(architecture: Architecture) -> tuple[TinyModel, ...]:
+    """The tiny models under a spec's [proof].
+
+    Raises:
+        ArchitectureError: an entry that is none.
+    """
+    return tuple(map(_tiny_model, architecture.proof))
+
+
+def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[Report, ...]:
+    """Prove a spec with its tiny models.
+
+    Args:
+        arch: Its name, or its file (*.toml).
+        name: The only model to try; None for all.
+        scratch: Folder that the models are written to, one below it each.
+
+    Raises:
+        ArchitectureError: no such spec or model.
+    """
+    known = models(registry.load(arch))
+    found = tuple(model for model in known if name in (None, model.name))
+    if not found:
+        raise ArchitectureError(
+            f"{arch}: no model {name or ''} under [proof]".replace("  ", " "),
+            hint=f"there are {some([model.name for model in known]) or 'none'}",
+        )
+    return tuple(prove(model, arch, scratch / model.name) for model in found)
+
+
+def prove(model: TinyModel, arch: str, scratch: Path) -> Report:
+    """Check one tiny model; the checks after "source" need a source."""
+    work = _Proof(model, arch, scratch)
+    found = [_check("source", work.build)]
+    if found[0].passed:
+        found += [
+            _check("growth", work.growth),
+            _check("round trip", work.round_trip),
+            _check("permutation", work.permutation),
+            _check("shrink", work.shrink),
+            _check("promises", work.promises),
+        ]
+    return Report(model.name, tuple(found))
+
+
+def difference(found: Tensor, expected: Tensor, *, in_order: bool) -> float:
+    """How far an output is from the expected one, relative to its largest number.
+
+    Args:
+        in_order: Whether the last dimension is one that no axis has. Where it is not, its numbers
+            are sorted, and the expected ones repeated.
+
+    Raises:
+        PlanError: another shape.
+    """
+    if not in_order and found.shape[:-1] == expected.shape[:-1]:
+        n_copies = found.shape[-1] // expected.shape[-1]
+        expected = expected.sort().values.repeat_interleave(n_copies, dim=-1)
+        found = found.sort().values
+    if found.shape != expected.shape:
+        raise PlanError(f"shape {list(found.shape)} of outputs, expected {list(expected.shape)}")
+    return _relative(found, expected)
+
+
+@final
+class _Proof:
+    """The checks of one model. Each gives the error it found, or raises with what is wrong."""
+
+    def __init__(self, model: TinyModel, arch: str, scratch: Path) -> None:
+        self._model, self._arch, self._scratch = model, arch, scratch
+        self._expected: Mapping[str, Tensor] = {}
+        self._hidden: set[str] = set()
+
+    def build(self) -> None:
+        """The small model, and what it computes."""
+        tiny_models.build(self._model, self._scratch / "source")
+        self._expected = tiny_models.outputs(self._scratch / "source", self._model)
+
+    def growth(self) -> float | None:
+        """Every width twice as large."""
+        return self._same(
+            self._grown, lambda axis: self._source.decoalesce(axes={axis: 2}), self._axes("width")
+        )
+
+    def round_trip(self) -> float | None:
+        """The grown files merged by the map that is saved with them."""
+        grown = self._grown()
+        grown.save(self._scratch / "grown", overwrite=True, fsync=False)
+        merged = self._open("grown").coalesce()
+        merged.save(self._scratch / "merged", overwrite=True, fsync=False)
+        families = self._source.plan.model.families
+        kept = {key for f in families if f.rule.kind != "drop" for key in f.members.values()}
+        if kept != set(merged.keys()):
+            raise PlanError(f"{some(sorted(kept ^ set(merged.keys())))}: not in both models")
+        pairs = {key: (x, self._source.read(key)) for key, x in self._open("merged").tensors()}
+        wrong = {k: _relative(x, old) for k, (x, old) in pairs.items() if not torch.equal(x, old)}
+        error = max(wrong.values(), default=0.0)
+        if error > (_ROUNDING if self._rounds() else 0.0):
+            raise _WrongError(error, f"{some(sorted(wrong))} differ from the source")
+        if merged.config != self._source.config:
+            raise PlanError("the merged model has another config.json than the source")
+        return error
+
+    def permutation(self) -> float | None:
+        """Every width, and the experts, in random order."""
+        return self._same(
+            lambda: self._permuted(()),
+            lambda axis: self._permuted((axis,)),
+            (*self._axes("width"), *self._axes("expert")),
+        )
+
+    def promises(self) -> float | None:
+        """All other growth that says it is exact."""
+        head_dim = 2 * self._source.sizes.get("head_dim", 0)
+        asked: dict[str, ResizeOptions] = {
+            "experts": {"experts": 2},
+            "head_dim": {"head_dim": head_dim},
+            "untie": {**self._widths("stacked"), "untie": True},
+        }
+        for way in _WAYS if self._axes("depth") else ():
+            asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
+        errors, wrong = [0.0], []
+        for name, options in asked.items():
+            try:
+                lazy = self._source.decoalesce(**options)
+            except StreammapError:
+                continue  # A refusal promises nothing.
+            allowed = _ALLOWED.get(lazy.promise[0])
+            error = None if allowed is None else self._told_error(name, lazy)
+            if allowed is not None and error is not None:
+                errors.append(error)
+                if not error <= allowed:
+                    wrong.append(f"{name}: {error:.1e}, though it is called {lazy.promise[0]}")
+        if wrong:
+            raise _WrongError(max(errors), ", ".join(wrong))
+        return max(errors)
+
+    def shrink(self) -> float | None:
+        """Twice as wide and deep, and half of that in other groups of widths."""
+        deep, layers = self._deep()
+        self._run(deep, "deep")
+        small = self._open("deep").coalesce(**self._widths("adjacent"))
+        self._run(small.coalesce(axes=layers) if layers else small, "small")
+        return None
+
+    def _deep(self) -> tuple[LazyCheckpoint, Mapping[str, RequestLike]]:
+        """The model with twice the layers, and how: as its kinds of layers allow it."""
+        grown = self._grown()
+        if not self._axes("depth"):
+            return grown, {}
+        failures = []
+        for way in _WAYS:
+            try:
+                return grown.decoalesce(axes=self._layers(way)), self._layers(way)
+            except PlanError as failure:
+                failures.append(_told(failure))
+        raise PlanError("; ".join(failures))
+
+    def _layers(self, way: "_Way") -> dict[str, RequestLike]:
+        return {axis: way(self._source.sizes[axis]) for axis in self._axes("depth")}
+
+    def _rounds(self) -> bool:
+        """Whether growing and merging rounds: gains of 1 + w, and factors such as sqrt(2)."""
+        spec = self._source.plan.model.architecture
+        has_offset = any(rule.norm is not None and rule.norm.offset for rule in spec.rules)
+        return has_offset or bool(spec.forward_scale) or any(head.scale for head in spec.heads)
+
+    @cached_property
+    def _source(self) -> LazyCheckpoint:
+        return self._open("source")
+
+    def _axes(self, kind: Kind) -> tuple[str, ...]:
+        axes, sizes = self._source.plan.model.architecture.axes, self._source.sizes
+        names = [name for name, size in sizes.items() if size and axes[name].kind == kind]
+        return tuple(name for name in names if name not in self._model.exempt)
+
+    def _open(self, name: str) -> LazyCheckpoint:
+        return api.open(self._scratch / name, arch=self._arch)
+
+    def _grown(self) -> LazyCheckpoint:
+        return self._source.decoalesce(**self._widths("stacked"))
+
+    def _widths(self, grouping: Grouping) -> ResizeOptions:
+        """Twice every width, or half of it."""
+        if self._model.exempt:
+            return {"axes": dict.fromkeys(self._axes("width"), 2), "grouping": grouping}
+        return {"width": 2, "grouping": grouping}
+
+    def _permuted(self, only: tuple[str, ...]) -> LazyCheckpoint:
+        operator = Permute(seed=0, only=only, without=self._model.exempt)
+        return LazyCheckpoint(operator.plan(self._source.plan))
+
+    def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
+        """What a resized model computes, through its files."""
+        lazy.save(self._scratch / name, overwrite=True, fsync=False)
+        found = tiny_models.outputs(self._scratch / name, self._model)
+        if found.keys() != self._expected.keys():
+            raise PlanError(f"outputs are {sorted(found)}, expected {sorted(self._expected)}")
+        wrong = [output for output, x in found.items() if not x.isfinite().all()]
+        if wrong:
+            raise PlanError(f"{', '.join(wrong)}: not finite")
+        return found
+
+    def _error(self, lazy: LazyCheckpoint) -> float | None:
+        """How far a resized model's outputs are from the source's."""
+        found = self._run(lazy, "resized")
+        errors = []
+        for output, x in self._expected.items():
+            if "logits" not in output or found[output].shape != x.shape:
+                self._hidden.add(output)
+            errors.append(difference(found[output], x, in_order=output not in self._hidden))
+        return max(errors, default=None)
+
+    def _same(
+        self,
+        whole: Callable[[], LazyCheckpoint],
+        alone: Callable[[str], LazyCheckpoint],
+        axes: Sequence[str],
+    ) -> float | None:
+        """The error of a change of all axes; where it is too large, that of each axis is told."""
+        try:
+            error = self._error(whole())
+        except Exception as failure:
+            raise PlanError(f"{_told(failure)}; {self._by_axis(alone, axes)}") from failure
+        if error is not None and not error < TOLERANCE:
+            raise _WrongError(error, self._by_axis(alone, axes))
+        return error
+
+    def _by_axis(self, alone: Callable[[str], LazyCheckpoint], axes: Sequence[str]) -> str:
+        told = []
+        for axis in axes:
+            try:
+                error = self._error(alone(axis))
+            except Exception as failure:
+                told.append(f"{axis}: {_told(failure)}")
+            else:
+                told.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
+        return f"each axis alone: {', '.join(told)}"
+
+    def _told_error(self, name: str, lazy: LazyCheckpoint) -> float | None:
+        try:
+            return self._error(lazy)
+        except Exception as failure:
+            raise PlanError(f"{name}: {_told(failure)}") from failure
+
+
+def _repeated(n: int) -> RequestLike:
+    return {"factor": 2, "grouping": "stacked"}
+
+
+def _doubled(n: int) -> RequestLike:
+    return {"factor": 2, "grouping": "adjacent"}
+
+
+def _doubled_but_first(n: int) -> RequestLike:
+    # Where the first layer has other tensors than the rest, it can't stand in a second place.
+    return {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
+
+
+_Way = Callable[[int], RequestLike]
+_WAYS: tuple[_Way, ...] = (_repeated, _doubled, _doubled_but_first)
+
+
+class _WrongError(Exception):
+    """A check that compared, and found a difference."""
+
+    def __init__(self, error: float, message: str) -> None:
+        super().__init__(message)
+        self.error = error
+
+
+def _check(name: CheckName, check: Callable[[], float | None]) -> Check:
+    try:
+        error = check()
+    except _WrongError as found:
+        return Check(name, passed=False, error=found.error, message=str(found))
+    # Model code that gets a wrong shape raises whatever it likes; all of it is the spec's failure.
+    except Exception as failure:
+        return Check(name, passed=False, error=None, message=_told(failure))
+    return Check(name, passed=True, error=error, message="")
+
+
+def _told(failure: Exception) -> str:
+    lines = str(failure).splitlines() or [type(failure).__name__]
+    return lines[0]
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    if not found.is_floating_point():
+        return float(not torch.equal(found, expected))
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return float((found - expected).abs().max()) / (scale or 1.0)
+
+
+def _tiny_model(entry: Mapping[str, object]) -> TinyModel:
+    name, class_name, config = entry.get("name"), entry.get("class"), entry.get("config")
+    neutral, exempt = entry.get("neutral", []), entry.get("except", [])
+    if not (
+        isinstance(name, str)
+        and isinstance(class_name, str)
+        and isinstance(config, Mapping)
+        and isinstance(neutral, list)
+        and isinstance(exempt, list)
+    ):
+        raise ArchitectureError(f"[[proof.models]] {name}: expected a name, a class and a config")
+    unknown = [feature for feature in neutral if feature not in FEATURES]
+    if unknown:
+        raise ArchitectureError(f"[[proof.models]] {name}: no feature {unknown[0]!r} is known")
+    only_shapes = entry.get("shapes_only") is True
+    return TinyModel(name, class_name, config, tuple(neutral), tuple(exempt), only_shapes)

@@ -1,0 +1,347 @@
+"""Tiny random models of transformers and timm: made, saved, loaded again strictly, run.
+
+All of it is strict float64. transformers casts norms, softmax, rotary angles and routers to
+float32, so that a model in float64 computes to 1e-7 only; here who asks torch for float32 gets
+float64, and equal functions are equal to 1e-12.
+"""
+
+import contextlib
+import importlib
+import inspect
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from streammap.common import optional
+from streammap.errors import PlanError, some
+
+FEATURES = ("alibi", "sinusoidal")
+"""What a model computes from positions and can be run without."""
+_TIMM = "timm:"
+"""What a class of timm begins with: "timm:VisionTransformer"."""
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+_BATCH, _N_TOKENS, _N_FRAMES = 2, 17, 20
+_FIRST_TOKEN = 10
+"""Ids below it are padding, masks and images in the tiny models."""
+_SPREAD = 1.5
+"""Weights are this / sqrt(fan-in): attention and routers choose, and nothing saturates."""
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """One entry of [[proof.models]]."""
+
+    name: str
+    class_name: str
+    config: Mapping[str, object]
+    neutral: tuple[str, ...] = ()
+    """Those of FEATURES that it is run without."""
+    exempt: tuple[str, ...] = ()
+    """Axes that can't be resized; the spec's [caveat] says why."""
+    shapes_only: bool = False
+    """It is loaded and not run."""
+
+
+def build(model: TinyModel, folder: Path, *, seed: int = 0) -> None:
+    """Make a model with random weights, and save it as its library does.
+
+    Raises:
+        PlanError: its library is not installed, or has no such class.
+    """
+    with _strict(seed):
+        if model.class_name.startswith(_TIMM):
+            image_model = _timm_model(model, model.config)
+            _randomize(image_model)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(image_model.state_dict(), folder / _WEIGHTS)
+            content = {"num_features": model.config["embed_dim"], "model_args": {**model.config}}
+            (folder / _CONFIG).write_text(json.dumps(content))
+            return
+        with optional.quiet():
+            kind = _class_of(model)
+            net = kind._from_config(
+                kind.config_class(**model.config), dtype=torch.float64, **_EAGER
+            )
+            _randomize(net)
+            net.save_pretrained(folder)
+
+
+def outputs(folder: Path, model: TinyModel, *, seed: int = 0) -> dict[str, Tensor]:
+    """What the model of a folder computes from fixed inputs; nothing if it is `shapes_only`.
+
+    The logits; of a model without any, its hidden states and embeddings.
+
+    Raises:
+        PlanError: keys that are missing, left over, or of another shape.
+    """
+    with _strict(seed):
+        if model.class_name.startswith(_TIMM):
+            image_model = _load_timm(folder, model)
+            side = image_model.patch_embed.img_size[0]
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                return {"logits": image_model(torch.randn(_BATCH, 3, side, side))}
+        with optional.quiet():
+            net = _load(folder, model)
+            if model.shapes_only:
+                return {}
+            torch.manual_seed(seed)  # What loading drew depends on the sizes.
+            with _without(model.neutral, net), torch.no_grad():
+                result = net(**_inputs(net))
+    found = _named(result)
+    if not found:
+        raise PlanError(f"{model.class_name} gives no tensors", hint="set shapes_only = true")
+    return {k: x for k, x in found.items() if "logits" in k} or found
+
+
+class _Config(Protocol):
+    """A configuration of transformers, as far as it is used here; each model has some of these."""
+
+    vocab_size: int
+    num_mel_bins: int
+    max_source_positions: int
+    conv_stride: Sequence[int]
+    image_token_id: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    in_channels: int
+    temporal_patch_size: int
+    spatial_merge_size: int
+    vision_config: "_Config"
+
+    def get_text_config(self) -> "_Config": ...
+
+
+class _Module(Protocol):
+    """A torch module, as far as it is used here."""
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+    def modules(self) -> Iterator[torch.nn.Module]: ...
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+
+class _Net(_Module, Protocol):
+    """A model of transformers."""
+
+    config: _Config
+    forward: Callable[..., object]
+
+    def eval(self) -> "_Net": ...
+    def save_pretrained(self, folder: Path) -> None: ...
+    def __call__(self, **inputs: Tensor) -> Mapping[str, object]: ...
+
+
+class _NetClass(Protocol):
+    """A model class of transformers."""
+
+    config_class: Callable[..., _Config]
+
+    def _from_config(self, config: _Config, **options: object) -> _Net: ...
+    def from_pretrained(
+        self, folder: Path, **options: object
+    ) -> tuple[_Net, Mapping[str, set[object]]]: ...
+
+
+class _Patches(Protocol):
+    img_size: tuple[int, int]
+
+
+class _ImageModel(_Module, Protocol):
+    """A model of timm."""
+
+    patch_embed: _Patches
+
+    def eval(self) -> "_ImageModel": ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> object: ...
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+def _load(folder: Path, model: TinyModel) -> _Net:
+    net, found = _class_of(model).from_pretrained(
+        folder, dtype=torch.float64, output_loading_info=True, **_EAGER
+    )
+    wrong = [f"{what}: {some(sorted(map(str, keys)))}" for what, keys in found.items() if keys]
+    if wrong:
+        raise PlanError("; ".join(wrong))
+    for _, x in (*net.named_parameters(), *net.named_buffers()):
+        # At the same alignment sums are the same to the last bit, wherever the file has them.
+        x.data = x.data.clone()
+    return net.eval()
+
+
+def _class_of(model: TinyModel) -> _NetClass:
+    library = optional.library("transformers")
+    try:
+        found: _NetClass = getattr(library, model.class_name)
+    except (AttributeError, ImportError) as error:
+        raise PlanError(f"transformers has no class {model.class_name}: {error}") from error
+    return found
+
+
+def _load_timm(folder: Path, model: TinyModel) -> _ImageModel:
+    arguments = json.loads((folder / _CONFIG).read_text())["model_args"]
+    found = _timm_model(model, arguments)
+    found.load_state_dict(load_file(folder / _WEIGHTS))
+    return found
+
+
+def _timm_model(model: TinyModel, arguments: Mapping[str, object]) -> _ImageModel:
+    library = optional.library("timm.models.vision_transformer")
+    kind: Callable[..., _ImageModel] = getattr(library, model.class_name.removeprefix(_TIMM))
+    return kind(**arguments).eval()
+
+
+def _randomize(model: _Module) -> None:
+    """Random weights, gains and biases, in place: with gains 1 and biases 0, wrong rules pass."""
+    saved = model.state_dict()
+    found = dict(model.named_parameters())
+    found |= {name: x for name, x in model.named_buffers() if name in saved}
+    with torch.no_grad():
+        for name, x in found.items():
+            if not x.is_floating_point() or name.endswith("inv_freq"):
+                continue
+            if x.numel() == max(x.shape, default=1) or name.endswith("A_log"):
+                # Around what it begins with: gains at 1 (or 0, for 1 + gain), biases at 0.
+                x += torch.rand_like(x) - 0.5
+            else:
+                fan_in = x[0].numel() if x.dim() > 3 else x.shape[-1]
+                x.normal_(std=_SPREAD / math.sqrt(fan_in))
+
+
+def _inputs(net: _Net) -> dict[str, Tensor]:
+    """What the model's forward takes. No size that a resizing may change counts."""
+    takes, config = inspect.signature(net.forward).parameters, net.config
+    found: dict[str, Tensor] = {}
+    n_ids = config.get_text_config().vocab_size if "input_ids" in takes else 0
+    if "input_ids" in takes:
+        found["input_ids"] = torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
+    if "decoder_input_ids" in takes:
+        n_ids = getattr(config, "decoder_vocab_size", None) or config.vocab_size
+        found["decoder_input_ids"] = torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
+    n_types = getattr(config, "type_vocab_size", 0)
+    if "token_type_ids" in takes and n_types:
+        found["token_type_ids"] = torch.randint(n_types, (_BATCH, _N_TOKENS))
+    if "input_features" in takes:
+        n_frames = 2 * config.max_source_positions
+        found["input_features"] = torch.randn(_BATCH, config.num_mel_bins, n_frames)
+    if "input_values" in takes:
+        found["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(config.conv_stride))
+    if "image_grid_thw" in takes:
+        found |= _patches(config, found["input_ids"])
+    elif "pixel_values" in takes:
+        found |= _images(config, found.get("input_ids"), takes)
+    return found
+
+
+def _named(result: Mapping[str, object]) -> dict[str, Tensor]:
+    """The numbers of an answer; channels come last in all of them."""
+    found = {k: x for k, x in result.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    maps = result.get("feature_maps")
+    for i, x in enumerate(maps if isinstance(maps, tuple) else ()):
+        found[f"feature_maps.{i}"] = x.movedim(1, -1)
+    return found
+
+
+def _images(config: _Config, ids: Tensor | None, takes: Mapping[str, object]) -> dict[str, Tensor]:
+    """Images, and their places among the tokens, which `ids` takes in."""
+    vision: _Config = getattr(config, "vision_config", config)
+    side = vision.image_size
+    n_patches = (side // vision.patch_size) ** 2
+    found = {"pixel_values": torch.randn(_BATCH, vision.num_channels, side, side)}
+    if "noise" in takes:
+        found["noise"] = torch.rand(_BATCH, n_patches)
+    place: int | None = getattr(config, "image_token_id", None)
+    if ids is not None and place is not None:
+        n_places = getattr(config, "mm_tokens_per_image", n_patches)
+        ids[:, 1 : 1 + n_places] = place
+        if "token_type_ids" in takes:
+            found["token_type_ids"] = (ids == place).long()
+    return found
+
+
+def _patches(config: _Config, ids: Tensor) -> dict[str, Tensor]:
+    """Images as Qwen's models take them: flat patches, and the grid that they form."""
+    vision = config.vision_config
+    n_places, side = 4, 2 * vision.spatial_merge_size
+    ids[:, 1 : 1 + n_places] = config.image_token_id
+    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "pixel_values": torch.randn(_BATCH * side * side, size),
+        "image_grid_thw": torch.tensor([[1, side, side]] * _BATCH),
+        "mm_token_type_ids": (ids == config.image_token_id).int(),
+    }
+
+
+@contextlib.contextmanager
+def _without(features: Sequence[str], net: _Net) -> Iterator[None]:
+    """The model with what it computes from positions set to zero."""
+    with contextlib.ExitStack() as stack:
+        if "sinusoidal" in features:
+            for part in net.modules():
+                if "Sinusoidal" in type(part).__name__:
+                    stack.callback(part.register_forward_hook(_zeros).remove)
+        if "alibi" in features:
+            # The slopes come from functions of the model's own module.
+            module = importlib.import_module(type(net).__module__)
+            for name, function in list(vars(module).items()):
+                if "alibi" in name and inspect.isfunction(function):
+                    stack.callback(setattr, module, name, function)
+                    setattr(module, name, _zeroed(function))
+        yield
+
+
+def _zeros(part: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return torch.zeros_like(output)
+
+
+def _zeroed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args, **options: torch.zeros_like(function(*args, **options))
+
+
+@contextlib.contextmanager
+def _strict(seed: int) -> Iterator[None]:
+    """Strict float64, fixed random numbers, one thread and no warnings, inside only."""
+    default, n_threads = torch.get_default_dtype(), torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _InFloat64():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        torch.set_default_dtype(torch.float64)
+        # The tensors are so small that further threads only wait for one another.
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(n_threads)
+            torch.set_default_dtype(default)
+
+
+class _InFloat64(TorchFunctionMode):
+    """Who asks torch for float32 gets float64."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is Tensor.float:
+            func = Tensor.double
+        named = {k: _widened(x) for k, x in (kwargs or {}).items()}
+        return func(*map(_widened, args), **named)
+
+
+def _widened(given: object) -> object:
+    return torch.float64 if given is torch.float32 else given

@@ -1,0 +1,243 @@
+"""What config.json says of single layers, and how it follows when layers change."""
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from streammap.architectures import layer_kinds
+from streammap.architectures.schema import Depth
+from streammap.errors import PlanError
+
+Config = dict[str, object]
+
+
+def followed(depth: Depth, config: Config, sources: Sequence[int]) -> Config:
+    """config.json after a change of layers."""
+    found = copy.deepcopy(config)
+    layer_kinds.follow(depth, found, sources, what="layer", n_before=max(sources) + 1)
+    return found
+
+
+# Lists.
+
+
+def test_a_list_takes_the_entries_of_the_source_layers() -> None:
+    depth = Depth(lists=("types", "text.windows"))
+    config: Config = {"types": ["a", "b", "c"], "text": {"windows": [1, 2, 3]}, "other": [7, 8, 9]}
+    assert followed(depth, config, [2, 0, 0, 1]) == {
+        "types": ["c", "a", "a", "b"],
+        "text": {"windows": [3, 1, 1, 2]},
+        "other": [7, 8, 9],
+    }
+    assert layer_kinds.kinds(depth, config, 3) == (
+        ("types a", "text.windows 1"), ("types b", "text.windows 2"), ("types c", "text.windows 3"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [None, "abc", 3, {}])
+def test_a_list_that_is_none_is_left_alone(value: object) -> None:
+    config: Config = {"types": value}
+    assert followed(Depth(lists=("types",)), config, [0, 0]) == config
+    assert followed(Depth(lists=("types",)), {}, [0, 0]) == {}
+
+
+def test_a_missing_list_is_its_default_repeated() -> None:
+    depth = Depth(lists=("types",), default={"types": ("s", "s", "f")})
+    assert layer_kinds.kinds(depth, {}, 4) == tuple((f"types {t}",) for t in "ssfs")
+    # The loader would make "ssfs" of four layers again: other layers need the list itself.
+    assert followed(depth, {}, [0, 1, 2, 2, 3]) == {"types": ["s", "s", "f", "f", "s"]}
+    assert followed(depth, {"types": ["a", "b"]}, [1, 1]) == {"types": ["b", "b"]}
+
+
+# Numbers of layers.
+
+
+def test_an_index_list_names_the_layers_that_come_from_named_ones() -> None:
+    depth = Depth(index_lists=("dense",))
+    config: Config = {"dense": [0, 2]}
+    assert layer_kinds.kinds(depth, config, 3) == (("in dense",), ("not in dense",), ("in dense",))
+    assert followed(depth, config, [0, 0, 1, 1, 2, 2]) == {"dense": [0, 1, 4, 5]}
+    assert followed(depth, config, [1]) == {"dense": []}
+    assert followed(depth, {"dense": []}, [0, 0]) == {"dense": []}
+    assert followed(depth, {}, [0, 0]) == {}
+
+
+def test_a_prefix_count_counts_the_leading_layers_of_its_kind() -> None:
+    depth = Depth(prefix_counts=("first",))
+    config: Config = {"first": 2}
+    assert layer_kinds.kinds(depth, config, 3) == (("before first 2",),) * 2 + (("after first 2",),)
+    assert followed(depth, config, [0, 0, 1, 1, 2, 2]) == {"first": 4}
+    assert followed(depth, config, [1, 2]) == {"first": 1}
+    assert followed(depth, config, [2, 2]) == {"first": 0}
+    assert followed(depth, {"first": 0}, [2, 0]) == {"first": 0}
+    assert followed(depth, {}, [2, 0]) == {}
+
+
+def test_a_last_index_is_that_of_the_last_layer_of_its_kind() -> None:
+    depth = Depth(last_index=("end",))
+    config: Config = {"end": 1}
+    assert layer_kinds.kinds(depth, config, 3) == (("before end 1",),) * 2 + (("after end 1",),)
+    assert followed(depth, config, [0, 0, 1, 1, 2, 2]) == {"end": 3}
+    assert followed(depth, config, [0, 2]) == {"end": 0}
+    assert followed(depth, {"end": -1}, [1, 0]) == {"end": -1}
+
+
+@pytest.mark.parametrize(
+    "depth", [Depth(prefix_counts=("first",)), Depth(last_index=("first",))], ids=["count", "last"]
+)
+def test_layers_of_the_leading_kind_must_lead(depth: Depth) -> None:
+    expected = r"first counts leading layers of layer, and they would not lead\n  hint: "
+    with pytest.raises(PlanError, match=expected):
+        followed(depth, {"first": 1}, [0, 2, 0, 2])
+
+
+# Periods.
+
+
+@pytest.mark.parametrize(
+    ("period", "config", "at"),
+    [
+        (("every",), {"every": 2}, [0, 2, 4]),
+        (("every", "start"), {"every": 2, "start": 1}, [1, 3, 5]),
+        (("every", "-1"), {"every": 3}, [2, 5]),
+        (("every", "1"), {"every": 3}, [1, 4]),
+        (("text.every", "text.-1"), {"text": {"every": 2}}, [1, 3, 5]),
+        (("every", "start"), {"every": 4}, [0, 4]),
+        (("every",), {"every": 1}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_period_says_every_nth_layer(
+    period: tuple[str, ...], config: Config, at: list[int]
+) -> None:
+    kinds = layer_kinds.kinds(Depth(periods=(period,)), config, 6)
+    assert [i for i, kind in enumerate(kinds) if kind[0].startswith("at ")] == at
+    assert set(kinds) <= {(f"at {period[0]}",), (f"off {period[0]}",)}
+
+
+def test_layers_must_keep_their_place_in_a_period() -> None:
+    depth = Depth(periods=(("every", "-1"),))
+    config: Config = {"every": 2}
+    assert followed(depth, config, [0, 1, 0, 1]) == config
+    assert followed(depth, config, [2, 3]) == config
+    expected = (
+        r"layer 1 would come from 0, but config\.json's every \(2\) says they are of two kinds"
+        r"\n  hint: .*period of every"
+    )
+    with pytest.raises(PlanError, match=expected):
+        followed(depth, config, [0, 0, 1, 1])
+
+
+def test_without_a_period_there_is_nothing_to_keep() -> None:
+    depth = Depth(periods=(("every",),))
+    for config in ({}, {"every": None}, {"every": 0}, {"every": 1}):
+        assert followed(depth, dict(config), [3, 0, 0]) == config
+
+
+# Tables and patterns.
+
+
+def test_a_table_follows_the_numbers_of_its_layers() -> None:
+    depth = Depth(tables=("per_layer",))
+    config: Config = {"per_layer": {"0": {"a": 1}, "2": {"a": 3}}}
+    assert followed(depth, config, [0, 0, 1, 2]) == {
+        "per_layer": {"0": {"a": 1}, "1": {"a": 1}, "3": {"a": 3}}
+    }
+    assert followed(depth, {}, [0, 0]) == {}
+
+
+def test_a_pattern_is_unrolled() -> None:
+    depth = Depth(patterns=("types",))
+    config: Config = {"types": [[["global", "local"], 2], [["local"], 1]]}
+    assert followed(depth, config, [0, 1, 4, 4]) == {
+        "types": [[["global", "local", "local", "local"], 1]]
+    }
+
+
+@pytest.mark.parametrize("value", [None, [], ["global"], [[["global"], -1]], [[["a"], 10**9]]])
+def test_a_pattern_that_is_none_is_left_alone(value: object) -> None:
+    assert followed(Depth(patterns=("types",)), {"types": value}, [0, 0]) == {"types": value}
+
+
+# What goes, and what stays.
+
+
+def test_fields_that_name_layers_by_number_are_removed_with_a_note() -> None:
+    depth = Depth(delete=("out_indices", "text.stages", "absent"))
+    config: Config = {"out_indices": [1], "text": {"stages": [2], "kept": 1}}
+    notes = layer_kinds.follow(depth, config, [0], what="layer", n_before=1)
+    assert config == {"text": {"kept": 1}}
+    assert notes == (
+        "config.json: out_indices is removed, it names layers by number",
+        "config.json: text.stages is removed, it names layers by number",
+    )
+
+
+def test_the_first_layer_may_be_of_a_kind_of_its_own() -> None:
+    assert layer_kinds.kinds(Depth(first=True), {}, 3) == (("first",), ("later",), ("later",))
+
+
+def test_without_a_table_all_layers_are_of_one_kind() -> None:
+    assert layer_kinds.kinds(Depth(), {"layer_types": ["a", "b"]}, 2) == ((), ())
+
+
+@st.composite
+def depths(draw: st.DrawFn) -> tuple[Config, int]:
+    """Any config.json with per-layer facts."""
+    n = draw(st.integers(1, 5))
+    return {
+        "types": draw(st.lists(st.sampled_from("ab"), min_size=n, max_size=n)),
+        "dense": sorted(draw(st.sets(st.integers(0, n - 1)))),
+        "first": draw(st.integers(0, n)),
+        "last": draw(st.integers(-1, n - 1)),
+        "per_layer": {str(i): i for i in draw(st.sets(st.integers(0, n - 1)))},
+    }, n
+
+
+@given(depths(), st.data())
+def test_a_layer_is_of_the_kind_of_its_source(
+    given_: tuple[Config, int], data: st.DataObject
+) -> None:
+    config, n = given_
+    depth = Depth(
+        lists=("types",), index_lists=("dense",), prefix_counts=("first",), last_index=("last",),
+        tables=("per_layer",),
+    )  # fmt: skip
+    sources = sorted(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=8)))
+    after = followed(depth, config, sources)
+
+    def facts(config: Config, n_layers: int) -> list[tuple[str, ...]]:
+        # The counts themselves change; on which side of them a layer is does not.
+        kinds = layer_kinds.kinds(depth, config, n_layers)
+        return [tuple(word.rstrip("-0123456789") for word in kind) for kind in kinds]
+
+    before = facts(config, n)
+    found = facts(after, len(sources))
+    n_facts = {len(kind) for kind in found}
+    assert n_facts <= {3, 4}
+    for i, j in enumerate(sources):
+        if len(found[i]) == len(before[j]):
+            assert found[i] == before[j]
+
+
+def test_kinds_after_a_change_of_layers_in_order_are_kinds_before() -> None:
+    depth = Depth(lists=("types",), index_lists=("dense",), periods=(("every",),))
+    config: Config = {"types": ["a", "b", "a", "b"], "dense": [1], "every": 2}
+    before = layer_kinds.kinds(depth, config, 4)
+    sources = [0, 1, 2, 1, 0, 3]
+    after = followed(depth, config, sources)
+    assert layer_kinds.kinds(depth, after, 6) == tuple(before[j] for j in sources)
+
+
+# A last layer of a kind of its own.
+
+
+def test_the_last_layer_stays_the_last_where_loaders_take_it_for_another_kind() -> None:
+    depth = Depth(last=True, lists=("types",))
+    config: Config = {"types": ["a", "a", "full"]}
+    layer_kinds.follow(depth, config, [0, 2], what="layer", n_before=3)
+    assert config == {"types": ["a", "full"]}
+    with pytest.raises(PlanError, match=r"the last layer would come from 1.*kind of 2"):
+        layer_kinds.follow(depth, {"types": ["a", "a", "full"]}, [0, 1], what="layer", n_before=3)

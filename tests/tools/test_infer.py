@@ -1,0 +1,262 @@
+"""A spec found by probing a model class: its rules, its axes, and what it refuses.
+
+The expected rules are written out by hand, from the classes' own code.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from typing import cast
+
+import pytest
+
+from streammap.architectures import registry
+from streammap.errors import ArchitectureError
+from streammap.tools.spec_infer.infer import Inferred, infer
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
+
+Table = Mapping[str, object]
+
+CONFIGS: dict[str, dict[str, object]] = {
+    "llama": {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000,
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    },
+    "gpt2": {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 768, "n_head": 12,
+        "n_layer": 12, "n_positions": 1024, "vocab_size": 50257,
+    },
+    "bert": {
+        "architectures": ["BertForMaskedLM"], "model_type": "bert", "hidden_size": 768,
+        "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072,
+        "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2,
+    },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096,
+        "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "num_local_experts": 8, "vocab_size": 32000,
+    },
+    "t5": {
+        "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 512,
+        "d_ff": 2048, "d_kv": 64, "num_heads": 8, "num_layers": 6, "num_decoder_layers": 6,
+        "vocab_size": 32128,
+    },
+    "phi3": {
+        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 3072,
+        "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "num_hidden_layers": 32, "vocab_size": 32064, "pad_token_id": 32000,
+    },
+}  # fmt: skip
+
+LLAMA_ATTENTION = {
+    "{base}embed_tokens": "embedding vocab -> embed",
+    "{L}self_attn.q_proj": "linear embed -> q",
+    "{L}self_attn.k_proj": "linear embed -> kv",
+    "{L}self_attn.v_proj": "linear embed -> kv",
+    "{L}self_attn.o_proj": "linear q -> embed",
+    "{L}input_layernorm": "norm embed",
+    "{L}post_attention_layernorm": "norm embed",
+    "{base}norm": "norm embed",
+    "lm_head": "linear embed -> vocab",
+}
+T5_BIAS = "embedding relative_attention_num_buckets -> heads"
+MODULES: dict[str, dict[str, str]] = {
+    "llama": {
+        **LLAMA_ATTENTION,
+        "{L}mlp.gate_proj": "linear embed -> mlp",
+        "{L}mlp.up_proj": "linear embed -> mlp",
+        "{L}mlp.down_proj": "linear mlp -> embed",
+    },
+    "gpt2": {
+        "{base}wte": "embedding vocab -> embed",
+        "{base}wpe": "embedding pos -> embed",
+        "{L}ln_1": "norm embed",
+        "{L}attn.c_attn": "conv1d embed -> 3*q",
+        "{L}attn.c_proj": "conv1d q -> embed",
+        "{L}ln_2": "norm embed",
+        "{L}mlp.c_fc": "conv1d embed -> mlp",
+        "{L}mlp.c_proj": "conv1d mlp -> embed",
+        "{base}ln_f": "norm embed",
+        "lm_head": "linear embed -> vocab",
+    },
+    "bert": {
+        "{base}embeddings.word_embeddings": "embedding vocab -> embed",
+        "{base}embeddings.position_embeddings": "embedding pos -> embed",
+        "{base}embeddings.token_type_embeddings": "embedding types -> embed",
+        "{base}embeddings.LayerNorm": "norm embed",
+        "{L}attention.self.query": "linear embed -> q",
+        "{L}attention.self.key": "linear embed -> q",
+        "{L}attention.self.value": "linear embed -> q",
+        "{L}attention.output.dense": "linear q -> embed",
+        "{L}attention.output.LayerNorm": "norm embed",
+        "{L}intermediate.dense": "linear embed -> mlp",
+        "{L}output.dense": "linear mlp -> embed",
+        "{L}output.LayerNorm": "norm embed",
+        "cls.predictions.transform.dense": "linear embed -> embed",
+        "cls.predictions.transform.LayerNorm": "norm embed",
+        "cls.predictions.decoder": "linear embed -> vocab",
+    },
+    "mixtral": {
+        **LLAMA_ATTENTION,
+        "{L}block_sparse_moe.gate": "linear embed -> expert",
+        "{L}block_sparse_moe.experts.{expert}.w1": "linear embed -> mlp",
+        "{L}block_sparse_moe.experts.{expert}.w2": "linear mlp -> embed",
+        "{L}block_sparse_moe.experts.{expert}.w3": "linear embed -> mlp",
+    },
+    "t5": {
+        "shared": "embedding vocab -> embed",
+        "encoder.embed_tokens": "embedding vocab -> embed",
+        "decoder.embed_tokens": "embedding vocab -> embed",
+        "lm_head": "linear embed -> vocab",
+        "encoder.final_layer_norm": "norm embed",
+        "decoder.final_layer_norm": "norm embed",
+        **{f"{{LAYER}}layer.{i}.layer_norm": "norm embed" for i in range(2)},
+        **{f"{{DEC}}layer.{i}.layer_norm": "norm embed" for i in range(3)},
+        **{f"{{LAYER}}layer.0.SelfAttention.{p}": "linear embed -> q" for p in "qkv"},
+        **{f"{{DEC}}layer.0.SelfAttention.{p}": "linear embed -> q" for p in "qkv"},
+        **{f"{{DEC}}layer.1.EncDecAttention.{p}": "linear embed -> q" for p in "qkv"},
+        "{LAYER}layer.0.SelfAttention.o": "linear q -> embed",
+        "{DEC}layer.0.SelfAttention.o": "linear q -> embed",
+        "{DEC}layer.1.EncDecAttention.o": "linear q -> embed",
+        "{LAYER}layer.0.SelfAttention.relative_attention_bias": T5_BIAS,
+        "{DEC}layer.0.SelfAttention.relative_attention_bias": T5_BIAS,
+        "{LAYER}layer.1.DenseReluDense.wi": "linear embed -> mlp",
+        "{LAYER}layer.1.DenseReluDense.wo": "linear mlp -> embed",
+        "{DEC}layer.2.DenseReluDense.wi": "linear embed -> mlp",
+        "{DEC}layer.2.DenseReluDense.wo": "linear mlp -> embed",
+    },
+    "phi3": {
+        **{k: v for k, v in LLAMA_ATTENTION.items() if k[-6:-4] not in ("q_", "k_", "v_")},
+        "{L}self_attn.qkv_proj": "linear embed -> q+2*kv",
+        "{L}mlp.gate_up_proj": "linear embed -> 2*mlp",
+        "{L}mlp.down_proj": "linear mlp -> embed",
+    },
+}
+
+
+@cache
+def inferred(name: str) -> Inferred:
+    return infer(CONFIGS[name], name=name)
+
+
+def table(name: str, entry: str) -> Table:
+    return cast("Table", tomllib.loads(inferred(name).toml).get(entry, {}))
+
+
+AXES: dict[str, dict[str, object]] = {
+    "llama": {
+        "embed": "hidden_size", "heads": "num_attention_heads", "q_group": "=heads/kv_heads",
+        "kv_heads": ["num_key_value_heads", "=heads"], "head_dim": ["head_dim", "=embed/heads"],
+    },
+    "gpt2": {"mlp": ["n_inner", "=4*embed"], "head_dim": "=embed/heads", "layer": "n_layer"},
+    "bert": {"heads": "num_attention_heads", "head_dim": "=embed/heads"},
+    "mixtral": {"expert": "num_local_experts", "mlp": "intermediate_size"},
+    "t5": {"head_dim": ["d_kv", "=64"], "layer": "num_layers", "dec_layer": "num_decoder_layers"},
+    "phi3": {"head_dim": "=embed/heads", "q_group": "=heads/kv_heads"},
+}  # fmt: skip
+KINDS = {
+    "llama": {"layer": "depth", "head_dim": "frozen", "q_group": "group", "vocab": "frozen"},
+    "gpt2": {"layer": "depth", "head_dim": "frozen", "vocab": "frozen", "pos": "frozen"},
+    "mixtral": {
+        "layer": "depth", "head_dim": "frozen", "q_group": "group", "vocab": "frozen",
+        "expert": "expert",
+    },
+}  # fmt: skip
+HEADS: dict[str, dict[str, object]] = {
+    "llama": {"norm": "{base}norm", "embed": "{base}embed_tokens.weight", "tied": False},
+    "gpt2": {"norm": "{base}ln_f", "embed": "{base}wte.weight"},
+    "bert": {
+        "norm": "cls.predictions.transform.LayerNorm",
+        "head": "cls.predictions.decoder.weight",
+    },
+    "t5": {"norm": "decoder.final_layer_norm", "embed": "shared.weight"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_the_rules_are_those_of_the_class(name: str) -> None:
+    assert table(name, "modules") == MODULES[name]
+    assert inferred(name).unresolved == ()
+
+
+@pytest.mark.parametrize("name", sorted(AXES))
+def test_axes_are_config_fields_and_what_their_absence_means(name: str) -> None:
+    assert AXES[name].items() <= table(name, "axes").items()
+
+
+@pytest.mark.parametrize("name", sorted(KINDS))
+def test_only_widths_that_are_made_and_read_can_be_resized(name: str) -> None:
+    assert table(name, "axis_kind") == KINDS[name]
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_the_head_and_the_norm_before_it(name: str) -> None:
+    assert HEADS[name].items() <= table(name, "head").items()
+
+
+def test_norms_are_known_by_what_they_do() -> None:
+    gemma = infer({"model_type": "gemma", "num_hidden_layers": 2}, name="gemma")
+    assert tomllib.loads(gemma.toml)["norm"] == {
+        "kind": "rms", "offset": 1.0, "eps": ["rms_norm_eps"],
+    }  # fmt: skip
+    assert table("bert", "norm") == {"kind": "layer", "eps": ["layer_norm_eps"], "post": True}
+    assert table("gpt2", "norm") == {"kind": "layer", "eps": ["layer_norm_epsilon"]}
+
+
+def test_experts_kept_apart_in_files_are_an_index() -> None:
+    assert table("mixtral", "experts") == {"multiply": ["num_experts_per_tok"]}
+
+
+def test_layers_of_two_kinds() -> None:
+    config: dict[str, object] = {"model_type": "gpt_oss", "num_hidden_layers": 4}
+    found = tomllib.loads(infer(config, name="gpt_oss").toml)
+    assert found["depth"] == {"layer": {"lists": ["layer_types"]}}
+    assert found["tensors"]["{L}mlp.experts.down_proj"] == "expert, mlp:in, embed:out"
+    assert found["tensors"]["{L}mlp.experts.down_proj_bias"] == "expert, embed:out"
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_the_text_is_a_spec_with_a_tiny_model(name: str) -> None:
+    spec = registry.parse(inferred(name).toml, name=name)
+    assert spec.model_types == (name,)
+    (model,) = cast("dict[str, list[Table]]", table(name, "proof"))["models"]
+    config = cast("Table", model["config"])
+    made = transformers.AutoConfig.for_model(name, **config)
+    sizes = [getattr(made, field, 0) or 0 for field in ("hidden_size", "vocab_size")]
+    assert max(sizes) <= 100
+    assert model["class"] == cast("list[str]", CONFIGS[name]["architectures"])[0]
+
+
+def test_probing_is_quick() -> None:
+    # 20 models or so: one field after the other, not all their combinations.
+    assert all(inferred(name).n_probes < 60 for name in CONFIGS)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "no model_type in its config.json"),
+        ({"model_type": "grown"}, "has no model type 'grown'"),
+        (
+            {"model_type": "grown", "auto_map": {"AutoModel": "modeling.Grown"}},
+            "'grown' brings its own code, which is never run",
+        ),
+        ({"model_type": "bert", "hidden_size": "wide"}, "transformers can't read its config"),
+        (
+            {"model_type": "bert", "hidden_size": 10, "num_attention_heads": 3},
+            "can't be built: The hidden size",
+        ),
+    ],
+)
+def test_what_is_refused(config: Table, message: str) -> None:
+    with pytest.raises(ArchitectureError, match=message) as caught:
+        infer(config, name="x")
+    assert caught.value.hint
+
+
+def test_code_that_comes_with_a_known_model_type_is_passed_by() -> None:
+    config = {**CONFIGS["bert"], "auto_map": {"AutoModel": "modeling_other.OtherBert"}}
+    assert infer(config, name="bert").toml == inferred("bert").toml

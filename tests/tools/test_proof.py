@@ -1,0 +1,221 @@
+"""The specs, proved on tiny models of transformers and timm: resized, they compute the same."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from streammap.architectures import registry
+from streammap.errors import ArchitectureError, PlanError
+from streammap.tools.spec_proof import checks, tiny_models
+from streammap.tools.spec_proof.tiny_models import TinyModel
+
+pytest.importorskip("transformers")
+
+QUICK = (
+    "bert", "gpt2", "llama", "qwen3", "gemma2", "t5", "mixtral", "deepseek_v3", "gpt_oss", "falcon",
+    "phi3", "vit", "opt_350m", "mamba",
+)  # fmt: skip
+"""One of each kind; the others are slow only because there are many of them."""
+TINY = {
+    "vocab_size": 31, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2,
+    "intermediate_size": 24, "max_position_embeddings": 32,
+}  # fmt: skip
+BERT = TinyModel("bert", "BertForMaskedLM", TINY)
+
+
+def cases() -> Iterator[object]:
+    for arch in registry.names():
+        for model in checks.models(registry.load(arch)):
+            marks = () if model.name in QUICK else (pytest.mark.slow,)
+            yield pytest.param(arch, model, id=model.name, marks=marks)
+
+
+@pytest.mark.parametrize(("arch", "model"), list(cases()))
+def test_a_resized_model_computes_what_its_source_does(
+    tmp_path: Path, arch: str, model: TinyModel
+) -> None:
+    if model.class_name.startswith("timm:"):
+        pytest.importorskip("timm", exc_type=ImportError)
+    report = checks.prove(model, arch, tmp_path)
+    assert [check for check in report.checks if not check.passed] == []
+    assert [check.name for check in report.checks] == list(checks.CHECKS)
+    errors = {check.name: check.error for check in report.checks}
+    for name in ("growth", "permutation"):
+        error = errors[name]
+        assert (error is None) == model.shapes_only
+        assert error is None or error < checks.TOLERANCE
+
+
+def test_each_quick_model_is_there() -> None:
+    found = {
+        model.name for arch in registry.names() for model in checks.models(registry.load(arch))
+    }
+    assert set(QUICK) <= found
+
+
+GPT2 = """[[proof.models]]
+name = "gpt2"
+class = "GPT2LMHeadModel"
+[proof.models.config]
+vocab_size = 31
+n_positions = 32
+n_embd = 16
+n_head = 4
+n_layer = 2
+n_inner = 20
+"""
+
+# Each is a spec with a fault, the check that finds it, and what is told of it.
+FAULTS = {
+    "no head to compensate": ('[head]\nclasses = ["NoSuchModel"]', "growth", "embed: "),
+    "a scale that the model lacks": (
+        '[forward_scale]\n"{base}wte.weight" = "embed**0.5"', "growth", "embed: ",
+    ),
+    "another layout of q, k, v": (
+        '[modules]\n"{L}attn.c_attn" = "conv1d embed -> heads*3*head_dim"',
+        "permutation", "heads: ",
+    ),
+    "a role the wrong way round": (
+        '[tensors]\n"{L}mlp.c_fc.weight" = "embed:in, mlp:in"', "growth", "mlp: ",
+    ),
+    "a rule that is missing": ('[modules]\n"{L}mlp.c_fc" = "linear mlp -> mlp"', "growth", "c_fc"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_wrong_spec_fails_and_the_axis_is_named(tmp_path: Path, name: str) -> None:
+    tables, check, told = FAULTS[name]
+    spec = tmp_path / "faulty.toml"
+    spec.write_text(f'schema = 1\nextends = "gpt2"\nmodel_types = ["gpt2"]\n{tables}\n{GPT2}')
+    (report,) = checks.verify(str(spec), scratch=tmp_path)
+    assert not report.passed
+    (found,) = (found for found in report.checks if found.name == check)
+    assert not found.passed
+    assert told in found.message
+
+
+def test_verify_takes_one_model_by_name(tmp_path: Path) -> None:
+    (report,) = checks.verify("gpt2", name="gpt2", scratch=tmp_path)
+    assert report.model == "gpt2"
+    with pytest.raises(ArchitectureError, match="no model nothing under"):
+        checks.verify("gpt2", name="nothing", scratch=tmp_path)
+
+
+def test_a_model_that_cannot_be_made_is_a_failed_source(tmp_path: Path) -> None:
+    report = checks.prove(replace(BERT, class_name="NoSuchModel"), "bert", tmp_path)
+    assert not report.passed
+    assert [(check.name, check.error) for check in report.checks] == [("source", None)]
+    assert "NoSuchModel" in report.checks[0].message
+
+
+def test_weights_gains_and_biases_are_all_random_float64(tmp_path: Path) -> None:
+    tiny_models.build(BERT, tmp_path)
+    for key, x in load_file(tmp_path / "model.safetensors").items():
+        assert x.dtype == torch.float64, key
+        assert len(set(x.flatten().tolist())) == x.numel(), key
+        if "LayerNorm.weight" in key:
+            assert 0.5 <= float(x.min()) <= float(x.max()) <= 1.5
+
+
+def test_outputs_are_the_same_each_time(tmp_path: Path) -> None:
+    tiny_models.build(BERT, tmp_path)
+    first, again = (tiny_models.outputs(tmp_path, BERT) for _ in range(2))
+    assert first.keys() == {"logits"}
+    assert first["logits"].dtype == torch.float64
+    assert torch.equal(first["logits"], again["logits"])
+    assert not torch.equal(first["logits"], tiny_models.outputs(tmp_path, BERT, seed=1)["logits"])
+
+
+def test_each_key_must_be_there_and_wanted(tmp_path: Path) -> None:
+    tiny_models.build(BERT, tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    key = "bert.encoder.layer.0.output.dense.bias"
+    changes = ({key: None}, {"more": torch.zeros(1)}, {key: torch.zeros(3)})
+    for change in changes:
+        changed = {k: x for k, x in (state | change).items() if x is not None}
+        save_file(changed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises((PlanError, RuntimeError), match=r"missing|unexpected|mismatch"):
+            tiny_models.outputs(tmp_path, BERT)
+
+
+def test_shapes_only_loads_and_does_not_run(tmp_path: Path) -> None:
+    tiny_models.build(BERT, tmp_path)
+    assert tiny_models.outputs(tmp_path, replace(BERT, shapes_only=True)) == {}
+
+
+def test_float32_is_float64_inside_only(tmp_path: Path) -> None:
+    before = torch.random.get_rng_state()
+    with pytest.raises(PlanError, match="NoSuchModel"):
+        tiny_models.build(replace(BERT, class_name="NoSuchModel"), tmp_path)
+    tiny_models.build(BERT, tmp_path)
+    tiny_models.outputs(tmp_path, BERT)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.zeros(1, dtype=torch.float32).double().float().dtype == torch.float32
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("feature", "model"),
+    [
+        ("alibi", TinyModel("bloom", "BloomForCausalLM", TINY | {"n_head": 2, "n_layer": 2})),
+        ("alibi", TinyModel("mpt", "MptForCausalLM", {
+            "vocab_size": 31, "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32,
+        })),
+        ("sinusoidal", TinyModel("xglm", "XGLMForCausalLM", {
+            "vocab_size": 31, "d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2,
+        })),
+    ],
+)  # fmt: skip
+def test_a_feature_is_switched_off_inside_only(
+    tmp_path: Path, feature: str, model: TinyModel
+) -> None:
+    tiny_models.build(model, tmp_path)
+    neutral = replace(model, neutral=(feature,))
+    with_it, without, after = (
+        tiny_models.outputs(tmp_path, m)["logits"] for m in (model, neutral, model)
+    )
+    assert float((with_it - without).abs().max()) > 1e-3
+    assert torch.equal(with_it, after)
+
+
+def test_timm_models_are_read_by_their_arguments(tmp_path: Path) -> None:
+    try:
+        importlib.import_module("timm")
+    except ImportError as error:
+        pytest.skip(str(error))
+    arguments = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    model = TinyModel("timm", "timm:VisionTransformer", arguments)
+    tiny_models.build(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_args"] == arguments
+    assert tiny_models.outputs(tmp_path, model)["logits"].shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"name": "x", "class": "BertModel"},
+        {"name": "x", "config": {}},
+        {"name": "x", "class": "BertModel", "config": {}, "neutral": ["gravity"]},
+    ],
+)
+def test_an_entry_that_is_no_model_is_refused(entry: dict[str, object]) -> None:
+    architecture = replace(registry.load("bert"), proof=(entry,))
+    with pytest.raises(ArchitectureError, match=r"\[\[proof.models\]\] x: "):
+        checks.models(architecture)
+
+
+def test_hidden_states_are_compared_whatever_their_order() -> None:
+    x = torch.randn(2, 3, 4)
+    grown = x[..., [3, 1, 0, 2, 0, 1, 2, 3]]
+    assert checks.difference(grown, x, in_order=False) == 0.0
+    assert checks.difference(grown + 1, x, in_order=False) > 0.1
+    assert checks.difference(x[..., [3, 1, 0, 2]], x, in_order=True) > 0.1
+    for found in (grown, x[..., :3], x[:1]):
+        with pytest.raises(PlanError, match="shape"):
+            checks.difference(found, x, in_order=found is grown)
