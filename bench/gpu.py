@@ -79,19 +79,27 @@ def main(options: Options) -> None:
     results = harness.alternate(made, options.runs)
     harness.print_head(
         f"Dense maps of the hidden size, bf16 Llama of 2 layers; {name or 'no GPU'}",
-        options.runs, "warm cache", "no fsync", "less import torch",
-    )  # fmt: skip
+        options.runs,
+        "warm cache",
+        "no fsync",
+        "less import torch",
+    )
     rows = []
     for title in list(made)[1:]:
         slow = title.rpartition(", ")[0] + ", cpu"
-        rows.append((
-            title, decimals(results.wall(title, "import torch")),
-            decimals(results.cpu(title, "import torch")),
-            decimals(results.json(title, "seconds")),
-            megabytes(results.peak(title, "import torch")),
-            megabytes(results.json(title, "planned_nbytes")),
-            decimals(results.ratio(title, slow, less="import torch", other_less="import torch")),
-        ))  # fmt: skip
+        rows.append(
+            (
+                title,
+                decimals(results.wall(title, "import torch")),
+                decimals(results.cpu(title, "import torch")),
+                decimals(results.json(title, "seconds")),
+                megabytes(results.peak(title, "import torch")),
+                megabytes(results.json(title, "planned_nbytes")),
+                decimals(
+                    results.ratio(title, slow, less="import torch", other_less="import torch")
+                ),
+            )
+        )
     columns = ("", "wall s", "CPU s", "run s", "added MB", "planned MB", "wall / cpu's")
     harness.print_table(columns, rows)
     if "cuda" in devices:

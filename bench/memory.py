@@ -19,9 +19,15 @@ from bench import harness, models, plot
 from bench.harness import Command, Options, mebibytes
 
 OPERATIONS = (
-    "copy", "coalesce width 2", "coalesce width 2 depth 2", "decoalesce width 2",
-    "decoalesce depth 2", "interpolate", "decoalesce and blend", "hidden =SIZE",
-)  # fmt: skip
+    "copy",
+    "coalesce width 2",
+    "coalesce width 2 depth 2",
+    "decoalesce width 2",
+    "decoalesce depth 2",
+    "interpolate",
+    "decoalesce and blend",
+    "hidden =SIZE",
+)
 DEFAULT = "default"
 MEMORIES = (DEFAULT, "32MiB")
 MARKS = {DEFAULT: 64, "32MiB": 48}
@@ -128,28 +134,47 @@ def main(options: Options) -> None:
     results = harness.alternate(commands, options.runs)
     harness.print_head(
         "Memory of a run beside torch: VmHWM above `import torch`, MiB",
-        options.runs, "warm cache, no fsync", "sparse sources, bf16", "largest run in brackets",
-    )  # fmt: skip
+        options.runs,
+        "warm cache, no fsync",
+        "sparse sources, bf16",
+        "largest run in brackets",
+    )
     rows, bars = [], []
     for case in chosen:
         added, planned = (results.json(case.title, key) for key in ("added", "planned"))
         runs = results.runs[case.title].values()
         most = max(json.loads(run.said)["added"] for run in runs)
         written = results.json(case.title, "written")
-        rows.append((
-            case.operation, f"{case.size * scale:.3g}", f"{case.largest * scale:.3g}",
-            f"{case.shard * scale:.3g}", f"{written / 1e9:.2f}", case.memory,
-            f"{mebibytes(added)} ({mebibytes(most)})", mebibytes(planned),
-            "" if len(runs) == options.runs else f"{len(runs)} run",
-            "above plan" if most > planned else "",
-            f"above {MARKS[case.memory]}" if most > MARKS[case.memory] * 2**20 else "",
-        ))  # fmt: skip
+        rows.append(
+            (
+                case.operation,
+                f"{case.size * scale:.3g}",
+                f"{case.largest * scale:.3g}",
+                f"{case.shard * scale:.3g}",
+                f"{written / 1e9:.2f}",
+                case.memory,
+                f"{mebibytes(added)} ({mebibytes(most)})",
+                mebibytes(planned),
+                "" if len(runs) == options.runs else f"{len(runs)} run",
+                "above plan" if most > planned else "",
+                f"above {MARKS[case.memory]}" if most > MARKS[case.memory] * 2**20 else "",
+            )
+        )
         name = f"{case.operation}, {case.size * scale:.3g} GB, {case.memory}"
         bars.append(plot.Bar(name, added / 2**20, planned / 2**20))
     columns = (
-        "operation", "size GB", "largest tensor GB", "shard GB", "written GB", "memory",
-        "measured MiB", "planned MiB", "", "", "",
-    )  # fmt: skip
+        "operation",
+        "size GB",
+        "largest tensor GB",
+        "shard GB",
+        "written GB",
+        "memory",
+        "measured MiB",
+        "planned MiB",
+        "",
+        "",
+        "",
+    )
     harness.print_table(columns, rows)
     if options.given.plot is not None:
         title = "Memory of a run beside torch, MiB: measured (bar) and planned (line)"

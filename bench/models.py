@@ -71,12 +71,21 @@ class Llama:
     def config(self) -> dict[str, object]:
         heads = self.hidden // 64
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "hidden_size": self.hidden, "intermediate_size": self.mlp, "head_dim": 64,
-            "num_attention_heads": heads, "num_key_value_heads": heads, "rope_theta": 1e4,
-            "num_hidden_layers": self.layers, "vocab_size": self.vocab, "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False, "max_position_embeddings": 2048,
-        }  # fmt: skip
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "head_dim": 64,
+            "num_attention_heads": heads,
+            "num_key_value_heads": heads,
+            "rope_theta": 1e4,
+            "num_hidden_layers": self.layers,
+            "vocab_size": self.vocab,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 2048,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +119,15 @@ class GPT2:
     @property
     def config(self) -> dict[str, object]:
         return {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_inner": None,
-            "n_embd": 64 * self.heads, "n_head": self.heads, "n_layer": self.layers,
-            "n_positions": 1024, "vocab_size": 50257,
-        }  # fmt: skip
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "n_inner": None,
+            "n_embd": 64 * self.heads,
+            "n_head": self.heads,
+            "n_layer": self.layers,
+            "n_positions": 1024,
+            "vocab_size": 50257,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,18 +192,30 @@ class Moe:
     @property
     def config(self) -> dict[str, object]:
         return {
-            "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
-            "first_k_dense_replace": self.dense, "hidden_size": self.hidden,
-            "intermediate_size": self.mlp, "kv_lora_rank": self.kv_lora,
-            "moe_intermediate_size": self.moe_mlp, "n_group": 8, "n_shared_experts": 1,
-            "n_routed_experts": self.experts, "num_attention_heads": self.heads,
-            "num_experts_per_tok": 8, "num_hidden_layers": self.layers,
-            "num_key_value_heads": self.heads, "num_nextn_predict_layers": 0,
-            "q_lora_rank": self.q_lora, "qk_nope_head_dim": self.head,
-            "qk_rope_head_dim": self.head // 2, "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": False, "topk_group": 4, "v_head_dim": self.head,
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": "deepseek_v3",
+            "first_k_dense_replace": self.dense,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.mlp,
+            "kv_lora_rank": self.kv_lora,
+            "moe_intermediate_size": self.moe_mlp,
+            "n_group": 8,
+            "n_shared_experts": 1,
+            "n_routed_experts": self.experts,
+            "num_attention_heads": self.heads,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": self.layers,
+            "num_key_value_heads": self.heads,
+            "num_nextn_predict_layers": 0,
+            "q_lora_rank": self.q_lora,
+            "qk_nope_head_dim": self.head,
+            "qk_rope_head_dim": self.head // 2,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": False,
+            "topk_group": 4,
+            "v_head_dim": self.head,
             "vocab_size": self.vocab,
-        }  # fmt: skip
+        }
 
 
 KINDS: Mapping[str, type[Llama | GPT2 | Moe]] = {"llama": Llama, "gpt2": GPT2, "moe": Moe}

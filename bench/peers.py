@@ -99,9 +99,22 @@ def originals(folder: Path, *, quick: bool) -> tuple[dict[str, Command], float]:
     weights, out, plain = models.weights(source)[0], folder / "out", folder / "plain.safetensors"
     written = models.nbytes(small)
     front = (
-        *STREAMMAP, "map", "--arch", "gpt2", "--opt", "C", "--src-dir", source, "--tgt-dir", target,
-        "--config", scheme, "--save-dir", out, "--quiet",
-    )  # fmt: skip
+        *STREAMMAP,
+        "map",
+        "--arch",
+        "gpt2",
+        "--opt",
+        "C",
+        "--src-dir",
+        source,
+        "--tgt-dir",
+        target,
+        "--config",
+        scheme,
+        "--save-dir",
+        out,
+        "--quiet",
+    )
     dense = (PYTHON, "-m", "bench.original", weights, scheme, plain)
     harness.run(dense)
     harness.run(front)
@@ -135,9 +148,11 @@ def main(options: Options) -> None:
     more, difference = originals(folder, quick=options.quick)
     results = harness.alternate(commands | more, options.runs)
     harness.print_head(
-        "Beside others: whole processes, nothing subtracted", options.runs,
-        "warm cache", "fsync by `streammap map` only",
-    )  # fmt: skip
+        "Beside others: whole processes, nothing subtracted",
+        options.runs,
+        "warm cache",
+        "fsync by `streammap map` only",
+    )
     print(
         f"{about}two bf16 Llamas of {'0.2' if options.quick else '1.5'} GB; GPT-2 in float32: "
         f"results differ by {difference:.1e} at most"
@@ -150,10 +165,15 @@ def main(options: Options) -> None:
             for what in ("wall", "cpu", "peak")
             if other is not None
         ] or ["", "", ""]
-        rows.append((
-            title, decimals(results.wall(title)), decimals(results.cpu(title)),
-            megabytes(results.peak(title)), *ratios,
-        ))  # fmt: skip
+        rows.append(
+            (
+                title,
+                decimals(results.wall(title)),
+                decimals(results.cpu(title)),
+                megabytes(results.peak(title)),
+                *ratios,
+            )
+        )
     columns = ("", "wall s", "CPU s", "peak MB", "wall ratio", "CPU ratio", "peak ratio")
     harness.print_table(columns, rows)
 

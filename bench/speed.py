@@ -108,8 +108,10 @@ def with_fsync(folder: Path, options: Options, *, cold: bool) -> Results:
             "cp": Command(copy, (out,), sources[:1], large),
             "interpolate": Command(blend, (out,), sources),
         },
-        options.runs, cold=cold, settle=True,
-    )  # fmt: skip
+        options.runs,
+        cold=cold,
+        settle=True,
+    )
 
 
 def main(options: Options) -> None:

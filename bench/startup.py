@@ -31,10 +31,14 @@ def main(options: Options) -> None:
     about = f"a Llama of {size:.1f} GB in 3 shards, {len(model.shapes)} tensors"
     harness.print_head(f"Start: plans are of {about}", options.runs, "warm cache")
     rows = [
-        (title, decimals(results.wall(title)), decimals(results.cpu(title)),
-         megabytes(results.peak(title)))
+        (
+            title,
+            decimals(results.wall(title)),
+            decimals(results.cpu(title)),
+            megabytes(results.peak(title)),
+        )
         for title in commands
-    ]  # fmt: skip
+    ]
     harness.print_table(("", "wall s", "CPU s", "peak MB"), rows)
 
 

@@ -52,9 +52,11 @@ def main(options: Options) -> None:
     commands[rehearsed] = Command(asked, (out,), (), int(SLICE_NBYTES), most_runs=2)
     results = harness.alternate(commands, options.runs)
     harness.print_head(
-        "Cost of a tensor: MoE like DeepSeek-V3, sparse files, bf16", options.runs,
-        "warm cache", "no fsync",
-    )  # fmt: skip
+        "Cost of a tensor: MoE like DeepSeek-V3, sparse files, bf16",
+        options.runs,
+        "warm cache",
+        "no fsync",
+    )
     rows = []
     for title, n in counts.items():
         if title.startswith(PLAN):
@@ -63,21 +65,44 @@ def main(options: Options) -> None:
         else:
             wall, cpu, added = (results.json(title, key) for key in ("seconds", "cpu", "added"))
             planned = megabytes(results.json(title, "planned"))
-        rows.append((
-            title if title == rehearsed else f"{title} tensors",
-            decimals(results.wall(title)), decimals(results.cpu(title)),
-            megabytes(results.peak(title)), decimals(1e6 * wall / n, 0),
-            decimals(1e6 * cpu / n, 0), f"{added / 1e3 / n:.1f}", megabytes(added), planned,
-        ))  # fmt: skip
+        rows.append(
+            (
+                title if title == rehearsed else f"{title} tensors",
+                decimals(results.wall(title)),
+                decimals(results.cpu(title)),
+                megabytes(results.peak(title)),
+                decimals(1e6 * wall / n, 0),
+                decimals(1e6 * cpu / n, 0),
+                f"{added / 1e3 / n:.1f}",
+                megabytes(added),
+                planned,
+            )
+        )
     rows += [
-        (title, decimals(results.wall(title)), decimals(results.cpu(title)),
-         megabytes(results.peak(title)), "", "", "", "", "")
+        (
+            title,
+            decimals(results.wall(title)),
+            decimals(results.cpu(title)),
+            megabytes(results.peak(title)),
+            "",
+            "",
+            "",
+            "",
+            "",
+        )
         for title in ("import torch", _START)
-    ]  # fmt: skip
+    ]
     columns = (
-        "", "wall s", "CPU s", "peak MB", "wall us/tensor", "CPU us/tensor", "kB/tensor",
-        "added MB", "planned MB",
-    )  # fmt: skip
+        "",
+        "wall s",
+        "CPU s",
+        "peak MB",
+        "wall us/tensor",
+        "CPU us/tensor",
+        "kB/tensor",
+        "added MB",
+        "planned MB",
+    )
     harness.print_table(columns, rows)
 
 

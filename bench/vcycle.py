@@ -132,15 +132,23 @@ def by_trainer(
                     yield {"input_ids": row, "labels": row}
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder / stage.name), max_steps=2 * stage.n_steps, use_cpu=True,
-        per_device_train_batch_size=BATCH, save_strategy="no", logging_strategy="no",
-        report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
+        output_dir=str(folder / stage.name),
+        max_steps=2 * stage.n_steps,
+        use_cpu=True,
+        per_device_train_batch_size=BATCH,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
     transformers.Trainer(
-        model=model, args=arguments, train_dataset=Rows(),
+        model=model,
+        args=arguments,
+        train_dataset=Rows(),
         callbacks=[Steps(), Switch(at=stage.n_steps, then=then)],
         optimizers=_optimizer(model, stage),
-    ).train()  # fmt: skip
+    ).train()
 
 
 def _optimizer(
@@ -229,8 +237,9 @@ class Record:
         print(
             f"{self._name:8s} {stage.name:6s} step {step:4d} cost {self._spent:6.1f} "
             f"loss {self._points[-1][1]:.3f} {seconds:6.1f} s",
-            file=sys.stderr, flush=True,
-        )  # fmt: skip
+            file=sys.stderr,
+            flush=True,
+        )
 
     @property
     def curve(self) -> Curve:
@@ -251,9 +260,17 @@ def model_of(width: int, layers: int) -> GPT2LMHeadModel:
     """A GPT-2 over bytes, the same at each call."""
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=256, bos_token_id=0, eos_token_id=0, n_embd=width, n_layer=layers,
-        n_head=width // 32, n_positions=CONTEXT, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-    )  # fmt: skip
+        vocab_size=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        n_embd=width,
+        n_layer=layers,
+        n_head=width // 32,
+        n_positions=CONTEXT,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     return GPT2LMHeadModel(config)
 
 
@@ -271,9 +288,12 @@ def main(options: Options) -> None:
         Stage("again", n - n // 8, 1.0, decays=True),
     )
     setting = Setting(
-        text(), by_trainer if given.trainer else by_hand, lambda: model_of(width, layers),
-        options.folder, max(1, n // 16),
-    )  # fmt: skip
+        text(),
+        by_trainer if given.trainer else by_hand,
+        lambda: model_of(width, layers),
+        options.folder,
+        max(1, n // 16),
+    )
     found = plain(setting, n), v_cycle(setting, stages, given.alpha)
     print_result(found, part, n, model_of(width, layers).num_parameters(), given)
 
@@ -285,15 +305,19 @@ def print_result(
     alone, vcycle = found
     by = "transformers.Trainer" if given.trainer else "plain PyTorch"
     harness.print_head(
-        f"V-cycle: a GPT-2 of {n} steps, alpha {given.alpha:g}, {by}", None,
+        f"V-cycle: a GPT-2 of {n} steps, alpha {given.alpha:g}, {by}",
+        None,
         f"{n_parameters / 1e6:.2f} million parameters",
         f"a step of the small model costs {part:.2f}",
-    )  # fmt: skip
+    )
     columns = ("", "cost", "loss", "seconds")
-    harness.print_table(columns, [
-        (c.name, f"{c.points[-1][0]:.0f}", f"{c.points[-1][1]:.3f}", f"{c.seconds:.0f}")
-        for c in found
-    ])  # fmt: skip
+    harness.print_table(
+        columns,
+        [
+            (c.name, f"{c.points[-1][0]:.0f}", f"{c.points[-1][1]:.3f}", f"{c.seconds:.0f}")
+            for c in found
+        ],
+    )
     reached = curves.cost_to_reach(vcycle, alone.points[-1][1])
     print(
         "the V-cycle reaches the plain run's last loss "

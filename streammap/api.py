@@ -19,14 +19,14 @@ from streammap.engine.options import MEMORY, EngineOptions, Reader, engine
 from streammap.errors import OutputError
 from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
-from streammap.io.storage.hub_sink import MESSAGE, Push
+from streammap.io.storage.hub_sink import MESSAGE, PushOptions
 from streammap.io.storage.resolve import PathLike
 from streammap.io.storage.sink import Sink
 from streammap.io.tensor_spec import TensorSpec
 from streammap.operators import registry
 from streammap.output import config_check, shards
 from streammap.output import run as executor
-from streammap.output.options import FORMATS, Format, Where
+from streammap.output.options import FORMATS, Format, OutputOptions
 from streammap.output.ranks.launcher import Ranks
 from streammap.output.run import Report
 from streammap.planning.plan import Plan, Promise
@@ -223,10 +223,17 @@ class LazyCheckpoint:
         if format not in FORMATS:
             raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
         here = Ranks.of(ranks)
-        where = Where(
-            resolve.local_path(output), size, overwrite, fsync, engine(options), restart=restart,
-            format=format, nest=nest, ranks=here,
-        )  # fmt: skip
+        where = OutputOptions(
+            resolve.local_path(output),
+            size,
+            overwrite,
+            fsync,
+            engine(options),
+            restart=restart,
+            format=format,
+            nest=nest,
+            ranks=here,
+        )
         if resolve.is_url(output):
             return self._send(self._sink(str(output), where, options), where, progress)
         return executor.run(self.plan, where, progress)
@@ -264,15 +271,17 @@ class LazyCheckpoint:
         size = shards.parse_size(max_shard_size)
         self._check_config()
         here = Ranks.of(ranks)
-        where = Where(Path(), size, overwrite, fsync, engine(options), restart=restart, ranks=here)
-        push = Push(repo, branch, private, message)
+        where = OutputOptions(
+            Path(), size, overwrite, fsync, engine(options), restart=restart, ranks=here
+        )
+        push = PushOptions(repo, branch, private, message)
         return self._send(self._hub(push, options), where, progress)
 
     def _check_config(self) -> None:
         before = None if self.plan.side is None else self.plan.side.config
         config_check.check(before, self.plan.config, nbytes=self.plan.nbytes)
 
-    def _sink(self, url: str, where: Where, options: EngineOptions) -> Sink:
+    def _sink(self, url: str, where: OutputOptions, options: EngineOptions) -> Sink:
         """Where a URL leads."""
         if where.format != "safetensors" and not url.endswith(filenames.WEIGHTS):
             raise OutputError(
@@ -281,18 +290,18 @@ class LazyCheckpoint:
             )
         if url.startswith("hf://"):
             name = hub_name.parse(url)
-            return self._hub(Push(name.repo, name.revision), options)
+            return self._hub(PushOptions(name.repo, name.revision), options)
         from streammap.io.storage.remote_sink import RemoteSink
 
         return RemoteSink(url)
 
-    def _hub(self, push: Push, options: EngineOptions) -> Sink:
+    def _hub(self, push: PushOptions, options: EngineOptions) -> Sink:
         from streammap.analysis import model_card
         from streammap.io.storage.hub_sink import HubSink
 
         return HubSink(push, partial(model_card.card, self.plan, engine(options), name=push.repo))
 
-    def _send(self, sink: Sink, where: Where, progress: Listener) -> Report:
+    def _send(self, sink: Sink, where: OutputOptions, progress: Listener) -> Report:
         if where.ranks.world_size > 1:
             raise OutputError(
                 f"{sink.label}: {where.ranks.world_size} processes, expected 1: they share a "
@@ -377,7 +386,7 @@ def load_into(
     opened = lazy if isinstance(lazy, LazyCheckpoint) else open(lazy)
     options = EngineOptions(memory=memory, threads=threads, reader=reader)
     place = None if device is None else torch.device(device)
-    wanted = load.Wanted(place, dtype, strict, engine(options))
+    wanted = load.LoadOptions(place, dtype, strict, engine(options))
     return load.load(opened.plan, model, wanted, progress)
 
 
@@ -399,9 +408,14 @@ def coalesce(
     resize, run = split(options)
     with open(source, stream=stream) as lazy:
         return lazy.coalesce(**resize).save(
-            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, ranks=ranks, **run,
-        )  # fmt: skip
+            output,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+            ranks=ranks,
+            **run,
+        )
 
 
 def decoalesce(
@@ -432,9 +446,14 @@ def decoalesce(
     lazy = open(source, stream=stream).decoalesce(**resize)
     with lazy if big is None else lazy.interpolate(big, alpha=alpha) as planned:
         return planned.save(
-            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, ranks=ranks, **run,
-        )  # fmt: skip
+            output,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+            ranks=ranks,
+            **run,
+        )
 
 
 def interpolate(
@@ -455,6 +474,11 @@ def interpolate(
     other = open(target, stream=stream)
     with open(source, stream=stream).interpolate(other, alpha=alpha) as blended:
         return blended.save(
-            output, max_shard_size=max_shard_size, overwrite=overwrite, restart=restart,
-            progress=progress, ranks=ranks, **run,
-        )  # fmt: skip
+            output,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            restart=restart,
+            progress=progress,
+            ranks=ranks,
+            **run,
+        )

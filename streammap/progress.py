@@ -69,14 +69,19 @@ class _Logged:
                     self._told = now
                     percent = 100 * self._done / max(self._total, 1)
                     self._logger.log(
-                        self._level, "streammap: %.0f %%, %.3f GB, %s",
-                        percent, self._done / 1e9, key,
-                    )  # fmt: skip
+                        self._level,
+                        "streammap: %.0f %%, %.3f GB, %s",
+                        percent,
+                        self._done / 1e9,
+                        key,
+                    )
             case Finished():
                 self._logger.log(
-                    self._level, "streammap: done in %.1f s (%.0f MB/s)",
-                    now - self._began, self._total / 1e6 / max(now - self._began, 1e-9),
-                )  # fmt: skip
+                    self._level,
+                    "streammap: done in %.1f s (%.0f MB/s)",
+                    now - self._began,
+                    self._total / 1e6 / max(now - self._began, 1e-9),
+                )
 
 
 @final
@@ -97,9 +102,13 @@ class ProgressBar:
                 from tqdm import tqdm
 
                 self._bar = tqdm(
-                    total=nbytes, initial=resumed, desc=self._title, unit="B", unit_scale=True,
+                    total=nbytes,
+                    initial=resumed,
+                    desc=self._title,
+                    unit="B",
+                    unit_scale=True,
                     leave=False,
-                )  # fmt: skip
+                )
             case Wrote(_, nbytes):
                 if self._bar is not None:
                     self._bar.update(nbytes)

@@ -366,15 +366,25 @@ def test_a_config_of_absurd_sizes_is_refused_quickly(
 @pytest.mark.parametrize(
     "request_",
     [
-        {"width": 10**9}, {"depth": 10**9}, {"hidden": f"={10**9}"}, {"heads": f"={10**9}"},
-        {"heads": 10**9}, {"mlp": f"={10**12}"}, {"mlp": 2**40}, {"layers": 10**9},
-        {"layers": "=10001"}, {"hidden": "=200001"}, {"head_dim": 10**9},
-        {"scheme": {"heads": 10**9}}, {"scheme": {"mlp": {"size": 10**12}}},
-        {"scheme": {"axes": {"embed": 10**9}}}, {"scheme": {"width": 10**8}},
+        {"width": 10**9},
+        {"depth": 10**9},
+        {"hidden": f"={10**9}"},
+        {"heads": f"={10**9}"},
+        {"heads": 10**9},
+        {"mlp": f"={10**12}"},
+        {"mlp": 2**40},
+        {"layers": 10**9},
+        {"layers": "=10001"},
+        {"hidden": "=200001"},
+        {"head_dim": 10**9},
+        {"scheme": {"heads": 10**9}},
+        {"scheme": {"mlp": {"size": 10**12}}},
+        {"scheme": {"axes": {"embed": 10**9}}},
+        {"scheme": {"width": 10**8}},
         {"scheme": {"depth_scheme": [[0], [1], [2], [10**6]]}},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_request_of_absurd_sizes_is_refused_quickly(
     bert: Path, operation: str, request_: dict[str, object]
 ) -> None:

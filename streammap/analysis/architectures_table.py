@@ -9,7 +9,7 @@ from streammap.architectures.schema import Architecture
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ArchitectureRow:
     """One model type."""
 
     model_type: str
@@ -30,7 +30,7 @@ class Row:
 class Listing:
     """What `streammap architectures` prints."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[ArchitectureRow, ...]
 
     def as_json(self) -> dict[str, object]:
         """All rows."""
@@ -64,7 +64,7 @@ def listing() -> Listing:
     return Listing(tuple(_row(model_type, spec) for model_type, spec in found))
 
 
-def _row(model_type: str, name: str) -> Row:
+def _row(model_type: str, name: str) -> ArchitectureRow:
     tiny = _tiny_config(model_type, name)
     spec = registry.load(name, tiny)
     norms = [rule.norm for rule in spec.rules if rule.norm is not None]
@@ -79,7 +79,7 @@ def _row(model_type: str, name: str) -> Row:
         for space, axes in spec.spaces.items()
         if any(_can_grow(spec, axis) and axis not in spoilt for axis in axes)
     )
-    return Row(
+    return ArchitectureRow(
         model_type,
         name,
         exact,

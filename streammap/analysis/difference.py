@@ -21,11 +21,11 @@ from streammap.common import text as wording
 from streammap.common.events import Listener, nobody
 from streammap.engine.options import EngineOptions, engine
 from streammap.io.tensor_spec import TensorSpec
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 
 if TYPE_CHECKING:
-    from streammap.analysis.pair_statistics import Sums
-    from streammap.analysis.scan import Piece
+    from streammap.analysis.pair_statistics import PairStats
+    from streammap.analysis.scan import ScannedPiece
     from streammap.analysis.statistics import Scratch
 
 Source = LazyCheckpoint | str | Path
@@ -123,7 +123,7 @@ class Difference:
         lines += [
             f"tensors  {self.n_equal} equal, {len(unequal)} differ, {apart}",
             f"read     {wording.moved(self.nbytes, self.seconds)}",
-        ]  # fmt: skip
+        ]
         return "\n".join(lines)
 
 
@@ -156,39 +156,44 @@ def diff(
         OutputError: the memory is too little.
     """
     from streammap.analysis import pair_statistics, scan
-    from streammap.analysis.pair_statistics import Sums
+    from streammap.analysis.pair_statistics import PairStats
 
     begun = perf_counter()
     first, second = (x if isinstance(x, LazyCheckpoint) else api.open(x) for x in (a, b))
     ours, theirs = first.plan.targets, second.plan.targets
     common = [key for key in ours if key in theirs]
     shapes = {
-        key: (ours[key].spec.shape, theirs[key].spec.shape) for key in common
+        key: (ours[key].spec.shape, theirs[key].spec.shape)
+        for key in common
         if ours[key].spec.shape != theirs[key].spec.shape
-    }  # fmt: skip
+    }
     pairs = {key: (ours[key], theirs[key]) for key in common if key not in shapes}
-    found = {key: Sums() for key in pairs}
-    drivers: dict[str, Form] = {}
-    others: dict[str, Form] = {}
+    found = {key: PairStats() for key in pairs}
+    drivers: dict[str, LinearForm] = {}
+    others: dict[str, LinearForm] = {}
     swapped: set[str] = set()
     for key, (x, y) in pairs.items():
         alike = x.spec.dtype == y.spec.dtype
         measured = x.spec.dtype in scan.MEASURED and y.spec.dtype in scan.MEASURED
         if not alike and not measured:
-            found[key] = Sums(is_equal=False, n_different=max(x.spec.nbytes, y.spec.nbytes))
+            found[key] = PairStats(is_equal=False, n_different=max(x.spec.nbytes, y.spec.nbytes))
             continue
         if x.copied is not None and y.copied is None:  # a copied one is read at any place
             x, y = y, x
             swapped.add(key)
         drivers[key], others[key] = x, y
 
-    def measure(piece: "Piece", scratch: "Scratch") -> Sums:
+    def measure(piece: "ScannedPiece", scratch: "Scratch") -> PairStats:
         return pair_statistics.compared(piece, scratch, swapped=piece.key in swapped)
 
     scan.each(
-        drivers, engine(options), measure, lambda key, part: found[key].add(part),
-        others=others, listener=progress,
-    )  # fmt: skip
+        drivers,
+        engine(options),
+        measure,
+        lambda key, part: found[key].add(part),
+        others=others,
+        listener=progress,
+    )
     for key, (x, y) in pairs.items():
         if not x.spec.n_elements and x.spec.dtype != y.spec.dtype:
             found[key].is_equal = False
@@ -207,7 +212,7 @@ def diff(
     )
 
 
-def _told(key: str, a: TensorSpec, b: TensorSpec, sums: "Sums") -> TensorDifference:
+def _told(key: str, a: TensorSpec, b: TensorSpec, sums: "PairStats") -> TensorDifference:
     n = sums.n_compared
     return TensorDifference(
         key=key,

@@ -16,8 +16,8 @@ from streammap.io.tensor_spec import TensorSpec
 from streammap.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from streammap.analysis.scan import Piece
-    from streammap.analysis.statistics import Scratch, Tally
+    from streammap.analysis.scan import ScannedPiece
+    from streammap.analysis.statistics import Scratch, TensorStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +93,12 @@ class Health:
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
         return {
-            "tensors": [
-                {**asdict(tensor), "flags": list(tensor.flags)} for tensor in self.tensors
-            ],
+            "tensors": [{**asdict(tensor), "flags": list(tensor.flags)} for tensor in self.tensors],
             "totals": self.totals,
             "n_unlooked": self.n_unlooked,
             "nbytes": self.nbytes,
             "seconds": self.seconds,
-        }  # fmt: skip
+        }
 
     def __str__(self) -> str:
         return self.text(limit=None)
@@ -143,13 +141,13 @@ def measure(plan: Plan, engine: Engine, *, listener: Listener = nobody) -> Healt
         OutputError: the memory is too little.
     """
     from streammap.analysis import scan
-    from streammap.analysis.statistics import Tally, counted
+    from streammap.analysis.statistics import TensorStats, counted
 
     begun = perf_counter()
     forms = {key: f for key, f in plan.targets.items() if f.spec.dtype in scan.MEASURED}
-    tallies = {key: Tally() for key in forms}
+    tallies = {key: TensorStats() for key in forms}
 
-    def look(piece: "Piece", scratch: "Scratch") -> Tally:
+    def look(piece: "ScannedPiece", scratch: "Scratch") -> TensorStats:
         return counted(piece.numbers(), piece.start, row_length(piece.spec), scratch)
 
     scan.each(forms, engine, look, lambda key, part: tallies[key].add(part), listener=listener)
@@ -166,7 +164,7 @@ def row_length(spec: TensorSpec) -> int:
     return spec.shape[-1] if len(spec.shape) < 4 else math.prod(spec.shape[1:])
 
 
-def _told(key: str, spec: TensorSpec, tally: "Tally") -> TensorHealth:
+def _told(key: str, spec: TensorSpec, tally: "TensorStats") -> TensorHealth:
     n_finite = spec.n_elements - tally.n_nan - tally.n_inf
     length = row_length(spec)
     return TensorHealth(

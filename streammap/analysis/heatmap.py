@@ -179,8 +179,9 @@ def _legend(left: float, y: float, scale: _Scale) -> Iterator[str]:
         yield f'<path d="M {x:.1f} {y + 12} v 4" stroke="{_PALE}"/>'
         yield f'<text class="s" x="{x:.1f}" y="{y + 28}" text-anchor="middle">1e{decade}</text>'
     for x, fill, told in (
-        (left + wide + 30, _EQUAL, "equal"), (left + wide + 90, _ODD, "NaN or Inf in one"),
-    ):  # fmt: skip
+        (left + wide + 30, _EQUAL, "equal"),
+        (left + wide + 90, _ODD, "NaN or Inf in one"),
+    ):
         yield f'<rect x="{x:.1f}" y="{y}" width="12" height="12" fill="{fill}"/>'
         yield f'<text class="s" x="{x + 17:.1f}" y="{y + 10}">{told}</text>'
 

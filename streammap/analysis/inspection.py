@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from streammap.api import LazyCheckpoint
 from streammap.architectures import quantization
 from streammap.architectures.key_pattern import INDEX
-from streammap.architectures.layer_kinds import Kind
+from streammap.architectures.layer_kinds import LayerKind
 from streammap.architectures.model import Family
 from streammap.errors import ArchitectureError, CheckpointError
 
@@ -150,9 +150,9 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
     )
 
 
-def _runs(kinds: tuple[Kind, ...]) -> tuple[str, ...]:
+def _runs(kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
     """Layers of one kind, as "0-2: before first_k_dense_replace 3"."""
-    found: dict[Kind, list[int]] = {}
+    found: dict[LayerKind, list[int]] = {}
     for i, kind in enumerate(kinds):
         found.setdefault(kind, []).append(i)
     return tuple(f"{_ranges(layers)}: {', '.join(kind)}" for kind, layers in found.items())

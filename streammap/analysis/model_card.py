@@ -97,9 +97,11 @@ def _formulas(plan: Plan, engine: Engine) -> Iterator[str]:
     yield "| tensors | shape | formula |"
     yield "|---|---|---|"
     for row in found.rows[:_MAX_ROWS]:
-        shape = f"{list(row.before)} -> {list(row.after)}" if row.before != row.after else (
-            f"{list(row.after)}"
-        )  # fmt: skip
+        shape = (
+            f"{list(row.before)} -> {list(row.after)}"
+            if row.before != row.after
+            else (f"{list(row.after)}")
+        )
         yield f"| `{row.pattern}` | {shape} | {row.formula} |"
     if len(found.rows) > _MAX_ROWS:
         yield f"| {len(found.rows) - _MAX_ROWS} more | | |"

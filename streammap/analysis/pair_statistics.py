@@ -7,8 +7,8 @@ from typing import final
 import torch
 from torch import Tensor
 
-from streammap.analysis.scan import MEASURED, Piece
-from streammap.analysis.statistics import CHUNK, Scratch, Sum
+from streammap.analysis.scan import MEASURED, ScannedPiece
+from streammap.analysis.statistics import CHUNK, ExactSum, Scratch
 from streammap.io.tensor_spec import DTYPE_BITS
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -16,7 +16,7 @@ _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @final
 @dataclass(slots=True)
-class Sums:
+class PairStats:
     """What is known of a pair of tensors so far."""
 
     is_equal: bool = True
@@ -26,13 +26,13 @@ class Sums:
     n_compared: int = 0
     """Pairs of finite numbers."""
     max: float = 0.0
-    total: Sum = field(default_factory=Sum)
+    total: ExactSum = field(default_factory=ExactSum)
     """Of |a - b|."""
-    squares: Sum = field(default_factory=Sum)
+    squares: ExactSum = field(default_factory=ExactSum)
     """Of a - b."""
-    squares_of_a: Sum = field(default_factory=Sum)
+    squares_of_a: ExactSum = field(default_factory=ExactSum)
 
-    def add(self, other: "Sums") -> None:
+    def add(self, other: "PairStats") -> None:
         """Take in another piece's."""
         self.is_equal &= other.is_equal
         self.n_different += other.n_different
@@ -52,9 +52,9 @@ class Sums:
         return of_both / of_a
 
 
-def compared(piece: Piece, scratch: Scratch, *, swapped: bool) -> Sums:
+def compared(piece: ScannedPiece, scratch: Scratch, *, swapped: bool) -> PairStats:
     """The sums of a piece; `swapped` where the first of the two is b."""
-    found = Sums()
+    found = PairStats()
     if piece.spec.dtype not in MEASURED:
         a, b = (torch.frombuffer(view, dtype=torch.uint8) for view in (piece.view, piece.other))
         found.n_different = 0 if torch.equal(a, b) else int(torch.count_nonzero(a != b))
@@ -72,7 +72,13 @@ def compared(piece: Piece, scratch: Scratch, *, swapped: bool) -> Sums:
 
 
 def _add(
-    found: Sums, x: Tensor, y: Tensor, scratch: Scratch, *, swapped: bool, bits: torch.dtype | None
+    found: PairStats,
+    x: Tensor,
+    y: Tensor,
+    scratch: Scratch,
+    *,
+    swapped: bool,
+    bits: torch.dtype | None,
 ) -> None:
     """Take in a chunk of both."""
     a, b = scratch.wide(0, x), scratch.wide(1, y)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from streammap.analysis import scan, statistics
-from streammap.analysis.scan import Piece
+from streammap.analysis.scan import ScannedPiece
 from streammap.analysis.statistics import Scratch
 from streammap.common.events import Listener, nobody
 from streammap.common.torch_threads import torch_threads
@@ -16,10 +16,10 @@ from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.engine.tiles import Tile
 from streammap.io.dtypes import to_torch
-from streammap.io.survey import Finding, Record
+from streammap.io.survey import Finding, SavedRecord
 from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.maps import DenseMap
 from streammap.planning.plan import Plan
 
@@ -51,7 +51,9 @@ def read(own: Plan, engine: Engine, listener: Listener = nobody) -> dict[str, Re
     return found
 
 
-def compare_crcs(readings: Mapping[str, Reading], record: Record, own: Plan) -> Iterator[Finding]:
+def compare_crcs(
+    readings: Mapping[str, Reading], record: SavedRecord, own: Plan
+) -> Iterator[Finding]:
     """Tensors whose bytes are not those that were written."""
     by_crc: dict[str, list[str]] = {}
     for key, crc in record.crcs.items():
@@ -72,7 +74,7 @@ def compare_crcs(readings: Mapping[str, Reading], record: Record, own: Plan) -> 
 
 def compare_finite(
     readings: Mapping[str, Reading],
-    record: Record,
+    record: SavedRecord,
     own: Plan,
     expected: Plan | None,
     engine: Engine,
@@ -106,14 +108,15 @@ def recompute(
 ) -> tuple[int, list[Finding]]:
     """Compute random tiles again; gives how many, and those that differ."""
     keys = [
-        key for key, form in expected.targets.items()
+        key
+        for key, form in expected.targets.items()
         if form.spec.n_elements and own.specs.get(key) == form.spec
-    ]  # fmt: skip
+    ]
     if not keys:
         return 0, []
     forms = [expected.targets[key] for key in keys]
     found = scan.fit(forms, engine, n_sides=2)
-    mine, theirs = scan.Beside(found, 1), scan.Beside(found, 1)
+    mine, theirs = scan.SecondReader(found, 1), scan.SecondReader(found, 1)
     source = random.Random(seed)
     weights = [form.spec.nbytes for form in forms]
     wrong: list[Finding] = []
@@ -135,7 +138,7 @@ def recompute(
     return n_tiles, wrong
 
 
-def _reading(piece: Piece, scratch: Scratch) -> Reading:
+def _reading(piece: ScannedPiece, scratch: Scratch) -> Reading:
     bits = max(8, DTYPE_BITS[piece.spec.dtype])
     after = piece.spec.nbytes - piece.start * bits // 8 - len(piece.view)
     crc = crc32.shifted(crc32.crc32(piece.view), after)
@@ -156,15 +159,16 @@ def _of_sources(expected: Plan, keys: Mapping[str, object], engine: Engine) -> d
     """For each key, what the tensors that it is made of have together."""
     loads = {
         key: [
-            load for load in dict.fromkeys(expected.targets[key].loads())
+            load
+            for load in dict.fromkeys(expected.targets[key].loads())
             if not graph.is_constant(load)
         ]
         for key in keys
         if key in expected.targets
-    }  # fmt: skip
+    }
     names = {load: str(i) for i, load in enumerate({x for xs in loads.values() for x in xs})}
     forms = {
-        name: Form(load.spec, (graph.Term((None,) * len(load.spec.shape), ((1.0, load),)),))
+        name: LinearForm(load.spec, (graph.Term((None,) * len(load.spec.shape), ((1.0, load),)),))
         for load, name in names.items()
     }
     read_again = dict.fromkeys(forms, Reading())
@@ -182,7 +186,7 @@ def _of_sources(expected: Plan, keys: Mapping[str, object], engine: Engine) -> d
     return found
 
 
-def _random_tile(form: Form, found: Memory, source: random.Random) -> Tile:
+def _random_tile(form: LinearForm, found: Memory, source: random.Random) -> Tile:
     cut = schedule.cut_of(form, schedule.limits_of(form, found))
     shape = form.spec.shape
     if not shape:
@@ -192,7 +196,7 @@ def _random_tile(form: Form, found: Memory, source: random.Random) -> Tile:
     return tiles.tile_at(shape, prefix, start, min(start + cut.rows, shape[cut.dim]))
 
 
-def _differ(form: Form, a: memoryview, b: memoryview) -> tuple[int, object, object] | None:
+def _differ(form: LinearForm, a: memoryview, b: memoryview) -> tuple[int, object, object] | None:
     """Place and values of the first difference, if there is one."""
     if a == b:
         return None

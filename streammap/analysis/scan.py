@@ -21,7 +21,7 @@ from streammap.engine import memory, read_ahead, schedule, threads
 from streammap.engine.compiler import Programs
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
-from streammap.engine.schedule import Compute, Job, Place
+from streammap.engine.schedule import Compute, FileOffset, Job
 from streammap.engine.tile_reads import Recipe, alike
 from streammap.engine.tiles import Tile
 from streammap.engine.worker import Made, Worker
@@ -30,7 +30,7 @@ from streammap.io.buffers import Buffer
 from streammap.io.dtypes import to_torch
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.tensor_spec import DTYPE_BITS, FLOATS, TensorSpec
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 
 MEASURED = (*FLOATS, "F8_E5M2", "F8_E4M3")
 """dtypes whose numbers are looked at; of others, bytes only."""
@@ -42,7 +42,7 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ScannedPiece:
     """A contiguous part of a tensor."""
 
     key: str
@@ -63,17 +63,17 @@ class Piece:
         return torch.frombuffer(self.other, dtype=to_torch(self.other_spec.dtype))
 
 
-Measure = Callable[[Piece, Scratch], Found]
+Measure = Callable[[ScannedPiece, Scratch], Found]
 Collect = Callable[[str, Found], None]
 
 
 def each(
-    forms: Mapping[str, Form],
+    forms: Mapping[str, LinearForm],
     engine: Engine,
     measure: Measure[Found],
     collect: Collect[Found],
     *,
-    others: Mapping[str, Form] | None = None,
+    others: Mapping[str, LinearForm] | None = None,
     listener: Listener = nobody,
 ) -> None:
     """Measure all pieces of all tensors.
@@ -101,11 +101,11 @@ def each(
         view = made.whole()
         if not hasattr(own, "scratch"):
             own.scratch = Scratch()
-            own.beside = Beside(found, widest) if others else None
+            own.beside = SecondReader(found, widest) if others else None
         for place in job.places:
             spec, form = held[place.file].spec, others.get(place.file)
             start = place.offset * 8 // max(8, DTYPE_BITS[spec.dtype])
-            piece = Piece(place.file, spec, start, view, spec, _NOTHING)
+            piece = ScannedPiece(place.file, spec, start, view, spec, _NOTHING)
             if form is not None:
                 other = own.beside.read(form, _tile(job, spec, start), start, _n(spec, len(view)))
                 piece = replace(piece, other_spec=form.spec, other=other)
@@ -118,14 +118,18 @@ def each(
     slots = ((key, Slot(key, form.spec, 0)) for key, form in held.items())
     with torch_threads():
         threads.run(
-            schedule.bundles(held, slots, found), found, write,
-            listener=listener, mapped=engine.reader == "mmap", device="cpu",
+            schedule.bundles(held, slots, found),
+            found,
+            write,
+            listener=listener,
+            mapped=engine.reader == "mmap",
+            device="cpu",
             cancel=partial(read_ahead.cancel, sources),
-        )  # fmt: skip
+        )
     listener(Finished())
 
 
-def fit(forms: Sequence[Form], engine: Engine, *, n_sides: int) -> Memory:
+def fit(forms: Sequence[LinearForm], engine: Engine, *, n_sides: int) -> Memory:
     """The memory of such a pass: a thread has a worker for each side.
 
     Raises:
@@ -146,7 +150,7 @@ def fit(forms: Sequence[Form], engine: Engine, *, n_sides: int) -> Memory:
 
 
 @final
-class Beside:
+class SecondReader:
     """Reads or computes parts of tensors, apart from a run. Not to be used by two at once."""
 
     def __init__(self, found: Memory, widest: int) -> None:
@@ -155,7 +159,7 @@ class Beside:
         nbytes = found.dense_limits.out_nbytes
         self._whole, self._part = Buffer(nbytes * widest), Buffer(nbytes * widest)
 
-    def read(self, form: Form, tile: Tile | None, start: int, n: int) -> memoryview:
+    def read(self, form: LinearForm, tile: Tile | None, start: int, n: int) -> memoryview:
         """The bytes of n elements, from element `start` on; there until the next call.
 
         Args:
@@ -168,7 +172,7 @@ class Beside:
             found.source.read_into(found.key, start * bits // 8, view, mapped=False)
             return view
         assert tile is not None
-        job = Compute("", alike(form), Recipe(form, tile), (Place("", 0),))
+        job = Compute("", alike(form), Recipe(form, tile), (FileOffset("", 0),))
         self._worker.begin()
         for part in self._worker.parts(job):
             if part is job:

@@ -44,7 +44,7 @@ class Scratch:
 
 
 @final
-class Sum:
+class ExactSum:
     """An exact sum of floats, so that it is the same in whatever order they come."""
 
     __slots__ = ("_parts",)
@@ -65,7 +65,7 @@ class Sum:
                 kept.append(lost)
         self._parts = [*kept, x]
 
-    def add_all(self, other: "Sum") -> None:
+    def add_all(self, other: "ExactSum") -> None:
         """Add what another one holds."""
         for part in other._parts:
             self.add(part)
@@ -78,7 +78,7 @@ class Sum:
 
 @final
 @dataclass(slots=True)
-class Tally:
+class TensorStats:
     """Counts and sums so far."""
 
     n_nan: int = 0
@@ -88,13 +88,13 @@ class Tally:
     n_over_f16: int = 0
     minimum: float = math.inf
     maximum: float = -math.inf
-    total: Sum = field(default_factory=Sum)
-    squares: Sum = field(default_factory=Sum)
+    total: ExactSum = field(default_factory=ExactSum)
+    squares: ExactSum = field(default_factory=ExactSum)
     n_dead_rows: int = 0
     zeros_of: dict[int, int] = field(default_factory=dict)
     """Row that came in parts -> zeros of those parts that are all zeros."""
 
-    def add(self, other: "Tally") -> None:
+    def add(self, other: "TensorStats") -> None:
         """Take in another piece's."""
         for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(other, name))
@@ -113,7 +113,7 @@ class Tally:
 _SUMMED = ("n_nan", "n_inf", "n_zero", "n_subnormal", "n_over_f16", "n_dead_rows")
 
 
-def counted(numbers: Tensor, start: int, length: int, scratch: Scratch) -> Tally:
+def counted(numbers: Tensor, start: int, length: int, scratch: Scratch) -> TensorStats:
     """The figures of a piece.
 
     Args:
@@ -121,7 +121,7 @@ def counted(numbers: Tensor, start: int, length: int, scratch: Scratch) -> Tally
         start: Numbers of the tensor before it.
         length: Numbers of a row; 0 to look for no dead rows.
     """
-    found = Tally()
+    found = TensorStats()
     tiny = torch.finfo(numbers.dtype).tiny
     for at in range(0, numbers.numel(), CHUNK):
         chunk = numbers[at : at + CHUNK]
@@ -162,7 +162,7 @@ def not_finite(numbers: Tensor) -> tuple[int, int]:
     return n_nan, int(torch.count_nonzero(numbers.isinf()))
 
 
-def _dead_rows(numbers: Tensor, start: int, length: int, found: Tally) -> None:
+def _dead_rows(numbers: Tensor, start: int, length: int, found: TensorStats) -> None:
     """Rows of zeros: those that are whole here, and parts of others."""
     end = start + numbers.numel()
     first, last = -(-start // length) * length, end // length * length

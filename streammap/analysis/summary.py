@@ -8,12 +8,12 @@ from streammap.architectures import key_pattern as pattern
 from streammap.engine.options import Engine
 from streammap.output import run
 from streammap.planning import exactness, graph
-from streammap.planning.graph import Form, Term
+from streammap.planning.graph import LinearForm, Term
 from streammap.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PlanRow:
     """The tensors of one key pattern."""
 
     pattern: str
@@ -34,7 +34,7 @@ class Row:
 class Summary:
     """A plan in figures."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PlanRow, ...]
     sizes: Mapping[str, tuple[int, int]]
     """Axis -> size before and after, for each that changes."""
     n_tensors: int
@@ -74,7 +74,7 @@ class Summary:
 def summarize(plan: Plan, engine: Engine) -> Summary:
     """The figures of a plan, run by `engine`."""
     before: dict[str, set[str]] = {}
-    after: dict[str, list[Form]] = {}
+    after: dict[str, list[LinearForm]] = {}
     for source in plan.sources[:1]:
         for key in source.slots:
             before.setdefault(pattern.INDEX.sub("*", key), set()).add(key)
@@ -87,7 +87,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
         form = forms[0]
         source_spec = form.terms[0].blend[0][1].spec
         rows.append(
-            Row(
+            PlanRow(
                 name,
                 len(before.get(name, ())),
                 len(forms),
@@ -129,7 +129,7 @@ def _axes_by_key(plan: Plan) -> dict[str, frozenset[str]]:
     }
 
 
-def formula(form: Form) -> str:
+def formula(form: LinearForm) -> str:
     """What a form computes, in words."""
     if form.copied is not None:
         return "copied"
@@ -172,7 +172,7 @@ def _dim_name(d: int, rank: int) -> str:
     return ("rows", "columns")[d] if rank == 2 else f"dim {d}"
 
 
-def _line(row: Row, rows: tuple[Row, ...]) -> str:
+def _line(row: PlanRow, rows: tuple[PlanRow, ...]) -> str:
     width = max(len(other.pattern) for other in rows)
     count = (
         f"{row.n_before:>4} -> {row.n_after:<4}"

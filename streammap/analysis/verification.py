@@ -20,7 +20,7 @@ from streammap.engine.options import Engine, EngineOptions, engine
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.io import survey
 from streammap.io.storage.resolve import PathLike
-from streammap.io.survey import Finding, Record, Survey
+from streammap.io.survey import Finding, SavedRecord, Survey
 from streammap.output import shards
 from streammap.planning import map_file, plan, request_tree
 from streammap.planning.plan import Plan
@@ -137,7 +137,9 @@ def verify(
 class _Work:
     """What is known, and what was found so far."""
 
-    def __init__(self, record: Record, seen: Survey, expected: Plan | None, engine: Engine) -> None:
+    def __init__(
+        self, record: SavedRecord, seen: Survey, expected: Plan | None, engine: Engine
+    ) -> None:
         self.record, self.expected, self.engine = record, expected, engine
         self.findings = list(seen.findings)
         self.checks = ["structure"]
@@ -176,7 +178,7 @@ class _Work:
         return done
 
 
-def _expected(path: Path, record: Record, sources: Moved) -> tuple[Plan | None, str]:
+def _expected(path: Path, record: SavedRecord, sources: Moved) -> tuple[Plan | None, str]:
     """The plan made again, or why it can't be."""
     if record.content.get("request") is None:
         return None, "the record does not say how to make it again"
@@ -193,7 +195,7 @@ def _expected(path: Path, record: Record, sources: Moved) -> tuple[Plan | None, 
     return made.plan, ""
 
 
-def _changed(made: Plan, record: Record) -> str | None:
+def _changed(made: Plan, record: SavedRecord) -> str | None:
     """Which source is another one than it was."""
     told = record.content.get("sources")
     recorded = told if isinstance(told, list) else []
@@ -207,7 +209,7 @@ def _changed(made: Plan, record: Record) -> str | None:
     return None
 
 
-def _planned(seen: Survey, expected: Plan, record: Record) -> Iterator[Finding]:
+def _planned(seen: Survey, expected: Plan, record: SavedRecord) -> Iterator[Finding]:
     """Keys, dtypes, shapes and offsets."""
     there = seen.checkpoint
     for key, spec in expected.specs.items():
@@ -253,7 +255,7 @@ def _offsets(seen: Survey, expected: Plan) -> Iterator[Finding]:
                 yield Finding("error", "offset", told, key, file, found, planned[key] - first)
 
 
-def _config(own: Plan, record: Record, expected: Plan | None) -> Iterator[Finding]:
+def _config(own: Plan, record: SavedRecord, expected: Plan | None) -> Iterator[Finding]:
     """config.json: whether the tensors fit it, and whether sizes are those that were written."""
     if own.config is None:
         if expected is not None and expected.config is not None and own.sources[0].path.is_dir():

@@ -41,14 +41,14 @@ class Operation:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class FunctionCall:
     """A function of the evaluator's, with its arguments as they were written."""
 
     function: str
     arguments: tuple[str, ...]
 
 
-Expression = Name | Number | Operation | Call
+Expression = Name | Number | Operation | FunctionCall
 
 MEASURES = ("shape", "count")
 """Functions whose arguments are keys."""
@@ -118,7 +118,7 @@ def _atom(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
         return Number(int(token)), at + 1
     name, bracket, arguments = token.partition("(")
     if bracket:
-        return Call(name, tuple(part.strip() for part in arguments[:-1].split(","))), at + 1
+        return FunctionCall(name, tuple(part.strip() for part in arguments[:-1].split(","))), at + 1
     return Name(name), at + 1
 
 
@@ -141,7 +141,7 @@ def evaluate(
             return value
         case Name(name):
             return value_of(name)
-        case Call(function, arguments):
+        case FunctionCall(function, arguments):
             return call(function, arguments)
         case Operation(operator, left, right):
             a, b = evaluate(left, value_of, call), evaluate(right, value_of, call)
@@ -170,7 +170,7 @@ def names(tree: Expression) -> Iterator[str]:
         case Operation(_, left, right):
             yield from names(left)
             yield from names(right)
-        case Call(_, arguments):
+        case FunctionCall(_, arguments):
             yield from (part for part in arguments if part.isidentifier())
         case _:
             pass
@@ -183,7 +183,7 @@ def scoped(tree: Expression, scope: str, same: Mapping[str, str]) -> Expression:
             return Name(same.get(scope + name, scope + name))
         case Operation(operator, left, right):
             return Operation(operator, scoped(left, scope, same), scoped(right, scope, same))
-        case Call(function, arguments) if function not in MEASURES:
-            return Call(function, tuple(same.get(scope + a, scope + a) for a in arguments))
+        case FunctionCall(function, arguments) if function not in MEASURES:
+            return FunctionCall(function, tuple(same.get(scope + a, scope + a) for a in arguments))
         case _:
             return tree

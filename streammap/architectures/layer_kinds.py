@@ -11,12 +11,12 @@ from streammap.architectures import config_fields
 from streammap.architectures.schema import Depth
 from streammap.errors import PlanError, printable
 
-Kind = tuple[str, ...]
+LayerKind = tuple[str, ...]
 _MAX_UNROLLED = 100_000
 _MAX_WORD = 80
 
 
-def kinds(depth: Depth, config: Mapping[str, object], n_layers: int) -> tuple[Kind, ...]:
+def kinds(depth: Depth, config: Mapping[str, object], n_layers: int) -> tuple[LayerKind, ...]:
     """The kind of each layer."""
     numbers = {
         field: frozenset(n for n in listed if isinstance(n, int))
@@ -117,7 +117,7 @@ def _unrolled(value: object) -> list[object]:
 
 def _kind(
     depth: Depth, config: Mapping[str, object], i: int, numbers: Mapping[str, frozenset[int]]
-) -> Kind:
+) -> LayerKind:
     found = []
     for field in depth.lists:
         listed, pattern = config_fields.field_value(config, field), depth.default.get(field, ())

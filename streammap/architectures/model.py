@@ -19,7 +19,7 @@ from streammap.architectures import (
 )
 from streammap.architectures.expression import Expression, Name
 from streammap.architectures.key_pattern import KeyPattern, first_match
-from streammap.architectures.schema import Architecture, Depth, Dim, Head, Rule
+from streammap.architectures.schema import Architecture, Depth, DimSpec, LMHead, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, some
 from streammap.io.tensor_spec import TensorSpec
 
@@ -28,12 +28,12 @@ from streammap.io.tensor_spec import TensorSpec
 class Family:
     """The tensors that one rule describes under one name, over all layers and experts."""
 
-    rule: Rule
+    rule: TensorRule
     name: str
     """The key with its indices by name: "h.{layer}.ln_1.weight"."""
     members: Mapping[tuple[int, ...], str]
     """Values of the indices -> key."""
-    dims: tuple[Dim, ...]
+    dims: tuple[DimSpec, ...]
 
     @property
     def indices(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ class Family:
 class TiedHead:
     """A head that shares the embedding's tensor, at its place in a checkpoint."""
 
-    head: Head
+    head: LMHead
     norm: tuple[KeyPattern, ...]
     """Of the head's norms, the one that is there; empty where none is."""
 
@@ -110,7 +110,7 @@ class Model:
         """The value of a dimension expression."""
         return self.architecture.size(expression, self.sizes)
 
-    def kinds(self, axis: str) -> tuple[layer_kinds.Kind, ...]:
+    def kinds(self, axis: str) -> tuple[layer_kinds.LayerKind, ...]:
         """What config.json says of each layer of a depth axis."""
         depth = self.architecture.depth.get(axis, Depth())
         return layer_kinds.kinds(depth, self.config, self.sizes[axis])
@@ -181,8 +181,8 @@ def _families(
     spec: Architecture, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
 ) -> tuple[Family, ...]:
     """Match every key. Candidates are found once per key shape, so the cost is linear in keys."""
-    candidates: dict[str, tuple[Rule, ...]] = {}
-    found: dict[tuple[int, str], tuple[Rule, dict[tuple[int, ...], str], int]] = {}
+    candidates: dict[str, tuple[TensorRule, ...]] = {}
+    found: dict[tuple[int, str], tuple[TensorRule, dict[tuple[int, ...], str], int]] = {}
     unknown = []
     for key, tensor in specs.items():
         shape = key_pattern.INDEX.sub("0", key)
@@ -214,7 +214,7 @@ def _families(
     )
 
 
-def _applies(rule: Rule, values: Mapping[str, int], config: Mapping[str, object]) -> bool:
+def _applies(rule: TensorRule, values: Mapping[str, int], config: Mapping[str, object]) -> bool:
     """Whether the layer of a key is one that the rule is for."""
     for condition in rule.when:
         listed = config_fields.field_value(config, condition.field)
@@ -227,7 +227,7 @@ def _applies(rule: Rule, values: Mapping[str, int], config: Mapping[str, object]
     return True
 
 
-def _family_name(key: str, rule: Rule) -> str:
+def _family_name(key: str, rule: TensorRule) -> str:
     indices = rule.pattern.indices
     if not indices:
         return key
@@ -239,7 +239,7 @@ def _family_name(key: str, rule: Rule) -> str:
     return name
 
 
-def _dims(rule: Rule, name: str, rank: int) -> tuple[Dim, ...]:
+def _dims(rule: TensorRule, name: str, rank: int) -> tuple[DimSpec, ...]:
     dims = rule.dims_for(rank)
     if dims is None:
         raise CheckpointError(
@@ -266,7 +266,7 @@ def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
 
 
 def _tied(
-    head: Head, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
+    head: LMHead, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
 ) -> TiedHead | None:
     """The head, where it shares the embedding, by the file or by config.json.
 
@@ -307,7 +307,7 @@ def _check_shapes(model: Model, specs: Mapping[str, TensorSpec]) -> None:
             )
 
 
-def _expected(model: Model, family: Family, dim: Dim) -> int | None:
+def _expected(model: Model, family: Family, dim: DimSpec) -> int | None:
     if dim.expression is None:
         return None
     try:
@@ -378,7 +378,7 @@ def _check_surplus(model: Model, axis: str) -> None:
 
 def _missing(model: Model, axis: str) -> tuple[list[str], int]:
     """Some of the keys that layers lack and others of their kind have, and how many these are."""
-    members: dict[layer_kinds.Kind, list[int]] = {}
+    members: dict[layer_kinds.LayerKind, list[int]] = {}
     for i, kind in enumerate(model.kinds(axis)):
         members.setdefault(kind, []).append(i)
     names: list[str] = []

@@ -17,14 +17,14 @@ from streammap.architectures.key_pattern import KeyPattern
 from streammap.errors import ArchitectureError
 
 Role = Literal["out", "in", "keep"]
-Kind = Literal["width", "depth", "frozen", "group", "expert"]
+AxisKind = Literal["width", "depth", "frozen", "group", "expert"]
 SPACES = ("hidden", "heads", "kv_heads", "mlp", "experts")
 """Names under which users ask for axes; layers are those of kind depth."""
 REST = "..."
 
 
 @dataclass(frozen=True, slots=True)
-class Dim:
+class DimSpec:
     """What one dimension of a tensor is."""
 
     text: str
@@ -33,7 +33,7 @@ class Dim:
     role: Role
 
 
-KEEP = Dim("_", None, "keep")
+KEEP = DimSpec("_", None, "keep")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +62,19 @@ class LayerCondition:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Rule:
+class TensorRule:
     """What the tensors of one key pattern are."""
 
     pattern: KeyPattern
     kind: str
     """linear, conv1d, conv, embedding, norm, tensor, buffer or drop."""
-    dims: tuple[Dim, ...] = ()
+    dims: tuple[DimSpec, ...] = ()
     generation: int = 0
     """0 for the spec's own rules, 1 for those of the spec it extends; the lower one counts."""
     when: tuple[LayerCondition, ...] = ()
     norm: Norm | None = None
 
-    def dims_for(self, rank: int) -> tuple[Dim, ...] | None:
+    def dims_for(self, rank: int) -> tuple[DimSpec, ...] | None:
         """One Dim for each dimension of a tensor of `rank`, or None where that can't be."""
         if self.kind in ("buffer", "drop"):
             return (KEEP,) * rank
@@ -96,7 +96,7 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class LMHead:
     """A head that may share the embedding's tensor, and what reads the norm before it."""
 
     norms: tuple[tuple[KeyPattern, ...], ...]
@@ -172,7 +172,7 @@ class Axis:
     """A named size of the model."""
 
     name: str
-    kind: Kind
+    kind: AxisKind
     sources: tuple[str | Expression, ...]
     """Config fields ("a.b" is nested) and expressions; the first that is there counts."""
 
@@ -203,9 +203,9 @@ class Architecture:
     """Space -> its axes."""
     aliases: Mapping[str, Expression]
     constraints: tuple[tuple[str, Expression, Expression], ...]
-    rules: tuple[Rule, ...]
+    rules: tuple[TensorRule, ...]
     required: tuple[KeyPattern, ...]
-    heads: tuple[Head, ...]
+    heads: tuple[LMHead, ...]
     weightless: tuple[str, ...]
     """Axes that norms without weights see."""
     forward_scale: tuple[tuple[KeyPattern, Factor], ...]

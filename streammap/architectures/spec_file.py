@@ -12,15 +12,25 @@ from streammap.architectures import config_fields
 from streammap.architectures import expression as expressions
 from streammap.architectures import toml_values as reading
 from streammap.architectures.expression import Expression, Name
-from streammap.architectures.schema import Architecture  # fmt: skip
-from streammap.architectures.spec_scope import Part
+from streammap.architectures.schema import Architecture
+from streammap.architectures.spec_scope import SpecScope
 from streammap.architectures.toml_values import Tables
 from streammap.errors import ArchitectureError
 
 _MERGED = (
-    "vars", "axes", "axis_kind", "spaces", "alias", "norm", "head", "forward_scale", "experts",
-    "rope", "config", "caveat",
-)  # fmt: skip
+    "vars",
+    "axes",
+    "axis_kind",
+    "spaces",
+    "alias",
+    "norm",
+    "head",
+    "forward_scale",
+    "experts",
+    "rope",
+    "config",
+    "caveat",
+)
 _STACKED = ("modules", "tensors", "buffers", "drop")
 _INHERITED = ("constraints", "required", "include", "same_axis")
 _OWN = ("schema", "extends", "model_types", "detect", "proof", "depth")
@@ -107,7 +117,7 @@ def _build(
     name: str, tables: Tables, config: Mapping[str, object], included: Callable[[str], Tables]
 ) -> Architecture:
     same = {k: reading.string(v, k) for k, v in reading.table(tables, "same_axis").items()}
-    own = Part(tables, config, "", ("",), "", same)
+    own = SpecScope(tables, config, "", ("",), "", same)
     parts = [own]
     for entry in reading.listed(tables.get("include", []), "[[include]]"):
         table = reading.only(
@@ -119,7 +129,7 @@ def _build(
             # Older checkpoints have the fields of the inner model at the top.
             path, inner = "", config
         parts.append(
-            Part(
+            SpecScope(
                 included(reading.string(table.get("spec"), "[[include]] spec")),
                 inner,
                 f"{reading.string(table.get('as'), '[[include]] as')}.",
@@ -134,7 +144,7 @@ def _build(
 def _joined(
     name: str,
     tables: Tables,
-    parts: Sequence["Part"],
+    parts: Sequence["SpecScope"],
     same: Mapping[str, str],
     config: Mapping[str, object],
 ) -> Architecture:

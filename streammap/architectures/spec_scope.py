@@ -13,18 +13,18 @@ from streammap.architectures.schema import (
     REST,
     SPACES,
     Axis,
+    AxisKind,
     Depth,
-    Dim,
+    DimSpec,
     Experts,
     Factor,
-    Head,
-    Kind,
     LayerCondition,
+    LMHead,
     Norm,
     Role,
     Rope,
-    Rule,
-)  # fmt: skip
+    TensorRule,
+)
 from streammap.architectures.toml_values import Tables
 from streammap.errors import ArchitectureError
 
@@ -34,11 +34,11 @@ _ROPE = ("theta", "layout", "scores", "query", "query_norm", "key_norm")
 _DEPTH = tuple(Depth.__dataclass_fields__)
 _MAX_EXPONENT = 4
 _MODULES = ("linear", "conv1d", "conv", "embedding")
-_KINDS: tuple[Kind, ...] = ("width", "depth", "frozen", "group", "expert")
+_KINDS: tuple[AxisKind, ...] = ("width", "depth", "frozen", "group", "expert")
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SpecScope:
     """One spec's tables, at their place inside a model."""
 
     tables: Tables
@@ -148,18 +148,20 @@ class Part:
             found.append((text, self._expression(left, text), self._expression(right, text)))
         return found
 
-    def rules(self) -> list[Rule]:
+    def rules(self) -> list[TensorRule]:
         """The rules of all generations, own ones first."""
         norm = self._norm()
         plain = reading.strings(self._entry("norm", "plain", []), "[norm] plain")
-        found: list[Rule] = []
+        found: list[TensorRule] = []
         for generation, table in enumerate(reading.listed(self.tables["modules"], "modules")):
             for text, value in reading.as_table(table, "[modules]").items():
                 own = replace(norm, offset=0.0) if text in plain else norm
                 for words, when in self._choices(value, text):
                     for end, kind, dims in self._module(text, words):
                         found += [
-                            Rule(p, kind, dims, generation, when, own if kind == "norm" else None)
+                            TensorRule(
+                                p, kind, dims, generation, when, own if kind == "norm" else None
+                            )
                             for p in self._compiled(text + end)
                         ]
         for generation, table in enumerate(reading.listed(self.tables["tensors"], "tensors")):
@@ -169,13 +171,15 @@ class Part:
                         tuple(self._dim(part.strip()) for part in words.split(",")) if words else ()
                     )
                     found += [
-                        Rule(p, "tensor", dims, generation, when) for p in self._compiled(text)
+                        TensorRule(p, "tensor", dims, generation, when)
+                        for p in self._compiled(text)
                     ]
         for name, kind in (("buffers", "buffer"), ("drop", "drop")):
             for generation, table in enumerate(reading.listed(self.tables[name], name)):
                 keys = reading.only(reading.as_table(table, name), ("keys",), name).get("keys", [])
                 found += [
-                    Rule(p, kind, (), generation) for p in self.patterns(keys, f"[{name}] keys")
+                    TensorRule(p, kind, (), generation)
+                    for p in self.patterns(keys, f"[{name}] keys")
                 ]
         return found
 
@@ -198,7 +202,7 @@ class Part:
                 break
         return found
 
-    def _module(self, text: str, words: str) -> list[tuple[str, str, tuple[Dim, ...]]]:
+    def _module(self, text: str, words: str) -> list[tuple[str, str, tuple[DimSpec, ...]]]:
         kind, _, shape = words.partition(" ")
         before, arrow, after = (part.strip() for part in shape.partition("->"))
         if kind == "norm" and not arrow:
@@ -212,20 +216,20 @@ class Part:
         weight = {
             "linear": (makes, reads),
             "conv1d": (reads, makes),
-            "conv": (makes, reads, Dim(REST, None, "keep")),
+            "conv": (makes, reads, DimSpec(REST, None, "keep")),
         }[kind]
         return [(".weight", kind, weight), (".bias", kind, (makes,))]
 
-    def _dim(self, text: str) -> Dim:
+    def _dim(self, text: str) -> DimSpec:
         body, _, role = (part.strip() for part in text.partition(":"))
         if body == REST:
-            return Dim(REST, None, "keep")
+            return DimSpec(REST, None, "keep")
         if role not in ("", "out", "in", "keep"):
             raise ArchitectureError(f"{text!r}: a role is out, in or keep, not {role!r}")
         if body == "_":
             return KEEP
         kept: Role = "out" if role == "out" else "in" if role == "in" else "keep"
-        return Dim(body, self._expression(body, text), kept)
+        return DimSpec(body, self._expression(body, text), kept)
 
     def _norm(self) -> Norm:
         reading.only(reading.table(self.tables, "norm"), _NORM, "norm")
@@ -244,7 +248,7 @@ class Part:
         found = reading.strings(self._entry("norm", "weightless", []), "[norm] weightless")
         return [self._axis_name(axis) for axis in found]
 
-    def heads(self) -> list[Head]:
+    def heads(self) -> list[LMHead]:
         """The head, if there is one."""
         table = reading.only(reading.table(self.tables, "head"), _HEAD, "head")
         if not table:
@@ -254,7 +258,7 @@ class Part:
         scale = self._entry("head", "scale", None)
         copies = reading.as_table(table.get("copies", {}), "[head] copies")
         return [
-            Head(
+            LMHead(
                 norms=tuple(self.patterns(f"{text}.*", "[head] norm") for text in texts),
                 embed=self.patterns(self._entry("head", "embed", []), "[head] embed"),
                 head=self.patterns(self._entry("head", "head", []), "[head] head"),
@@ -335,9 +339,11 @@ class Part:
                 tuple(self.path + field for field in theta),
                 "half" if layout == "half" else "interleaved",
                 "head_dim" if scores == "head_dim" else "constant",
-                patterns("query"), patterns("query_norm"), patterns("key_norm"),
+                patterns("query"),
+                patterns("query_norm"),
+                patterns("key_norm"),
             )
-        }  # fmt: skip
+        }
 
     def depth(self) -> dict[str, Depth]:
         """What config.json says of layers, by the axis that counts them."""

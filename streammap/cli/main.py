@@ -34,7 +34,7 @@ from streammap.cli.options import (
     resize_options,
     source_options,
     with_axes,
-)  # fmt: skip
+)
 from streammap.common.version import VERSION
 from streammap.errors import StreammapError, printable, printable_lines
 from streammap.output.ranks.launcher import ALONE, Ranks, is_relayed
@@ -174,9 +174,15 @@ def _print_plan(lazy: "LazyCheckpoint", options: Mapping[str, Any]) -> None:
 @reading_options
 @json_option
 def inspect(
-    source: str, config: str | None, arch: str | None, stream: bool, health: bool, limit: int,
-    as_json: bool, **options: Any,
-) -> None:  # fmt: skip
+    source: str,
+    config: str | None,
+    arch: str | None,
+    stream: bool,
+    health: bool,
+    limit: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Say what a checkpoint is: its architecture, sizes, files, and tensors.
 
     \b
@@ -230,9 +236,15 @@ def coalesce(
 @source_options
 @output_options
 def decoalesce(
-    source: str, output: str | None, config: str | None, arch: str | None, blend_with: str | None,
-    alpha: float | None, stream: bool, **options: Any,
-) -> None:  # fmt: skip
+    source: str,
+    output: str | None,
+    config: str | None,
+    arch: str | None,
+    blend_with: str | None,
+    alpha: float | None,
+    stream: bool,
+    **options: Any,
+) -> None:
     """Make a larger model: heads and layers are copied to their group.
 
     Without a scheme, the map saved when SRC was made is used.
@@ -256,9 +268,15 @@ def decoalesce(
 @source_options
 @output_options
 def interpolate(
-    source: str, target: str, output: str | None, alpha: float, config: str | None,
-    arch: str | None, stream: bool, **options: Any,
-) -> None:  # fmt: skip
+    source: str,
+    target: str,
+    output: str | None,
+    alpha: float,
+    config: str | None,
+    arch: str | None,
+    stream: bool,
+    **options: Any,
+) -> None:
     """Blend two checkpoints of one model: (1 - alpha) * TGT + alpha * SRC.
 
     \b
@@ -308,9 +326,13 @@ def plan() -> None:
 @engine_options
 @json_option
 def plan_coalesce(
-    source: str, output: str | None, config: str | None, arch: str | None, stream: bool,
+    source: str,
+    output: str | None,
+    config: str | None,
+    arch: str | None,
+    stream: bool,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """What `coalesce` would do.
 
     \b
@@ -330,9 +352,15 @@ def plan_coalesce(
 @engine_options
 @json_option
 def plan_decoalesce(
-    source: str, output: str | None, config: str | None, arch: str | None,
-    blend_with: str | None, alpha: float | None, stream: bool, **options: Any,
-) -> None:  # fmt: skip
+    source: str,
+    output: str | None,
+    config: str | None,
+    arch: str | None,
+    blend_with: str | None,
+    alpha: float | None,
+    stream: bool,
+    **options: Any,
+) -> None:
     """What `decoalesce` would do.
 
     \b
@@ -354,9 +382,15 @@ def plan_decoalesce(
 @engine_options
 @json_option
 def plan_interpolate(
-    source: str, target: str, output: str | None, alpha: float, config: str | None,
-    arch: str | None, stream: bool, **options: Any,
-) -> None:  # fmt: skip
+    source: str,
+    target: str,
+    output: str | None,
+    alpha: float,
+    config: str | None,
+    arch: str | None,
+    stream: bool,
+    **options: Any,
+) -> None:
     """What `interpolate` would do.
 
     \b
@@ -375,8 +409,13 @@ def plan_interpolate(
 @click.option(
     "--depth", type=int, default=2, show_default=True, metavar="K", help="Layers a group."
 )
-@click.option("--grouping", type=click.Choice(GROUPINGS), default="stacked", show_default=True,
-              help="i with i+n/K, or neighbours.")  # fmt: skip
+@click.option(
+    "--grouping",
+    type=click.Choice(GROUPINGS),
+    default="stacked",
+    show_default=True,
+    help="i with i+n/K, or neighbours.",
+)
 def scheme(heads: int | None, layers: int | None, width: int, depth: int, grouping: str) -> None:
     """Print a scheme for given sizes.
 
@@ -397,10 +436,15 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
 
 
 @main.command("map")
-@click.option("--arch", type=click.Choice(("bert", "gpt2", "deit")), required=True,
-              help="Which front.")  # fmt: skip
-@click.option("--opt", type=click.Choice(("C", "D", "IP")), required=True,
-              help="Coalesce, decoalesce or interpolate.")  # fmt: skip
+@click.option(
+    "--arch", type=click.Choice(("bert", "gpt2", "deit")), required=True, help="Which front."
+)
+@click.option(
+    "--opt",
+    type=click.Choice(("C", "D", "IP")),
+    required=True,
+    help="Coalesce, decoalesce or interpolate.",
+)
 @click.option("--src-dir", required=True, metavar="DIR", help="Folder of the source.")
 @click.option("--tgt-dir", metavar="DIR", help="Folder of the target.")
 @click.option("--save-dir", required=True, metavar="DIR", help="Where the result goes.")
@@ -410,10 +454,18 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
 @click.option("--tgt-arch", metavar="LxHy", help="DeiT: sizes of the target.")
 @click.option("--src-ckp", metavar="NAME", help="DeiT: file of the source, in --src-dir.")
 @click.option("--tgt-ckp", metavar="NAME", help="DeiT: file of the target, in --tgt-dir.")
-@click.option("--save-ckp", metavar="NAME",
-              help="DeiT: file of the result, .safetensors (recommended) or .pth.")  # fmt: skip
-@click.option("--rule", type=click.Choice(RULES), default="reference", show_default=True,
-              help="exact: keep the function instead of the original's numbers.")  # fmt: skip
+@click.option(
+    "--save-ckp",
+    metavar="NAME",
+    help="DeiT: file of the result, .safetensors (recommended) or .pth.",
+)
+@click.option(
+    "--rule",
+    type=click.Choice(RULES),
+    default="reference",
+    show_default=True,
+    help="exact: keep the function instead of the original's numbers.",
+)
 @click.option("--restart", is_flag=True, help="Begin anew where an earlier run was stopped.")
 @ranks_option
 @click.option("--quiet", "-q", is_flag=True, help="No progress bar, no report.")

@@ -21,17 +21,31 @@ from streammap.errors import printable_lines
 @click.command()
 @click.argument("output", metavar="OUT")
 @moved_options
-@click.option("--recompute", "n_tiles", type=click.IntRange(min=0), default=0, show_default=True,
-              metavar="N", help="Random tiles to compute again from the sources.")  # fmt: skip
+@click.option(
+    "--recompute",
+    "n_tiles",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Random tiles to compute again from the sources.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Which tiles these are.")
 @click.option("--quiet", "-q", is_flag=True, help="Only the exit code.")
 @reading_options
 @json_option
 @click.pass_context
 def verify(
-    ctx: click.Context, /, output: str, sources: tuple[str, ...], n_tiles: int, seed: int,
-    quiet: bool, as_json: bool, **options: Any,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    /,
+    output: str,
+    sources: tuple[str, ...],
+    n_tiles: int,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
     r"""Read a result again: is it what was planned and written?
 
     Exit code 0: nothing is wrong, 1: something is. All that is wrong is listed.
@@ -44,9 +58,13 @@ def verify(
     from streammap.analysis import verification
 
     found = verification.verify(
-        output, sources=moved_of(sources), recompute=n_tiles, seed=seed,
-        progress=progress.bar("verify", quiet=quiet), **reading_of(options),
-    )  # fmt: skip
+        output,
+        sources=moved_of(sources),
+        recompute=n_tiles,
+        seed=seed,
+        progress=progress.bar("verify", quiet=quiet),
+        **reading_of(options),
+    )
     if not quiet:
         click.echo(
             json.dumps(found.as_json(), indent=2) if as_json else printable_lines(str(found))
@@ -64,9 +82,16 @@ def verify(
 @json_option
 @click.pass_context
 def diff(
-    ctx: click.Context, /, a: str, b: str, plot: str | None, quiet: bool, limit: int,
-    as_json: bool, **options: Any,
-) -> None:  # fmt: skip
+    ctx: click.Context,
+    /,
+    a: str,
+    b: str,
+    plot: str | None,
+    quiet: bool,
+    limit: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
     r"""Say how two checkpoints differ, tensor by tensor, worst first.
 
     relative is ||a - b|| / ||a||. Exit code 0: all is bit by bit the same, 1: something differs,

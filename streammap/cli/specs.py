@@ -10,7 +10,7 @@ import click
 from streammap.errors import ArchitectureError
 
 if TYPE_CHECKING:
-    from streammap.tools.spec_proof.checks import Report
+    from streammap.tools.spec_proof.checks import ProofReport
 
 
 @click.command()
@@ -57,7 +57,7 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     from streammap.architectures import registry
     from streammap.tools.spec_proof import checks
 
-    reports: list[Report] = []
+    reports: list[ProofReport] = []
     with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
         for name in names:
             for tiny in checks.models(registry.load(name)):
@@ -79,8 +79,13 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
 @spec.command()
 @click.argument("source", metavar="CHECKPOINT")
 @click.option("--name", metavar="NAME", help="Name of the spec. [default: the model type]")
-@click.option("--verify/--no-verify", "proves", default=True, show_default=True,
-              help="Prove it on a tiny model; the report goes to stderr.")  # fmt: skip
+@click.option(
+    "--verify/--no-verify",
+    "proves",
+    default=True,
+    show_default=True,
+    help="Prove it on a tiny model; the report goes to stderr.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
     r"""Write a spec for a checkpoint that none serves, by probing its model class.
@@ -108,10 +113,13 @@ def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
             reports = list(checks.verify(str(file), scratch=Path(folder) / "models"))
     if as_json:
         told = {
-            "model_type": found.model_type, "toml": found.toml,
-            "unresolved": list(found.unresolved), "n_probes": found.n_probes,
-            "seconds": found.seconds, "reports": [asdict(report) for report in reports],
-        }  # fmt: skip
+            "model_type": found.model_type,
+            "toml": found.toml,
+            "unresolved": list(found.unresolved),
+            "n_probes": found.n_probes,
+            "seconds": found.seconds,
+            "reports": [asdict(report) for report in reports],
+        }
         click.echo(json.dumps(told, indent=2))
         return
     click.echo(found.toml)
@@ -122,7 +130,7 @@ def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
         click.echo(_told(report), err=True)
 
 
-def _told(report: "Report") -> str:
+def _told(report: "ProofReport") -> str:
     """One model's checks in a few lines."""
     lines = [f"{report.model}: {'passed' if report.passed else 'FAILED'}"]
     for check in report.checks:

@@ -18,10 +18,10 @@ from streammap.engine import pullback
 from streammap.engine.memory import N_PLACES
 from streammap.engine.program import OUT, WORK, Op, Program, Strip, View, contiguous
 from streammap.engine.pullback import Pullback, Range
-from streammap.engine.tile_reads import Dim, Part, Recipe, Request
+from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
 from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph, group_sums
-from streammap.planning.graph import Load, Term
+from streammap.planning.graph import TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap
 from streammap.planning.segments import Segment
 
@@ -33,7 +33,7 @@ _HALVES = ("BF16", "F16")
 
 def program(recipe: Recipe, chunk_nbytes: int) -> Program:
     """The operations; of a source, `chunk_nbytes` are computed with at once, or one row."""
-    return _Writer(recipe, chunk_nbytes).written()
+    return _ProgramBuilder(recipe, chunk_nbytes).written()
 
 
 @final
@@ -58,7 +58,7 @@ class Programs:
 
 
 @final
-class _Writer:
+class _ProgramBuilder:
     """Writes the operations of one tile."""
 
     def __init__(self, recipe: Recipe, chunk_nbytes: int) -> None:
@@ -238,7 +238,7 @@ class _Writer:
         return held, part, factor
 
     def _as_read(
-        self, found: Load, whole: Part, rows: Range, dtype: str
+        self, found: TensorRef, whole: Part, rows: Range, dtype: str
     ) -> tuple[View, Part] | None:
         """A source to compute with where it was read to; None where that can't be."""
         if found.spec.dtype != dtype or any(d.pulled.n_in != 1 for d in whole[: self._dim]):
@@ -261,7 +261,7 @@ class _Writer:
     def _with(self, whole: Part, pulled: Pullback, rows: Range) -> Part:
         dim = whole[self._dim]
         start = dim.rows[0]
-        cut = Dim(dim.m, pulled, (start + rows[0], start + rows[1]))
+        cut = DimRead(dim.m, pulled, (start + rows[0], start + rows[1]))
         return (*whole[: self._dim], cut, *whole[self._dim + 1 :])
 
     def _gather(self, staged: View, whole: Part, part: Part, to: View, weight: float) -> None:
@@ -277,7 +277,7 @@ class _Writer:
         if converts:
             self._put(to, to, weight)
 
-    def _map(self, dim: Dim, held: View, to: View, d: int) -> float:
+    def _map(self, dim: DimRead, held: View, to: View, d: int) -> float:
         """Apply a dimension's map; gives a factor that is still to be applied."""
         if isinstance(dim.m, DenseMap):
             ((start, end),) = dim.pulled.ranges
@@ -348,11 +348,11 @@ class _Writer:
                 self._ops.append(Op("clear", to.folded(d), indices=empty))
             self._used = mark
 
-    def _read(self, part: Part, *sources: Load) -> View:
+    def _read(self, part: Part, *sources: TensorRef) -> View:
         """Where a source is read to, or several; a program reads them once for a part."""
         key = self._number, tuple(id(found) for found in sources), part
         if key not in self._staged:
-            request = Request(sources, tuple(dim.pulled.ranges for dim in part))
+            request = ReadRequest(sources, tuple(dim.pulled.ranges for dim in part))
             self._largest = max(self._largest, request.nbytes)
             shape = tuple(dim.pulled.n_in for dim in part)
             dtype = sources[0].spec.dtype
@@ -419,9 +419,8 @@ def _side_by_side(ranges: Sequence[Range]) -> Iterator[Segment]:
 def _alike(a: Segment, b: Segment) -> bool:
     """Whether two segments write to the same places, with coefficient 1."""
     return a.coefficient == b.coefficient == 1.0 and (
-        (a.out_start, a.out_step, a.count, a.length)
-        == (b.out_start, b.out_step, b.count, b.length)
-    )  # fmt: skip
+        (a.out_start, a.out_step, a.count, a.length) == (b.out_start, b.out_step, b.count, b.length)
+    )
 
 
 def _units(segment: Segment) -> Iterator[tuple[int, int, float]]:

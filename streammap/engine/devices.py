@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, final
 from streammap.engine.memory import Limits
 from streammap.errors import OutputError
 from streammap.io.buffers import Buffer
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.maps import DenseMap
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _MAX_HELD_NBYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DeviceChoice:
     """Where a run computes."""
 
     device: str
@@ -38,7 +38,7 @@ class Choice:
     reason: str
 
 
-def flop(forms: Iterable[Form]) -> float:
+def flop(forms: Iterable[LinearForm]) -> float:
     """Operations of all matrix products."""
     total = 0.0
     for form in forms:
@@ -48,7 +48,7 @@ def flop(forms: Iterable[Form]) -> float:
     return total
 
 
-def choose(forms: Iterable[Form], wanted: str, *, local_rank: int = 0) -> Choice:
+def choose(forms: Iterable[LinearForm], wanted: str, *, local_rank: int = 0) -> DeviceChoice:
     """The device of a run.
 
     Args:
@@ -59,15 +59,19 @@ def choose(forms: Iterable[Form], wanted: str, *, local_rank: int = 0) -> Choice
         OutputError: a GPU that torch does not find.
     """
     if wanted == "cpu":
-        return Choice("cpu", "as asked for")
+        return DeviceChoice("cpu", "as asked for")
     if wanted == "auto":
         work = flop(forms)
         if work < _WORTH_FLOP:
             what = "few matrix products" if work else "copies and sums"
-            return Choice("cpu", f"{what}: a GPU would wait for the files")
+            return DeviceChoice("cpu", f"{what}: a GPU would wait for the files")
         told = f"{work / 1e12:.1f} TFLOP of matrix products"
         n = _n_gpus()
-        return Choice(f"cuda:{local_rank % n}", told) if n else Choice("cpu", f"{told}, and no GPU")
+        return (
+            DeviceChoice(f"cuda:{local_rank % n}", told)
+            if n
+            else DeviceChoice("cpu", f"{told}, and no GPU")
+        )
     n = _n_gpus()
     number = local_rank % max(n, 1) if wanted == "cuda" else int(wanted.partition(":")[2])
     if number >= n:
@@ -77,7 +81,7 @@ def choose(forms: Iterable[Form], wanted: str, *, local_rank: int = 0) -> Choice
             f"device {wanted}: torch {torch.__version__} finds {n} GPUs",
             hint="pass --device cpu, or install a torch with CUDA",
         )
-    return Choice(f"cuda:{number}", "as asked for")
+    return DeviceChoice(f"cuda:{number}", "as asked for")
 
 
 def _n_gpus() -> int:

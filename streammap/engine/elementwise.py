@@ -14,11 +14,11 @@ from streammap.engine.schedule import fits
 from streammap.engine.tile_reads import Recipe
 from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 from streammap.planning import graph
-from streammap.planning.graph import Form, Load, Term
+from streammap.planning.graph import LinearForm, TensorRef, Term
 
 _MOST_NBYTES = 2 * tiles.PIECE_NBYTES
 """Of a piece: smaller ones cost more calls than a cache saves."""
-Kind = tuple[object, ...]
+FlatKind = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Pieces:
     """Bytes of the result that are computed at once."""
 
 
-def kind_of(form: Form) -> Kind | None:
+def kind_of(form: LinearForm) -> FlatKind | None:
     """Equal for flat forms whose pieces are computed alike; None where they can't be."""
     if len(form.spec.shape) != 1 or any(term.maps != (None,) for term in form.terms):
         return None
@@ -41,7 +41,7 @@ def kind_of(form: Form) -> Kind | None:
     return (form.spec.dtype, *blends)
 
 
-def loads_of(form: Form) -> list[Load]:
+def loads_of(form: LinearForm) -> list[TensorRef]:
     """What is read, in the order of the program."""
     return [
         found
@@ -51,14 +51,14 @@ def loads_of(form: Form) -> list[Load]:
     ]
 
 
-def pieces_of(form: Form, limits: Limits) -> Pieces | None:
+def pieces_of(form: LinearForm, limits: Limits) -> Pieces | None:
     """The largest pieces within the limits; None where there are none, or too many sources."""
     if len(loads_of(form)) > N_PLACES:
         return None
     item = DTYPE_BITS[form.spec.dtype] // 8
     n = min(_MOST_NBYTES, limits.out_nbytes) // item
     while n:
-        one = Form(
+        one = LinearForm(
             TensorSpec(form.spec.dtype, (n,)),
             tuple(Term((None,), _cut(term.blend, n)) for term in form.terms),
         )
@@ -71,5 +71,6 @@ def pieces_of(form: Form, limits: Limits) -> Pieces | None:
 
 def _cut(blend: graph.Blend, n: int) -> graph.Blend:
     return tuple(
-        (c, Load(found.source, found.key, TensorSpec(found.spec.dtype, (n,)))) for c, found in blend
+        (c, TensorRef(found.source, found.key, TensorSpec(found.spec.dtype, (n,))))
+        for c, found in blend
     )

@@ -15,7 +15,7 @@ from streammap.engine.worker import Worker
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import to_torch
 from streammap.io.formats.safetensors_header import Slot
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 
 if TYPE_CHECKING:
     from streammap.engine.pullback import Range
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MAPPED_NBYTES = 2**20
 
 
-def read(form: Form, memory: Memory) -> Tensor:
+def read(form: LinearForm, memory: Memory) -> Tensor:
     """The whole tensor of a form, as a new tensor; `memory` is what one thread takes beside it.
 
     Raises:
@@ -42,7 +42,7 @@ def read(form: Form, memory: Memory) -> Tensor:
     return torch.frombuffer(held, dtype=to_torch(spec.dtype)).view(spec.shape)
 
 
-def read_into(form: Form, region: "Region", out: Tensor, memory: Memory) -> None:
+def read_into(form: LinearForm, region: "Region", out: Tensor, memory: Memory) -> None:
     """Fill `out` with a region of a form, tile by tile.
 
     Each number is rounded to the form's dtype first, as in a file, and then cast to that of `out`.
@@ -65,7 +65,9 @@ def read_into(form: Form, region: "Region", out: Tensor, memory: Memory) -> None
                 regions.put(part, place.offset // dtype.itemsize, held, out)
 
 
-def _computed(form: Form, rows: "Range | None", memory: Memory) -> Iterator[tuple[Job, memoryview]]:
+def _computed(
+    form: LinearForm, rows: "Range | None", memory: Memory
+) -> Iterator[tuple[Job, memoryview]]:
     worker = Worker(memory, Programs(), mapped=False, matrices=None)
     tile = Buffer(memory.dense_limits.out_nbytes)
     slots, wanted = [("", Slot("", form.spec, 0))], {} if rows is None else {"": rows}

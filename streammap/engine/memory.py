@@ -19,7 +19,7 @@ from functools import cached_property
 
 from streammap.errors import OutputError
 from streammap.io.storage.base import Network
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.maps import BlockMap, DenseMap
 
 BASE_NBYTES = 14 * 2**20
@@ -124,7 +124,7 @@ def n_processors() -> int:
 
 
 def fit(
-    forms: Iterable[Form],
+    forms: Iterable[LinearForm],
     *,
     budget: int | None,
     n_workers: int | None,

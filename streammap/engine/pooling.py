@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from streammap.engine.program import Op, View
-from streammap.engine.tile_reads import Dim, Part
+from streammap.engine.tile_reads import DimRead, Part
 from streammap.planning.segments import Segment
 
 
@@ -130,7 +130,7 @@ def _gathered(outer: _Axis, inner: _Axis, source: View, to: View) -> Iterator[Op
             )
 
 
-def _axis(dim: Dim) -> _Axis:
+def _axis(dim: DimRead) -> _Axis:
     slots: list[list[Segment]] = [[]]
     left = dim.n_out
     for segment in dim.pulled.segments or ():

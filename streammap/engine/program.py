@@ -14,7 +14,7 @@ from streammap.engine.pullback import Range
 from streammap.planning.maps import DenseMap
 from streammap.planning.segments import Segment
 
-Kind = Literal[
+OpKind = Literal[
     "read", "copy", "mul", "add", "blend", "pool", "fill", "matmul", "take", "scale", "put", "clear"
 ]
 OUT, WORK = -1, -2
@@ -81,7 +81,7 @@ class View:
 class Op:
     """One kernel."""
 
-    kind: Kind
+    kind: OpKind
     out: View
     sources: tuple[View, ...] = ()
     number: float = 0.0

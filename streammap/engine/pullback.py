@@ -70,10 +70,16 @@ def _compact(found: Sequence[Segment]) -> Pullback:
             at = places[i] + segment.in_start - begins[i]
         moved.append(
             Segment(
-                segment.out_start, segment.out_step, at, segment.in_step, segment.count,
-                segment.length, segment.coefficient, segment.adds,
+                segment.out_start,
+                segment.out_step,
+                at,
+                segment.in_step,
+                segment.count,
+                segment.length,
+                segment.coefficient,
+                segment.adds,
             )
-        )  # fmt: skip
+        )
     return Pullback(ranges, segments.shared(Segments(moved)))
 
 
@@ -104,9 +110,15 @@ def _cut(piece: Segment, unit_nbytes: int) -> Iterable[Segment]:
         return
     for k in range(piece.count):
         yield Segment(
-            piece.out_start + k * piece.out_step, 0, piece.in_start + k * piece.in_step, 0, 1,
-            piece.length, piece.coefficient, piece.adds,
-        )  # fmt: skip
+            piece.out_start + k * piece.out_step,
+            0,
+            piece.in_start + k * piece.in_step,
+            0,
+            1,
+            piece.length,
+            piece.coefficient,
+            piece.adds,
+        )
 
 
 def _reads(found: Sequence[Segment]) -> Iterable[Range]:

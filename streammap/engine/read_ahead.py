@@ -13,8 +13,8 @@ from typing import final
 from streammap.engine.schedule import Bundle, Copy
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.storage.prefetch import AheadFile, Part, Window
-from streammap.planning.graph import Form
+from streammap.io.storage.prefetch import AheadFile, PrefetchPart, Window
+from streammap.planning.graph import LinearForm
 from streammap.planning.plan import Plan
 
 _Read = tuple[AheadFile, int, int]
@@ -57,7 +57,7 @@ def cancel(sources: Iterable[Checkpoint]) -> None:
         source.cancel()
 
 
-def as_they_come(forms: Iterable[Form]) -> tuple[Checkpoint, ...]:
+def as_they_come(forms: Iterable[LinearForm]) -> tuple[Checkpoint, ...]:
     """The checkpoints that forms read, each once, told that no file is known to come next."""
     found = (load.source for form in forms for load in form.loads())
     sources = tuple({id(s): s for s in found if isinstance(s, Checkpoint)}.values())
@@ -72,9 +72,9 @@ class _ReadAhead:
 
     def __init__(self, bundles: Iterator[Bundle], window: Window) -> None:
         self._bundles, self._window = bundles, window
-        self._ready: deque[tuple[Bundle, list[Part]]] = deque()
+        self._ready: deque[tuple[Bundle, list[PrefetchPart]]] = deque()
         self._next: Bundle | None = next(bundles, None)
-        self._parts_of: dict[int, list[Part]] = {}
+        self._parts_of: dict[int, list[PrefetchPart]] = {}
         """Thread -> what its bundle reads, until it takes the next one."""
 
     def __iter__(self) -> Iterator[Bundle]:

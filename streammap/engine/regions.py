@@ -15,7 +15,7 @@ from streammap.engine.pullback import Range
 from streammap.errors import PlanError
 from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, BlockMap
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ Region = tuple[Range, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RegionRead:
     """What is computed for a region."""
 
-    form: Form
+    form: LinearForm
     ranges: Region
     """The region, as one of `form`."""
 
@@ -76,17 +76,17 @@ def parse(region: slice | Sequence[slice], shape: tuple[int, ...], *, key: str) 
     return (*found, *((0, n) for n in shape[len(found) :]))
 
 
-def part(form: Form, region: Region) -> Part:
+def part(form: LinearForm, region: Region) -> RegionRead:
     """What to compute for a region."""
     for dim in range(1, len(region)):
         form, taken = _without(form, dim, region[dim])
         if taken:
             start, end = region[dim]
             region = (*region[:dim], (0, end - start), *region[dim + 1 :])
-    return Part(form, region)
+    return RegionRead(form, region)
 
 
-def put(part: Part, offset: int, held: "Tensor", out: "Tensor") -> int:
+def put(part: RegionRead, offset: int, held: "Tensor", out: "Tensor") -> int:
     """Put elements of a part's form into its region; gives how many are of it.
 
     Args:
@@ -102,7 +102,7 @@ def put(part: Part, offset: int, held: "Tensor", out: "Tensor") -> int:
 
 
 def pairs(
-    part: Part, offset: int, held: "Tensor", out: "Tensor"
+    part: RegionRead, offset: int, held: "Tensor", out: "Tensor"
 ) -> "Iterator[tuple[Tensor, Tensor]]":
     """(of held, of out) for the elements that are of the region; see `put`."""
     for box, theirs, ours in within(part, offset, held.numel()):
@@ -114,7 +114,7 @@ Index = tuple[int | slice, ...]
 """What a tensor is indexed with."""
 
 
-def within(part: Part, offset: int, n: int) -> list[tuple[tiles.Tile, Index, Index]]:
+def within(part: RegionRead, offset: int, n: int) -> list[tuple[tiles.Tile, Index, Index]]:
     """For n elements of a part's form: boxes, what of each is in the region, and where."""
     found: list[tuple[tiles.Tile, Index, Index]] = []
     for box in tiles.boxes(part.form.spec.shape, offset, offset + n):
@@ -140,7 +140,7 @@ def within(part: Part, offset: int, n: int) -> list[tuple[tiles.Tile, Index, Ind
     return found
 
 
-def _without(form: Form, dim: int, wanted: Range) -> tuple[Form, bool]:
+def _without(form: LinearForm, dim: int, wanted: Range) -> tuple[LinearForm, bool]:
     """The form of a range of a dimension, if that is the same function, operation by operation."""
     n = form.spec.shape[dim]
     start, end = wanted

@@ -20,7 +20,7 @@ from streammap.errors import PlanError
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 from streammap.planning import graph
-from streammap.planning.graph import Form, Load
+from streammap.planning.graph import LinearForm, TensorRef
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 
 RANGE_NBYTES = 8 * 2**20
@@ -29,7 +29,7 @@ _MAX_ITEM_NBYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class FileOffset:
     """Where bytes of a result go."""
 
     file: str
@@ -42,11 +42,11 @@ class Copy:
 
     key: str
     """Key of the (first) target."""
-    found: Load
+    found: TensorRef
     start: int
     """First byte, counted from the tensor's first."""
     nbytes: int
-    places: tuple[Place, ...]
+    places: tuple[FileOffset, ...]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Compute:
     kind: object
     """What its form is like, see program.alike."""
     recipe: Recipe
-    places: tuple[Place, ...]
+    places: tuple[FileOffset, ...]
 
     @cached_property
     def nbytes(self) -> int:
@@ -72,7 +72,7 @@ class Compute:
             return None
         first, second = (Recipe(self.recipe.form, tile) for tile in tiles)
         one = Compute(self.key, self.kind, first, self.places)
-        later = tuple(Place(p.file, p.offset + one.nbytes) for p in self.places)
+        later = tuple(FileOffset(p.file, p.offset + one.nbytes) for p in self.places)
         return one, Compute(self.key, self.kind, second, later)
 
 
@@ -85,14 +85,14 @@ class Target:
     """A tensor of the result and its places: one, or several for equal tensors."""
 
     key: str
-    form: Form
-    places: tuple[Place, ...]
+    form: LinearForm
+    places: tuple[FileOffset, ...]
     rows: Range | None = None
     """What is wanted of the first dimension; None for all of it."""
 
 
 def bundles(
-    targets: Mapping[str, Form],
+    targets: Mapping[str, LinearForm],
     slots: Iterable[tuple[str, Slot]],
     memory: Memory,
     *,
@@ -126,14 +126,14 @@ def bundles(
 
 
 def _families(
-    targets: Mapping[str, Form],
+    targets: Mapping[str, LinearForm],
     slots: Iterable[tuple[str, Slot]],
     rows: Mapping[str, Range],
 ) -> Iterator[tuple[Target, ...]]:
     """Targets that read a tensor in common, equal ones as one; in the order of their first."""
     order = [(file, slot) for file, slot in slots]
     parent = list(range(len(order)))
-    first: dict[Load, int] = {}
+    first: dict[TensorRef, int] = {}
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -154,11 +154,11 @@ def _families(
 
 
 def _merged(
-    group: list[tuple[str, Slot]], targets: Mapping[str, Form], rows: Mapping[str, Range]
+    group: list[tuple[str, Slot]], targets: Mapping[str, LinearForm], rows: Mapping[str, Range]
 ) -> Iterator[Target]:
-    alike: list[tuple[Slot, Form, list[Place]]] = []
+    alike: list[tuple[Slot, LinearForm, list[FileOffset]]] = []
     for file, slot in group:
-        form, place = targets[slot.key], Place(file, slot.start)
+        form, place = targets[slot.key], FileOffset(file, slot.start)
         for first, other, places in alike:
             if other == form and rows.get(first.key) == rows.get(slot.key):
                 places.append(place)
@@ -177,7 +177,7 @@ def _copies(target: Target, step: int) -> Iterator[Bundle]:
         row = end // found.spec.shape[0]
         start, end = target.rows[0] * row, target.rows[1] * row
     for at, until in _steps(target, start, end, step):
-        places = tuple(Place(p.file, p.offset + at) for p in target.places)
+        places = tuple(FileOffset(p.file, p.offset + at) for p in target.places)
         yield (Copy(target.key, found, at, until - at, places),)
 
 
@@ -186,7 +186,7 @@ def _ranges(target: Target) -> Iterator[Bundle]:
     form, (n,) = target.form, target.form.spec.shape
     kind, item = alike(form), DTYPE_BITS[form.spec.dtype] // 8
     for start, end in _steps(target, 0, n * item, RANGE_NBYTES):
-        places = tuple(Place(p.file, p.offset + start) for p in target.places)
+        places = tuple(FileOffset(p.file, p.offset + start) for p in target.places)
         recipe = Recipe(form, tiling.tile_at((n,), (), start // item, end // item))
         yield (Compute(target.key, kind, recipe, places),)
 
@@ -204,14 +204,14 @@ def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:
     form = group[0].form
     item = DTYPE_BITS[form.spec.dtype] // 8
     for tiles in tiling.bundles(form.spec.shape, _maps(form), cut):
-        jobs: dict[tuple[int, object], tuple[str, Recipe, list[Place]]] = {}
+        jobs: dict[tuple[int, object], tuple[str, Recipe, list[FileOffset]]] = {}
         for number, target in enumerate(group):
             for tile in _wanted(tiles, target):
                 recipe = Recipe(target.form, tile)
                 _, _, places = jobs.setdefault(
                     (number, recipe.key if len(tiles) > 1 else 0), (target.key, recipe, [])
                 )
-                places += (Place(p.file, p.offset + tile.offset * item) for p in target.places)
+                places += (FileOffset(p.file, p.offset + tile.offset * item) for p in target.places)
         if jobs:
             yield tuple(
                 Compute(key, kind, recipe, tuple(places)) for key, recipe, places in jobs.values()
@@ -229,17 +229,17 @@ def _wanted(tiles: tuple[Tile, ...], target: Target) -> Iterator[Tile]:
             yield found
 
 
-def _maps(form: Form) -> tuple[tuple[AxisMap | None, ...], ...]:
+def _maps(form: LinearForm) -> tuple[tuple[AxisMap | None, ...], ...]:
     return tuple(term.maps for term in form.terms)
 
 
-def limits_of(form: Form, memory: Memory) -> Limits:
+def limits_of(form: LinearForm, memory: Memory) -> Limits:
     """What a tile of the form may take."""
     dense = any(isinstance(m, DenseMap) for maps in _maps(form) for m in maps)
     return memory.dense_limits if dense else memory.limits
 
 
-def cut_of(form: Form, limits: Limits) -> Cut:
+def cut_of(form: LinearForm, limits: Limits) -> Cut:
     """The largest cut whose tiles stay within the limits.
 
     Raises:
@@ -283,7 +283,7 @@ def _rows(spec: TensorSpec, dim: int, limits: Limits) -> int:
     return min(spec.shape[dim], limits.out_nbytes // row)
 
 
-def _aligned(form: Form, dim: int, rows: int) -> int:
+def _aligned(form: LinearForm, dim: int, rows: int) -> int:
     """Rows such that no pair of neighbours that share a source is torn apart."""
     steps = [
         segment.out_step

@@ -16,7 +16,7 @@ from streammap.engine.pullback import Pullback, Range
 from streammap.engine.tiles import Tile
 from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph, group_sums
-from streammap.planning.graph import Form, Load, Term
+from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap
 
 STRIP = 512
@@ -26,14 +26,14 @@ _STRIP_NBYTES = 2**19
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ReadRequest:
     """A part of source tensors that a tile needs: a product of ranges, all but whole at the end.
 
     Its elements stand in order; where a leading dimension has several ranges, side by side. Several
     tensors are of one dtype and shape, and stand one after the other.
     """
 
-    sources: tuple[Load, ...]
+    sources: tuple[TensorRef, ...]
     ranges: tuple[tuple[Range, ...], ...]
 
     @property
@@ -51,7 +51,7 @@ class Request:
         """Equal for requests of the same bytes."""
         return tuple((id(found.source), found.key) for found in self.sources), self.ranges
 
-    def stretches(self) -> Iterator[tuple[Load, int, int]]:
+    def stretches(self) -> Iterator[tuple[TensorRef, int, int]]:
         """Bytes of tensors that are read, one after the other."""
         spec = self.sources[0].spec
         shape = spec.shape or (1,)
@@ -69,7 +69,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Dim:
+class DimRead:
     """What a dimension of a term's source gives to a tile."""
 
     m: BlockMap | DenseMap | None
@@ -88,11 +88,11 @@ class Dim:
         return self.rows[1] - self.rows[0]
 
 
-Part = tuple[Dim, ...]
+Part = tuple[DimRead, ...]
 """One pass over a term: all of it, or, where dense maps are tiled, a strip."""
 
 
-def alike(form: Form) -> object:
+def alike(form: LinearForm) -> object:
     """Equal for forms whose tiles have the same programs: all but what is read."""
     return form.spec, tuple(
         (
@@ -108,7 +108,7 @@ def alike(form: Form) -> object:
 class Recipe:
     """A tile of a form: what it reads and, once asked for, its program."""
 
-    def __init__(self, form: Form, tile: Tile) -> None:
+    def __init__(self, form: LinearForm, tile: Tile) -> None:
         """Find out which parts of the sources the tile needs."""
         self.form, self.tile = form, tile
         self.parts = tuple(_parts(term, tile, _item_nbytes(term)) for term in form.terms)
@@ -135,17 +135,17 @@ class Recipe:
         return len(self.tile.prefix), self.tile.shape, *sources
 
     @cached_property
-    def requests(self) -> tuple[Request, ...]:
+    def requests(self) -> tuple[ReadRequest, ...]:
         """What is read, in the order in which the program does."""
         terms = zip(self.form.terms, self.parts, strict=True)
         return tuple(
-            Request(found, tuple(d.pulled.ranges for d in part))
+            ReadRequest(found, tuple(d.pulled.ranges for d in part))
             for term, parts in terms
             for part in parts
             for found in self._together(term)
         )
 
-    def _together(self, term: Term) -> list[tuple[Load, ...]]:
+    def _together(self, term: Term) -> list[tuple[TensorRef, ...]]:
         """The sources of a term; in one request those that are added up as they are."""
         if len(term.blend) > 1 and group_sums.divisor_of(self.form) is not None:
             return [tuple(found for _, found in term.blend)]
@@ -159,22 +159,22 @@ def _item_nbytes(term: Term) -> int:
 def _parts(term: Term, tile: Tile, item: int) -> tuple[Part, ...]:
     source = term.blend[0][1].spec.shape
     if not source:
-        return ((Dim(None, pullback.whole(None, 1), (0, 1)),),)
+        return ((DimRead(None, pullback.whole(None, 1), (0, 1)),),)
     last = len(tile.prefix)
-    choices: list[list[Dim]] = []
+    choices: list[list[DimRead]] = []
     for dim, (n, m) in enumerate(zip(source, term.maps, strict=True)):
         n_out = n if m is None else m.n_out
         if dim > last:
             blocks = m if isinstance(m, BlockMap) else None  # no cache is to hold a matrix
-            choices.append([Dim(m, pullback.whole(blocks, n), (0, n_out))])
+            choices.append([DimRead(m, pullback.whole(blocks, n), (0, n_out))])
             continue
         rows = (tile.start, tile.end) if dim == last else (tile.prefix[dim], tile.prefix[dim] + 1)
         if isinstance(m, DenseMap):
             unit = math.prod(source[dim + 1 :]) * item
             step = max(1, min(STRIP, _STRIP_NBYTES // unit))
             strips = [((at, min(at + step, n)),) for at in range(0, n, step)]
-            choices.append([Dim(m, Pullback(strip, None), rows) for strip in strips])
+            choices.append([DimRead(m, Pullback(strip, None), rows) for strip in strips])
         else:
             unit = math.prod(source[dim + 1 :]) * item
-            choices.append([Dim(m, pullback.pull(m, *rows, unit), rows)])
+            choices.append([DimRead(m, pullback.pull(m, *rows, unit), rows)])
     return tuple(itertools.product(*choices))

@@ -51,10 +51,8 @@ class Tile:
         rest = self.shape[1:]
         return (
             Tile(self.prefix, self.start, middle, self.offset, (n // 2, *rest)),
-            Tile(
-                self.prefix, middle, self.end, self.offset + n // 2 * row, (n - n // 2, *rest)
-            ),
-        )  # fmt: skip
+            Tile(self.prefix, middle, self.end, self.offset + n // 2 * row, (n - n // 2, *rest)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from streammap.engine.elementwise import Pieces
 from streammap.engine.memory import N_PLACES, Limits, Memory
 from streammap.engine.program import OUT, WORK, Program
 from streammap.engine.schedule import Compute, Copy, Job, fits, limits_of
-from streammap.engine.tile_reads import Recipe, Request
+from streammap.engine.tile_reads import ReadRequest, Recipe
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.tensor_spec import DTYPE_BITS
@@ -199,7 +199,7 @@ class Worker:
                 there.append(held)
             side.download(out, job.nbytes)
 
-    def _place(self, request: Request) -> tuple[int, bool]:
+    def _place(self, request: ReadRequest) -> tuple[int, bool]:
         """The place for a request, and whether it is there already."""
         wanted = request.key
         for place in self._order:
@@ -240,7 +240,7 @@ class Worker:
 
         return tuple(None if op.kind == "read" else bind(op, buffer, _matrix) for op in program.ops)
 
-    def _read(self, request: Request, view: memoryview) -> None:
+    def _read(self, request: ReadRequest, view: memoryview) -> None:
         at = 0
         for found, start, end in request.stretches():
             part = view[at : at + end - start]

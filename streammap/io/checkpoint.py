@@ -18,7 +18,7 @@ from streammap.errors import CheckpointError
 from streammap.io import json_files, safe_open, weight_files
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.storage import resolve
-from streammap.io.storage.base import Network, OpenFile, Place
+from streammap.io.storage.base import Network, OpenFile, Storage
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.prefetch import AheadFile, Window
 from streammap.io.tensor_spec import TensorSpec
@@ -69,7 +69,7 @@ class Checkpoint:
     """The entry of a torch file that its state dict is nested under."""
     others: tuple[str, ...] = ()
     """What a torch file holds beside its state dict; not read."""
-    place: Place | None = None
+    place: Storage | None = None
     """Where the files are; None for a checkpoint without any."""
     _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
     chunks: "Chunks | None" = field(default=None, repr=False)
@@ -260,7 +260,7 @@ def open_checkpoint(
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
 
 
-def _open(place: Place, path: Path, config: str | Path | None) -> Checkpoint:
+def _open(place: Storage, path: Path, config: str | Path | None) -> Checkpoint:
     if place.file is None and place.has(weight_files.DCP_METADATA):
         from streammap.io.formats import dcp_metadata
 
@@ -299,7 +299,7 @@ def _open(place: Place, path: Path, config: str | Path | None) -> Checkpoint:
     )
 
 
-def _open_chunked(place: Place, folder: Path, config: str | Path | None) -> Checkpoint:
+def _open_chunked(place: Storage, folder: Path, config: str | Path | None) -> Checkpoint:
     """A folder of torch.distributed.checkpoint."""
     from streammap.io.formats import dcp_chunks, dcp_metadata
 
@@ -327,13 +327,22 @@ def _open_chunked(place: Place, folder: Path, config: str | Path | None) -> Chec
     file_of = {key: chunks[0].file for key, (_, chunks) in tensors.items() if chunks}
     found_config, text = _find_config(place, config)
     return Checkpoint(
-        folder, tuple(files), slots, file_of, found_config, text,
-        chosen.nest, chosen.others, place, dict(opened), dcp_chunks.Chunks(tensors, opened),
-    )  # fmt: skip
+        folder,
+        tuple(files),
+        slots,
+        file_of,
+        found_config,
+        text,
+        chosen.nest,
+        chosen.others,
+        place,
+        dict(opened),
+        dcp_chunks.Chunks(tensors, opened),
+    )
 
 
 def _find_config(
-    place: Place, given: str | Path | None
+    place: Storage, given: str | Path | None
 ) -> tuple[Mapping[str, object] | None, bytes | None]:
     if given is not None:
         return json_files.config_at(given)

@@ -7,7 +7,7 @@ from streammap.common import strict_json
 from streammap.errors import CheckpointError
 from streammap.io import safe_open
 from streammap.io.storage import resolve
-from streammap.io.storage.base import Place
+from streammap.io.storage.base import Storage
 
 MAX_JSON_NBYTES = 100_000_000
 
@@ -40,7 +40,7 @@ def _json_text(path: Path) -> bytes:
     return safe_open.content(path, limit=MAX_JSON_NBYTES)
 
 
-def read_in(place: Place, name: str) -> tuple[Mapping[str, object], bytes]:
+def read_in(place: Storage, name: str) -> tuple[Mapping[str, object], bytes]:
     """A JSON object from a file of a place, and its text."""
     path = place.path(name)
     text = place.read(name, limit=MAX_JSON_NBYTES) if path is None else _json_text(path)

@@ -42,7 +42,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class SavedRecord:
     """What a result's record says of its files; empty where there is none."""
 
     content: Mapping[str, object]
@@ -69,14 +69,14 @@ class Survey:
     """Files that could not be read: their tensors are not missing, but unknown."""
 
 
-def read_record(path: Path) -> Record:
+def read_record(path: Path) -> SavedRecord:
     """The record at `path`; an empty one where there is none.
 
     Raises:
         CheckpointError: it is no record.
     """
     if not path.is_file():
-        return Record({})
+        return SavedRecord({})
     content = read_json(path)
     files, tensors = content.get("files", {}), content.get("tensors", {})
     if not isinstance(files, Mapping) or not isinstance(tensors, Mapping):
@@ -89,10 +89,10 @@ def read_record(path: Path) -> Record:
         if isinstance(entry.get("crc32"), str):
             crcs[str(key)] = entry["crc32"]
     sizes = {str(name): n for name, n in files.items() if type(n) is int}
-    return Record(content, sizes, places, crcs)
+    return SavedRecord(content, sizes, places, crcs)
 
 
-def survey(path: Path, record: Record) -> Survey:
+def survey(path: Path, record: SavedRecord) -> Survey:
     """Read what is there, and list what is wrong with it.
 
     Raises:
@@ -145,22 +145,20 @@ def survey(path: Path, record: Record) -> Survey:
     return Survey(checkpoint, tuple(found), n_unread)
 
 
-def _chunked(path: Path, record: Record) -> Survey:
+def _chunked(path: Path, record: SavedRecord) -> Survey:
     """A folder of torch.distributed.checkpoint, whose metadata says where all is."""
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:
         told = Finding("error", "file", error.message, file=dcp_metadata.METADATA)
         return Survey(Checkpoint(path, (), {}, {}, None), (told,), 1)
-    found = [
-        finding for file in checkpoint.files for finding in _sizes(path / file.name, record)
-    ]  # fmt: skip
+    found = [finding for file in checkpoint.files for finding in _sizes(path / file.name, record)]
     found += _recorded(record, checkpoint.file_of, 0)
     return Survey(checkpoint, tuple(found), 0)
 
 
 def _names(
-    path: Path, record: Record, found: list[Finding]
+    path: Path, record: SavedRecord, found: list[Finding]
 ) -> tuple[list[str], Mapping[str, str] | None]:
     """The files that belong to it, and the index."""
     if path.is_file():
@@ -216,7 +214,7 @@ def _slots(file: Path) -> tuple[Slot, ...]:
     return safetensors_header.read(file)[0]
 
 
-def _sizes(file: Path, record: Record) -> Iterator[Finding]:
+def _sizes(file: Path, record: SavedRecord) -> Iterator[Finding]:
     expected = record.files.get(file.name)
     if expected is not None and file.is_file() and file.stat().st_size != expected:
         told = f"{file.stat().st_size} bytes, {expected} were written"
@@ -225,7 +223,7 @@ def _sizes(file: Path, record: Record) -> Iterator[Finding]:
         )
 
 
-def _beside(folder: Path, record: Record) -> Iterator[Finding]:
+def _beside(folder: Path, record: SavedRecord) -> Iterator[Finding]:
     """config.json, tokenizer and the like: they may be edited, and must be there."""
     for name, expected in record.files.items():
         if is_weights(Path(name).name):
@@ -255,7 +253,7 @@ def _index(
         yield Finding("error", "index", told, found=len(surplus), expected=0)
 
 
-def _recorded(record: Record, file_of: Mapping[str, str], n_unread: int) -> Iterator[Finding]:
+def _recorded(record: SavedRecord, file_of: Mapping[str, str], n_unread: int) -> Iterator[Finding]:
     if not record.places:
         return
     there = set(file_of.values())

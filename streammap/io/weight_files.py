@@ -12,7 +12,7 @@ from streammap.errors import CheckpointError, some
 from streammap.io import filenames, json_files, safe_open
 from streammap.io.formats import safetensors_header
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.storage.base import Place, Stat
+from streammap.io.storage.base import Stat, Storage
 from streammap.output import work_folder
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ DCP_METADATA, DCP_SUFFIX = ".metadata", ".distcp"
 """Of a folder of torch.distributed.checkpoint: what says where all is, and files of numbers."""
 
 
-def names_in(place: Place) -> tuple[tuple[str, ...], dict[str, str] | None]:
+def names_in(place: Storage) -> tuple[tuple[str, ...], dict[str, str] | None]:
     """The weight files of a folder, and its index where it has one.
 
     Raises:
@@ -70,7 +70,7 @@ def is_weights(name: str) -> bool:
     return name.endswith(filenames.WEIGHTS)
 
 
-def _weight_map(place: Place, name: str) -> dict[str, str]:
+def _weight_map(place: Storage, name: str) -> dict[str, str]:
     weight_map, index = json_files.read_in(place, name)[0].get("weight_map"), place.where(name)
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map", hint="download the index again")
@@ -112,7 +112,7 @@ Read = tuple[Stat, tuple[Slot, ...], str, str | None, tuple[str, ...]]
 """What a file is, its slots, their digest, and what a torch file is beside that."""
 
 
-def read_files(place: Place, names: tuple[str, ...]) -> Iterator[tuple[str, Read]]:
+def read_files(place: Storage, names: tuple[str, ...]) -> Iterator[tuple[str, Read]]:
     """Each file's header; several at once where that is faster."""
     if place.n_at_once == 1 or len(names) == 1:
         for name in names:
@@ -124,7 +124,7 @@ def read_files(place: Place, names: tuple[str, ...]) -> Iterator[tuple[str, Read
         yield from zip(names, pool.map(lambda name: _read_file(place, name), names), strict=True)
 
 
-def _read_file(place: Place, name: str) -> Read:
+def _read_file(place: Storage, name: str) -> Read:
     where = place.where(name)
     path, is_torch = place.path(name), name.endswith(filenames.TORCH)
     if not (place.has(name) if path is None else path.exists()):
@@ -154,7 +154,7 @@ def _read_file(place: Place, name: str) -> Read:
     return place.stat(name), slots, hashlib.sha256(text).hexdigest(), None, ()
 
 
-def _spans(place: Place, name: str) -> "SpanReader":
+def _spans(place: Storage, name: str) -> "SpanReader":
     """A file elsewhere, to look at its beginning and end."""
     from streammap.io.storage.range_reader import SpanReader
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
 from streammap.planning import graph
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.plan import Plan, Step
 
 
@@ -72,7 +72,7 @@ def _blend(source: Plan, target: Plan, alpha: float, step: Step) -> Plan:
         PlanError: tensors that only one of them has, or whose shapes differ.
     """
     _check_alike(source, target)
-    targets: dict[str, Form] = {}
+    targets: dict[str, LinearForm] = {}
     for key, form in target.targets.items():
         other = source.targets.get(key)
         if other is None or not form.spec.is_float:
@@ -83,9 +83,13 @@ def _blend(source: Plan, target: Plan, alpha: float, step: Step) -> Plan:
     sources = tuple(dict.fromkeys((*source.sources, *target.sources)))
     levels = source.levels or target.levels
     return replace(
-        target, targets=targets, sources=sources, steps=(*source.steps, *target.steps, step),
-        levels=levels, request=None,
-    )  # fmt: skip
+        target,
+        targets=targets,
+        sources=sources,
+        steps=(*source.steps, *target.steps, step),
+        levels=levels,
+        request=None,
+    )
 
 
 def _check_alike(source: Plan, target: Plan) -> None:

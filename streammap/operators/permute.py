@@ -14,7 +14,7 @@ from streammap.architectures.schema import Axis
 from streammap.planning import maps, planner
 from streammap.planning.maps import BlockMap
 from streammap.planning.plan import Plan, Step
-from streammap.planning.planner import Change
+from streammap.planning.tensor_maps import AxisChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Permute:
         chosen = dict(self._maps(model))
         pairs = {name: maps.pair_of(m) for name, m in chosen.items()}
         step = Step("permute", {"seed": self.seed}, "exact", "units change places")
-        return planner.remap(source, Change(pairs, {}, {}, "exact", 1.0), step)
+        return planner.remap(source, AxisChange(pairs, {}, {}, "exact", 1.0), step)
 
     def _maps(self, model: Model) -> Iterable[tuple[str, BlockMap]]:
         source = random.Random(self.seed)

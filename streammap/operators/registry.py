@@ -15,9 +15,9 @@ from streammap.io.json_files import read_config
 from streammap.io.storage import resolve
 from streammap.operators.interpolate import Interpolate
 from streammap.planning import map_file, plan
-from streammap.planning.map_file import Level
+from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import Plan
-from streammap.planning.request_tree import Call
+from streammap.planning.request_tree import OperatorCall
 
 if TYPE_CHECKING:
     from streammap.operators.resize import Resize
@@ -28,7 +28,7 @@ def open_source(
     *,
     config: str | Path | Mapping[str, object] | None = None,
     arch: str | None = None,
-    maps: tuple[Level, ...] | None = None,
+    maps: tuple[MapLevel, ...] | None = None,
     stream: bool = False,
 ) -> Plan:
     """A folder or file of weights, as it is.
@@ -51,7 +51,7 @@ def open_source(
     if arch is not None:
         options["arch"] = str(Path(arch).absolute()) if _is_spec_file(arch) else arch
     made = plan.from_checkpoint(opened, levels, architecture=arch)
-    return made.asked(Call("open", options, levels))
+    return made.asked(OperatorCall("open", options, levels))
 
 
 def _is_spec_file(arch: str) -> bool:
@@ -61,7 +61,7 @@ def _is_spec_file(arch: str) -> bool:
         return False
 
 
-def _levels(opened: Checkpoint) -> tuple[Level, ...]:
+def _levels(opened: Checkpoint) -> tuple[MapLevel, ...]:
     """The maps saved with a checkpoint."""
     return () if opened.place is None else map_file.find_at(opened.place)
 
@@ -70,7 +70,7 @@ def resize(source: Plan, op: "Resize") -> Plan:
     """The resized plan. See Resize.plan for what it raises."""
     from streammap.operators import resize_json
 
-    call = Call(op.direction, resize_json.encode(op), op.levels, source=source.request)
+    call = OperatorCall(op.direction, resize_json.encode(op), op.levels, source=source.request)
     return op.plan(source).asked(None if source.request is None else call)
 
 
@@ -79,7 +79,9 @@ def interpolate(source: Plan, target: Plan, *, alpha: float) -> Plan:
     made = Interpolate(alpha).plan(source, target)
     if source.request is None or target.request is None:
         return made.asked(None)
-    call = Call("interpolate", {"alpha": alpha}, source=source.request, target=target.request)
+    call = OperatorCall(
+        "interpolate", {"alpha": alpha}, source=source.request, target=target.request
+    )
     return made.asked(call)
 
 
@@ -88,11 +90,14 @@ def configure(source: Plan, config: Mapping[str, object]) -> Plan:
     made = replace(source, config=config)
     if source.request is None:
         return made
-    return made.asked(Call("configure", {"config": dict(config)}, source=source.request))
+    return made.asked(OperatorCall("configure", {"config": dict(config)}, source=source.request))
 
 
 def build(
-    call: Call, *, moved: Mapping[str, str | Path] | None = None, known: Iterable[Level] = ()
+    call: OperatorCall,
+    *,
+    moved: Mapping[str, str | Path] | None = None,
+    known: Iterable[MapLevel] = (),
 ) -> Plan:
     """The plan that a record tells of.
 
@@ -110,11 +115,11 @@ def build(
 class _Builder:
     """Opens each source once."""
 
-    def __init__(self, moved: Mapping[str, str | Path], known: Mapping[str, Level]) -> None:
+    def __init__(self, moved: Mapping[str, str | Path], known: Mapping[str, MapLevel]) -> None:
         self._moved, self._known = moved, known
         self._opened: dict[int, Plan] = {}
 
-    def plan(self, call: Call) -> Plan:
+    def plan(self, call: OperatorCall) -> Plan:
         if call.operator == "open":
             if id(call) not in self._opened:
                 self._opened[id(call)] = self._open(call)
@@ -137,7 +142,7 @@ class _Builder:
 
         return resize(source, resize_json.decode(call.operator, call.options, maps))
 
-    def _open(self, call: Call) -> Plan:
+    def _open(self, call: OperatorCall) -> Plan:
         path, arch = call.options.get("path"), call.options.get("arch")
         if not isinstance(path, str) or "\0" in path:
             raise PlanError(f"open: path is {path!r}, expected text")
@@ -154,7 +159,7 @@ class _Builder:
             raise PlanError(f"open: {place}: {error.strerror}", hint="say where it is") from error
         return open_source(place, config=config, arch=arch, maps=self._maps(call, found))
 
-    def _maps(self, call: Call, near: tuple[Level, ...]) -> tuple[Level, ...] | None:
+    def _maps(self, call: OperatorCall, near: tuple[MapLevel, ...]) -> tuple[MapLevel, ...] | None:
         if not call.digests:
             return call.maps
         known = {**self._known, **{level.digest: level for level in near}}
@@ -168,7 +173,7 @@ class _Builder:
         return tuple(known[digest] for digest in call.digests)
 
 
-def _config(call: Call) -> Mapping[str, object] | None:
+def _config(call: OperatorCall) -> Mapping[str, object] | None:
     config = call.options.get("config")
     if config is not None and not isinstance(config, Mapping):
         raise PlanError(f"{call.operator}: config is no object")

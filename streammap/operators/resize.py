@@ -17,15 +17,15 @@ from streammap.architectures.model import Model
 from streammap.errors import PlanError
 from streammap.planning import coupled_axes as spaces
 from streammap.planning import exactness, maps, planner
-from streammap.planning.axis_maps import Asked, KvMerge
+from streammap.planning.axis_maps import KvMerge, ResizeRequest
 from streammap.planning.compensation import compensate
 from streammap.planning.head_dim import HeadSize
-from streammap.planning.map_file import Level
+from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.plan import Plan, Step
-from streammap.planning.planner import Change, Rule
-from streammap.planning.requests import Grouping, Request
+from streammap.planning.requests import AxisRequest, Grouping
 from streammap.planning.scheme import Scheme
+from streammap.planning.tensor_maps import AxisChange, Rule
 
 Direction = Literal["coalesce", "decoalesce"]
 NewLayers = Literal["copy", "zero"]
@@ -44,14 +44,14 @@ class Resize:
     depth: int | None = None
     """Factor on the layers."""
     grouping: Grouping = "stacked"
-    levels: tuple[Level, ...] | None = None
+    levels: tuple[MapLevel, ...] | None = None
     """A map file's levels to choose from; None for those saved with the source."""
     target: Mapping[str, int] | None = None
     """Axis sizes that the result must have; parts whose sizes don't change are then left out."""
     rule: Rule = "exact"
-    spaces: Mapping[str, Request] = field(default_factory=dict)
+    spaces: Mapping[str, AxisRequest] = field(default_factory=dict)
     """Space (hidden, heads, kv_heads, mlp, experts, layers) -> what becomes of it."""
-    axes: Mapping[str, Request] = field(default_factory=dict)
+    axes: Mapping[str, AxisRequest] = field(default_factory=dict)
     """Axis of the architecture spec -> what becomes of it."""
     head_dim: int | None = None
     """New size of a head, larger than before."""
@@ -92,12 +92,17 @@ class Resize:
         level, notes = self._level(source, model)
         return _apply(self, source, model, level, notes)
 
-    def _level(self, source: Plan, model: Model) -> tuple[Level, list[str]]:
+    def _level(self, source: Plan, model: Model) -> tuple[MapLevel, list[str]]:
         saved = source.levels if self.levels is None else self.levels
         explicit = (
-            self.scheme is not None or self.width is not None or self.depth is not None
-            or bool(self.spaces) or bool(self.axes) or self.head_dim is not None or self.untie
-        )  # fmt: skip
+            self.scheme is not None
+            or self.width is not None
+            or self.depth is not None
+            or bool(self.spaces)
+            or bool(self.axes)
+            or self.head_dim is not None
+            or self.untie
+        )
         found = fitting(saved, model, self.direction, self.target)
         if explicit and self.levels is None:
             known = {} if found is None else {n: pair[0] for n, pair in found.sizes.items()}
@@ -119,7 +124,7 @@ class Resize:
             hint="give --scheme FILE, or --width K and --depth K, or a space such as --mlp K",
         )
 
-    def _from_requests(self, model: Model, known: Mapping[str, int]) -> tuple[Level, list[str]]:
+    def _from_requests(self, model: Model, known: Mapping[str, int]) -> tuple[MapLevel, list[str]]:
         """Maps from requests; `known` are sizes of a large model that this one was made from."""
         notes: list[str] = []
         if self.scheme is not None and self.scheme.unused:
@@ -132,7 +137,9 @@ class Resize:
             requested = {a: r for a, r in requested.items() if self._differs(model, a)}
             if width is not None and not self._differs(model, "heads"):
                 width = None
-        asked = Asked(requested, width, self.grouping, self.kv_merge, known, self.target or {})
+        asked = ResizeRequest(
+            requested, width, self.grouping, self.kv_merge, known, self.target or {}
+        )
         merging, told = spaces.merging_maps(model, asked, grows=self.direction == "decoalesce")
         found: dict[str, AxisMap] = dict(merging)
         if self.scheme is not None and self.target is None and width is None and not requested:
@@ -140,40 +147,41 @@ class Resize:
                 "the scheme has neither a width_scheme nor a depth_scheme",
                 hint="give one of them, or --width K, --depth K",
             )
-        return Level(found), [*notes, *told]
+        return MapLevel(found), [*notes, *told]
 
     def _differs(self, model: Model, axis: str) -> bool:
         assert self.target is not None
         own = model.sizes.get(axis)
         return self.target.get(axis, None) is None or self.target[axis] != own
 
-    def _of_target(self, model: Model) -> dict[str, Request]:
+    def _of_target(self, model: Model) -> dict[str, AxisRequest]:
         """The sizes of a target config.json, asked for axis by axis."""
         assert self.target is not None
         return {
-            name: Request(size=self.target[name])
+            name: AxisRequest(size=self.target[name])
             for name, axis in model.architecture.axes.items()
             if axis.kind in ("width", "depth", "expert")
-            and self.target.get(name) and name in model.sizes
-        }  # fmt: skip
+            and self.target.get(name)
+            and name in model.sizes
+        }
 
-    def _requests(self, model: Model) -> tuple[Request | None, dict[str, Request]]:
+    def _requests(self, model: Model) -> tuple[AxisRequest | None, dict[str, AxisRequest]]:
         """The request on all widths, and those on single axes."""
         spec = model.architecture
-        width = None if self.width is None else Request(factor=self.width)
-        found: dict[str, Request] = {}
+        width = None if self.width is None else AxisRequest(factor=self.width)
+        found: dict[str, AxisRequest] = {}
         by_space = dict(self.spaces)
         by_axis = dict(self.axes)
         if self.depth is not None:
-            by_space["layers"] = Request(factor=self.depth)
+            by_space["layers"] = AxisRequest(factor=self.depth)
         if self.scheme is not None:
             by_space |= self.scheme.spaces
             by_axis |= self.scheme.axes
             width = by_space.pop("width", None)
             if self.scheme.width is not None:
-                width = Request(groups=self.scheme.width, where="width_scheme")
+                width = AxisRequest(groups=self.scheme.width, where="width_scheme")
             if self.scheme.depth is not None:
-                by_space["layers"] = Request(groups=self.scheme.depth, where="depth_scheme")
+                by_space["layers"] = AxisRequest(groups=self.scheme.depth, where="depth_scheme")
         for space, request in by_space.items():
             members = spec.depth_axes if space == "layers" else spec.spaces.get(space, ())
             there = [axis for axis in members if model.sizes.get(axis)]
@@ -197,11 +205,11 @@ class Resize:
 
 
 def fitting(
-    levels: tuple[Level, ...],
+    levels: tuple[MapLevel, ...],
     model: Model,
     direction: Direction,
     target: Mapping[str, int] | None,
-) -> Level | None:
+) -> MapLevel | None:
     """The last level whose large (or small) side is this model."""
     side = 0 if direction == "coalesce" else 1
     for level in reversed(levels):
@@ -227,7 +235,7 @@ def _from_to(direction: Direction, model: Model) -> str:
     return f"{'from' if direction == 'coalesce' else 'up from'} this size ({sizes})"
 
 
-def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str]) -> Plan:
+def _apply(op: Resize, source: Plan, model: Model, level: MapLevel, notes: list[str]) -> Plan:
     grows = op.direction == "decoalesce"
     spec = model.architecture
     chosen = {name: maps.growing(m) if grows else m for name, m in level.merging.items()}
@@ -263,10 +271,18 @@ def _apply(op: Resize, source: Plan, model: Model, level: Level, notes: list[str
     promise, reason = exactness.of_all(model, by_axis, reference=reference, untie=op.untie)
     options = _options(op, model, chosen, layers)
     step = Step(op.direction, options, promise, reason, (*notes, *found.notes), by_axis)
-    change = Change(
-        pairs, layers, sizes, op.rule, REFERENCE_FACTORS[op.direction], found.fills, silent,
-        found.factors, found.fields, op.untie,
-    )  # fmt: skip
+    change = AxisChange(
+        pairs,
+        layers,
+        sizes,
+        op.rule,
+        REFERENCE_FACTORS[op.direction],
+        found.fills,
+        silent,
+        found.factors,
+        found.fields,
+        op.untie,
+    )
     kept = replace(level, filled=frozenset(found.fills) or level.filled)
     if silent:
         # On the way back silent layers are left out, not averaged in.
@@ -376,7 +392,9 @@ def _options(
     """What was done, for the provenance file."""
     made = {name: [m.n_in, m.n_out, m.describe()] for name, m in {**chosen, **layers}.items()}
     found: dict[str, object] = {
-        "architecture": model.architecture.name, "rule": op.rule, "maps": made
-    }  # fmt: skip
+        "architecture": model.architecture.name,
+        "rule": op.rule,
+        "maps": made,
+    }
     defaults = {"head_dim": None, "kv_merge": "mean", "new_layers": "copy", "untie": False}
     return found | {k: getattr(op, k) for k, v in defaults.items() if getattr(op, k) != v}

@@ -13,10 +13,10 @@ from streammap.errors import PlanError
 from streammap.operators import resize_options
 from streammap.operators.resize import Direction, Resize
 from streammap.planning import requests, scheme
-from streammap.planning.map_file import Level
-from streammap.planning.planner import RULES
-from streammap.planning.requests import GROUPINGS, Request
+from streammap.planning.map_file import MapLevel
+from streammap.planning.requests import GROUPINGS, AxisRequest
 from streammap.planning.scheme import Scheme
+from streammap.planning.tensor_maps import RULES
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "grouping": GROUPINGS,
@@ -47,7 +47,7 @@ def encode(op: Resize) -> dict[str, object]:
 
 
 def decode(
-    direction: Direction, given: Mapping[str, object], levels: tuple[Level, ...] | None
+    direction: Direction, given: Mapping[str, object], levels: tuple[MapLevel, ...] | None
 ) -> Resize:
     """The operator of these options.
 
@@ -88,7 +88,7 @@ def decode(
     )
 
 
-def _request(request: Request) -> object:
+def _request(request: AxisRequest) -> object:
     if request.groups is not None and request.weights is None:
         return [list(group) for group in request.groups]
     if request.groups is not None and request.weights is not None:
@@ -101,7 +101,7 @@ def _request(request: Request) -> object:
     return number if what == "factor" else f"={number}"
 
 
-def _read_request(value: object, where: str) -> Request:
+def _read_request(value: object, where: str) -> AxisRequest:
     """As parsed, but weights as they stand: to make their sum 1 again would round them again."""
     found = requests.parse_request(value, where)
     if found.weights is None or not isinstance(value, Mapping):

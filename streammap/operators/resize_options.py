@@ -14,9 +14,9 @@ from streammap.operators.resize import Direction, NewLayers, Resize
 from streammap.planning import map_file as mapfile
 from streammap.planning import requests, scheme
 from streammap.planning.axis_maps import KvMerge
-from streammap.planning.planner import Rule
 from streammap.planning.requests import Grouping
 from streammap.planning.scheme import Scheme
+from streammap.planning.tensor_maps import Rule
 
 if TYPE_CHECKING:
     from streammap.planning.plan import Plan

@@ -18,17 +18,21 @@ from streammap.errors import OutputError
 from streammap.io.storage import disk as disks
 from streammap.io.storage.disk import Disk
 from streammap.output import journal, shards, work_folder
-from streammap.output.journal import Request
+from streammap.output.journal import Fingerprint
 from streammap.output.work_folder import MARK, SUFFIX, WorkFolder
 
 Stale = Sequence[Sequence[str]]
 """Glob patterns of what an earlier result left, group by group."""
 STALE: Stale = (
-    ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json",
-     ".metadata"),
-    ("model.safetensors", "model-*-of-*.safetensors",
-     "pytorch_model.bin", "pytorch_model-*-of-*.bin", "__*_*.distcp"),
-)  # fmt: skip
+    ("model.safetensors.index.json", "pytorch_model.bin.index.json", "config.json", ".metadata"),
+    (
+        "model.safetensors",
+        "model-*-of-*.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model-*-of-*.bin",
+        "__*_*.distcp",
+    ),
+)
 """What makes weights a model, and then these, by the names that loaders look for."""
 _LAST = (shards.INDEX, "config.json", ".metadata")
 _FORMAT = 1
@@ -56,7 +60,9 @@ def is_marked(path: Path) -> bool:
     return (path / MARK).is_file()
 
 
-def begin(work: WorkFolder, request: Request, found: Commit, *, disk: Disk, fsync: bool) -> None:
+def begin(
+    work: WorkFolder, request: Fingerprint, found: Commit, *, disk: Disk, fsync: bool
+) -> None:
     """Write the mark; all files are whole, and on the disk."""
     content = request.line(
         streammap_commit=_FORMAT, files=list(found.names), replaces=found.replaces
@@ -78,7 +84,7 @@ def begin(work: WorkFolder, request: Request, found: Commit, *, disk: Disk, fsyn
         disks.sync_folder(disk, work.path.parent)
 
 
-def read(work: WorkFolder, request: Request | None) -> Commit:
+def read(work: WorkFolder, request: Fingerprint | None) -> Commit:
     """What a run that ended was putting in place.
 
     Args:

@@ -65,8 +65,11 @@ def _compared_apart(source: Mapping[str, object], result: Mapping[str, object]) 
         done = subprocess.run(
             [sys.executable, "-m", "streammap.output.config_check"],
             input=json.dumps([source, result]),
-            capture_output=True, text=True, check=True, timeout=_MOST_SECONDS,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=_MOST_SECONDS,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

@@ -37,9 +37,18 @@ _DATA = "archive/data/0"
 _MAX_32 = 2**32 - 1
 _DTYPES = {known: name for name, known in reversed(DTYPES.items())}
 _STORAGES = {
-    "F64": "Double", "F32": "Float", "F16": "Half", "BF16": "BFloat16", "I64": "Long", "I32": "Int",
-    "I16": "Short", "I8": "Char", "U8": "Byte", "BOOL": "Bool", "C64": "ComplexFloat",
-}  # fmt: skip
+    "F64": "Double",
+    "F32": "Float",
+    "F16": "Half",
+    "BF16": "BFloat16",
+    "I64": "Long",
+    "I32": "Int",
+    "I16": "Short",
+    "I8": "Char",
+    "U8": "Byte",
+    "BOOL": "Bool",
+    "C64": "ComplexFloat",
+}
 """Dtypes with a storage class of their own; others are stored as bytes."""
 _META = "torch.distributed.checkpoint.metadata"
 
@@ -88,14 +97,16 @@ def metadata(shards: Sequence[Shard], nest: str | None) -> bytes:
             places.append((_index(name, zeros), _place(shard.name, slot)))
     content = made(
         named(_META, "Metadata"),
-        dict_((
-            (text("state_dict_metadata"), dict_(tensors)),
-            (text("planner_data"), dict_(paths)),
-            (text("storage_data"), dict_(places)),
-            (text("storage_meta"), NONE),
-            (text("version"), text("1.0.0")),
-        )),
-    )  # fmt: skip
+        dict_(
+            (
+                (text("state_dict_metadata"), dict_(tensors)),
+                (text("planner_data"), dict_(paths)),
+                (text("storage_data"), dict_(places)),
+                (text("storage_meta"), NONE),
+                (text("version"), text("1.0.0")),
+            )
+        ),
+    )
     return pickle_writer.BEGIN + content + pickle_writer.STOP
 
 
@@ -157,9 +168,13 @@ def _saved(spec: TensorSpec) -> bytes:
     strides = [math.prod(spec.shape[d + 1 :]) for d in range(len(spec.shape))]
     hooks = named("collections", "OrderedDict") + b")R"
     arguments = [
-        pickle_writer.referred(pid), number(0), tuple_(*map(number, spec.shape)),
-        tuple_(*map(number, strides)), FALSE, hooks,
-    ]  # fmt: skip
+        pickle_writer.referred(pid),
+        number(0),
+        tuple_(*map(number, spec.shape)),
+        tuple_(*map(number, strides)),
+        FALSE,
+        hooks,
+    ]
     version = "v2" if kind else "v3"
     if not kind:
         arguments.append(_dtype(spec))
@@ -200,31 +215,83 @@ def _tail(spec: TensorSpec, n_head: int) -> bytes:
     end = b""
     if start > _MAX_32:
         record = start + len(found)
-        end = _packed("PK\6\6", (44, 8), (45, 2), (45, 2), (0, 4), (0, 4), (n, 8), (n, 8),
-                      (len(found), 8), (start, 8))  # fmt: skip
+        end = _packed(
+            "PK\6\6",
+            (44, 8),
+            (45, 2),
+            (45, 2),
+            (0, 4),
+            (0, 4),
+            (n, 8),
+            (n, 8),
+            (len(found), 8),
+            (start, 8),
+        )
         end += _packed("PK\6\7", (0, 4), (record, 8), (1, 4))
-    return found + end + _packed(
-        "PK\5\6", (0, 2), (0, 2), (n, 2), (n, 2), (len(found), 4), (min(start, _MAX_32), 4), (0, 2)
-    )  # fmt: skip
+    return (
+        found
+        + end
+        + _packed(
+            "PK\5\6",
+            (0, 2),
+            (0, 2),
+            (n, 2),
+            (n, 2),
+            (len(found), 4),
+            (min(start, _MAX_32), 4),
+            (0, 2),
+        )
+    )
 
 
 def _local(name: str, crc: int, nbytes: int, extra: bytes) -> bytes:
     """The header of an entry."""
     size = min(nbytes, _MAX_32)
-    return _packed(
-        "PK\3\4", (45 if nbytes >= _MAX_32 else 20, 2), (0, 2), (0, 2), (0, 2), (33, 2), (crc, 4),
-        (size, 4), (size, 4), (len(name), 2), (len(extra), 2),
-    ) + name.encode() + extra  # fmt: skip
+    return (
+        _packed(
+            "PK\3\4",
+            (45 if nbytes >= _MAX_32 else 20, 2),
+            (0, 2),
+            (0, 2),
+            (0, 2),
+            (33, 2),
+            (crc, 4),
+            (size, 4),
+            (size, 4),
+            (len(name), 2),
+            (len(extra), 2),
+        )
+        + name.encode()
+        + extra
+    )
 
 
 def _central(name: str, crc: int, nbytes: int, at: int) -> bytes:
     """An entry's line in the table."""
     size, extra = min(nbytes, _MAX_32), _zip64(nbytes, nbytes)
-    return _packed(
-        "PK\1\2", (45, 2), (45 if extra else 20, 2), (0, 2), (0, 2), (0, 2), (33, 2), (crc, 4),
-        (size, 4), (size, 4), (len(name), 2), (len(extra), 2), (0, 2), (0, 2), (0, 2), (0, 4),
-        (at, 4),
-    ) + name.encode() + extra  # fmt: skip
+    return (
+        _packed(
+            "PK\1\2",
+            (45, 2),
+            (45 if extra else 20, 2),
+            (0, 2),
+            (0, 2),
+            (0, 2),
+            (33, 2),
+            (crc, 4),
+            (size, 4),
+            (size, 4),
+            (len(name), 2),
+            (len(extra), 2),
+            (0, 2),
+            (0, 2),
+            (0, 2),
+            (0, 4),
+            (at, 4),
+        )
+        + name.encode()
+        + extra
+    )
 
 
 def _zip64(*sizes: int) -> bytes:

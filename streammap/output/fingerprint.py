@@ -3,10 +3,10 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from streammap.output.journal import Request
+from streammap.output.journal import Fingerprint
 from streammap.output.shards import Shard
 from streammap.planning import graph
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.plan import Plan
 
@@ -18,7 +18,7 @@ def request_of(
     max_shard_nbytes: int,
     version: str,
     nest: str | None = None,
-) -> Request:
+) -> Fingerprint:
     """The request that a plan and a layout are.
 
     Args:
@@ -41,7 +41,7 @@ def request_of(
     }
     if nest is not None:
         content["nest"] = nest
-    return Request(content, _formulas(plan, shards))
+    return Fingerprint(content, _formulas(plan, shards))
 
 
 def _formulas(plan: Plan, shards: Sequence[Shard]) -> str:
@@ -57,7 +57,7 @@ def _formulas(plan: Plan, shards: Sequence[Shard]) -> str:
     return found.hexdigest()
 
 
-def _parts(form: Form, number: dict[int, int], maps: dict[int, bytes]) -> Iterator[bytes]:
+def _parts(form: LinearForm, number: dict[int, int], maps: dict[int, bytes]) -> Iterator[bytes]:
     for term in form.terms:
         for m in term.maps:
             yield b"-" if m is None else _map(m, maps)

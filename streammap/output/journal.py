@@ -37,7 +37,7 @@ _LINE_NBYTES = 64
 
 @final
 @dataclass(frozen=True)
-class Request:
+class Fingerprint:
     """What determines a result."""
 
     content: Mapping[str, object]
@@ -89,7 +89,7 @@ def is_there(folder: Path) -> bool:
     return any(folder.glob(_GLOB))
 
 
-def read(folder: Path, request: Request, keys: Collection[str]) -> dict[str, int]:
+def read(folder: Path, request: Fingerprint, keys: Collection[str]) -> dict[str, int]:
     """Key -> CRC of what is durable, by all journals of a work folder.
 
     Args:
@@ -121,7 +121,7 @@ def parsed(content: bytes) -> dict[str, object] | None:
     return found if isinstance(found, dict) else None
 
 
-def _lines(path: Path, request: Request, most: int) -> Iterator[Mapping[str, object]]:
+def _lines(path: Path, request: Fingerprint, most: int) -> Iterator[Mapping[str, object]]:
     content = _content(path, most)
     lines = content[: content.rfind(b"\n") + 1].split(b"\n")[:-1]
     if not lines:
@@ -193,7 +193,7 @@ def _told(value: object) -> str:
 class Journal:
     """A journal that is being written; begun with its first line of tensors."""
 
-    def __init__(self, path: Path, request: Request, *, disk: Disk, fsync: bool) -> None:
+    def __init__(self, path: Path, request: Fingerprint, *, disk: Disk, fsync: bool) -> None:
         """Go on with a file that was read before, or begin it when there is something to say."""
         self._path, self._request = path, request
         self._disk, self._fsync = disk, fsync

@@ -14,7 +14,7 @@ FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class OutputOptions:
     """Where and how a result is written."""
 
     path: Path

@@ -10,14 +10,14 @@ from streammap.common import garbage
 from streammap.common import text as wording
 from streammap.common.events import Finished, Listener
 from streammap.engine import devices, memory
-from streammap.engine.devices import Choice
+from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
 from streammap.io.storage.sink import Sink
 from streammap.output import shards as layout
 from streammap.output import transaction
-from streammap.output.options import Where
+from streammap.output.options import OutputOptions
 from streammap.output.ranks.launcher import ALONE, Ranks
 from streammap.output.shards import Shard
 from streammap.planning import graph
@@ -83,7 +83,7 @@ def fit(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> Memory:
     )
 
 
-def device(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> Choice:
+def device(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> DeviceChoice:
     """Where a run of `plan` computes.
 
     Raises:
@@ -98,7 +98,9 @@ def read_nbytes(plan: Plan) -> int:
     return sum(found.spec.nbytes for found in loads if not graph.is_constant(found))
 
 
-def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = None) -> Report:
+def run(
+    plan: Plan, where: OutputOptions, listener: Listener, *, sink: Sink | None = None
+) -> Report:
     """Write a plan's result.
 
     Args:
@@ -150,7 +152,7 @@ def run(plan: Plan, where: Where, listener: Listener, *, sink: Sink | None = Non
     )
 
 
-def _arranged(plan: Plan, where: Where, sink: Sink | None) -> tuple[Shard, ...]:
+def _arranged(plan: Plan, where: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:
     if where.format == "dcp":
         from streammap.output import dcp_writer
 

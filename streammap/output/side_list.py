@@ -11,16 +11,42 @@ from weakref import WeakKeyDictionary
 
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.json_files import MAX_JSON_NBYTES, parse_json
-from streammap.io.storage.base import Place
+from streammap.io.storage.base import Storage
 
 SKIPPED = (
-    "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.onnx",
-    "*.onnx_data", "*.gguf", "*.npz", "*.distcp", "*.ot", "*.tflite", "*.index.json", "config.json",
-    "streammap.*", "*.streammap.json", ".*", "trainer_state.json", "events.out.tfevents.*",
-)  # fmt: skip
+    "*.safetensors",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx",
+    "*.onnx_data",
+    "*.gguf",
+    "*.npz",
+    "*.distcp",
+    "*.ot",
+    "*.tflite",
+    "*.index.json",
+    "config.json",
+    "streammap.*",
+    "*.streammap.json",
+    ".*",
+    "trainer_state.json",
+    "events.out.tfevents.*",
+)
 SKIPPED_INSIDE = (".*", "*.onnx", "*.onnx_data", "*.gguf", "events.out.tfevents.*")
-SKIPPED_FOLDERS = (".*", "onnx", "openvino", "coreml", "runs", "checkpoint-*", "global_step*",
-                   "__pycache__")  # fmt: skip
+SKIPPED_FOLDERS = (
+    ".*",
+    "onnx",
+    "openvino",
+    "coreml",
+    "runs",
+    "checkpoint-*",
+    "global_step*",
+    "__pycache__",
+)
 MAX_DEPTH = 3
 MAX_FETCHED_NBYTES = 100_000_000
 """A file that is fetched is held in memory for a moment, after all tensors are written."""
@@ -62,7 +88,7 @@ def _kept(side: Checkpoint | None) -> Mapping[str, int]:
     return _known[side]
 
 
-def _goes_along(name: str, place: Place, apart: dict[str, bool]) -> bool:
+def _goes_along(name: str, place: Storage, apart: dict[str, bool]) -> bool:
     *folders, last = PurePosixPath(name).parts
     if len(folders) > MAX_DEPTH or any(_matches(f, SKIPPED_FOLDERS) for f in folders):
         return False
@@ -77,7 +103,7 @@ def _goes_along(name: str, place: Place, apart: dict[str, bool]) -> bool:
     return True
 
 
-def _is_apart(folder: str, place: Place) -> bool:
+def _is_apart(folder: str, place: Storage) -> bool:
     """Whether a folder is another checkpoint."""
     config = f"{folder}/config.json"
     if place.has(f"{folder}/streammap.json"):

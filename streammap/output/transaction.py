@@ -19,7 +19,7 @@ from streammap.common.events import Event, Listener, Started, Wrote
 from streammap.common.torch_threads import torch_threads
 from streammap.common.version import VERSION
 from streammap.engine import read_ahead, schedule, threads
-from streammap.engine.devices import Choice
+from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import CheckpointError, OutputError, StreammapError
@@ -40,9 +40,9 @@ from streammap.output import (
 )
 from streammap.output.commit import Commit
 from streammap.output.files import Output
-from streammap.output.journal import Journal, Request
-from streammap.output.options import Where
-from streammap.output.ranks.coordination import Lead, Member
+from streammap.output.journal import Fingerprint, Journal
+from streammap.output.options import OutputOptions
+from streammap.output.ranks.coordination import Follower, Leader
 from streammap.output.shard_writer import Writer
 from streammap.output.shards import Shard
 from streammap.output.work_folder import WorkFolder
@@ -54,7 +54,7 @@ _SEEN_SECONDS = 90.0
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
+class RunResult:
     """What a run did, and what was done before; of rank 0, with what all others did."""
 
     n_tensors: int
@@ -69,11 +69,11 @@ class Done:
 
 def make(
     plan: Plan,
-    where: Where,
+    where: OutputOptions,
     shards: Sequence[Shard],
-    means: tuple[Memory, Choice],
+    means: tuple[Memory, DeviceChoice],
     listener: Listener,
-) -> Done:
+) -> RunResult:
     """Make the result, or go on with one that an earlier run began."""
     path = work_folder.place_of(where.path, is_file=where.is_file)
     small, side = _small_files(plan, where)
@@ -84,7 +84,7 @@ def make(
     request = fingerprint.request_of(
         plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION, nest=where.nest
     )
-    run = _Run(plan, where, shards, means, request, WorkFolder(path))
+    run = _LocalTransaction(plan, where, shards, means, request, WorkFolder(path))
     return run.help(listener) if where.ranks.rank else run.lead(listener, small, side)
 
 
@@ -98,7 +98,7 @@ def finish(path: str | Path) -> bool:
         OutputError: a file of it is missing, or another run is at it.
     """
     place = Path(path)
-    where = Where(place, 1, True, True, Engine(0, None, "cpu", "pread"))
+    where = OutputOptions(place, 1, True, True, Engine(0, None, "cpu", "pread"))
     at = work_folder.place_of(place, is_file=where.is_file)
     if not commit.is_marked(at):
         return False
@@ -112,13 +112,18 @@ def finish(path: str | Path) -> bool:
 
 
 @final
-class _Run:
+class _LocalTransaction:
     """What makes one result."""
 
     def __init__(
-        self, plan: Plan, where: Where, shards: Sequence[Shard], means: tuple[Memory, Choice],
-        request: Request, work: WorkFolder,
-    ) -> None:  # fmt: skip
+        self,
+        plan: Plan,
+        where: OutputOptions,
+        shards: Sequence[Shard],
+        means: tuple[Memory, DeviceChoice],
+        request: Fingerprint,
+        work: WorkFolder,
+    ) -> None:
         self._plan, self._where, self._shards = plan, where, shards
         self._memory, self._choice = means
         self._request, self._work = request, work
@@ -126,14 +131,14 @@ class _Run:
 
     def lead(
         self, listener: Listener, small: Mapping[str, bytes], side: Mapping[str, Path]
-    ) -> Done:
+    ) -> RunResult:
         """Make the result, alone or with others, and put it in its place."""
         plan, where, shards = self._plan, self._where, self._shards
         with self._work as work:
             path = work.path
             work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
             _check_place(plan, where, path)  # another run may have ended meanwhile
-            with Lead(work, self._request, where.ranks) as group:
+            with Leader(work, self._request, where.ranks) as group:
                 if where.restart:
                     work.begin_anew()
                 if commit.is_marked(path):
@@ -152,10 +157,10 @@ class _Run:
                 work.keeps = False
         return done
 
-    def help(self, listener: Listener) -> Done:
+    def help(self, listener: Listener) -> RunResult:
         """Write the shards that rank 0 deals to this one, and wait until all is in its place."""
         where, work = self._where, self._work
-        with Member(work, self._request, where.ranks) as group:
+        with Follower(work, self._request, where.ranks) as group:
 
             def told(event: Event) -> None:
                 group.check()
@@ -180,8 +185,12 @@ class _Run:
         return done
 
     def _make(
-        self, group: Lead, listener: Listener, small: Mapping[str, bytes], side: Mapping[str, Path]
-    ) -> tuple[Commit, Done]:
+        self,
+        group: Leader,
+        listener: Listener,
+        small: Mapping[str, bytes],
+        side: Mapping[str, Path],
+    ) -> tuple[Commit, RunResult]:
         """Write all files, and mark them as whole."""
         where, work = self._where, self._work
         crcs = journal.read(work.path, self._request, writing.keys(self._shards))
@@ -238,9 +247,9 @@ class _Run:
         slots = [slot for shard in self._shards for slot in shard.slots if slot.key in crcs]
         return len(slots), sum(slot.spec.nbytes for slot in slots)
 
-    def _done(self, shards: Sequence[Shard], n_read: int, resumed: tuple[int, int]) -> Done:
+    def _done(self, shards: Sequence[Shard], n_read: int, resumed: tuple[int, int]) -> RunResult:
         n_tensors, nbytes = sum(len(s.slots) for s in shards), sum(s.nbytes for s in shards)
-        return Done(n_tensors, len(shards), nbytes, n_read, *resumed)
+        return RunResult(n_tensors, len(shards), nbytes, n_read, *resumed)
 
     def _all_whole(self, out: Output, notes: Journal) -> Writer:
         """What knows of all shards, when all ranks say that theirs are whole.
@@ -287,10 +296,14 @@ class _Run:
         ahead = read_ahead.ahead(jobs, plan, self._memory.ahead_nbytes)
         with torch_threads() if computes else contextlib.nullcontext(), ahead as bundles:
             n_read = threads.run(
-                bundles, self._memory, writer.write,
-                listener=told, mapped=engine.reader == "mmap", device=self._choice.device,
+                bundles,
+                self._memory,
+                writer.write,
+                listener=told,
+                mapped=engine.reader == "mmap",
+                device=self._choice.device,
                 cancel=partial(read_ahead.cancel, plan.sources),
-            )  # fmt: skip
+            )
         writer.finish()
         if self._where.ranks.world_size > 1:
             writer.keep(at_once=True)
@@ -384,7 +397,7 @@ def _noted(note: str) -> Iterator[None]:
         raise
 
 
-def _check_place(plan: Plan, where: Where, work: Path) -> None:
+def _check_place(plan: Plan, where: OutputOptions, work: Path) -> None:
     kept = [] if where.may_replace_sources else [path for s in plan.sources for path in s.paths]
     goes_on = not where.restart and commit.is_marked(work)
     beside = (map_file.beside(where.path), record.beside(where.path)) if where.is_file else ()
@@ -397,7 +410,7 @@ def _nest(plan: Plan) -> str | None:
     return None if plan.side is None else plan.side.nest
 
 
-def _stale(where: Where) -> commit.Stale:
+def _stale(where: OutputOptions) -> commit.Stale:
     """What an earlier result may have left where this one goes."""
     if not where.is_file:
         return (*commit.STALE, (*map_file.NAMES, record.NAME))
@@ -405,7 +418,7 @@ def _stale(where: Where) -> commit.Stale:
     return ((glob.escape(where.path.name),), tuple(map(glob.escape, beside)))
 
 
-def _small_files(plan: Plan, where: Where) -> tuple[dict[str, bytes], dict[str, Path]]:
+def _small_files(plan: Plan, where: OutputOptions) -> tuple[dict[str, bytes], dict[str, Path]]:
     """What goes along: files with new content, and files to copy."""
     if not where.is_file:
         along = side_files.copied(plan.side)

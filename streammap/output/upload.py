@@ -25,7 +25,7 @@ from typing import Any, final
 
 from streammap.common.events import Event, Listener, Started, Wrote
 from streammap.common.version import VERSION
-from streammap.engine.devices import Choice
+from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.errors import CheckpointError, OutputError
 from streammap.io.json_files import read_json
@@ -41,9 +41,9 @@ from streammap.output import (
 from streammap.output import (
     shards as layout,
 )
-from streammap.output.options import Where
+from streammap.output.options import OutputOptions
 from streammap.output.shards import Shard
-from streammap.output.transaction import Done
+from streammap.output.transaction import RunResult
 from streammap.planning import map_file
 from streammap.planning.plan import Plan
 
@@ -60,12 +60,12 @@ def spool_of(label: str) -> Path:
 
 def send(
     plan: Plan,
-    where: Where,
+    where: OutputOptions,
     sink: Sink,
     shards: Sequence[Shard],
-    means: tuple[Memory, Choice],
+    means: tuple[Memory, DeviceChoice],
     listener: Listener,
-) -> Done:
+) -> RunResult:
     """Make a result and send it; `where.path` is the spool.
 
     Raises:
@@ -88,18 +88,21 @@ def send(
     notes.begin()
     listener(
         Started(
-            len(plan.targets), plan.nbytes,
+            len(plan.targets),
+            plan.nbytes,
             sum(slot.spec.nbytes for s in shards if s.name in notes.files for slot in s.slots),
         )
-    )  # fmt: skip
-    run = _Run(plan, where, sink, means, listener, notes)
+    )
+    run = _UploadTransaction(plan, where, sink, means, listener, notes)
     done = run.shards(shards)
     _finish(plan, sink, shards, notes, is_file=sink.file is not None)
     notes.forget()
     return done
 
 
-def _check_place(where: Where, sink: Sink, there: Mapping[str, str], notes: "_Sent") -> None:
+def _check_place(
+    where: OutputOptions, sink: Sink, there: Mapping[str, str], notes: "_Sent"
+) -> None:
     """Refuse what is there already; with `overwrite`, take away what makes it look whole."""
     if sink.file is not None:
         there = {name: version for name, version in there.items() if name == sink.file}
@@ -118,17 +121,22 @@ def _check_place(where: Where, sink: Sink, there: Mapping[str, str], notes: "_Se
 
 
 @final
-class _Run:
+class _UploadTransaction:
     """Makes shards, and sends each while the next one is made."""
 
     def __init__(
-        self, plan: Plan, where: Where, sink: Sink, means: tuple[Memory, Choice],
-        listener: Listener, notes: "_Sent",
-    ) -> None:  # fmt: skip
+        self,
+        plan: Plan,
+        where: OutputOptions,
+        sink: Sink,
+        means: tuple[Memory, DeviceChoice],
+        listener: Listener,
+        notes: "_Sent",
+    ) -> None:
         self._plan, self._where, self._sink = plan, where, sink
         self._means, self._listener, self._notes = means, listener, notes
 
-    def shards(self, shards: Sequence[Shard]) -> Done:
+    def shards(self, shards: Sequence[Shard]) -> RunResult:
         """All that were not sent before."""
         n_read = n_resumed = resumed_nbytes = 0
         for shard in shards:
@@ -151,16 +159,16 @@ class _Run:
                 sending.result()
         n_bytes = sum(shard.nbytes for shard in shards)
         n = len(self._plan.targets)
-        return Done(n, len(shards), n_bytes, n_read, n_resumed, resumed_nbytes)
+        return RunResult(n, len(shards), n_bytes, n_read, n_resumed, resumed_nbytes)
 
-    def _make(self, shard: Shard) -> Done:
+    def _make(self, shard: Shard) -> RunResult:
         """One shard, as a result of its own."""
         targets = {slot.key: self._plan.targets[slot.key] for slot in shard.slots}
         part = replace(self._plan, targets=targets, levels=(), request=None)
         path = self._where.path / shard.name
         if path.exists() and record.beside(path).exists():  # made, and not sent before the end
             n = len(shard.slots)
-            return Done(n, 1, shard.nbytes, 0, n, shard.nbytes)
+            return RunResult(n, 1, shard.nbytes, 0, n, shard.nbytes)
         where = replace(self._where, path=path, overwrite=True, restart=False)
 
         def told(event: Event) -> None:

@@ -19,7 +19,7 @@ from streammap.planning.requests import Grouping
 
 
 @dataclass(frozen=True, slots=True)
-class Sharing:
+class HeadSharing:
     """Query heads and the kv heads that they share."""
 
     heads: str
@@ -30,7 +30,7 @@ class Sharing:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class HeadCounts:
     """How many there are in one model."""
 
     heads: int
@@ -38,7 +38,7 @@ class Counts:
 
 
 def merging(
-    names: Sharing, large: Counts, small: Counts, grouping: Grouping, *, grows: bool
+    names: HeadSharing, large: HeadCounts, small: HeadCounts, grouping: Grouping, *, grows: bool
 ) -> tuple[BlockMap, BlockMap]:
     """F of query heads and F of kv heads, from a large model's counts to a small one's.
 
@@ -64,7 +64,7 @@ def merging(
         assert isinstance(of_heads, BlockMap)
         return of_heads, of_kv
     # More kv heads go than query heads: first both alike, then kv heads alone.
-    between = Counts(small.heads, small.heads // group)
+    between = HeadCounts(small.heads, small.heads // group)
     if small.heads % group or large.kv % between.kv or between.kv % small.kv:
         # First kv heads of neighbours, then the query heads that share one.
         of_kv = _neighbours(names.kv, large.kv, small.kv)
@@ -78,7 +78,7 @@ def merging(
     return merged, rest
 
 
-def kv_of(names: Sharing, of_heads: BlockMap) -> BlockMap:
+def kv_of(names: HeadSharing, of_heads: BlockMap) -> BlockMap:
     """F of kv heads that goes with F of query heads, with as many heads to each as before.
 
     Raises:
@@ -97,7 +97,7 @@ def kv_of(names: Sharing, of_heads: BlockMap) -> BlockMap:
     return maps.merging(groups, n_large // group)
 
 
-def misplaced(names: Sharing, of_heads: AxisMap, of_kv: AxisMap) -> str | None:
+def misplaced(names: HeadSharing, of_heads: AxisMap, of_kv: AxisMap) -> str | None:
     """Which query head of the result would read a foreign kv head; None where none does.
 
     Args:

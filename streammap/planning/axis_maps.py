@@ -10,18 +10,18 @@ from streammap.architectures.model import Model
 from streammap.errors import PlanError, SchemeError, some
 from streammap.planning import maps, requests
 from streammap.planning.maps import BlockMap
-from streammap.planning.requests import MAX_LAYERS, MAX_PARTS, MAX_SIZE, Grouping, Request
+from streammap.planning.requests import MAX_LAYERS, MAX_PARTS, MAX_SIZE, AxisRequest, Grouping
 
 KvMerge = Literal["mean", "first"]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ResizeRequest:
     """What a user asks for."""
 
-    axes: Mapping[str, Request]
+    axes: Mapping[str, AxisRequest]
     """Axis -> what becomes of it."""
-    width: Request | None
+    width: AxisRequest | None
     """What becomes of all widths together: a factor, or groups of heads."""
     grouping: Grouping
     kv_merge: KvMerge
@@ -46,11 +46,13 @@ def check_parts(axis: str, n: int, most: int) -> None:
 class AxisRequests:
     """Maps of single axes of one model."""
 
-    def __init__(self, model: Model, asked: Asked, notes: list[str], *, grows: bool) -> None:
+    def __init__(
+        self, model: Model, asked: ResizeRequest, notes: list[str], *, grows: bool
+    ) -> None:
         self._model, self._asked, self._grows, self.notes = model, asked, grows, notes
         self._spec, self._own = model.architecture, model.sizes
 
-    def map(self, axis: str, request: Request) -> BlockMap | None:
+    def map(self, axis: str, request: AxisRequest) -> BlockMap | None:
         """F of an axis; None where nothing changes.
 
         Raises:

@@ -23,7 +23,7 @@ from streammap.architectures.schema import Norm
 from streammap.errors import PlanError
 from streammap.planning import maps
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap, MapPair
-from streammap.planning.planner import Fill, Rule
+from streammap.planning.tensor_maps import NormCompensation, Rule
 
 _MAX_DENSE = 2**25
 """Elements; 256 MB in float64, while planning and in the run."""
@@ -35,7 +35,7 @@ class Compensation:
 
     pairs: Mapping[str, MapPair] = field(default_factory=dict)
     """Axis -> maps that take the place of plain ones."""
-    fills: Mapping[str, Fill] = field(default_factory=dict)
+    fills: Mapping[str, NormCompensation] = field(default_factory=dict)
     factors: tuple[tuple[tuple[KeyPattern, ...], float], ...] = ()
     fields: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ def compensate(
         filled: Axes that an earlier growth filled with empty units, on the way back down.
     """
     pairs: dict[str, MapPair] = {}
-    fills: dict[str, Fill] = {}
+    fills: dict[str, NormCompensation] = {}
     fields: dict[str, object] = {}
     notes: list[str] = []
     inexact: set[str] = set()
@@ -66,7 +66,7 @@ def compensate(
         if rule == "exact" and isinstance(m, BlockMap):
             ratio = _ratio(m) if grows else _ratio_down(m) if axis in filled else None
             if ratio is not None and ratio != 1.0 and _can_fill(model, axis, m, grows=grows):
-                fills[axis] = Fill(m, math.sqrt(ratio))
+                fills[axis] = NormCompensation(m, math.sqrt(ratio))
                 if grows and _kinds(model, axis) == {"layer"}:
                     pairs[axis] = _mean_filled(m)
                 if not _scale_eps(model, axis, ratio, fields, notes):

@@ -12,8 +12,8 @@ from streammap.architectures import axis_sizes, layer_kinds
 from streammap.architectures.config_fields import field_value, set_field
 from streammap.architectures.expression import (
     MEASURES,
-    Call,
     Expression,
+    FunctionCall,
     InexactDivisionError,
     Operation,
 )
@@ -100,7 +100,7 @@ def is_measured(expression: Expression) -> bool:
     match expression:
         case Operation(_, left, right):
             return is_measured(left) or is_measured(right)
-        case Call(function):
+        case FunctionCall(function):
             return function in MEASURES
         case _:
             return False

@@ -14,14 +14,14 @@ from streammap.architectures.expression import Expression, Name
 from streammap.architectures.model import Model
 from streammap.errors import PlanError, SchemeError, some
 from streammap.planning import attention_heads, config_json, maps
-from streammap.planning.attention_heads import Counts, Sharing
-from streammap.planning.axis_maps import Asked, AxisRequests, check_parts
+from streammap.planning.attention_heads import HeadCounts, HeadSharing
+from streammap.planning.axis_maps import AxisRequests, ResizeRequest, check_parts
 from streammap.planning.maps import AxisMap, BlockMap
-from streammap.planning.requests import MAX_PARTS, Grouping, Request
+from streammap.planning.requests import MAX_PARTS, AxisRequest, Grouping
 
 
 def merging_maps(
-    model: Model, asked: Asked, *, grows: bool
+    model: Model, asked: ResizeRequest, *, grows: bool
 ) -> tuple[dict[str, BlockMap], list[str]]:
     """Axis -> F for each axis that changes, and what a user might not expect.
 
@@ -37,7 +37,7 @@ def merging_maps(
 
 
 class _Planning:
-    def __init__(self, model: Model, asked: Asked, grows: bool) -> None:
+    def __init__(self, model: Model, asked: ResizeRequest, grows: bool) -> None:
         self._model, self._asked, self._grows = model, asked, grows
         self._spec, self._own = model.architecture, model.sizes
         for name in {"heads", *(n for s in self._spec.shared_heads for n in (s.kv, s.heads))}:
@@ -114,7 +114,7 @@ class _Planning:
             and not axis_facts.must_follow(self._model, axis.name)
         ]
 
-    def _width(self, axis: str, request: Request) -> BlockMap | None:
+    def _width(self, axis: str, request: AxisRequest) -> BlockMap | None:
         if request.groups is not None:
             return self._proportional(axis, request.groups)
         named = {a for space in self._spec.spaces.values() for a in space}
@@ -168,10 +168,10 @@ class _Planning:
             (r.grouping for r in (wanted, wanted_kv) if r is not None and r.grouping),
             self._asked.grouping,
         )
-        self._put_counts(heads, kv, Counts(a, b), grouping)
+        self._put_counts(heads, kv, HeadCounts(a, b), grouping)
 
-    def _put_counts(self, heads: str, kv: str, result: Counts, grouping: Grouping) -> None:
-        own = Counts(self._own[heads], self._own[kv])
+    def _put_counts(self, heads: str, kv: str, result: HeadCounts, grouping: Grouping) -> None:
+        own = HeadCounts(self._own[heads], self._own[kv])
         large, small = (result, own) if self._grows else (own, result)
         names = self._sharing(heads, kv)
         found, found_kv = attention_heads.merging(names, large, small, grouping, grows=self._grows)
@@ -194,7 +194,7 @@ class _Planning:
             found_kv = maps.first_of(found_kv)
         self.found[heads], self.found[kv] = found, found_kv
 
-    def _target(self, axis: str, request: Request | None) -> int:
+    def _target(self, axis: str, request: AxisRequest | None) -> int:
         own = self._own[axis]
         if request is None:
             return own
@@ -241,7 +241,7 @@ class _Planning:
         return own_kv // part
 
     def _explicit_heads(
-        self, heads: str, kv: str, wanted: Request | None, wanted_kv: Request | None
+        self, heads: str, kv: str, wanted: AxisRequest | None, wanted_kv: AxisRequest | None
     ) -> None:
         found = maps.identity(self._own[heads])
         if wanted is not None:
@@ -254,8 +254,8 @@ class _Planning:
             found_kv = maps.identity(self._own[kv])
         self._put_heads(heads, kv, found, found_kv)
 
-    def _sharing(self, heads: str, kv: str) -> Sharing:
-        return Sharing(heads, kv, self._own[heads] // self._own[kv])
+    def _sharing(self, heads: str, kv: str) -> HeadSharing:
+        return HeadSharing(heads, kv, self._own[heads] // self._own[kv])
 
     def _misplaced(self, heads: str, kv: str) -> str | None:
         names = self._sharing(heads, kv)
@@ -302,10 +302,12 @@ class _Planning:
             names = [*self._names(left), *self._names(right)]
             changed = [n for n in names if self._size(n) != self._own[n]]
             free = [
-                n for n in names
-                if n not in self.found and n not in self._asked.axes
+                n
+                for n in names
+                if n not in self.found
+                and n not in self._asked.axes
                 and self._spec.axes[n].kind == "width"
-            ]  # fmt: skip
+            ]
             if changed and len(free) == 1:
                 self._follow(free[0], changed[0])
                 return True
@@ -333,7 +335,7 @@ class _Planning:
         ratio = self._size(leader) / self._own[leader]
         if kv is not None and kv not in self.found and (self._own[axis] * ratio).is_integer():
             n_heads = round(self._own[axis] * ratio)
-            counts = Counts(n_heads, self._kv_for(axis, kv, n_heads))
+            counts = HeadCounts(n_heads, self._kv_for(axis, kv, n_heads))
             self._put_counts(axis, kv, counts, self._asked.grouping)
             self.notes.append(f"{axis} follows {leader}: {self._own[axis]} -> {n_heads}")
             return

@@ -12,15 +12,15 @@ from collections.abc import Container, Mapping
 from streammap.architectures.axis_facts import normed_axes
 from streammap.architectures.model import Model
 from streammap.planning.compensation import Compensation, copies_are_exact
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.head_dim import HeadSize
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.plan import PROMISES, Plan, Promise
 
-Found = tuple[Promise, str]
+Guarantee = tuple[Promise, str]
 
 
-def worst(found: Mapping[str, Found]) -> Found:
+def worst(found: Mapping[str, Guarantee]) -> Guarantee:
     """The weakest of several promises; the first of its kind."""
     if not found:
         return "bit-exact", "nothing is resized"
@@ -36,10 +36,10 @@ def of_axes(
     silent: Mapping[str, frozenset[int]],
     fills: Compensation,
     head_size: HeadSize | None,
-) -> dict[str, Found]:
+) -> dict[str, Guarantee]:
     """Axis -> what its change promises, with the reason."""
     normed = normed_axes(model)
-    found: dict[str, Found] = {}
+    found: dict[str, Guarantee] = {}
     for axis, m in layers.items():
         if not m.is_identity:
             caveat = model.architecture.caveats.get(axis)
@@ -63,8 +63,8 @@ def of_axes(
 
 
 def of_all(
-    model: Model, by_axis: Mapping[str, Found], *, reference: float | None, untie: bool
-) -> Found:
+    model: Model, by_axis: Mapping[str, Guarantee], *, reference: float | None, untie: bool
+) -> Guarantee:
     """What the whole change promises."""
     if reference is not None and by_axis:
         has_embeddings = any(f.rule.kind == "embedding" for f in model.families)
@@ -82,7 +82,7 @@ def of_all(
     return promise, reason
 
 
-def of_family(plan: Plan, axes: Container[str], form: Form) -> Promise:
+def of_family(plan: Plan, axes: Container[str], form: LinearForm) -> Promise:
     """What a chain of steps keeps of one family of tensors.
 
     Where its axes keep the function, "bit-exact" says that its numbers are kept too: they are
@@ -92,7 +92,7 @@ def of_family(plan: Plan, axes: Container[str], form: Form) -> Promise:
         axes: Those that the family is made of.
         form: What computes one of its tensors.
     """
-    found: dict[str, Found] = {}
+    found: dict[str, Guarantee] = {}
     for i, step in enumerate(plan.steps):
         if step.axes:
             found |= {f"{i} {axis}": one for axis, one in step.axes.items() if axis in axes}
@@ -104,7 +104,7 @@ def of_family(plan: Plan, axes: Container[str], form: Form) -> Promise:
     return weakest
 
 
-def _keeps_bits(form: Form) -> bool:
+def _keeps_bits(form: LinearForm) -> bool:
     """Whether each number of the result is one of the source's times a power of two, or 0."""
     if len(form.terms) != 1 or len(form.terms[0].blend) != 1:
         return False
@@ -119,7 +119,7 @@ def _keeps_bits(form: Form) -> bool:
     return all(math.frexp(abs(value))[0] in (0.0, 0.5) for value in set(values))
 
 
-def _of_layers(axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Found:
+def _of_layers(axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Guarantee:
     if silent:
         return "bit-exact", f"{axis}: new layers write nothing at first"
     if grows:
@@ -127,7 +127,7 @@ def _of_layers(axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Found:
     return "approximate", f"layers are merged ({m.describe()})"
 
 
-def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool) -> Found:
+def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool) -> Guarantee:
     if not isinstance(m, BlockMap):
         return "approximate", f"{axis} is mapped by a dense matrix"
     if _is_permutation(m):

@@ -39,7 +39,7 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class TensorRef:
     """A planned read of one tensor."""
 
     source: TensorSource
@@ -47,13 +47,15 @@ class Load:
     spec: TensorSpec
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Load) and other.source is self.source and other.key == self.key
+        return (
+            isinstance(other, TensorRef) and other.source is self.source and other.key == self.key
+        )
 
     def __hash__(self) -> int:
         return hash((id(self.source), self.key))
 
 
-Blend = tuple[tuple[float, Load], ...]
+Blend = tuple[tuple[float, TensorRef], ...]
 _MAX_F32_ADDENDS = 4
 
 
@@ -79,7 +81,7 @@ class Term:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class LinearForm:
     """One result tensor as a function of source tensors."""
 
     spec: TensorSpec
@@ -98,7 +100,7 @@ class Form:
         return "F64" if self.spec.dtype == "F32" and long else "F32"
 
     @property
-    def copied(self) -> Load | None:
+    def copied(self) -> TensorRef | None:
         """The source tensor that this is byte for byte, if it is one."""
         if len(self.terms) != 1:
             return None
@@ -107,36 +109,38 @@ class Form:
         same = coefficient == 1.0 and found.spec == self.spec and len(term.blend) == 1
         return found if same and all(m is None for m in term.maps) else None
 
-    def loads(self) -> Iterator[Load]:
+    def loads(self) -> Iterator[TensorRef]:
         """Each source tensor, once for each term that reads it."""
         for term in self.terms:
             for _, found in term.blend:
                 yield found
 
 
-def load(source: TensorSource, key: str) -> Form:
+def load(source: TensorSource, key: str) -> LinearForm:
     """A source tensor as it is."""
     spec = source.spec(key)
     keep = (None,) * len(spec.shape)
-    return Form(spec, (Term(keep, ((1.0, Load(source, key, spec)),)),))
+    return LinearForm(spec, (Term(keep, ((1.0, TensorRef(source, key, spec)),)),))
 
 
-def flat(form: Form) -> Form | None:
+def flat(form: LinearForm) -> LinearForm | None:
     """The same numbers in one dimension; None where a map moves some along one of several."""
     if any(m is not None for term in form.terms for m in term.maps):
         return None
     shape = (form.spec.n_elements,)
     terms = (
         tuple(
-            (c, Load(found.source, found.key, TensorSpec(found.spec.dtype, shape)))
+            (c, TensorRef(found.source, found.key, TensorSpec(found.spec.dtype, shape)))
             for c, found in term.blend
         )
         for term in form.terms
     )
-    return Form(TensorSpec(form.spec.dtype, shape), tuple(Term((None,), blend) for blend in terms))
+    return LinearForm(
+        TensorSpec(form.spec.dtype, shape), tuple(Term((None,), blend) for blend in terms)
+    )
 
 
-def map_dims(form: Form, dims: Sequence[AxisMap | None]) -> Form:
+def map_dims(form: LinearForm, dims: Sequence[AxisMap | None]) -> LinearForm:
     """`form` with a map applied to each dimension that has one.
 
     Shapes: [n_0, n_1, ...] -> [dims[0].n_out, ...].
@@ -151,7 +155,7 @@ def map_dims(form: Form, dims: Sequence[AxisMap | None]) -> Form:
     return _collected(TensorSpec(form.spec.dtype, shape), terms)
 
 
-def combine(parts: Iterable[tuple[float, Form]], *, dtype: str | None = None) -> Form:
+def combine(parts: Iterable[tuple[float, LinearForm]], *, dtype: str | None = None) -> LinearForm:
     """The sum of coefficient * form; the dtype is that of the first part unless given."""
     kept = tuple(parts)
     spec = kept[0][1].spec
@@ -166,25 +170,25 @@ def combine(parts: Iterable[tuple[float, Form]], *, dtype: str | None = None) ->
     return _collected(TensorSpec(dtype or spec.dtype, spec.shape), terms)
 
 
-def scale(form: Form, factor: float) -> Form:
+def scale(form: LinearForm, factor: float) -> LinearForm:
     """`factor` times `form`."""
     return form if factor == 1.0 else combine([(factor, form)])
 
 
-def shift(form: Form, offset: float) -> Form:
+def shift(form: LinearForm, offset: float) -> LinearForm:
     """`form` plus a constant."""
     ones = _ones(form.spec.shape)
-    constant = Load(ones, "1", ones.spec("1"))
+    constant = TensorRef(ones, "1", ones.spec("1"))
     term = Term((None,) * len(form.spec.shape), ((offset, constant),))
     return _collected(form.spec, (*form.terms, term))
 
 
-def is_stored(found: Load, dtype: str) -> bool:
+def is_stored(found: TensorRef, dtype: str) -> bool:
     """Whether a load reads a tensor of this dtype."""
     return found.spec.dtype == dtype and not is_constant(found)
 
 
-def is_constant(found: Load) -> bool:
+def is_constant(found: TensorRef) -> bool:
     """Whether a load reads no tensor."""
     return isinstance(found.source, _Ones)
 
@@ -199,9 +203,9 @@ def _composed(
     return tuple(found)
 
 
-def _collected(spec: TensorSpec, terms: Sequence[Term]) -> Form:
+def _collected(spec: TensorSpec, terms: Sequence[Term]) -> LinearForm:
     """Terms of equal maps and source shape share one blend; equal loads add up."""
-    groups: list[tuple[Term, dict[Load, float]]] = []
+    groups: list[tuple[Term, dict[TensorRef, float]]] = []
     for term in terms:
         shape = term.blend[0][1].spec.shape
         for first, blend in groups:  # noqa: B007 (used after the loop)
@@ -220,7 +224,7 @@ def _collected(spec: TensorSpec, terms: Sequence[Term]) -> Form:
     if not kept:
         first, blend = groups[0]
         kept = (Term(first.maps, ((0.0, next(iter(blend))),)),)
-    return Form(spec, kept)
+    return LinearForm(spec, kept)
 
 
 @final

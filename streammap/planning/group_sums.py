@@ -3,7 +3,7 @@
 import math
 
 from streammap.planning import graph
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, BlockMap
 
 MIN_RUN = 32
@@ -12,7 +12,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 _MAX_DIMS = 2
 
 
-def divisor_of(form: Form) -> int | None:
+def divisor_of(form: LinearForm) -> int | None:
     """What the sums of a form are divided by; None where they aren't computed so.
 
     It is a power of two, so that it does not matter when it is applied, and that of the form: all

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from streammap.errors import CheckpointError, SchemeError
 from streammap.io.formats import safetensors_header
 from streammap.io.storage import resolve as places
-from streammap.io.storage.base import OpenFile, Place
+from streammap.io.storage.base import OpenFile, Storage
 from streammap.io.storage.local import LocalFile
 from streammap.io.tensor_spec import TensorSpec
 from streammap.planning import maps
@@ -41,7 +41,7 @@ _MAX_EMPTY_ROWS = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class MapLevel:
     """The merging maps between one model and the next smaller one."""
 
     merging: Mapping[str, AxisMap]
@@ -71,7 +71,7 @@ def beside(file: Path) -> Path:
     return file.with_suffix(SUFFIX)
 
 
-def find(path: Path) -> tuple[Level, ...]:
+def find(path: Path) -> tuple[MapLevel, ...]:
     """The levels saved with a folder or file of weights; the original's file counts too.
 
     Raises:
@@ -85,7 +85,7 @@ def find(path: Path) -> tuple[Level, ...]:
     return ()
 
 
-def find_at(place: Place) -> tuple[Level, ...]:
+def find_at(place: Storage) -> tuple[MapLevel, ...]:
     """The same for a place that may be elsewhere.
 
     Raises:
@@ -108,7 +108,7 @@ def find_at(place: Place) -> tuple[Level, ...]:
     return ()
 
 
-def load_from(source: str | Path) -> tuple[Level, ...]:
+def load_from(source: str | Path) -> tuple[MapLevel, ...]:
     """The levels of a map file, or of a folder that has one, here or elsewhere.
 
     Raises:
@@ -124,7 +124,7 @@ def load_from(source: str | Path) -> tuple[Level, ...]:
     return found
 
 
-def load(path: Path) -> tuple[Level, ...]:
+def load(path: Path) -> tuple[MapLevel, ...]:
     """The levels of a map file, ours or the original's.
 
     Raises:
@@ -147,7 +147,7 @@ def load(path: Path) -> tuple[Level, ...]:
         raise SchemeError(f"map file {error.message}", hint=error.hint) from error
 
 
-def encode(levels: tuple[Level, ...]) -> bytes:
+def encode(levels: tuple[MapLevel, ...]) -> bytes:
     """A map file's bytes."""
     specs: list[tuple[str, TensorSpec]] = []
     chunks: list[bytes] = []
@@ -190,7 +190,7 @@ def _content_of(m: AxisMap) -> bytes:
     return b"".join(content for _, _, content in _tensors_of(m))
 
 
-def _load_ours(path: Path) -> tuple[Level, ...]:
+def _load_ours(path: Path) -> tuple[MapLevel, ...]:
     from streammap.io.checkpoint import open_checkpoint
 
     _, text = safetensors_header.read(path)
@@ -202,8 +202,14 @@ def _load_ours(path: Path) -> tuple[Level, ...]:
         levels = tuple(_level(tensors, i, entry) for i, entry in enumerate(about["levels"]))
         tensors.close()
     except (
-        KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError
-    ) as error:  # fmt: skip
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise SchemeError(
             f"{path.name}: no map of streammap's: {type(error).__name__} {error}",
             hint="remove the file, and give a scheme",
@@ -213,7 +219,7 @@ def _load_ours(path: Path) -> tuple[Level, ...]:
 
 def _level(
     tensors: "Checkpoint", i: int, entry: Mapping[str, Mapping[str, Mapping[str, int]]]
-) -> Level:
+) -> MapLevel:
     merging: dict[str, AxisMap] = {}
     for name, axis in entry["axes"].items():
         small, large = _count(axis["small"]), _count(axis["large"])
@@ -229,7 +235,7 @@ def _level(
     filled: object = entry.get("filled", [])
     if not isinstance(filled, list) or not all(name in merging for name in filled):
         raise ValueError(f"filled axes {filled!r} have no maps")
-    level = Level(merging, frozenset(filled))
+    level = MapLevel(merging, frozenset(filled))
     if sizes != level.sizes:
         raise ValueError(f"sizes {sizes} are not those of the maps, {level.sizes}")
     return level
@@ -269,7 +275,7 @@ def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block:
     return BlockMap(tuple(tuple(row) for row in rows), n_in, block)
 
 
-def _load_original(path: Path) -> Level:
+def _load_original(path: Path) -> MapLevel:
     from streammap.io.checkpoint import Checkpoint
     from streammap.io.formats import torch_zip
 
@@ -300,4 +306,4 @@ def _load_original(path: Path) -> Level:
         except ValueError as error:
             raise SchemeError(f"{path}: {name}: {error}", hint="give a scheme") from error
     tensors.close()
-    return Level(merging)
+    return MapLevel(merging)

@@ -19,9 +19,9 @@ from streammap.io.checkpoint import Checkpoint
 from streammap.io.tensor_spec import TensorSpec
 from streammap.output import side_list
 from streammap.planning import graph
-from streammap.planning.graph import Form
-from streammap.planning.map_file import Level
-from streammap.planning.request_tree import Call
+from streammap.planning.graph import LinearForm
+from streammap.planning.map_file import MapLevel
+from streammap.planning.request_tree import OperatorCall
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,12 +55,12 @@ class Step:
 class Plan:
     """A result, tensor by tensor, not written."""
 
-    targets: Mapping[str, Form]
+    targets: Mapping[str, LinearForm]
     """In the order of the source's files."""
     config: Mapping[str, object] | None
     sources: tuple[Checkpoint, ...]
     steps: tuple[Step, ...] = ()
-    levels: tuple[Level, ...] = ()
+    levels: tuple[MapLevel, ...] = ()
     """The maps used on the way down, largest model first."""
     side: Checkpoint | None = None
     """The source whose tokenizer and other files go along."""
@@ -68,7 +68,7 @@ class Plan:
     """Axis -> its size in the side files' model and in the result, where they differ."""
     architecture: str | None = None
     """The spec to read it by, where config.json doesn't tell."""
-    request: Call | None = None
+    request: OperatorCall | None = None
     """What was asked; None where it was made by other means than registry.py's calls."""
 
     @property
@@ -114,7 +114,7 @@ class Plan:
 
         return model.resolve(self.specs, self.config, name=self.architecture)
 
-    def asked(self, request: Call | None) -> "Plan":
+    def asked(self, request: OperatorCall | None) -> "Plan":
         """The same plan with its record; what is known of its model stays."""
         made = replace(self, request=request)
         if "model" in self.__dict__:
@@ -160,11 +160,15 @@ class Plan:
 
 
 def from_checkpoint(
-    checkpoint: Checkpoint, levels: tuple[Level, ...], *, architecture: str | None = None
+    checkpoint: Checkpoint, levels: tuple[MapLevel, ...], *, architecture: str | None = None
 ) -> Plan:
     """The plan that changes nothing."""
     targets = {key: graph.load(checkpoint, key) for key in checkpoint.slots}
     return Plan(
-        targets, checkpoint.config, (checkpoint,), levels=levels, side=checkpoint,
+        targets,
+        checkpoint.config,
+        (checkpoint,),
+        levels=levels,
+        side=checkpoint,
         architecture=architecture,
-    )  # fmt: skip
+    )

@@ -23,18 +23,17 @@ from streammap.architectures.model import Model
 from streammap.architectures.schema import Depth
 from streammap.errors import PlanError, some
 from streammap.planning import config_json
-from streammap.planning.graph import Form
-from streammap.planning.map_file import Level
+from streammap.planning.graph import LinearForm
+from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap
 from streammap.planning.plan import Plan, Step
-from streammap.planning.tensor_maps import RULES, Change, Fill, Remapping, Rule
+from streammap.planning.tensor_maps import AxisChange, Remapping
 
 _MAX_TENSORS = 500_000
-__all__ = ["RULES", "Change", "Fill", "Rule", "remap"]
 
 
 def remap(
-    plan: Plan, change: Change, step: Step, *, levels: tuple[Level, ...] | None = None
+    plan: Plan, change: AxisChange, step: Step, *, levels: tuple[MapLevel, ...] | None = None
 ) -> Plan:
     """The plan with each axis changed.
 
@@ -49,7 +48,7 @@ def remap(
     sizes = {**model.sizes, **change.sizes}
     work = Remapping(plan, model, change, sizes)
     _check_count(work, model)
-    targets: dict[str, Form] = {}
+    targets: dict[str, LinearForm] = {}
     notes = list(step.notes)
     for family in model.families:
         if family.rule.kind == "drop":
@@ -77,9 +76,14 @@ def remap(
     step = replace(step, notes=tuple(notes))
     ordered = {key: targets[key] for key in sorted(targets, key=key_pattern.natural)}
     result = replace(
-        plan, targets=ordered, config=config, steps=(*plan.steps, step), sized=sized,
-        levels=plan.levels if levels is None else levels, request=None,
-    )  # fmt: skip
+        plan,
+        targets=ordered,
+        config=config,
+        steps=(*plan.steps, step),
+        sized=sized,
+        levels=plan.levels if levels is None else levels,
+        request=None,
+    )
     _check_sizes(result, sizes)
     return result
 
@@ -104,15 +108,12 @@ def _sources(m: AxisMap, model: Model, axis: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _mixed(model: Model, change: Change) -> list[str]:
+def _mixed(model: Model, change: AxisChange) -> list[str]:
     """Layers of the result that mix kinds of config.json; the first one's entries count."""
     found = []
     for axis, m in change.layers.items():
         kinds, sources = model.kinds(axis), _sources(m, model, axis)
-        mixed = [
-            i for i in range(m.n_out)
-            if len({kinds[j] for j, _ in m.members(i)}) > 1
-        ]  # fmt: skip
+        mixed = [i for i in range(m.n_out) if len({kinds[j] for j, _ in m.members(i)}) > 1]
         if mixed:
             first = mixed[0]
             told = ", ".join(kinds[sources[first]])
@@ -122,7 +123,7 @@ def _mixed(model: Model, change: Change) -> list[str]:
     return found
 
 
-def _tails(model: Model, change: Change) -> dict[str, object]:
+def _tails(model: Model, change: AxisChange) -> dict[str, object]:
     """Counts of layers after the stack, which a change of depth drops."""
     found: dict[str, object] = {}
     for axis in change.layers:

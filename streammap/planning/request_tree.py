@@ -22,7 +22,7 @@ from typing import Literal, final
 
 from streammap.errors import PlanError, SchemeError
 from streammap.planning import map_file
-from streammap.planning.map_file import Level
+from streammap.planning.map_file import MapLevel
 
 Operator = Literal["open", "coalesce", "decoalesce", "interpolate", "configure"]
 OPERATORS: tuple[Operator, ...] = ("open", "coalesce", "decoalesce", "interpolate", "configure")
@@ -36,32 +36,32 @@ _MAX_MAPS_NBYTES = 64 * 2**20
 
 @final
 @dataclass(frozen=True, eq=False, slots=True)
-class Call:
+class OperatorCall:
     """One call. The same object stands for the same call: an opened source that is used twice."""
 
     operator: Operator
     options: Mapping[str, object] = field(default_factory=dict)
     """Values of JSON."""
-    maps: tuple[Level, ...] | None = None
+    maps: tuple[MapLevel, ...] | None = None
     """None: those saved with the source."""
     digests: tuple[str, ...] = ()
     """Of maps that are too large to stand here, instead of them."""
-    source: "Call | None" = None
-    target: "Call | None" = None
+    source: "OperatorCall | None" = None
+    target: "OperatorCall | None" = None
     """What it is blended with."""
 
-    def opens(self) -> Iterator["Call"]:
+    def opens(self) -> Iterator["OperatorCall"]:
         """The opened sources, each once, in the order of the tree."""
         return iter({id(call): call for call in self._all() if call.operator == "open"}.values())
 
-    def _all(self) -> Iterator["Call"]:
+    def _all(self) -> Iterator["OperatorCall"]:
         yield self
         for inner in (self.source, self.target):
             if inner is not None:
                 yield from inner._all()
 
 
-def as_json(call: Call) -> dict[str, object] | None:
+def as_json(call: OperatorCall) -> dict[str, object] | None:
     """The tree; None where it is too long to be written down."""
     for n, _ in enumerate(_limited(call)):
         if n >= _MAX_CALLS:
@@ -70,7 +70,7 @@ def as_json(call: Call) -> dict[str, object] | None:
     return _encoded(call, numbers)
 
 
-def parse(content: object) -> Call:
+def parse(content: object) -> OperatorCall:
     """A tree from JSON that may be anything.
 
     Raises:
@@ -80,7 +80,7 @@ def parse(content: object) -> Call:
     return _Parser().call(content, "request", 0)
 
 
-def _limited(call: Call) -> Iterator[Call]:
+def _limited(call: OperatorCall) -> Iterator[OperatorCall]:
     """Calls of the tree; of a long one, not all."""
     waiting, n = [call], 0
     while waiting and n <= _MAX_CALLS:
@@ -90,7 +90,7 @@ def _limited(call: Call) -> Iterator[Call]:
         waiting += [inner for inner in (at.source, at.target) if inner is not None]
 
 
-def _encoded(call: Call, numbers: Mapping[int, int]) -> dict[str, object]:
+def _encoded(call: OperatorCall, numbers: Mapping[int, int]) -> dict[str, object]:
     found: dict[str, object] = {"operator": call.operator, **call.options}
     if call.operator == "open":
         found["id"] = numbers[id(call)]
@@ -104,7 +104,7 @@ def _encoded(call: Call, numbers: Mapping[int, int]) -> dict[str, object]:
     return found
 
 
-def _packed(levels: tuple[Level, ...]) -> object:
+def _packed(levels: tuple[MapLevel, ...]) -> object:
     if not levels:
         return ""
     text = base64.b64encode(zlib.compress(map_file.encode(levels), 9)).decode()
@@ -113,7 +113,7 @@ def _packed(levels: tuple[Level, ...]) -> object:
     return text
 
 
-def _unpacked(text: str) -> tuple[Level, ...]:
+def _unpacked(text: str) -> tuple[MapLevel, ...]:
     if not text:
         return ()
     try:
@@ -136,10 +136,10 @@ class _Parser:
     """Knows the opened sources that it has met."""
 
     def __init__(self) -> None:
-        self._opened: dict[int, Call] = {}
+        self._opened: dict[int, OperatorCall] = {}
         self._n = 0
 
-    def call(self, content: object, where: str, depth: int) -> Call:
+    def call(self, content: object, where: str, depth: int) -> OperatorCall:
         self._n += 1
         if depth > _MAX_CALLS or self._n > _MAX_CALLS:
             raise PlanError(f"{where[:60]}: more than {_MAX_CALLS} calls")
@@ -160,7 +160,9 @@ class _Parser:
         inner = {name: self.call(content[name], f"{where}.{name}", depth + 1) for name in wanted}
         maps, digests = _maps(content, where)
         options = {str(name): value for name, value in content.items() if name not in _OWN}
-        made = Call(operator, options, maps, digests, inner.get("source"), inner.get("target"))
+        made = OperatorCall(
+            operator, options, maps, digests, inner.get("source"), inner.get("target")
+        )
         number = content.get("id")
         if operator != "open" or type(number) is not int:
             return made
@@ -172,7 +174,7 @@ class _Parser:
 
 def _maps(
     content: Mapping[str, object], where: str
-) -> tuple[tuple[Level, ...] | None, tuple[str, ...]]:
+) -> tuple[tuple[MapLevel, ...] | None, tuple[str, ...]]:
     value = content.get("maps")
     if value is None:
         return None, ()

@@ -35,7 +35,7 @@ _MAX_TEXT = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class AxisRequest:
     """What is asked of one axis; exactly one of factor, size and groups is given."""
 
     factor: int | None = None
@@ -49,7 +49,7 @@ class Request:
     """What the user calls it, for messages."""
 
 
-def parse_request(value: object, where: str) -> Request:
+def parse_request(value: object, where: str) -> AxisRequest:
     """A request from what a user wrote.
 
     Raises:
@@ -58,8 +58,8 @@ def parse_request(value: object, where: str) -> Request:
     return replace(_request(value, where), where=where)
 
 
-def _request(value: object, where: str) -> Request:
-    if isinstance(value, Request):
+def _request(value: object, where: str) -> AxisRequest:
+    if isinstance(value, AxisRequest):
         return value
     if isinstance(value, str):
         value = _of_text(value, where)
@@ -67,15 +67,15 @@ def _request(value: object, where: str) -> Request:
         if value < 1:
             raise SchemeError(f"{where} is {value}, expected 1 or more")
         _check_size(value, where)
-        return Request(factor=value)
+        return AxisRequest(factor=value)
     if isinstance(value, str):
         size = value.removeprefix("=")
         if value.startswith("=") and re.fullmatch(r"0*[1-9][0-9]{0,12}", size) is not None:
             _check_size(int(size), where)
-            return Request(size=int(size))
+            return AxisRequest(size=int(size))
     if isinstance(value, list | tuple):
         groups, weights = parse_groups(value, where)
-        return Request(groups=groups, weights=weights)
+        return AxisRequest(groups=groups, weights=weights)
     if isinstance(value, Mapping):
         return _of_table(value, where)
     raise SchemeError(
@@ -116,7 +116,7 @@ def _of_text(text: str, where: str) -> object:
     return stripped
 
 
-def _of_table(table: Mapping[str, object], where: str) -> Request:
+def _of_table(table: Mapping[str, object], where: str) -> AxisRequest:
     known = ("factor", "size", "groups", "grouping")
     unknown = [key for key in table if key not in known]
     if unknown:
@@ -132,13 +132,13 @@ def _of_table(table: Mapping[str, object], where: str) -> Request:
         if grouping is not None:
             raise SchemeError(f"{where}: both groups and a grouping", hint="give one of the two")
         groups, weights = parse_groups(value, where)
-        return Request(groups=groups, weights=weights)
+        return AxisRequest(groups=groups, weights=weights)
     if type(value) is not int or value < 1:
         raise SchemeError(f"{where}: {given[0]} is {value!r}, expected 1 or more")
     _check_size(value, f"{where}: {given[0]}")
     if given[0] == "size":
-        return Request(size=value, grouping=grouping)
-    return Request(factor=value, grouping=grouping)
+        return AxisRequest(size=value, grouping=grouping)
+    return AxisRequest(factor=value, grouping=grouping)
 
 
 def _check_size(value: int, where: str) -> None:

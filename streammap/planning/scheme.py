@@ -16,7 +16,7 @@ from streammap.architectures import schema
 from streammap.common import strict_json
 from streammap.errors import SchemeError, some
 from streammap.planning import requests
-from streammap.planning.requests import GROUPINGS, Grouping, Groups, Request
+from streammap.planning.requests import GROUPINGS, AxisRequest, Grouping, Groups
 
 __all__ = ["GROUPINGS", "Grouping", "Groups", "Scheme", "load_scheme", "uniform"]
 _MAX_NBYTES = 100_000_000
@@ -34,9 +34,9 @@ class Scheme:
     depth: Groups | None = None
     unused: tuple[str, ...] = ()
     """Entries that were there and are not used."""
-    spaces: Mapping[str, Request] = field(default_factory=dict)
+    spaces: Mapping[str, AxisRequest] = field(default_factory=dict)
     """Space ("hidden", "kv_heads", "width" ...) -> what becomes of it."""
-    axes: Mapping[str, Request] = field(default_factory=dict)
+    axes: Mapping[str, AxisRequest] = field(default_factory=dict)
     """Axis of the architecture spec -> what becomes of it."""
 
     def as_json(self) -> dict[str, object]:

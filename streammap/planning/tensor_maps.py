@@ -13,11 +13,11 @@ from typing import Literal
 from streammap.architectures.expression import Name
 from streammap.architectures.key_pattern import KeyPattern, first_match, sample
 from streammap.architectures.model import Family, Model, TiedHead
-from streammap.architectures.schema import Depth, Dim, Factor, Role
+from streammap.architectures.schema import Depth, DimSpec, Factor, Role
 from streammap.errors import ArchitectureError, PlanError, some
 from streammap.planning import graph, maps
 from streammap.planning.dim_maps import DimMaps
-from streammap.planning.graph import Form
+from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, MapPair
 from streammap.planning.plan import Plan
 
@@ -26,7 +26,7 @@ RULES: tuple[Rule, ...] = ("exact", "reference")
 
 
 @dataclass(frozen=True, slots=True)
-class Fill:
+class NormCompensation:
     """An axis that grows by units that stay empty behind its norms."""
 
     map: AxisMap
@@ -36,7 +36,7 @@ class Fill:
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class AxisChange:
     """What becomes of a model's axes."""
 
     pairs: Mapping[str, MapPair]
@@ -48,7 +48,7 @@ class Change:
     rule: Rule
     embedding_factor: float
     """What the rule "reference" multiplies embeddings by."""
-    fills: Mapping[str, Fill] = field(default_factory=dict)
+    fills: Mapping[str, NormCompensation] = field(default_factory=dict)
     """Axis -> how its norms are compensated, where it grows by empty units."""
     silent: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """Depth axis -> layers of the result that write nothing: their writers are 0."""
@@ -78,7 +78,9 @@ def writes(family: Family, hidden: tuple[str, ...]) -> bool:
 class Remapping:
     """One remap: the maps of each (dimension, role), worked out once."""
 
-    def __init__(self, plan: Plan, model: Model, change: Change, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self, plan: Plan, model: Model, change: AxisChange, sizes: Mapping[str, int]
+    ) -> None:
         self._plan, self._model, self._change, self._sizes = plan, model, change, sizes
         stacked = {name: maps.pair_of(m) for name, m in change.layers.items()}
         pairs = {**stacked, **change.pairs}
@@ -101,7 +103,7 @@ class Remapping:
                 n = -(-n * m.n_out // max(1, m.n_in))
         return n
 
-    def family(self, family: Family) -> dict[str, Form]:
+    def family(self, family: Family) -> dict[str, LinearForm]:
         """The result's tensors of one family."""
         found_maps = [self._index_map(family, index) for index in family.indices]
         rows = {at: m for at, m in enumerate(found_maps) if m is not None}
@@ -123,7 +125,7 @@ class Remapping:
             for target, coefficient in found:
                 parts.setdefault(target, []).append((coefficient, key))
         self._check_first(family)
-        made: dict[str, Form] = {}
+        made: dict[str, LinearForm] = {}
         for target, row in parts.items():
             whole = self._whole(family, target, row, rows)
             if whole:
@@ -149,9 +151,9 @@ class Remapping:
                         hint="give groups in which layer 0 stands alone, and is the first",
                     )
 
-    def untied(self, targets: Mapping[str, Form]) -> dict[str, Form]:
+    def untied(self, targets: Mapping[str, LinearForm]) -> dict[str, LinearForm]:
         """A tensor of its own for each tied head: the embedding as its reader sees it."""
-        made: dict[str, Form] = {}
+        made: dict[str, LinearForm] = {}
         for tied in self._model.tied_heads:
             for family in self._model.families:
                 for key in family.members.values():
@@ -159,10 +161,11 @@ class Remapping:
                         continue
                     form = self._plan.targets[key]
                     dims = [
-                        None if d.expression is None or d.role == "keep"
+                        None
+                        if d.expression is None or d.role == "keep"
                         else self._maps.of(d.expression, "in")
                         for d in family.dims
-                    ]  # fmt: skip
+                    ]
                     name = sample(tied.head.head[0])
                     mapped = graph.map_dims(form, dims)
                     if name not in self._plan.targets:
@@ -171,7 +174,7 @@ class Remapping:
             made |= self._copies(tied, targets)
         return made
 
-    def _copies(self, tied: TiedHead, targets: Mapping[str, Form]) -> dict[str, Form]:
+    def _copies(self, tied: TiedHead, targets: Mapping[str, LinearForm]) -> dict[str, LinearForm]:
         """Tensors that other parts shared, and look for under their own names once untied."""
         return {
             key.removesuffix(end) + name: form
@@ -257,7 +260,7 @@ class Remapping:
         row: tuple[tuple[float, str], ...],
         *,
         silent: bool = False,
-    ) -> Form:
+    ) -> LinearForm:
         forms = [(value, self._plan.targets[key]) for value, key in row]
         if family.rule.kind == "buffer":
             return forms[0][1]
@@ -289,7 +292,7 @@ class Remapping:
         """The tied head that reads what the tensor `key` of the result makes."""
         return next((tied for tied in self._tied if tied.feeds(key, self._last)), None)
 
-    def _fill(self, family: Family) -> Fill | None:
+    def _fill(self, family: Family) -> NormCompensation | None:
         """How a norm is compensated for empty units."""
         if family.rule.norm is None or len(family.dims) != 1:
             return None
@@ -338,7 +341,7 @@ class Remapping:
                 found *= self._ratio(factor)
         return found
 
-    def _map(self, family: Family, dim: Dim, key: str) -> AxisMap | None:
+    def _map(self, family: Family, dim: DimSpec, key: str) -> AxisMap | None:
         if dim.expression is None:
             return None
         fill = self._fill(family)
@@ -350,7 +353,7 @@ class Remapping:
             raise ArchitectureError(f"{family.name}: {dim.text} is resized, but has no role")
         return found
 
-    def _is_stack(self, dim: Dim) -> bool:
+    def _is_stack(self, dim: DimSpec) -> bool:
         """Whether a dimension without a role is a stack of layers or experts."""
         axes = self._model.architecture.axes
         names = [dim.expression.name] if isinstance(dim.expression, Name) else []

@@ -125,9 +125,10 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(status, "RepoNotFound", "Repository not found")
         if reads_files and repo.gated and (user or "", name) not in self.hub.lets_in:
             raise RefusedError(
-                401 if user is None else 403, "GatedRepo",
+                401 if user is None else 403,
+                "GatedRepo",
                 f"Access to model {name} is restricted. You must be authenticated to access it.",
-            )  # fmt: skip
+            )
         return repo
 
     def _commit(self, repo: Repo, revision: str) -> str:

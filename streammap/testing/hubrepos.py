@@ -51,9 +51,7 @@ class Blob:
 
     def sibling(self, name: str) -> dict[str, object]:
         """As it is listed with a model."""
-        found: dict[str, object] = {
-            "rfilename": name, "size": self.nbytes, "blobId": self.git_oid
-        }  # fmt: skip
+        found: dict[str, object] = {"rfilename": name, "size": self.nbytes, "blobId": self.git_oid}
         if self.is_lfs:
             found["lfs"] = {"sha256": self.sha256, "size": self.nbytes, "pointerSize": 134}
         return found

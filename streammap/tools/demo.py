@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from streammap import api
 from streammap.analysis import inspection
-from streammap.analysis.summary import Row, Summary
+from streammap.analysis.summary import PlanRow, Summary
 from streammap.api import LazyCheckpoint
 from streammap.common.events import Listener, nobody
 from streammap.errors import OutputError, PlanError
@@ -129,7 +129,7 @@ def _print_inspection(lazy: LazyCheckpoint) -> None:
 
 def _print_plan(summary: Summary) -> None:
     """One row for each kind of thing that happens, and the totals."""
-    kinds: dict[str, Row] = {}
+    kinds: dict[str, PlanRow] = {}
     for row in summary.rows:
         known = kinds.get(row.formula)
         if known is None or len(row.pattern) < len(known.pattern):

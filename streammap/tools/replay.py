@@ -17,8 +17,8 @@ from streammap.io.storage.resolve import PathLike
 from streammap.operators import registry
 from streammap.output import record
 from streammap.planning import map_file, request_tree
-from streammap.planning.map_file import Level
-from streammap.planning.request_tree import Call
+from streammap.planning.map_file import MapLevel
+from streammap.planning.request_tree import OperatorCall
 
 Moved = Mapping[str, PathLike] | PathLike | None
 """Path of a source in the record -> where it is now; or where the only source is."""
@@ -43,7 +43,9 @@ def open(request: PathLike | Mapping[str, object], *, sources: Moved = None) -> 
     return rebuilt(call, sources, known=map_file.find(near) if near.exists() else ())
 
 
-def rebuilt(call: Call, sources: Moved, *, known: Iterable[Level] = ()) -> LazyCheckpoint:
+def rebuilt(
+    call: OperatorCall, sources: Moved, *, known: Iterable[MapLevel] = ()
+) -> LazyCheckpoint:
     """The same from a tree that is parsed; `known` maps may be named by their digest."""
     return LazyCheckpoint(registry.build(call, moved=moved(call, sources), known=known))
 
@@ -53,12 +55,12 @@ def record_of(path: Path) -> Path:
     return path / record.NAME if path.is_dir() else record.beside(path)
 
 
-def paths_of(call: Call) -> tuple[str, ...]:
+def paths_of(call: OperatorCall) -> tuple[str, ...]:
     """The sources' paths as recorded, each once."""
     return tuple(dict.fromkeys(str(opened.options.get("path")) for opened in call.opens()))
 
 
-def moved(call: Call, sources: Moved) -> dict[str, PathLike]:
+def moved(call: OperatorCall, sources: Moved) -> dict[str, PathLike]:
     """Recorded path -> where that source is now, for those that have moved.
 
     Raises:

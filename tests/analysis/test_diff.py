@@ -80,16 +80,27 @@ def test_what_is_no_number_is_counted_and_left_out(tmp_path: Path) -> None:
 
 def test_only_one_shapes_dtypes_and_order(tmp_path: Path) -> None:
     a = {
-        "same": torch.ones(3), "near": torch.ones(4), "far": torch.ones(4),
-        "from zero": torch.zeros(2), "mine": torch.ones(1), "shape": torch.ones(2, 3),
-        "words": torch.arange(5), "kind": torch.arange(4), "nothing": torch.ones(0),
-    }  # fmt: skip
-    b = {
-        "same": torch.ones(3), "near": torch.full((4,), 1.001), "far": torch.full((4,), 3.0),
-        "from zero": torch.ones(2), "yours": torch.ones(1), "shape": torch.ones(3, 2),
-        "words": torch.tensor([0, 1, 2, 3, 5]), "kind": torch.arange(4.0),
+        "same": torch.ones(3),
+        "near": torch.ones(4),
+        "far": torch.ones(4),
+        "from zero": torch.zeros(2),
+        "mine": torch.ones(1),
+        "shape": torch.ones(2, 3),
+        "words": torch.arange(5),
+        "kind": torch.arange(4),
         "nothing": torch.ones(0),
-    }  # fmt: skip
+    }
+    b = {
+        "same": torch.ones(3),
+        "near": torch.full((4,), 1.001),
+        "far": torch.full((4,), 3.0),
+        "from zero": torch.ones(2),
+        "yours": torch.ones(1),
+        "shape": torch.ones(3, 2),
+        "words": torch.tensor([0, 1, 2, 3, 5]),
+        "kind": torch.arange(4.0),
+        "nothing": torch.ones(0),
+    }
     found = differences(tmp_path, a, b)
     assert not found.is_equal
     assert found.only == (("mine",), ("yours",))

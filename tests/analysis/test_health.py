@@ -79,9 +79,15 @@ def test_ranges_and_constants(tmp_path: Path) -> None:
     found = health(tmp_path / "x.safetensors", state)
     flags = {key: value.flags for key, value in found.items()}
     assert flags == {
-        "large": ("2 beyond float16",), "small": ("1 subnormal",), "half": ("1 subnormal",),
-        "zeros": ("all 0",), "ones": ("all 1",), "scalar": (), "nothing": (), "f8": (),
-    }  # fmt: skip
+        "large": ("2 beyond float16",),
+        "small": ("1 subnormal",),
+        "half": ("1 subnormal",),
+        "zeros": ("all 0",),
+        "ones": ("all 1",),
+        "scalar": (),
+        "nothing": (),
+        "f8": (),
+    }
     assert found["f8"].maximum == 2.0
     assert found["zeros"].n_dead_rows == 4
     whole = streammap.open(tmp_path / "x.safetensors").health()
@@ -111,7 +117,7 @@ def test_dead_rows_are_counted_however_the_tensor_is_cut(
     flat = x.view(-1)
     flat[sorted(z for z in zeros if z < len(flat))] = 0.0
     places = [0, *sorted(c for c in cuts if c < len(flat)), len(flat)]
-    total, scratch = statistics.Tally(), statistics.Scratch()
+    total, scratch = statistics.TensorStats(), statistics.Scratch()
     for start, end in itertools.pairwise(places):
         total.add(statistics.counted(flat[start:end], start, length, scratch))
     assert total.dead_rows(length) == int((x == 0).all(dim=1).sum())
@@ -120,11 +126,11 @@ def test_dead_rows_are_counted_however_the_tensor_is_cut(
 
 @given(st.lists(st.floats(-1e100, 1e100)), st.randoms())
 def test_sums_are_exact_in_any_order(numbers: list[float], random: Random) -> None:
-    found = statistics.Sum()
+    found = statistics.ExactSum()
     for number in numbers:
         found.add(number)
     random.shuffle(numbers)
-    other, rest = statistics.Sum(), statistics.Sum()
+    other, rest = statistics.ExactSum(), statistics.ExactSum()
     for i, number in enumerate(numbers):
         (other if i % 2 else rest).add(number)
     other.add_all(rest)

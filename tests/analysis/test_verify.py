@@ -165,8 +165,9 @@ def test_a_nan_that_a_source_has_is_a_note(tmp_path: Path) -> None:
     assert found.ok
     assert {(f.level, f.check) for f in found.findings} == {("note", "finite")}
     assert {f.key for f in found.findings} == {
-        "encoder.layer.0.output.dense.weight", "pooler.dense.weight"
-    }  # fmt: skip
+        "encoder.layer.0.output.dense.weight",
+        "pooler.dense.weight",
+    }
     big.rename(tmp_path / "gone")
     assert "as it was written" in streammap.verify(tmp_path / "out").findings[0].message
 
@@ -245,7 +246,7 @@ def test_an_edited_field_of_the_config_is_a_note(out: Path) -> None:
     assert found.ok
     assert [str(f) for f in found.findings] == [
         "note     config.json: note is 'mine', planned None"
-    ]  # fmt: skip
+    ]
 
 
 def test_files_beside_the_weights_must_be_there(big: Path, tmp_path: Path) -> None:

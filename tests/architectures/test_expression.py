@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from streammap.architectures import expression
 from streammap.architectures.expression import (
-    Call,
     Expression,
+    FunctionCall,
     InexactDivisionError,
     Name,
     Number,
@@ -66,9 +66,9 @@ def test_a_sum_keeps_its_order() -> None:
 
 
 def test_a_call_keeps_its_arguments_as_written() -> None:
-    call = Call("shape", ("patch_embed.proj.weight", "0"))
+    call = FunctionCall("shape", ("patch_embed.proj.weight", "0"))
     assert expression.parse_expression("shape(patch_embed.proj.weight, 0)") == call
-    assert expression.parse_expression("count(blocks.{layer}.x)") == Call(
+    assert expression.parse_expression("count(blocks.{layer}.x)") == FunctionCall(
         "count", ("blocks.{layer}.x",)
     )
 
@@ -121,7 +121,7 @@ def _text(tree: Expression) -> str:
             return name
         case Operation(operator, left, right):
             return f"({_text(left)}{operator}{_text(right)})"
-        case Call(function, arguments):
+        case FunctionCall(function, arguments):
             return f"{function}({', '.join(arguments)})"
 
 
@@ -163,9 +163,11 @@ def test_names_are_scoped_and_renamed() -> None:
     tree = expression.parse_expression("embed*2+shape(x.0.weight, 0)-swiglu8(embed, ratio)")
     found = expression.scoped(tree, "text.", {"text.embed": "vision.out"})
     inner = Operation(
-        "+", Operation("*", Name("vision.out"), Number(2)), Call("shape", ("x.0.weight", "0"))
+        "+",
+        Operation("*", Name("vision.out"), Number(2)),
+        FunctionCall("shape", ("x.0.weight", "0")),
     )
-    assert found == Operation("-", inner, Call("swiglu8", ("vision.out", "text.ratio")))
+    assert found == Operation("-", inner, FunctionCall("swiglu8", ("vision.out", "text.ratio")))
     assert expression.scoped(tree, "", {}) == tree
 
 

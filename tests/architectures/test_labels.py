@@ -24,9 +24,9 @@ import pytest
 from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
 from streammap.architectures.expression import Expression, Name, Number, Operation, parse_expression
-from streammap.architectures.layer_kinds import Kind
+from streammap.architectures.layer_kinds import LayerKind
 from streammap.architectures.model import Family, Model
-from streammap.architectures.schema import Dim
+from streammap.architectures.schema import DimSpec
 from streammap.errors import SchemeError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.formats.safetensors_header import Slot
@@ -73,7 +73,13 @@ IMPROVED: tuple[tuple[str, str, str], ...] = (
     *(
         (spec, "emb_in:out", "embed:out")
         for spec in (
-            "bert", "deberta", "distilbert", "esm", "megatron_bert", "mpnet", "roberta",
+            "bert",
+            "deberta",
+            "distilbert",
+            "esm",
+            "megatron_bert",
+            "mpnet",
+            "roberta",
             "roberta_prelayernorm",
         )
     ),
@@ -85,8 +91,16 @@ IMPROVED: tuple[tuple[str, str, str], ...] = (
     *(
         (spec, "_:out", "_")
         for spec in (
-            "beit", "bert", "dinov2", "electra", "qwen3_5", "qwen3_next", "qwen_moe", "timm_vit",
-            "vit", "vit_mae",
+            "beit",
+            "bert",
+            "dinov2",
+            "electra",
+            "qwen3_5",
+            "qwen3_next",
+            "qwen_moe",
+            "timm_vit",
+            "vit",
+            "vit_mae",
         )
     ),
     ("qwen_vl", "_:in", "_"),
@@ -121,16 +135,24 @@ IMPROVED: tuple[tuple[str, str, str], ...] = (
     # merge x merge neighbours, one after the other: each of them is resized as the width is.
     ("qwen_vl", "vision.merged:in", "vision.merge*vision.merge*vision.embed:in"),
     ("qwen_vl", "vision.merged:out", "vision.merge*vision.merge*vision.embed:out"),
-)  # fmt: skip
+)
 """Spec, label, and what the spec says in its place."""
 
 NOT_HALVED = {"siglip": "5 units of t_heads do not divide into groups of 2"}
 """Checkpoint -> why it can't have half the width."""
 
 COUNTS = {
-    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers",
-    "encoder_layers", "decoder_layers", "decoder_num_hidden_layers", "num_hidden_groups", "depth",
-}  # fmt: skip
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "decoder_num_hidden_layers",
+    "num_hidden_groups",
+    "depth",
+}
 LISTS = {"layer_types", "no_rope_layers", "attention_layers"}
 STAGES: dict[str, object] = {"out_features": None, "out_indices": None, "stage_names": None}
 FEWER_LAYERS: Mapping[str, Mapping[str, object]] = {
@@ -240,9 +262,10 @@ def layout(tree: Expression, alias: Callable[[str], Expression | None]) -> Layou
             # (a+b)*c is a*c + b*c one after the other; c*(a+b) lies differently, and stays.
             inner = rest[0] if len(rest) == 1 else (rest,)
             return tuple(
-                part for first in layout(left, alias)
+                part
+                for first in layout(left, alias)
                 for part in ((first + inner,) if first else rest)
-            )  # fmt: skip
+            )
     raise AssertionError(f"{tree} is no layout")
 
 
@@ -289,7 +312,7 @@ def wrong(name: str, used: set[tuple[str, str, str]]) -> Iterator[str]:
                 yield f"{key}: {family.name}, labelled {tensors[key].indices}"
 
 
-def _told(dim: Dim, found: Model) -> tuple[Layout | None, str]:
+def _told(dim: DimSpec, found: Model) -> tuple[Layout | None, str]:
     if dim.expression is None:
         return None, dim.role
     return layout(dim.expression, found.architecture.aliases.get), dim.role
@@ -481,7 +504,7 @@ def test_half_of_the_layers_of_each_kind(name: str) -> None:
     assert told == FEWER_LAYERS.get(name, {})
 
 
-def _half(kinds: Sequence[Kind]) -> list[int]:
+def _half(kinds: Sequence[LayerKind]) -> list[int]:
     """The first half of the layers of each kind."""
     return [i for i, kind in enumerate(kinds) if 2 * kinds[:i].count(kind) < kinds.count(kind)]
 

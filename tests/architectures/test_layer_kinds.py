@@ -33,8 +33,10 @@ def test_a_list_takes_the_entries_of_the_source_layers() -> None:
         "other": [7, 8, 9],
     }
     assert layer_kinds.kinds(depth, config, 3) == (
-        ("types a", "text.windows 1"), ("types b", "text.windows 2"), ("types c", "text.windows 3"),
-    )  # fmt: skip
+        ("types a", "text.windows 1"),
+        ("types b", "text.windows 2"),
+        ("types c", "text.windows 3"),
+    )
 
 
 @pytest.mark.parametrize("value", [None, "abc", 3, {}])
@@ -202,9 +204,12 @@ def test_a_layer_is_of_the_kind_of_its_source(
 ) -> None:
     config, n = given_
     depth = Depth(
-        lists=("types",), index_lists=("dense",), prefix_counts=("first",), last_index=("last",),
+        lists=("types",),
+        index_lists=("dense",),
+        prefix_counts=("first",),
+        last_index=("last",),
         tables=("per_layer",),
-    )  # fmt: skip
+    )
     sources = sorted(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=8)))
     after = followed(depth, config, sources)
 

@@ -77,11 +77,18 @@ def test_a_quantization_config_is_refused_with_its_method(
 @pytest.mark.parametrize(
     "key",
     [
-        "scales", "x.weight", "x.scale", "logit_scale", "layers.0.layer_scale1.lambda1",
-        "x.weight_g", "proj_blocks.weight", "x.scales.weight", "blocks.0.attn.k_scale_bias",
+        "scales",
+        "x.weight",
+        "x.scale",
+        "logit_scale",
+        "layers.0.layer_scale1.lambda1",
+        "x.weight_g",
+        "proj_blocks.weight",
+        "x.scales.weight",
+        "blocks.0.attn.k_scale_bias",
         "weight_scale",
     ],
-)  # fmt: skip
+)
 def test_plain_tensors_with_such_names_pass(key: str) -> None:
     quantization.check({key: TensorSpec("F32", (4,))}, {"quantization_config": None})
 

@@ -14,7 +14,7 @@ from streammap.architectures import axis_sizes as sizes
 from streammap.architectures import expression, model, registry
 from streammap.architectures.key_pattern import KeyPattern
 from streammap.architectures.model import Model
-from streammap.architectures.schema import Architecture, Rule
+from streammap.architectures.schema import Architecture, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.io.tensor_spec import TensorSpec
 
@@ -237,7 +237,7 @@ def _expanded(regex: str) -> Iterator[str]:
         yield from _expanded(regex[: found.start()] + choice + regex[found.end() :])
 
 
-def _matching(spec: Architecture, key: str) -> list[Rule]:
+def _matching(spec: Architecture, key: str) -> list[TensorRule]:
     """The rules that count for a key: own ones before those of the spec that is extended."""
     found = [rule for rule in spec.rules if rule.pattern.match(key) is not None]
     lowest = min((rule.generation for rule in found), default=0)
@@ -361,15 +361,26 @@ def test_each_key_of_a_real_checkpoint_matches_one_rule(case: str) -> None:
 
 def test_the_sizes_of_real_checkpoints_are_found() -> None:
     assert _bert().sizes == {
-        "embed": 768, "heads": 12, "head_dim": 64, "mlp": 3072, "vocab": 30522, "pos": 512,
-        "types": 2, "layer": 12,
-    }  # fmt: skip
+        "embed": 768,
+        "heads": 12,
+        "head_dim": 64,
+        "mlp": 3072,
+        "vocab": 30522,
+        "pos": 512,
+        "types": 2,
+        "layer": 12,
+    }
     found = _resolve(_shapes(GPT2), GPT2_CONFIG).sizes
     assert (found["mlp"], found["pos"], found["vocab"]) == (3072, 1024, 50257)
     found = _resolve(_shapes(TIMM), None).sizes
     assert found == {
-        "embed": 384, "heads": 6, "head_dim": 64, "mlp": 1536, "channels": 3, "layer": 12,
-    }  # fmt: skip
+        "embed": 384,
+        "heads": 6,
+        "head_dim": 64,
+        "mlp": 1536,
+        "channels": 3,
+        "layer": 12,
+    }
 
 
 def test_heads_of_a_timm_file_can_be_told() -> None:

@@ -10,7 +10,7 @@ from streammap.architectures import config_fields, model, registry
 from streammap.architectures.expression import Name, Number, Operation
 from streammap.architectures.key_pattern import first_match
 from streammap.architectures.model import Model
-from streammap.architectures.schema import Architecture, Rule
+from streammap.architectures.schema import Architecture, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, PlanError
 from streammap.io.tensor_spec import TensorSpec
 
@@ -252,25 +252,55 @@ def test_a_file_is_a_spec_by_its_path(tmp_path: Path) -> None:
 # Conditions.
 
 CONFIG: Config = {
-    "flag": True, "off": False, "none": None, "zero": 0, "n": 3, "m": 3, "k": 4, "word": "silu",
-    "text": {"on": 1}, "list": ["a", "b"],
-}  # fmt: skip
+    "flag": True,
+    "off": False,
+    "none": None,
+    "zero": 0,
+    "n": 3,
+    "m": 3,
+    "k": 4,
+    "word": "silu",
+    "text": {"on": 1},
+    "list": ["a", "b"],
+}
 
 
 @pytest.mark.parametrize(
     ("condition", "holds"),
     [
-        ("flag", True), ("off", False), ("none", False), ("zero", False), ("absent", False),
-        ("n", True), ("text.on", True), ("text.off", False), ("list.-1", True),
-        ("n == 3", True), ("n == 4", False), ("n==3", True), ("n == m", True), ("n == k", False),
-        ("word == silu", True), ("word == gelu", False), ("flag == true", True),
-        ("off == false", True), ("flag == false", False), ("none == null", True),
-        ("absent == null", True), ("absent == 3", False), ("list.0 == a", True),
+        ("flag", True),
+        ("off", False),
+        ("none", False),
+        ("zero", False),
+        ("absent", False),
+        ("n", True),
+        ("text.on", True),
+        ("text.off", False),
+        ("list.-1", True),
+        ("n == 3", True),
+        ("n == 4", False),
+        ("n==3", True),
+        ("n == m", True),
+        ("n == k", False),
+        ("word == silu", True),
+        ("word == gelu", False),
+        ("flag == true", True),
+        ("off == false", True),
+        ("flag == false", False),
+        ("none == null", True),
+        ("absent == null", True),
+        ("absent == 3", False),
+        ("list.0 == a", True),
         ("text.on == 1", True),
-        ("n != 3", False), ("n != 4", True), ("n != m", False), ("n != k", True),
-        ("word != gelu", True), ("absent != 3", True), ("absent != null", False),
+        ("n != 3", False),
+        ("n != 4", True),
+        ("n != m", False),
+        ("n != k", True),
+        ("word != gelu", True),
+        ("absent != 3", True),
+        ("absent != null", False),
     ],
-)  # fmt: skip
+)
 def test_a_condition_holds_for_a_config(condition: str, *, holds: bool) -> None:
     assert config_fields.holds(condition, CONFIG) is holds
 
@@ -337,8 +367,9 @@ def test_a_condition_may_look_at_the_layer_of_a_key() -> None:
     spec = parsed(LAYERS)
     found = [r for r in spec.rules if r.pattern.match("h.0.down.weight") is not None]
     assert [(r.dims[1].text, [(c.value, c.negated) for c in r.when]) for r in found] == [
-        ("pair", [("wide", False)]), ("mlp", [("wide", True)]),
-    ]  # fmt: skip
+        ("pair", [("wide", False)]),
+        ("mlp", [("wide", True)]),
+    ]
     flat = parsed(LAYERS, {"flat": 1}).rules
     found = [r for r in flat if r.pattern.match("h.0.down.weight") is not None]
     assert [r.dims[1].text for r in found] == ["pair", "embed"]
@@ -409,22 +440,30 @@ def test_an_included_spec_has_a_scope_a_prefix_and_a_place_in_config(folder: Pat
     assert spec.spaces["hidden"] == ("text.embed", "vision.embed")
     assert [head.path for head in spec.heads] == ["text_config.", "vision_config."]
     assert {r.norm.eps for r in spec.rules if r.norm is not None} == {
-        ("text_config.eps",), ("vision_config.eps",),
-    }  # fmt: skip
+        ("text_config.eps",),
+        ("vision_config.eps",),
+    }
 
 
 @pytest.mark.parametrize("prefix", ["lm.", "model.lm."])
 def test_keys_of_an_included_spec_are_found_under_each_prefix(folder: Path, prefix: str) -> None:
     outer(folder)
     shapes = {
-        **layer_of(prefix, 0, 4, 6), **layer_of(prefix, 1, 4, 6), **layer_of("tower.", 0, 3, 12),
+        **layer_of(prefix, 0, 4, 6),
+        **layer_of(prefix, 1, 4, 6),
+        **layer_of("tower.", 0, 3, 12),
         "bridge.weight": (4, 3),
-    }  # fmt: skip
+    }
     found = resolved("outer", shapes, OUTER_CONFIG)
     assert found.sizes == {
-        "proj": 5, "text.embed": 4, "text.mlp": 6, "text.layer": 2, "vision.embed": 3,
-        "vision.mlp": 12, "vision.layer": 1,
-    }  # fmt: skip
+        "proj": 5,
+        "text.embed": 4,
+        "text.mlp": 6,
+        "text.layer": 2,
+        "vision.embed": 3,
+        "vision.mlp": 12,
+        "vision.layer": 1,
+    }
     assert found.n_layers == 2
     with pytest.raises(CheckpointError, match=r"h\.0\.odd: no rule of outer\.toml knows"):
         resolved("outer", {**shapes, "tower.h.0.odd": (1,)}, OUTER_CONFIG)
@@ -455,16 +494,18 @@ def test_the_conditions_of_an_included_spec_look_at_its_own_config(folder: Path)
     assert reads("tower.h.0.down.weight") == ["pair", "mlp"]
     conditions = {c.field: c.axis for rule in spec.rules for c in rule.when}
     assert conditions == {
-        "text_config.types": "text.layer", "vision_config.types": "vision.layer",
-    }  # fmt: skip
+        "text_config.types": "text.layer",
+        "vision_config.types": "vision.layer",
+    }
 
 
 def test_two_axes_may_be_one(folder: Path) -> None:
     text = OUTER + '[same_axis]\n"vision.mlp" = "text.embed"\n'
     config: Config = {
-        "proj_dim": 5, "text_config": {"dim": 4, "depth": 1},
+        "proj_dim": 5,
+        "text_config": {"dim": 4, "depth": 1},
         "vision_config": {"dim": 3, "depth": 1, "ffn": 4},
-    }  # fmt: skip
+    }
     spec = outer(folder, text, config)
     assert "vision.mlp" not in spec.axes
     up = next(r for r in spec.rules if r.pattern.match("tower.h.0.up.weight") is not None)
@@ -516,7 +557,9 @@ def test_vars_may_hold_different_indices() -> None:
     assert first_match(spec.required, "enc.3.sub.up.weight") == {"layer": 3}
     assert rules(spec, "enc.3.sub.norm_2.weight") == [(0, "embed")]
     odd = parsed(BASE.replace('["h.{layer}."]', '["h.{layer}.", "tied."]'))
-    found: list[Rule] = [r for r in odd.rules if r.pattern.match("tied.up.weight") is not None]
+    found: list[TensorRule] = [
+        r for r in odd.rules if r.pattern.match("tied.up.weight") is not None
+    ]
     assert [r.pattern.indices for r in found] == [()]
 
 
@@ -606,9 +649,16 @@ def test_a_wrong_entry_is_refused(before: str, after: str, expected: str) -> Non
 def test_a_path_reaches_inside_tables_and_lists() -> None:
     config: Config = {"a": {"x": {"b": 1}, "y": {"b": 2}}, "l": [1, 2, 3], "n": None}
     for path, value in (
-        ("a.x.b", 1), ("a.*.b", 1), ("a.*.c", None), ("l.-1", 3), ("l.0", 1), ("l.3", None),
-        ("l.x", None), ("n.x", None), ("b", None),
-    ):  # fmt: skip
+        ("a.x.b", 1),
+        ("a.*.b", 1),
+        ("a.*.c", None),
+        ("l.-1", 3),
+        ("l.0", 1),
+        ("l.3", None),
+        ("l.x", None),
+        ("n.x", None),
+        ("b", None),
+    ):
         assert config_fields.field_value(config, path) == value, path
     config_fields.set_field(config, "a.*.b", 7)
     config_fields.set_field(config, "l.-1", 9)
@@ -616,7 +666,10 @@ def test_a_path_reaches_inside_tables_and_lists() -> None:
     config_fields.delete_field(config, "n")
     config_fields.delete_field(config, "a.x.b")
     assert config == {
-        "a": {"x": {}, "y": {"b": 7}}, "l": [1, 2, 9], "new": {"inner": 5}, "n": None,
-    }  # fmt: skip
+        "a": {"x": {}, "y": {"b": 7}},
+        "l": [1, 2, 9],
+        "new": {"inner": 5},
+        "n": None,
+    }
     with pytest.raises(PlanError, match=r"config\.json: new is 3, expected a table"):
         config_fields.set_field({"new": 3}, "new.inner", 5)

@@ -120,8 +120,7 @@ def test_what_the_plan_says_is_what_the_run_writes(big: Path, tmp_path: Path) ->
 
 def test_a_v_cycle_by_command_and_by_call_gives_the_same(big: Path, tmp_path: Path) -> None:
     ok("coalesce", big, tmp_path / "small", "--width", 2, "--depth", 2)
-    ok("decoalesce", tmp_path / "small", tmp_path / "blended", "--blend-with", big,
-       "--alpha", 0.25)  # fmt: skip
+    ok("decoalesce", tmp_path / "small", tmp_path / "blended", "--blend-with", big, "--alpha", 0.25)
     ok("decoalesce", tmp_path / "small", tmp_path / "grown")
     ok("interpolate", tmp_path / "grown", big, tmp_path / "steps", "--alpha", 0.25)
     by_steps = tiny.written(tmp_path / "steps")
@@ -171,9 +170,12 @@ def test_shipped_schemes_are_what_scheme_prints() -> None:
 
 def test_usage_errors_exit_with_2(big: Path) -> None:
     for arguments in (
-        ("coalesce", big), ("coalesce", big, "x", "--nonsense"), ("scheme",),
-        ("coalesce", big, "x", "--rule", "other"), ("decoalesce", big, "x", "--alpha", 0.5),
-    ):  # fmt: skip
+        ("coalesce", big),
+        ("coalesce", big, "x", "--nonsense"),
+        ("scheme",),
+        ("coalesce", big, "x", "--rule", "other"),
+        ("decoalesce", big, "x", "--alpha", 0.5),
+    ):
         assert run(*arguments).exit_code == 2
 
 
@@ -238,6 +240,13 @@ def test_a_scheme_on_the_way_up_knows_the_large_model_that_was_there(
     assert streammap.open(tmp_path / "given").sizes["heads"] == 4
     said = ok("decoalesce", tmp_path / "small", tmp_path / "other", "--width", 2)
     assert "the map saved with the source is another one; it is not used" in said
-    said = refused("decoalesce", tmp_path / "small", tmp_path / "x", "--scheme", file, "--map",
-                   tmp_path / "small")  # fmt: skip
+    said = refused(
+        "decoalesce",
+        tmp_path / "small",
+        tmp_path / "x",
+        "--scheme",
+        file,
+        "--map",
+        tmp_path / "small",
+    )
     assert "both a map file and a scheme" in said

@@ -64,9 +64,14 @@ def test_infer_writes_a_spec_that_its_own_proof_passes(tmp_path: Path) -> None:
     """A model type that no shipped spec serves."""
     pytest.importorskip("transformers")
     config = {
-        "architectures": ["OpenAIGPTLMHeadModel"], "model_type": "openai-gpt", "n_embd": 48,
-        "n_head": 6, "n_layer": 3, "n_positions": 32, "vocab_size": 97,
-    }  # fmt: skip
+        "architectures": ["OpenAIGPTLMHeadModel"],
+        "model_type": "openai-gpt",
+        "n_embd": 48,
+        "n_head": 6,
+        "n_layer": 3,
+        "n_positions": 32,
+        "vocab_size": 97,
+    }
     assert "openai-gpt" not in registry.model_types()
     place = tmp_path / "config.json"
     place.write_text(json.dumps(config))

@@ -14,9 +14,21 @@ from tests.architectures.test_labels import Case, cases
 TORCH = {"float32": torch.float32, "float64": torch.float64}
 ROUNDS = {
     # The model multiplies embeddings or logits by sqrt(width): growing scales by sqrt(1/2).
-    "bart_scaled", "biogpt", "gemma", "gemma2", "gemma3", "gemma3_text", "gemma4_text", "pegasus",
-    "m2m_100", "t5", "umt5", "xglm", "mbart", "marian",
-}  # fmt: skip
+    "bart_scaled",
+    "biogpt",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "gemma4_text",
+    "pegasus",
+    "m2m_100",
+    "t5",
+    "umt5",
+    "xglm",
+    "mbart",
+    "marian",
+}
 """Checkpoints of which a few tensors are scaled by an irrational number, there and back."""
 
 

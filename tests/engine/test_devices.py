@@ -8,7 +8,7 @@ import torch
 import streammap
 from streammap.api import LazyCheckpoint
 from streammap.engine import devices
-from streammap.engine.devices import Choice, Matrices
+from streammap.engine.devices import DeviceChoice, Matrices
 from streammap.errors import OutputError
 from streammap.io.buffers import Buffer
 from streammap.output import run as executor
@@ -41,7 +41,7 @@ def made(big: LazyCheckpoint, what: str) -> LazyCheckpoint:
     return big.coalesce(width=2).decoalesce().interpolate(big, alpha=0.25)
 
 
-def dense(n: int, columns: int) -> graph.Form:
+def dense(n: int, columns: int) -> graph.LinearForm:
     form = Held().load(torch.randn(n, columns))
     return graph.map_dims(form, [DenseMap(torch.randn(n, n)), None])
 
@@ -49,7 +49,7 @@ def dense(n: int, columns: int) -> graph.Form:
 def test_copies_and_sums_stay_on_the_processor() -> None:
     form = graph.map_dims(Held().load(torch.randn(4, 6)), [maps.merging([[0, 2], [1, 3]], 4), None])
     choice = devices.choose([form], "auto")
-    assert choice == Choice("cpu", "copies and sums: a GPU would wait for the files")
+    assert choice == DeviceChoice("cpu", "copies and sums: a GPU would wait for the files")
     assert devices.choose([form], "cpu").device == "cpu"
 
 
@@ -71,7 +71,7 @@ def test_a_gpu_that_is_not_there_is_refused(
     monkeypatch: pytest.MonkeyPatch, big: LazyCheckpoint, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(devices, "_n_gpus", lambda: 1)
-    assert devices.choose([], "cuda") == Choice("cuda:0", "as asked for")
+    assert devices.choose([], "cuda") == DeviceChoice("cuda:0", "as asked for")
     with pytest.raises(OutputError, match=r"device cuda:1: torch .* finds 1 GPUs"):
         big.coalesce(width=2).save(tmp_path / "out", device="cuda:1")
     assert not (tmp_path / "out").exists()
@@ -94,7 +94,9 @@ def test_buffers_of_a_device_give_the_same_bits(
 ) -> None:
     """The device is the processor here: uploads and downloads are copies, kernels are the same."""
     made(big, what).save(tmp_path / "plain")
-    monkeypatch.setattr(executor, "device", lambda plan, engine, ranks: Choice("device", "a test"))
+    monkeypatch.setattr(
+        executor, "device", lambda plan, engine, ranks: DeviceChoice("device", "a test")
+    )
     begun = Matrices.__init__
     monkeypatch.setattr(Matrices, "__init__", lambda self, device: begun(self, "cpu"))
     done: list[int] = []

@@ -461,9 +461,11 @@ def test_a_run_leaves_torch_and_no_thread(
 
     monkeypatch.setattr(Worker, "do", doing)
     MAKES["decoalesce"](plain).save(
-        tmp_path / "out", fsync=False, threads=n_threads,
+        tmp_path / "out",
+        fsync=False,
+        threads=n_threads,
         progress=lambda event: told.append(torch.get_num_threads()),
-    )  # fmt: skip
+    )
     assert set(told) == {1, 3}  # while it runs, and before and afterwards
     assert {n for _, n in done} == {1}
     assert {name for name, _ in done} <= {f"streammap-{i}" for i in range(n_threads)}
@@ -538,9 +540,12 @@ def test_a_failed_run_leaves_what_was_there(
 
 @pytest.mark.parametrize(("reader", "threads"), [("pread", 1), ("pread", 4), ("mmap", 1)])
 def test_a_source_that_is_cut_short_during_a_run_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: Callable[[Cut], None],
-    reader: Reader, threads: int,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut: Callable[[Cut], None],
+    reader: Reader,
+    threads: int,
+) -> None:
     source = tiny.write(tmp_path / "big", tiny.bert(BIG), tiny.bert_config(BIG))
     file, do, times = source / "model.safetensors", Worker.do, iter(range(10**9))
 

@@ -26,7 +26,7 @@ from streammap.io.dtypes import from_torch, to_torch
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.tensor_spec import DTYPE_BITS, FLOATS, TensorSpec
 from streammap.planning import graph, group_sums, maps
-from streammap.planning.graph import Form, Load, Term
+from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 from streammap.planning.segments import Row
 from tests.support import oracle, tiny
@@ -48,9 +48,16 @@ class Room:
 
 
 ROOMS = (
-    Room(1, 1), Room(1, 1, 256), Room(200, 1), Room(256, 64), Room(256, 256, 512),
-    Room(1000, 100), Room(4096, 512), Room(1 << 20, 300), Room(1 << 20, 1 << 20, 1 << 21),
-)  # fmt: skip
+    Room(1, 1),
+    Room(1, 1, 256),
+    Room(200, 1),
+    Room(256, 64),
+    Room(256, 256, 512),
+    Room(1000, 100),
+    Room(4096, 512),
+    Room(1 << 20, 300),
+    Room(1 << 20, 1 << 20, 1 << 21),
+)
 AMPLE = ROOMS[-1]
 
 
@@ -66,7 +73,7 @@ class Held:
         self.tensors[key] = x
         return key
 
-    def load(self, x: Tensor) -> Form:
+    def load(self, x: Tensor) -> LinearForm:
         return graph.load(self, self.add(x))
 
     def spec(self, key: str) -> TensorSpec:
@@ -84,7 +91,7 @@ class Held:
 class Drawn:
     """A form, what it is, and how much rounding can move it."""
 
-    form: Form
+    form: LinearForm
     wanted: Tensor
     slack: Tensor
 
@@ -143,14 +150,14 @@ def drawn_forms(draw: st.DrawFn, kind: Kind) -> Drawn:
             x = (x * 3).round().clamp(-8, 8) if kind.is_exact else x
             key = source.add(x.to(to_torch(taken)))
             coefficient = draw(st.sampled_from(kind.coefficients))
-            blend.append((coefficient, Load(source, key, source.spec(key))))
+            blend.append((coefficient, TensorRef(source, key, source.spec(key))))
             held = source.tensors[key].double()
             wanted = wanted + coefficient * _mapped(held, dims, absolute=False)
             size = size + abs(coefficient) * _mapped(held.abs(), dims, absolute=True)
         terms.append(Term(dims, tuple(blend)))
     unit = torch.finfo(torch.float64 if dtype == "F64" else torch.float32).eps
     slack = torch.zeros_like(size) if kind.is_exact else size * 16 * unit
-    form = Form(TensorSpec(dtype, shape), tuple(terms))
+    form = LinearForm(TensorSpec(dtype, shape), tuple(terms))
     return Drawn(graph.shift(form, offset) if offset else form, wanted, slack)
 
 
@@ -176,12 +183,12 @@ def poisoned(nbytes: int) -> Buffer:
     return made
 
 
-def _read(form: Form, room: Room = AMPLE) -> Tensor:
+def _read(form: LinearForm, room: Room = AMPLE) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         return evaluate.read(form, _patched(patch, form, room))
 
 
-def _patched(patch: pytest.MonkeyPatch, form: Form, room: Room) -> Memory:
+def _patched(patch: pytest.MonkeyPatch, form: LinearForm, room: Room) -> Memory:
     """The memory for tiles as small as `room`, but one number's members fit."""
     least = 128
     for term in form.terms:
@@ -197,9 +204,12 @@ def _patched(patch: pytest.MonkeyPatch, form: Form, room: Room) -> Memory:
 
 def _memory(tile_nbytes: int, dense_tile_nbytes: int = 0) -> Memory:
     return Memory(
-        n_workers=1, n_tensors=0, tile_nbytes=tile_nbytes, dense_tile_nbytes=dense_tile_nbytes,
+        n_workers=1,
+        n_tensors=0,
+        tile_nbytes=tile_nbytes,
+        dense_tile_nbytes=dense_tile_nbytes,
         matrices_nbytes=0,
-    )  # fmt: skip
+    )
 
 
 def assert_rounded_once(got: Tensor, drawn: Drawn) -> None:
@@ -403,7 +413,7 @@ def test_groups_of_long_runs_take_one_kernel_and_no_scratch(layout: str) -> None
     assert found.work_nbytes == 0
 
 
-def _jobs(form: Form, given: Memory, of: Worker) -> Iterator[Job]:
+def _jobs(form: LinearForm, given: Memory, of: Worker) -> Iterator[Job]:
     for bundle in schedule.bundles({"": form}, [("", Slot("", form.spec, 0))], given):
         for job in bundle:
             yield from of.parts(job)

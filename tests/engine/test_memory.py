@@ -43,9 +43,11 @@ def write_gpt2(folder: Path, *, vocab: int, layers: int = 4, dtype: str = "F32")
     shapes: dict[str, tuple[int, ...]] = {"wte.weight": (vocab, embed), "wpe.weight": (64, embed)}
     for i in range(layers):
         for name, n_in, n_out in (
-            ("attn.c_attn", embed, 3 * embed), ("attn.c_proj", embed, embed),
-            ("mlp.c_fc", embed, 4 * embed), ("mlp.c_proj", 4 * embed, embed),
-        ):  # fmt: skip
+            ("attn.c_attn", embed, 3 * embed),
+            ("attn.c_proj", embed, embed),
+            ("mlp.c_fc", embed, 4 * embed),
+            ("mlp.c_proj", 4 * embed, embed),
+        ):
             shapes[f"h.{i}.{name}.weight"] = (n_in, n_out)
             shapes[f"h.{i}.{name}.bias"] = (n_out,)
         for norm in ("ln_1", "ln_2"):
@@ -59,9 +61,13 @@ def write_gpt2(folder: Path, *, vocab: int, layers: int = 4, dtype: str = "F32")
         file.write(head)
         file.truncate(size)
     config = {
-        "model_type": "gpt2", "n_embd": embed, "n_head": 8, "n_layer": layers,
-        "n_positions": 64, "vocab_size": vocab,
-    }  # fmt: skip
+        "model_type": "gpt2",
+        "n_embd": embed,
+        "n_head": 8,
+        "n_layer": layers,
+        "n_positions": 64,
+        "vocab_size": vocab,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return size
 
@@ -72,8 +78,10 @@ def run(folder: Path, what: str, *, slow: str = "", **options: object) -> tuple[
     """
     said = subprocess.run(
         [sys.executable, "-c", _RUN, str(folder), what, json.dumps(options), slow],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     shutil.rmtree(f"{folder}-{what}")
     added, planned, peak = json.loads(said.stdout)
     return added, planned, peak

@@ -165,9 +165,13 @@ def test_all_of_a_dimension_is_the_whole_matrix(m: BlockMap) -> None:
     assert product(pulled, m.n_out) == matrix(m)
 
 
-@pytest.mark.parametrize("groups", [
-    [[i, i + MANY] for i in range(MANY)], [[2 * i, 2 * i + 1] for i in range(MANY)],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "groups",
+    [
+        [[i, i + MANY] for i in range(MANY)],
+        [[2 * i, 2 * i + 1] for i in range(MANY)],
+    ],
+)
 def test_groups_of_any_number_are_regular(groups: list[list[int]]) -> None:
     m = maps.merging(groups, 2 * MANY)
     grown = maps.growing(m)

@@ -118,7 +118,7 @@ def test_only_a_region_is_computed(dim: int, monkeypatch: pytest.MonkeyPatch) ->
     region = tuple((16, 32) if d == dim else (0, 64) for d in range(2))
     put, made = regions.put, list[int]()
 
-    def counted(part: regions.Part, offset: int, held: Tensor, out: Tensor) -> None:
+    def counted(part: regions.RegionRead, offset: int, held: Tensor, out: Tensor) -> None:
         made.append(held.numel())
         put(part, offset, held, out)
 

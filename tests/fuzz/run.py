@@ -57,13 +57,18 @@ def main() -> None:
     places = [str(corpus), *(str(p) for p in [CORPUS / given.target] if p.is_dir())]
     atheris.Setup(
         [
-            sys.argv[0], *places, f"-max_total_time={given.seconds}", "-max_len=20000",
-            "-timeout=60", f"-rss_limit_mb={_MOST_MEGABYTES}", f"-artifact_prefix={given.found}/",
+            sys.argv[0],
+            *places,
+            f"-max_total_time={given.seconds}",
+            "-max_len=20000",
+            "-timeout=60",
+            f"-rss_limit_mb={_MOST_MEGABYTES}",
+            f"-artifact_prefix={given.found}/",
             "-print_final_stats=1",
         ],
         once,
         custom_mutator=mutator,
-    )  # fmt: skip
+    )
     for seed in target.seeds():  # so that imports and caches count for no input
         target.run(seed, work)
     atheris.Fuzz()

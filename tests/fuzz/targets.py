@@ -28,7 +28,7 @@ from streammap.io.formats import dcp_chunks, dcp_metadata, safetensors_header
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.tensor_spec import TensorSpec
 from streammap.output import journal
-from streammap.output.journal import Request
+from streammap.output.journal import Fingerprint
 from streammap.planning import (
     axis_maps,
     coupled_axes,
@@ -267,7 +267,7 @@ def _map(data: bytes, folder: Path) -> None:
 def _map_seeds() -> list[bytes]:
     lazy = _known("llama").decoalesce(width=2)
     half = BlockMap((((0, 0.5), (1, 0.5)),), 2, 24)
-    level = map_file.Level({"embed": half}, frozenset({"embed"}))
+    level = map_file.MapLevel({"embed": half}, frozenset({"embed"}))
     filled = _known("llama").decoalesce(hidden="=60")
     return [map_file.encode(p.plan.levels) for p in (lazy, filled)] + [map_file.encode((level,))]
 
@@ -355,12 +355,39 @@ def _mutated_torch(data: bytes, chance: random.Random) -> bytes:
 
 def _mutated_pickle(content: bytes, chance: random.Random) -> bytes:
     pieces = (
-        b"K\xff", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"N", b"}", b"]", b")",
-        b"(", b"t", b"\x85", b"R", b"b", b"s", b"u", b"h\x00", b"h\x05", b"q\x05", b"Q", b"\x81",
-        b"ccollections\nOrderedDict\n", b"cbuiltins\nbytearray\n", b"ctorch\nFloatStorage\n",
-        b"cos\nsystem\n", b"\x94", b"j\0\0\0\0", b"\x86" * 9, b"cpathlib\nPosixPath\n", b"\x8f",
-        b"X\x01\0\0\0a", b"X\xff\xff\xff\xff", b"\x88", b"G" + b"\x7f" * 8,
-    )  # fmt: skip
+        b"K\xff",
+        b"J\xff\xff\xff\xff",
+        b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
+        b"N",
+        b"}",
+        b"]",
+        b")",
+        b"(",
+        b"t",
+        b"\x85",
+        b"R",
+        b"b",
+        b"s",
+        b"u",
+        b"h\x00",
+        b"h\x05",
+        b"q\x05",
+        b"Q",
+        b"\x81",
+        b"ccollections\nOrderedDict\n",
+        b"cbuiltins\nbytearray\n",
+        b"ctorch\nFloatStorage\n",
+        b"cos\nsystem\n",
+        b"\x94",
+        b"j\0\0\0\0",
+        b"\x86" * 9,
+        b"cpathlib\nPosixPath\n",
+        b"\x8f",
+        b"X\x01\0\0\0a",
+        b"X\xff\xff\xff\xff",
+        b"\x88",
+        b"G" + b"\x7f" * 8,
+    )
     out = bytearray(content)
     for _ in range(chance.choice((1, 1, 2, 4))):
         at = chance.randrange(len(out) + 1)
@@ -380,12 +407,14 @@ def _journal(data: bytes, folder: Path) -> None:
         journal.read(path.parent, _ASKED, ("a", "b.0"))
 
 
-_ASKED = Request({"sources": [{"name": "big", "nbytes": 8}], "steps": ["x"], "seed": None}, "ab")
+_ASKED = Fingerprint(
+    {"sources": [{"name": "big", "nbytes": 8}], "steps": ["x"], "seed": None}, "ab"
+)
 
 
 def _journal_seeds() -> list[bytes]:
     head = _ASKED.line(streammap_journal=journal.FORMAT)
-    other = Request({**_ASKED.content, "steps": ["y", {"z": [1]}]}, "ab")
+    other = Fingerprint({**_ASKED.content, "steps": ["y", {"z": [1]}]}, "ab")
     tensors = b'{"tensors": {"a": "cbf43926"}}\n{"tensors": {"b.0": "00000000", "a": "cbf43926"}}\n'
     return [head + tensors, other.line(streammap_journal=journal.FORMAT) + tensors, head]
 
@@ -478,13 +507,51 @@ def _spec_seeds() -> list[bytes]:
 
 def _words() -> tuple[str, ...]:
     found = [
-        '"{L}*"', '"*.weight"', '"{a:b|c}"', '"{layer}{layer}"', '"{L}{L}"', '"=embed/0"', "[axes]",
-        '"=q"', '"q*q"', '"2*2*2"', "[alias]", "[depth.layer]", "nan", "inf", "-1", "99999999999",
-        "true", "[]", "{}", '""', '"linear', 'embed"', "->", '"norm', '"=count(*)"', "[head]",
-        '"embed**-0.5"', '"embed**99"', 'extends = "llama"', 'extends = "mine"', "[[include]]",
-        '"=shape(lm_head.weight,0)"', "[constraints]", '["embed == 0"]', '["embed % 0 == 0"]',
-        "[drop]", "keys", "=", '"default"', "[same_axis]", "[rope]", "[norm]", '"embed:in"', "_",
-    ]  # fmt: skip
+        '"{L}*"',
+        '"*.weight"',
+        '"{a:b|c}"',
+        '"{layer}{layer}"',
+        '"{L}{L}"',
+        '"=embed/0"',
+        "[axes]",
+        '"=q"',
+        '"q*q"',
+        '"2*2*2"',
+        "[alias]",
+        "[depth.layer]",
+        "nan",
+        "inf",
+        "-1",
+        "99999999999",
+        "true",
+        "[]",
+        "{}",
+        '""',
+        '"linear',
+        'embed"',
+        "->",
+        '"norm',
+        '"=count(*)"',
+        "[head]",
+        '"embed**-0.5"',
+        '"embed**99"',
+        'extends = "llama"',
+        'extends = "mine"',
+        "[[include]]",
+        '"=shape(lm_head.weight,0)"',
+        "[constraints]",
+        '["embed == 0"]',
+        '["embed % 0 == 0"]',
+        "[drop]",
+        "keys",
+        "=",
+        '"default"',
+        "[same_axis]",
+        "[rope]",
+        "[norm]",
+        '"embed:in"',
+        "_",
+    ]
     return tuple(found)
 
 
@@ -520,9 +587,26 @@ def _pattern_seeds() -> list[bytes]:
 
 
 _PATTERN_WORDS = (
-    "{a:b|c}", "*", "**", "{i}", "{L}", "{n}", "{x@2*y}", "{x=last}", "(", ")", "|", "a.0.b",
-    "{p:a|aa}" * 9, "{i}{j}{k}{l}", "q*q*q", "1/0", "9" * 99, "²", "\\",
-)  # fmt: skip
+    "{a:b|c}",
+    "*",
+    "**",
+    "{i}",
+    "{L}",
+    "{n}",
+    "{x@2*y}",
+    "{x=last}",
+    "(",
+    ")",
+    "|",
+    "a.0.b",
+    "{p:a|aa}" * 9,
+    "{i}{j}{k}{l}",
+    "q*q*q",
+    "1/0",
+    "9" * 99,
+    "²",
+    "\\",
+)
 
 TARGETS = {
     "header": Target(_header, _header_seeds, _mutated_header),

@@ -652,11 +652,20 @@ def _with_pickle(path: Path, content: bytes) -> Path:
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b".", b"\xff", b"\x80\x02.", b"\x80\x02}", b"\x80\x02}s.", b"\x80\x02Nb.",
-        b"\x80\x02h\5.", b"\x80\x02NQ.", b"\x80\x09N.", b"\x80\x02X\xff\xff\xff\xff.",
+        b"",
+        b".",
+        b"\xff",
+        b"\x80\x02.",
+        b"\x80\x02}",
+        b"\x80\x02}s.",
+        b"\x80\x02Nb.",
+        b"\x80\x02h\5.",
+        b"\x80\x02NQ.",
+        b"\x80\x09N.",
+        b"\x80\x02X\xff\xff\xff\xff.",
         b"\x80\x02\x8a\xff\xff",
     ],
-)  # fmt: skip
+)
 def test_a_broken_pickle_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pth: "):
         streammap.open(_with_pickle(tmp_path / "x.pth", content))

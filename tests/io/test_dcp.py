@@ -40,10 +40,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def _tensors() -> dict[str, Tensor]:
     torch.manual_seed(0)
     dtypes = (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
-        torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn,
-        torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64,
-    )  # fmt: skip
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.complex64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.uint16,
+        torch.uint32,
+        torch.uint64,
+    )
     state = {str(dtype): torch.randn(3, 5).abs().to(dtype) for dtype in dtypes}
     shapes: tuple[tuple[int, ...], ...] = ((), (7,), (2, 3, 4, 5), (0, 3), (300, 200))
     return state | {str(shape): torch.randn(shape) for shape in shapes}

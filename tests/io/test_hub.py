@@ -268,8 +268,12 @@ def test_a_result_is_verified_against_the_hub(hub: HubServer, tmp_path: Path) ->
 def test_a_revision_is_a_branch_a_tag_or_a_commit(hub: HubServer, tmp_path: Path) -> None:
     commit = hub.add("org/bert", bert(tmp_path / "newer", seed=1), revision="v2/beta")
     expected = tiny.opened(tmp_path / "newer")
-    for name in ("org/bert@v2/beta", f"org/bert@{commit}", f"hf://org/bert@{commit}",
-                 "hf://org/bert@v2%2Fbeta"):  # fmt: skip
+    for name in (
+        "org/bert@v2/beta",
+        f"org/bert@{commit}",
+        f"hf://org/bert@{commit}",
+        "hf://org/bert@v2%2Fbeta",
+    ):
         tiny.assert_same(dict(streammap.open(name, stream=True).tensors()), expected)
 
 
@@ -457,8 +461,11 @@ def test_an_interrupted_run_ends_at_once(hub: HubServer, tmp_path: Path, way: st
     hub.faults.nbytes_per_second = 5e6
     said = subprocess.run(
         [sys.executable, "-c", _INTERRUPTED, way, str(tmp_path / "out")],
-        stdout=subprocess.PIPE, text=True, check=True, timeout=60,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
         env={**os.environ, "HF_ENDPOINT": hub.url},
-    )  # fmt: skip
+    )
     assert said.stdout.strip() == "interrupted"
     assert not list((tmp_path / "cache").rglob("*.incomplete"))

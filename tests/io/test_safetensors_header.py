@@ -233,10 +233,20 @@ def test_a_shape_of_anything_but_sizes_is_refused(shape: object) -> None:
 @pytest.mark.parametrize(
     "offsets",
     [
-        [8, 0], [-8, 0], [0], [0, 8, 8], [], [False, 8], [0.0, 8.0], ["0", "8"], [0, 2**63],
-        None, 8, {"0": 8},
+        [8, 0],
+        [-8, 0],
+        [0],
+        [0, 8, 8],
+        [],
+        [False, 8],
+        [0.0, 8.0],
+        ["0", "8"],
+        [0, 2**63],
+        None,
+        8,
+        {"0": 8},
     ],
-)  # fmt: skip
+)
 def test_offsets_that_are_no_range_are_refused(offsets: object) -> None:
     with pytest.raises(CheckpointError, match=r"a: data_offsets .* are no range"):
         _decode(_with(data_offsets=offsets))

@@ -16,11 +16,11 @@ from streammap.errors import OutputError
 from streammap.io.storage import disk
 from streammap.io.storage.disk import LocalDisk
 from streammap.output import journal, transaction
-from streammap.output.journal import Journal, Request
+from streammap.output.journal import Fingerprint, Journal
 from streammap.testing import faults
 from tests.support import tiny
 
-REQUEST = Request({"steps": [{"operator": "coalesce", "width": 2}], "files": {"a": 4}}, "00")
+REQUEST = Fingerprint({"steps": [{"operator": "coalesce", "width": 2}], "files": {"a": 4}}, "00")
 KEYS = frozenset({"a", "b", "ä"})
 HEAD = REQUEST.line(streammap_journal=1)
 GOOD = b'{"tensors":{"a":"00000001"}}\n'
@@ -84,8 +84,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"{nonsense\n" + GOOD, "its first line is none of a journal"),
     "no object": (b"[1, 2]\n", "its first line is none of a journal"),
     "another file": (b'{"model_type": "bert"}\n', "its first line is none of a journal"),
-    "a later format": (HEAD.replace(b'"streammap_journal":1', b'"streammap_journal":2'),
-                       "format 2, expected 1"),
+    "a later format": (
+        HEAD.replace(b'"streammap_journal":1', b'"streammap_journal":2'),
+        "format 2, expected 1",
+    ),
     "a line within": (HEAD + b"{torn\n" + GOOD, "line 2 is none of a journal"),
     "another table": (HEAD + b'{"shards":{}}\n' + GOOD, "line 2 is none of a journal"),
     "no table": (HEAD + b'{"tensors":["a"]}\n', "line 2 is none of a journal"),
@@ -97,7 +99,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "two minds": (HEAD + GOOD + GOOD.replace(b"1", b"2"), "'a' with '00000002' is no tensor"),
     "huge": (HEAD + GOOD * 50_000, "bytes, at most"),
     "deep": (HEAD + b'{"tensors":' * 50_000 + b"\n" + GOOD, "line 2 is none of a journal"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -129,7 +131,7 @@ def test_no_journal_is_read_through_a_link(tmp_path: Path) -> None:
 )
 def test_what_differs_is_told(tmp_path: Path, change: dict[str, object], told: str) -> None:
     (tmp_path / journal.NAME).write_bytes(HEAD + GOOD)
-    other = Request({**REQUEST.content, **change}, "00")
+    other = Fingerprint({**REQUEST.content, **change}, "00")
     with pytest.raises(OutputError, match=f"another request: {told}") as caught:
         journal.read(tmp_path, other, KEYS)
     assert caught.value.hint == "run the earlier command again, or pass --restart to begin anew"
@@ -138,7 +140,7 @@ def test_what_differs_is_told(tmp_path: Path, change: dict[str, object], told: s
 def test_formulas_that_differ_are_told(tmp_path: Path) -> None:
     (tmp_path / journal.NAME).write_bytes(HEAD + GOOD)
     with pytest.raises(OutputError, match="the formulas of its tensors differ"):
-        journal.read(tmp_path, Request(REQUEST.content, "01"), KEYS)
+        journal.read(tmp_path, Fingerprint(REQUEST.content, "01"), KEYS)
 
 
 @given(st.binary(max_size=60), st.integers(0, len(HEAD + GOOD)))
@@ -261,8 +263,9 @@ def test_a_result_is_put_in_place_without_its_sources(
     assert not transaction.finish(out)
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/x", "a/../../x", "", ".", "a//b", "x\0", 3,
-                                  ".streammap-run/lock"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/x", "a/../../x", "", ".", "a//b", "x\0", 3, ".streammap-run/lock"]
+)
 def test_a_mark_names_files_of_the_result_only(
     stopped: tuple[Path, Path], tmp_path: Path, name: object
 ) -> None:

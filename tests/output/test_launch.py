@@ -16,13 +16,23 @@ from tests.support import launched
 
 ROOT = Path(__file__).parents[2]
 _TINY = {
-    "hidden_size": 36, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 101,
-    "num_key_value_heads": 2, "intermediate_size": 64, "tie_word_embeddings": True,
-}  # fmt: skip
+    "hidden_size": 36,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "vocab_size": 101,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "tie_word_embeddings": True,
+}
 _LARGE = {
-    "hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "vocab_size": 16001,
-    "num_key_value_heads": 8, "intermediate_size": 1408, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "vocab_size": 16001,
+    "num_key_value_heads": 8,
+    "intermediate_size": 1408,
+    "tie_word_embeddings": False,
+}
 
 
 def _source(folder: Path, fields: dict[str, Any]) -> streammap.LazyCheckpoint:
@@ -37,8 +47,12 @@ def _launch(what: str, folder: Path, n: int) -> list[dict[str, Any]]:
     words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     done = subprocess.run(
         [sys.executable, *words, "-m", "tests.launched", what, str(folder)],
-        cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{what}-{rank}.json").read_text()) for rank in range(n)]
 

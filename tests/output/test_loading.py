@@ -20,21 +20,38 @@ from tests.support import tiny
 
 SIZES = tiny.Sizes()
 _BERT = {
-    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64,
-    "vocab_size": 101, "max_position_embeddings": 40,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 101,
+    "max_position_embeddings": 40,
+}
 _GPT2 = {
-    "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 101, "n_positions": 40,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "vocab_size": 101,
+    "n_positions": 40,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _LLAMA = {
-    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": 101,
-    "num_key_value_heads": 2, "intermediate_size": 64,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 101,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+}
 _MOE = {
-    **_LLAMA, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16, "eos_token_id": 2,
-}  # fmt: skip
+    **_LLAMA,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "eos_token_id": 2,
+}
 _T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_heads": 4, "vocab_size": 101}
 CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertModel", _BERT),
@@ -194,11 +211,21 @@ def test_what_a_class_does_without_is_made(tmp_path: Path) -> None:
     """Marian's positions are computed, and in no file."""
     kind = transformers.MarianMTModel
     config = transformers.MarianConfig(
-        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, vocab_size=31,
-        max_position_embeddings=12, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-        bos_token_id=2, forced_eos_token_id=1,
-    )  # fmt: skip
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=8,
+        decoder_ffn_dim=8,
+        vocab_size=31,
+        max_position_embeddings=12,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+        bos_token_id=2,
+        forced_eos_token_id=1,
+    )
     kind(config).save_pretrained(tmp_path)
     with torch.device("meta"):
         model = kind(config)

@@ -72,8 +72,11 @@ def many(source: Path, out: Path, n: int) -> None:
         call(source, out, i)
     gc.collect()
     opened, mapped, threads, before = (
-        descriptors(), n_mappings(), threading.active_count(), resident(),
-    )  # fmt: skip
+        descriptors(),
+        n_mappings(),
+        threading.active_count(),
+        resident(),
+    )
     for i in range(n):
         call(source, out, i)
     gc.collect()

@@ -160,9 +160,27 @@ def test_sizes_are_read(text: str | int, nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "GB", "-1", "-5GB", "1e9", "5PB", "5iB", "5i", "five", "5 G B", "1,5GB", "0x10", ".5GB",
-     "5GBB", "nan", "inf", "5.GB", "9" * 400],
-)  # fmt: skip
+    [
+        "",
+        "GB",
+        "-1",
+        "-5GB",
+        "1e9",
+        "5PB",
+        "5iB",
+        "5i",
+        "five",
+        "5 G B",
+        "1,5GB",
+        "0x10",
+        ".5GB",
+        "5GBB",
+        "nan",
+        "inf",
+        "5.GB",
+        "9" * 400,
+    ],
+)
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(OutputError, match=r"size '.*': expected one such as 5GB, 500MB or 256MiB"):
         layout.parse_size(text)
@@ -260,8 +278,9 @@ def test_one_torch_file_is_written(tmp_path: Path, suffix: str, nest: str | None
     expected = dict(lazy.tensors())
     tiny.assert_same(content if nest is None else content[nest], expected)
     tiny.assert_same(tiny.opened(file), expected)
-    tiny.assert_same(torch.load(file, mmap=True, weights_only=True)[nest] if nest else content,
-                     expected)  # fmt: skip
+    tiny.assert_same(
+        torch.load(file, mmap=True, weights_only=True)[nest] if nest else content, expected
+    )
 
 
 def test_a_torch_file_holds_every_dtype(tmp_path: Path) -> None:
@@ -331,9 +350,15 @@ def test_overwriting_removes_stale_shards(source: Path, tmp_path: Path) -> None:
     many = _names(out)
     _half(source).save(out, overwrite=True)
     assert _names(out) == {
-        "model.safetensors", "config.json", "streammap.json", "streammap.map.safetensors",
-        "tokenizer.json", "vocab.txt", "1_Pooling/config.json", "notes.txt",
-    }  # fmt: skip
+        "model.safetensors",
+        "config.json",
+        "streammap.json",
+        "streammap.map.safetensors",
+        "tokenizer.json",
+        "vocab.txt",
+        "1_Pooling/config.json",
+        "notes.txt",
+    }
     tiny.assert_same(tiny.opened(out), dict(_half(source).tensors()))
     _half(source).save(out, overwrite=True, max_shard_size=500)
     assert _names(out) == many - {"pytorch_model.bin"}
@@ -394,9 +419,10 @@ def test_no_source_of_a_blend_is_the_output(source: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "name", ["n" * 300, "n" * 300 + ".pth", "n" * 248 + ".pth", "n" * 240 + ".safetensors"],
+    "name",
+    ["n" * 300, "n" * 300 + ".pth", "n" * 248 + ".pth", "n" * 240 + ".safetensors"],
     ids=["folder", "torch", "partial torch", "partial safetensors"],
-)  # fmt: skip
+)
 def test_a_name_that_is_too_long_is_refused(source: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(OutputError, match=r"too long|check the path"):
         _half(source).save(tmp_path / "new" / name)
@@ -549,20 +575,39 @@ def test_files_beside_the_weights_are_copied_byte_for_byte(source: Path, tmp_pat
 
 def test_weights_and_training_state_are_not_copied(source: Path, tmp_path: Path) -> None:
     skipped = (
-        "pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth",
-        "trainer_state.json", "tf_model.h5", "flax_model.msgpack", "model.onnx", "x.gguf",
-        ".gitattributes", "MapMatrix.safetensors", "events.out.tfevents.1", "onnx/model.json",
-        "checkpoint-500/config.json", "runs/x.txt", ".git/config", "__pycache__/x.pyc",
+        "pytorch_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "tf_model.h5",
+        "flax_model.msgpack",
+        "model.onnx",
+        "x.gguf",
+        ".gitattributes",
+        "MapMatrix.safetensors",
+        "events.out.tfevents.1",
+        "onnx/model.json",
+        "checkpoint-500/config.json",
+        "runs/x.txt",
+        ".git/config",
+        "__pycache__/x.pyc",
         "global_step7/x.txt",
-    )  # fmt: skip
+    )
     for name in skipped:
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text("skip me")
     _half(source).save(tmp_path / "out")
     assert _names(tmp_path / "out") == {
-        "model.safetensors", "config.json", "streammap.json", "streammap.map.safetensors",
-        "tokenizer.json", "vocab.txt", "1_Pooling/config.json",
-    }  # fmt: skip
+        "model.safetensors",
+        "config.json",
+        "streammap.json",
+        "streammap.map.safetensors",
+        "tokenizer.json",
+        "vocab.txt",
+        "1_Pooling/config.json",
+    }
 
 
 @pytest.mark.parametrize("field", ["word_embedding_dimension", "embedding_dimension"])

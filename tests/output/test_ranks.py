@@ -49,18 +49,29 @@ def big(tmp_path: Path) -> Path:
 
 
 def saved(
-    lazy: streammap.LazyCheckpoint, out: Path, n: int, *, size: str = SMALL, name: str = "a",
-    progress: Mapping[int, Callable[[Event], None]] | None = None, overwrite: bool = False,
-) -> list[Outcome]:  # fmt: skip
+    lazy: streammap.LazyCheckpoint,
+    out: Path,
+    n: int,
+    *,
+    size: str = SMALL,
+    name: str = "a",
+    progress: Mapping[int, Callable[[Event], None]] | None = None,
+    overwrite: bool = False,
+) -> list[Outcome]:
     """What `save` gave on each of n ranks, here threads: a report, or an error."""
 
     def save(rank: int) -> Outcome:
         here = Ranks(rank, n, launch=name)
         try:
             return lazy.save(
-                out, max_shard_size=size, fsync=False, overwrite=overwrite, threads=1,
-                progress=(progress or {}).get(rank, lambda event: None), ranks=here,
-            )  # fmt: skip
+                out,
+                max_shard_size=size,
+                fsync=False,
+                overwrite=overwrite,
+                threads=1,
+                progress=(progress or {}).get(rank, lambda event: None),
+                ranks=here,
+            )
         except StreammapError as error:
             return error
 
@@ -135,13 +146,22 @@ def test_what_is_one_shard_is_rank_0s() -> None:
 # The environment.
 
 TORCHRUN = {
-    "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4",
-    "TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "a", "MASTER_PORT": "29500",
-}  # fmt: skip
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "TORCHELASTIC_RUN_ID": "x",
+    "MASTER_ADDR": "a",
+    "MASTER_PORT": "29500",
+}
 SRUN = {
-    "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "7", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "12",
-    "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
-}  # fmt: skip
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "7",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "12",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+}
 
 
 @pytest.mark.parametrize(

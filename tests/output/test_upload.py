@@ -224,11 +224,17 @@ def test_a_result_is_pushed_shard_by_shard(hub: HubServer, tmp_path: Path, spool
     same_but_for_origin(pushed, tmp_path / "local")
     commit = hub.repos["org/bert"].branches["main"]
     for part in (
-        "base_model:\n- org/bert", "library_name: transformers", "- streammap",
+        "base_model:\n- org/bert",
+        "library_name: transformers",
+        "- streammap",
         "- arxiv:2404.07999",
-        f"org/bert at commit `{commit}`", "coalesce", "approximate", "mean of 2", "8 -> 4",
+        f"org/bert at commit `{commit}`",
+        "coalesce",
+        "approximate",
+        "mean of 2",
+        "8 -> 4",
         'from_pretrained("tester/small")',
-    ):  # fmt: skip
+    ):
         assert part in card, part
     tiny.assert_same(
         dict(streammap.open("tester/small", stream=True).tensors()), tiny.opened(tmp_path / "local")
@@ -239,8 +245,19 @@ def test_a_result_is_pushed_shard_by_shard(hub: HubServer, tmp_path: Path, spool
 def test_the_command_line_pushes(hub: HubServer, tmp_path: Path) -> None:
     tiny.file(tmp_path / "bert" / "README.md", "---\nlicense: mit\ntags:\n- x\n---\n# BERT\n")
     hub.add("org/bert", tmp_path / "bert")
-    ok("coalesce", "org/bert", "--width", 2, "--push-to-hub", "tester/small", "--public",
-       "--branch", "half", "--commit-message", "Half of it")  # fmt: skip
+    ok(
+        "coalesce",
+        "org/bert",
+        "--width",
+        2,
+        "--push-to-hub",
+        "tester/small",
+        "--public",
+        "--branch",
+        "half",
+        "--commit-message",
+        "Half of it",
+    )
     repo = hub.repos["tester/small"]
     assert not repo.private
     assert set(hub.content("tester/small")) == set()
@@ -269,8 +286,10 @@ def test_a_push_that_was_stopped_goes_on(hub: HubServer, tmp_path: Path) -> None
     sent = [s.path for s in hub.seen if s.method == "PUT"]
     assert len(sent) == len(set(sent)) == report.n_shards - n_sent + 1, "and the map"
     lazy.save(tmp_path / "local", max_shard_size="1kB")
-    tiny.assert_same(tiny.opened(content(hub, "tester/small", tmp_path / "pushed")),
-                     tiny.opened(tmp_path / "local"))  # fmt: skip
+    tiny.assert_same(
+        tiny.opened(content(hub, "tester/small", tmp_path / "pushed")),
+        tiny.opened(tmp_path / "local"),
+    )
 
 
 @pytest.mark.usefixtures("token")

@@ -33,9 +33,14 @@ def alone() -> Iterator[None]:
 def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = transformers.GPT2Config(
-        n_embd=16, n_layer=4, n_head=4, vocab_size=53, n_positions=20, bos_token_id=1,
+        n_embd=16,
+        n_layer=4,
+        n_head=4,
+        vocab_size=53,
+        n_positions=20,
+        bos_token_id=1,
         eos_token_id=2,
-    )  # fmt: skip
+    )
     with optional.quiet():
         transformers.GPT2LMHeadModel(config).save_pretrained("big")
         streammap.open("big").coalesce(width=2, depth=2).save("small-map")
@@ -51,20 +56,34 @@ def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_the_v_cycle_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = transformers.GPT2Config(
-        n_embd=16, n_layer=4, n_head=4, vocab_size=53, n_positions=20, bos_token_id=1,
+        n_embd=16,
+        n_layer=4,
+        n_head=4,
+        vocab_size=53,
+        n_positions=20,
+        bos_token_id=1,
         eos_token_id=2,
-    )  # fmt: skip
+    )
     model = transformers.GPT2LMHeadModel(config)
     rows = [{"input_ids": torch.arange(9) + i, "labels": torch.arange(9) + i} for i in range(8)]
     names: dict[str, Any] = {
-        "streammap": streammap, "Path": Path, "model": model, "rows": rows,
+        "streammap": streammap,
+        "Path": Path,
+        "model": model,
+        "rows": rows,
         "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
         "Trainer": transformers.Trainer,
         "arguments": transformers.TrainingArguments(
-            output_dir="run", max_steps=9, per_device_train_batch_size=2, report_to=[],
-            disable_tqdm=True, use_cpu=True, save_strategy="no", dataloader_pin_memory=False,
+            output_dir="run",
+            max_steps=9,
+            per_device_train_batch_size=2,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            save_strategy="no",
+            dataloader_pin_memory=False,
         ),
-    }  # fmt: skip
+    }
     before = {key: x.clone() for key, x in model.state_dict().items()}
     cycle, switch = (compile(block, PAGE, "exec") for block in blocks(PAGE, "python")[-2:])
     with optional.quiet():

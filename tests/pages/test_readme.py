@@ -13,10 +13,17 @@ from tests.support import tiny
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
-    "README.md", "schemes/README.md", "streammap/architectures/README.md", "docs/original.md",
-    "docs/resume.md", "docs/verify.md", "docs/security.md", "docs/launchers.md",
-    "docs/hub.md", "docs/object-stores.md",
-)  # fmt: skip
+    "README.md",
+    "schemes/README.md",
+    "streammap/architectures/README.md",
+    "docs/original.md",
+    "docs/resume.md",
+    "docs/verify.md",
+    "docs/security.md",
+    "docs/launchers.md",
+    "docs/hub.md",
+    "docs/object-stores.md",
+)
 SIZES = tiny.Sizes(heads=4, layers=4)
 
 

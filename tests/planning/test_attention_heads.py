@@ -37,10 +37,17 @@ def bench(scratch: Path) -> Bench:
 
 def llama(heads: int, kv: int) -> TinyModel:
     config = {
-        "vocab_size": 31, "hidden_size": EMBED, "intermediate_size": 16, "num_hidden_layers": 1,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": HEAD_DIM,
-        "max_position_embeddings": 32, "attention_bias": True, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "vocab_size": 31,
+        "hidden_size": EMBED,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": HEAD_DIM,
+        "max_position_embeddings": 32,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    }
     return TinyModel(f"llama-{heads}-{kv}", "LlamaForCausalLM", config)
 
 
@@ -267,9 +274,7 @@ def test_grown_heads_merge_back_bit_for_bit(
     grown = streammap.open(bench.saved(source.decoalesce(**requests)))
     for merged in (
         grown.coalesce(kv_merge=kv_merge),
-        grown.coalesce(
-            heads=f"={heads[0]}", kv_heads=f"={heads[1]}", kv_merge=kv_merge
-        ),
-    ):  # fmt: skip
+        grown.coalesce(heads=f"={heads[0]}", kv_heads=f"={heads[1]}", kv_merge=kv_merge),
+    ):
         tiny.assert_same(dict(merged.tensors()), dict(source.tensors()))
         assert merged.sizes == source.sizes

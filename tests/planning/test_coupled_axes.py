@@ -94,10 +94,13 @@ def mpt() -> LazyCheckpoint:
     for i in range(2):
         at = f"transformer.blocks.{i}."
         shapes |= {
-            f"{at}norm_1.weight": (8,), f"{at}norm_2.weight": (8,),
-            f"{at}attn.Wqkv.weight": (24, 8), f"{at}attn.out_proj.weight": (8, 8),
-            f"{at}ffn.up_proj.weight": (32, 8), f"{at}ffn.down_proj.weight": (8, 32),
-        }  # fmt: skip
+            f"{at}norm_1.weight": (8,),
+            f"{at}norm_2.weight": (8,),
+            f"{at}attn.Wqkv.weight": (24, 8),
+            f"{at}attn.out_proj.weight": (8, 8),
+            f"{at}ffn.up_proj.weight": (32, 8),
+            f"{at}ffn.down_proj.weight": (8, 32),
+        }
     config = {"model_type": "mpt", "d_model": 8, "n_heads": 4, "n_layers": 2, "vocab_size": 11}
     return shown(shapes, config)
 
@@ -105,31 +108,40 @@ def mpt() -> LazyCheckpoint:
 def decoder(n_layers: int = 4, *, heads: int = 4, kv: int = 2, dim: int = 6) -> Shapes:
     """A Llama without its MLPs, of hidden size 8."""
     shapes: Shapes = {
-        "model.embed_tokens.weight": (11, 8), "model.norm.weight": (8,), "lm_head.weight": (11, 8),
-    }  # fmt: skip
+        "model.embed_tokens.weight": (11, 8),
+        "model.norm.weight": (8,),
+        "lm_head.weight": (11, 8),
+    }
     for i in range(n_layers):
         at = f"model.layers.{i}."
         shapes |= {
-            f"{at}input_layernorm.weight": (8,), f"{at}post_attention_layernorm.weight": (8,),
+            f"{at}input_layernorm.weight": (8,),
+            f"{at}post_attention_layernorm.weight": (8,),
             f"{at}self_attn.q_proj.weight": (heads * dim, 8),
             f"{at}self_attn.k_proj.weight": (kv * dim, 8),
             f"{at}self_attn.v_proj.weight": (kv * dim, 8),
             f"{at}self_attn.o_proj.weight": (8, heads * dim),
-        }  # fmt: skip
+        }
     return shapes
 
 
 def mlp(at: str, width: int) -> Shapes:
     return {
-        f"{at}.gate_proj.weight": (width, 8), f"{at}.up_proj.weight": (width, 8),
+        f"{at}.gate_proj.weight": (width, 8),
+        f"{at}.up_proj.weight": (width, 8),
         f"{at}.down_proj.weight": (8, width),
-    }  # fmt: skip
+    }
 
 
 DECODER: Mapping[str, object] = {
-    "hidden_size": 8, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
-    "intermediate_size": 10, "vocab_size": 11, "tie_word_embeddings": False,
-}  # fmt: skip
+    "hidden_size": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "intermediate_size": 10,
+    "vocab_size": 11,
+    "tie_word_embeddings": False,
+}
 
 
 def llama(n_layers: int = 4, **fields: object) -> LazyCheckpoint:
@@ -153,28 +165,35 @@ def qwen3_moe(dense: tuple[int, ...] = ()) -> LazyCheckpoint:
         for expert in range(3):
             shapes |= mlp(f"{at}mlp.experts.{expert}", 12)
     own = {
-        "model_type": "qwen3_moe", "num_hidden_layers": 4, "num_experts": 3,
-        "moe_intermediate_size": 12, "num_experts_per_tok": 1, "decoder_sparse_step": 1,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 4,
+        "num_experts": 3,
+        "moe_intermediate_size": 12,
+        "num_experts_per_tok": 1,
+        "decoder_sparse_step": 1,
         "mlp_only_layers": list(dense),
-    }  # fmt: skip
+    }
     return shown(shapes, {**DECODER, **own})
 
 
 def deepseek(n_layers: int = 4, *, n_dense: int = 1, n_next: int = 0) -> LazyCheckpoint:
     """Two heads of 4 + 2 and 3 dimensions; layers that predict further tokens behind the stack."""
     shapes: Shapes = {
-        "model.embed_tokens.weight": (11, 8), "model.norm.weight": (8,), "lm_head.weight": (11, 8),
-    }  # fmt: skip
+        "model.embed_tokens.weight": (11, 8),
+        "model.norm.weight": (8,),
+        "lm_head.weight": (11, 8),
+    }
     for i in range(n_layers + n_next):
         at = f"model.layers.{i}."
         shapes |= {
-            f"{at}input_layernorm.weight": (8,), f"{at}post_attention_layernorm.weight": (8,),
+            f"{at}input_layernorm.weight": (8,),
+            f"{at}post_attention_layernorm.weight": (8,),
             f"{at}self_attn.q_proj.weight": (12, 8),
             f"{at}self_attn.kv_a_proj_with_mqa.weight": (7, 8),
             f"{at}self_attn.kv_a_layernorm.weight": (5,),
             f"{at}self_attn.kv_b_proj.weight": (14, 5),
             f"{at}self_attn.o_proj.weight": (8, 6),
-        }  # fmt: skip
+        }
         if i < n_dense:
             shapes |= mlp(f"{at}mlp", 10)
         else:
@@ -187,14 +206,28 @@ def deepseek(n_layers: int = 4, *, n_dense: int = 1, n_next: int = 0) -> LazyChe
             shapes |= {f"{at}eh_proj.weight": (8, 16), f"{at}shared_head.head.weight": (11, 8)}
             shapes[f"{at}embed_tokens.weight"] = (11, 8)
     config = {
-        "model_type": "deepseek_v3", "hidden_size": 8, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3,
-        "q_lora_rank": None, "kv_lora_rank": 5, "intermediate_size": 10,
-        "moe_intermediate_size": 12, "n_shared_experts": 2, "n_routed_experts": 4, "n_group": 2,
-        "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": n_dense,
-        "num_hidden_layers": n_layers, "num_nextn_predict_layers": n_next, "vocab_size": 11,
+        "model_type": "deepseek_v3",
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 2,
+        "v_head_dim": 3,
+        "q_lora_rank": None,
+        "kv_lora_rank": 5,
+        "intermediate_size": 10,
+        "moe_intermediate_size": 12,
+        "n_shared_experts": 2,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": n_dense,
+        "num_hidden_layers": n_layers,
+        "num_nextn_predict_layers": n_next,
+        "vocab_size": 11,
         "tie_word_embeddings": False,
-    }  # fmt: skip
+    }
     return shown(shapes, config)
 
 
@@ -389,9 +422,11 @@ def test_layers_behind_the_stack_are_dropped_with_a_note_when_it_changes() -> No
     source = deepseek(n_next=1)
     assert any(key.startswith("model.layers.4.") for key in keys_of(source))
     for direction, layers in (("decoalesce", "=5"), ("coalesce", "=3")):
-        result = source.coalesce(layers=layers) if direction == "coalesce" else source.decoalesce(
-            layers=layers
-        )  # fmt: skip
+        result = (
+            source.coalesce(layers=layers)
+            if direction == "coalesce"
+            else source.decoalesce(layers=layers)
+        )
         assert not any("eh_proj" in key or "shared_head" in key for key in keys_of(result))
         assert config_of(result)["num_nextn_predict_layers"] == 0
         assert sum("layers after the stack" in note for note in result.plan.notes) == 1
@@ -422,7 +457,9 @@ REFUSED: tuple[tuple[Make, Direction, ResizeOptions, str], ...] = (
     (llama, "decoalesce", {"heads": "=6", "kv_heads": "=4"}, "6 heads can't share 4 kv_heads"),
     (llama, "coalesce", {"heads": "=1", "kv_heads": "=2"}, "1 heads can't share 2 kv_heads"),
     (
-        llama, "decoalesce", {"heads": [[0, 4], [1, 5], [2, 6], [3, 7]]},
+        llama,
+        "decoalesce",
+        {"heads": [[0, 4], [1, 5], [2, 6], [3, 7]]},
         "heads 2 would come from heads that read kv_heads 1, but its own, 0, comes from 0",
     ),
     (deepseek, "decoalesce", {"experts": "=5"}, r"5 experts do not divide into 2 groups \(n_group"),
@@ -435,19 +472,18 @@ REFUSED: tuple[tuple[Make, Direction, ResizeOptions, str], ...] = (
     (llama, "coalesce", {"layers": 2, "new_layers": "zero"}, "makes no new layers"),
     (llama, "decoalesce", {}, "nothing says how to decoalesce"),
     (
-        llama, "decoalesce", {"layers": [[4, 1], [0], [2], [3]], "new_layers": "zero"},
+        llama,
+        "decoalesce",
+        {"layers": [[4, 1], [0], [2], [3]], "new_layers": "zero"},
         "not in their old order",
     ),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(
     ("make", "direction", "options", "match"),
-    [
-        pytest.param(*case, id=f"{case[0].__name__}-{case[1]}-{case[2]}"[:70])
-        for case in REFUSED
-    ],
-)  # fmt: skip
+    [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}-{case[2]}"[:70]) for case in REFUSED],
+)
 def test_what_is_refused_says_why_and_what_to_do(
     make: Make, direction: Direction, options: ResizeOptions, match: str
 ) -> None:
@@ -541,8 +577,10 @@ def test_members_may_have_weights(tmp_path: Path) -> None:
     state = tiny.bert(sizes)
     folder = tiny.write(tmp_path / "big", state, tiny.bert_config(sizes))
     groups: list[object] = [
-        {"members": [0, 1], "weights": [3, 1]}, [2, 3], {"members": [5, 4], "weights": [0, 2]}
-    ]  # fmt: skip
+        {"members": [0, 1], "weights": [3, 1]},
+        [2, 3],
+        {"members": [5, 4], "weights": [0, 2]},
+    ]
     lazy = streammap.open(folder).coalesce(mlp=groups)
     at = "encoder.layer.1."
     rows, columns = (state[f"{at}{n}.weight"] for n in ("intermediate.dense", "output.dense"))
@@ -583,11 +621,17 @@ def test_the_saved_map_takes_merged_kv_heads_back_as_copies(
 @pytest.mark.parametrize(
     "options",
     [
-        {"hidden": "=12"}, {"mlp": "=13"}, {"heads": 2, "kv_heads": 2}, {"experts": 2},
-        {"layers": 2}, {"layers": 2, "new_layers": "zero"}, {"axes": {"moe_mlp": 3}}, {"width": 2},
+        {"hidden": "=12"},
+        {"mlp": "=13"},
+        {"heads": 2, "kv_heads": 2},
+        {"experts": 2},
+        {"layers": 2},
+        {"layers": 2, "new_layers": "zero"},
+        {"axes": {"moe_mlp": 3}},
+        {"width": 2},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_the_saved_map_takes_a_growth_back(tmp_path: Path, options: ResizeOptions) -> None:
     state = tiny.random(shapes_of(qwen3_moe()))
     source = streammap.open(tiny.write(tmp_path / "small", state, {**config_of(qwen3_moe())}))

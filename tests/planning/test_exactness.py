@@ -164,7 +164,10 @@ CHOSEN = (
     Chosen("mixtral", "mixtral", "approximate", {"experts": "=9"}, told="unevenly"),
     Chosen("deepseek", "deepseek_v3", "exact", {"experts": 2, "hidden": 2}),
     Chosen(
-        "deepseek", "deepseek_v3", "approximate", {"experts": 2, "grouping": "adjacent"},
+        "deepseek",
+        "deepseek_v3",
+        "approximate",
+        {"experts": 2, "grouping": "adjacent"},
         told="inside one of the 2 groups",
     ),
     Chosen("gpt_oss", "gpt_oss", "exact", {"width": 2, "experts": 2}),
@@ -172,7 +175,7 @@ CHOSEN = (
     Chosen("bloom", "bloom", "approximate", {"heads": HEAD_SWAP}, positions=True, told="alibi"),
     Chosen("bloom", "bloom", "bit-exact", {"layers": 2, "new_layers": "zero"}, positions=True),
     Chosen("mamba", "mamba", "exact", {"hidden": 2}),
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("chosen", CHOSEN, ids=str)
@@ -327,12 +330,27 @@ def test_copies_of_experts_need_a_larger_top_k(bench: Bench, experts: int) -> No
 # Random requests.
 
 SWEPT = (
-    ("llama", "llama"), ("llama", "llama_tied"), ("llama", "qwen3"), ("llama", "phi3"),
-    ("gemma", "gemma2"), ("gemma", "gemma2_tied"), ("cohere", "cohere"), ("olmo2", "olmo2"),
-    ("gpt2", "gpt2"), ("gpt_neox", "gpt_neox"), ("opt", "opt"), ("bert", "bert"), ("t5", "t5"),
-    ("mixtral", "mixtral"), ("qwen_moe", "qwen3_moe"), ("deepseek", "deepseek_v3"),
-    ("gpt_oss", "gpt_oss"), ("falcon", "falcon"), ("bloom", "bloom"), ("mamba", "mamba"),
-)  # fmt: skip
+    ("llama", "llama"),
+    ("llama", "llama_tied"),
+    ("llama", "qwen3"),
+    ("llama", "phi3"),
+    ("gemma", "gemma2"),
+    ("gemma", "gemma2_tied"),
+    ("cohere", "cohere"),
+    ("olmo2", "olmo2"),
+    ("gpt2", "gpt2"),
+    ("gpt_neox", "gpt_neox"),
+    ("opt", "opt"),
+    ("bert", "bert"),
+    ("t5", "t5"),
+    ("mixtral", "mixtral"),
+    ("qwen_moe", "qwen3_moe"),
+    ("deepseek", "deepseek_v3"),
+    ("gpt_oss", "gpt_oss"),
+    ("falcon", "falcon"),
+    ("bloom", "bloom"),
+    ("mamba", "mamba"),
+)
 N_EACH = 25
 
 

@@ -21,7 +21,7 @@ from streammap.errors import PlanError, SchemeError
 from streammap.io.formats import safetensors_header
 from streammap.io.tensor_spec import TensorSpec
 from streammap.planning import map_file, maps
-from streammap.planning.map_file import Level
+from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 from tests.support import tiny
 
@@ -30,8 +30,8 @@ SMALL = tiny.Sizes(heads=4, layers=2)
 SCHEME = {"width_scheme": [[0, 4], [1, 5], [6, 2], [3, 7]], "depth_scheme": [[0, 2], [1, 3]]}
 
 
-def _level(**merging: AxisMap) -> Level:
-    return Level(merging)
+def _level(**merging: AxisMap) -> MapLevel:
+    return MapLevel(merging)
 
 
 LEVELS = (
@@ -132,8 +132,12 @@ def test_the_originals_map_is_read(tmp_path: Path) -> None:
     assert torch.equal(dense.matrix, qk)
     assert level.merging["layer"] == maps.merging([(0, 1), (2, 3)], 4)
     assert level.sizes == {
-        "embed": (20, 10), "qk": (20, 10), "v": (20, 10), "mlp": (20, 10), "layer": (4, 2),
-    }  # fmt: skip
+        "embed": (20, 10),
+        "qk": (20, 10),
+        "v": (20, 10),
+        "mlp": (20, 10),
+        "layer": (4, 2),
+    }
 
 
 @pytest.mark.parametrize("name", ["embed_F", "R"])

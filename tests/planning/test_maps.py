@@ -269,13 +269,25 @@ def test_every_window_of_uneven_groups(groups: list[list[int]]) -> None:
 
 @settings(max_examples=10 * settings().max_examples)
 @given(
-    st.integers(0, 9), st.integers(0, 5), st.integers(0, 9), st.integers(0, 9),
-    st.integers(1, 6), st.integers(1, 5), st.integers(0, 40), st.integers(0, 40),
-)  # fmt: skip
+    st.integers(0, 9),
+    st.integers(0, 5),
+    st.integers(0, 9),
+    st.integers(0, 9),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.integers(0, 40),
+    st.integers(0, 40),
+)
 def test_a_clipped_segment_has_the_moves_of_the_window(
-    out_start: int, gap: int, in_start: int, in_step: int, count: int, length: int,
-    start: int, size: int,
-) -> None:  # fmt: skip
+    out_start: int,
+    gap: int,
+    in_start: int,
+    in_step: int,
+    count: int,
+    length: int,
+    start: int,
+    size: int,
+) -> None:
     whole = Segment(out_start, length + gap, in_start, in_step, count, length, 0.5, adds=True)
     pieces = list(whole.clipped(start, start + size))
     wanted = [(to - start, at) for to, at in moves([whole]) if start <= to < start + size]

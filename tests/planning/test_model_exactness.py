@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import streammap
-from streammap.planning.planner import RULES, Rule
 from streammap.planning.scheme import Grouping, uniform
+from streammap.planning.tensor_maps import RULES, Rule
 from tests.support import tiny
 
 transformers = pytest.importorskip("transformers")
@@ -34,23 +34,40 @@ def quiet() -> None:
 
 def bert_config(**changes: object) -> object:
     return transformers.BertConfig(
-        hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, num_hidden_layers=LAYERS,
-        intermediate_size=12, vocab_size=VOCAB, max_position_embeddings=16, **changes,
-    )  # fmt: skip
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_hidden_layers=LAYERS,
+        intermediate_size=12,
+        vocab_size=VOCAB,
+        max_position_embeddings=16,
+        **changes,
+    )
 
 
 def gpt2_config(**changes: object) -> object:
     return transformers.GPT2Config(
-        n_embd=HEADS * HEAD_DIM, n_head=HEADS, n_layer=LAYERS, vocab_size=VOCAB, n_positions=16,
-        pad_token_id=0, bos_token_id=1, eos_token_id=1, **changes,
-    )  # fmt: skip
+        n_embd=HEADS * HEAD_DIM,
+        n_head=HEADS,
+        n_layer=LAYERS,
+        vocab_size=VOCAB,
+        n_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+        **changes,
+    )
 
 
 def image_config(name: str) -> object:
     return getattr(transformers, name)(
-        hidden_size=HEADS * HEAD_DIM, num_attention_heads=HEADS, num_hidden_layers=LAYERS,
-        intermediate_size=20, image_size=8, patch_size=4, num_labels=3,
-    )  # fmt: skip
+        hidden_size=HEADS * HEAD_DIM,
+        num_attention_heads=HEADS,
+        num_hidden_layers=LAYERS,
+        intermediate_size=20,
+        image_size=8,
+        patch_size=4,
+        num_labels=3,
+    )
 
 
 def vit_config() -> object:

@@ -142,8 +142,10 @@ def planned(folder: Path, *request: str) -> tuple[dict[str, object], int, float]
     """What `plan coalesce` says, and its process' peak memory in bytes and CPU seconds."""
     done = subprocess.run(
         [sys.executable, "-c", _RUN, "plan", "coalesce", str(folder), *request, "--json"],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     nbytes, seconds = json.loads(done.stderr.splitlines()[-1])
     return json.loads(done.stdout), nbytes, seconds
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from streammap.errors import SchemeError
 from streammap.planning import requests
-from streammap.planning.requests import Request
+from streammap.planning.requests import AxisRequest
 
 PAIRS = ((0, 2), (1, 3))
 HINT = r"\n  hint: .*"
@@ -19,24 +19,24 @@ HINT = r"\n  hint: .*"
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (2, Request(factor=2)),
-        ("2", Request(factor=2)),
-        (" 3 ", Request(factor=3)),
-        ("=768", Request(size=768)),
-        (" =1", Request(size=1)),
-        ([[0, 2], [1, 3]], Request(groups=PAIRS)),
-        (((0, 2), (1, 3)), Request(groups=PAIRS)),
-        ("[[0, 2], [1, 3]]", Request(groups=PAIRS)),
-        ({"factor": 2}, Request(factor=2)),
-        ({"factor": 2, "grouping": "adjacent"}, Request(factor=2, grouping="adjacent")),
-        ('{"factor": 2, "grouping": "stacked"}', Request(factor=2, grouping="stacked")),
-        ({"size": 768}, Request(size=768)),
-        ({"groups": [[0, 2], [1, 3]]}, Request(groups=PAIRS)),
-        (Request(size=5), Request(size=5)),
+        (2, AxisRequest(factor=2)),
+        ("2", AxisRequest(factor=2)),
+        (" 3 ", AxisRequest(factor=3)),
+        ("=768", AxisRequest(size=768)),
+        (" =1", AxisRequest(size=1)),
+        ([[0, 2], [1, 3]], AxisRequest(groups=PAIRS)),
+        (((0, 2), (1, 3)), AxisRequest(groups=PAIRS)),
+        ("[[0, 2], [1, 3]]", AxisRequest(groups=PAIRS)),
+        ({"factor": 2}, AxisRequest(factor=2)),
+        ({"factor": 2, "grouping": "adjacent"}, AxisRequest(factor=2, grouping="adjacent")),
+        ('{"factor": 2, "grouping": "stacked"}', AxisRequest(factor=2, grouping="stacked")),
+        ({"size": 768}, AxisRequest(size=768)),
+        ({"groups": [[0, 2], [1, 3]]}, AxisRequest(groups=PAIRS)),
+        (AxisRequest(size=5), AxisRequest(size=5)),
     ],
     ids=itertools.count(),
 )
-def test_a_request_is_a_factor_a_size_or_groups(value: object, expected: Request) -> None:
+def test_a_request_is_a_factor_a_size_or_groups(value: object, expected: AxisRequest) -> None:
     assert requests.parse_request(value, "mlp") == expected
 
 
@@ -51,7 +51,7 @@ def test_a_request_is_a_factor_a_size_or_groups(value: object, expected: Request
 )
 def test_members_may_have_weights_that_are_made_to_add_up_to_1(value: object) -> None:
     found = requests.parse_request(value, "heads")
-    assert found == Request(groups=PAIRS, weights=((0.75, 0.25), (0.5, 0.5)))
+    assert found == AxisRequest(groups=PAIRS, weights=((0.75, 0.25), (0.5, 0.5)))
 
 
 def test_a_weight_may_be_zero() -> None:
@@ -68,8 +68,21 @@ def test_a_weight_may_be_zero() -> None:
         *(
             (value, rf"mlp: '.*' is no request{HINT}a factor such as 2, a size such as =768")
             for value in (
-                None, True, 2.0, "", "two", "=", "=0", "=-1", "=1.5", "= 7", "=٣", "==7", "2x",
-                "9" * 13, "=" + "9" * 5_000,
+                None,
+                True,
+                2.0,
+                "",
+                "two",
+                "=",
+                "=0",
+                "=-1",
+                "=1.5",
+                "= 7",
+                "=٣",
+                "==7",
+                "2x",
+                "9" * 13,
+                "=" + "9" * 5_000,
             )
         ),
         ("=1099511627777", "mlp is 1099511627777, at most 1099511627776"),
@@ -97,7 +110,7 @@ def test_a_weight_may_be_zero() -> None:
         ({"groups": []}, "mlp: expected a list of groups"),
     ],
     ids=itertools.count(),
-)  # fmt: skip
+)
 def test_what_is_no_request_is_refused(value: object, expected: str) -> None:
     with pytest.raises(SchemeError, match=expected):
         requests.parse_request(value, "mlp")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import streammap
 from streammap.errors import PlanError, SchemeError
 from streammap.planning import scheme
-from streammap.planning.requests import Request
+from streammap.planning.requests import AxisRequest
 from streammap.planning.scheme import Grouping, Scheme
 from tests.support import tiny
 
@@ -103,16 +103,19 @@ def test_a_scheme_has_entries_for_spaces_and_axes(big: streammap.LazyCheckpoint)
     }
     found = scheme.load_scheme(content)
     assert found.spaces == {
-        "hidden": Request(factor=2),
-        "heads": Request(factor=2, grouping="adjacent"),
-        "mlp": Request(size=6),
-        "layers": Request(groups=((0, 1), (2, 3))),
+        "hidden": AxisRequest(factor=2),
+        "heads": AxisRequest(factor=2, grouping="adjacent"),
+        "mlp": AxisRequest(size=6),
+        "layers": AxisRequest(groups=((0, 1), (2, 3))),
     }
-    assert found.axes == {"types": Request(size=2)}
+    assert found.axes == {"types": AxisRequest(size=2)}
     shrunk = big.coalesce(scheme={key: content[key] for key in ("heads", "mlp", "layers")})
     assert {k: shrunk.sizes[k] for k in ("embed", "heads", "mlp", "layer")} == {
-        "embed": 4, "heads": 2, "mlp": 6, "layer": 2,
-    }  # fmt: skip
+        "embed": 4,
+        "heads": 2,
+        "mlp": 6,
+        "layer": 2,
+    }
 
 
 def test_width_in_a_scheme_is_what_the_option_is(big: streammap.LazyCheckpoint) -> None:
@@ -157,11 +160,21 @@ def test_every_shipped_scheme_loads() -> None:
 
 def test_uniform_groups_are_stacked_or_adjacent() -> None:
     assert scheme.uniform(12, 2, "stacked", what="heads") == (
-        (0, 6), (1, 7), (2, 8), (3, 9), (4, 10), (5, 11),
-    )  # fmt: skip
+        (0, 6),
+        (1, 7),
+        (2, 8),
+        (3, 9),
+        (4, 10),
+        (5, 11),
+    )
     assert scheme.uniform(12, 2, "adjacent", what="heads") == (
-        (0, 1), (2, 3), (4, 5), (6, 7), (8, 9), (10, 11),
-    )  # fmt: skip
+        (0, 1),
+        (2, 3),
+        (4, 5),
+        (6, 7),
+        (8, 9),
+        (10, 11),
+    )
     assert scheme.uniform(6, 3, "stacked", what="heads") == ((0, 2, 4), (1, 3, 5))
     assert scheme.uniform(6, 3, "adjacent", what="heads") == ((0, 1, 2), (3, 4, 5))
     assert scheme.uniform(3, 1, "stacked", what="heads") == ((0,), (1,), (2,))

@@ -36,11 +36,20 @@ def save(source: Path, out: Path, wrong: Disk) -> None:
         streammap.open(source / "big").coalesce(width=2).save(out, max_shard_size=500, threads=2)
 
 
-@pytest.mark.parametrize("wrong", [
-    LocalDisk(), faults.ShortDisk(), faults.ShortDisk(seed=7, around=LocalDisk()),
-    faults.slow(0.001), faults.watched(), faults.FullDisk(10**6), faults.PowerCut(),
-    faults.fail_at(10**6),
-], ids=lambda wrong: type(wrong).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        LocalDisk(),
+        faults.ShortDisk(),
+        faults.ShortDisk(seed=7, around=LocalDisk()),
+        faults.slow(0.001),
+        faults.watched(),
+        faults.FullDisk(10**6),
+        faults.PowerCut(),
+        faults.fail_at(10**6),
+    ],
+    ids=lambda wrong: type(wrong).__name__,
+)
 def test_a_disk_that_works_in_the_end_changes_no_byte(
     source: Path, tmp_path: Path, wrong: Disk
 ) -> None:

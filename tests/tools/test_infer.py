@@ -21,35 +21,70 @@ Table = Mapping[str, object]
 
 CONFIGS: dict[str, dict[str, object]] = {
     "llama": {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000,
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
     },
     "gpt2": {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 768, "n_head": 12,
-        "n_layer": 12, "n_positions": 1024, "vocab_size": 50257,
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "vocab_size": 50257,
     },
     "bert": {
-        "architectures": ["BertForMaskedLM"], "model_type": "bert", "hidden_size": 768,
-        "num_attention_heads": 12, "num_hidden_layers": 12, "intermediate_size": 3072,
-        "vocab_size": 30522, "max_position_embeddings": 512, "type_vocab_size": 2,
+        "architectures": ["BertForMaskedLM"],
+        "model_type": "bert",
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "intermediate_size": 3072,
+        "vocab_size": 30522,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
     },
     "mixtral": {
-        "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 4096,
-        "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32,
-        "num_key_value_heads": 8, "num_local_experts": 8, "vocab_size": 32000,
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "vocab_size": 32000,
     },
     "t5": {
-        "architectures": ["T5ForConditionalGeneration"], "model_type": "t5", "d_model": 512,
-        "d_ff": 2048, "d_kv": 64, "num_heads": 8, "num_layers": 6, "num_decoder_layers": 6,
+        "architectures": ["T5ForConditionalGeneration"],
+        "model_type": "t5",
+        "d_model": 512,
+        "d_ff": 2048,
+        "d_kv": 64,
+        "num_heads": 8,
+        "num_layers": 6,
+        "num_decoder_layers": 6,
         "vocab_size": 32128,
     },
     "phi3": {
-        "architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 3072,
-        "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "num_hidden_layers": 32, "vocab_size": 32064, "pad_token_id": 32000,
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 32,
+        "vocab_size": 32064,
+        "pad_token_id": 32000,
     },
-}  # fmt: skip
+}
 
 LLAMA_ATTENTION = {
     "{base}embed_tokens": "embedding vocab -> embed",
@@ -148,23 +183,29 @@ def table(name: str, entry: str) -> Table:
 
 AXES: dict[str, dict[str, object]] = {
     "llama": {
-        "embed": "hidden_size", "heads": "num_attention_heads", "q_group": "=heads/kv_heads",
-        "kv_heads": ["num_key_value_heads", "=heads"], "head_dim": ["head_dim", "=embed/heads"],
+        "embed": "hidden_size",
+        "heads": "num_attention_heads",
+        "q_group": "=heads/kv_heads",
+        "kv_heads": ["num_key_value_heads", "=heads"],
+        "head_dim": ["head_dim", "=embed/heads"],
     },
     "gpt2": {"mlp": ["n_inner", "=4*embed"], "head_dim": "=embed/heads", "layer": "n_layer"},
     "bert": {"heads": "num_attention_heads", "head_dim": "=embed/heads"},
     "mixtral": {"expert": "num_local_experts", "mlp": "intermediate_size"},
     "t5": {"head_dim": ["d_kv", "=64"], "layer": "num_layers", "dec_layer": "num_decoder_layers"},
     "phi3": {"head_dim": "=embed/heads", "q_group": "=heads/kv_heads"},
-}  # fmt: skip
+}
 KINDS = {
     "llama": {"layer": "depth", "head_dim": "frozen", "q_group": "group", "vocab": "frozen"},
     "gpt2": {"layer": "depth", "head_dim": "frozen", "vocab": "frozen", "pos": "frozen"},
     "mixtral": {
-        "layer": "depth", "head_dim": "frozen", "q_group": "group", "vocab": "frozen",
+        "layer": "depth",
+        "head_dim": "frozen",
+        "q_group": "group",
+        "vocab": "frozen",
         "expert": "expert",
     },
-}  # fmt: skip
+}
 HEADS: dict[str, dict[str, object]] = {
     "llama": {"norm": "{base}norm", "embed": "{base}embed_tokens.weight", "tied": False},
     "gpt2": {"norm": "{base}ln_f", "embed": "{base}wte.weight"},
@@ -200,8 +241,10 @@ def test_the_head_and_the_norm_before_it(name: str) -> None:
 def test_norms_are_known_by_what_they_do() -> None:
     gemma = infer({"model_type": "gemma", "num_hidden_layers": 2}, name="gemma")
     assert tomllib.loads(gemma.toml)["norm"] == {
-        "kind": "rms", "offset": 1.0, "eps": ["rms_norm_eps"],
-    }  # fmt: skip
+        "kind": "rms",
+        "offset": 1.0,
+        "eps": ["rms_norm_eps"],
+    }
     assert table("bert", "norm") == {"kind": "layer", "eps": ["layer_norm_eps"], "post": True}
     assert table("gpt2", "norm") == {"kind": "layer", "eps": ["layer_norm_epsilon"]}
 

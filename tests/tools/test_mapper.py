@@ -64,9 +64,20 @@ def test_map_gives_the_originals_numbers(tmp_path: Path, scheme: Path, arch: str
     state = folder(tmp_path / "src", arch, source)
     folder(tmp_path / "tgt", arch, target)
     said = ok(
-        "map", "--arch", arch, "--opt", opt, "--src-dir", tmp_path / "src", "--tgt-dir",
-        tmp_path / "tgt", "--config", scheme, "--save-dir", tmp_path / "out",
-    )  # fmt: skip
+        "map",
+        "--arch",
+        arch,
+        "--opt",
+        opt,
+        "--src-dir",
+        tmp_path / "src",
+        "--tgt-dir",
+        tmp_path / "tgt",
+        "--config",
+        scheme,
+        "--save-dir",
+        tmp_path / "out",
+    )
     assert "reserved_heads: accepted, and not used" in said
     direction: Direction = "coalesce" if opt == "C" else "decoalesce"
     close(load_file(tmp_path / "out" / "model.safetensors"), expected_of(state, arch, direction))
@@ -78,8 +89,21 @@ def test_map_gives_the_originals_numbers(tmp_path: Path, scheme: Path, arch: str
 def test_map_blends(tmp_path: Path, arch: str) -> None:
     source = folder(tmp_path / "src", arch, SMALL, seed=1)
     target = folder(tmp_path / "tgt", arch, SMALL, seed=2)
-    ok("map", "--arch", arch, "--opt", "IP", "--alpha", 0.25, "--src-dir", tmp_path / "src",
-       "--tgt-dir", tmp_path / "tgt", "--save-dir", tmp_path / "out")  # fmt: skip
+    ok(
+        "map",
+        "--arch",
+        arch,
+        "--opt",
+        "IP",
+        "--alpha",
+        0.25,
+        "--src-dir",
+        tmp_path / "src",
+        "--tgt-dir",
+        tmp_path / "tgt",
+        "--save-dir",
+        tmp_path / "out",
+    )
     found = load_file(tmp_path / "out" / "model.safetensors")
     close(found, oracle.interpolated(source, target, 0.25))
 
@@ -88,11 +112,25 @@ def test_the_result_may_replace_the_target_as_in_the_manual(tmp_path: Path, sche
     state = folder(tmp_path / "big", "bert", LARGE)
     folder(tmp_path / "small", "bert", SMALL)
     torch.save({}, tmp_path / "small" / "pytorch_model.bin")
-    ok("map", "--arch", "bert", "--opt", "C", "--src-dir", tmp_path / "big", "--tgt-dir",
-       tmp_path / "small", "--config", scheme, "--save-dir", tmp_path / "small")  # fmt: skip
+    ok(
+        "map",
+        "--arch",
+        "bert",
+        "--opt",
+        "C",
+        "--src-dir",
+        tmp_path / "big",
+        "--tgt-dir",
+        tmp_path / "small",
+        "--config",
+        scheme,
+        "--save-dir",
+        tmp_path / "small",
+    )
     assert not (tmp_path / "small" / "pytorch_model.bin").exists()
-    close(load_file(tmp_path / "small" / "model.safetensors"),
-          expected_of(state, "bert", "coalesce"))  # fmt: skip
+    close(
+        load_file(tmp_path / "small" / "model.safetensors"), expected_of(state, "bert", "coalesce")
+    )
 
 
 def test_without_a_scheme_units_and_neighbouring_layers_are_paired(tmp_path: Path) -> None:
@@ -122,10 +160,26 @@ def test_map_reads_and_writes_deit_files(tmp_path: Path, scheme: Path, suffix: s
     big.mkdir()
     torch.save({"model": state, "epoch": 3}, big / "checkpoint-130.pth")
     said = ok(
-        "map", "--arch", "deit", "--src-arch", "L4-H4", "--tgt-arch", "L2-H2", "--src-dir", big,
-        "--src-ckp", "checkpoint-130.pth", "--opt", "C", "--config", scheme, "--save-dir", small,
-        "--save-ckp", f"checkpoint-130-C{suffix}",
-    )  # fmt: skip
+        "map",
+        "--arch",
+        "deit",
+        "--src-arch",
+        "L4-H4",
+        "--tgt-arch",
+        "L2-H2",
+        "--src-dir",
+        big,
+        "--src-ckp",
+        "checkpoint-130.pth",
+        "--opt",
+        "C",
+        "--config",
+        scheme,
+        "--save-dir",
+        small,
+        "--save-ckp",
+        f"checkpoint-130-C{suffix}",
+    )
     assert "epoch beside the state dict: left out" in said
     made = small / f"checkpoint-130-C{suffix}"
     expected = expected_of(state, "deit", "coalesce")
@@ -134,17 +188,54 @@ def test_map_reads_and_writes_deit_files(tmp_path: Path, scheme: Path, suffix: s
     else:
         close(load_file(made), expected)
     # The next command of the manual takes it, and the map that was saved beside it.
-    ok("map", "--arch", "deit", "--src-arch", "L2-H2", "--tgt-arch", "L4-H4", "--src-dir", small,
-       "--src-ckp", made.name, "--opt", "D", "--save-dir", big, "--save-ckp",
-       "checkpoint-130-C-D.pth")  # fmt: skip
+    ok(
+        "map",
+        "--arch",
+        "deit",
+        "--src-arch",
+        "L2-H2",
+        "--tgt-arch",
+        "L4-H4",
+        "--src-dir",
+        small,
+        "--src-ckp",
+        made.name,
+        "--opt",
+        "D",
+        "--save-dir",
+        big,
+        "--save-ckp",
+        "checkpoint-130-C-D.pth",
+    )
     grown = torch.load(big / "checkpoint-130-C-D.pth", weights_only=True)
     grown = grown.get("model", grown)
     shrunk = tiny.opened(made)
     close(grown, expected_of(shrunk, "deit", "decoalesce"))
-    ok("map", "--arch", "deit", "--src-arch", "L4-H4", "--tgt-arch", "L4-H4", "--src-dir", big,
-       "--src-ckp", "checkpoint-130-C-D.pth", "--tgt-dir", big, "--tgt-ckp", "checkpoint-130.pth",
-       "--opt", "IP", "--alpha", 0.25, "--save-dir", tmp_path / "ip", "--save-ckp", "ip.pth",
-       )  # fmt: skip
+    ok(
+        "map",
+        "--arch",
+        "deit",
+        "--src-arch",
+        "L4-H4",
+        "--tgt-arch",
+        "L4-H4",
+        "--src-dir",
+        big,
+        "--src-ckp",
+        "checkpoint-130-C-D.pth",
+        "--tgt-dir",
+        big,
+        "--tgt-ckp",
+        "checkpoint-130.pth",
+        "--opt",
+        "IP",
+        "--alpha",
+        0.25,
+        "--save-dir",
+        tmp_path / "ip",
+        "--save-ckp",
+        "ip.pth",
+    )
     blended = torch.load(tmp_path / "ip" / "ip.pth", weights_only=True)["model"]
     close(blended, oracle.interpolated(grown, state, 0.25))
 
@@ -153,9 +244,12 @@ def test_the_manuals_chain_of_calls(tmp_path: Path) -> None:
     small = folder(tmp_path / "small", "bert", SMALL, seed=1)
     big = folder(tmp_path / "big", "bert", LARGE, seed=2)
     mapper = streammap.BertMapper(
-        src_dir=tmp_path / "small", tgt_dir=tmp_path / "big", save_dir=tmp_path / "out",
-        width_scheme=WIDTH, depth_scheme=DEPTH,
-    )  # fmt: skip
+        src_dir=tmp_path / "small",
+        tgt_dir=tmp_path / "big",
+        save_dir=tmp_path / "out",
+        width_scheme=WIDTH,
+        depth_scheme=DEPTH,
+    )
     report = mapper.decoalesce().interpolate(alpha=0.5).save()
     assert report.output == str(tmp_path / "out")
     grown = expected_of(small, "bert", "decoalesce")
@@ -170,17 +264,29 @@ def test_down_and_up_again_and_blended_with_the_source(tmp_path: Path) -> None:
     )
     mapper.coalesce().decoalesce().interpolate(0.5).save()
     projected = expected_of(expected_of(big, "bert", "coalesce"), "bert", "decoalesce")
-    close(load_file(tmp_path / "out" / "model.safetensors"),
-          oracle.interpolated(projected, big, 0.5))  # fmt: skip
+    close(
+        load_file(tmp_path / "out" / "model.safetensors"), oracle.interpolated(projected, big, 0.5)
+    )
 
 
 def test_map_refuses_the_wrong_direction(tmp_path: Path, scheme: Path) -> None:
     folder(tmp_path / "src", "bert", SMALL)
     folder(tmp_path / "tgt", "bert", LARGE)
     result = run(
-        "map", "--arch", "bert", "--opt", "C", "--src-dir", tmp_path / "src", "--tgt-dir",
-        tmp_path / "tgt", "--config", scheme, "--save-dir", tmp_path / "out",
-    )  # fmt: skip
+        "map",
+        "--arch",
+        "bert",
+        "--opt",
+        "C",
+        "--src-dir",
+        tmp_path / "src",
+        "--tgt-dir",
+        tmp_path / "tgt",
+        "--config",
+        scheme,
+        "--save-dir",
+        tmp_path / "out",
+    )
     assert result.exit_code == 1
     assert "the target is the larger model" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -18,14 +18,30 @@ from streammap.tools.spec_proof.tiny_models import TinyModel
 pytest.importorskip("transformers")
 
 QUICK = (
-    "bert", "gpt2", "llama", "qwen3", "gemma2", "t5", "mixtral", "deepseek_v3", "gpt_oss", "falcon",
-    "phi3", "vit", "opt_350m", "mamba",
-)  # fmt: skip
+    "bert",
+    "gpt2",
+    "llama",
+    "qwen3",
+    "gemma2",
+    "t5",
+    "mixtral",
+    "deepseek_v3",
+    "gpt_oss",
+    "falcon",
+    "phi3",
+    "vit",
+    "opt_350m",
+    "mamba",
+)
 """One of each kind; the others are slow only because there are many of them."""
 TINY = {
-    "vocab_size": 31, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2,
-    "intermediate_size": 24, "max_position_embeddings": 32,
-}  # fmt: skip
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
 BERT = TinyModel("bert", "BertForMaskedLM", TINY)
 
 
@@ -75,17 +91,22 @@ n_inner = 20
 FAULTS = {
     "no head to compensate": ('[head]\nclasses = ["NoSuchModel"]', "growth", "embed: "),
     "a scale that the model lacks": (
-        '[forward_scale]\n"{base}wte.weight" = "embed**0.5"', "growth", "embed: ",
+        '[forward_scale]\n"{base}wte.weight" = "embed**0.5"',
+        "growth",
+        "embed: ",
     ),
     "another layout of q, k, v": (
         '[modules]\n"{L}attn.c_attn" = "conv1d embed -> heads*3*head_dim"',
-        "permutation", "heads: ",
+        "permutation",
+        "heads: ",
     ),
     "a role the wrong way round": (
-        '[tensors]\n"{L}mlp.c_fc.weight" = "embed:in, mlp:in"', "growth", "mlp: ",
+        '[tensors]\n"{L}mlp.c_fc.weight" = "embed:in, mlp:in"',
+        "growth",
+        "mlp: ",
     ),
     "a rule that is missing": ('[modules]\n"{L}mlp.c_fc" = "linear mlp -> mlp"', "growth", "c_fc"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -164,14 +185,36 @@ def test_float32_is_float64_inside_only(tmp_path: Path) -> None:
     ("feature", "model"),
     [
         ("alibi", TinyModel("bloom", "BloomForCausalLM", TINY | {"n_head": 2, "n_layer": 2})),
-        ("alibi", TinyModel("mpt", "MptForCausalLM", {
-            "vocab_size": 31, "d_model": 16, "n_heads": 2, "n_layers": 2, "max_seq_len": 32,
-        })),
-        ("sinusoidal", TinyModel("xglm", "XGLMForCausalLM", {
-            "vocab_size": 31, "d_model": 16, "ffn_dim": 24, "num_layers": 2, "attention_heads": 2,
-        })),
+        (
+            "alibi",
+            TinyModel(
+                "mpt",
+                "MptForCausalLM",
+                {
+                    "vocab_size": 31,
+                    "d_model": 16,
+                    "n_heads": 2,
+                    "n_layers": 2,
+                    "max_seq_len": 32,
+                },
+            ),
+        ),
+        (
+            "sinusoidal",
+            TinyModel(
+                "xglm",
+                "XGLMForCausalLM",
+                {
+                    "vocab_size": 31,
+                    "d_model": 16,
+                    "ffn_dim": 24,
+                    "num_layers": 2,
+                    "attention_heads": 2,
+                },
+            ),
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_feature_is_switched_off_inside_only(
     tmp_path: Path, feature: str, model: TinyModel
 ) -> None:

@@ -13,7 +13,7 @@ import streammap
 from streammap.errors import PlanError, SchemeError, StreammapError
 from streammap.operators.permute import Permute
 from streammap.planning import request_tree
-from streammap.planning.request_tree import Call
+from streammap.planning.request_tree import OperatorCall
 from streammap.tools import replay
 from tests.support import tiny
 from tests.support.typed import ok, run
@@ -46,10 +46,10 @@ CHAINS: dict[str, Callable[[Lazy], Lazy]] = {
     "size": lambda big: big.decoalesce(hidden="=12", mlp={"factor": 2, "grouping": "adjacent"}),
     "target": lambda big: big.coalesce(target={**tiny.bert_config(tiny.Sizes(heads=2, layers=2))}),
     "and back": lambda big: big.coalesce(width=2, depth=2).decoalesce(),
-    "blend with itself": lambda big: big.coalesce(width=2).decoalesce().interpolate(
-        big, alpha=0.25
+    "blend with itself": lambda big: (
+        big.coalesce(width=2).decoalesce().interpolate(big, alpha=0.25)
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -77,8 +77,13 @@ def test_files_that_were_given_stand_in_the_record(big: Path, tmp_path: Path) ->
     scheme = tiny.file(tmp_path / "s.json", '{"width_scheme": [[0, 2], [1, 3]]}')
     config = (big / "config.json").rename(tmp_path / "elsewhere.json")
     ok("coalesce", big, tmp_path / "small", "--scheme", scheme, "--config", config)
-    ok("decoalesce", tmp_path / "small", tmp_path / "up", "--map",
-       tmp_path / "small" / "streammap.map.safetensors")  # fmt: skip
+    ok(
+        "decoalesce",
+        tmp_path / "small",
+        tmp_path / "up",
+        "--map",
+        tmp_path / "small" / "streammap.map.safetensors",
+    )
     ok("decoalesce", tmp_path / "small", tmp_path / "saved")
     scheme.write_text("{}")
     config.unlink()
@@ -253,16 +258,22 @@ def _calls(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
     extra = st.dictionaries(_NAMES, _LEAF, max_size=3)
     return st.builds(
         lambda operator, more, source, target: {
-            "operator": operator, "source": source, "target": target, **more
+            "operator": operator,
+            "source": source,
+            "target": target,
+            **more,
         },
-        _OPERATORS, extra, inner, inner,
-    )  # fmt: skip
+        _OPERATORS,
+        extra,
+        inner,
+        inner,
+    )
 
 
 @given(st.recursive(st.builds(dict, operator=st.just("open"), path=_LEAF), _calls, max_leaves=6))
 def test_any_tree_is_a_request_or_the_projects_own_error(tree: object) -> None:
     try:
-        found: Call = request_tree.parse(tree)
+        found: OperatorCall = request_tree.parse(tree)
         replay.rebuilt(found, None)
     except StreammapError:
         pass

@@ -24,7 +24,7 @@ STEPS = (
 )
 
 
-def rows_of(name: ModelName) -> dict[str, testbench.Row]:
+def rows_of(name: ModelName) -> dict[str, testbench.TableRow]:
     rows = testbench.compare(name, TINY, testbench.groups_for(TINY, None))
     assert all(row.model == name for row in rows)
     assert tuple(row.name for row in rows) == STEPS
@@ -61,8 +61,8 @@ def test_json_is_one_object_of_all_rows() -> None:
 
 def test_the_table_has_a_column_for_each_rule() -> None:
     rows = (
-        testbench.Row("GPT-2", "L6-E384 -> L6-E768", 9.3e-2, 1.9e-7),
-        testbench.Row("GPT-2", "alpha 0", 0.0, 0.0),
+        testbench.TableRow("GPT-2", "L6-E384 -> L6-E768", 9.3e-2, 1.9e-7),
+        testbench.TableRow("GPT-2", "alpha 0", 0.0, 0.0),
     )
     assert testbench.as_text(rows) == (
         "GPT-2                                 reference       exact\n"

@@ -17,7 +17,7 @@ from streammap.errors import CheckpointError, some
 from streammap.io.buffers import Buffer
 from streammap.io.formats import dcp_stream
 from streammap.io.formats.dcp_metadata import Chunk, Metadata, Path_
-from streammap.io.formats.dcp_stream import Place
+from streammap.io.formats.dcp_stream import ChunkLocation
 from streammap.io.formats.torch_zip import NESTS
 from streammap.io.storage.local import LocalFile
 from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
@@ -53,9 +53,10 @@ def select(found: Metadata, *, folder: str) -> Selected:
     paths = {name: found.paths[name] for name in found.tensors}
     nest = _nest(paths.values())
     inside = {
-        name: path for name, path in paths.items()
+        name: path
+        for name, path in paths.items()
         if (len(path) == 1 if nest is None else path[: len(nest)] == nest and len(path) > len(nest))
-    }  # fmt: skip
+    }
     tops = dict.fromkeys(str(path[0]) for path in found.paths.values())
     if not inside:
         raise CheckpointError(
@@ -108,7 +109,7 @@ class Chunks:
                         hint="the file was cut short: copy it again",
                     )
         self._tensors, self._files = tensors, files
-        self._places: dict[tuple[str, int], Place] = {}
+        self._places: dict[tuple[str, int], ChunkLocation] = {}
         self._local = threading.local()
 
     def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
@@ -153,8 +154,10 @@ class Chunks:
         order = place.order
         source = _Source(self._files[chunk.file], place.start, means[1], self._scratch())
         sizes, ranges, target = (
-            [shape[d] for d in order], [ranges[d] for d in order], target.permute(order)
-        )  # fmt: skip
+            [shape[d] for d in order],
+            [ranges[d] for d in order],
+            target.permute(order),
+        )
         source.copy(*_merged(sizes, ranges, target), means[0])
 
     def _scratch(self) -> Buffer:
@@ -164,7 +167,7 @@ class Chunks:
             found = self._local.scratch = Buffer(_SCRATCH_NBYTES)
         return found
 
-    def _place(self, key: str, chunk: Chunk) -> Place:
+    def _place(self, key: str, chunk: Chunk) -> ChunkLocation:
         known = self._places.get((chunk.file, chunk.offset))
         if known is None:
             spec, _ = self._tensors[key]

@@ -55,22 +55,52 @@ class Metadata:
 
 
 _INSTRUCTIONS = (
-    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE,
-    pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.BINFLOAT,
-    pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINBYTES, pickle.SHORT_BINBYTES,
-    pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1,
-    pickle.TUPLE2, pickle.TUPLE3, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS,
-    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.MEMOIZE,
-    pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.NEWOBJ, pickle.REDUCE, pickle.BUILD,
-)  # fmt: skip
+    pickle.PROTO,
+    pickle.FRAME,
+    pickle.STOP,
+    pickle.MARK,
+    pickle.NONE,
+    pickle.NEWTRUE,
+    pickle.NEWFALSE,
+    pickle.BININT,
+    pickle.BININT1,
+    pickle.BININT2,
+    pickle.LONG1,
+    pickle.BINFLOAT,
+    pickle.BINUNICODE,
+    pickle.SHORT_BINUNICODE,
+    pickle.BINBYTES,
+    pickle.SHORT_BINBYTES,
+    pickle.EMPTY_DICT,
+    pickle.EMPTY_LIST,
+    pickle.EMPTY_TUPLE,
+    pickle.TUPLE,
+    pickle.TUPLE1,
+    pickle.TUPLE2,
+    pickle.TUPLE3,
+    pickle.APPEND,
+    pickle.APPENDS,
+    pickle.SETITEM,
+    pickle.SETITEMS,
+    pickle.BINPUT,
+    pickle.LONG_BINPUT,
+    pickle.BINGET,
+    pickle.LONG_BINGET,
+    pickle.MEMOIZE,
+    pickle.GLOBAL,
+    pickle.STACK_GLOBAL,
+    pickle.NEWOBJ,
+    pickle.REDUCE,
+    pickle.BUILD,
+)
 """All that a pickle of such records needs."""
 
 
-class Record:
+class StubObject:
     """An object of a class that is not imported: its fields."""
 
 
-class Properties(Record):
+class Properties(StubObject):
     """Of a tensor: (dtype, layout, requires_grad, memory format, pinned)."""
 
     dtype: object = None
@@ -114,7 +144,7 @@ def _set_items(reader: Any, n: int | None) -> None:
     if not isinstance(table, dict):
         raise pickle.UnpicklingError(f"{type(table).__name__} where a dict is expected")
     for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | Record):
+        if not isinstance(key, str | int | StubObject):
             raise pickle.UnpicklingError(f"a key that is a {type(key).__name__}")
         table[key] = value
 
@@ -124,7 +154,7 @@ def _build(reader: Any) -> None:
     state, made = reader.stack.pop(), reader.stack[-1]
     if isinstance(made, Properties) and isinstance(state, tuple) and state:
         made.__setstate__(state)
-    elif isinstance(made, Record) and isinstance(state, dict):
+    elif isinstance(made, StubObject) and isinstance(state, dict):
         vars(made).update({str(k): v for k, v in state.items() if isinstance(k, str)})
     else:
         raise pickle.UnpicklingError(f"state for a {type(made).__name__}")
@@ -155,12 +185,16 @@ def _layout(name: object) -> object:
 _META = "torch.distributed.checkpoint.metadata"
 _OLD = "torch.distributed._shard.sharded_tensor.metadata"
 _RECORDS = (
-    (_META, "Metadata"), (_META, "TensorStorageMetadata"), (_META, "BytesStorageMetadata"),
-    (_META, "ChunkStorageMetadata"), (_META, "MetadataIndex"), (_META, "StorageMeta"),
+    (_META, "Metadata"),
+    (_META, "TensorStorageMetadata"),
+    (_META, "BytesStorageMetadata"),
+    (_META, "ChunkStorageMetadata"),
+    (_META, "MetadataIndex"),
+    (_META, "StorageMeta"),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-)  # fmt: skip
+)
 _KNOWN: Mapping[tuple[str, str], object] = {
-    **{where: type(where[1], (Record,), {}) for where in _RECORDS},
+    **{where: type(where[1], (StubObject,), {}) for where in _RECORDS},
     **{("torch", name): known for name, known in DTYPES.items()},
     (_META, "TensorProperties"): Properties,
     (_OLD, "TensorProperties"): Properties,
@@ -209,7 +243,7 @@ def read(folder: Path) -> Metadata:
 
 def _metadata(content: object) -> Metadata:
     table = _table(content, "state_dict_metadata")
-    streams: dict[tuple[str, object], Record] = {}
+    streams: dict[tuple[str, object], StubObject] = {}
     for index, info in _table(content, "storage_data").items():
         name, offset = _field(index, "fqn"), vars(index).get("offset")
         if not isinstance(name, str) or (offset is not None and not _are_sizes(offset)):
@@ -260,9 +294,10 @@ def _tensor(
                 hint="save it again without extensions (compression)",
             )
         at = tuple((start, start + n) for start, n in zip(starts, lengths, strict=True))
-        file, place = _field(info, "relative_path"), _sizes(
-            (_field(info, "offset"), _field(info, "length")), name
-        )  # fmt: skip
+        file, place = (
+            _field(info, "relative_path"),
+            _sizes((_field(info, "offset"), _field(info, "length")), name),
+        )
         if not isinstance(file, str) or not safe_open.is_plain_name(file):
             raise CheckpointError(
                 f"{name} is said to be in {file!r}, expected a file of the same folder",
@@ -302,7 +337,7 @@ def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None
         )
 
 
-def _table(record: object, name: str) -> Mapping[object, Record]:
+def _table(record: object, name: str) -> Mapping[object, StubObject]:
     found = _field(record, name)
     if not isinstance(found, dict):
         raise CheckpointError(f"{name} is a {type(found).__name__}, expected a dict")
@@ -310,7 +345,7 @@ def _table(record: object, name: str) -> Mapping[object, Record]:
 
 
 def _field(record: object, name: str) -> object:
-    if not isinstance(record, Record) or name not in vars(record):
+    if not isinstance(record, StubObject) or name not in vars(record):
         raise CheckpointError(f"no {name}")
     found: object = vars(record)[name]
     return found

@@ -27,7 +27,7 @@ _BUFFER_NBYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class ChunkLocation:
     """Where a chunk's numbers are."""
 
     start: int
@@ -36,7 +36,7 @@ class Place:
     """Its dimensions as they are stored, the slowest first."""
 
 
-def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> Place:
+def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> ChunkLocation:
     """Where the numbers of a chunk are.
 
     Raises:
@@ -62,7 +62,7 @@ def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> Place:
             hint="copy the checkpoint again",
         )
     order = _order(where, shape, tensor.strides)
-    return Place(chunk.offset + start + tensor.offset * item, order)
+    return ChunkLocation(chunk.offset + start + tensor.offset * item, order)
 
 
 def _described(

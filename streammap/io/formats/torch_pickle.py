@@ -20,23 +20,62 @@ MAX_NBYTES = 100_000_000
 _MAX_STEPS = 10_000_000
 """A tensor takes about 40."""
 DTYPES = {
-    "float64": "F64", "double": "F64", "float32": "F32", "float": "F32", "float16": "F16",
-    "half": "F16", "bfloat16": "BF16", "int64": "I64", "long": "I64", "int32": "I32", "int": "I32",
-    "int16": "I16", "short": "I16", "int8": "I8", "uint8": "U8", "uint16": "U16", "uint32": "U32",
-    "uint64": "U64", "bool": "BOOL", "complex64": "C64", "cfloat": "C64", "float8_e5m2": "F8_E5M2",
+    "float64": "F64",
+    "double": "F64",
+    "float32": "F32",
+    "float": "F32",
+    "float16": "F16",
+    "half": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "long": "I64",
+    "int32": "I32",
+    "int": "I32",
+    "int16": "I16",
+    "short": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "uint16": "U16",
+    "uint32": "U32",
+    "uint64": "U64",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "cfloat": "C64",
+    "float8_e5m2": "F8_E5M2",
     "float8_e4m3fn": "F8_E4M3",
-}  # fmt: skip
+}
 """torch's name of a dtype -> safetensors'."""
 _STORAGES = {
-    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64",
-    "Int": "I32", "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL",
-    "ComplexFloat": "C64", "ComplexDouble": "complex128", "QInt8": "qint8", "QUInt8": "quint8",
-    "QInt32": "qint32", "QUInt4x2": "quint4x2", "QUInt2x4": "quint2x4", "Untyped": "U8",
-}  # fmt: skip
+    "Double": "F64",
+    "Float": "F32",
+    "Half": "F16",
+    "BFloat16": "BF16",
+    "Long": "I64",
+    "Int": "I32",
+    "Short": "I16",
+    "Char": "I8",
+    "Byte": "U8",
+    "Bool": "BOOL",
+    "ComplexFloat": "C64",
+    "ComplexDouble": "complex128",
+    "QInt8": "qint8",
+    "QUInt8": "quint8",
+    "QInt32": "qint32",
+    "QUInt4x2": "quint4x2",
+    "QUInt2x4": "quint2x4",
+    "Untyped": "U8",
+}
 _DTYPE_WORDS = (
-    *DTYPES, "complex128", "complex32", "qint8", "quint8", "qint32", "float8_e4m3fnuz",
-    "float8_e5m2fnuz", "float8_e8m0fnu",
-)  # fmt: skip
+    *DTYPES,
+    "complex128",
+    "complex32",
+    "qint8",
+    "quint8",
+    "qint32",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)
 _MAKERS = {
     "torch._utils._rebuild_tensor": 4,
     "torch._utils._rebuild_tensor_v2": 6,
@@ -48,17 +87,34 @@ _TYPED = "torch._tensor._rebuild_from_type_v2"
 _ODD = tuple(
     f"torch._utils._rebuild_{name}"
     for name in (
-        "sparse_tensor", "sparse_csr_tensor", "qtensor", "nested_tensor", "wrapper_subclass",
-        "meta_tensor_no_storage", "device_tensor_from_numpy", "device_tensor_from_cpu_tensor",
+        "sparse_tensor",
+        "sparse_csr_tensor",
+        "qtensor",
+        "nested_tensor",
+        "wrapper_subclass",
+        "meta_tensor_no_storage",
+        "device_tensor_from_numpy",
+        "device_tensor_from_cpu_tensor",
     )
-)  # fmt: skip
+)
 _HARMLESS = (
-    "collections.Counter", "torch.Size", "torch.device", "torch.Tensor",
-    "torch.nn.parameter.Parameter", "torch.serialization._get_layout", "_codecs.encode",
-    "builtins.bytearray", "builtins.set", "builtins.complex", "argparse.Namespace",
-    "torch.per_tensor_affine", "torch.per_tensor_symmetric", "torch.per_channel_affine",
-    "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams",
-)  # fmt: skip
+    "collections.Counter",
+    "torch.Size",
+    "torch.device",
+    "torch.Tensor",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+    "_codecs.encode",
+    "builtins.bytearray",
+    "builtins.set",
+    "builtins.complex",
+    "argparse.Namespace",
+    "torch.per_tensor_affine",
+    "torch.per_tensor_symmetric",
+    "torch.per_channel_affine",
+    "torch.per_channel_symmetric",
+    "torch.per_channel_affine_float_qparams",
+)
 _DICT = "collections.OrderedDict"
 
 
@@ -85,12 +141,12 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class OddTensor:
+class UnsupportedTensor:
     """A tensor that is not its bytes: sparse, quantised, conjugate, on no device ..."""
 
 
 @dataclass(frozen=True, slots=True)
-class Opaque:
+class Skipped:
     """A value of no interest, not made."""
 
 
@@ -101,7 +157,7 @@ class _Name:
     text: str
 
 
-_OPAQUE = Opaque()
+_OPAQUE = Skipped()
 Atom = str | bytes | int | float | None
 
 
@@ -139,21 +195,42 @@ class _Reader:
         steps: dict[int, Callable[[], None]] = {
             code[0]: step
             for code, step in (
-                (b"\x80", self._protocol), (b"(", self._mark), (b"c", self._global),
-                (b"R", self._reduce), (b"\x81", self._reduce), (b"b", self._build),
-                (b"Q", self._stored), (b"q", self._put1), (b"r", self._put4),
-                (b"h", self._get1), (b"j", self._get4), (b"X", self._unicode),
-                (b"U", self._bytes), (b"\x8a", self._long), (b"K", self._int1),
-                (b"M", self._int2), (b"J", self._int4), (b"G", self._float),
-                (b"t", self._tuple), (b"\x85", self._tuple1), (b"\x86", self._tuple2),
-                (b"\x87", self._tuple3), (b"a", self._append), (b"e", self._appends),
-                (b"s", self._set), (b"u", self._sets),
+                (b"\x80", self._protocol),
+                (b"(", self._mark),
+                (b"c", self._global),
+                (b"R", self._reduce),
+                (b"\x81", self._reduce),
+                (b"b", self._build),
+                (b"Q", self._stored),
+                (b"q", self._put1),
+                (b"r", self._put4),
+                (b"h", self._get1),
+                (b"j", self._get4),
+                (b"X", self._unicode),
+                (b"U", self._bytes),
+                (b"\x8a", self._long),
+                (b"K", self._int1),
+                (b"M", self._int2),
+                (b"J", self._int4),
+                (b"G", self._float),
+                (b"t", self._tuple),
+                (b"\x85", self._tuple1),
+                (b"\x86", self._tuple2),
+                (b"\x87", self._tuple3),
+                (b"a", self._append),
+                (b"e", self._appends),
+                (b"s", self._set),
+                (b"u", self._sets),
             )
-        }  # fmt: skip
+        }
         makers: dict[int, Callable[[], object]] = {
-            ord("N"): lambda: None, 0x88: lambda: True, 0x89: lambda: False,
-            ord(")"): tuple, ord("]"): list, ord("}"): dict,
-        }  # fmt: skip
+            ord("N"): lambda: None,
+            0x88: lambda: True,
+            0x89: lambda: False,
+            ord(")"): tuple,
+            ord("]"): list,
+            ord("}"): dict,
+        }
         for _ in range(_MAX_STEPS):
             code = self._content[self._at]
             self._at += 1
@@ -275,7 +352,7 @@ class _Reader:
 
     def _update(self, items: list[object]) -> None:
         found = self._stack[-1]
-        if isinstance(found, Opaque):
+        if isinstance(found, Skipped):
             return
         if not isinstance(found, dict) or len(items) % 2:
             raise TypeError(f"{type(found).__name__} where a dict is expected")
@@ -332,17 +409,17 @@ def _called(function: str, arguments: tuple[object, ...]) -> object:
                 return _called(inner, rest)
         raise ValueError(f"{function} of other arguments than tensors have")
     if function in _WRAPPERS:
-        if not isinstance(arguments[0], StoredTensor | OddTensor):
+        if not isinstance(arguments[0], StoredTensor | UnsupportedTensor):
             raise ValueError("a parameter that is no tensor")
         return arguments[0]
     if function == _DICT:
         return {} if not arguments else _OPAQUE
     if function in _ODD:
-        return OddTensor()
+        return UnsupportedTensor()
     return _tensor(function, arguments) if function in _MAKERS else _OPAQUE
 
 
-def _tensor(function: str, arguments: tuple[object, ...]) -> StoredTensor | OddTensor:
+def _tensor(function: str, arguments: tuple[object, ...]) -> StoredTensor | UnsupportedTensor:
     if len(arguments) < _MAKERS[function]:
         raise ValueError(f"{function} of {len(arguments)} arguments")
     storage, offset, shape, strides = arguments[:4]
@@ -356,7 +433,7 @@ def _tensor(function: str, arguments: tuple[object, ...]) -> StoredTensor | OddT
         word = named.text.rpartition(".")[2]
         dtype, more = DTYPES.get(word, word), tuple(more_after)
     if any(metadata for metadata in more):  # conjugate, negated
-        return OddTensor()
+        return UnsupportedTensor()
     if offset < 0 or not _are_sizes(shape) or not _are_sizes(strides):
         raise ValueError("a tensor of negative sizes or strides")
     if len(shape) != len(strides):

@@ -19,7 +19,7 @@ from streammap.errors import CheckpointError, printable, some
 from streammap.io import safe_open
 from streammap.io.formats import safetensors_header, torch_pickle
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.formats.torch_pickle import OddTensor, StoredTensor
+from streammap.io.formats.torch_pickle import StoredTensor, UnsupportedTensor
 from streammap.io.storage import range_reader
 from streammap.io.storage.range_reader import SpanReader
 from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
@@ -78,7 +78,7 @@ def table(path: Path) -> dict[str, Slot | None]:
         return {}
     return {
         key: _slot(path.name, key, value, entries)
-        if isinstance(value, StoredTensor | OddTensor)
+        if isinstance(value, StoredTensor | UnsupportedTensor)
         else None
         for key, value in content.items()
         if isinstance(key, str) and value is not None
@@ -210,7 +210,7 @@ def _check_directory(file: BinaryIO, name: str, size: int) -> None:
 
 def _state_dict(
     content: object, file: str
-) -> tuple[Mapping[str, StoredTensor | OddTensor], str | None]:
+) -> tuple[Mapping[str, StoredTensor | UnsupportedTensor], str | None]:
     if isinstance(content, dict):
         for nest in (None, *NESTS):
             found = content if nest is None else content.get(nest)
@@ -225,12 +225,13 @@ def _state_dict(
     )
 
 
-def _is_state_dict(table: object) -> TypeGuard[dict[str, StoredTensor | OddTensor]]:
+def _is_state_dict(table: object) -> TypeGuard[dict[str, StoredTensor | UnsupportedTensor]]:
     return (
         isinstance(table, dict)
         and bool(table)
         and all(
-            isinstance(k, str) and isinstance(v, StoredTensor | OddTensor) for k, v in table.items()
+            isinstance(k, str) and isinstance(v, StoredTensor | UnsupportedTensor)
+            for k, v in table.items()
         )
     )
 
@@ -238,11 +239,11 @@ def _is_state_dict(table: object) -> TypeGuard[dict[str, StoredTensor | OddTenso
 def _slot(
     file: str,
     key: str,
-    tensor: StoredTensor | OddTensor,
+    tensor: StoredTensor | UnsupportedTensor,
     storages: Mapping[str, tuple[int, int]],
 ) -> Slot:
     safetensors_header.check_key(file, key)
-    if isinstance(tensor, OddTensor):
+    if isinstance(tensor, UnsupportedTensor):
         raise CheckpointError(
             f"{file}: {key}: a sparse, quantised, conjugate or negated tensor",
             hint="save it as a plain one: tensor.to_dense(), .dequantize(), .resolve_conj()",

@@ -67,7 +67,7 @@ class OpenFile(Protocol):
         ...
 
 
-class Place(Protocol):
+class Storage(Protocol):
     """A folder or a file. Its files have relative names with slashes; folders have none."""
 
     @property

@@ -38,7 +38,7 @@ class _Listing:
 
 
 @final
-class HubPlace:
+class HubStorage:
     """A repository's folder, or a file of it, at one commit."""
 
     n_at_once = N_CONNECTIONS

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from streammap.common.version import VERSION
 from streammap.errors import CheckpointError
-from streammap.io.storage.retry import Patience, TransientError
+from streammap.io.storage.retry import RetryPolicy, TransientError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -24,9 +24,12 @@ TIMEOUT_SECONDS = 30.0
 """How long a connection may say nothing."""
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _LOOKED_FOR = (
-    "config.json", "model.safetensors.index.json", "model.safetensors",
-    "pytorch_model.bin.index.json", "pytorch_model.bin",
-)  # fmt: skip
+    "config.json",
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 _Result = TypeVar("_Result")
 
 
@@ -105,13 +108,18 @@ class Client:
         return Path(
             self.patiently(
                 lambda: hf_hub_download(
-                    self.repo, name, revision=revision, cache_dir=cache_folder(),
-                    endpoint=endpoint(), library_name="streammap", library_version=VERSION,
+                    self.repo,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_folder(),
+                    endpoint=endpoint(),
+                    library_name="streammap",
+                    library_version=VERSION,
                     tqdm_class=_bar(self.cancelled),
                 ),
                 f"{self.repo}: {name}",
             )
-        )  # fmt: skip
+        )
 
     def check_cancelled(self) -> None:
         """End in an error where nobody waits any more."""
@@ -161,7 +169,7 @@ class Client:
         Raises:
             CheckpointError: it does not.
         """
-        patience = Patience(where, self.cancelled)
+        patience = RetryPolicy(where, self.cancelled)
         while True:
             try:
                 try:

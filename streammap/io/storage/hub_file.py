@@ -13,7 +13,7 @@ from streammap.errors import CheckpointError
 from streammap.io.storage.base import Stat
 from streammap.io.storage.hub_client import Client
 from streammap.io.storage.local import LocalFile
-from streammap.io.storage.retry import Patience, TransientError
+from streammap.io.storage.retry import RetryPolicy, TransientError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ class RangeFile:
         Raises:
             CheckpointError: the Hub refuses, fails too often, or has other bytes now.
         """
-        patience, at = Patience(self._where, self._client.cancelled), 0
+        patience, at = RetryPolicy(self._where, self._client.cancelled), 0
         while at < len(view):
             before = at
             try:

@@ -161,7 +161,7 @@ class LocalFile:
 
 
 @final
-class LocalPlace:
+class LocalStorage:
     """A folder of this machine, or a file."""
 
     is_streamed = False

@@ -61,7 +61,7 @@ class AheadFile:
 
 
 @dataclass(slots=True, eq=False)
-class _Range:
+class _FetchRange:
     """Bytes that are fetched as one."""
 
     start: int
@@ -75,7 +75,7 @@ class _Range:
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class PrefetchPart:
     """Bytes that were asked for."""
 
     file: AheadFile
@@ -83,7 +83,7 @@ class Part:
     end: int
     n_asked: int = 0
     """How often, less how often it was dropped."""
-    fetched: _Range | None = None
+    fetched: _FetchRange | None = None
     """None while it waits."""
 
 
@@ -96,8 +96,8 @@ class Window:
         self._nbytes = nbytes
         self._held = 0
         """Bytes of parts that wait, and of ranges that are not dropped."""
-        self._parts: dict[tuple[int, int, int], Part] = {}
-        self._waiting: deque[Part] = deque()
+        self._parts: dict[tuple[int, int, int], PrefetchPart] = {}
+        self._waiting: deque[PrefetchPart] = deque()
         self._starts: dict[int, list[tuple[int, int]]] = {}
         """File -> (start, end) of parts that wait, in order."""
         self._changed = threading.Condition()
@@ -127,7 +127,7 @@ class Window:
         """Bytes that may be asked for."""
         return self._nbytes - self._held
 
-    def ask(self, file: AheadFile, start: int, end: int) -> Part | None:
+    def ask(self, file: AheadFile, start: int, end: int) -> PrefetchPart | None:
         """Ask for bytes of a file; None where there is no room."""
         with self._changed:
             key = (id(file), start, end)
@@ -135,7 +135,7 @@ class Window:
             if part is None:
                 if self._held + end - start > self._nbytes:
                     return None
-                part = self._parts[key] = Part(file, start, end)
+                part = self._parts[key] = PrefetchPart(file, start, end)
                 self._held += end - start
                 self._waiting.append(part)
                 bisect.insort(self._starts.setdefault(id(file), []), (start, end))
@@ -147,7 +147,7 @@ class Window:
         with self._changed:
             self._changed.notify_all()
 
-    def drop(self, parts: list[Part]) -> None:
+    def drop(self, parts: list[PrefetchPart]) -> None:
         """Say that parts are not needed any more."""
         with self._changed:
             for part in parts:
@@ -209,12 +209,12 @@ class Window:
             self._waiting.popleft()
         return False
 
-    def _next(self) -> tuple[AheadFile, _Range]:
+    def _next(self) -> tuple[AheadFile, _FetchRange]:
         """The first part that waits, and those that follow it in its file."""
         first = self._waiting.popleft()
         starts = self._starts[id(first.file)]
         i = bisect.bisect_left(starts, (first.start, first.end))
-        found, j, total = _Range(first.start, first.end), i, 0
+        found, j, total = _FetchRange(first.start, first.end), i, 0
         while j < len(starts):
             start, end = starts[j]
             whole = max(found.end, end) - found.start

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, final
 from streammap.errors import CheckpointError
 from streammap.io.storage.base import OpenFile, Stat
 from streammap.io.storage.prefetch import AheadFile
-from streammap.io.storage.retry import Patience, TransientError
+from streammap.io.storage.retry import RetryPolicy, TransientError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,9 +24,17 @@ if TYPE_CHECKING:
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 _DRIVERS = {"az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp"}
 _VERSIONS = (
-    "ETag", "etag", "md5Hash", "content_md5", "generation", "mtime", "LastModified",
-    "last_modified", "updated", "created",
-)  # fmt: skip
+    "ETag",
+    "etag",
+    "md5Hash",
+    "content_md5",
+    "generation",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
 """What drivers call the thing that changes when a file does."""
 _MAX_DEPTH = 4
 
@@ -81,7 +89,7 @@ def _first(error: Exception) -> str:
 
 
 @final
-class RemotePlace:
+class RemoteStorage:
     """A folder or file of a file system that fsspec knows."""
 
     n_at_once = 8
@@ -209,7 +217,7 @@ class RemoteFile:
         Raises:
             CheckpointError: it can't be read, or ends before.
         """
-        patience, at = Patience(self._where, self._cancelled), 0
+        patience, at = RetryPolicy(self._where, self._cancelled), 0
         while at < len(view):
             try:
                 found = self._fs.cat_file(self._path, start=offset + at, end=offset + len(view))

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, final
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import filenames
 from streammap.io.storage import remote
-from streammap.io.storage.retry import Patience, TransientError
+from streammap.io.storage.retry import RetryPolicy, TransientError
 
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
 """Endings of a result that is one file."""
@@ -103,7 +103,7 @@ class RemoteSink:
         return ()
 
     def _patiently(self, do: Callable[[], _Result], where: str) -> _Result:
-        patience = Patience(where, threading.Event())
+        patience = RetryPolicy(where, threading.Event())
         try:
             while True:
                 try:

@@ -15,13 +15,13 @@ from urllib.parse import unquote, urlsplit
 
 from streammap.errors import CheckpointError
 from streammap.io.storage import hub_name
-from streammap.io.storage.base import Place
-from streammap.io.storage.local import LocalPlace
+from streammap.io.storage.base import Storage
+from streammap.io.storage.local import LocalStorage
 
 PathLike = str | Path
 
 
-def locate(source: str | Path, *, stream: bool) -> Place:
+def locate(source: str | Path, *, stream: bool) -> Storage:
     """The place that `source` names.
 
     Args:
@@ -33,16 +33,16 @@ def locate(source: str | Path, *, stream: bool) -> Place:
     text = os.fspath(source)
     if is_elsewhere(source):
         if _is_hub(text):
-            from streammap.io.storage.hub import HubPlace
+            from streammap.io.storage.hub import HubStorage
 
-            return HubPlace(hub_name.parse(text), stream=stream)
-        from streammap.io.storage.remote import RemotePlace
+            return HubStorage(hub_name.parse(text), stream=stream)
+        from streammap.io.storage.remote import RemoteStorage
 
-        return RemotePlace(text)
+        return RemoteStorage(text)
     path = local_path(source)
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
-    return LocalPlace(path)
+    return LocalStorage(path)
 
 
 def is_elsewhere(source: str | Path) -> bool:

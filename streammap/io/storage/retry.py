@@ -21,7 +21,7 @@ class TransientError(Exception):
 
 
 @final
-class Patience:
+class RetryPolicy:
     """Counts failures in a row, and waits after each. One for each thing that is done."""
 
     def __init__(self, where: str, cancelled: threading.Event) -> None:

@@ -26,7 +26,7 @@ Ranges = tuple[Range, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class LocalShard:
     """A region of a tensor, and where it is in what this process holds."""
 
     region: Region
@@ -42,7 +42,7 @@ def as_dtensor(tensor: "torch.Tensor") -> "DTensor | None":
     return found
 
 
-def held(tensor: "torch.Tensor", *, name: str) -> tuple[Shard, ...]:
+def held(tensor: "torch.Tensor", *, name: str) -> tuple[LocalShard, ...]:
     """What this process holds of a tensor.
 
     Raises:
@@ -95,7 +95,7 @@ def _chunk(ranges: Ranges, n: int, i: int) -> Ranges:
     return tuple(found)
 
 
-def _shards(ranges: Sequence[Ranges]) -> Iterator[Shard]:
+def _shards(ranges: Sequence[Ranges]) -> Iterator[LocalShard]:
     choices = []
     for dim in ranges:
         at, placed = 0, []
@@ -104,7 +104,7 @@ def _shards(ranges: Sequence[Ranges]) -> Iterator[Shard]:
             at += end - start
         choices.append(placed)
     for chosen in itertools.product(*choices):
-        yield Shard(tuple(region for region, _ in chosen), tuple(at for _, at in chosen))
+        yield LocalShard(tuple(region for region, _ in chosen), tuple(at for _, at in chosen))
 
 
 def _check(tensor: "DTensor", ranges: Sequence[Ranges], name: str) -> None:

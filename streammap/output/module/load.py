@@ -14,20 +14,20 @@ from streammap.common import text, torch_threads
 from streammap.common.events import Finished, Listener, Started, nobody
 from streammap.engine import devices, memory, read_ahead, regions, schedule, threads
 from streammap.engine.options import Engine
-from streammap.engine.regions import Part, Region
+from streammap.engine.regions import Region, RegionRead
 from streammap.engine.worker import Made
 from streammap.errors import PlanError, some
 from streammap.io.formats.safetensors_header import Slot
 from streammap.output import run
 from streammap.output.module import names as runtimenames
-from streammap.output.module import parameters  # fmt: skip
+from streammap.output.module import parameters
 from streammap.output.module.names import Pretrained
-from streammap.output.module.parameters import Destination, Entry
-from streammap.output.module.symbolic import Assembly, Piece
+from streammap.output.module.parameters import FillTarget, SharedTensor
+from streammap.output.module.symbolic import Assembly, SourceRegion
 from streammap.planning.plan import Plan
 
 if TYPE_CHECKING:
-    from streammap.output.module.dtensor import Shard
+    from streammap.output.module.dtensor import LocalShard
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class LoadReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class LoadOptions:
     """How a module is to be filled."""
 
     device: torch.device | None
@@ -75,12 +75,12 @@ class Wanted:
 
 @final
 @dataclass(frozen=True, slots=True)
-class _Work:
+class FillJob:
     """A piece of a source tensor, on its way into a destination."""
 
-    part: Part
-    piece: Piece
-    to: Destination
+    part: RegionRead
+    piece: SourceRegion
+    to: FillTarget
     at: Region
     """The region of the destination."""
 
@@ -96,7 +96,7 @@ class _Work:
         return held.permute([axes.index(d) for d in range(len(axes))])
 
 
-def load(plan: Plan, given: nn.Module, wanted: Wanted, listener: Listener) -> LoadReport:
+def load(plan: Plan, given: nn.Module, wanted: LoadOptions, listener: Listener) -> LoadReport:
     """Fill a module with a plan's tensors.
 
     Raises:
@@ -155,7 +155,7 @@ def load(plan: Plan, given: nn.Module, wanted: Wanted, listener: Listener) -> Lo
 
 
 def _matched(
-    plan: Plan, model: nn.Module, entries: Mapping[str, Entry]
+    plan: Plan, model: nn.Module, entries: Mapping[str, SharedTensor]
 ) -> tuple[dict[str, Assembly], tuple[str, ...], tuple[str, ...]]:
     """What makes each name of the module; names that nothing makes; keys that make nothing."""
     expected = {name: entry.tensor for name, entry in entries.items()}
@@ -189,10 +189,10 @@ def _alias(
 
 def _check(
     plan: Plan,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, SharedTensor],
     found: Mapping[str, Assembly],
     left: tuple[tuple[str, ...], tuple[str, ...]],
-    wanted: Wanted,
+    wanted: LoadOptions,
 ) -> None:
     """Refuse what does not fit, before anything is touched."""
     missing, unexpected = left
@@ -224,16 +224,18 @@ def _check(
 
 
 def _destinations(
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, SharedTensor],
     found: Mapping[str, Assembly],
     pretrained: Pretrained | None,
-    wanted: Wanted,
-) -> dict[int, Destination]:
+    wanted: LoadOptions,
+) -> dict[int, FillTarget]:
     """Id of an entry -> how it is filled."""
-    kept = {} if pretrained is None or wanted.dtype is None else dict(
-        pretrained._get_dtype_plan(wanted.dtype)
-    )  # fmt: skip
-    made: dict[int, Destination] = {}
+    kept = (
+        {}
+        if pretrained is None or wanted.dtype is None
+        else dict(pretrained._get_dtype_plan(wanted.dtype))
+    )
+    made: dict[int, FillTarget] = {}
     for name in found:
         entry = entries[name]
         if id(entry) in made:
@@ -244,19 +246,19 @@ def _destinations(
                 d for pattern, d in kept.items() if re.search(pattern.replace("*", ".*"), name)
             )
             dtype = next(named, wanted.dtype)
-        made[id(entry)] = Destination(entry, dtype=dtype, device=wanted.device)
+        made[id(entry)] = FillTarget(entry, dtype=dtype, device=wanted.device)
     return made
 
 
 def _works(
     plan: Plan,
-    entries: Mapping[str, Entry],
+    entries: Mapping[str, SharedTensor],
     found: Mapping[str, Assembly],
-    destinations: Mapping[int, Destination],
-) -> tuple[dict[str, _Work], dict[str, _Work]]:
+    destinations: Mapping[int, FillTarget],
+) -> tuple[dict[str, FillJob], dict[str, FillJob]]:
     """What fills the destinations; and what must be equal to it, where a tied one has two keys."""
-    first: dict[str, _Work] = {}
-    again: dict[str, _Work] = {}
+    first: dict[str, FillJob] = {}
+    again: dict[str, FillJob] = {}
     filled: dict[int, Assembly] = {}
     for name, made in found.items():
         entry = entries[name]
@@ -279,7 +281,7 @@ def _source(plan: Plan, made: Assembly) -> object:
     return [(plan.targets[p.key], p.at, p.start, p.axes) for p in made.pieces]
 
 
-def _work(plan: Plan, piece: Piece, shard: "Shard", to: Destination) -> _Work | None:
+def _work(plan: Plan, piece: SourceRegion, shard: "LocalShard", to: FillTarget) -> FillJob | None:
     common = piece.within(shard.region)
     if common is None:
         return None
@@ -287,16 +289,19 @@ def _work(plan: Plan, piece: Piece, shard: "Shard", to: Destination) -> _Work | 
     place = tuple(
         (held + start, held + end) for (held, _), (start, end) in zip(shard.at, at, strict=True)
     )
-    return _Work(regions.part(plan.targets[piece.key], source), piece, to, place)
+    return FillJob(regions.part(plan.targets[piece.key], source), piece, to, place)
 
 
-Take = Callable[[_Work, int, Tensor], None]
+Take = Callable[[FillJob, int, Tensor], None]
 
 
 def _run(
-    works: Mapping[str, _Work], fitted: memory.Memory, engine: Engine, take: Take,
+    works: Mapping[str, FillJob],
+    fitted: memory.Memory,
+    engine: Engine,
+    take: Take,
     listener: Listener,
-) -> int:  # fmt: skip
+) -> int:
     """Compute all works, and give each tile to `take`; gives the bytes read."""
     from streammap.io.dtypes import to_torch
 
@@ -319,17 +324,21 @@ def _run(
     sources = read_ahead.as_they_come(targets.values())
     with torch_threads.torch_threads():
         return threads.run(
-            schedule.bundles(targets, slots, fitted, rows=rows), fitted, write,
-            listener=listener, mapped=engine.reader == "mmap", device=device,
+            schedule.bundles(targets, slots, fitted, rows=rows),
+            fitted,
+            write,
+            listener=listener,
+            mapped=engine.reader == "mmap",
+            device=device,
             cancel=partial(read_ahead.cancel, sources),
-        )  # fmt: skip
+        )
 
 
-def _fill(work: _Work, offset: int, held: Tensor) -> None:
+def _fill(work: FillJob, offset: int, held: Tensor) -> None:
     work.to.wrote(regions.put(work.part, offset, held, work.out()))
 
 
-def _compare(work: _Work, offset: int, held: Tensor) -> None:
+def _compare(work: FillJob, offset: int, held: Tensor) -> None:
     """Refuse a second key of a shared tensor that has other numbers."""
     for source, target in regions.pairs(work.part, offset, held, work.out()):
         there = source.to(dtype=target.dtype, device=target.device)
@@ -345,8 +354,8 @@ def _compare(work: _Work, offset: int, held: Tensor) -> None:
 def _complete(
     pretrained: Pretrained,
     model: nn.Module,
-    destinations: Mapping[int, Destination],
-    wanted: Wanted,
+    destinations: Mapping[int, FillTarget],
+    wanted: LoadOptions,
 ) -> None:
     """Give a model of transformers what no checkpoint holds, as from_pretrained does.
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from streammap.errors import PlanError, some
 from streammap.output.module import dtensor
-from streammap.output.module.dtensor import Shard
+from streammap.output.module.dtensor import LocalShard
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
+class TensorSlot:
     """A module that has a tensor, and by which attribute."""
 
     module: nn.Module
@@ -43,13 +43,13 @@ class Owner:
 
 
 @dataclass(eq=False, slots=True)
-class Entry:
+class SharedTensor:
     """A tensor of a module."""
 
     tensor: Tensor
     names: list[str] = field(default_factory=list)
     """All names that it goes by."""
-    owners: list[Owner] = field(default_factory=list)
+    owners: list[TensorSlot] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -83,14 +83,14 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def entries(model: nn.Module) -> dict[str, Entry]:
+def entries(model: nn.Module) -> dict[str, SharedTensor]:
     """Name -> entry, for all parameters and persistent buffers.
 
     Raises:
         PlanError: FSDP1, whose parameters are flat.
     """
-    found: dict[str, Entry] = {}
-    known: dict[int, Entry] = {}
+    found: dict[str, SharedTensor] = {}
+    known: dict[int, SharedTensor] = {}
     for name, owner, tensor, is_persistent in _tensors(model):
         if not is_persistent:
             continue
@@ -99,16 +99,17 @@ def entries(model: nn.Module) -> dict[str, Entry]:
                 f"{name}: a flat parameter of FSDP1, which has no names inside",
                 hint="use torch.distributed.fsdp.fully_shard, or fill the model before wrapping it",
             )
-        entry = known.setdefault(id(tensor), Entry(tensor))
+        entry = known.setdefault(id(tensor), SharedTensor(tensor))
         entry.names.append(name)
-        if not any(o.module is owner.module and o.attribute == owner.attribute
-                   for o in entry.owners):  # fmt: skip
+        if not any(
+            o.module is owner.module and o.attribute == owner.attribute for o in entry.owners
+        ):
             entry.owners.append(owner)
         found[name] = entry
     return found
 
 
-def tie(entry: Entry, other: Entry) -> None:
+def tie(entry: SharedTensor, other: SharedTensor) -> None:
     """Let two entries be one tensor again: `to_empty` parts what is tied.
 
     Under FSDP they stay two, each with the numbers of both.
@@ -119,7 +120,7 @@ def tie(entry: Entry, other: Entry) -> None:
             owner.put(other.tensor)
 
 
-def lost_buffers(model: nn.Module) -> dict[str, Owner]:
+def lost_buffers(model: nn.Module) -> dict[str, TensorSlot]:
     """Buffers on the meta device that no checkpoint holds: rotary frequencies, masks ..."""
     return {
         name: owner
@@ -128,21 +129,21 @@ def lost_buffers(model: nn.Module) -> dict[str, Owner]:
     }
 
 
-def on_meta(model: nn.Module) -> dict[str, Owner]:
+def on_meta(model: nn.Module) -> dict[str, TensorSlot]:
     """What has no memory."""
     return {name: owner for name, owner, tensor, _ in _tensors(model) if tensor.is_meta}
 
 
-def is_sharded(owner: Owner) -> bool:
+def is_sharded(owner: TensorSlot) -> bool:
     """Whether an owner's tensor is a DTensor."""
     return dtensor.as_dtensor(owner.tensor) is not None
 
 
-def materialize(owner: Owner, device: torch.device) -> None:
+def materialize(owner: TensorSlot, device: torch.device) -> None:
     """Give an owner's tensor memory, with anything in it."""
     tensor = owner.tensor
     if tensor.is_meta:  # not yet, by another owner
-        Entry(tensor, owners=[owner]).replace(torch.empty_like(tensor, device=device))
+        SharedTensor(tensor, owners=[owner]).replace(torch.empty_like(tensor, device=device))
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -152,7 +153,7 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
             owner.module._buffers[owner.attribute] = tensor.to(device)
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Owner, Tensor, bool]]:
+def _tensors(model: nn.Module) -> Iterator[tuple[str, TensorSlot, Tensor, bool]]:
     """(name, owner, tensor, whether a checkpoint has it), modules of two names twice."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):
@@ -161,7 +162,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Owner, Tensor, bool]]:
                     continue
                 name = f"{prefix}.{attribute}" if prefix else attribute
                 is_parameter = table is module._parameters
-                owner = Owner(module, attribute, is_parameter)
+                owner = TensorSlot(module, attribute, is_parameter)
                 lost = not is_parameter and attribute in module._non_persistent_buffers_set
                 yield name, owner, tensor, not lost
 
@@ -178,11 +179,11 @@ def reshard(model: nn.Module) -> None:
 
 
 @final
-class Destination:
+class FillTarget:
     """An entry while it is filled. Several threads may fill it."""
 
     def __init__(
-        self, entry: Entry, *, dtype: torch.dtype | None, device: torch.device | None
+        self, entry: SharedTensor, *, dtype: torch.dtype | None, device: torch.device | None
     ) -> None:
         """Its memory is taken when it is first asked for.
 
@@ -197,7 +198,7 @@ class Destination:
         now = dtensor.local(entry.tensor)
         self.dtype = dtype or now.dtype
         self.device = device or (_device_of(entry.tensor) if now.is_meta else now.device)
-        self.shards: tuple[Shard, ...] = dtensor.held(entry.tensor, name=entry.name)
+        self.shards: tuple[LocalShard, ...] = dtensor.held(entry.tensor, name=entry.name)
         stays = now.dtype == self.dtype and _is_same(now.device, self.device)
         if not stays and not now.is_meta and dtensor.as_dtensor(entry.tensor) is not None:
             raise PlanError(

@@ -22,7 +22,7 @@ class UnmovedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SourceRegion:
     """A region of a source tensor, and where it is in the whole."""
 
     key: str
@@ -54,7 +54,7 @@ class Assembly:
     """A tensor as pieces of others."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourceRegion, ...]
 
     @classmethod
     def __torch_function__(
@@ -113,7 +113,7 @@ class Assembly:
             found = piece.within(tuple(whole))
             if found is not None:
                 at, source = found
-                pieces.append(Piece(piece.key, at, tuple(a for a, _ in source), piece.axes))
+                pieces.append(SourceRegion(piece.key, at, tuple(a for a, _ in source), piece.axes))
         shape = (*self.shape[:dim], end - start, *self.shape[dim + 1 :])
         return Assembly(shape, tuple(pieces))
 
@@ -124,9 +124,7 @@ class Assembly:
             return self
         if any(piece.axes[dim] is not None for piece in self.pieces):
             raise UnmovedError("Tensor.squeeze of a source's own dimension")
-        pieces = [
-            replace(p, at=_less(p.at, dim), axes=_less(p.axes, dim)) for p in self.pieces
-        ]  # fmt: skip
+        pieces = [replace(p, at=_less(p.at, dim), axes=_less(p.axes, dim)) for p in self.pieces]
         return Assembly(_less(self.shape, dim), tuple(pieces))
 
     def transpose(self, dim0: int, dim1: int) -> "Assembly":
@@ -151,7 +149,9 @@ class Assembly:
 def whole(key: str, shape: tuple[int, ...]) -> Assembly:
     """A source tensor as it is."""
     region = tuple((0, n) for n in shape)
-    return Assembly(shape, (Piece(key, region, (0,) * len(shape), tuple(range(len(shape)))),))
+    return Assembly(
+        shape, (SourceRegion(key, region, (0,) * len(shape), tuple(range(len(shape)))),)
+    )
 
 
 def _less(items: tuple[_Item, ...], dim: int) -> tuple[_Item, ...]:
@@ -161,7 +161,7 @@ def _less(items: tuple[_Item, ...], dim: int) -> tuple[_Item, ...]:
 def _cat(parts: Sequence[Assembly], dim: int = 0) -> Assembly:
     first = parts[0]
     dim %= len(first.shape)
-    pieces: list[Piece] = []
+    pieces: list[SourceRegion] = []
     n = 0
     for part in parts:
         if _less(part.shape, dim) != _less(first.shape, dim):

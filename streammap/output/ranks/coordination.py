@@ -23,9 +23,9 @@ from typing import final
 
 from streammap.errors import OutputError, StreammapError, some
 from streammap.output import journal, work_folder
-from streammap.output.journal import Request
+from streammap.output.journal import Fingerprint
 from streammap.output.ranks import heartbeat, launcher
-from streammap.output.ranks.heartbeat import Heard, Voice
+from streammap.output.ranks.heartbeat import Heartbeat, Peer
 from streammap.output.ranks.launcher import Ranks
 from streammap.output.work_folder import LOCK, RANKS, WorkFolder
 
@@ -41,28 +41,30 @@ _ALONE = "start all ranks, or work alone (--no-ranks)"
 
 
 @final
-class Lead:
+class Leader:
     """Rank 0, or the only process. Use as a context, inside that of the work folder."""
 
-    def __init__(self, work: WorkFolder, request: Request, here: Ranks) -> None:
+    def __init__(self, work: WorkFolder, request: Fingerprint, here: Ranks) -> None:
         """Nothing is written when there are no others."""
         self._work, self._request, self._ranks = work, request, here
         self._folder = work.path / RANKS
         self.is_alone = here.world_size == 1
         token = secrets.token_hex(8)
         self._others = [
-            Heard(self._folder, rank, _lock_of(self._folder, rank), token)
+            Peer(self._folder, rank, _lock_of(self._folder, rank), token)
             for rank in range(1, here.world_size)
         ]
-        self._voice = Voice(self._folder, 0, self._look)
+        self._voice = Heartbeat(self._folder, 0, self._look)
         self._head: dict[str, object] = {
-            "launch": here.launch, "world_size": here.world_size, "token": token,
-        }  # fmt: skip
+            "launch": here.launch,
+            "world_size": here.world_size,
+            "token": token,
+        }
         self._token, self._has_dealt, self._n_told = token, False, 0
         self._error: OutputError | None = None
         self._looking = threading.Lock()
 
-    def __enter__(self) -> "Lead":
+    def __enter__(self) -> "Leader":
         self._check_orphans()
         if not self.is_alone:
             try:
@@ -180,23 +182,23 @@ class Lead:
 
 
 @final
-class Member:
+class Follower:
     """A rank but 0. Use as a context: it is entered when rank 0 has dealt."""
 
-    def __init__(self, work: WorkFolder, request: Request, here: Ranks) -> None:
+    def __init__(self, work: WorkFolder, request: Fingerprint, here: Ranks) -> None:
         """Nothing is written before rank 0 asks who is there."""
         self._work, self._request, self._ranks = work, request, here
         self._folder = work.path / RANKS
-        self._voice = Voice(self._folder, here.rank, self._look)
-        self._lead: Heard | None = None
+        self._voice = Heartbeat(self._folder, here.rank, self._look)
+        self._lead: Peer | None = None
         self._lock: int | None = None
         self._error: OutputError | None = None
         self._looking = threading.Lock()
         self.owners: tuple[int, ...] = ()
         """The rank that makes each shard."""
 
-    def __enter__(self) -> "Member":
-        watch = _Others(self._folder)
+    def __enter__(self) -> "Follower":
+        watch = _ForeignLaunch(self._folder)
 
         def is_dealt() -> bool:
             self._look()
@@ -295,7 +297,7 @@ class Member:
             if self._lock is None:
                 return  # a rank of an earlier launch has not ended yet
         is_first = self._lead is None
-        self._lead = Heard(self._folder, 0, self._work.path / LOCK, token)
+        self._lead = Peer(self._folder, 0, self._work.path / LOCK, token)
         told = self._request.changes(found)
         if told is not None:
             raise OutputError(
@@ -321,7 +323,7 @@ class Member:
 
 
 @final
-class _Others:
+class _ForeignLaunch:
     """Whether another launch is at work in a folder."""
 
     def __init__(self, folder: Path) -> None:

@@ -19,7 +19,7 @@ _MAX_NBYTES = 100_000_000
 
 
 @final
-class Voice:
+class Heartbeat:
     """What a rank says of itself: its file, written again and again by a thread."""
 
     def __init__(self, folder: Path, rank: int, look: Callable[[], None]) -> None:
@@ -61,7 +61,7 @@ class Voice:
 
 
 @final
-class Heard:
+class Peer:
     """What is heard of another rank."""
 
     def __init__(self, folder: Path, rank: int, lock: Path, token: str) -> None:

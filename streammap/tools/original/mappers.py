@@ -29,13 +29,13 @@ from streammap.operators import registry, resize
 from streammap.operators.resize import Direction, Resize
 from streammap.output import run as executor
 from streammap.output import shards
-from streammap.output.options import Where
+from streammap.output.options import OutputOptions
 from streammap.output.ranks.launcher import ALONE, Ranks
 from streammap.output.run import Report
 from streammap.planning import scheme
 from streammap.planning.plan import Plan
-from streammap.planning.planner import Rule
 from streammap.planning.scheme import Groups, Scheme
+from streammap.planning.tensor_maps import Rule
 
 GroupsLike = Sequence[Sequence[int]]
 
@@ -129,7 +129,7 @@ class _Mapper:
         if place.exists() and place.samefile(self._source.plan.sources[0].path):
             raise PlanError(f"{place}: is the source itself", hint="save to another folder")
         size = shards.parse_size(max_shard_size)
-        where = Where(
+        where = OutputOptions(
             place,
             size,
             overwrite=True,

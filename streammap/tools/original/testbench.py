@@ -30,8 +30,8 @@ from streammap import api
 from streammap.common import optional
 from streammap.errors import SchemeError
 from streammap.planning import scheme
-from streammap.planning.planner import Rule
 from streammap.planning.scheme import Groups, Scheme
+from streammap.planning.tensor_maps import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One line of the table."""
 
     model: ModelName
@@ -111,7 +111,7 @@ def main(
         SchemeError: a scheme that is not of 12 -> 6, at the manual's sizes.
     """
     groups = groups_for(sizes, scheme)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     if not as_json:
         echo(f"{MEASURE}, random models")
     for name in MODELS:
@@ -123,7 +123,7 @@ def main(
         echo(json.dumps({"measure": MEASURE, "rows": [asdict(row) for row in rows]}, indent=2))
 
 
-def compare(name: ModelName, sizes: Sizes, groups: Scheme) -> tuple[Row, ...]:
+def compare(name: ModelName, sizes: Sizes, groups: Scheme) -> tuple[TableRow, ...]:
     """The rows of one model.
 
     Raises:
@@ -132,13 +132,13 @@ def compare(name: ModelName, sizes: Sizes, groups: Scheme) -> tuple[Row, ...]:
     with optional.quiet(), tempfile.TemporaryDirectory(prefix="streammap-") as folder:
         bench = _Bench(name, sizes, groups, Path(folder))
         reference, exact = bench.resized("reference"), bench.resized("exact")
-        rows = [Row(name, step, reference[step], exact[step]) for step in exact]
+        rows = [TableRow(name, step, reference[step], exact[step]) for step in exact]
         blends = bench.blended()
-        rows += [Row(name, step, blends[step], blends[step]) for step in blends]
+        rows += [TableRow(name, step, blends[step], blends[step]) for step in blends]
     return tuple(rows)
 
 
-def as_text(rows: tuple[Row, ...]) -> str:
+def as_text(rows: tuple[TableRow, ...]) -> str:
     """One model's rows under a headline."""
     left, first, second = _COLUMNS
     lines = [f"{rows[0].model:<{left}}{'reference':>{first}}{'exact':>{second}}"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from streammap.architectures import config_fields
 from streammap.architectures.key_pattern import INDEX
 from streammap.tools.spec_infer import solving
-from streammap.tools.spec_infer.model_structure import Anatomy, Part
+from streammap.tools.spec_infer.model_structure import ModelStructure, ModulePart
 from streammap.tools.spec_infer.probing import Workbench, template
 from streammap.tools.spec_infer.solving import Explained, Monomial, Polynomial, Solution
 
@@ -45,20 +45,20 @@ _DOWN = re.compile(r"down|w2|output_linear|(^|[._])wo($|[._])|fc2|c_proj")
 
 
 @dataclass(frozen=True, slots=True)
-class Tensors:
+class NamedTensors:
     """All tensors of one key pattern and one meaning."""
 
     pattern: str
-    part: Part
+    part: ModulePart
     dims: Explained
     roles: tuple[str, ...]
     condition: str | None
 
 
-class Meanings:
+class AxisNaming:
     """What a model's tensors are, in the words of a spec."""
 
-    def __init__(self, bench: Workbench, anatomy: Anatomy, solution: Solution) -> None:
+    def __init__(self, bench: Workbench, anatomy: ModelStructure, solution: Solution) -> None:
         """Name the axes, and group the tensors."""
         self.bench, self.anatomy, self.solution = bench, anatomy, solution
         self.fields = {field.name: field for field in bench.numbers()}
@@ -134,7 +134,7 @@ class Meanings:
         inside = config_fields.field_value(self.bench.fields, scope) if scope else self.bench.fields
         return inside if isinstance(inside, dict) else {}
 
-    def text_of(self, tensors: Tensors, i: int) -> str:
+    def text_of(self, tensors: NamedTensors, i: int) -> str:
         """One dimension of tensors as a spec has it."""
         return self.expression(tensors.dims[i], per_head="query_key_value" in tensors.part.path)
 
@@ -170,7 +170,7 @@ class Meanings:
             names[symbol] = name
         return names
 
-    def _grouped(self) -> Iterator[Tensors]:
+    def _grouped(self) -> Iterator[NamedTensors]:
         """One entry for each pattern, or for each of its meanings where a list of layers tells."""
         found: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
         for key, dims in self.dims.items():
@@ -190,15 +190,15 @@ class Meanings:
 
     def _meaning(
         self, pattern: str, key: str, condition: str | None, others: Sequence[Sequence[str]] = ()
-    ) -> Tensors:
+    ) -> NamedTensors:
         dims = list(self.dims[key])
         for keys in others:
             for i, polynomial in enumerate(self.dims[keys[0]][: len(dims)]):
                 if polynomial != dims[i]:
                     dims[i] = None
         path, _, parameter = key.rpartition(".")
-        part = self.anatomy.parts.get(key, Part("other", path, parameter))
-        return Tensors(pattern, part, tuple(dims), self._roles(part, dims), condition)
+        part = self.anatomy.parts.get(key, ModulePart("other", path, parameter))
+        return NamedTensors(pattern, part, tuple(dims), self._roles(part, dims), condition)
 
     def _index(self, count: Polynomial) -> str:
         single = solving.sole(count)
@@ -231,7 +231,7 @@ class Meanings:
                     return [f"{name}[{self.names[single[0]]}] == {t.pop()}" for t in told]
         return None
 
-    def _roles(self, part: Part, dims: Sequence[Polynomial | None]) -> tuple[str, ...]:
+    def _roles(self, part: ModulePart, dims: Sequence[Polynomial | None]) -> tuple[str, ...]:
         rank, rest = len(dims), [""] * max(0, len(dims) - 2)
         if part.kind == "stack":
             return self._stack_roles(part, dims)
@@ -241,7 +241,7 @@ class Meanings:
             return ("out",) * rank
         return ("in", "out", *rest) if part.kind == "conv1d" else ("out", "in", *rest)
 
-    def _stack_roles(self, part: Part, dims: Sequence[Polynomial | None]) -> tuple[str, ...]:
+    def _stack_roles(self, part: ModulePart, dims: Sequence[Polynomial | None]) -> tuple[str, ...]:
         # A stack is stored either way round: what reads the hidden size stands in its name.
         first = [""] * (len(dims) - 2) if len(dims) > 1 else []
         if len(dims) == 1 or "bias" in part.parameter:

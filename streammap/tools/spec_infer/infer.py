@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from streammap.tools.spec_infer import model_structure, shrinking, solving
-from streammap.tools.spec_infer.axis_naming import Meanings
+from streammap.tools.spec_infer.axis_naming import AxisNaming
 from streammap.tools.spec_infer.probing import Workbench
-from streammap.tools.spec_infer.spec_tables import Tables
-from streammap.tools.spec_infer.spec_text import Text, toml_value
+from streammap.tools.spec_infer.spec_tables import SpecTables
+from streammap.tools.spec_infer.spec_text import SpecRules, toml_value
 
 _GUESS = 88
 """For sizes that are null in config.json, which means "as usual"."""
@@ -49,9 +49,9 @@ def infer(config: Mapping[str, object], *, name: str) -> Inferred:
     shrinking.shorten(bench)
     bench.explicit(_GUESS)
     parts = model_structure.of(bench.net())
-    meanings = Meanings(bench, parts, solving.solve(bench, parts))
-    text = Text(meanings)
-    tables = [text.rules(), Tables(meanings, text).text()]
+    meanings = AxisNaming(bench, parts, solving.solve(bench, parts))
+    text = SpecRules(meanings)
+    tables = [text.rules(), SpecTables(meanings, text).text()]
     unresolved, kept = meanings.unexplained()
     kept = (*kept, *text.constants())
     unresolved = (*unresolved, *shrinking.prove_sizes(meanings))

@@ -12,7 +12,7 @@ PartKind = Literal["linear", "conv1d", "conv", "embedding", "norm", "stack", "bu
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModulePart:
     """The module behind a key."""
 
     kind: PartKind
@@ -33,10 +33,10 @@ class NormFacts:
 
 
 @dataclass(frozen=True, slots=True)
-class Anatomy:
+class ModelStructure:
     """The model's parts."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ModulePart]
     """On-disk key -> the module that it belongs to."""
     classes: Mapping[str, str]
     """Module path -> the name of its class."""
@@ -93,7 +93,7 @@ def _flat(value: object) -> Iterator[object]:
         yield value
 
 
-def of(net: Net) -> Anatomy:
+def of(net: Net) -> ModelStructure:
     """The parts of a model."""
     modules = dict(net.named_modules())
     path_of = {id(module): path for path, module in modules.items()}
@@ -104,14 +104,14 @@ def of(net: Net) -> Anatomy:
     for key, inner in (*traced.items(), *((key, key) for key in tied)):
         path, _, parameter = inner.rpartition(".")
         rank = len(state[inner].shape) if inner in state else 2
-        parts[key] = Part(_kind(modules[path], path, rank, parameter), path, parameter)
+        parts[key] = ModulePart(_kind(modules[path], path, rank, parameter), path, parameter)
     first = {(p.path, p.parameter): k for k, p in reversed(parts.items()) if k not in tied}
     keys = {path: first[path, "weight"] for path in modules if (path, "weight") in first}
     embedding, head = _embeddings(net)
     into = None if embedding is None else path_of.get(id(embedding))
     out = None if head is None else path_of.get(id(head))
     base = path_of.get(id(net.base_model), "")
-    return Anatomy(
+    return ModelStructure(
         parts=parts,
         classes={path: type(module).__name__ for path, module in modules.items()},
         keys=keys,

@@ -24,15 +24,23 @@ from streammap.tools.spec_infer import config_changes
 from streammap.tools.spec_infer.config_changes import Changes, Fields
 
 _AUTO = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_MASKED_LM_MAPPING", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "MODEL_MAPPING",
-)  # fmt: skip
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_MAPPING",
+)
 REBUILT = ("out_features", "out_indices", "stage_names")
 """Fields that a class makes again from the number of layers."""
 _DERIVED = (
-    "transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path", *REBUILT,
-)  # fmt: skip
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+    *REBUILT,
+)
 _MAX_LIST = 8
 _LIST_SIZE = re.compile(r"dim|size|channels|width")
 _RATIO = re.compile(r"ratio|mult|expan|factor")

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from fractions import Fraction
 
 from streammap.tools.spec_infer import config_changes, probing, solving
-from streammap.tools.spec_infer.axis_naming import HEAD_SIZE, Meanings, is_heads, plain_name
+from streammap.tools.spec_infer.axis_naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
 from streammap.tools.spec_infer.probing import Snapshot, Workbench, template
 from streammap.tools.spec_infer.spec_tables import INDEX_LIST, PER_TOKEN
 
@@ -46,7 +46,7 @@ def shorten(bench: Workbench) -> None:
                 break
 
 
-def prove_sizes(m: Meanings) -> tuple[str, ...]:
+def prove_sizes(m: AxisNaming) -> tuple[str, ...]:
     """Build a model whose sizes all differ from the probed ones, and keep it if it is tiny.
 
     Returns:
@@ -84,7 +84,7 @@ def prove_sizes(m: Meanings) -> tuple[str, ...]:
     return tuple(f"{key}: its sizes differ in the model that checks them" for key in wrong)
 
 
-def _tiny(m: Meanings) -> dict[str, object]:
+def _tiny(m: AxisNaming) -> dict[str, object]:
     """Small sizes in the proportions that constructors ask for."""
     found: dict[str, object] = {}
     widths = iter(_TINY_WIDTHS * 9)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
-from streammap.tools.spec_infer.model_structure import Anatomy
+from streammap.tools.spec_infer.model_structure import ModelStructure
 from streammap.tools.spec_infer.probing import Field, Snapshot, Workbench, template
 
 Monomial = tuple[tuple[str, int], ...]
@@ -65,7 +65,7 @@ class Probed:
     singles: Mapping[str, Snapshot]
 
 
-def solve(bench: Workbench, anatomy: Anatomy) -> Solution:
+def solve(bench: Workbench, anatomy: ModelStructure) -> Solution:
     """Explain every dimension and every index."""
     probed = _probe(bench)
     fitter = _Fitter(bench, probed)
@@ -241,7 +241,7 @@ def _structural(bench: Workbench, probed: Probed) -> dict[str, str]:
 
 
 def _with_heads(
-    dims: Dims, anatomy: Anatomy, probed: Probed
+    dims: Dims, anatomy: ModelStructure, probed: Probed
 ) -> tuple[dict[str, Explained], dict[str, tuple[str, str]]]:
     """Hidden sizes that are heads x head size inside attention, and hidden/heads as one symbol."""
     regions = _regions(anatomy, probed)
@@ -283,7 +283,7 @@ def _divided(polynomial: Polynomial) -> tuple[Polynomial, dict[str, tuple[str, s
     return polynomial, used
 
 
-def _regions(anatomy: Anatomy, probed: Probed) -> dict[str, dict[str, str]]:
+def _regions(anatomy: ModelStructure, probed: Probed) -> dict[str, dict[str, str]]:
     """Attention module -> {hidden field: heads field}.
 
     An attribute of it is hidden/heads; or it has both, each as an attribute of its own.
@@ -319,7 +319,7 @@ def _regions(anatomy: Anatomy, probed: Probed) -> dict[str, dict[str, str]]:
     return found
 
 
-def _region(path: str, anatomy: Anatomy) -> str:
+def _region(path: str, anatomy: ModelStructure) -> str:
     """The outermost attention module around a module."""
     region = path
     for above in _ancestors(path.rpartition(".")[0]):

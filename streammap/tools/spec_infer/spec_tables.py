@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from streammap.architectures.key_pattern import INDEX
 from streammap.tools.spec_infer import probing
-from streammap.tools.spec_infer.axis_naming import Meanings
-from streammap.tools.spec_infer.spec_text import Text, toml_key, toml_value
+from streammap.tools.spec_infer.axis_naming import AxisNaming
+from streammap.tools.spec_infer.spec_text import SpecRules, toml_key, toml_value
 
 PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
 """Fields that must grow with the number of experts."""
@@ -15,10 +15,10 @@ INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
 """Lists of layer numbers."""
 
 
-class Tables:
+class SpecTables:
     """What a spec says beyond its tensors."""
 
-    def __init__(self, meanings: Meanings, text: Text) -> None:
+    def __init__(self, meanings: AxisNaming, text: SpecRules) -> None:
         """Write patterns as `text` does."""
         self._m, self._text = meanings, text
 

@@ -8,17 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 from streammap.tools.spec_infer import probing, solving
-from streammap.tools.spec_infer.axis_naming import Meanings, Tensors
+from streammap.tools.spec_infer.axis_naming import AxisNaming, NamedTensors
 from streammap.tools.spec_infer.probing import template
 
 _LARGE = 32
 """A dimension of this size should have a reason."""
 
 
-class Text:
+class SpecRules:
     """The first tables of a spec, and how they write patterns."""
 
-    def __init__(self, meanings: Meanings) -> None:
+    def __init__(self, meanings: AxisNaming) -> None:
         """Find the beginnings that many keys share."""
         self._m = meanings
         self._base = self._prefix()
@@ -131,7 +131,7 @@ class Text:
         return "formula", text if factor == 1 else f"{factor}*{text}"
 
     def _rules(self) -> str:
-        modules: dict[str, list[Tensors]] = defaultdict(list)
+        modules: dict[str, list[NamedTensors]] = defaultdict(list)
         for tensors in self._m.tensors:
             modules[re.sub(r"\.(weight|bias)$", "", tensors.pattern)].append(tensors)
         buffers: list[str] = []
@@ -157,7 +157,7 @@ class Text:
             text += ["[buffers]", f"keys = {toml_value(buffers)}", ""]
         return "\n".join(text)
 
-    def _is_constant(self, tensors: Tensors) -> bool:
+    def _is_constant(self, tensors: NamedTensors) -> bool:
         """Whether it is a buffer that no resizing changes."""
         symbols = [s for p in tensors.dims for m in p or () for s, _ in m]
         kinds = {self._m.kinds.get(self._m.names.get(s, ""), "frozen") for s in symbols}
@@ -172,7 +172,7 @@ class Text:
         guess = any(re.search(r"\+|\b[2-9]\b", word) for word in words.values())
         return f"{toml_value(pattern)} = {value}" + "   # the order is a guess" * guess
 
-    def _module(self, members: Sequence[Tensors]) -> dict[str | None, str] | None:
+    def _module(self, members: Sequence[NamedTensors]) -> dict[str | None, str] | None:
         """What [modules] says of a module, by condition; None where it has no word for it."""
         found: dict[str | None, str] = {}
         for tensors in members:
@@ -191,7 +191,7 @@ class Text:
                     return None
         return found or None
 
-    def _module_words(self, tensors: Tensors) -> str | None:
+    def _module_words(self, tensors: NamedTensors) -> str | None:
         kind, rank = tensors.part.kind, len(tensors.dims)
         one = [self._m.text_of(tensors, i) for i in range(rank)]
         if kind == "norm" and rank == 1:
@@ -206,7 +206,7 @@ class Text:
             return f"linear {one[1]} -> {one[0]}"
         return None
 
-    def _entries(self, tensors: Tensors) -> str:
+    def _entries(self, tensors: NamedTensors) -> str:
         words = []
         for i, (polynomial, role) in enumerate(zip(tensors.dims, tensors.roles, strict=True)):
             text = self._m.text_of(tensors, i)

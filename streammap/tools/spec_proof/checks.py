@@ -27,7 +27,7 @@ from torch import Tensor
 from streammap import api
 from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
-from streammap.architectures.schema import Architecture, Kind
+from streammap.architectures.schema import Architecture, AxisKind
 from streammap.errors import ArchitectureError, PlanError, StreammapError, some
 from streammap.operators.permute import Permute
 from streammap.operators.resize_options import RequestLike, ResizeOptions
@@ -38,14 +38,21 @@ from streammap.tools.spec_proof.tiny_models import FEATURES, TinyModel
 
 CheckName = Literal["source", "growth", "round trip", "permutation", "shrink", "promises"]
 CHECKS: tuple[CheckName, ...] = (
-    "source", "growth", "round trip", "permutation", "shrink", "promises",
-)  # fmt: skip
+    "source",
+    "growth",
+    "round trip",
+    "permutation",
+    "shrink",
+    "promises",
+)
 TOLERANCE = 1e-9
 """Largest relative difference of outputs that are called the same."""
 _ROUNDING = 2.0**-50
 _ALLOWED: Mapping[Promise, float] = {
-    "bit-exact": 0.0, "exact": TOLERANCE, "exact up to eps": 1e-3,
-}  # fmt: skip
+    "bit-exact": 0.0,
+    "exact": TOLERANCE,
+    "exact up to eps": 1e-3,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +68,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class ProofReport:
     """All checks of one model."""
 
     model: str
@@ -82,7 +89,7 @@ def models(architecture: Architecture) -> tuple[TinyModel, ...]:
     return tuple(map(_tiny_model, architecture.proof))
 
 
-def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[Report, ...]:
+def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[ProofReport, ...]:
     """Prove a spec with its tiny models.
 
     Args:
@@ -103,7 +110,7 @@ def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[Report
     return tuple(prove(model, arch, scratch / model.name) for model in found)
 
 
-def prove(model: TinyModel, arch: str, scratch: Path) -> Report:
+def prove(model: TinyModel, arch: str, scratch: Path) -> ProofReport:
     """Check one tiny model; the checks after "source" need a source."""
     work = _Proof(model, arch, scratch)
     found = [_check("source", work.build)]
@@ -115,7 +122,7 @@ def prove(model: TinyModel, arch: str, scratch: Path) -> Report:
             _check("shrink", work.shrink),
             _check("promises", work.promises),
         ]
-    return Report(model.name, tuple(found))
+    return ProofReport(model.name, tuple(found))
 
 
 def difference(found: Tensor, expected: Tensor, *, in_order: bool) -> float:
@@ -244,7 +251,7 @@ class _Proof:
     def _source(self) -> LazyCheckpoint:
         return self._open("source")
 
-    def _axes(self, kind: Kind) -> tuple[str, ...]:
+    def _axes(self, kind: AxisKind) -> tuple[str, ...]:
         axes, sizes = self._source.plan.model.architecture.axes, self._source.sizes
         names = [name for name, size in sizes.items() if size and axes[name].kind == kind]
         return tuple(name for name in names if name not in self._model.exempt)
