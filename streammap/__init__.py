@@ -1,5 +1,6 @@
 """streammap: resize and blend transformer checkpoints without loading them."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,15 @@ if TYPE_CHECKING:
     from streammap import progress
     from streammap.analysis.difference import Difference, diff
     from streammap.analysis.verification import Verification, verify
-    from streammap.api import LazyCheckpoint, coalesce, decoalesce, interpolate, load_into, open
+    from streammap.api import (
+        LazyCheckpoint,
+        coalesce,
+        decoalesce,
+        interpolate,
+        load_into,
+        open,
+        permute,
+    )
     from streammap.common.version import VERSION as __version__
     from streammap.errors import (
         ArchitectureError,
@@ -47,13 +56,22 @@ __all__ = [
     "interpolate",
     "load_into",
     "open",
+    "permute",
     "progress",
     "verify",
 ]
 _HOMES = {
     "analysis.difference": ("Difference", "diff"),
     "analysis.verification": ("Verification", "verify"),
-    "api": ("LazyCheckpoint", "coalesce", "decoalesce", "interpolate", "load_into", "open"),
+    "api": (
+        "LazyCheckpoint",
+        "coalesce",
+        "decoalesce",
+        "interpolate",
+        "load_into",
+        "open",
+        "permute",
+    ),
     "output.module.load": ("LoadReport",),
     "output.ranks.launcher": ("Ranks",),
     "output.run": ("Report",),
@@ -68,6 +86,9 @@ if not TYPE_CHECKING:
         if name == "__version__":
             return import_module("streammap.common.version").VERSION
         if name not in __all__:
+            registry = sys.modules.get("streammap.operators.registry")
+            if registry is not None and name.replace("_", "-") in registry.names():
+                return import_module("streammap.api").one_call(name.replace("_", "-"))
             raise AttributeError(f"module 'streammap' has no attribute {name!r}")
         if name == "progress":
             return import_module("streammap.progress")

@@ -1,34 +1,34 @@
-"""The calls a training launcher makes. Defaults of options are here and in resize_options.py only.
+"""The calls that a training launcher makes.
 
-big = streammap.open("bert-base")
-small = big.coalesce(width=2, depth=2)      # nothing is read yet
-small.save("bert-small")
-grown = streammap.open("bert-small-trained").decoalesce(map="bert-small")
-grown.interpolate(big, alpha=0.5).save("bert-base-2")
+    big = streammap.open("bert-base")
+    small = big.coalesce(width=2, depth=2)      # nothing is read yet
+    small.save("bert-small")
+    grown = streammap.open("bert-small-trained").decoalesce(map="bert-small")
+    grown.interpolate(big, alpha=0.5).save("bert-base-2")
+
+Each operator of operators/registry.py is a method of LazyCheckpoint, and a function here that
+opens, plans and saves in one call. Their options are declared by the operators.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, final
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast, final
 
-from streammap.common import garbage
+from streammap.common import declare, garbage
+from streammap.common.declare import Anything, declared, option, takes
 from streammap.common.events import Listener, nobody
-from streammap.engine.options import MEMORY, EngineOptions, Reader, engine
-from streammap.errors import OutputError
-from streammap.io import filenames
-from streammap.io.storage import hub_name, resolve
-from streammap.io.storage.hub_sink import MESSAGE, PushOptions
+from streammap.engine.options import MEMORY, Engine, Reader
 from streammap.io.storage.resolve import PathLike
-from streammap.io.storage.sink import Sink
 from streammap.io.tensor_spec import TensorSpec
 from streammap.operators import registry
-from streammap.output import config_check, shards
-from streammap.output import run as executor
-from streammap.output.options import FORMATS, Format, OutputOptions
-from streammap.output.ranks.launcher import Ranks
+from streammap.operators.declare import Operator
+from streammap.operators.interpolate import Interpolate
+from streammap.operators.permute import Permute
+from streammap.operators.resize import Coalesce, Decoalesce
+from streammap.output import destination
 from streammap.output.run import Report
+from streammap.output.save_options import PushOptions, SaveOptions
 from streammap.planning.plan import Plan, Promise
 
 if TYPE_CHECKING:
@@ -37,15 +37,43 @@ if TYPE_CHECKING:
 
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
-    from streammap.operators.resize import Direction
-    from streammap.operators.resize_options import ResizeOptions, RunOptions
     from streammap.output.module.load import LoadReport
 
-MAX_SHARD_SIZE = "5GB"
+P = ParamSpec("P")
+
+
+@declared
+class _HealthOptions(Engine):
+    """What a pass over all tensors may use."""
+
+    progress: Listener = option(
+        default=nobody, help="Called with each progress event.", kind=Anything()
+    )
+
+
+def _method(
+    operator: Callable[P, Operator],
+) -> "Callable[Concatenate[LazyCheckpoint, P], LazyCheckpoint]":
+    """An operator as a method: its options are the keywords, its further inputs come by place."""
+
+    def call(self: "LazyCheckpoint", options: Any) -> "LazyCheckpoint":
+        return self.apply(options)
+
+    cls = cast("type[Operator]", operator)
+    call.__name__, call.__doc__ = cls.name.replace("-", "_"), cls.__doc__
+    call.__qualname__ = f"LazyCheckpoint.{call.__name__}"
+    return takes(operator, n_first=1)(call)
+
+
+def _card(plan: Plan, engine: Engine, name: str) -> str:
+    """The model card of a repository's README.md."""
+    from streammap.analysis import model_card
+
+    return model_card.card(plan, engine, name=name)
 
 
 @final
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LazyCheckpoint:
     """A checkpoint, opened or planned. Its tensors are read, or computed, when asked for."""
 
@@ -56,6 +84,22 @@ class LazyCheckpoint:
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        names = " + ".join(dict.fromkeys(source.name for source in plan.sources)) or "nothing"
+        steps = "".join(f" -> {step.operator}" for step in plan.steps)
+        return (
+            f"<LazyCheckpoint {names}{steps}: {len(plan.targets)} tensors, "
+            f"{plan.nbytes / 1e9:.3f} GB, {plan.promise[0]}>"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        """Operators that were registered by others are methods too."""
+        known = name.replace("_", "-")
+        if name.startswith("_") or known not in registry.names():
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return partial(_method(registry.load(known)), self)
 
     def close(self) -> None:
         """Close the sources' files; what is read later opens them again."""
@@ -103,10 +147,10 @@ class LazyCheckpoint:
             yield key, self.plan.read(key)
 
     def state_dict(self) -> "Mapping[str, Tensor]":
-        """The tensors as a mapping; each is computed when it is asked for, each time anew."""
-        from streammap.engine import lazy_tensors as tensors
+        """The tensors as a mapping; each is computed when it is asked for, each time again."""
+        from streammap.engine import lazy_tensors
 
-        return tensors.LazyState(self.plan)
+        return lazy_tensors.LazyState(self.plan)
 
     @property
     def config(self) -> Mapping[str, object] | None:
@@ -123,202 +167,73 @@ class LazyCheckpoint:
         """Whether the function is kept ("exact" or "approximate"), and why."""
         return self.plan.promise
 
-    def summary(self, **options: Unpack[EngineOptions]) -> "Summary":
-        """What a run would do: shapes, formulas, bytes, memory, promise.
-
-        Args:
-            options: See options.py: memory, threads, device, reader.
+    @takes(Engine, n_first=1)
+    def summary(self, options: Engine) -> "Summary":
+        """What a run would do: shapes, formulas, bytes, memory, guarantee.
 
         Raises:
             OutputError: the memory is too little for any run.
         """
         from streammap.analysis.summary import summarize
 
-        return summarize(self.plan, engine(options))
+        return summarize(self.plan, options)
 
-    def health(self, *, progress: Listener = nobody, **options: Unpack[EngineOptions]) -> "Health":
+    @takes(_HealthOptions, n_first=1)
+    def health(self, options: _HealthOptions) -> "Health":
         """NaN, Inf, ranges, dead rows of each tensor, worst first; of a plan, what it would be.
-
-        Args:
-            progress: Called with each event of events.py.
-            options: What the pass may use, see options.py: memory, threads, reader.
 
         Raises:
             CheckpointError: a source can't be read.
         """
         from streammap.analysis import health
 
-        return health.measure(self.plan, engine(options), listener=progress)
+        return health.measure(self.plan, options, listener=options.progress)
 
-    def coalesce(self, **options: "Unpack[ResizeOptions]") -> "LazyCheckpoint":
-        """The smaller model: units of a group (heads, layers ...) become their mean.
+    def apply(self, operator: Operator, *, stream: bool = False) -> "LazyCheckpoint":
+        """The checkpoint that an operator makes of this one; nothing is computed.
 
         Args:
-            options: See resize_options.py: scheme, width, depth, hidden, heads, kv_heads, mlp,
-                experts, layers, axes, grouping, kv_merge, map, target, rule, untie.
+            operator: Its options, such as Coalesce(width=2).
+            stream: Whether inputs that it opens are read from the Hub as needed.
 
         Raises:
-            StreammapError: a request that does not fit, see errors.py.
+            StreammapError: options that do not fit the model, see errors.py.
         """
-        return self._resize("coalesce", options)
-
-    def decoalesce(self, **options: "Unpack[ResizeOptions]") -> "LazyCheckpoint":
-        """The larger model: each unit is copied to the members of its group.
-
-        Groups are those for coalescing. Without any, the map saved with the source is used.
-        Arguments and errors are those of `coalesce`; more are new_layers and head_dim.
-        """
-        return self._resize("decoalesce", options)
-
-    def interpolate(self, target: "LazyCheckpoint | PathLike", *, alpha: float) -> "LazyCheckpoint":
-        """(1 - alpha) * target + alpha * self, every tensor; files and dtypes are target's.
-
-        Raises:
-            PlanError: the two are not of one model and size.
-        """
-        other = target if isinstance(target, LazyCheckpoint) else open(target)
         with garbage.paused():
-            return LazyCheckpoint(registry.interpolate(self.plan, other.plan, alpha=alpha))
+            return LazyCheckpoint(registry.apply(operator, self.plan, stream=stream))
 
-    def save(
-        self,
-        output: PathLike,
-        *,
-        max_shard_size: str | int = MAX_SHARD_SIZE,
-        overwrite: bool = False,
-        restart: bool = False,
-        fsync: bool = True,
-        format: Format = "safetensors",
-        nest: str | None = None,
-        progress: Listener = nobody,
-        ranks: Ranks | bool = False,
-        **options: Unpack[EngineOptions],
-    ) -> Report:
+    coalesce = _method(Coalesce)
+    decoalesce = _method(Decoalesce)
+    interpolate = _method(Interpolate)
+    permute = _method(Permute)
+
+    @takes(SaveOptions)
+    def save(self, output: PathLike, options: SaveOptions) -> Report:
         """Compute and write the result; the model is never held.
 
-        Args:
-            output: A folder, or a file that ends in .safetensors or .pth; or a URL of one,
-                "s3://bucket/out", which shards are sent to one by one. "hf://org/name@branch" is
-                push_to_hub without its options.
-            max_shard_size: "5GB" (10^9 bytes) or "500MiB" (2^20), or a number of bytes.
-            overwrite: Whether an output that is there may be replaced.
-            restart: Whether to begin anew where an earlier run was stopped. By default its
-                work is gone on with; a run that asks for something else is refused.
-            fsync: Whether to wait until the disk has it.
-            format: "safetensors", or "dcp" for a folder of torch.distributed.checkpoint.
-            nest: Entry that the tensors stand under in a DCP folder, such as "model"; by default
-                where they stood in the source, or at the top.
-            progress: Called with each event of events.py.
-            ranks: True where all processes of a torchrun or srun make this call: each then writes
-                some of the shards, and all return when the result is whole. See docs/clusters.md.
-            options: What the run may use, see options.py: memory, threads, device, reader.
+        `output` is a folder, or a file that ends in .safetensors or .pth; or a URL of one,
+        "s3://bucket/out", which shards are sent to one by one. "hf://org/name@branch" is
+        push_to_hub without its options. A run that was interrupted is resumed by the same call.
 
         Raises:
-            OutputError: the place is taken or too small, or a source's own folder; or the memory
-                is too little.
+            OutputError: the output exists, is a source's own folder, or has too little room; or
+                the memory is too little.
             PlanError: a config.json that transformers, where it is installed, would refuse.
         """
-        size = shards.parse_size(max_shard_size)
-        self._check_config()
-        if format not in FORMATS:
-            raise OutputError(f"format {format!r}: expected one of {', '.join(FORMATS)}")
-        here = Ranks.of(ranks)
-        where = OutputOptions(
-            resolve.local_path(output),
-            size,
-            overwrite,
-            fsync,
-            engine(options),
-            restart=restart,
-            format=format,
-            nest=nest,
-            ranks=here,
-        )
-        if resolve.is_url(output):
-            return self._send(self._sink(str(output), where, options), where, progress)
-        return executor.run(self.plan, where, progress)
+        return destination.save(self.plan, output, options, card=_card)
 
-    def push_to_hub(
-        self,
-        repo: str,
-        *,
-        private: bool = True,
-        branch: str = "main",
-        message: str = MESSAGE,
-        max_shard_size: str | int = MAX_SHARD_SIZE,
-        overwrite: bool = False,
-        restart: bool = False,
-        fsync: bool = True,
-        progress: Listener = nobody,
-        ranks: Ranks | bool = False,
-        **options: Unpack[EngineOptions],
-    ) -> Report:
+    @takes(PushOptions)
+    def push_to_hub(self, repo: str, options: PushOptions) -> Report:
         """Compute the result and push it to a repository of the Hub, shard by shard.
 
-        No copy of all is kept here: two shards at most. A run that was stopped goes on; what the
-        repository has already is not sent again.
-
-        Args:
-            repo: "org/name"; it is made when needed.
-            private: Whether a repository that is made is private.
-            branch: It is made when needed.
-            message: Of the commits.
-            max_shard_size: As for `save`, and so are the others.
+        No copy of all is kept here: two shards at most. A run that was interrupted is resumed; what
+        the repository has already is not sent again. `repo` is "org/name"; it is created when
+        needed.
 
         Raises:
             OutputError: no token, no right to write; a branch with a model, without `overwrite`.
         """
-        size = shards.parse_size(max_shard_size)
-        self._check_config()
-        here = Ranks.of(ranks)
-        where = OutputOptions(
-            Path(), size, overwrite, fsync, engine(options), restart=restart, ranks=here
-        )
-        push = PushOptions(repo, branch, private, message)
-        return self._send(self._hub(push, options), where, progress)
-
-    def _check_config(self) -> None:
-        before = None if self.plan.side is None else self.plan.side.config
-        config_check.check(before, self.plan.config, nbytes=self.plan.nbytes)
-
-    def _sink(self, url: str, where: OutputOptions, options: EngineOptions) -> Sink:
-        """Where a URL leads."""
-        if where.format != "safetensors" and not url.endswith(filenames.WEIGHTS):
-            raise OutputError(
-                f"{url}: a folder of format {where.format} is written on this machine only",
-                hint="write it to a folder, and copy that",
-            )
-        if url.startswith("hf://"):
-            name = hub_name.parse(url)
-            return self._hub(PushOptions(name.repo, name.revision), options)
-        from streammap.io.storage.remote_sink import RemoteSink
-
-        return RemoteSink(url)
-
-    def _hub(self, push: PushOptions, options: EngineOptions) -> Sink:
-        from streammap.analysis import model_card
-        from streammap.io.storage.hub_sink import HubSink
-
-        return HubSink(push, partial(model_card.card, self.plan, engine(options), name=push.repo))
-
-    def _send(self, sink: Sink, where: OutputOptions, progress: Listener) -> Report:
-        if where.ranks.world_size > 1:
-            raise OutputError(
-                f"{sink.label}: {where.ranks.world_size} processes, expected 1: they share a "
-                "folder on a file system",
-                hint="write to a folder, or run it in one process (--no-ranks)",
-            )
-        from streammap.output import upload
-
-        where = replace(where, path=upload.spool_of(sink.label))
-        return executor.run(self.plan, where, progress, sink=sink)
-
-    def _resize(self, direction: "Direction", given: "ResizeOptions") -> "LazyCheckpoint":
-        with garbage.paused():
-            from streammap.operators import resize_options as options
-
-            op = options.resize(direction, self.plan, given)
-            return LazyCheckpoint(registry.resize(self.plan, op))
+        return destination.push(self.plan, repo, options, card=_card)
 
 
 def open(
@@ -384,101 +299,64 @@ def load_into(
     from streammap.output.module import load
 
     opened = lazy if isinstance(lazy, LazyCheckpoint) else open(lazy)
-    options = EngineOptions(memory=memory, threads=threads, reader=reader)
+    options = Engine(memory=memory, threads=threads, reader=reader)
     place = None if device is None else torch.device(device)
-    wanted = load.LoadOptions(place, dtype, strict, engine(options))
+    wanted = load.LoadOptions(place, dtype, strict, options)
     return load.load(opened.plan, model, wanted, progress)
 
 
-def coalesce(
-    source: PathLike,
-    output: PathLike,
-    *,
-    stream: bool = False,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
-    overwrite: bool = False,
-    restart: bool = False,
-    progress: Listener = nobody,
-    ranks: Ranks | bool = False,
-    **options: "Unpack[RunOptions]",
-) -> Report:
-    """Write the coalesced `source` to `output`. See open, LazyCheckpoint.coalesce and .save."""
-    from streammap.operators.resize_options import split
+@declared
+class _CallOptions(SaveOptions):
+    """What a one-call function takes beside its operator's options."""
 
-    resize, run = split(options)
-    with open(source, stream=stream) as lazy:
-        return lazy.coalesce(**resize).save(
-            output,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            restart=restart,
-            progress=progress,
-            ranks=ranks,
-            **run,
-        )
+    stream: bool = option(
+        default=False, help="Read models of the Hub as needed, not through the Hub's cache."
+    )
 
 
-def decoalesce(
-    source: PathLike,
-    output: PathLike,
-    *,
-    blend_with: PathLike | None = None,
-    alpha: float = 0.5,
-    stream: bool = False,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
-    overwrite: bool = False,
-    restart: bool = False,
-    progress: Listener = nobody,
-    ranks: Ranks | bool = False,
-    **options: "Unpack[RunOptions]",
-) -> Report:
-    """Write the decoalesced `source` to `output`, blended with `blend_with` where it is given.
-
-    The blend is (1 - alpha) * blend_with + alpha * grown, in the same pass.
-    See open, LazyCheckpoint.decoalesce, .interpolate and .save.
-    """
-    from streammap.operators.resize_options import split
-
-    resize, run = split(options)
-    big = None if blend_with is None else open(blend_with, stream=stream)
-    if big is not None and resize.get("target") is None:
-        resize["target"] = big
-    lazy = open(source, stream=stream).decoalesce(**resize)
-    with lazy if big is None else lazy.interpolate(big, alpha=alpha) as planned:
-        return planned.save(
-            output,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            restart=restart,
-            progress=progress,
-            ranks=ranks,
-            **run,
-        )
+@declared
+class _Coalesce(Coalesce, _CallOptions):
+    pass
 
 
-def interpolate(
-    source: PathLike,
-    target: PathLike,
-    output: PathLike,
-    *,
-    alpha: float,
-    stream: bool = False,
-    max_shard_size: str | int = MAX_SHARD_SIZE,
-    overwrite: bool = False,
-    restart: bool = False,
-    progress: Listener = nobody,
-    ranks: Ranks | bool = False,
-    **run: Unpack[EngineOptions],
-) -> Report:
-    """Write (1 - alpha) * target + alpha * source to `output`. See open and LazyCheckpoint."""
-    other = open(target, stream=stream)
-    with open(source, stream=stream).interpolate(other, alpha=alpha) as blended:
-        return blended.save(
-            output,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            restart=restart,
-            progress=progress,
-            ranks=ranks,
-            **run,
-        )
+@declared
+class _Decoalesce(Decoalesce, _CallOptions):
+    pass
+
+
+@declared
+class _Interpolate(Interpolate, _CallOptions):
+    pass
+
+
+@declared
+class _Permute(Permute, _CallOptions):
+    pass
+
+
+def _one_call(
+    operator: type[Operator], all_options: Callable[P, _CallOptions]
+) -> Callable[Concatenate[PathLike, PathLike, P], Report]:
+    """An operator as one call: open the source, plan, save."""
+
+    def call(source: PathLike, output: PathLike, options: _CallOptions) -> Report:
+        made, how = declare.part(operator, options), declare.part(SaveOptions, options)
+        with open(source, stream=options.stream).apply(made, stream=options.stream) as planned:
+            return destination.save(planned.plan, output, how, card=_card)
+
+    call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
+    call.__doc__ = f"{operator.__doc__}\n\nOpens `source`, and saves the result to `output`."
+    return takes(all_options)(call)
+
+
+coalesce = _one_call(Coalesce, _Coalesce)
+decoalesce = _one_call(Decoalesce, _Decoalesce)
+interpolate = _one_call(Interpolate, _Interpolate)
+permute = _one_call(Permute, _Permute)
+
+
+def one_call(name: str) -> Callable[..., Report]:
+    """The same for an operator that others registered."""
+    operator = registry.load(name)
+    options: Any = declared(type(operator.__name__, (operator, _CallOptions), {}))
+    return _one_call(operator, options)

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
 from streammap import api
 from streammap.api import LazyCheckpoint
 from streammap.common import text as wording
+from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
-from streammap.engine.options import EngineOptions, engine
+from streammap.engine.options import Engine
 from streammap.io.tensor_spec import TensorSpec
 from streammap.planning.graph import LinearForm
 
@@ -140,9 +141,7 @@ def _row(tensor: TensorDifference, width: int) -> str:
     return f"{tensor.key:<{width}}  {told}  {', '.join(notes)}"
 
 
-def diff(
-    a: Source, b: Source, *, progress: Listener = nobody, **options: Unpack[EngineOptions]
-) -> Difference:
+def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -> Difference:
     """Compare two checkpoints: folders, files, opened or planned ones.
 
     Args:
@@ -188,7 +187,7 @@ def diff(
 
     scan.each(
         drivers,
-        engine(options),
+        make(Engine, options, what="diff"),
         measure,
         lambda key, part: found[key].add(part),
         others=others,

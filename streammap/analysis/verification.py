@@ -11,18 +11,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Unpack, final
+from typing import Any, final
 
 from streammap.api import LazyCheckpoint
 from streammap.architectures import quantization
+from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
-from streammap.engine.options import Engine, EngineOptions, engine
+from streammap.engine.options import Engine
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.io import survey
 from streammap.io.storage.resolve import PathLike
 from streammap.io.survey import Finding, SavedRecord, Survey
+from streammap.operators import request_json
 from streammap.output import shards
-from streammap.planning import map_file, plan, request_tree
+from streammap.planning import map_file, plan
 from streammap.planning.plan import Plan
 from streammap.tools import replay
 from streammap.tools.replay import Moved
@@ -86,7 +88,7 @@ def verify(
     recompute: int = 0,
     seed: int = 0,
     progress: Listener = nobody,
-    **options: Unpack[EngineOptions],
+    **options: Any,
 ) -> Verification:
     """Look at an output again. Whatever is wrong is a finding, and no error.
 
@@ -107,7 +109,7 @@ def verify(
     record = survey.read_record(replay.record_of(place))
     seen = survey.survey(place, record)
     expected, why = _expected(place, record, sources)
-    work = _Work(record, seen, expected, engine(options))
+    work = _Work(record, seen, expected, make(Engine, options, what="verify"))
     if record.is_there:
         work.checks.append("record")
     else:
@@ -182,7 +184,7 @@ def _expected(path: Path, record: SavedRecord, sources: Moved) -> tuple[Plan | N
     """The plan made again, or why it can't be."""
     if record.content.get("request") is None:
         return None, "the record does not say how to make it again"
-    call = request_tree.parse(record.content["request"])
+    call = request_json.parse(record.content["request"])
     replay.moved(call, sources)  # a wrong --source is the user's, no finding
     try:
         near = map_file.find(path) if path.exists() else ()

@@ -1,4 +1,4 @@
-"""Commands that read results again: `verify`, `diff`."""
+"""Commands that read results: `verify`, `diff`."""
 
 import json
 from pathlib import Path
@@ -6,22 +6,24 @@ from typing import Any
 
 import click
 
+from streammap.cli.help import Command
 from streammap.cli.options import (
     ERROR_CODE,
     json_option,
     limit_option,
     moved_of,
     moved_options,
+    option,
     reading_of,
     reading_options,
 )
 from streammap.errors import printable_lines
 
 
-@click.command()
+@click.command(cls=Command, examples=("verify small/ --recompute 100",))
 @click.argument("output", metavar="OUT")
 @moved_options
-@click.option(
+@option(
     "--recompute",
     "n_tiles",
     type=click.IntRange(min=0),
@@ -30,8 +32,8 @@ from streammap.errors import printable_lines
     metavar="N",
     help="Random tiles to compute again from the sources.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Which tiles these are.")
-@click.option("--quiet", "-q", is_flag=True, help="Only the exit code.")
+@option("--seed", type=int, default=0, show_default=True, help="Which tiles these are.")
+@option("--quiet", "-q", is_flag=True, help="Only the exit code.")
 @reading_options
 @json_option
 @click.pass_context
@@ -46,18 +48,14 @@ def verify(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Read a result again: is it what was planned and written?
+    """Check a result: is it what was planned and written?
 
-    Exit code 0: nothing is wrong, 1: something is. All that is wrong is listed.
-
-    \b
-    Example:
-        streammap verify small/ --recompute 100
+    Lists everything that is wrong. Exit code 0: nothing is wrong, 1: something is.
     """
     from streammap import progress
     from streammap.analysis import verification
 
-    found = verification.verify(
+    report = verification.verify(
         output,
         sources=moved_of(sources),
         recompute=n_tiles,
@@ -67,16 +65,16 @@ def verify(
     )
     if not quiet:
         click.echo(
-            json.dumps(found.as_json(), indent=2) if as_json else printable_lines(str(found))
+            json.dumps(report.as_json(), indent=2) if as_json else printable_lines(str(report))
         )
-    ctx.exit(0 if found.ok else 1)
+    ctx.exit(0 if report.ok else 1)
 
 
-@click.command()
+@click.command(cls=Command, examples=("diff big/ blended/ --plot blended.svg",))
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--plot", metavar="FILE.svg", help="Draw the relative differences.")
-@click.option("--quiet", "-q", is_flag=True, help="Only the exit code.")
+@option("--plot", metavar="FILE.svg", help="Draw the relative differences.")
+@option("--quiet", "-q", is_flag=True, help="Only the exit code.")
 @limit_option
 @reading_options
 @json_option
@@ -92,23 +90,21 @@ def diff(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Say how two checkpoints differ, tensor by tensor, worst first.
+    """Compare two checkpoints tensor by tensor, worst first.
 
-    relative is ||a - b|| / ||a||. Exit code 0: all is bit by bit the same, 1: something differs,
-    2: one of them could not be read, as of diff(1).
-
-    \b
-    Example:
-        streammap diff big/ blended/ --plot blended.svg
+    relative is ||a - b|| / ||a||. Exit code 0: all bits are equal, 1: something differs, 2: one of
+    them could not be read, as for diff(1).
     """
     from streammap import progress
     from streammap.analysis import difference, heatmap
 
     ctx.meta[ERROR_CODE] = 2
-    found = difference.diff(a, b, progress=progress.bar("diff", quiet=quiet), **reading_of(options))
+    report = difference.diff(
+        a, b, progress=progress.bar("diff", quiet=quiet), **reading_of(options)
+    )
     if plot is not None:
-        heatmap.save(found, Path(plot))
+        heatmap.save(report, Path(plot))
     if not quiet:
-        told = printable_lines(found.text(limit=limit or None))
-        click.echo(json.dumps(found.as_json(), indent=2) if as_json else told)
-    ctx.exit(0 if found.is_equal else 1)
+        text = printable_lines(report.text(limit=limit or None))
+        click.echo(json.dumps(report.as_json(), indent=2) if as_json else text)
+    ctx.exit(0 if report.is_equal else 1)

@@ -1,53 +1,77 @@
 """What a run may use: memory, threads, a device, a way to read. Defaults are here."""
 
 import re
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, final
 
-from streammap.errors import OutputError
+from streammap.common.declare import Kind, Whole, check, declared, option, shown
+from streammap.errors import OutputError, PlanError
 
 MEMORY = "256MiB"
 Reader = Literal["pread", "mmap"]
 READERS: tuple[Reader, ...] = ("pread", "mmap")
+RESOURCES = "Resources"
+"""Heading of these options in help."""
 
 
-class EngineOptions(TypedDict, total=False):
-    """What a run may use; see Engine."""
+@final
+class Size(Kind):
+    """A number of bytes, or text such as "256MiB" (2^20) or "1GB" (10^9)."""
 
-    memory: str | int
-    """What it may add to the process: "256MiB" (2^20), "1GB" (10^9) or a number of bytes."""
-    threads: int | None
-    """Threads that read and compute, beside one that writes; None: one a processor, at most 8."""
-    device: str
-    """"auto", "cpu", "cuda" or "cuda:1"."""
-    reader: Reader
-    """"pread" into memory of the run's own, or "mmap"."""
+    def parse(self, value: Any, name: str) -> int:
+        """Bytes."""
+        from streammap.output import shards
+
+        return shards.parse_size(value)
 
 
-@dataclass(frozen=True, slots=True)
+@final
+class _Device(Kind):
+    def parse(self, value: Any, name: str) -> str:
+        if not isinstance(value, str) or re.fullmatch(r"auto|cpu|cuda(:\d+)?", value) is None:
+            raise OutputError(f"device {shown(value)}: expected auto, cpu, cuda or cuda:N")
+        return value
+
+
+@declared
 class Engine:
     """What a run may use."""
 
-    memory_nbytes: int
-    n_threads: int | None
-    device: str
-    reader: Reader
+    memory: str | int = option(
+        default=MEMORY,
+        help="Memory that a run may add to the process, on top of the torch import.",
+        group=RESOURCES,
+        kind=Size(),
+        metavar="SIZE",
+    )
+    threads: int | None = option(
+        default=None,
+        help="Threads that read, compute and write.  [default: one a processor, at most 8]",
+        group=RESOURCES,
+        kind=Whole(least=1),
+        metavar="N",
+    )
+    device: str = option(
+        default="auto",
+        help="auto, cpu, cuda or cuda:1; auto takes a GPU where the plan gains by it.",
+        group=RESOURCES,
+        kind=_Device(),
+        metavar="NAME",
+    )
+    reader: Reader = option(default="pread", help="How sources are read.", group=RESOURCES)
 
+    def __post_init__(self) -> None:
+        """Read the values; a wrong one is an error of the run, not of the plan."""
+        try:
+            check(self)
+        except PlanError as error:
+            raise OutputError(error.message, hint=error.hint) from error
 
-def engine(options: EngineOptions) -> Engine:
-    """Options, checked, with the defaults.
+    @property
+    def memory_nbytes(self) -> int:
+        """The memory, in bytes."""
+        return Size().parse(self.memory, "memory")
 
-    Raises:
-        OutputError: one that makes no sense.
-    """
-    threads, device = options.get("threads"), options.get("device", "auto")
-    if threads is not None and threads < 1:
-        raise OutputError(f"{threads} threads: expected at least 1", hint="pass --threads 1")
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", device) is None:
-        raise OutputError(f"device {device!r}: expected auto, cpu, cuda or cuda:N")
-    reader = options.get("reader", "pread")
-    if reader not in READERS:
-        raise OutputError(f"reader {reader!r}: expected one of {', '.join(READERS)}")
-    from streammap.output import shards  # `streammap --help` needs the defaults alone
-
-    return Engine(shards.parse_size(options.get("memory", MEMORY)), threads, device, reader)
+    @property
+    def n_threads(self) -> int | None:
+        """Threads; None for one a processor, at most 8."""
+        return self.threads

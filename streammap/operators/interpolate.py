@@ -3,50 +3,60 @@
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import ClassVar
 
+from streammap.common.declare import Real
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
+from streammap.operators.declare import Input, Operator, PlanLike, argument, declared, option
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
-from streammap.planning.plan import Plan, Step
+from streammap.planning.plan import Plan, Promise, Step
 
 
-@dataclass(frozen=True, slots=True)
-class Interpolate:
-    """How much of the source the result has."""
+@declared
+class Interpolate(Operator):
+    """Blend two checkpoints of one model: (1 - alpha) * TGT + alpha * SRC."""
 
-    alpha: float
+    examples: ClassVar[tuple[str, ...]] = ("interpolate grown/ big/ out/ --alpha 0.5",)
 
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.alpha) or not 0.0 <= self.alpha <= 1.0:
-            raise PlanError(f"alpha is {self.alpha}, expected 0 to 1", hint="give --alpha 0.5")
+    target: PlanLike = argument(
+        help="The other checkpoint; files and dtypes of the result are its own.",
+        kind=Input(),
+        metavar="TGT",
+        kw_only=False,
+    )
+    alpha: float = option(
+        help="Weight of SRC in the result, 0 to 1.",
+        group="Blend",
+        kind=Real(0.0, 1.0, hint="give --alpha 0.5"),
+        metavar="A",
+    )
 
-    def plan(self, source: Plan, target: Plan) -> Plan:
+    def plan(self, source: Plan, *, target: Plan) -> Plan:
         """The blended plan, in the frame of `target`.
 
         Raises:
             PlanError: two checkpoints that are not of one model.
         """
         _check_sizes(source, target)
-        options: dict[str, object] = {"alpha": self.alpha}
-        notes = []
+        promise, reason = self._promise()
         mixed = {
             (other.spec.dtype, form.spec.dtype)
             for key, form in target.targets.items()
             if (other := source.targets.get(key)) is not None
             and other.spec.dtype != form.spec.dtype
         }
-        for mine, theirs in sorted(mixed):
-            notes.append(f"source {mine} and target {theirs}: the result is {theirs}")
-        if self.alpha == 0.0:
-            step = Step("interpolate", options, "bit-exact", "alpha 0 is the target", tuple(notes))
-        elif self.alpha == 1.0:
-            step = Step("interpolate", options, "bit-exact", "alpha 1 is the source", tuple(notes))
-        else:
-            reason = "the mean of two models' weights is a third model"
-            step = Step("interpolate", options, "approximate", reason, tuple(notes))
+        notes = [f"source {a} and target {b}: the result is {b}" for a, b in sorted(mixed)]
+        step = Step(self.name, {"alpha": self.alpha}, promise, reason, tuple(notes))
         return _blend(source, target, self.alpha, step)
+
+    def _promise(self) -> tuple[Promise, str]:
+        if self.alpha == 0.0:
+            return "bit-exact", "alpha 0 is the target"
+        if self.alpha == 1.0:
+            return "bit-exact", "alpha 1 is the source"
+        return "approximate", "the mean of two models' weights is a third model"
 
 
 def _check_sizes(source: Plan, target: Plan) -> None:
@@ -99,11 +109,11 @@ def _check_alike(source: Plan, target: Plan) -> None:
     missing = [k for k in target.targets if k not in source.targets and k not in buffers]
     surplus = [k for k in source.targets if k not in target.targets and k not in buffers]
     if missing or surplus:
-        told = (
+        difference = (
             f"lacks {some(missing)}" if missing else f"has {some(surplus)}, which the target lacks"
         )
         raise PlanError(
-            f"the source {told} ({len(missing)} missing, {len(surplus)} surplus of "
+            f"the source {difference} ({len(missing)} missing, {len(surplus)} surplus of "
             f"{len(target.targets)} tensors)",
             hint="blend two checkpoints of the same model",
         )

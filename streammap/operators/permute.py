@@ -1,39 +1,62 @@
-"""Permute: units of every width axis change places, at random; the function stays.
+"""Permute: put the units of every width axis in a random order.
 
-This is the proof of a spec: if a dimension were labelled wrongly, or its layout, units would no
-longer meet their own weights, and the outputs would differ.
+The function stays only where the spec is right: if it labelled a dimension or its layout wrongly,
+units would no longer meet their own weights. That makes it the hardest test of a spec.
 """
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 from streammap.architectures import config_fields
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Axis
+from streammap.common.declare import Names
+from streammap.errors import PlanError
+from streammap.operators.declare import Operator, declared, option
 from streammap.planning import maps, planner
 from streammap.planning.maps import BlockMap
 from streammap.planning.plan import Plan, Step
 from streammap.planning.tensor_maps import AxisChange
 
 
-@dataclass(frozen=True, slots=True)
-class Permute:
-    """Which axes to permute, and how."""
+@declared
+class Permute(Operator):
+    """Put the units of every width in a random order; the function stays."""
 
-    seed: int
-    without: tuple[str, ...] = ()
-    """Axes that stay."""
-    only: tuple[str, ...] = ()
-    """Axes to permute; all when empty."""
+    examples: ClassVar[tuple[str, ...]] = ("permute llama/ shuffled/ --seed 1 --only mlp",)
+
+    seed: int = option(default=0, help="Which random order.", metavar="N")
+    without: tuple[str, ...] = option(
+        default=(), help="Axis that keeps its order.", kind=Names(), metavar="AXIS"
+    )
+    only: tuple[str, ...] = option(
+        default=(),
+        help="Axis to permute, instead of all; may be repeated.",
+        kind=Names(),
+        metavar="AXIS",
+    )
 
     def plan(self, source: Plan) -> Plan:
-        """The permuted plan."""
+        """The permuted plan.
+
+        Raises:
+            PlanError: no width axis has one of these names.
+        """
         model = source.model
+        self._check_axes(model)
         chosen = dict(self._maps(model))
         pairs = {name: maps.pair_of(m) for name, m in chosen.items()}
-        step = Step("permute", {"seed": self.seed}, "exact", "units change places")
+        step = Step(self.name, {"seed": self.seed}, "exact", "units change places")
         return planner.remap(source, AxisChange(pairs, {}, {}, "exact", 1.0), step)
+
+    def _check_axes(self, model: Model) -> None:
+        for name in self.only:
+            if name not in model.architecture.axes:
+                raise PlanError(
+                    f"{model.architecture.name} has no axis {name!r}",
+                    hint=f"its axes are {', '.join(model.sizes)}",
+                )
 
     def _maps(self, model: Model) -> Iterable[tuple[str, BlockMap]]:
         source = random.Random(self.seed)

@@ -1,26 +1,85 @@
-"""The calls that make plans, each with its record; `build` makes the same plan from a record.
+"""All operators by name, and the one gate through which a plan is made and recorded.
 
-This is the only gate: what goes through here can be made again, see request_tree.py. A plan
-that was made by other means has no record, and says so by `request` None.
+What goes through `open_source` and `apply` can be made again by `build`, from its record alone. A
+plan that was made by other means has no record: its `request` is None.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import Any, final
 
+from streammap.common import declare
 from streammap.errors import PlanError, SchemeError, some
 from streammap.io.checkpoint import Checkpoint, open_checkpoint
 from streammap.io.json_files import read_config
 from streammap.io.storage import resolve
-from streammap.operators.interpolate import Interpolate
+from streammap.operators.declare import Operator, PlanLike, inputs_of, settled
 from streammap.planning import map_file, plan
 from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import Plan
-from streammap.planning.request_tree import OperatorCall
+from streammap.planning.request import MapDigests, OperatorCall
 
-if TYPE_CHECKING:
-    from streammap.operators.resize import Resize
+_HERE = "streammap.operators."
+_OPERATORS: dict[str, tuple[str, str]] = {
+    "coalesce": ("resize:Coalesce", "Shrink: units of a group become their mean."),
+    "decoalesce": ("resize:Decoalesce", "Grow: units are copied; widening keeps the function."),
+    "interpolate": ("interpolate:Interpolate", "Blend two checkpoints of one model."),
+    "permute": ("permute:Permute", "Put units in a random order; the function stays."),
+    "configure": ("configure:Configure", ""),
+}
+"""Name -> where it is, and its line in the list of commands ("": it is no command)."""
+_OWN: dict[str, type[Operator]] = {}
+"""Operators of other packages."""
+
+
+def register(operator: type[Operator]) -> None:
+    """Add an operator of your own: it becomes a command, a call, and an entry of records.
+
+    Raises:
+        ValueError: another operator has its name.
+    """
+    if operator.name in names() and _OWN.get(operator.name) is not operator:
+        raise ValueError(f"an operator {operator.name!r} is known already")
+    _OWN[operator.name] = operator
+
+
+def unregister(operator: type[Operator]) -> None:
+    """Forget an operator that `register` added."""
+    _OWN.pop(operator.name, None)
+
+
+def names() -> tuple[str, ...]:
+    """All operators."""
+    return (*_OPERATORS, *_OWN)
+
+
+def commands() -> Mapping[str, str]:
+    """Operators that are commands, with a line on each; none of them is imported for it."""
+    own = {name: (cls.__doc__ or "").partition("\n")[0] for name, cls in _OWN.items()}
+    return {name: line for name, (_, line) in _OPERATORS.items() if line} | own
+
+
+def load(name: str) -> type[Operator]:
+    """The operator's class.
+
+    Raises:
+        PlanError: no operator has this name.
+    """
+    if name in _OWN:
+        return _OWN[name]
+    if name not in _OPERATORS:
+        raise PlanError(f"no operator {declare.shown(name)}", hint=f"known: {', '.join(names())}")
+    return _imported(_OPERATORS[name][0])
+
+
+@functools.cache
+def _imported(home: str) -> type[Operator]:
+    module, _, cls = home.partition(":")
+    found: type[Operator] = getattr(import_module(_HERE + module), cls)
+    return found
 
 
 def open_source(
@@ -34,8 +93,10 @@ def open_source(
     """A folder or file of weights, as it is.
 
     Args:
-        stream: Whether a model of the Hub is read as needed; no part of the record.
+        config: config.json, where it is not beside the weights.
+        arch: The architecture spec's name or file, where config.json does not tell.
         maps: The maps saved with it; None to look for them.
+        stream: Whether a model of the Hub is read as needed; no part of the record.
 
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
@@ -50,47 +111,56 @@ def open_source(
         options["config"] = dict(config if isinstance(config, Mapping) else read_config(config))
     if arch is not None:
         options["arch"] = str(Path(arch).absolute()) if _is_spec_file(arch) else arch
+    options["maps"] = levels
     made = plan.from_checkpoint(opened, levels, architecture=arch)
-    return made.asked(OperatorCall("open", options, levels))
+    return made.with_request(OperatorCall("open", options))
 
 
-def _is_spec_file(arch: str) -> bool:
-    try:
-        return Path(arch).is_file()
-    except OSError:  # no name that a file can have
-        return False
+def plan_of(source: PlanLike, *, stream: bool = False) -> Plan:
+    """The plan of what is opened or planned already, or of a checkpoint to open.
+
+    Raises:
+        CheckpointError: nothing there, or a file that is not what it says.
+    """
+    if isinstance(source, str | Path):
+        return open_source(source, stream=stream)
+    return source if isinstance(source, Plan) else source.plan
 
 
-def _levels(opened: Checkpoint) -> tuple[MapLevel, ...]:
-    """The maps saved with a checkpoint."""
-    return () if opened.place is None else map_file.find_at(opened.place)
+def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
+    """The plan that an operator makes of its source and its further inputs, with its record.
+
+    Args:
+        stream: Whether inputs that are opened here are read from the Hub as needed.
+
+    Raises:
+        StreammapError: an input that can't be opened, or options that do not fit the model.
+    """
+    plans: dict[str, Plan | tuple[Plan, ...]] = {}
+    for one in inputs_of(operator):
+        value = getattr(operator, one.name)
+        if isinstance(value, tuple):
+            plans[one.name] = tuple(plan_of(each, stream=stream) for each in value)
+        elif value is not None:
+            plans[one.name] = plan_of(value, stream=stream)
+    values = settled(operator, source)
+    operator = replace(operator, **values) if values else operator  # type: ignore[type-var]
+    made = operator.plan(source, **plans)
+    return made.with_request(_recorded(operator, {"source": source, **plans}))
 
 
-def resize(source: Plan, op: "Resize") -> Plan:
-    """The resized plan. See Resize.plan for what it raises."""
-    from streammap.operators import resize_json
-
-    call = OperatorCall(op.direction, resize_json.encode(op), op.levels, source=source.request)
-    return op.plan(source).asked(None if source.request is None else call)
-
-
-def interpolate(source: Plan, target: Plan, *, alpha: float) -> Plan:
-    """The blended plan. See Interpolate.plan for what it raises."""
-    made = Interpolate(alpha).plan(source, target)
-    if source.request is None or target.request is None:
-        return made.asked(None)
-    call = OperatorCall(
-        "interpolate", {"alpha": alpha}, source=source.request, target=target.request
-    )
-    return made.asked(call)
-
-
-def configure(source: Plan, config: Mapping[str, object]) -> Plan:
-    """The plan with another config.json."""
-    made = replace(source, config=config)
-    if source.request is None:
-        return made
-    return made.asked(OperatorCall("configure", {"config": dict(config)}, source=source.request))
+def _recorded(
+    operator: Operator, plans: Mapping[str, Plan | tuple[Plan, ...]]
+) -> OperatorCall | None:
+    """The call that made a plan; None where one of its inputs has no record."""
+    inputs: dict[str, OperatorCall | tuple[OperatorCall, ...]] = {}
+    for name, given in plans.items():
+        requests = [one.request for one in (given if isinstance(given, tuple) else (given,))]
+        known = tuple(request for request in requests if request is not None)
+        if len(known) < len(requests):
+            return None
+        inputs[name] = known if isinstance(given, tuple) else known[0]
+    return OperatorCall(operator.name, declare.encode(operator), inputs)
 
 
 def build(
@@ -120,27 +190,19 @@ class _Builder:
         self._opened: dict[int, Plan] = {}
 
     def plan(self, call: OperatorCall) -> Plan:
+        """The plan of one call."""
         if call.operator == "open":
             if id(call) not in self._opened:
                 self._opened[id(call)] = self._open(call)
             return self._opened[id(call)]
-        assert call.source is not None
-        source = self.plan(call.source)
-        if call.operator == "interpolate":
-            assert call.target is not None
-            alpha = call.options.get("alpha")
-            if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-                raise PlanError(f"interpolate: alpha is {alpha!r}, expected 0 to 1")
-            return interpolate(source, self.plan(call.target), alpha=float(alpha))
-        if call.operator == "configure":
-            config = _config(call)
-            if config is None:
-                raise PlanError("configure: no config", hint='give {"config": {...}}')
-            return configure(source, config)
-        maps = self._maps(call, source.levels)
-        from streammap.operators import resize_json
-
-        return resize(source, resize_json.decode(call.operator, call.options, maps))
+        cls = load(call.operator)
+        plans: dict[str, Any] = {
+            name: tuple(map(self.plan, calls)) if isinstance(calls, tuple) else self.plan(calls)
+            for name, calls in call.inputs.items()
+        }
+        source: Plan = plans.pop("source")
+        options = self._with_maps(call, source.levels)
+        return apply(declare.decode(cls, options, what=call.operator, **plans), source)
 
     def _open(self, call: OperatorCall) -> Plan:
         path, arch = call.options.get("path"), call.options.get("arch")
@@ -148,33 +210,44 @@ class _Builder:
             raise PlanError(f"open: path is {path!r}, expected text")
         if arch is not None and not isinstance(arch, str):
             raise PlanError(f"open: arch is {arch!r}, expected a name")
-        unknown = set(call.options) - {"path", "config", "arch"}
+        unknown = set(call.options) - {"path", "config", "arch", "maps"}
         if unknown:
             raise PlanError(f"open: unknown option {some(sorted(unknown))}")
-        config, place = _config(call), self._moved.get(path, path)
+        config, place = call.options.get("config"), self._moved.get(path, path)
+        if config is not None and not isinstance(config, Mapping):
+            raise PlanError(f"open: config is {declare.shown(config)}, expected an object")
+        by_digest = isinstance(call.options.get("maps"), MapDigests)
         try:
-            near = resolve.locate(place, stream=False)
-            found = map_file.find_at(near) if call.digests else ()
+            near = map_file.find_at(resolve.locate(place, stream=False)) if by_digest else ()
         except OSError as error:
             raise PlanError(f"open: {place}: {error.strerror}", hint="say where it is") from error
-        return open_source(place, config=config, arch=arch, maps=self._maps(call, found))
+        maps = self._with_maps(call, near).get("maps")
+        levels = maps if isinstance(maps, tuple) else None
+        return open_source(place, config=config, arch=arch, maps=levels)
 
-    def _maps(self, call: OperatorCall, near: tuple[MapLevel, ...]) -> tuple[MapLevel, ...] | None:
-        if not call.digests:
-            return call.maps
+    def _with_maps(self, call: OperatorCall, near: tuple[MapLevel, ...]) -> Mapping[str, object]:
+        """The call's options, with maps in the place of their digests."""
+        maps = call.options.get("maps")
+        if not isinstance(maps, MapDigests):
+            return call.options
         known = {**self._known, **{level.digest: level for level in near}}
-        missing = [digest for digest in call.digests if digest not in known]
+        missing = [digest for digest in maps.sha256 if digest not in known]
         if missing:
             raise SchemeError(
                 f"{call.operator}: the map with sha256 {missing[0][:16]} is neither saved with the "
                 "source nor with the result",
                 hint="put the map file that was used beside the source",
             )
-        return tuple(known[digest] for digest in call.digests)
+        return {**call.options, "maps": tuple(known[digest] for digest in maps.sha256)}
 
 
-def _config(call: OperatorCall) -> Mapping[str, object] | None:
-    config = call.options.get("config")
-    if config is not None and not isinstance(config, Mapping):
-        raise PlanError(f"{call.operator}: config is no object")
-    return config
+def _is_spec_file(arch: str) -> bool:
+    try:
+        return Path(arch).is_file()
+    except OSError:  # not a name that a file can have
+        return False
+
+
+def _levels(opened: Checkpoint) -> tuple[MapLevel, ...]:
+    """The maps saved with a checkpoint."""
+    return () if opened.place is None else map_file.find_at(opened.place)

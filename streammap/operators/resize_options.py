@@ -1,137 +1,144 @@
-"""Options of coalesce and decoalesce, as users give them: in Python, or on the command line."""
+"""Options that coalesce and decoalesce share: sizes, groups, maps, and how they are taken."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from streammap.architectures import axis_sizes as sizes
-from streammap.architectures import schema
-from streammap.engine.options import EngineOptions
+from streammap.common.declare import Whole
 from streammap.errors import PlanError
-from streammap.io.json_files import read_config
-from streammap.io.storage.resolve import PathLike
-from streammap.operators.resize import Direction, NewLayers, Resize
-from streammap.planning import map_file as mapfile
-from streammap.planning import requests, scheme
-from streammap.planning.axis_maps import KvMerge
-from streammap.planning.requests import Grouping
-from streammap.planning.scheme import Scheme
-from streammap.planning.tensor_maps import Rule
+from streammap.operators.declare import Operator, check, declared, option
+from streammap.operators.kinds import (
+    AxisSizes,
+    ManyAxes,
+    Maps,
+    MapsLike,
+    OneAxis,
+    RequestLike,
+    SchemeLike,
+    SchemeOf,
+    Sizes,
+    TargetLike,
+)
+from streammap.planning.requests import AxisRequest, Grouping
 
-if TYPE_CHECKING:
-    from streammap.planning.plan import Plan
+if TYPE_CHECKING:  # help texts need the declarations alone
+    from streammap.planning.map_file import MapLevel
+    from streammap.planning.scheme import Scheme
 
-SchemeLike = PathLike | Mapping[str, object] | Scheme
-RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[str, object]
-"""A factor, "=SIZE", groups, or a table of these: see requests.py."""
-SPACES = (*schema.SPACES, "layers")
+AXES = ("hidden", "heads", "kv_heads", "mlp", "experts", "layers")
+"""What can be asked for by an option of its own."""
+_SIZE = "What to resize (R: a factor 2, a size =768, or groups [[0, 1], [2, 3]])"
+HOW = "How"
 
 
-class HasSizes(Protocol):
-    """An opened checkpoint, as far as a target goes."""
+def _axis(what: str) -> Any:
+    """An option that resizes one axis by itself."""
+    return option(default=None, help=f"{what} only.", group=_SIZE, kind=OneAxis(), metavar="R")
+
+
+@declared
+class Resize(Operator):
+    """What both directions share."""
+
+    width: int | None = option(
+        default=None,
+        help="Factor on all widths: hidden size, heads, kv heads, MLP.",
+        group=_SIZE,
+        kind=Whole(least=1),
+        metavar="K",
+    )
+    depth: int | None = option(
+        default=None,
+        help="Factor on the number of layers.",
+        group=_SIZE,
+        kind=Whole(least=1),
+        metavar="K",
+    )
+    hidden: RequestLike | None = _axis("Hidden size")
+    heads: RequestLike | None = _axis("Query heads")
+    kv_heads: RequestLike | None = _axis("Key and value heads")
+    mlp: RequestLike | None = _axis("MLP neurons")
+    experts: RequestLike | None = _axis("Experts")
+    layers: RequestLike | None = _axis("Layers")
+    axes: Mapping[str, RequestLike] | Sequence[str] | None = option(
+        default=None,
+        help="Any axis that `inspect` lists: moe_mlp=2, moe_mlp==768, moe_mlp=[[0,1],...].",
+        group=_SIZE,
+        kind=ManyAxes(),
+        metavar="NAME=R",
+        flag="axis",
+    )
+    scheme: SchemeLike | None = option(
+        default=None,
+        help="File with groups of heads, layers and other axes (JSON).",
+        group=_SIZE,
+        kind=SchemeOf(),
+        metavar="FILE",
+    )
+    map: MapsLike | None = option(
+        default=None,
+        help="Map file of an earlier run, or the folder that holds it.",
+        group=_SIZE,
+        kind=Maps(),
+        metavar="FILE",
+        json="maps",
+    )
+    target: TargetLike | None = option(
+        default=None,
+        help="config.json with the sizes of the result.",
+        group=_SIZE,
+        kind=Sizes(),
+        metavar="CONFIG",
+        json="sizes",
+    )
+    grouping: Grouping = option(
+        default="stacked",
+        help="Members of a group: i with i + n/K (stacked), or neighbours (adjacent).",
+        group=HOW,
+    )
+    kv_merge: Literal["mean", "first"] = option(
+        default="mean", help="What merged kv heads become.", group=HOW
+    )
+    rule: Literal["exact", "reference"] = option(
+        default="exact",
+        help="exact keeps the function where it can; reference has the original tools' numbers.",
+        group=HOW,
+    )
+    untie: bool = option(default=False, help="Give a tied head a tensor of its own.", group=HOW)
+
+    def __post_init__(self) -> None:
+        """Read the values, and refuse two ways to say one thing."""
+        check(self)
+        given = [name for name in ("width", "depth", *AXES) if getattr(self, name) is not None]
+        given += self.by_axis
+        given = [f"--{name.replace('_', '-')}" for name in given]
+        ways = [*(["a scheme"] if self.scheme else []), *given]
+        if self.scheme is not None and given:
+            raise PlanError(f"both a scheme and {given[0]}", hint="give one of the two")
+        if self.map is not None and ways:
+            raise PlanError(f"both a map file and {ways[0]}", hint="give one of the two")
 
     @property
-    def sizes(self) -> Mapping[str, int]:
-        """Axis -> size."""
-        ...
+    def groups(self) -> "Scheme | None":
+        """The scheme, read."""
+        return cast("Scheme | None", self.scheme)
 
+    @property
+    def levels(self) -> "tuple[MapLevel, ...] | None":
+        """Maps of a file, to choose from; None for those saved with the source."""
+        return cast("tuple[MapLevel, ...] | None", self.map)
 
-class ResizeOptions(TypedDict, total=False):
-    """What to resize, and how. What is not asked for stays."""
+    @property
+    def by_name(self) -> Mapping[str, AxisRequest]:
+        """hidden, heads, kv_heads, mlp, experts, layers -> what was asked for."""
+        asked = {name: getattr(self, name) for name in AXES}
+        return {name: request for name, request in asked.items() if request is not None}
 
-    scheme: SchemeLike | None
-    """File or dict: {"width_scheme": [[0, 6], ...], "depth_scheme": ..., "mlp": 2, ...}."""
-    width: int | None
-    """Factor on all widths: hidden size, heads, kv heads, intermediate size."""
-    depth: int | None
-    """Factor on the layers."""
-    hidden: RequestLike | None
-    """What becomes of the hidden size alone."""
-    heads: RequestLike | None
-    """... of the query heads."""
-    kv_heads: RequestLike | None
-    """... of the key and value heads."""
-    mlp: RequestLike | None
-    """... of the intermediate sizes."""
-    experts: RequestLike | None
-    """... of the number of experts."""
-    layers: RequestLike | None
-    """... of the number of layers."""
-    axes: Mapping[str, RequestLike] | None
-    """... of any axis that `streammap inspect` lists, by name."""
-    grouping: Grouping
-    """ "stacked" (default) puts i with i + n/factor together, "adjacent" neighbours."""
-    kv_merge: KvMerge
-    """Merged kv heads are the "mean" (default) or the "first" of their group."""
-    new_layers: NewLayers
-    """Layers of a growth are a "copy" (default), or "zero": they write nothing at first."""
-    head_dim: int | None
-    """New size of a head; for rotary positions, decoalesce only."""
-    map: PathLike | None
-    """Map file, or a folder that holds one, instead of groups and factors."""
-    target: "PathLike | Mapping[str, object] | HasSizes | None"
-    """config.json (its folder, or a dict) whose sizes the result must have,
-    or an opened checkpoint."""
-    rule: Rule
-    """ "exact" (default), or "reference" for the original's numbers."""
-    untie: bool
-    """Whether a tied head gets a tensor of its own."""
+    @property
+    def by_axis(self) -> Mapping[str, AxisRequest]:
+        """Axis of the architecture spec -> what was asked for."""
+        return cast("Mapping[str, AxisRequest]", self.axes or {})
 
-
-class RunOptions(ResizeOptions, EngineOptions, total=False):
-    """What to resize, and what the run may use: see also options.py."""
-
-
-def split(options: RunOptions) -> tuple[ResizeOptions, EngineOptions]:
-    """What to resize, and what the run may use."""
-    resizes, run = ResizeOptions(), EngineOptions()
-    for name, value in options.items():
-        table = run if name in EngineOptions.__annotations__ else resizes
-        table[name] = value  # type: ignore[literal-required]
-    return resizes, run
-
-
-def resize(direction: Direction, plan: "Plan", options: ResizeOptions) -> Resize:
-    """The operator for a plan.
-
-    Raises:
-        StreammapError: an option that is none, or a file that is wrong.
-    """
-    unknown = [name for name in options if name not in ResizeOptions.__annotations__]
-    if unknown:
-        raise PlanError(
-            f"unknown option {unknown[0]!r}",
-            hint=f"known: {', '.join(ResizeOptions.__annotations__)}",
-        )
-    given = {name: value for name, value in options.items() if value is not None}
-    groups, map_file = options.get("scheme"), options.get("map")
-    axes, target = options.get("axes") or {}, options.get("target")
-    return Resize(
-        direction,
-        scheme=None if groups is None else scheme.load_scheme(groups),
-        width=options.get("width"),
-        depth=options.get("depth"),
-        grouping=options.get("grouping", "stacked"),
-        levels=None if map_file is None else mapfile.load_from(map_file),
-        target=None if target is None else _target_sizes(plan, target),
-        rule=options.get("rule", "exact"),
-        spaces={
-            name: requests.parse_request(given[name], f"--{name.replace('_', '-')}")
-            for name in SPACES
-            if name in given
-        },
-        axes={name: requests.parse_request(value, name) for name, value in axes.items()},
-        head_dim=options.get("head_dim"),
-        kv_merge=options.get("kv_merge", "mean"),
-        new_layers=options.get("new_layers", "copy"),
-        untie=options.get("untie", False),
-    )
-
-
-def _target_sizes(
-    plan: "Plan", target: PathLike | Mapping[str, object] | HasSizes
-) -> Mapping[str, int]:
-    if not isinstance(target, str | Path | Mapping):
-        return target.sizes
-    config = target if isinstance(target, Mapping) else read_config(target)
-    return sizes.of_config(plan.model.architecture, config)
+    @property
+    def target_sizes(self) -> Mapping[str, int] | None:
+        """Axis sizes that the result must have."""
+        return self.target.sizes if isinstance(self.target, AxisSizes) else None

@@ -18,8 +18,9 @@ from streammap.errors import ArchitectureError, CheckpointError, OutputError
 from streammap.io import safe_open
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.json_files import parse_json, read_json
+from streammap.operators import request_json
 from streammap.output import side_list
-from streammap.planning import map_file, request_tree
+from streammap.planning import map_file
 from streammap.planning.plan import FORMAT, Plan
 
 PROVENANCE = "streammap.json"
@@ -92,7 +93,7 @@ def provenance(plan: Plan, version: str) -> dict[str, object]:
         "steps": [{"operator": step.operator, **step.options} for step in plan.steps],
         "notes": list(plan.notes),
         "sizes": _sizes(plan),
-        "request": None if plan.request is None else request_tree.as_json(plan.request),
+        "request": None if plan.request is None else request_json.as_json(plan.request),
         "sources": [
             {
                 "name": source.name,

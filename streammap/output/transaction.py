@@ -98,7 +98,7 @@ def finish(path: str | Path) -> bool:
         OutputError: a file of it is missing, or another run is at it.
     """
     place = Path(path)
-    where = OutputOptions(place, 1, True, True, Engine(0, None, "cpu", "pread"))
+    where = OutputOptions(place, 1, True, True, Engine())
     at = work_folder.place_of(place, is_file=where.is_file)
     if not commit.is_marked(at):
         return False

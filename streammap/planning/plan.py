@@ -21,7 +21,7 @@ from streammap.output import side_list
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.map_file import MapLevel
-from streammap.planning.request_tree import OperatorCall
+from streammap.planning.request import OperatorCall
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -114,7 +114,7 @@ class Plan:
 
         return model.resolve(self.specs, self.config, name=self.architecture)
 
-    def asked(self, request: OperatorCall | None) -> "Plan":
+    def with_request(self, request: OperatorCall | None) -> "Plan":
         """The same plan with its record; what is known of its model stays."""
         made = replace(self, request=request)
         if "model" in self.__dict__:

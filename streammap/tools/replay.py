@@ -4,7 +4,7 @@
     replay.open("small", sources={"/old/big": "/new/big"})     # its source is elsewhere now
     replay.open({"operator": "coalesce", "width": 2, "source": {"operator": "open", "path": "big"}})
 
-The form is that of request_tree.py. Nothing is computed until it is read or saved.
+The form is that of operators/request_json.py. Nothing is computed until it is read or saved.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,11 +14,11 @@ from streammap.api import LazyCheckpoint
 from streammap.errors import PlanError, some
 from streammap.io.json_files import read_json
 from streammap.io.storage.resolve import PathLike
-from streammap.operators import registry
+from streammap.operators import registry, request_json
 from streammap.output import record
-from streammap.planning import map_file, request_tree
+from streammap.planning import map_file
 from streammap.planning.map_file import MapLevel
-from streammap.planning.request_tree import OperatorCall
+from streammap.planning.request import OperatorCall
 
 Moved = Mapping[str, PathLike] | PathLike | None
 """Path of a source in the record -> where it is now; or where the only source is."""
@@ -35,10 +35,10 @@ def open(request: PathLike | Mapping[str, object], *, sources: Moved = None) -> 
         StreammapError: no request, a source that is not there, an option that makes no sense.
     """
     if isinstance(request, Mapping):
-        return rebuilt(request_tree.parse(_tree(request, "request")), sources)
+        return rebuilt(request_json.parse(_tree(request, "request")), sources)
     path = Path(request)
     file = record_of(path) if path.is_dir() or path.suffix != ".json" else path
-    call = request_tree.parse(_tree(read_json(file), str(file)))
+    call = request_json.parse(_tree(read_json(file), str(file)))
     near = path if path.is_dir() or path.suffix != ".json" else path.parent
     return rebuilt(call, sources, known=map_file.find(near) if near.exists() else ())
 

@@ -27,6 +27,7 @@ from streammap.io.checkpoint import Checkpoint, open_checkpoint
 from streammap.io.formats import dcp_chunks, dcp_metadata, safetensors_header
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.tensor_spec import TensorSpec
+from streammap.operators import request_json
 from streammap.output import journal
 from streammap.output.journal import Fingerprint
 from streammap.planning import (
@@ -36,7 +37,6 @@ from streammap.planning import (
     map_file,
     plan,
     planner,
-    request_tree,
     requests,
     scheme,
 )
@@ -440,8 +440,8 @@ def _record(data: bytes, folder: Path) -> None:
         str(verification.verify(folder, recompute=1))
     with contextlib.suppress(StreammapError, ValueError):
         content = strict_json.loads(data)
-        request_tree.as_json(
-            request_tree.parse(content.get("request") if isinstance(content, dict) else 0)
+        request_json.as_json(
+            request_json.parse(content.get("request") if isinstance(content, dict) else 0)
         )
     with _refused():
         replay.open(path, sources=folder)

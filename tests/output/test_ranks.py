@@ -18,7 +18,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import streammap
-from streammap.cli.main import main
 from streammap.common.events import Event, Wrote
 from streammap.engine import devices, memory
 from streammap.errors import OutputError, StreammapError
@@ -26,7 +25,7 @@ from streammap.output import work_folder
 from streammap.output.ranks import coordination, heartbeat, launcher
 from streammap.output.ranks.launcher import ALONE, Ranks
 from tests.engine.test_devices import made
-from tests.support import tiny
+from tests.support import tiny, typed
 from tests.support.typed import ok
 
 SIZES = tiny.Sizes(heads=4, layers=8)
@@ -491,9 +490,9 @@ def test_the_page_has_commands_that_are_some() -> None:
     lines = [line for block in blocks("console") + blocks("bash") for line in block.splitlines()]
     commands = [line.partition(" -m streammap ")[2] for line in lines if " -m streammap " in line]
     assert len(commands) == 3
-    for command in commands:
-        name, *words = shlex.split(command)
-        main.commands[name].make_context(name, words)
+    for line in commands:
+        command, rest = typed.command(*shlex.split(line))
+        command.make_context(str(command.name), rest)
 
 
 SRUN_OF_TESTS = """#!/bin/bash

@@ -5,16 +5,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import torch
 import transformers
 from torch import distributed as dist
 
 import streammap
-from streammap.cli.main import main
 from streammap.common import optional
 from tests.pages.test_readme import blocks
+from tests.support import typed
 
 PAGE = "docs/launchers.md"
 
@@ -109,7 +108,6 @@ def test_the_commands_are_commands() -> None:
     lines = [line for block in blocks(PAGE, "console") for line in block.splitlines()]
     assert lines
     for line in lines:
-        _, _, name, *words = shlex.split(line)
-        command = main.commands[name]
-        assert isinstance(command, click.Command)
-        command.make_context(name, words)
+        _, _, *words = shlex.split(line)
+        command, rest = typed.command(*words)
+        command.make_context(str(command.name), rest)

@@ -4,12 +4,10 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 
 from streammap.architectures import registry
-from streammap.cli.main import main
-from tests.support import tiny
+from tests.support import tiny, typed
 
 ROOT = Path(__file__).parents[2]
 PAGES = (
@@ -44,14 +42,8 @@ def commands() -> list[str]:
 @pytest.mark.parametrize("command", commands())
 def test_each_command_is_one(command: str) -> None:
     _, *words = shlex.split(command, comments=True)
-    group: click.Group = main
-    for i, word in enumerate(words):
-        found = group.commands[word]
-        if not isinstance(found, click.Group):
-            found.make_context(word, words[i + 1 :])
-            return
-        group = found
-    pytest.fail(f"{command}: no command")
+    found, rest = typed.command(*words)
+    found.make_context(str(found.name), rest)
 
 
 def test_the_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

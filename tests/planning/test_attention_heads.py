@@ -12,11 +12,11 @@ from torch import Tensor
 import streammap
 from streammap.api import LazyCheckpoint
 from streammap.errors import PlanError
-from streammap.operators.resize_options import ResizeOptions
 from streammap.planning.axis_maps import KvMerge
 from streammap.tools.spec_proof.tiny_models import TinyModel
 from tests.support import tiny, truth
 from tests.support.truth import Bench
+from tests.support.typed import Options
 
 pytest.importorskip("transformers")
 
@@ -61,7 +61,7 @@ class Growth:
     from_kv: tuple[int, ...]
 
     @property
-    def options(self) -> ResizeOptions:
+    def options(self) -> Options:
         return {
             "heads": groups(self.from_heads, self.heads),
             "kv_heads": groups(self.from_kv, self.kv),
@@ -231,13 +231,13 @@ def test_mha_becomes_gqa_mqa_and_each_again_through_files(bench: Bench) -> None:
 def test_merged_heads_are_the_mean_or_the_first(
     bench: Bench,
     kv_merge: KvMerge,
-    requests: ResizeOptions,
+    requests: Options,
     of_heads: Sequence[Sequence[int]] | None,
     of_kv: Sequence[Sequence[int]],
 ) -> None:
     model = llama(8, 8)
     source = bench.source(model)
-    options: ResizeOptions = {**requests, "kv_merge": kv_merge}
+    options: Options = {**requests, "kv_merge": kv_merge}
     lazy = streammap.open(source).coalesce(**options)
     assert lazy.promise[0] == "approximate"
     heads = of_heads or [[i] for i in range(8)]
@@ -268,7 +268,7 @@ def test_merged_heads_are_the_mean_or_the_first(
     ],
 )
 def test_grown_heads_merge_back_bit_for_bit(
-    bench: Bench, heads: tuple[int, int], requests: ResizeOptions, kv_merge: KvMerge
+    bench: Bench, heads: tuple[int, int], requests: Options, kv_merge: KvMerge
 ) -> None:
     source = streammap.open(bench.source(llama(*heads)))
     grown = streammap.open(bench.saved(source.decoalesce(**requests)))

@@ -12,14 +12,14 @@ from streammap.api import LazyCheckpoint
 from streammap.errors import CheckpointError, PlanError, SchemeError, StreammapError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.tensor_spec import TensorSpec
+from streammap.operators.kinds import RequestLike
 from streammap.operators.resize import Direction
-from streammap.operators.resize_options import RequestLike, ResizeOptions
 from streammap.planning import graph
 from streammap.planning.axis_maps import KvMerge
 from streammap.planning.graph import TensorSource
 from streammap.planning.plan import Plan
 from tests.support import tiny
-from tests.support.typed import ok
+from tests.support.typed import Options, ok
 
 Shapes = dict[str, tuple[int, ...]]
 Make = Callable[[], LazyCheckpoint]
@@ -237,7 +237,7 @@ def config_of(lazy: LazyCheckpoint) -> Mapping[str, object]:
 
 
 def resized(
-    source: LazyCheckpoint, options: ResizeOptions, direction: Direction = "decoalesce"
+    source: LazyCheckpoint, options: Options, direction: Direction = "decoalesce"
 ) -> LazyCheckpoint:
     return source.coalesce(**options) if direction == "coalesce" else source.decoalesce(**options)
 
@@ -260,9 +260,7 @@ def changed(source: LazyCheckpoint, result: LazyCheckpoint) -> dict[str, int]:
         ({"hidden": "=16"}, "heads follows embed: 4 -> 8"),
     ],
 )
-def test_heads_and_hidden_size_follow_each_other(
-    make: Make, options: ResizeOptions, note: str
-) -> None:
+def test_heads_and_hidden_size_follow_each_other(make: Make, options: Options, note: str) -> None:
     source = make()
     result = source.decoalesce(**options)
     assert changed(source, result) == {"embed": 16, "heads": 8}
@@ -275,15 +273,13 @@ def test_heads_and_hidden_size_follow_each_other(
 def test_uneven_sizes_follow_in_proportion(make: Make) -> None:
     source = make()
     for options in ({"heads": "=3"}, {"hidden": "=6"}):
-        small = resized(source, cast("ResizeOptions", options), "coalesce")
+        small = resized(source, options, "coalesce")
         assert changed(source, small) == {"embed": 6, "heads": 3}
 
 
 @pytest.mark.parametrize("make", [bloom, mpt])
 @pytest.mark.parametrize("options", [{"hidden": 2}, {"heads": 2}, {"mlp": 2}, {"width": 2}])
-def test_an_mlp_of_fixed_proportion_follows_the_hidden_size(
-    make: Make, options: ResizeOptions
-) -> None:
+def test_an_mlp_of_fixed_proportion_follows_the_hidden_size(make: Make, options: Options) -> None:
     source = make()
     result = source.decoalesce(**options)
     assert changed(source, result) == {"embed": 16, "heads": 8, "mlp": 64}
@@ -364,7 +360,7 @@ def test_a_head_count_that_config_says_twice_is_written_twice() -> None:
     ],
 )
 def test_per_layer_lists_follow_the_layers(
-    direction: Direction, options: ResizeOptions, kinds: str
+    direction: Direction, options: Options, kinds: str
 ) -> None:
     source = llama(layer_types=list("abcd"), no_rope_layers=[0, 1, 2, 3])
     result = resized(source, options, direction)
@@ -388,7 +384,7 @@ def test_lists_of_layer_numbers_follow_the_layers() -> None:
         ({"layers": 2, "grouping": "adjacent"}, [0, 1]),
         ({"layers": [[0, 3], [1], [2], [4]]}, [0, 3]),
     ):
-        result = resized(source, cast("ResizeOptions", options))
+        result = resized(source, options)
         assert config_of(result)["mlp_only_layers"] == dense
         for i in range(config_of(result)["num_hidden_layers"]):  # type: ignore[call-overload]  # int
             assert (f"model.layers.{i}.mlp.up_proj.weight" in keys_of(result)) == (i in dense)
@@ -437,7 +433,7 @@ def test_layers_behind_the_stack_are_dropped_with_a_note_when_it_changes() -> No
 
 # What is refused.
 
-REFUSED: tuple[tuple[Make, Direction, ResizeOptions, str], ...] = (
+REFUSED: tuple[tuple[Make, Direction, Options, str], ...] = (
     (bert, "decoalesce", {"hidden": "=9"}, r"embed == heads\*head_dim would not hold \(embed 9"),
     (bert, "coalesce", {"hidden": "=3"}, r"embed == heads\*head_dim would not hold"),
     (bert, "decoalesce", {"heads": 3, "hidden": 2}, r"\(embed 16, heads 12, head_dim 2\)"),
@@ -466,10 +462,10 @@ REFUSED: tuple[tuple[Make, Direction, ResizeOptions, str], ...] = (
     (llama, "coalesce", {"mlp": 3}, "10 units of mlp do not divide into groups of 3"),
     (llama, "decoalesce", {"hidden": [[0], [1]]}, "2 groups, the small model has 8"),
     (llama, "coalesce", {"mlp": [[0, 10]]}, "10 is out of range, the large model has 10"),
-    (llama, "coalesce", {"head_dim": 4}, "--head-dim with coalesce"),
+    (llama, "coalesce", {"head_dim": 4}, "coalesce: unknown option 'head_dim'"),
     (bert, "decoalesce", {"layers": 2, "new_layers": "zero"}, "after the residual addition"),
     (llama, "decoalesce", {"mlp": 2, "new_layers": "zero"}, "no layers are added"),
-    (llama, "coalesce", {"layers": 2, "new_layers": "zero"}, "makes no new layers"),
+    (llama, "coalesce", {"layers": 2, "new_layers": "zero"}, "unknown option 'new_layers'"),
     (llama, "decoalesce", {}, "nothing says how to decoalesce"),
     (
         llama,
@@ -485,7 +481,7 @@ REFUSED: tuple[tuple[Make, Direction, ResizeOptions, str], ...] = (
     [pytest.param(*case, id=f"{case[0].__name__}-{case[1]}-{case[2]}"[:70]) for case in REFUSED],
 )
 def test_what_is_refused_says_why_and_what_to_do(
-    make: Make, direction: Direction, options: ResizeOptions, match: str
+    make: Make, direction: Direction, options: Options, match: str
 ) -> None:
     source = make()
     with pytest.raises((PlanError, SchemeError), match=match) as refusal:
@@ -517,7 +513,7 @@ def test_dtypes_and_keys_tell_quantised_weights_too() -> None:
 # One request, however it is written.
 
 GROUPS = [[0, 1], [2, 3]]
-FORMS: tuple[tuple[tuple[str, ...], ResizeOptions, Mapping[str, object]], ...] = (
+FORMS: tuple[tuple[tuple[str, ...], Options, Mapping[str, object]], ...] = (
     (("--hidden", "2"), {"hidden": 2}, {"hidden": 2}),
     (("--hidden", "=4"), {"hidden": "=4"}, {"hidden": {"size": 4}}),
     (("--heads", "[[0,1],[2,3]]"), {"heads": [*GROUPS]}, {"heads": GROUPS}),
@@ -535,7 +531,7 @@ FORMS: tuple[tuple[tuple[str, ...], ResizeOptions, Mapping[str, object]], ...] =
 
 @pytest.mark.parametrize(("typed", "options", "scheme"), FORMS, ids=[str(f[0]) for f in FORMS])
 def test_each_way_to_write_a_request_gives_the_same_plan(
-    tmp_path: Path, typed: tuple[str, ...], options: ResizeOptions, scheme: Mapping[str, object]
+    tmp_path: Path, typed: tuple[str, ...], options: Options, scheme: Mapping[str, object]
 ) -> None:
     sizes = tiny.Sizes()
     folder = tiny.write(tmp_path / "big", tiny.bert(sizes), tiny.bert_config(sizes))
@@ -632,7 +628,7 @@ def test_the_saved_map_takes_merged_kv_heads_back_as_copies(
     ],
     ids=str,
 )
-def test_the_saved_map_takes_a_growth_back(tmp_path: Path, options: ResizeOptions) -> None:
+def test_the_saved_map_takes_a_growth_back(tmp_path: Path, options: Options) -> None:
     state = tiny.random(shapes_of(qwen3_moe()))
     source = streammap.open(tiny.write(tmp_path / "small", state, {**config_of(qwen3_moe())}))
     source.decoalesce(**options).save(tmp_path / "large", fsync=False)

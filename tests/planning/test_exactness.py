@@ -12,12 +12,13 @@ import torch
 import streammap
 from streammap.api import LazyCheckpoint
 from streammap.errors import PlanError, StreammapError
+from streammap.operators.kinds import RequestLike
 from streammap.operators.resize import Direction
-from streammap.operators.resize_options import RequestLike, ResizeOptions
 from streammap.planning.plan import Promise
 from streammap.tools.spec_proof.tiny_models import TinyModel
 from tests.support import truth
 from tests.support.truth import Bench
+from tests.support.typed import Options
 
 pytest.importorskip("transformers")
 
@@ -35,14 +36,12 @@ def bench(scratch: Path) -> Bench:
     return Bench(scratch)
 
 
-def planned(source: Path, direction: Direction, options: ResizeOptions) -> LazyCheckpoint:
+def planned(source: Path, direction: Direction, options: Options) -> LazyCheckpoint:
     lazy = streammap.open(source)
     return lazy.coalesce(**options) if direction == "coalesce" else lazy.decoalesce(**options)
 
 
-def outcome(
-    bench: Bench, model: TinyModel, direction: Direction, options: ResizeOptions
-) -> Outcome:
+def outcome(bench: Bench, model: TinyModel, direction: Direction, options: Options) -> Outcome:
     """What is promised, once it is seen to be true."""
     source = bench.source(model)
     try:
@@ -61,7 +60,7 @@ def outcome(
 def kept(
     bench: Bench,
     model: TinyModel,
-    asked: tuple[Direction, ResizeOptions],
+    asked: tuple[Direction, Options],
     lazy: LazyCheckpoint,
     error: float,
 ) -> None:
@@ -103,7 +102,7 @@ class Chosen:
     arch: str
     name: str
     promise: Outcome
-    options: ResizeOptions
+    options: Options
     direction: Direction = "decoalesce"
     positions: bool = False
     """Whether the features that proofs switch off are on."""
@@ -120,7 +119,7 @@ class Chosen:
         return f"{self.name}-{self.direction}-{options}"[:90]
 
 
-ADJACENT: ResizeOptions = {"layers": 2, "grouping": "adjacent"}
+ADJACENT: Options = {"layers": 2, "grouping": "adjacent"}
 HEAD_SWAP: list[object] = [[1], [0], [2], [3], [4], [5]]
 WEIGHTED = {"groups": [{"members": [0, 92], "weights": [3, 1]}, *([i] for i in range(1, 92))]}
 CHOSEN = (
@@ -188,8 +187,8 @@ def test_a_chosen_request_keeps_its_promise(bench: Bench, chosen: Chosen) -> Non
 
 # Promises that were broken once: each must be kept, weakened or refused.
 
-ZERO: ResizeOptions = {"layers": 2, "new_layers": "zero"}
-ONCE_WRONG: tuple[tuple[str, str, ResizeOptions], ...] = (
+ZERO: Options = {"layers": 2, "new_layers": "zero"}
+ONCE_WRONG: tuple[tuple[str, str, Options], ...] = (
     # Each layer scales the residual stream; later layers take keys and values from earlier ones.
     ("gemma4", "gemma4_text", ZERO),
     ("gemma4", "gemma4_tied", {**ZERO, "grouping": "adjacent"}),
@@ -241,7 +240,7 @@ def faults() -> Iterator[object]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "name", "options"), list(faults()))
 def test_what_was_wrong_once_is_not_promised(
-    bench: Bench, arch: str, name: str, options: ResizeOptions
+    bench: Bench, arch: str, name: str, options: Options
 ) -> None:
     assert outcome(bench, truth.named(arch, name), "decoalesce", options)
 
@@ -354,16 +353,16 @@ SWEPT = (
 N_EACH = 25
 
 
-def requested(draw: random.Random, lazy: LazyCheckpoint, direction: Direction) -> ResizeOptions:
+def requested(draw: random.Random, lazy: LazyCheckpoint, direction: Direction) -> Options:
     """One to three random requests that a model has the axes for."""
     spec, sizes = lazy.plan.model.architecture, lazy.sizes
     spaces = {space: axes[0] for space, axes in spec.spaces.items() if sizes.get(axes[0])}
     spaces["layers"] = spec.depth_axes[0]
     chosen = draw.sample(sorted(spaces), min(len(spaces), draw.choice((1, 1, 2, 3))))
-    found: ResizeOptions = {}
+    found: Options = {}
     for space in chosen:
         request = drawn(draw, sizes[spaces[space]], grows=direction == "decoalesce")
-        found |= {space: request}  # type: ignore[misc]  # spaces are options
+        found[space] = request
     if draw.random() < 0.15:
         found = {"width": 2}
     if draw.random() < 0.5:

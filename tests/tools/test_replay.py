@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import streammap
 from streammap.errors import PlanError, SchemeError, StreammapError
+from streammap.operators import registry, request_json
 from streammap.operators.permute import Permute
-from streammap.planning import request_tree
-from streammap.planning.request_tree import OperatorCall
+from streammap.planning.request import OperatorCall
 from streammap.tools import replay
 from tests.support import tiny
 from tests.support.typed import ok, run
@@ -96,7 +96,7 @@ def test_files_that_were_given_stand_in_the_record(big: Path, tmp_path: Path) ->
 def test_large_maps_are_named_by_digest_and_found_with_the_result(
     big: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request_tree, "_MAX_INLINE", 10)
+    monkeypatch.setattr(request_json, "_MAX_INLINE", 10)
     streammap.coalesce(big, tmp_path / "small", width=2)
     map_file = tmp_path / "small" / "streammap.map.safetensors"
     streammap.decoalesce(tmp_path / "small", tmp_path / "up", map=map_file)
@@ -114,7 +114,7 @@ def test_two_opens_of_one_folder_stay_two(big: Path) -> None:
     once, other = streammap.open(big), streammap.open(big)
     for lazy in (once.interpolate(once, alpha=0.5), once.interpolate(other, alpha=0.5)):
         assert lazy.plan.request is not None
-        tree = request_tree.as_json(lazy.plan.request)
+        tree = request_json.as_json(lazy.plan.request)
         assert tree is not None
         again = replay.open(tree)
         assert len(again.plan.sources) == len(lazy.plan.sources)
@@ -133,7 +133,7 @@ def test_the_originals_front_records_too(front: str, big: Path, tmp_path: Path) 
         deit = streammap.DeiTMapper("L4-H4", "L2-H2", tmp_path, "d.pth", save_dir=tmp_path)
         plan = deit.coalesce().result.plan
         assert plan.request is not None
-        tree = request_tree.as_json(plan.request)
+        tree = request_json.as_json(plan.request)
         assert tree is not None
         deit.result.save(tmp_path / "out.safetensors")
         place = tiny.file(tmp_path / "request.json", json.dumps(tree))
@@ -183,7 +183,7 @@ def test_a_request_by_hand_is_applied(big: Path, tmp_path: Path) -> None:
 
 
 def test_what_other_means_made_has_no_request(big: Path, tmp_path: Path) -> None:
-    permuted = Lazy(Permute(1).plan(streammap.open(big).plan))
+    permuted = Lazy(Permute(seed=1).plan(streammap.open(big).plan))
     assert permuted.plan.request is None
     assert permuted.coalesce(width=2).plan.request is None
     assert permuted.interpolate(big, alpha=0.5).plan.request is None
@@ -197,7 +197,7 @@ def test_a_tree_without_end_is_not_written_down(big: Path) -> None:
     for _ in range(8):
         lazy = lazy.interpolate(lazy, alpha=1.0)
     assert lazy.plan.request is not None
-    assert request_tree.as_json(lazy.plan.request) is None
+    assert request_json.as_json(lazy.plan.request) is None
 
 
 SOURCE = {"operator": "open", "path": "/nowhere"}
@@ -213,7 +213,7 @@ SOURCE = {"operator": "open", "path": "/nowhere"}
         ({"operator": "open", "path": 1}, "path is 1, expected text"),
         ({"operator": "open", "path": "x", "arch": []}, "arch is"),
         ({"operator": "open", "path": "x", "more": 1}, "unknown option more"),
-        ({"operator": "open", "path": "x", "config": 1}, "config is no object"),
+        ({"operator": "open", "path": "x", "config": 1}, "config is 1, expected an object"),
         ({"operator": "open", "path": "x", "maps": "%"}, "not packed as expected"),
         ({"operator": "open", "path": "x", "maps": 3}, "expected packed maps"),
         ({"operator": "open", "path": "/nowhere"}, "no such folder or file"),
@@ -223,26 +223,26 @@ SOURCE = {"operator": "open", "path": "/nowhere"}
         ({"operator": "coalesce", "untie": 1, "source": "BIG"}, "untie is 1"),
         ({"operator": "coalesce", "mlp": "x", "source": "BIG"}, "no request"),
         ({"operator": "coalesce", "axes": [], "source": "BIG"}, "expected an object"),
-        ({"operator": "configure", "source": "BIG"}, "configure: no config"),
+        ({"operator": "configure", "source": "BIG"}, "configure: config is missing"),
         ({"operator": "interpolate", "alpha": "1", "source": "BIG", "target": "BIG"}, "alpha is"),
     ],
 )
 def test_refusals(tree: object, message: str, big: Path) -> None:
     text = json.dumps(tree).replace('"BIG"', json.dumps({"operator": "open", "path": str(big)}))
     with pytest.raises(StreammapError, match=message):
-        replay.rebuilt(request_tree.parse(json.loads(text)), None)
+        replay.rebuilt(request_json.parse(json.loads(text)), None)
 
 
 def test_ids_that_lie_and_trees_that_are_too_deep_are_refused() -> None:
     other = {"operator": "open", "path": "/else", "id": 1}
     tree = {"operator": "interpolate", "alpha": 1, "source": {**SOURCE, "id": 1}, "target": other}
     with pytest.raises(PlanError, match="id 1 is another source already"):
-        request_tree.parse(tree)
+        request_json.parse(tree)
     deep: dict[str, object] = dict(SOURCE)
     for _ in range(300):
         deep = {"operator": "coalesce", "source": deep}
     with pytest.raises(PlanError, match="more than 200 calls"):
-        request_tree.parse(deep)
+        request_json.parse(deep)
 
 
 _LEAF: st.SearchStrategy[object] = st.sampled_from(
@@ -251,7 +251,7 @@ _LEAF: st.SearchStrategy[object] = st.sampled_from(
 _NAMES = st.sampled_from(
     ["operator", "path", "id", "maps", "width", "scheme", "mlp", "axes", "sizes", "alpha", "config"]
 )
-_OPERATORS = st.sampled_from([*request_tree.OPERATORS, "none"])
+_OPERATORS = st.sampled_from(["open", *registry.names(), "none"])
 
 
 def _calls(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
@@ -273,7 +273,7 @@ def _calls(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 @given(st.recursive(st.builds(dict, operator=st.just("open"), path=_LEAF), _calls, max_leaves=6))
 def test_any_tree_is_a_request_or_the_projects_own_error(tree: object) -> None:
     try:
-        found: OperatorCall = request_tree.parse(tree)
+        found: OperatorCall = request_json.parse(tree)
         replay.rebuilt(found, None)
     except StreammapError:
         pass

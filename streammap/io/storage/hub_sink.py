@@ -24,7 +24,7 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
-class PushOptions:
+class Push:
     """Where and how a result is pushed."""
 
     repo: str
@@ -40,7 +40,7 @@ class HubSink:
 
     file = None
 
-    def __init__(self, push: PushOptions, card: Callable[[], str]) -> None:
+    def __init__(self, push: Push, card: Callable[[], str]) -> None:
         """Look who we are, and make the repository.
 
         Args:

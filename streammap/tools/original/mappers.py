@@ -15,23 +15,29 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Self, Unpack, final
+from typing import Any, Self, final
 
 from streammap import api
 from streammap.api import LazyCheckpoint
 from streammap.architectures import axis_sizes as axes
+from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
-from streammap.engine.options import EngineOptions, engine
+from streammap.engine.options import Engine
 from streammap.errors import PlanError
 from streammap.io.json_files import read_config
 from streammap.io.storage.resolve import PathLike
-from streammap.operators import registry, resize
-from streammap.operators.resize import Direction, Resize
+from streammap.operators import registry
+from streammap.operators.configure import Configure
+from streammap.operators.interpolate import Interpolate
+from streammap.operators.kinds import AxisSizes
+from streammap.operators.resize import Coalesce, Decoalesce, Direction
+from streammap.operators.resize_plan import fitting_level
 from streammap.output import run as executor
 from streammap.output import shards
 from streammap.output.options import OutputOptions
 from streammap.output.ranks.launcher import ALONE, Ranks
 from streammap.output.run import Report
+from streammap.output.save_options import MAX_SHARD_SIZE
 from streammap.planning import scheme
 from streammap.planning.plan import Plan
 from streammap.planning.scheme import Groups, Scheme
@@ -81,8 +87,8 @@ class _Mapper:
         target = self._open_target()
         if target.sizes != self._result.sizes and self._source.sizes == self._result.sizes:
             target = self._source
-        plan = registry.interpolate(self._result.plan, target.plan, alpha=alpha)
-        self._result = LazyCheckpoint(plan)
+        blend = Interpolate(target=target, alpha=alpha)
+        self._result = LazyCheckpoint(registry.apply(blend, self._result.plan))
         return self
 
     def take(self, groups: Scheme) -> None:
@@ -112,10 +118,10 @@ class _Mapper:
         self,
         *,
         progress: Listener = nobody,
-        max_shard_size: str | int = api.MAX_SHARD_SIZE,
+        max_shard_size: str | int = MAX_SHARD_SIZE,
         restart: bool = False,
         ranks: Ranks = ALONE,
-        **options: Unpack[EngineOptions],
+        **options: Any,
     ) -> Report:
         """Write the result to the save folder, replacing what is there, as the original does.
 
@@ -134,7 +140,7 @@ class _Mapper:
             size,
             overwrite=True,
             fsync=True,
-            engine=engine(options),
+            engine=make(Engine, options),
             may_replace_sources=True,
             restart=restart,
             ranks=ranks,
@@ -146,14 +152,14 @@ class _Mapper:
         sizes, wanted = self._goal(direction), self._target_sizes
         if sizes is not None and all(model.sizes.get(k, v) == v for k, v in sizes.items()):
             return self
-        level = resize.fitting(self._result.plan.levels, model, direction, sizes)
-        op = Resize(
-            direction,
+        grows = direction == "decoalesce"
+        level = fitting_level(self._result.plan.levels, model, sizes, grows=grows)
+        operator = (Decoalesce if grows else Coalesce)(
             scheme=None if level is not None else self._scheme(sizes),
-            target=sizes,
+            target=None if sizes is None else AxisSizes(sizes),
             rule=self._rule,
         )
-        plan = registry.resize(self._result.plan, op)
+        plan = registry.apply(operator, self._result.plan)
         self._result = LazyCheckpoint(plan if sizes is not wanted else self._as_target(plan))
         return self
 
@@ -161,7 +167,7 @@ class _Mapper:
         """With the target's config.json, as the original saves it, where it fits the tensors."""
         if self._target_config is None:
             return plan
-        changed = registry.configure(plan, self._target_config)
+        changed = registry.apply(Configure(config=self._target_config), plan)
         return changed if changed.model.tied == plan.model.tied else plan
 
     def _goal(self, direction: Direction) -> Mapping[str, int] | None:

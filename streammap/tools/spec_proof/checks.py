@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
 from streammap.architectures.schema import Architecture, AxisKind
 from streammap.errors import ArchitectureError, PlanError, StreammapError, some
+from streammap.operators.kinds import RequestLike
 from streammap.operators.permute import Permute
-from streammap.operators.resize_options import RequestLike, ResizeOptions
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
 from streammap.tools.spec_proof import tiny_models
@@ -194,7 +194,7 @@ class _Proof:
     def promises(self) -> float | None:
         """All other growth that says it is exact."""
         head_dim = 2 * self._source.sizes.get("head_dim", 0)
-        asked: dict[str, ResizeOptions] = {
+        asked: dict[str, dict[str, Any]] = {
             "experts": {"experts": 2},
             "head_dim": {"head_dim": head_dim},
             "untie": {**self._widths("stacked"), "untie": True},
@@ -262,7 +262,7 @@ class _Proof:
     def _grown(self) -> LazyCheckpoint:
         return self._source.decoalesce(**self._widths("stacked"))
 
-    def _widths(self, grouping: Grouping) -> ResizeOptions:
+    def _widths(self, grouping: Grouping) -> dict[str, Any]:
         """Twice every width, or half of it."""
         if self._model.exempt:
             return {"axes": dict.fromkeys(self._axes("width"), 2), "grouping": grouping}
@@ -270,7 +270,7 @@ class _Proof:
 
     def _permuted(self, only: tuple[str, ...]) -> LazyCheckpoint:
         operator = Permute(seed=0, only=only, without=self._model.exempt)
-        return LazyCheckpoint(operator.plan(self._source.plan))
+        return self._source.apply(operator)
 
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
         """What a resized model computes, through its files."""

@@ -1,0 +1,147 @@
+"""Commands of operators, made of their declarations; each has a twin under `plan`."""
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from streammap.cli.help import Command
+from streammap.cli.options import (
+    as_json,
+    output_parameters,
+    parameters,
+    push_of,
+    source_parameters,
+    values_of,
+)
+from streammap.common.declare import make
+from streammap.engine.options import Engine
+from streammap.errors import printable, printable_lines
+from streammap.operators import registry
+
+if TYPE_CHECKING:
+    from streammap.api import LazyCheckpoint
+    from streammap.common.events import Listener
+    from streammap.output.run import Report
+
+_PREFIX = "operator_"
+
+
+def command(name: str) -> Command:
+    """The command that runs an operator."""
+    from streammap.output.save_options import SaveOptions
+
+    cls = registry.load(name)
+    own = parameters(cls, prefix=_PREFIX)
+    return Command(
+        name,
+        callback=lambda **values: _run(name, values),
+        params=[
+            *_places(own),
+            *_options(own),
+            *source_parameters(),
+            *parameters(SaveOptions),
+            *output_parameters(),
+        ],
+        help=cls.__doc__,
+        short_help=registry.commands()[name],
+        examples=cls.examples,
+    )
+
+
+def plan_command(name: str) -> Command:
+    """The command that prints what an operator would do."""
+    cls = registry.load(name)
+    own = parameters(cls, prefix=_PREFIX)
+    return Command(
+        name,
+        callback=lambda **values: print_plan(_planned(name, values), values),
+        params=[
+            *_places(own),
+            *_options(own),
+            *source_parameters(),
+            *parameters(Engine),
+            as_json(),
+        ],
+        help=f"Show what `{name}` would do.\n\n{cls.__doc__}",
+        short_help=registry.commands()[name],
+        examples=[f"plan {line}" for line in cls.examples],
+    )
+
+
+def _places(own: Sequence[click.Parameter]) -> list[click.Parameter]:
+    """SRC, further inputs, OUT."""
+    inputs = [parameter for parameter in own if isinstance(parameter, click.Argument)]
+    return [
+        click.Argument(["source"], metavar="SRC"),
+        *inputs,
+        click.Argument(["output"], metavar="[OUT]", required=False),
+    ]
+
+
+def _options(own: Sequence[click.Parameter]) -> list[click.Parameter]:
+    return [parameter for parameter in own if isinstance(parameter, click.Option)]
+
+
+def _planned(name: str, values: dict[str, Any]) -> "LazyCheckpoint":
+    from streammap import api
+
+    cls = registry.load(name)
+    operator = make(cls, values_of(cls, values, prefix=_PREFIX), what=name)
+    source, stream = values["source"], values["stream"]
+    lazy = api.open(source, config=values["config"], arch=values["arch"], stream=stream)
+    return lazy.apply(operator, stream=stream)
+
+
+def _run(name: str, values: dict[str, Any]) -> None:
+    push_of(values, values["output"])  # wrong usage is told before anything is opened
+    save(_planned(name, values), name, values)
+
+
+def save(lazy: "LazyCheckpoint", title: str, values: dict[str, Any]) -> None:
+    """Write a planned checkpoint as the options say, and print the report."""
+    from streammap.output.ranks.launcher import ALONE, Ranks
+    from streammap.output.save_options import SaveOptions
+
+    here = ALONE if values["no_ranks"] else Ranks.here()
+    shows = listener(title, quiet=values["quiet"] or here.rank > 0)
+    how = values_of(SaveOptions, values) | {"progress": shows, "ranks": here}
+    push = push_of(values, values["output"])
+    if push is None:
+        report = lazy.save(values["output"], **how)
+    else:
+        report = lazy.push_to_hub(push.pop("repo"), **push, **how)
+    print_report(report, lazy.plan.notes, quiet=values["quiet"], as_json=values["as_json"])
+
+
+def listener(title: str, *, quiet: bool) -> "Listener":
+    """A progress bar where somebody looks at it."""
+    from streammap import progress
+
+    return progress.bar(title, quiet=quiet)
+
+
+def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
+    """A run's result on stdout; under a launcher the first process's alone."""
+    from streammap.progress import rank
+
+    if rank() or report.rank:
+        return
+    if as_json:
+        click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
+    elif not quiet:
+        for note in notes:
+            click.echo(printable(f"note       {note}"))
+        if report.n_resumed:
+            gigabytes = report.nbytes_resumed / 1e9
+            click.echo(f"resumed    {report.n_resumed} tensors, {gigabytes:.3f} GB, were written")
+        click.echo(f"guarantee  {report.promise}: {report.reason}")
+        click.echo(f"{report} -> {report.output}")
+
+
+def print_plan(lazy: "LazyCheckpoint", values: dict[str, Any]) -> None:
+    """What a run would do."""
+    summary = lazy.summary(**values_of(Engine, values))
+    content = json.dumps(summary.as_json(), indent=2) if values["as_json"] else str(summary)
+    click.echo(content if values["as_json"] else printable_lines(content))

@@ -1,0 +1,474 @@
+"""Options declared once, as fields of a dataclass: for Python, the command line, JSON and help.
+
+    @declared
+    class Scale:
+        key: str = option(help="Keys to scale, with * for any text.", metavar="GLOB")
+        by: float = option(help="The factor.")
+
+`check` reads the values when an object is made, `make` takes them by name, `encode` and `decode` go
+to JSON and back, `takes` makes a function whose keywords are a declaration's fields. What a value
+may be is told by its Kind, found from the annotation where none is given.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import (
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    final,
+    get_args,
+    get_origin,
+    overload,
+)
+
+from streammap.errors import PlanError
+
+P = ParamSpec("P")
+A = TypeVar("A")
+B = TypeVar("B")
+D = TypeVar("D")
+R = TypeVar("R")
+Form = Literal["text", "int", "float", "flag", "choice", "many", "object"]
+"""How an option is typed on a command line: "many" may be repeated, an "object" can't be typed."""
+_MAX_SHOWN = 40
+_MAX_WHOLE = 2**40
+_KEY = "option"
+
+
+class Kind:
+    """What the values of an option may be, and how they are written down."""
+
+    form: Form = "text"
+    choices: tuple[str, ...] = ()
+    in_json: bool = True
+    """Whether records hold it."""
+
+    def parse(self, value: Any, name: str) -> Any:
+        """The value as the code uses it, from Python or a command line.
+
+        Raises:
+            StreammapError: it is not of this kind; `name` is the option's.
+        """
+        return value
+
+    def decode(self, value: Any, name: str) -> Any:
+        """The same from JSON, which may come from anywhere: no file is opened for it."""
+        return self.parse(value, name)
+
+    def encode(self, value: Any) -> object:
+        """The value for JSON; `decode` gives it back."""
+        return value
+
+
+@final
+class Whole(Kind):
+    """A whole number."""
+
+    form: Form = "int"
+
+    def __init__(self, least: int = 0) -> None:
+        """`least` is the smallest that is allowed."""
+        self.least = least
+
+    def parse(self, value: Any, name: str) -> int:
+        """An int."""
+        if type(value) is not int or abs(value) >= _MAX_WHOLE:
+            raise PlanError(f"{name} is {shown(value)}, expected a whole number")
+        if value < self.least:
+            raise PlanError(f"{name} is {value}, expected {self.least} or more")
+        return value
+
+
+@final
+class Real(Kind):
+    """A finite number."""
+
+    form: Form = "float"
+
+    def __init__(self, least: float = -math.inf, most: float = math.inf, hint: str = "") -> None:
+        """Both bounds are allowed themselves."""
+        self._least, self._most, self._hint = least, most, hint
+
+    def parse(self, value: Any, name: str) -> float:
+        """A float."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and self._least <= value <= self._most and math.isfinite(value):
+            return float(value)
+        bounded = math.isfinite(self._least) and math.isfinite(self._most)
+        expected = f"{self._least:g} to {self._most:g}" if bounded else "a number"
+        raise PlanError(f"{name} is {shown(value)}, expected {expected}", hint=self._hint or None)
+
+
+@final
+class Text(Kind):
+    """Text."""
+
+    def parse(self, value: Any, name: str) -> str:
+        """A str."""
+        if not isinstance(value, str) or "\0" in value:
+            raise PlanError(f"{name} is {shown(value)}, expected text")
+        return value
+
+
+@final
+class Flag(Kind):
+    """Yes or no."""
+
+    form: Form = "flag"
+
+    def parse(self, value: Any, name: str) -> bool:
+        """A bool."""
+        if not isinstance(value, bool):
+            raise PlanError(f"{name} is {shown(value)}, expected true or false")
+        return value
+
+
+@final
+class Choice(Kind):
+    """One of a few words."""
+
+    form: Form = "choice"
+
+    def __init__(self, *choices: str) -> None:
+        """`choices` in the order in which help prints them."""
+        self.choices = choices
+
+    def parse(self, value: Any, name: str) -> str:
+        """One of the choices."""
+        if value not in self.choices:
+            raise PlanError(f"{name} is {shown(value)}, expected {' or '.join(self.choices)}")
+        return str(value)
+
+
+@final
+class Names(Kind):
+    """Any number of names."""
+
+    form: Form = "many"
+
+    def parse(self, value: Any, name: str) -> tuple[str, ...]:
+        """A tuple of str."""
+        if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+            raise PlanError(f"{name} is {shown(value)}, expected a list of names")
+        return tuple(value)
+
+
+@final
+class Table(Kind):
+    """An object of JSON."""
+
+    form: Form = "object"
+
+    def parse(self, value: Any, name: str) -> Mapping[str, object]:
+        """A mapping."""
+        if not isinstance(value, Mapping):
+            raise PlanError(f"{name} is {shown(value)}, expected an object")
+        return value
+
+    def encode(self, value: Any) -> object:
+        """A dict."""
+        return dict(value)
+
+
+@final
+class Anything(Kind):
+    """A Python object without another form."""
+
+    form: Form = "object"
+    in_json = False
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Option:
+    """What is told of an option, beside its name, type and default."""
+
+    help: str
+    group: str
+    """Heading that help prints it under."""
+    kind: Kind | None
+    metavar: str
+    flag: str
+    """Name on the command line, if not the field's."""
+    json: str
+    """Name in JSON, if not the field's."""
+    positional: bool
+    """Whether it is an argument instead of an option: in Python, and on the command line."""
+
+
+def option(
+    *,
+    default: Any = MISSING,
+    help: str,
+    group: str = "Options",
+    kind: Kind | None = None,
+    metavar: str = "",
+    flag: str = "",
+    json: str = "",
+) -> Any:
+    """A field that is an option; without a default it must be given."""
+    about = Option(help, group, kind, metavar, flag, json, positional=False)
+    return field(default=default, kw_only=True, metadata={_KEY: about})
+
+
+def argument(
+    *,
+    default: Any = MISSING,
+    help: str,
+    kind: Kind | None = None,
+    metavar: str = "",
+    kw_only: Literal[False],
+) -> Any:
+    """A field that is given by its place. Type checkers want `kw_only=False` in the call."""
+    about = Option(help, "", kind, metavar, "", "", positional=True)
+    return field(default=default, kw_only=kw_only, metadata={_KEY: about})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(option, argument))
+def declared(cls: type[D]) -> type[D]:
+    """The class as a frozen dataclass of options, whose values are read when it is made."""
+    if not hasattr(cls, "__post_init__"):
+        cls.__post_init__ = check  # type: ignore[attr-defined]
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """One option of a declaration."""
+
+    name: str
+    default: object
+    """MISSING where it must be given."""
+    about: Option
+    kind: Kind
+
+    @property
+    def json(self) -> str:
+        """Its name in JSON."""
+        return self.about.json or self.name
+
+    @property
+    def is_required(self) -> bool:
+        """Whether it must be given."""
+        return self.default is MISSING
+
+
+@functools.cache
+def _options_of(cls: Any) -> tuple[Declared, ...]:
+    return tuple(
+        Declared(f.name, f.default, f.metadata[_KEY], f.metadata[_KEY].kind or _kind_of(f))
+        for f in fields(cls)
+        if _KEY in f.metadata
+    )
+
+
+def options_of(cls: Callable[..., object]) -> tuple[Declared, ...]:
+    """All options of a declaration, in the order in which they are declared."""
+    return _options_of(cls)
+
+
+def check(self: object) -> None:
+    """Read each value by its kind; for __post_init__.
+
+    Raises:
+        StreammapError: a value that is not of its option's kind.
+    """
+    for one in options_of(type(self)):
+        value = getattr(self, one.name)
+        if value is not one.default:
+            object.__setattr__(self, one.name, one.kind.parse(value, one.name))
+
+
+def make(cls: Callable[..., D], values: Mapping[str, Any], *, what: str = "") -> D:
+    """An object of a declaration from values by name; None stands for the default.
+
+    Args:
+        what: Name of what takes these options, for messages.
+
+    Raises:
+        StreammapError: an unknown name, a missing option, or a wrong value.
+    """
+    known = {one.name: one for one in options_of(cls)}
+    refuse_unknown(values, known, what)
+    given = {
+        name: value
+        for name, value in values.items()
+        if value is not None or known[name].is_required
+    }
+    for one in known.values():
+        if one.is_required and given.get(one.name) is None:
+            raise PlanError(f"{_in(what)}{one.name} is missing", hint=f"give {flag_of(one)}")
+    return cls(**given)
+
+
+def encode(self: object) -> dict[str, object]:
+    """The options that are not the default, for JSON."""
+    values: dict[str, object] = {}
+    for one in options_of(type(self)):
+        value = getattr(self, one.name)
+        if one.kind.in_json and (one.is_required or value != one.default):
+            values[one.json] = one.kind.encode(value)
+    return values
+
+
+def decode(cls: Callable[..., D], content: Mapping[str, Any], *, what: str, **more: Any) -> D:
+    """An object of a declaration from JSON, which may be anything.
+
+    Args:
+        more: Options that are not in JSON.
+
+    Raises:
+        StreammapError: an unknown name, a missing option, or a wrong value.
+    """
+    options = [one for one in options_of(cls) if one.kind.in_json]
+    known = {one.json: one for one in options}
+    refuse_unknown(content, known, what)
+    for one in options:
+        if one.is_required and one.json not in content:
+            raise PlanError(f"{_in(what)}{one.json} is missing")
+    values = {
+        one.name: one.kind.decode(content[one.json], one.json)
+        for one in options
+        if one.json in content
+    }
+    return cls(**more, **values)
+
+
+def part(cls: Callable[..., D], whole: object) -> D:
+    """The options of `cls` alone, of an object whose class declares more."""
+    return cls(**{one.name: getattr(whole, one.name) for one in options_of(cls)})
+
+
+def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, object], what: str) -> None:
+    """Refuse a name that is not known.
+
+    Raises:
+        PlanError: with the name that is nearest to it.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
+            raise PlanError(f"{_in(what)}unknown option {shown(name)}", hint=hint)
+
+
+def flag_of(one: Declared) -> str:
+    """How an option is typed on the command line: --max-shard-size, --no-fsync."""
+    if one.about.positional:
+        return (one.about.metavar or one.name).upper()
+    name = (one.about.flag or one.name).replace("_", "-")
+    return f"--no-{name}" if one.kind.form == "flag" and one.default is True else f"--{name}"
+
+
+def shown(value: object) -> str:
+    """A value for a message, however long it is."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a huge number"
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+@overload
+def takes(
+    cls: Callable[P, D], /
+) -> Callable[[Callable[[A, B, D], R]], Callable[Concatenate[A, B, P], R]]: ...
+@overload
+def takes(
+    cls: Callable[P, D], /, *, n_first: Literal[1]
+) -> Callable[[Callable[[A, D], R]], Callable[Concatenate[A, P], R]]: ...
+def takes(cls: Any, /, *, n_first: int = 2) -> Any:
+    """A decorator: the function's last argument is an object of `cls`, made of keywords.
+
+    Signature and docstring name each option, so that help() and editors show them.
+    """
+
+    def decorate(function: Callable[..., R]) -> Callable[..., R]:
+        def made(*first: Any) -> R:
+            *leading, values = first
+            return function(*leading, make(cls, values, what=call.__name__))
+
+        call = _by_name(made, function, options_of(cls), n_first=n_first)
+        return call
+
+    return decorate
+
+
+def _by_name(
+    made: Callable[..., R],
+    function: Callable[..., object],
+    options: tuple[Declared, ...],
+    *,
+    n_first: int,
+) -> Callable[..., R]:
+    """`made(*first, {name: value})` as a function that takes the options by name.
+
+    Arguments of the declaration come after the very first parameter, before the others.
+    """
+    signature = inspect.signature(function)
+    first = list(signature.parameters.values())[:n_first]
+    arguments = [_parameter(one) for one in options if one.about.positional]
+    by_place = [first[0], *arguments, *first[1:]]
+    names = [parameter.name for parameter in by_place]
+
+    @functools.wraps(function)
+    def call(*values: Any, **named: Any) -> R:
+        if len(values) > len(names):
+            raise TypeError(f"{call.__name__}() takes {len(names)} arguments by place")
+        for name, value in zip(names, values, strict=False):
+            if name in named:
+                raise TypeError(f"{call.__name__}() got two values for {name!r}")
+            named[name] = value
+        for parameter in first:
+            if parameter.name not in named:
+                raise TypeError(f"{call.__name__}() is missing {parameter.name!r}")
+        leading = [named.pop(parameter.name) for parameter in first]
+        return made(*leading, named)
+
+    rest = [_parameter(one) for one in options if not one.about.positional]
+    required = [p for p in by_place if p.default is inspect.Parameter.empty]
+    optional = [p for p in by_place if p.default is not inspect.Parameter.empty]
+    call.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*required, *optional, *rest]
+    )
+    call.__doc__ = _documented(function.__doc__ or "", options)
+    return call
+
+
+def _parameter(one: Declared) -> inspect.Parameter:
+    by_place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    kind = by_place if one.about.positional else inspect.Parameter.KEYWORD_ONLY
+    default = inspect.Parameter.empty if one.is_required else one.default
+    return inspect.Parameter(one.name, kind, default=default)
+
+
+def _documented(text: str, options: tuple[Declared, ...]) -> str:
+    """A docstring with a line for each option, before its Raises section."""
+    lines = [f"    {one.name}: {one.about.help}" for one in options]
+    before, raises, after = inspect.cleandoc(text).partition("\nRaises:")
+    return "\n".join([before.rstrip(), "", "Options:", *lines, *([raises + after] * bool(raises))])
+
+
+def _kind_of(one: "Field[Any]") -> Kind:
+    """The kind that an annotation says; `| None` only says that it may be left out."""
+    types_ = [one.type]
+    if get_origin(one.type) in (Union, types.UnionType):
+        types_ = [found for found in get_args(one.type) if found is not type(None)]
+    if len(types_) == 1 and get_origin(types_[0]) is Literal:
+        return Choice(*get_args(types_[0]))
+    kinds: dict[object, Kind] = {bool: Flag(), int: Whole(), float: Real(), str: Text()}
+    if len(types_) != 1 or types_[0] not in kinds:
+        raise TypeError(f"option {one.name}: give a kind for {one.type!r}")
+    return kinds[types_[0]]
+
+
+def _in(what: str) -> str:
+    return f"{what}: " if what else ""

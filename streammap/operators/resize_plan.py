@@ -1,0 +1,405 @@
+"""Coalesce and decoalesce: the maps of a request, and the plan of these maps.
+
+One MapLevel (a merging map F for each axis) serves both directions:
+
+    coalesce     out = F (mean of a group),   into = sum of a group,        layers = R (mean)
+    decoalesce   out = T (copy),              into = copy / size of group,  layers = G (copy)
+
+Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, final
+
+from streammap.architectures import axis_facts
+from streammap.architectures.model import Model
+from streammap.errors import PlanError
+from streammap.operators.resize_options import Resize
+from streammap.planning import coupled_axes, exactness, maps, planner
+from streammap.planning.axis_maps import ResizeRequest
+from streammap.planning.compensation import compensate
+from streammap.planning.head_dim import HeadSize
+from streammap.planning.map_file import MapLevel
+from streammap.planning.maps import AxisMap, BlockMap
+from streammap.planning.plan import Plan, Step
+from streammap.planning.requests import AxisRequest
+from streammap.planning.tensor_maps import AxisChange
+
+NewLayers = Literal["copy", "zero"]
+_SHRINK_FACTOR, _GROW_FACTOR = 2.0, 0.5
+"""On embeddings, by the reference rule."""
+
+
+def plan(
+    op: Resize,
+    source: Plan,
+    target: Mapping[str, int] | None,
+    *,
+    grows: bool,
+    head_dim: int | None = None,
+    new_layers: NewLayers = "copy",
+) -> Plan:
+    """The resized plan.
+
+    Args:
+        target: Axis sizes that the result must have; axes whose size stays are left alone then.
+        grows: Whether groups are copied (decoalesce) or merged (coalesce).
+        head_dim: New size of a head, larger than before.
+        new_layers: Whether added layers are copies, which run twice, or zero-initialised.
+
+    Raises:
+        SchemeError: groups that do not fit the model.
+        PlanError: nothing to do, or a request that makes no sense.
+    """
+    task = _Task(op, source, source.model, target, grows, head_dim, new_layers)
+    level, notes = task.level()
+    return task.apply(level, notes)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A request and the model that it is for."""
+
+    op: Resize
+    source: Plan
+    model: Model
+    target: Mapping[str, int] | None
+    grows: bool
+    head_dim: int | None
+    new_layers: NewLayers
+
+    def level(self) -> tuple[MapLevel, list[str]]:
+        """The maps to use, and notes on where they come from.
+
+        A request wins over the map saved with the source; what a map file holds wins over both.
+        """
+        op, model = self.op, self.model
+        saved = self.source.levels if op.levels is None else op.levels
+        explicit = (
+            op.groups is not None
+            or op.width is not None
+            or op.depth is not None
+            or bool(op.by_name)
+            or bool(op.by_axis)
+            or self.head_dim is not None
+            or op.untie
+        )
+        fitting = fitting_level(saved, model, self.target, grows=self.grows)
+        if explicit and op.levels is None:
+            known = {} if fitting is None else {n: pair[0] for n, pair in fitting.sizes.items()}
+            level, notes = self._requested_level(known)
+            if fitting is not None and level.merging and fitting.digest != level.digest:
+                notes.append("the map saved with the source is another one; it is not used")
+            return level, notes
+        if fitting is not None:
+            return fitting, ["the map saved with the source is used"]
+        if op.levels is not None:
+            raise PlanError(
+                f"the map file has {len(saved)} maps, none {self._from_to()}",
+                hint="give the map that was saved when this model was made",
+            )
+        if self.target is not None:
+            return self._requested_level({})
+        raise PlanError(
+            f"nothing says how to {op.name}: "
+            + (
+                "no map is saved with the source" if self.grows else "no size and no group is given"
+            ),
+            hint="give --width K and --depth K, or one axis such as --mlp K, or --scheme FILE",
+        )
+
+    def _requested_level(self, known: Mapping[str, int]) -> tuple[MapLevel, list[str]]:
+        """Maps from requests; `known` are sizes of a large model that this one was made from."""
+        op, model, groups = self.op, self.model, self.op.groups
+        notes: list[str] = []
+        if groups is not None and groups.unused:
+            notes.append(f"{', '.join(groups.unused)}: accepted, and not used")
+        width, requested = self._requests()
+        known = known if groups is not None else {}
+        if self.target is not None:
+            if width is None and not requested:
+                requested = self._target_requests()
+            requested = {a: r for a, r in requested.items() if self._differs(a)}
+            if width is not None and not self._differs("heads"):
+                width = None
+        request = ResizeRequest(
+            requested, width, op.grouping, op.kv_merge, known, self.target or {}
+        )
+        merging, more_notes = coupled_axes.merging_maps(model, request, grows=self.grows)
+        if groups is not None and self.target is None and width is None and not requested:
+            raise PlanError(
+                "the scheme has neither a width_scheme nor a depth_scheme",
+                hint="give one of them, or --width K, --depth K",
+            )
+        return MapLevel(dict(merging)), [*notes, *more_notes]
+
+    def _differs(self, axis: str) -> bool:
+        assert self.target is not None
+        own = self.model.sizes.get(axis)
+        return self.target.get(axis, None) is None or self.target[axis] != own
+
+    def _target_requests(self) -> dict[str, AxisRequest]:
+        """The sizes of a target config.json, asked for axis by axis."""
+        assert self.target is not None
+        return {
+            name: AxisRequest(size=self.target[name])
+            for name, axis in self.model.architecture.axes.items()
+            if axis.kind in ("width", "depth", "expert")
+            and self.target.get(name)
+            and name in self.model.sizes
+        }
+
+    def _requests(self) -> tuple[AxisRequest | None, dict[str, AxisRequest]]:
+        """The request on all widths, and those on single axes."""
+        op, groups = self.op, self.op.groups
+        width = None if op.width is None else AxisRequest(factor=op.width)
+        by_name, by_axis = dict(op.by_name), dict(op.by_axis)
+        if op.depth is not None:
+            by_name["layers"] = AxisRequest(factor=op.depth)
+        if groups is not None:
+            by_name |= groups.spaces
+            by_axis |= groups.axes
+            width = by_name.pop("width", None)
+            if groups.width is not None:
+                width = AxisRequest(groups=groups.width, where="width_scheme")
+            if groups.depth is not None:
+                by_name["layers"] = AxisRequest(groups=groups.depth, where="depth_scheme")
+        requests: dict[str, AxisRequest] = {}
+        for name, request in by_name.items():
+            axes = self._axes_of(name)
+            for axis in axes:
+                # Of several axes that a name stands for, those that follow another one do so.
+                if len(axes) == 1 or not axis_facts.must_follow(self.model, axis):
+                    requests[axis] = request
+        for axis, request in by_axis.items():
+            if not self.model.sizes.get(axis):
+                raise PlanError(
+                    f"{self.model.architecture.name} has no axis {axis!r}",
+                    hint=f"its axes are {', '.join(self.model.sizes)}",
+                )
+            requests[axis] = request
+        return width, requests
+
+    def _axes_of(self, name: str) -> list[str]:
+        """The axes of the model that an option such as --mlp is about."""
+        spec = self.model.architecture
+        members = spec.depth_axes if name == "layers" else spec.spaces.get(name, ())
+        axes = [axis for axis in members if self.model.sizes.get(axis)]
+        if not axes:
+            known = ", ".join(spec.spaces) or "none"
+            raise PlanError(
+                f"{spec.name} has no {name.replace('_', ' ')}",
+                hint=f"it has {known} and layers; `streammap inspect` lists its axes",
+            )
+        return axes
+
+    def _from_to(self) -> str:
+        model = self.model
+        known = ("embed", "heads", *model.architecture.depth_axes)
+        sizes = ", ".join(f"{n} {model.sizes[n]}" for n in known if n in model.sizes)
+        return f"{'up from' if self.grows else 'from'} this size ({sizes})"
+
+    def apply(self, level: MapLevel, notes: list[str]) -> Plan:
+        """The plan with these maps."""
+        op, model, source = self.op, self.model, self.source
+        chosen = {n: maps.growing(m) if self.grows else m for n, m in level.merging.items()}
+        layers = {n: chosen.pop(n) for n in model.architecture.depth_axes if n in chosen}
+        head_size = None if self.head_dim is None else HeadSize.of(model, self.head_dim)
+        compensation = compensate(
+            model, chosen, grows=self.grows, filled=level.filled, rule=op.rule
+        )
+        if head_size is not None:
+            compensation = head_size.added_to(compensation)
+        pairs = {name: maps.pair_of(m) for name, m in chosen.items() if not m.is_identity}
+        pairs |= compensation.pairs
+        sizes = _sizes(model, chosen, layers)
+        if head_size is not None:
+            sizes[head_size.axis] = head_size.size
+        self._check_target(sizes)
+        if self.grows and op.rule == "exact":
+            _check_even(model, chosen)
+        zeroed = self._zeroed(layers)
+        self._check_tied(chosen)
+        by_axis = exactness.of_axes(
+            model,
+            chosen,
+            layers,
+            grows=self.grows,
+            silent=zeroed,
+            fills=compensation,
+            head_size=head_size,
+        )
+        factor = _GROW_FACTOR if self.grows else _SHRINK_FACTOR
+        reference = factor if op.rule == "reference" else None
+        promise, reason = exactness.of_all(model, by_axis, reference=reference, untie=op.untie)
+        options = self._options({**chosen, **layers})
+        step = Step(op.name, options, promise, reason, (*notes, *compensation.notes), by_axis)
+        change = AxisChange(
+            pairs,
+            layers,
+            sizes,
+            op.rule,
+            factor,
+            compensation.fills,
+            zeroed,
+            compensation.factors,
+            compensation.fields,
+            op.untie,
+        )
+        kept = replace(level, filled=frozenset(compensation.fills) or level.filled)
+        if zeroed:
+            # On the way back zero-initialised layers are left out, not averaged in.
+            without = {axis: _without(kept.merging[axis], new) for axis, new in zeroed.items()}
+            kept = replace(kept, merging={**kept.merging, **without})
+        levels = source.levels
+        if level.merging and kept.digest not in {one.digest for one in source.levels}:
+            levels = (*levels, kept)
+        return planner.remap(source, change, step, levels=levels)
+
+    def _check_target(self, sizes: Mapping[str, int]) -> None:
+        """Refuse sizes that are not the target's."""
+        for name, size in {**self.model.sizes, **sizes}.items():
+            if self.target is not None and self.target.get(name, size) != size:
+                raise PlanError(
+                    f"{name} would be {size}, the target says {self.target[name]}",
+                    hint="is the target config.json of the same family, in proportion?",
+                )
+
+    def _zeroed(self, layers: Mapping[str, AxisMap]) -> dict[str, frozenset[int]]:
+        """Depth axis -> layers of the result that are zero-initialised."""
+        if self.new_layers == "copy":
+            return {}
+        if not layers:
+            raise PlanError("--new-layers zero, but no layers are added", hint="give --layers K")
+        post = next(
+            (f for f in self.model.families if f.rule.norm is not None and f.rule.norm.is_post),
+            None,
+        )
+        if post is not None:
+            raise PlanError(
+                f"{post.name} stands after the residual addition (post-LN): a zero-initialised "
+                "layer still normalises, so it is no identity there",
+                hint="leave --new-layers zero out: layers are copied then",
+            )
+        zeroed = {}
+        for axis, m in layers.items():
+            seen: list[int] = []
+            new = set()
+            for i in range(m.n_out):
+                (j, _), *_ = m.members(i) or ((0, 0.0),)
+                if j in seen:
+                    new.add(i)
+                else:
+                    seen.append(j)
+            if seen != sorted(seen) or len(seen) != m.n_in:
+                raise PlanError(
+                    f"{axis}: the first copies of the layers are not in their old order ({seen})",
+                    hint="give groups that keep it, or leave --new-layers zero out",
+                )
+            zeroed[axis] = frozenset(new)
+        return zeroed
+
+    def _check_tied(self, chosen: Mapping[str, AxisMap]) -> None:
+        """A tied head without a norm before it can't be compensated."""
+        op, model = self.op, self.model
+        if op.untie and not model.tied:
+            raise PlanError(
+                "--untie, but no head is tied to the embedding",
+                hint="leave it out: the head has a tensor of its own",
+            )
+        hidden = model.architecture.spaces.get("hidden", ())
+        if op.untie and not all(tied.head.head for tied in model.tied_heads):
+            raise PlanError(
+                f"{model.architecture.name}: --untie, but this head has no tensor of its own",
+                hint="leave --untie out: the norm before the head is compensated",
+            )
+        if op.rule == "reference" or op.untie or not any(axis in chosen for axis in hidden):
+            return
+        for tied in model.tied_heads:
+            if not tied.norm:
+                raise PlanError(
+                    f"{model.architecture.name}: the head is tied to the embedding, and no norm "
+                    "with weights stands before it that could be compensated",
+                    hint="give --untie: the head gets a tensor of its own",
+                )
+
+    def _options(self, made: Mapping[str, AxisMap]) -> dict[str, object]:
+        """What was done, for the record."""
+        options: dict[str, object] = {
+            "architecture": self.model.architecture.name,
+            "rule": self.op.rule,
+            "maps": {name: [m.n_in, m.n_out, m.describe()] for name, m in made.items()},
+        }
+        rare = {
+            "head_dim": (self.head_dim, None),
+            "kv_merge": (self.op.kv_merge, "mean"),
+            "new_layers": (self.new_layers, "copy"),
+            "untie": (self.op.untie, False),
+        }
+        return options | {name: value for name, (value, usual) in rare.items() if value != usual}
+
+
+def fitting_level(
+    levels: tuple[MapLevel, ...],
+    model: Model,
+    target: Mapping[str, int] | None,
+    *,
+    grows: bool,
+) -> MapLevel | None:
+    """The last level whose large (or small) side is this model."""
+    side = 1 if grows else 0
+    for level in reversed(levels):
+        fits = True
+        for axis, pair in level.sizes.items():
+            own = model.sizes.get(axis, _alias_size(model, axis))
+            fits = fits and pair[side] == own
+            if target is not None and axis in target:
+                fits = fits and pair[1 - side] == target[axis]
+        if fits:
+            return level
+    return None
+
+
+def _alias_size(model: Model, name: str) -> int | None:
+    alias = model.architecture.aliases.get(name)
+    return None if alias is None else model.size(alias)
+
+
+def _sizes(
+    model: Model, chosen: Mapping[str, AxisMap], layers: Mapping[str, AxisMap]
+) -> dict[str, int]:
+    """Axis -> new size, for each that changes; groups of query heads and heads of old maps too."""
+    sizes = {name: m.n_out for name, m in chosen.items() if name in model.sizes}
+    sizes |= {name: m.n_out for name, m in layers.items()}
+    if "embed" in sizes and "heads" not in sizes and ("qk" in chosen or "v" in chosen):
+        # A map file of the original tools has no map of heads: they go with the hidden size.
+        sizes["heads"] = model.sizes["heads"] * sizes["embed"] // model.sizes["embed"]
+    after = {**model.sizes, **sizes}
+    for shared in model.architecture.shared_heads:
+        if shared.group in after:
+            sizes[shared.group] = after[shared.heads] // after[shared.kv]
+    return {name: size for name, size in sizes.items() if size != model.sizes[name]}
+
+
+def _without(m: AxisMap, new: frozenset[int]) -> AxisMap:
+    """A merging map of layers in which some count nothing."""
+    rows = tuple(
+        tuple((j, 0.0 if j in new else 1.0) for j, _ in m.members(i)) for i in range(m.n_out)
+    )
+    return BlockMap(rows, m.n_in)
+
+
+def _check_even(model: Model, chosen: Mapping[str, AxisMap]) -> None:
+    """Refuse uneven copies of heads behind a norm over all of them: nothing could compensate it."""
+    by_space = model.architecture.spaces
+    of_heads = {*by_space.get("heads", ()), *by_space.get("kv_heads", ())}
+    normed = axis_facts.normed_axes(model)
+    for axis, m in chosen.items():
+        if axis in of_heads & normed and isinstance(m, BlockMap) and not exactness.is_even(m):
+            raise PlanError(
+                f"{axis}: {m.n_in} -> {m.n_out} copies some heads more often than others, which "
+                "a norm over all of them (full-width q_norm, k_norm) would see",
+                hint=f"take a multiple of {m.n_in}",
+            )

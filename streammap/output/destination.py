@@ -1,0 +1,103 @@
+"""Where a result goes: a folder or file of this machine, a URL, or a repository of the Hub."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from streammap.common.events import Listener
+from streammap.engine.options import Engine
+from streammap.errors import OutputError
+from streammap.io import filenames
+from streammap.io.storage import hub_name, resolve
+from streammap.io.storage.hub_sink import Push
+from streammap.io.storage.resolve import PathLike
+from streammap.io.storage.sink import Sink
+from streammap.output import config_check, run
+from streammap.output.options import OutputOptions
+from streammap.output.ranks.launcher import Ranks
+from streammap.output.run import Report
+from streammap.output.save_options import PushOptions, SaveOptions
+from streammap.planning.plan import Plan
+
+Card = Callable[[Plan, Engine, str], str]
+"""Makes the model card of a plan's result, for a repository of this name."""
+
+
+def save(plan: Plan, output: PathLike, options: SaveOptions, *, card: Card) -> Report:
+    """Compute and write a plan's result to a path or URL.
+
+    Raises:
+        OutputError: the output exists or can't be written, or the memory is too little.
+        PlanError: a config.json that transformers would refuse.
+    """
+    _check_config(plan)
+    where = _where(options, resolve.local_path(output))
+    if resolve.is_url(output):
+        return _send(plan, _sink(plan, str(output), where, card), where, options.progress)
+    return run.run(plan, where, options.progress)
+
+
+def push(plan: Plan, repo: str, options: PushOptions, *, card: Card) -> Report:
+    """Compute a plan's result and push it to a repository of the Hub.
+
+    Raises:
+        OutputError: no token, no right to write; a branch with a model, without `overwrite`.
+    """
+    _check_config(plan)
+    where = _where(options, Path())
+    to = Push(repo, options.branch, options.private, options.message)
+    return _send(plan, _hub(plan, to, where, card), where, options.progress)
+
+
+def _where(options: SaveOptions, path: Path) -> OutputOptions:
+    return OutputOptions(
+        path,
+        options.max_shard_nbytes,
+        options.overwrite,
+        options.fsync,
+        options,
+        restart=options.restart,
+        format=options.format,
+        nest=options.nest,
+        ranks=Ranks.of(options.ranks),
+    )
+
+
+def _check_config(plan: Plan) -> None:
+    before = None if plan.side is None else plan.side.config
+    config_check.check(before, plan.config, nbytes=plan.nbytes)
+
+
+def _sink(plan: Plan, url: str, where: OutputOptions, card: Card) -> Sink:
+    """Where a URL leads."""
+    if where.format != "safetensors" and not url.endswith(filenames.WEIGHTS):
+        raise OutputError(
+            f"{url}: a folder of format {where.format} is written on this machine only",
+            hint="write it to a folder, and copy that",
+        )
+    if url.startswith("hf://"):
+        name = hub_name.parse(url)
+        return _hub(plan, Push(name.repo, name.revision), where, card)
+    from streammap.io.storage.remote_sink import RemoteSink
+
+    return RemoteSink(url)
+
+
+def _hub(plan: Plan, to: Push, where: OutputOptions, card: Card) -> Sink:
+    from streammap.io.storage.hub_sink import HubSink
+
+    return HubSink(to, partial(card, plan, where.engine, to.repo))
+
+
+def _send(plan: Plan, sink: Sink, where: OutputOptions, progress: Listener) -> Report:
+    if where.ranks.world_size > 1:
+        raise OutputError(
+            f"{sink.label}: {where.ranks.world_size} processes, expected 1: they share a "
+            "folder on a file system",
+            hint="write to a folder, or run it in one process (--no-ranks)",
+        )
+    from streammap.output import upload
+
+    where = replace(where, path=upload.spool_of(sink.label))
+    return run.run(plan, where, progress, sink=sink)

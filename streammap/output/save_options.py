@@ -1,0 +1,74 @@
+"""Options of saving a result: what LazyCheckpoint.save takes, and every command that writes."""
+
+from typing import Literal, final
+
+from streammap.common.declare import Anything, declared, option
+from streammap.common.events import Listener, nobody
+from streammap.engine.options import Engine, Size
+from streammap.io.storage.hub_sink import MESSAGE
+from streammap.output.ranks.launcher import Ranks
+
+MAX_SHARD_SIZE = "5GB"
+OUTPUT = "Output"
+"""Heading of these options in help."""
+
+
+@declared
+class SaveOptions(Engine):
+    """How a result is written, and what the run may use."""
+
+    max_shard_size: str | int = option(
+        default=MAX_SHARD_SIZE,
+        help="Largest file: 5GB is 5*10^9 bytes, 5GiB is 5*2^30.",
+        group=OUTPUT,
+        kind=Size(),
+        metavar="SIZE",
+    )
+    overwrite: bool = option(
+        default=False, help="Replace an output that already exists.", group=OUTPUT
+    )
+    restart: bool = option(
+        default=False,
+        help="Start over: discard an interrupted run's work instead of resuming it.",
+        group=OUTPUT,
+    )
+    fsync: bool = option(
+        default=True, help="Do not wait until the data is on the disk.", group=OUTPUT
+    )
+    format: Literal["safetensors", "dcp"] = option(
+        default="safetensors",
+        help="Form of the weights; dcp is torch.distributed.checkpoint.",
+        group=OUTPUT,
+    )
+    nest: str | None = option(
+        default=None,
+        help="Top-level entry of a dcp result's tensors: model.  [default: the source's]",
+        group=OUTPUT,
+        metavar="NAME",
+    )
+    progress: Listener = option(
+        default=nobody, help="Called with each progress event.", kind=Anything()
+    )
+    ranks: Ranks | bool = option(
+        default=False,
+        help="True where all processes of a torchrun or srun make this call; each writes some "
+        "shards, and all return when the result is whole.",
+        kind=Anything(),
+    )
+
+    @property
+    def max_shard_nbytes(self) -> int:
+        """The largest file, in bytes."""
+        return Size().parse(self.max_shard_size, "max_shard_size")
+
+
+@final
+@declared
+class PushOptions(SaveOptions):
+    """How a result is pushed to the Hub."""
+
+    private: bool = option(
+        default=True, help="Whether a repository that is created is private.", kind=Anything()
+    )
+    branch: str = option(default="main", help="Branch; it is created when needed.")
+    message: str = option(default=MESSAGE, help="Message of the commits.")
