@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from streammap.common import garbage
+from streammap.common import garbage, moved
 
 if TYPE_CHECKING:
     from streammap import progress
@@ -79,12 +79,16 @@ _HOMES = {
 }
 
 
+moved.install()
+
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
         """Import a name's module when it is first used: `streammap --help` needs none of them."""
         if name == "__version__":
             return import_module("streammap.common.version").VERSION
+        if f"streammap.{name}" in moved.MOVED:
+            return import_module(f"streammap.{name}")
         if name not in __all__:
             registry = sys.modules.get("streammap.operators.registry")
             if registry is not None and name.replace("_", "-") in registry.names():

@@ -10,6 +10,7 @@ Each operator of operators/registry.py is a method of LazyCheckpoint, and a func
 opens, plans and saves in one call. Their options are declared by the operators.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -345,8 +346,8 @@ def _one_call(
             return destination.save(planned.plan, output, how, card=_card)
 
     call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
-    call.__doc__ = f"{operator.__doc__}\n\nOpens `source`, and saves the result to `output`."
-    return takes(all_options)(call)
+    call.__doc__ = f"{inspect.cleandoc(operator.__doc__ or '')}\n\nSaved to `output`, in one call."
+    return takes(all_options, leads=operator)(call)
 
 
 coalesce = _one_call(Coalesce, _Coalesce)

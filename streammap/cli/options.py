@@ -44,7 +44,7 @@ def _parameter(one: Declared, prefix: str) -> click.Parameter:
             required=one.is_required,
             nargs=-1 if form == "many" else 1,
         )
-    names, help_ = [flag_of(one), prefix + one.name], about.help
+    names, help_ = [flag_of(one), prefix + one.name], about.off or about.help
     if form == "flag":
         return Option(names, is_flag=True, help=help_, group=about.group)
     typed = click.Choice(one.kind.choices) if form == "choice" else _TYPES[form]

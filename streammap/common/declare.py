@@ -15,7 +15,7 @@ import functools
 import inspect
 import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import (
     Any,
@@ -202,6 +202,8 @@ class Option:
     """Name on the command line, if not the field's."""
     json: str
     """Name in JSON, if not the field's."""
+    off: str
+    """Help of the flag that turns it off, where its default is True."""
     positional: bool
     """Whether it is an argument instead of an option: in Python, and on the command line."""
 
@@ -215,9 +217,10 @@ def option(
     metavar: str = "",
     flag: str = "",
     json: str = "",
+    off: str = "",
 ) -> Any:
     """A field that is an option; without a default it must be given."""
-    about = Option(help, group, kind, metavar, flag, json, positional=False)
+    about = Option(help, group, kind, metavar, flag, json, off, positional=False)
     return field(default=default, kw_only=True, metadata={_KEY: about})
 
 
@@ -230,7 +233,7 @@ def argument(
     kw_only: Literal[False],
 ) -> Any:
     """A field that is given by its place. Type checkers want `kw_only=False` in the call."""
-    about = Option(help, "", kind, metavar, "", "", positional=True)
+    about = Option(help, "", kind, metavar, "", "", "", positional=True)
     return field(default=default, kw_only=kw_only, metadata={_KEY: about})
 
 
@@ -252,6 +255,8 @@ class Declared:
     """MISSING where it must be given."""
     about: Option
     kind: Kind
+    type: object
+    """What it is annotated with."""
 
     @property
     def json(self) -> str:
@@ -267,7 +272,7 @@ class Declared:
 @functools.cache
 def _options_of(cls: Any) -> tuple[Declared, ...]:
     return tuple(
-        Declared(f.name, f.default, f.metadata[_KEY], f.metadata[_KEY].kind or _kind_of(f))
+        Declared(f.name, f.default, f.metadata[_KEY], f.metadata[_KEY].kind or _kind_of(f), f.type)
         for f in fields(cls)
         if _KEY in f.metadata
     )
@@ -379,24 +384,31 @@ def shown(value: object) -> str:
 
 @overload
 def takes(
-    cls: Callable[P, D], /
+    cls: Callable[P, D], /, *, leads: Callable[..., object] | None = None
 ) -> Callable[[Callable[[A, B, D], R]], Callable[Concatenate[A, B, P], R]]: ...
 @overload
 def takes(
     cls: Callable[P, D], /, *, n_first: Literal[1]
 ) -> Callable[[Callable[[A, D], R]], Callable[Concatenate[A, P], R]]: ...
-def takes(cls: Any, /, *, n_first: int = 2) -> Any:
+def takes(cls: Any, /, *, n_first: int = 2, leads: Any = None) -> Any:
     """A decorator: the function's last argument is an object of `cls`, made of keywords.
 
     Signature and docstring name each option, so that help() and editors show them.
+
+    Args:
+        cls: The declaration.
+        n_first: Arguments that the function has before.
+        leads: Another declaration, of options that are shown first.
     """
+    names = [one.name for one in options_of(leads)] if leads is not None else []
+    options = sorted(options_of(cls), key=lambda one: one.name not in names)
 
     def decorate(function: Callable[..., R]) -> Callable[..., R]:
         def made(*first: Any) -> R:
             *leading, values = first
             return function(*leading, make(cls, values, what=call.__name__))
 
-        call = _by_name(made, function, options_of(cls), n_first=n_first)
+        call = _by_name(made, function, options, n_first=n_first)
         return call
 
     return decorate
@@ -405,7 +417,7 @@ def takes(cls: Any, /, *, n_first: int = 2) -> Any:
 def _by_name(
     made: Callable[..., R],
     function: Callable[..., object],
-    options: tuple[Declared, ...],
+    options: Sequence[Declared],
     *,
     n_first: int,
 ) -> Callable[..., R]:
@@ -447,10 +459,11 @@ def _parameter(one: Declared) -> inspect.Parameter:
     by_place = inspect.Parameter.POSITIONAL_OR_KEYWORD
     kind = by_place if one.about.positional else inspect.Parameter.KEYWORD_ONLY
     default = inspect.Parameter.empty if one.is_required else one.default
-    return inspect.Parameter(one.name, kind, default=default)
+    annotation = one.type if len(str(one.type)) <= _MAX_SHOWN else inspect.Parameter.empty
+    return inspect.Parameter(one.name, kind, default=default, annotation=annotation)
 
 
-def _documented(text: str, options: tuple[Declared, ...]) -> str:
+def _documented(text: str, options: Sequence[Declared]) -> str:
     """A docstring with a line for each option, before its Raises section."""
     lines = [f"    {one.name}: {one.about.help}" for one in options]
     before, raises, after = inspect.cleandoc(text).partition("\nRaises:")

@@ -33,7 +33,10 @@ class SaveOptions(Engine):
         group=OUTPUT,
     )
     fsync: bool = option(
-        default=True, help="Do not wait until the data is on the disk.", group=OUTPUT
+        default=True,
+        help="Wait until the data is on the disk.",
+        off="Do not wait until the data is on the disk.",
+        group=OUTPUT,
     )
     format: Literal["safetensors", "dcp"] = option(
         default="safetensors",
