@@ -74,11 +74,11 @@ def test_a_wrong_value_is_refused_by_name(given_: dict[str, Any], message: str) 
 
 
 def test_unknown_and_missing_names_are_refused() -> None:
-    with pytest.raises(PlanError, match="paint: unknown option 'colour'\n.*did you mean color"):
+    with pytest.raises(PlanError, match=r"paint: unknown option 'colour'\n.*did you mean color"):
         declare.make(Paint, {"colour": "red"}, what="paint")
-    with pytest.raises(PlanError, match="unknown option 'x'\n.*known: size, sync, wall"):
+    with pytest.raises(PlanError, match=r"unknown option 'x'\n.*known: size, sync, wall"):
         declare.make(Paint, {"x": 1})
-    with pytest.raises(PlanError, match="paint: color is missing\n.*give --color"):
+    with pytest.raises(PlanError, match=r"paint: color is missing\n.*give --color"):
         declare.make(Paint, {"wall": "north"}, what="paint")
     assert declare.make(Paint, {"wall": "a", "color": "red", "size": None}).size == 4
 
@@ -164,11 +164,11 @@ def test_its_signature_and_help_name_all_options() -> None:
 
 def test_calls_that_do_not_fit_are_type_errors() -> None:
     call: Any = painted
-    with pytest.raises(TypeError, match="painted.. takes 3 arguments by place"):
+    with pytest.raises(TypeError, match=r"painted.. takes 3 arguments by place"):
         call("a", "b", "c", "d", color="red")
-    with pytest.raises(TypeError, match="painted.. got two values for 'house'"):
+    with pytest.raises(TypeError, match=r"painted.. got two values for 'house'"):
         call("a", "b", "c", house="x", color="red")
-    with pytest.raises(TypeError, match="painted.. is missing 'brush'"):
+    with pytest.raises(TypeError, match=r"painted.. is missing 'brush'"):
         call("a", "b", color="red")
     with pytest.raises(PlanError, match="painted: unknown option 'colour'"):
         call("a", "b", "c", colour="red")
