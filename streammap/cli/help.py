@@ -5,8 +5,8 @@ from typing import Any
 
 import click
 
-SOURCE, HUB, OTHER = "Source", "Hub", "Other"
-_LAST = (SOURCE, "Output", HUB, "Resources", OTHER)
+SOURCE, OUTPUT, HUB, OTHER = "Source", "Output", "Hub", "Other"
+_LAST = (SOURCE, OUTPUT, HUB, "Resources", OTHER)
 """Headings that stand last, in this order; those of an operator's own options stand before."""
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from streammap.cli.help import Command
+from streammap.cli.help import OUTPUT, Command, Option
 from streammap.cli.options import (
     as_json,
     output_parameters,
@@ -71,13 +71,13 @@ def plan_command(name: str) -> Command:
 
 
 def _places(own: Sequence[click.Parameter]) -> list[click.Parameter]:
-    """SRC, further inputs, OUT."""
+    """SRC, further inputs, OUT: by --output where there may be any number of inputs."""
     inputs = [parameter for parameter in own if isinstance(parameter, click.Argument)]
-    return [
-        click.Argument(["source"], metavar="SRC"),
-        *inputs,
-        click.Argument(["output"], metavar="[OUT]", required=False),
-    ]
+    output: click.Parameter = click.Argument(["output"], metavar="[OUT]", required=False)
+    if any(parameter.nargs == -1 for parameter in inputs):
+        # The last of many inputs can't be told from OUT, and must not be taken for it.
+        output = Option(["--output", "-o"], metavar="OUT", group=OUTPUT, help="Where to write.")
+    return [click.Argument(["source"], metavar="SRC"), *inputs, output]
 
 
 def _options(own: Sequence[click.Parameter]) -> list[click.Parameter]:

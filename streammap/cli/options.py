@@ -154,7 +154,7 @@ def push_of(options: Mapping[str, Any], output: str | None) -> dict[str, Any] | 
     if repo is not None and output is not None:
         raise click.UsageError("give OUT or --push-to-hub, not both")
     if repo is None and output is None:
-        raise click.UsageError("give OUT, or --push-to-hub ORG/NAME")
+        raise click.UsageError("give OUT (where to write), or --push-to-hub ORG/NAME")
     if repo is None and output is not None and output.startswith("hf://"):
         repo = output.removeprefix("hf://")
     if repo is None:

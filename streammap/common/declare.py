@@ -423,12 +423,14 @@ def _by_name(
 ) -> Callable[..., R]:
     """`made(*first, {name: value})` as a function that takes the options by name.
 
-    Arguments of the declaration come after the very first parameter, before the others.
+    Arguments of the declaration come after the very first parameter, before the others: source,
+    target, output. Those that may be left out come last.
     """
     signature = inspect.signature(function)
     first = list(signature.parameters.values())[:n_first]
     arguments = [_parameter(one) for one in options if one.about.positional]
-    by_place = [first[0], *arguments, *first[1:]]
+    needed = [p for p in arguments if p.default is inspect.Parameter.empty]
+    by_place = [first[0], *needed, *first[1:], *(p for p in arguments if p not in needed)]
     names = [parameter.name for parameter in by_place]
 
     @functools.wraps(function)
@@ -446,10 +448,8 @@ def _by_name(
         return made(*leading, named)
 
     rest = [_parameter(one) for one in options if not one.about.positional]
-    required = [p for p in by_place if p.default is inspect.Parameter.empty]
-    optional = [p for p in by_place if p.default is not inspect.Parameter.empty]
     call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*required, *optional, *rest]
+        parameters=[*by_place, *rest]
     )
     call.__doc__ = _documented(function.__doc__ or "", options)
     return call
