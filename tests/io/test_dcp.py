@@ -4,6 +4,7 @@ import itertools
 import os
 import pickle
 import shutil
+import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -232,6 +233,35 @@ def test_metadata_that_lies_is_refused(tmp_path: Path, content: object, expected
     (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
     with pytest.raises(CheckpointError, match=expected):
         streammap.open(tmp_path)
+
+
+DOUBLING = b")" + b"q\x00h\x00\x86" * 60  # tuples of tuples: 2^60 leaves, in 60 objects
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"}" + DOUBLING + b"Ns", "no state_dict_metadata"),
+        (
+            pickle.dumps(_metadata(relative_path="FILE"), protocol=2).replace(
+                b"X\x04\0\0\0FILE", DOUBLING.replace(b"q\0", b"q\xff").replace(b"h\0", b"h\xff")
+            ),
+            r"a is said to be in \(\(",
+        ),
+        (b"Nr\xff\xff\xff\x7f", "no state_dict_metadata"),
+        (b"ctorch\nFloatStorage\n\x8a\x05\x00\xe4\x0b\x54\x02\x85R", "asks for torch.FloatStorage"),
+    ],
+    ids=["key", "text", "memo", "storage"],
+)
+def test_small_metadata_take_little_time_and_memory(
+    tmp_path: Path, content: bytes, expected: str
+) -> None:
+    (tmp_path / "__0_0.distcp").write_bytes(b"")
+    (tmp_path / ".metadata").write_bytes(content.removesuffix(b".") + b".")
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=expected):
+        streammap.open(tmp_path)
+    assert time.process_time() - started < 0.5
 
 
 def test_chunks_that_overlap_are_refused() -> None:
