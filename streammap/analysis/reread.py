@@ -9,6 +9,7 @@ import torch
 from streammap.analysis import scan, statistics
 from streammap.analysis.scan import ScannedPiece
 from streammap.analysis.statistics import Scratch
+from streammap.analysis.survey import SavedRecord
 from streammap.common.events import Listener, nobody
 from streammap.common.torch_threads import torch_threads
 from streammap.engine import crc32, schedule, tiles
@@ -16,7 +17,7 @@ from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.engine.tiles import Tile
 from streammap.io.dtypes import to_torch
-from streammap.io.survey import Finding, SavedRecord
+from streammap.io.problems import Finding
 from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm

@@ -13,15 +13,16 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, final
 
+from streammap.analysis import survey
+from streammap.analysis.survey import SavedRecord, Survey
 from streammap.api import LazyCheckpoint
 from streammap.architectures import quantization
 from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
 from streammap.engine.options import Engine
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
-from streammap.io import survey
+from streammap.io.problems import Finding
 from streammap.io.storage.resolve import PathLike
-from streammap.io.survey import Finding, SavedRecord, Survey
 from streammap.operators import request_json
 from streammap.output import shards
 from streammap.planning import map_file, plan

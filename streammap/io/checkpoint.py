@@ -9,26 +9,24 @@ It may be on this machine, on the Hub or at any URL: resolve.py.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from streammap.errors import CheckpointError
 from streammap.io import json_files, safe_open, weight_files
 from streammap.io.formats.safetensors_header import Slot
+from streammap.io.problems import Finding, Problems, Strict
 from streammap.io.storage import resolve
-from streammap.io.storage.base import Network, OpenFile, Storage
+from streammap.io.storage.base import Network, OpenFile, Stat, Storage
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.prefetch import AheadFile, Window
+from streammap.io.tensor_readers import FileTensors, TensorReader
 from streammap.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from streammap.io.formats.dcp_chunks import Chunks
-
-_STRIP = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +40,11 @@ class SourceFile:
     """sha256 of what says where its tensors are."""
     version: str = ""
     """What its place calls its content, where that isn't on this machine."""
+
+    @classmethod
+    def of(cls, name: str, stat: Stat, header_digest: str) -> "SourceFile":
+        """A file as its storage describes it."""
+        return cls(name, stat.nbytes, stat.mtime_ns, header_digest, stat.version)
 
     def as_json(self) -> dict[str, object]:
         """What records say of it; when it was written is a matter of this machine alone."""
@@ -72,8 +75,8 @@ class Checkpoint:
     place: Storage | None = None
     """Where the files are; None for a checkpoint without any."""
     _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
-    chunks: "Chunks | None" = field(default=None, repr=False)
-    """What reads tensors that lie in chunks."""
+    reader: TensorReader = field(default_factory=lambda: FileTensors({}, {}, {}), repr=False)
+    """What reads its tensors."""
 
     @property
     def name(self) -> str:
@@ -142,60 +145,11 @@ class Checkpoint:
         Raises:
             CheckpointError: the file ends before, or can't be read.
         """
-        slot = self.slots[key]
-        if self.chunks is not None:
-            self.chunks.read_into(key, start, view, mapped=mapped)
-        elif slot.strides is None:
-            self.file(key).read_into(slot.start + start, view, mapped=mapped)
-        else:
-            self._gather_into(key, start, view)
-
-    def _gather_into(self, key: str, start: int, view: memoryview) -> None:
-        """For a tensor of a torch file that is stored in another order than row by row."""
-        import torch
-
-        self.file(key).check_unchanged()  # a page past the end of a file ends the process
-        whole = self.tensor(key)
-        item = whole.element_size()
-        out = torch.frombuffer(view, dtype=whole.dtype)
-        inner = whole[0].numel() if whole.dim() else 1
-        at = start // item
-        while len(out):
-            row, column = divmod(at, inner)
-            n = min(len(out), inner - column)
-            if n == inner and whole.dim() > 1:
-                n = len(out) // inner * inner
-                _copy_strips(whole[row : row + n // inner], out[:n], self.release)
-            else:
-                flat = whole[row].reshape(-1) if whole.dim() else whole.reshape(-1)
-                out[:n].copy_(flat[column : column + n])
-                self.release()
-            out, at = out[n:], at + n
+        self.reader.read_into(key, start, view, mapped=mapped)
 
     def tensor(self, key: str) -> "Tensor":
-        """A tensor over the file's mapping; nothing is read until it is used. Do not write to it.
-
-        Where its bytes are not aligned to its dtype, a copy.
-        """
-        from streammap.io.dtypes import to_torch
-
-        slot = self.slots[key]
-        dtype = to_torch(slot.spec.dtype)
-        if slot.spec.n_elements == 0:
-            import torch
-
-            return torch.empty(slot.spec.shape, dtype=dtype)
-        end = slot.end
-        if slot.strides is not None:
-            reach = sum((n - 1) * s for n, s in zip(slot.spec.shape, slot.strides, strict=True))
-            end = slot.start + (reach + 1) * dtype.itemsize
-        part = self.file(key).part(slot.start, end)
-        if slot.start % dtype.itemsize:
-            part = part.clone()
-        typed = part.view(dtype)
-        if slot.strides is not None:
-            return typed.as_strided(slot.spec.shape, slot.strides)
-        return typed.view(slot.spec.shape)
+        """A whole tensor, where possible a view of the file's mapping. Do not write to it."""
+        return self.reader.tensor(key)
 
     def release(self) -> None:
         """Give back the memory of mapped pages."""
@@ -233,14 +187,6 @@ class Checkpoint:
             opened.close()
 
 
-def _copy_strips(rows: "Tensor", out: "Tensor", release: Callable[[], None]) -> None:
-    """Copy rows, a few columns at a time: of a transposed tensor each column is a page or more."""
-    to = out.view(rows.shape)
-    for start in range(0, rows.shape[1], _STRIP):
-        to[:, start : start + _STRIP].copy_(rows[:, start : start + _STRIP])
-        release()
-
-
 def open_checkpoint(
     path: str | Path, *, config: str | Path | None = None, stream: bool = False
 ) -> Checkpoint:
@@ -255,51 +201,80 @@ def open_checkpoint(
         CheckpointError: nothing there, or any file that is not what it says.
     """
     try:
-        return _open(resolve.locate(path, stream=stream), resolve.local_path(path), config)
+        storage = resolve.locate(path, stream=stream)
+        opened = _open(storage, resolve.local_path(path))
+        found, text = _find_config(storage, config)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
+    return replace(opened, config=found, config_text=text)
 
 
-def _open(place: Storage, path: Path, config: str | Path | None) -> Checkpoint:
-    if place.file is None and place.has(weight_files.DCP_METADATA):
+def _open(storage: Storage, path: Path) -> Checkpoint:
+    if storage.file is not None:
+        return open_files(storage, path, (storage.file,), None, problems=Strict(storage))
+    if storage.has(weight_files.DCP_METADATA):
         from streammap.io.formats import dcp_metadata
 
-        if not place.origin and dcp_metadata.is_folder(path):
-            return _open_chunked(place, path, config)
-        if place.origin and any(name.endswith(weight_files.DCP_SUFFIX) for name in place.names()):
+        if not storage.origin and dcp_metadata.is_folder(path):
+            return _open_chunked(storage, path)
+        if storage.origin and any(n.endswith(weight_files.DCP_SUFFIX) for n in storage.names()):
             raise CheckpointError(
-                f"{place}: of torch.distributed.checkpoint, which is read on this machine only",
+                f"{storage}: of torch.distributed.checkpoint, which is read on this machine only",
                 hint="download the folder first",
             )
-    names, weight_map = (
-        weight_files.names_in(place) if place.file is None else ((place.file,), None)
-    )
-    files: list[SourceFile] = []
+    names, weight_map = weight_files.names_in(storage)
+    return open_files(storage, path, names, weight_map, problems=Strict(storage))
+
+
+def open_files(
+    storage: Storage,
+    path: Path,
+    names: Iterable[str],
+    weight_map: Mapping[str, str] | None,
+    *,
+    problems: Problems,
+) -> Checkpoint:
+    """Open weight files of a folder, without a config.json.
+
+    Args:
+        storage: The folder, or the file.
+        path: What the checkpoint says of where it is.
+        names: The files.
+        weight_map: The index, if there is one: it is compared with what the files have.
+        problems: Takes what is wrong; a file that can't be read is left out.
+    """
+    contents = list(weight_files.read_files(storage, tuple(names), problems))
     slots: dict[str, Slot] = {}
     file_of: dict[str, str] = {}
-    opened: dict[str, OpenFile] = {}
-    nest: str | None = None
-    others: tuple[str, ...] = ()
-    for name, (stat, found, digest, nest, others) in weight_files.read_files(place, names):  # noqa: B007
-        for slot in found:
-            if slot.key in slots:
-                raise CheckpointError(
-                    f"{slot.key} is in {file_of[slot.key]} and in {name}",
-                    hint="keep one of the two files",
-                )
-            slots[slot.key] = slot
-            file_of[slot.key] = name
-        files.append(SourceFile(name, stat.nbytes, stat.mtime_ns, digest, stat.version))
-        opened[name] = place.open(name, stat)
+    for content in contents:
+        repeated = [
+            Finding("error", "key", f"it is in {file_of[slot.key]} too", slot.key, content.name)
+            for slot in content.slots
+            if slot.key in slots
+        ]
+        problems.report(repeated, hint="keep one of the two files")
+        for slot in content.slots:
+            slots.setdefault(slot.key, slot)
+            file_of.setdefault(slot.key, content.name)
     if weight_map is not None:
-        weight_files.check_index(place.name, weight_map, file_of)
-    found_config, text = _find_config(place, config)
+        read = {content.name for content in contents}
+        weight_files.check_index(weight_map, file_of, read, problems)
+    opened = {content.name: storage.open(content.name, content.stat) for content in contents}
     return Checkpoint(
-        path, tuple(files), slots, file_of, found_config, text, nest, others, place, opened
+        path,
+        tuple(SourceFile.of(content.name, content.stat, content.digest) for content in contents),
+        slots,
+        file_of,
+        None,
+        nest=contents[-1].nest if contents else None,
+        others=contents[-1].others if contents else (),
+        place=storage,
+        _opened=opened,
+        reader=FileTensors(slots, file_of, opened),
     )
 
 
-def _open_chunked(place: Storage, folder: Path, config: str | Path | None) -> Checkpoint:
+def _open_chunked(storage: Storage, folder: Path) -> Checkpoint:
     """A folder of torch.distributed.checkpoint."""
     from streammap.io.formats import dcp_chunks, dcp_metadata
 
@@ -311,33 +286,29 @@ def _open_chunked(place: Storage, folder: Path, config: str | Path | None) -> Ch
             f"{folder}: has {both[0]} and {dcp_metadata.METADATA}, which may differ",
             hint="remove the stale one, or name the file",
         )
-    found = dcp_metadata.read(folder)
-    chosen = dcp_chunks.select(found, folder=str(folder))
-    tensors = {key: found.tensors[name] for key, name in chosen.keys.items()}
+    metadata = dcp_metadata.read(folder)
+    chosen = dcp_chunks.select(metadata, folder=str(folder))
+    tensors = {key: metadata.tensors[name] for key, name in chosen.keys.items()}
     digest = hashlib.sha256((folder / dcp_metadata.METADATA).read_bytes()).hexdigest()
     files: list[SourceFile] = []
     opened: dict[str, LocalFile] = {}
     for name in sorted({chunk.file for _, chunks in tensors.values() for chunk in chunks}):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name}: no such file", hint="copy all ranks' files")
-        stat = place.stat(name)
-        files.append(SourceFile(name, stat.nbytes, stat.mtime_ns, digest))
+        stat = storage.stat(name)
+        files.append(SourceFile.of(name, stat, digest))
         opened[name] = LocalFile(folder / name, stat.nbytes, stat.mtime_ns)
-    slots = {key: Slot(key, spec, 0) for key, (spec, _) in tensors.items()}
-    file_of = {key: chunks[0].file for key, (_, chunks) in tensors.items() if chunks}
-    found_config, text = _find_config(place, config)
     return Checkpoint(
         folder,
         tuple(files),
-        slots,
-        file_of,
-        found_config,
-        text,
-        chosen.nest,
-        chosen.others,
-        place,
-        dict(opened),
-        dcp_chunks.Chunks(tensors, opened),
+        {key: Slot(key, spec, 0) for key, (spec, _) in tensors.items()},
+        {key: chunks[0].file for key, (_, chunks) in tensors.items() if chunks},
+        None,
+        nest=chosen.nest,
+        others=chosen.others,
+        place=storage,
+        _opened=dict(opened),
+        reader=dcp_chunks.Chunks(tensors, opened),
     )
 
 

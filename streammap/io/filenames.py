@@ -1,4 +1,10 @@
-"""How names of weight files end."""
+"""Names of files that more than one package knows."""
 
 TORCH = (".pth", ".pt", ".bin")
+"""Endings of torch files."""
 WEIGHTS = (".safetensors", *TORCH)
+"""Endings of weight files."""
+WORK_SUFFIX = ".streammap-run"
+"""Ends the name of the folder in which a result is made."""
+COMMIT_MARK = "commit.json"
+"""In that folder while a whole result is being put in place."""

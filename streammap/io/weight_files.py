@@ -4,7 +4,8 @@ An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "m
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,8 @@ from streammap.errors import CheckpointError, some
 from streammap.io import filenames, json_files, safe_open
 from streammap.io.formats import safetensors_header
 from streammap.io.formats.safetensors_header import Slot
+from streammap.io.problems import Finding, Problems, Strict
 from streammap.io.storage.base import Stat, Storage
-from streammap.output import work_folder
 
 if TYPE_CHECKING:
     from streammap.io.storage.range_reader import SpanReader
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _NO_WEIGHTS = ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+_AGAIN = "download the index and shards again"
 DCP_METADATA, DCP_SUFFIX = ".metadata", ".distcp"
 """Of a folder of torch.distributed.checkpoint: what says where all is, and files of numbers."""
 
@@ -31,7 +33,7 @@ def names_in(place: Storage) -> tuple[tuple[str, ...], dict[str, str] | None]:
     Raises:
         CheckpointError: none, several without an index, or an index that is wrong.
     """
-    if place.has(f"{work_folder.SUFFIX}/{work_folder.MARK}"):
+    if place.has(f"{filenames.WORK_SUFFIX}/{filenames.COMMIT_MARK}"):
         raise CheckpointError(
             f"{place}: a run that was putting its result here was stopped",
             hint="run its command again, which finishes it",
@@ -46,7 +48,7 @@ def names_in(place: Storage) -> tuple[tuple[str, ...], dict[str, str] | None]:
         if has_single:
             return (single,), None
         if has_index:
-            weight_map = _weight_map(place, index)
+            weight_map = read_index(place, index, Strict(place)) or {}
             return tuple(sorted(set(weight_map.values()))), weight_map
     found = [name for name in place.names() if "/" not in name and is_weights(name)]
     loose = [name for name in found if name.endswith(".safetensors")] or found
@@ -70,92 +72,145 @@ def is_weights(name: str) -> bool:
     return name.endswith(filenames.WEIGHTS)
 
 
-def _weight_map(place: Storage, name: str) -> dict[str, str]:
-    weight_map, index = json_files.read_in(place, name)[0].get("weight_map"), place.where(name)
+def read_index(storage: Storage, name: str, problems: Problems) -> dict[str, str] | None:
+    """Key -> file, as an index has it; None where it can't be read."""
+    try:
+        weight_map = _weight_map(storage, name)
+    except CheckpointError as error:
+        problems.failed("index", error, file=name)
+        return None
+    files = {key: file for key, file in weight_map.items() if _is_file_name(file)}
+    strange = [
+        f"{key} is said to be in {file!r}, expected a file of the same folder"
+        for key, file in weight_map.items()
+        if key not in files
+    ]
+    problems.report(
+        [Finding("error", "index", message, file=name) for message in strange],
+        hint="do not use this checkpoint: a wrong index can point anywhere",
+    )
+    return files
+
+
+def _weight_map(storage: Storage, name: str) -> dict[str, str]:
+    """The table of an index; its values are not checked."""
+    weight_map = json_files.read_in(storage, name)[0].get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: no weight_map", hint="download the index again")
-    for key, file in weight_map.items():
+        raise CheckpointError(f"{storage.where(name)}: no weight_map", hint=_AGAIN)
+    for key in weight_map:
         safetensors_header.check_key(name, key)
-        if not (isinstance(file, str) and safe_open.is_plain_name(file)):
-            raise CheckpointError(
-                f"{index}: {key} is said to be in {file!r}, expected a file of the same folder",
-                hint="do not use this checkpoint: a wrong index can point anywhere",
-            )
     return weight_map
 
 
-def check_index(folder: str, weight_map: Mapping[str, str], file_of: Mapping[str, str]) -> None:
+def _is_file_name(file: object) -> bool:
+    return isinstance(file, str) and safe_open.is_plain_name(file)
+
+
+def check_index(
+    weight_map: Mapping[str, str],
+    file_of: Mapping[str, str],
+    read: Collection[str],
+    problems: Problems,
+) -> None:
     """Compare an index with what the files have.
 
-    Raises:
-        CheckpointError: they differ.
+    Args:
+        weight_map: Key -> file, as the index has it.
+        file_of: Key -> file, as it is.
+        read: Files whose tensors are known.
+        problems: Takes each difference.
     """
-    wrong = [key for key, name in weight_map.items() if file_of.get(key) != name]
-    if wrong:
-        key = wrong[0]
-        where = f"it is in {file_of[key]}" if key in file_of else "no shard has it"
-        raise CheckpointError(
-            f"{folder}: the index says {key} is in {weight_map[key]}, {where}"
-            f" ({len(wrong)} such keys)",
-            hint="download the index and shards again",
-        )
+    wrong = []
+    for key, name in weight_map.items():
+        actual = file_of.get(key)
+        if actual == name or (actual is None and name not in read):
+            continue
+        place = "no shard has it" if actual is None else f"it is in {actual}"
+        message = f"the index says {name}, {place}"
+        wrong.append(Finding("error", "index", message, key, actual, found=actual, expected=name))
+    problems.report(wrong, hint=_AGAIN)
     surplus = [key for key in file_of if key not in weight_map]
     if surplus:
-        raise CheckpointError(
-            f"{folder}: the shards have {len(surplus)} tensors that the index lacks: "
-            f"{some(surplus)}",
-            hint="download the index and shards again",
-        )
+        message = f"the index lacks {len(surplus)} tensors that the files have: {some(surplus)}"
+        finding = Finding("error", "index", message, found=len(surplus), expected=0)
+        problems.report([finding], hint=_AGAIN)
 
 
-Read = tuple[Stat, tuple[Slot, ...], str, str | None, tuple[str, ...]]
-"""What a file is, its slots, their digest, and what a torch file is beside that."""
+@dataclass(frozen=True, slots=True)
+class WeightFile:
+    """What one weight file says of itself."""
+
+    name: str
+    stat: Stat
+    slots: tuple[Slot, ...]
+    digest: str
+    """sha256 of what says where its tensors are."""
+    nest: str | None = None
+    """The entry of a torch file that its state dict is nested under."""
+    others: tuple[str, ...] = ()
+    """What a torch file holds beside its state dict."""
 
 
-def read_files(place: Storage, names: tuple[str, ...]) -> Iterator[tuple[str, Read]]:
-    """Each file's header; several at once where that is faster."""
-    if place.n_at_once == 1 or len(names) == 1:
-        for name in names:
-            yield name, _read_file(place, name)
+def read_files(
+    storage: Storage, names: tuple[str, ...], problems: Problems
+) -> Iterator[WeightFile]:
+    """Each file's header, in order; several at once where that is faster."""
+
+    def read(name: str) -> WeightFile | None:
+        try:
+            return _read_file(storage, name, problems)
+        except CheckpointError as error:
+            problems.failed("file", error, file=name)
+            return None
+
+    if storage.n_at_once == 1 or len(names) == 1:
+        yield from filter(None, map(read, names))
         return
     from concurrent.futures import ThreadPoolExecutor
 
-    with ThreadPoolExecutor(place.n_at_once) as pool:
-        yield from zip(names, pool.map(lambda name: _read_file(place, name), names), strict=True)
+    with ThreadPoolExecutor(storage.n_at_once) as pool:
+        yield from filter(None, pool.map(read, names))
 
 
-def _read_file(place: Storage, name: str) -> Read:
-    where = place.where(name)
-    path, is_torch = place.path(name), name.endswith(filenames.TORCH)
-    if not (place.has(name) if path is None else path.exists()):
-        raise CheckpointError(f"{where}: no such file", hint="download the missing shard")
-    if not is_torch and not name.endswith(".safetensors"):
+def _read_file(storage: Storage, name: str, problems: Problems) -> WeightFile | None:
+    path = storage.path(name)
+    if not (storage.has(name) if path is None else path.exists()):
+        missing = Finding("error", "file", "missing", file=name)
+        problems.report([missing], hint="download the missing shard")
+        return None
+    if name.endswith(filenames.TORCH):
+        return _read_torch_file(storage, name, path)
+    if not name.endswith(".safetensors"):
         raise CheckpointError(
-            f"{where}: a {Path(name).suffix or 'file without ending'} is no weight file",
+            f"{storage.where(name)}: a {Path(name).suffix or 'file without ending'} is no weight "
+            "file",
             hint=f"expected .safetensors, {', '.join(filenames.TORCH)}",
         )
-    if is_torch:
-        from streammap.io.formats import torch_zip
-
-        content = torch_zip.read(path or Path(name), None if path else _spans(place, name))
-        if place.is_streamed and any(slot.strides is not None for slot in content.slots):
-            raise CheckpointError(
-                f"{where}: holds transposed tensors, which can't be read over a network",
-                hint="use it without --stream, or download the file first",
-            )
-        text = repr([(slot.key, slot.spec, slot.start) for slot in content.slots]).encode()
-        digest = hashlib.sha256(text).hexdigest()
-        return place.stat(name), content.slots, digest, content.nest, content.others
     slots, text = (
-        safetensors_header.read(path)
-        if path
-        else safetensors_header.read_from(name, _spans(place, name))
+        safetensors_header.read_from(name, _spans(storage, name))
+        if path is None
+        else safetensors_header.read(path)
     )
-    return place.stat(name), slots, hashlib.sha256(text).hexdigest(), None, ()
+    return WeightFile(name, storage.stat(name), slots, hashlib.sha256(text).hexdigest())
 
 
-def _spans(place: Storage, name: str) -> "SpanReader":
+def _read_torch_file(storage: Storage, name: str, path: Path | None) -> WeightFile:
+    from streammap.io.formats import torch_zip
+
+    content = torch_zip.read(path or Path(name), None if path else _spans(storage, name))
+    if storage.is_streamed and any(slot.strides is not None for slot in content.slots):
+        raise CheckpointError(
+            f"{storage.where(name)}: holds transposed tensors, which can't be read over a network",
+            hint="use it without --stream, or download the file first",
+        )
+    text = repr([(slot.key, slot.spec, slot.start) for slot in content.slots]).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    return WeightFile(name, storage.stat(name), content.slots, digest, content.nest, content.others)
+
+
+def _spans(storage: Storage, name: str) -> "SpanReader":
     """A file elsewhere, to look at its beginning and end."""
     from streammap.io.storage.range_reader import SpanReader
 
-    return SpanReader(place.peek(name), place.stat(name).nbytes, n_at_once=place.n_at_once)
+    nbytes = storage.stat(name).nbytes
+    return SpanReader(storage.peek(name), nbytes, n_at_once=storage.n_at_once)

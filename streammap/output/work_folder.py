@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import final
 
 from streammap.errors import OutputError
+from streammap.io import filenames
 
-SUFFIX = ".streammap-run"
-FILES, MARK, LOCK, RANKS = "files", "commit.json", "lock", "ranks"
+SUFFIX, MARK = filenames.WORK_SUFFIX, filenames.COMMIT_MARK
+FILES, LOCK, RANKS = "files", "lock", "ranks"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What file systems say that have no locks."""
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from streammap.errors import CheckpointError, SchemeError
 from streammap.io.formats import safetensors_header
 from streammap.io.storage import resolve as places
-from streammap.io.storage.base import OpenFile, Storage
+from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalFile
 from streammap.io.tensor_spec import TensorSpec
 from streammap.planning import maps
@@ -276,8 +276,8 @@ def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block:
 
 
 def _load_original(path: Path) -> MapLevel:
-    from streammap.io.checkpoint import Checkpoint
     from streammap.io.formats import torch_zip
+    from streammap.io.tensor_readers import FileTensors
 
     try:
         content = torch_zip.table(path)
@@ -291,9 +291,9 @@ def _load_original(path: Path) -> MapLevel:
         raise SchemeError(f"{path}: expected a dict of {', '.join(names)}")
     merging: dict[str, AxisMap] = {}
     stat = path.stat()
+    file = LocalFile(path, stat.st_size, stat.st_mtime_ns)
     slots = {name: slot for name, slot in content.items() if slot is not None}
-    opened: dict[str, OpenFile] = {path.name: LocalFile(path, stat.st_size, stat.st_mtime_ns)}
-    tensors = Checkpoint(path, (), slots, dict.fromkeys(slots, path.name), None, _opened=opened)
+    tensors = FileTensors(slots, dict.fromkeys(slots, path.name), {path.name: file})
     for name, axis in (*_ORIGINAL_AXES.items(), ("R", "layer")):
         if name not in content:
             continue
@@ -305,5 +305,5 @@ def _load_original(path: Path) -> MapLevel:
             merging[axis] = maps.from_matrix(_matrix(tensors.tensor(name), *shape))
         except ValueError as error:
             raise SchemeError(f"{path}: {name}: {error}", hint="give a scheme") from error
-    tensors.close()
+    file.close()
     return MapLevel(merging)

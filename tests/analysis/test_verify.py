@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import streammap
 from streammap.errors import CheckpointError, PlanError
 from streammap.io.formats import safetensors_header
-from streammap.io.survey import Finding
+from streammap.io.problems import Finding
 from tests.engine.test_memory import MIB, write_gpt2
 from tests.support import tiny
 from tests.support.typed import ok, run

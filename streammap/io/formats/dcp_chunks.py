@@ -140,6 +140,19 @@ class Chunks:
                 inside = [(a - s, b - s) for (a, b), (s, _) in zip(both, chunk.at, strict=True)]
                 self._copy(key, chunk, inside, part, (view, mapped))
 
+    def tensor(self, key: str) -> "Tensor":
+        """A whole tensor, in memory of its own."""
+        import torch
+
+        from streammap.io.dtypes import to_torch
+
+        spec, _ = self._tensors[key]
+        content = bytearray(spec.nbytes)
+        if not content:
+            return torch.empty(spec.shape, dtype=to_torch(spec.dtype))
+        self.read_into(key, 0, memoryview(content), mapped=False)
+        return torch.frombuffer(content, dtype=to_torch(spec.dtype)).view(spec.shape)
+
     def _copy(
         self,
         key: str,

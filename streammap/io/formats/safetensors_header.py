@@ -43,8 +43,12 @@ class Slot:
 
     @property
     def end(self) -> int:
-        """One past the last byte, for a tensor stored row by row."""
-        return self.start + self.spec.nbytes
+        """One past the last byte."""
+        if self.strides is None or not self.spec.n_elements:
+            return self.start + self.spec.nbytes
+        steps = zip(self.spec.shape, self.strides, strict=True)
+        last = sum((size - 1) * stride for size, stride in steps)
+        return self.start + (last + 1) * DTYPE_BITS[self.spec.dtype] // 8
 
 
 def read(path: Path) -> tuple[tuple[Slot, ...], bytes]:

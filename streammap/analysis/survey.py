@@ -1,0 +1,188 @@
+"""A result opened with nothing taken for granted, and compared with its record.
+
+`open_checkpoint` refuses at the first problem; this lists them all, and gives what is left.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from streammap.errors import CheckpointError
+from streammap.io import safe_open, weight_files
+from streammap.io.checkpoint import Checkpoint, open_checkpoint, open_files
+from streammap.io.formats import dcp_metadata
+from streammap.io.json_files import read_json
+from streammap.io.problems import Collected, Finding, Problems
+from streammap.io.storage.base import Storage
+from streammap.io.storage.local import LocalStorage
+from streammap.io.weight_files import INDEXES, is_weights
+
+
+@dataclass(frozen=True, slots=True)
+class SavedRecord:
+    """What a result's record says of its files; empty where there is none."""
+
+    content: Mapping[str, object]
+    files: Mapping[str, int] = field(default_factory=dict)
+    """File -> its size."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Key -> its file."""
+    crcs: Mapping[str, str] = field(default_factory=dict)
+    """Key -> CRC-32, 8 hex digits."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a record."""
+        return bool(self.content)
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What is there."""
+
+    checkpoint: Checkpoint
+    findings: tuple[Finding, ...]
+    n_unread: int
+    """Files that could not be read: their tensors are not missing, but unknown."""
+
+
+def read_record(path: Path) -> SavedRecord:
+    """The record at `path`; an empty one where there is none.
+
+    Raises:
+        CheckpointError: it is no record.
+    """
+    if not path.is_file():
+        return SavedRecord({})
+    content = read_json(path)
+    files, tensors = content.get("files", {}), content.get("tensors", {})
+    if not isinstance(files, Mapping) or not isinstance(tensors, Mapping):
+        raise CheckpointError(f"{path}: files and tensors are no tables", hint="remove the file")
+    places, crcs = {}, {}
+    for key, entry in tensors.items():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str):
+            raise CheckpointError(f"{path}: tensors: {key}: no file", hint="remove the file")
+        places[str(key)] = entry["file"]
+        if isinstance(entry.get("crc32"), str):
+            crcs[str(key)] = entry["crc32"]
+    sizes = {str(name): n for name, n in files.items() if type(n) is int}
+    return SavedRecord(content, sizes, places, crcs)
+
+
+def survey(path: Path, record: SavedRecord) -> Survey:
+    """Read what is there, and list what is wrong with it.
+
+    Raises:
+        CheckpointError: nothing is there.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
+    if dcp_metadata.is_folder(path):
+        return _survey_chunked(path, record)
+    storage, problems = LocalStorage(path), Collected()
+    names, weight_map = _names(storage, record, problems)
+    checkpoint = open_files(storage, path, names, weight_map, problems=problems)
+    n_unread = len(names) - len(checkpoint.files)
+    findings = problems.findings
+    findings += _sizes(storage.folder, names, record)
+    findings += _recorded(record, checkpoint.file_of, n_unread)
+    findings += _beside(storage.folder, record)
+    if path.is_dir() and storage.has("config.json"):
+        try:
+            checkpoint = replace(checkpoint, config=read_json(path / "config.json"))
+        except CheckpointError as error:
+            findings.append(Finding("error", "config", error.message, file="config.json"))
+    return Survey(checkpoint, tuple(findings), n_unread)
+
+
+def _survey_chunked(path: Path, record: SavedRecord) -> Survey:
+    """A folder of torch.distributed.checkpoint: it can be read by its metadata, or not at all."""
+    try:
+        checkpoint = open_checkpoint(path)
+    except CheckpointError as error:
+        finding = Finding("error", "file", error.message, file=dcp_metadata.METADATA)
+        return Survey(Checkpoint(path, (), {}, {}, None), (finding,), 1)
+    findings = (
+        *_sizes(path, [file.name for file in checkpoint.files], record),
+        *_recorded(record, checkpoint.file_of, 0),
+    )
+    return Survey(checkpoint, findings, 0)
+
+
+def _names(
+    storage: Storage, record: SavedRecord, problems: Problems
+) -> tuple[list[str], Mapping[str, str] | None]:
+    """The files that belong to it by its record and its index, and the index."""
+    if storage.file is not None:
+        return [storage.file], None
+    index = next((name for name in INDEXES if storage.has(name)), None)
+    weight_map = None if index is None else weight_files.read_index(storage, index, problems)
+    wanted = {name for name in record.files if is_weights(name)}
+    wanted |= {*record.places.values(), *(weight_map or {}).values()}
+    safe = {name for name in wanted if safe_open.is_plain_name(name) and name[:1] != "."}
+    message = "no name of a file of this folder"
+    strange = [Finding("error", "index", message, file=name) for name in sorted(wanted - safe)]
+    problems.report(strange, hint="check the record")
+    there = _weights(storage)
+    if not safe:
+        if not there:
+            raise CheckpointError(f"{storage}: no weights", hint="check the path")
+        if len(there) > 1:
+            message = f"{len(there)} weight files and no index"
+            problems.report(
+                [Finding("error", "index", message, found=there)], hint="name one of them"
+            )
+        return there, weight_map
+    if weight_map is None and len(safe) > 1:
+        missing = Finding("error", "index", "missing", file=INDEXES[0])
+        problems.report([missing], hint="copy the index too")
+    message = "does not belong here: neither the record nor the index has it"
+    alien = [Finding("error", "file", message, file=name) for name in there if name not in safe]
+    problems.report(alien, hint="remove it")
+    return sorted(safe), weight_map
+
+
+def _weights(storage: Storage) -> list[str]:
+    names = sorted(name for name in storage.names() if is_weights(name))
+    return [name for name in names if name.endswith(".safetensors")] or names
+
+
+def _sizes(folder: Path, names: Iterable[str], record: SavedRecord) -> Iterator[Finding]:
+    for name in names:
+        expected, file = record.files.get(name), folder / name
+        if expected is None or not file.is_file() or file.stat().st_size == expected:
+            continue
+        size = file.stat().st_size
+        message = f"{size} bytes, {expected} were written"
+        yield Finding("error", "size", message, file=name, found=size, expected=expected)
+
+
+def _beside(folder: Path, record: SavedRecord) -> Iterator[Finding]:
+    """config.json, tokenizer and the like: they may be edited, and must be there."""
+    for name, expected in record.files.items():
+        if is_weights(Path(name).name):
+            continue
+        parts = Path(name).parts
+        if ".." in parts or Path(name).is_absolute() or "\0" in name:
+            yield Finding("error", "file", "no name of a file of this folder", file=name)
+        elif not (folder / name).is_file():
+            yield Finding("error", "file", "missing", file=name, expected=expected)
+        elif (size := (folder / name).stat().st_size) != expected:
+            message = f"{size} bytes, {expected} were written"
+            yield Finding("note", "size", message, None, name, size, expected)
+
+
+def _recorded(record: SavedRecord, file_of: Mapping[str, str], n_unread: int) -> Iterator[Finding]:
+    if not record.places:
+        return
+    there = set(file_of.values())
+    for key, name in record.places.items():
+        place = file_of.get(key)
+        if place is None and (name in there or not n_unread):
+            yield Finding("error", "key", "missing, it was written", key, name, expected=name)
+        elif place is not None and place != name:
+            message = f"it was written to {name}"
+            yield Finding("error", "place", message, key, place, found=place, expected=name)
+    for key, place in file_of.items():
+        if key not in record.places:
+            yield Finding("error", "key", "there, it was not written", key, place, found=place)
