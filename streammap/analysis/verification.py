@@ -22,6 +22,7 @@ from streammap.common.events import Listener, nobody
 from streammap.engine.options import Engine
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.io.problems import Finding
+from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import request_json
 from streammap.output import shards
@@ -188,7 +189,7 @@ def _expected(path: Path, record: SavedRecord, sources: Moved) -> tuple[Plan | N
     call = request_json.parse(record.content["request"])
     replay.moved(call, sources)  # a wrong --source is the user's, no finding
     try:
-        near = map_file.find(path) if path.exists() else ()
+        near = map_file.find(LocalStorage(path)) if path.exists() else ()
         made: LazyCheckpoint = replay.rebuilt(call, sources, known=near)
     except StreammapError as error:
         return None, error.message

@@ -120,7 +120,7 @@ class Maps(Kind):
         """The maps, read."""
         from streammap.planning import map_file
 
-        return value if isinstance(value, tuple) else map_file.load_from(value)
+        return value if isinstance(value, tuple) else map_file.load(value)
 
     def decode(self, value: Any, name: str) -> "tuple[MapLevel, ...]":
         """Maps that were unpacked from a record."""

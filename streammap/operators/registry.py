@@ -218,7 +218,7 @@ class _Builder:
             raise PlanError(f"open: config is {declare.shown(config)}, expected an object")
         by_digest = isinstance(call.options.get("maps"), MapDigests)
         try:
-            near = map_file.find_at(resolve.locate(place, stream=False)) if by_digest else ()
+            near = map_file.find(resolve.locate(place, stream=False)) if by_digest else ()
         except OSError as error:
             raise PlanError(f"open: {place}: {error.strerror}", hint="say where it is") from error
         maps = self._with_maps(call, near).get("maps")
@@ -250,4 +250,4 @@ def _is_spec_file(arch: str) -> bool:
 
 def _levels(opened: Checkpoint) -> tuple[MapLevel, ...]:
     """The maps saved with a checkpoint."""
-    return () if opened.place is None else map_file.find_at(opened.place)
+    return () if opened.place is None else map_file.find(opened.place)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from streammap.errors import CheckpointError, SchemeError
 from streammap.io.formats import safetensors_header
-from streammap.io.storage import resolve as places
+from streammap.io.storage import resolve
 from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalFile
 from streammap.io.tensor_spec import TensorSpec
@@ -71,78 +71,53 @@ def beside(file: Path) -> Path:
     return file.with_suffix(SUFFIX)
 
 
-def find(path: Path) -> tuple[MapLevel, ...]:
+def find(storage: Storage) -> tuple[MapLevel, ...]:
     """The levels saved with a folder or file of weights; the original's file counts too.
-
-    Raises:
-        SchemeError: a map file that is wrong.
-    """
-    folder = path if path.is_dir() else path.parent
-    places = [path / NAME] if path.is_dir() else [beside(path), folder / NAME]
-    for place in (*places, folder / ORIGINAL):
-        if place.is_file():
-            return load(place)
-    return ()
-
-
-def find_at(place: Storage) -> tuple[MapLevel, ...]:
-    """The same for a place that may be elsewhere.
 
     Raises:
         SchemeError: a map file that is wrong.
         CheckpointError: it can't be fetched.
     """
-    name = place.file
-    names = NAMES if name is None else (beside(Path(name)).name, *NAMES)
-    for name in names:
-        if place.has(name):
-            path = place.path(name)
-            if path is not None:
-                return load(path)
-            import tempfile
-
-            with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
-                path = Path(folder) / name
-                path.write_bytes(place.read(name, limit=_MAX_NBYTES))
-                return load(path)
-    return ()
+    own = () if storage.file is None else (beside(Path(storage.file)).name,)
+    name = next((name for name in (*own, *NAMES) if storage.has(name)), None)
+    return () if name is None else _load(storage, name)
 
 
-def load_from(source: str | Path) -> tuple[MapLevel, ...]:
+def load(source: str | Path) -> tuple[MapLevel, ...]:
     """The levels of a map file, or of a folder that has one, here or elsewhere.
 
     Raises:
         SchemeError: there is none, or it is wrong in itself.
         CheckpointError: it can't be fetched.
     """
-    if not places.is_elsewhere(source):
-        return load(places.local_path(source))
-    place = places.locate(source, stream=False)
-    found = find_at(place)
-    if not found:
-        raise SchemeError(f"{place}: no {NAME} and no {ORIGINAL} in it")
-    return found
+    if not resolve.is_elsewhere(source) and not resolve.local_path(source).exists():
+        raise SchemeError(f"{source}: no such map file", hint="check the path")
+    storage = resolve.locate(source, stream=False)
+    if storage.file is not None:
+        return _load(storage, storage.file)
+    levels = find(storage)
+    if not levels:
+        raise SchemeError(f"{storage}: no {NAME} and no {ORIGINAL} in it")
+    return levels
 
 
-def load(path: Path) -> tuple[MapLevel, ...]:
-    """The levels of a map file, ours or the original's.
+def _load(storage: Storage, name: str) -> tuple[MapLevel, ...]:
+    nbytes, path = storage.stat(name).nbytes, storage.path(name)
+    if nbytes > _MAX_NBYTES:
+        raise SchemeError(f"{storage.where(name)}: {nbytes} bytes, at most {_MAX_NBYTES}")
+    if path is None:
+        import tempfile
 
-    Raises:
-        SchemeError: it is neither, or it is wrong in itself.
-    """
+        with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
+            path = Path(folder) / name
+            path.write_bytes(storage.read(name, limit=_MAX_NBYTES))
+            return _load_path(path)
+    return _load_path(path)
+
+
+def _load_path(path: Path) -> tuple[MapLevel, ...]:
     try:
-        if path.is_dir():
-            found = find(path)
-            if not found:
-                raise SchemeError(f"{path}: no {NAME} and no {ORIGINAL} in it")
-            return found
-        if not path.is_file():
-            raise SchemeError(f"{path}: no such map file", hint="check the path")
-        if path.stat().st_size > _MAX_NBYTES:
-            raise SchemeError(f"{path}: {path.stat().st_size} bytes, at most {_MAX_NBYTES}")
-        if path.suffix == ".safetensors":
-            return _load_ours(path)
-        return (_load_original(path),)
+        return _load_ours(path) if path.suffix == ".safetensors" else (_load_original(path),)
     except CheckpointError as error:
         raise SchemeError(f"map file {error.message}", hint=error.hint) from error
 

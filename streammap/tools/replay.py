@@ -13,6 +13,7 @@ from pathlib import Path
 from streammap.api import LazyCheckpoint
 from streammap.errors import PlanError, some
 from streammap.io.json_files import read_json
+from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import registry, request_json
 from streammap.output import record
@@ -40,7 +41,7 @@ def open(request: PathLike | Mapping[str, object], *, sources: Moved = None) -> 
     file = record_of(path) if path.is_dir() or path.suffix != ".json" else path
     call = request_json.parse(_tree(read_json(file), str(file)))
     near = path if path.is_dir() or path.suffix != ".json" else path.parent
-    return rebuilt(call, sources, known=map_file.find(near) if near.exists() else ())
+    return rebuilt(call, sources, known=map_file.find(LocalStorage(near)) if near.exists() else ())
 
 
 def rebuilt(

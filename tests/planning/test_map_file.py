@@ -19,6 +19,7 @@ from torch import Tensor
 import streammap
 from streammap.errors import PlanError, SchemeError
 from streammap.io.formats import safetensors_header
+from streammap.io.storage.local import LocalStorage
 from streammap.io.tensor_spec import TensorSpec
 from streammap.planning import map_file, maps
 from streammap.planning.map_file import MapLevel
@@ -124,7 +125,7 @@ def test_the_originals_map_is_read(tmp_path: Path) -> None:
     content = {"embed_F": heads, "qk_F": qk, "v_F": heads.double(), "inter_F": heads, "R": layers}
     torch.save(content, tmp_path / map_file.ORIGINAL)
     (level,) = map_file.load(tmp_path)
-    assert [level.digest] == [found.digest for found in map_file.find(tmp_path)]
+    assert [level.digest] == [found.digest for found in map_file.find(LocalStorage(tmp_path))]
     assert level.merging["embed"] == maps.merging([(0, 3), (1, 2)], 4, block=5)
     assert level.merging["v"] == level.merging["mlp"] == level.merging["embed"]
     dense = level.merging["qk"]
@@ -149,12 +150,12 @@ def test_the_originals_map_may_hold_one_matrix(tmp_path: Path, name: str) -> Non
 
 def test_our_map_comes_before_the_originals(tmp_path: Path) -> None:
     torch.save({"R": torch.eye(2)}, tmp_path / map_file.ORIGINAL)
-    assert len(map_file.find(tmp_path)) == 1
+    assert len(map_file.find(LocalStorage(tmp_path))) == 1
     tiny.file(tmp_path / map_file.NAME, map_file.encode(LEVELS))
-    assert map_file.find(tmp_path) == LEVELS
+    assert map_file.find(LocalStorage(tmp_path)) == LEVELS
     tiny.file(tmp_path / "x.map.safetensors", map_file.encode(LEVELS[:1]))
-    assert map_file.find(tmp_path / "x.pth") == LEVELS[:1]
-    assert map_file.find(tmp_path / "y.pth") == LEVELS
+    assert map_file.find(LocalStorage(tmp_path / "x.pth")) == LEVELS[:1]
+    assert map_file.find(LocalStorage(tmp_path / "y.pth")) == LEVELS
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_what_the_refusals_change_is_a_map(tmp_path: Path) -> None:
 
 
 def test_a_map_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    assert map_file.find(tmp_path) == ()
+    assert map_file.find(LocalStorage(tmp_path)) == ()
     with pytest.raises(SchemeError, match=r"no streammap.map.safetensors and no MapMatrix.bin"):
         map_file.load(tmp_path)
     with pytest.raises(SchemeError, match=r"x.safetensors: no such map file"):
@@ -438,7 +439,7 @@ def test_a_truncated_map_is_refused(tmp_path: Path, n: int) -> None:
     with pytest.raises(SchemeError, match=r"map file streammap\.map\.safetensors: "):
         map_file.load(tmp_path)
     with pytest.raises(SchemeError, match=r"map file "):
-        map_file.find(tmp_path)
+        map_file.find(LocalStorage(tmp_path))
 
 
 @given(st.binary(max_size=200), st.sampled_from(["x.map.safetensors", "MapMatrix.bin"]))
@@ -635,7 +636,7 @@ def test_the_originals_dense_map_is_used_instead_of_the_scheme(
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config == tiny.bert_config(other)
     assert not (tmp_path / "out" / map_file.ORIGINAL).exists()
-    assert len(map_file.find(tmp_path / "out")) == 1
+    assert len(map_file.find(LocalStorage(tmp_path / "out"))) == 1
 
 
 def _numbered() -> list[tuple[int, str]]:
