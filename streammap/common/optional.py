@@ -5,6 +5,7 @@ By name, for their annotations are partial and differ from version to version.
 
 import contextlib
 import importlib
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -21,22 +22,28 @@ def library(module: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        extra = "'streammap[transformers]'" if package == "transformers" else package
         raise PlanError(
             f"this needs {package}, which is not installed or too old ({error})",
-            hint=f"pip install -U {extra}",
+            hint=f"pip install -U {package}",
         ) from error
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No word from transformers inside, and as many as before after it."""
+def quiet(*, hide_warnings: bool = False) -> Iterator[None]:
+    """Transformers logs nothing and shows no progress bars inside.
+
+    Args:
+        hide_warnings: Whether Python's warnings are ignored too, whoever gives them.
+    """
     logging = library("transformers.utils.logging")
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            if hide_warnings:
+                warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if has_bars:

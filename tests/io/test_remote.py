@@ -90,9 +90,9 @@ def test_an_unknown_kind_of_url() -> None:
 @pytest.mark.parametrize(
     ("url", "module", "hint"),
     [
-        ("s3://bucket/bert", "s3fs", "pip install 'streammap[s3]'"),
-        ("gs://bucket/bert", "gcsfs", "pip install 'streammap[gcs]'"),
-        ("abfs://bucket/bert", "adlfs", "pip install fsspec adlfs"),
+        ("s3://bucket/bert", "s3fs", "pip install s3fs"),
+        ("gs://bucket/bert", "gcsfs", "pip install gcsfs"),
+        ("abfs://bucket/bert", "adlfs", "pip install adlfs"),
     ],
 )
 def test_a_driver_that_is_not_installed(

@@ -10,8 +10,8 @@ from streammap.errors import CheckpointError
 from tests.io.test_hub import bert, same_but_for_origin
 from tests.support.typed import ok
 
-pytest.importorskip("s3fs", reason="pip install 'streammap[remote-test]'")
-pytest.importorskip("moto", reason="pip install 'streammap[remote-test]'")
+pytest.importorskip("s3fs", reason="pip install s3fs")
+pytest.importorskip("moto", reason="pip install 'moto[server]'")
 pytestmark = pytest.mark.filterwarnings("default")
 
 

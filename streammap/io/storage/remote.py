@@ -14,15 +14,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from streammap.errors import CheckpointError
-from streammap.io.storage.base import OpenFile, Stat
+from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes, read_tensor
 from streammap.io.storage.prefetch import AheadFile
 from streammap.io.storage.retry import RetryPolicy, TransientError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-_DRIVERS = {"az": "adlfs", "abfs": "adlfs", "http": "aiohttp", "https": "aiohttp"}
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "http": "fsspec aiohttp",
+    "https": "fsspec aiohttp",
+}
+"""Scheme of a URL -> what to install for it."""
 _VERSIONS = (
     "ETag",
     "etag",
@@ -78,9 +87,7 @@ def is_lasting(error: Exception) -> bool:
 
 def _install(url: str) -> str:
     scheme = url.partition("://")[0].rpartition("::")[2]
-    if scheme in _EXTRAS:
-        return f"pip install 'streammap[{_EXTRAS[scheme]}]'"
-    return f"pip install fsspec {_DRIVERS.get(scheme, '')}".rstrip()
+    return f"pip install {_PACKAGES.get(scheme, 'fsspec')}"
 
 
 def _first(error: Exception) -> str:
@@ -92,7 +99,7 @@ def _first(error: Exception) -> str:
 class RemoteStorage:
     """A folder or file of a file system that fsspec knows."""
 
-    n_at_once = 8
+    n_at_once = N_CONNECTIONS
     is_streamed = True
 
     def __init__(self, url: str) -> None:
@@ -174,9 +181,7 @@ class RemoteStorage:
         stat = self.stat(name)
         if stat.nbytes > limit:
             raise CheckpointError(f"{self.where(name)}: {stat.nbytes} bytes, at most {limit}")
-        content = bytearray(stat.nbytes)
-        self.peek(name).read_into(0, memoryview(content), mapped=False)
-        return bytes(content)
+        return bytes(read_bytes(self.peek(name), 0, stat.nbytes))
 
     def peek(self, name: str) -> OpenFile:
         """The file."""
@@ -240,11 +245,7 @@ class RemoteFile:
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end`, in memory."""
-        import torch
-
-        content = bytearray(end - start)
-        self.read_into(start, memoryview(content), mapped=False)
-        return torch.frombuffer(content, dtype=torch.uint8)
+        return read_tensor(self, start, end)
 
     def check_unchanged(self) -> None:
         """Ask what the file is now.

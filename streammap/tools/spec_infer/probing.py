@@ -11,7 +11,6 @@ have is refused.
 import contextlib
 import copy
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
@@ -160,7 +159,7 @@ class Workbench:
         self.n_probes = 0
         self._cache: dict[str, Snapshot | None] = {}
         try:
-            with quiet():
+            with optional.quiet(hide_warnings=True):
                 finished = self._config_class(**copy.deepcopy(given))
                 self._net_class = _net_class(finished, config, name)
                 self.finished: Fields = finished.to_dict()
@@ -238,7 +237,7 @@ class Workbench:
         if key not in self._cache:
             found = None
             for build in (self._plainly, self._with_lists, self._afterwards):
-                with contextlib.suppress(Exception), quiet():
+                with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
                     found = build(changes)
                     break
             self._cache[key] = found
@@ -246,7 +245,7 @@ class Workbench:
 
     def default(self, field: str, changes: Changes) -> int | None:
         """What the configuration class makes of a `field` that is not there."""
-        with contextlib.suppress(Exception), quiet():
+        with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
             fields = config_changes.changed(self.fields, {**changes, field: None})
             found = config_fields.field_value(self._config_class(**fields).to_dict(), field)
             return found if isinstance(found, int) and not isinstance(found, bool) else None
@@ -254,20 +253,20 @@ class Workbench:
 
     def flag(self, field: str) -> bool:
         """What a configuration without this field means."""
-        with contextlib.suppress(Exception), quiet():
+        with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
             finished = self._config_class(**config_changes.changed(self.fields, {field: None}))
             return bool(getattr(finished, field))
         return True
 
     def defaults(self) -> dict[str, object]:
         """The class's own configuration, where it has one."""
-        with contextlib.suppress(Exception), quiet():
+        with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
             return _plain(self._config_class().to_dict())
         return {}
 
     def net(self) -> Net:
         """The model itself, without memory."""
-        with quiet():
+        with optional.quiet(hide_warnings=True):
             return self._net(self._config_class(**copy.deepcopy(self.fields)))
 
     def _plainly(self, changes: Changes) -> Snapshot:
@@ -314,7 +313,7 @@ class Workbench:
 
     def _why(self) -> str:
         try:
-            with quiet():
+            with optional.quiet(hide_warnings=True):
                 self._plainly({})
         except Exception as error:
             return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -354,20 +353,6 @@ def _index_counts(keys: Iterable[str]) -> dict[str, int]:
             start = template(key[: number.start()])
             found[start] = max(found.get(start, 0), int(number[0]) + 1)
     return found
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No word from transformers inside."""
-    logging = optional.library("transformers.utils.logging")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def transformers_version() -> str:
