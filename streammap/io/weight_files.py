@@ -17,7 +17,7 @@ from streammap.io.problems import Finding, Problems, Strict
 from streammap.io.storage.base import Stat, Storage
 
 if TYPE_CHECKING:
-    from streammap.io.storage.range_reader import SpanReader
+    from streammap.io.storage.range_reader import RangeReader
 
 _NO_WEIGHTS = ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -187,7 +187,7 @@ def _read_file(storage: Storage, name: str, problems: Problems) -> WeightFile | 
             hint=f"expected .safetensors, {', '.join(filenames.TORCH)}",
         )
     slots, text = (
-        safetensors_header.read_from(name, _spans(storage, name))
+        safetensors_header.read_from(name, _ranges(storage, name))
         if path is None
         else safetensors_header.read(path)
     )
@@ -197,7 +197,7 @@ def _read_file(storage: Storage, name: str, problems: Problems) -> WeightFile | 
 def _read_torch_file(storage: Storage, name: str, path: Path | None) -> WeightFile:
     from streammap.io.formats import torch_zip
 
-    content = torch_zip.read(path or Path(name), None if path else _spans(storage, name))
+    content = torch_zip.read(path or Path(name), None if path else _ranges(storage, name))
     if storage.is_streamed and any(slot.strides is not None for slot in content.slots):
         raise CheckpointError(
             f"{storage.where(name)}: holds transposed tensors, which can't be read over a network",
@@ -208,9 +208,9 @@ def _read_torch_file(storage: Storage, name: str, path: Path | None) -> WeightFi
     return WeightFile(name, storage.stat(name), content.slots, digest, content.nest, content.others)
 
 
-def _spans(storage: Storage, name: str) -> "SpanReader":
+def _ranges(storage: Storage, name: str) -> "RangeReader":
     """A file elsewhere, to look at its beginning and end."""
-    from streammap.io.storage.range_reader import SpanReader
+    from streammap.io.storage.range_reader import RangeReader
 
     nbytes = storage.stat(name).nbytes
-    return SpanReader(storage.peek(name), nbytes, n_at_once=storage.n_at_once)
+    return RangeReader(storage.peek(name), nbytes, n_at_once=storage.n_at_once)

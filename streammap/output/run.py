@@ -14,7 +14,7 @@ from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
-from streammap.io.storage.sink import Sink
+from streammap.io.storage.base import Sink
 from streammap.output import shards as layout
 from streammap.output import transaction
 from streammap.output.options import OutputOptions

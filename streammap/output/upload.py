@@ -29,7 +29,7 @@ from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.errors import CheckpointError, OutputError
 from streammap.io.json_files import read_json
-from streammap.io.storage.sink import Sink
+from streammap.io.storage.base import Sink
 from streammap.output import (
     commit,
     fingerprint,

@@ -10,20 +10,18 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, final
+from typing import BinaryIO
 
 from streammap.errors import CheckpointError
 from streammap.io.formats import torch_pickle, torch_zip
 from streammap.io.formats.dcp_metadata import Chunk
 from streammap.io.formats.torch_pickle import StoredTensor
+from streammap.io.storage import range_reader
 from streammap.io.storage.local import LocalFile
+from streammap.io.storage.range_reader import RangeReader
 from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
-
 _MAX_PICKLE_NBYTES = 2**20
-_BUFFER_NBYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,8 @@ def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> ChunkLoca
         CheckpointError: its stream is not torch.save's, or holds another tensor.
     """
     where = f"{file.path.name}: {key}"
-    stream = io.BufferedReader(_Window(file, chunk.offset, chunk.nbytes), _BUFFER_NBYTES)
+    reader = RangeReader(file, chunk.nbytes, start=chunk.offset)
+    stream = io.BufferedReader(reader, range_reader.PAGE_NBYTES)
     entries = torch_zip.entries_of(stream, where)
     at, tensor = _described(stream, entries, where)
     shape = tuple(end - start for start, end in chunk.at)
@@ -79,35 +78,6 @@ def _described(
             hint="save it as a plain one: tensor.to_dense(), .dequantize(), .resolve_conj()",
         )
     return name.removesuffix("data.pkl"), tensor
-
-
-@final
-class _Window(io.RawIOBase):
-    """A part of a file, as a file."""
-
-    def __init__(self, file: LocalFile, start: int, nbytes: int) -> None:
-        self._file, self._start, self._nbytes, self._at = file, start, nbytes, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self._at = max(0, offset + (0, self._at, self._nbytes)[whence])
-        return self._at
-
-    def readinto(self, buffer: "Buffer") -> int:
-        view = memoryview(buffer).cast("B")
-        n = min(len(view), max(0, self._nbytes - self._at))
-        if n:
-            self._file.read_into(self._start + self._at, view[:n], mapped=False)
-        self._at += n
-        return n
 
 
 def _order(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:

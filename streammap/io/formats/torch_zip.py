@@ -21,7 +21,7 @@ from streammap.io.formats import safetensors_header, torch_pickle
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.formats.torch_pickle import StoredTensor, UnsupportedTensor
 from streammap.io.storage import range_reader
-from streammap.io.storage.range_reader import SpanReader
+from streammap.io.storage.range_reader import RangeReader
 from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 
 NESTS = ("model", "state_dict")
@@ -41,7 +41,7 @@ class TorchFile:
     """The entries beside that one: optimizer, epoch ..."""
 
 
-def read(path: Path, file: SpanReader | None = None) -> TorchFile:
+def read(path: Path, file: RangeReader | None = None) -> TorchFile:
     """Read where the tensors of a torch file are.
 
     Args:
@@ -106,7 +106,7 @@ def write_skeleton(
 
 
 def _content(
-    path: Path, elsewhere: SpanReader | None
+    path: Path, elsewhere: RangeReader | None
 ) -> tuple[object, Mapping[str, tuple[int, int]]]:
     """What the pickle describes, and for each storage its first byte and its size."""
     if elsewhere is None:
@@ -156,7 +156,7 @@ def _directory(file: BinaryIO, name: str, size: int) -> list[zipfile.ZipInfo]:
             _check_directory(file, name, size)
             found = zipfile.ZipFile(file).infolist()
             raw = getattr(file, "raw", None)
-            if isinstance(raw, SpanReader):
+            if isinstance(raw, RangeReader):
                 raw.fetch(entry.header_offset for entry in found)
             return found
     except CheckpointError:

@@ -1,10 +1,11 @@
-"""A place of bytes: a folder of files, or one file, wherever it is.
+"""Where bytes are: a folder of files, or one file, on this machine or elsewhere.
 
-To add a kind of place, write one module here whose class is a Place and whose files are OpenFiles,
-and name it in resolve.py. local.py is the shortest example, hub.py and remote.py are others.
+To read from a new kind of storage, write a module here whose class is a Storage and whose files are
+OpenFiles, and name it in resolve.py: local.py is the shortest example, hub.py and remote.py are
+others. To write results to one, write a Sink: see remote_sink.py and hub_sink.py.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 Network = Literal["none", "ranges", "files"]
 """How bytes come over a network: not at all, part by part, or as whole files."""
+
+
+N_CONNECTIONS = 8
+"""How many requests over a network are under way at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,4 +143,60 @@ class Storage(Protocol):
 
     def expect(self, names: tuple[str, ...]) -> None:
         """Be told that these files will be read, in this order; what was cancelled may go on."""
+        ...
+
+
+def read_bytes(file: OpenFile, start: int, end: int) -> bytearray:
+    """Bytes of a file, in memory of their own.
+
+    Raises:
+        CheckpointError: the file ends before, or can't be read.
+    """
+    content = bytearray(end - start)
+    file.read_into(start, memoryview(content), mapped=False)
+    return content
+
+
+def read_tensor(file: OpenFile, start: int, end: int) -> "Tensor":
+    """The same as a uint8 tensor: the `part` of a file that has no mapping."""
+    import torch
+
+    return torch.frombuffer(read_bytes(file, start, end), dtype=torch.uint8)
+
+
+class Sink(Protocol):
+    """A folder elsewhere, or a file, that is written to. All errors are OutputErrors."""
+
+    @property
+    def label(self) -> str:
+        """What messages call it, and what tells it from others."""
+        ...
+
+    @property
+    def file(self) -> str | None:
+        """The name of the file that it is; None for a folder."""
+        ...
+
+    def names(self) -> Mapping[str, str]:
+        """Each file that is there, and what tells its content."""
+        ...
+
+    def is_harmless(self, name: str) -> bool:
+        """Whether a file that is there is no reason to refuse."""
+        ...
+
+    def put(self, name: str, path: Path) -> str:
+        """Send a file; it appears when it is whole. Gives what `names` will say of it."""
+        ...
+
+    def put_all(self, contents: Mapping[str, bytes]) -> None:
+        """Send small files; the last ones make the result whole."""
+        ...
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove files, in this order."""
+        ...
+
+    def extras(self) -> Iterable[tuple[str, bytes]]:
+        """Files that only this kind of place has."""
         ...

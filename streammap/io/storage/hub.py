@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar, final
 
 from streammap.errors import CheckpointError
 from streammap.io.storage import hub_client
-from streammap.io.storage.base import OpenFile, Stat
+from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes
 from streammap.io.storage.hub_file import CachedFile, Downloads, RangeFile
 from streammap.io.storage.hub_name import HubName
 from streammap.io.storage.local import LocalFile
@@ -25,7 +25,6 @@ from streammap.io.storage.prefetch import AheadFile
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-N_CONNECTIONS = 8
 _Result = TypeVar("_Result")
 
 
@@ -115,9 +114,7 @@ class HubStorage:
             path = self._downloads.fetch(self._prefix + name, stat, self._name.revision)
         if path is not None:
             return path.read_bytes()
-        content = bytearray(stat.nbytes)
-        self.peek(name).read_into(0, memoryview(content), mapped=False)
-        return bytes(content)
+        return bytes(read_bytes(self.peek(name), 0, stat.nbytes))
 
     def peek(self, name: str) -> OpenFile:
         """The file by ranges, or in the cache."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from streammap.errors import CheckpointError
-from streammap.io.storage.base import Stat
+from streammap.io.storage.base import Stat, read_tensor
 from streammap.io.storage.hub_client import Client
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.retry import RetryPolicy, TransientError
@@ -66,7 +66,7 @@ class RangeFile:
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end`, in memory."""
-        return fetched(self, start, end)
+        return read_tensor(self, start, end)
 
     def check_unchanged(self) -> None:
         """Nothing to do: a commit does not change, and each answer was looked at."""
@@ -133,15 +133,6 @@ class RangeFile:
                     f"{self._where}: its content changed: etag {etag}, it was {first}",
                     hint="open it again",
                 )
-
-
-def fetched(file: RangeFile, start: int, end: int) -> "Tensor":
-    """Bytes of a file as a tensor of their own."""
-    import torch
-
-    content = bytearray(end - start)
-    file.read_into(start, memoryview(content), mapped=False)
-    return torch.frombuffer(content, dtype=torch.uint8)
 
 
 def _plain(etag: str | None) -> str:

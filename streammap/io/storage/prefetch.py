@@ -12,12 +12,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, final
 
-from streammap.io.storage.base import OpenFile
+from streammap.io.storage.base import N_CONNECTIONS, OpenFile
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-N_CONNECTIONS = 8
 MAX_RANGE_NBYTES = 8 * 2**20
 GAP_NBYTES = 2**14
 """Bytes between two parts that are fetched with them, rather than with another question."""

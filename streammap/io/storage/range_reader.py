@@ -1,7 +1,7 @@
-"""A file elsewhere as a Python file, of which only the parts that are looked at are fetched.
+"""A file, or a part of one, as a Python file that fetches only the pages that are read.
 
-For headers, and for what zipfile and torch read of a torch file: its directory, its pickle, and a
-few bytes before each tensor. What was fetched is kept, in pages.
+For headers, and for what zipfile reads of a torch file: its directory, its pickle, and a few bytes
+before each tensor. Pages are kept.
 """
 
 import io
@@ -18,13 +18,21 @@ PAGE_NBYTES = 512
 
 
 @final
-class SpanReader(io.RawIOBase):
-    """Reads a file, and remembers what it read."""
+class RangeReader(io.RawIOBase):
+    """Reads an OpenFile, and remembers what it read."""
 
-    def __init__(self, file: OpenFile, nbytes: int, *, n_at_once: int) -> None:
-        """Fetch nothing yet."""
+    def __init__(self, file: OpenFile, nbytes: int, *, start: int = 0, n_at_once: int = 1) -> None:
+        """Fetch nothing yet.
+
+        Args:
+            file: What is read.
+            nbytes: How many bytes of it there are for this reader.
+            start: The first of them.
+            n_at_once: How many reads `fetch` does together.
+        """
         super().__init__()
         self._file, self._nbytes, self._n_at_once = file, nbytes, n_at_once
+        self._start = start
         self._pages: dict[int, bytes] = {}
         self._at = 0
 
@@ -41,13 +49,13 @@ class SpanReader(io.RawIOBase):
         return self._at
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        """Go to a place; nothing is fetched."""
+        """Move; nothing is fetched."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
         self._at = max(0, base + offset)
         return self._at
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
-        """The bytes from here on: all that are asked for, but for the file's end."""
+        """Fill `buffer` from here on, as far as the file goes."""
         view = memoryview(buffer).cast("B")
         n = max(0, min(len(view), self._nbytes - self._at))
         first, last = self._at // PAGE_NBYTES, -(-(self._at + n) // PAGE_NBYTES)
@@ -59,7 +67,7 @@ class SpanReader(io.RawIOBase):
         return n
 
     def fetch(self, offsets: Iterable[int]) -> None:
-        """Fetch the pages around some places, several at once."""
+        """Fetch the pages around some offsets, several at once."""
         wanted = {i for at in offsets for i in (at // PAGE_NBYTES, (at + 64) // PAGE_NBYTES)}
         last = (self._nbytes - 1) // PAGE_NBYTES
         missing = sorted(i for i in wanted if i <= last and i not in self._pages)
@@ -68,12 +76,12 @@ class SpanReader(io.RawIOBase):
                 pass
 
     def _fetch_run(self, first: int, last: int) -> None:
-        """Have pages `first` to `last`."""
+        """Make sure that pages `first` to `last` are there."""
         missing = [i for i in range(first, last) if i not in self._pages]
         for start, end in _runs(missing):
             at = start * PAGE_NBYTES
             found = bytearray(min(end * PAGE_NBYTES, self._nbytes) - at)
-            self._file.read_into(at, memoryview(found), mapped=False)
+            self._file.read_into(self._start + at, memoryview(found), mapped=False)
             for i in range(start, end):
                 self._pages[i] = bytes(found[i * PAGE_NBYTES - at : (i + 1) * PAGE_NBYTES - at])
 
