@@ -316,7 +316,7 @@ def _find_config(
     place: Storage, given: str | Path | None
 ) -> tuple[Mapping[str, object] | None, bytes | None]:
     if given is not None:
-        return json_files.config_at(given)
+        return json_files.load_config(given)
     if not place.has("config.json"):
         return None, None
     path = place.path("config.json")
@@ -326,4 +326,4 @@ def _find_config(
             f"{path}: a link out of the checkpoint, to {path.resolve()}",
             hint=f"if it is meant, give it by name: --config {path}",
         )
-    return json_files.read_in(place, "config.json")
+    return json_files.read_stored(place, "config.json")

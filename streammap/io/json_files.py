@@ -1,4 +1,4 @@
-"""JSON objects of checkpoints: from files of this machine, and from places elsewhere."""
+"""JSON objects of checkpoints, on this machine and elsewhere."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +18,7 @@ def read_json(path: Path) -> Mapping[str, object]:
     Raises:
         CheckpointError: too large, unreadable, not JSON, or not an object.
     """
-    return parse_json(_json_text(path), str(path))
+    return parse_json(safe_open.content(path, limit=MAX_JSON_NBYTES), str(path))
 
 
 def parse_json(text: bytes, where: str) -> Mapping[str, object]:
@@ -36,31 +36,26 @@ def parse_json(text: bytes, where: str) -> Mapping[str, object]:
     return content
 
 
-def _json_text(path: Path) -> bytes:
-    return safe_open.content(path, limit=MAX_JSON_NBYTES)
-
-
-def read_in(place: Storage, name: str) -> tuple[Mapping[str, object], bytes]:
-    """A JSON object from a file of a place, and its text."""
-    path = place.path(name)
-    text = place.read(name, limit=MAX_JSON_NBYTES) if path is None else _json_text(path)
-    return parse_json(text, place.where(name)), text
-
-
-def config_at(source: str | Path) -> tuple[Mapping[str, object], bytes]:
-    """A config.json, or that of a folder, and its text.
+def read_stored(storage: Storage, name: str) -> tuple[Mapping[str, object], bytes]:
+    """A JSON object from a file of a storage, and its text.
 
     Raises:
         CheckpointError: as `read_json`.
     """
-    path = Path(source)
-    if not resolve.is_elsewhere(source):
-        text = _json_text(path / "config.json" if path.is_dir() else path)
-        return parse_json(text, str(path / "config.json" if path.is_dir() else path)), text
-    place = resolve.locate(source, stream=False)
-    return read_in(place, place.file or "config.json")
+    text = storage.read(name, limit=MAX_JSON_NBYTES)
+    return parse_json(text, storage.where(name)), text
 
 
-def read_config(path: str | Path) -> Mapping[str, object]:
-    """The config.json at `path`, or in the folder `path`, or on the Hub, or at a URL."""
-    return config_at(path)[0]
+def load_config(source: str | Path) -> tuple[Mapping[str, object], bytes]:
+    """The config.json at `source`, or in the folder `source`, and its text.
+
+    Raises:
+        CheckpointError: as `read_json`.
+    """
+    storage = resolve.locate(source, stream=False)
+    return read_stored(storage, storage.file or "config.json")
+
+
+def read_config(source: str | Path) -> Mapping[str, object]:
+    """The same without its text."""
+    return load_config(source)[0]

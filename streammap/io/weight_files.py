@@ -94,7 +94,7 @@ def read_index(storage: Storage, name: str, problems: Problems) -> dict[str, str
 
 def _weight_map(storage: Storage, name: str) -> dict[str, str]:
     """The table of an index; its values are not checked."""
-    weight_map = json_files.read_in(storage, name)[0].get("weight_map")
+    weight_map = json_files.read_stored(storage, name)[0].get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{storage.where(name)}: no weight_map", hint=_AGAIN)
     for key in weight_map:
@@ -186,12 +186,13 @@ def _read_file(storage: Storage, name: str, problems: Problems) -> WeightFile | 
             "file",
             hint=f"expected .safetensors, {', '.join(filenames.TORCH)}",
         )
+    stat = storage.stat(name)
     slots, text = (
-        safetensors_header.read_from(name, _ranges(storage, name))
+        safetensors_header.read_from(name, _ranges(storage, name), stat.nbytes)
         if path is None
         else safetensors_header.read(path)
     )
-    return WeightFile(name, storage.stat(name), slots, hashlib.sha256(text).hexdigest())
+    return WeightFile(name, stat, slots, hashlib.sha256(text).hexdigest())
 
 
 def _read_torch_file(storage: Storage, name: str, path: Path | None) -> WeightFile:

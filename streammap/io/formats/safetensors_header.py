@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from streammap.common import strict_json
 from streammap.errors import CheckpointError
@@ -24,7 +25,7 @@ from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 MAX_HEADER_NBYTES = 100_000_000
 """The format's own limit."""
 FIRST_NBYTES = 2**16
-"""What is fetched of a file that is elsewhere, before the header's length is known."""
+"""What is read of a file before the length of its header is known."""
 MAX_KEY_LETTERS = 1024
 MAX_DIMS = 64
 _MAX_SIZE = 2**63 - 1
@@ -57,28 +58,23 @@ def read(path: Path) -> tuple[tuple[Slot, ...], bytes]:
     Raises:
         CheckpointError: whatever is wrong with the file.
     """
-    descriptor = safe_open.open_file(path)
-    with os.fdopen(descriptor, "rb") as file:
+    with os.fdopen(safe_open.open_file(path), "rb") as file:
         try:
-            size = os.fstat(descriptor).st_size
-            # A file of the kernel's has no size, and reading it may wait for ever.
-            prefix = file.read(8) if size >= 8 else b""
-            n = _header_nbytes(path.name, prefix, size)
-            text = file.read(n)
+            return read_from(path.name, file, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    return decode(text, file=path.name, file_nbytes=size), text
 
 
-def read_from(name: str, file: io.RawIOBase) -> tuple[tuple[Slot, ...], bytes]:
-    """The same of a file that is elsewhere.
+def read_from(
+    name: str, file: io.RawIOBase | BinaryIO, size: int
+) -> tuple[tuple[Slot, ...], bytes]:
+    """The same of a file that is opened, here or elsewhere, and has `size` bytes.
 
     Raises:
-        CheckpointError: whatever is wrong with the file, or it can't be read.
+        CheckpointError: whatever is wrong with the file.
     """
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    # One round trip for most headers.
+    # One read for most headers. Not more than the size: a file of the kernel's has none, and
+    # reading it may wait forever.
     first = file.read(min(size, FIRST_NBYTES)) or b""
     n = _header_nbytes(name, first[:8], size)
     text = first[8 : 8 + n]

@@ -34,12 +34,18 @@ class Stat:
 
 
 class OpenFile(Protocol):
-    """One file that is read. Several threads may read at once."""
+    """One file that is read. Several threads may read at once.
+
+    A class that derives from this one only writes what it needs: without a mapping, connections or
+    state, `read_into` is enough.
+    """
 
     def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
         """Fill `view` with the file's bytes from `offset` on.
 
         Args:
+            offset: The first byte.
+            view: Where the bytes go; all of it is filled.
             mapped: Whether to read through a mapping, where there can be one.
 
         Raises:
@@ -49,7 +55,9 @@ class OpenFile(Protocol):
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end` as a uint8 tensor. Do not write to it."""
-        ...
+        import torch
+
+        return torch.frombuffer(read_bytes(self, start, end), dtype=torch.uint8)
 
     def check_unchanged(self) -> None:
         """Compare the file with what it was when its header was read.
@@ -57,19 +65,26 @@ class OpenFile(Protocol):
         Raises:
             CheckpointError: it was written to since.
         """
-        ...
+        return
 
     def release(self) -> None:
         """Give back memory that can be had again."""
-        ...
+        return
 
     def cancel(self) -> None:
-        """Let reads that wait for something end in an error: nobody waits for them any more."""
-        ...
+        """Let waiting reads end in an error: nobody needs their result."""
+        return
 
     def close(self) -> None:
-        """Not to be used any more."""
-        ...
+        """Close the file; it is not used again."""
+        return
+
+
+def read_bytes(file: OpenFile, start: int, end: int) -> bytearray:
+    """Bytes of a file, in memory of their own."""
+    content = bytearray(end - start)
+    file.read_into(start, memoryview(content), mapped=False)
+    return content
 
 
 class Storage(Protocol):
@@ -144,24 +159,6 @@ class Storage(Protocol):
     def expect(self, names: tuple[str, ...]) -> None:
         """Be told that these files will be read, in this order; what was cancelled may go on."""
         ...
-
-
-def read_bytes(file: OpenFile, start: int, end: int) -> bytearray:
-    """Bytes of a file, in memory of their own.
-
-    Raises:
-        CheckpointError: the file ends before, or can't be read.
-    """
-    content = bytearray(end - start)
-    file.read_into(start, memoryview(content), mapped=False)
-    return content
-
-
-def read_tensor(file: OpenFile, start: int, end: int) -> "Tensor":
-    """The same as a uint8 tensor: the `part` of a file that has no mapping."""
-    import torch
-
-    return torch.frombuffer(read_bytes(file, start, end), dtype=torch.uint8)
 
 
 class Sink(Protocol):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from streammap.errors import CheckpointError
-from streammap.io.storage.base import Stat, read_tensor
+from streammap.io.storage.base import OpenFile, Stat
 from streammap.io.storage.hub_client import Client
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.retry import RetryPolicy, TransientError
@@ -25,8 +25,8 @@ _STOP_SECONDS = 3.0
 
 
 @final
-class RangeFile:
-    """A file that is read by ranges. What was read is not kept."""
+class RangeFile(OpenFile):
+    """A file that is read by ranges. A commit does not change, and each answer is checked."""
 
     def __init__(
         self, client: Client, name: str, commit: str, stat: Stat, seen: dict[str, str]
@@ -64,22 +64,9 @@ class RangeFile:
                     patience.progress()
                 patience.wait(found, f" at byte {offset + at}")
 
-    def part(self, start: int, end: int) -> "Tensor":
-        """Bytes `start` to `end`, in memory."""
-        return read_tensor(self, start, end)
-
-    def check_unchanged(self) -> None:
-        """Nothing to do: a commit does not change, and each answer was looked at."""
-
-    def release(self) -> None:
-        """Nothing is kept."""
-
     def cancel(self) -> None:
-        """Wait for nothing any more."""
+        """Let waiting reads end in an error."""
         self._client.cancelled.set()
-
-    def close(self) -> None:
-        """Nothing is open."""
 
     def _pieces(self, start: int, nbytes: int) -> Iterator[bytes]:
         url, headers = self._storage or self._url, dict(self._client.headers)
@@ -254,7 +241,7 @@ class Downloads:
 
 
 @final
-class CachedFile:
+class CachedFile(OpenFile):
     """A file that is read in the cache, and fetched into it when it is first needed."""
 
     def __init__(self, downloads: Downloads, name: str, stat: Stat) -> None:

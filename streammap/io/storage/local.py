@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, final
 from streammap.errors import CheckpointError
 from streammap.io import safe_open
 from streammap.io.storage import disk
-from streammap.io.storage.base import Stat
+from streammap.io.storage.base import OpenFile, Stat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 @final
-class LocalFile:
+class LocalFile(OpenFile):
     """One file, opened on first use, and again when it is used after `close`."""
 
     def __init__(self, path: Path, nbytes: int, mtime_ns: int) -> None:
@@ -147,9 +147,6 @@ class LocalFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
-    def cancel(self) -> None:
-        """Nothing waits here."""
-
     def close(self) -> None:
         """Close the file; the mapping goes when the last tensor over it does."""
         self._bytes = None
@@ -215,11 +212,7 @@ class LocalStorage:
 
     def read(self, name: str, *, limit: int) -> bytes:
         """All of a small file."""
-        path = self.folder / name
-        size = path.stat().st_size
-        if size > limit:
-            raise CheckpointError(f"{path}: {size} bytes, at most {limit}")
-        return path.read_bytes()
+        return safe_open.content(self.folder / name, limit=limit)
 
     def peek(self, name: str) -> LocalFile:
         """The file."""

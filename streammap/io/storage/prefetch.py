@@ -24,7 +24,7 @@ _POLL_SECONDS = 0.5
 
 
 @final
-class AheadFile:
+class AheadFile(OpenFile):
     """A file elsewhere that a window may have parts of."""
 
     def __init__(self, file: OpenFile) -> None:

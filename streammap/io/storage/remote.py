@@ -11,15 +11,12 @@ from collections.abc import Collection, Mapping
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from streammap.errors import CheckpointError
-from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes, read_tensor
+from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes
 from streammap.io.storage.prefetch import AheadFile
 from streammap.io.storage.retry import RetryPolicy, TransientError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _PACKAGES = {
     "s3": "s3fs",
@@ -206,7 +203,7 @@ def stat_of(info: Mapping[str, Any]) -> Stat:
 
 
 @final
-class RemoteFile:
+class RemoteFile(OpenFile):
     """A file that is read by ranges."""
 
     def __init__(
@@ -243,10 +240,6 @@ class RemoteFile:
             at += len(found)
             patience.progress()
 
-    def part(self, start: int, end: int) -> "Tensor":
-        """Bytes `start` to `end`, in memory."""
-        return read_tensor(self, start, end)
-
     def check_unchanged(self) -> None:
         """Ask what the file is now.
 
@@ -265,12 +258,6 @@ class RemoteFile:
                 hint="is another program writing it?",
             )
 
-    def release(self) -> None:
-        """Nothing is kept."""
-
     def cancel(self) -> None:
-        """Wait for nothing any more."""
+        """Let waiting reads end in an error."""
         self._cancelled.set()
-
-    def close(self) -> None:
-        """Nothing is open."""

@@ -17,7 +17,7 @@ from streammap.io.storage import remote
 from streammap.io.storage.retry import RetryPolicy, TransientError
 
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
-"""Endings of a result that is one file."""
+"""File systems that show a file when it is whole."""
 _Result = TypeVar("_Result")
 
 
@@ -62,16 +62,12 @@ class RemoteSink:
 
     def put(self, name: str, path: Path) -> str:
         """Send a file."""
-        where, nbytes = f"{self._folder}/{name}", path.stat().st_size
+        nbytes = path.stat().st_size
 
         def send() -> str:
-            there = where if self._is_atomic else f"{where}.partial"
-            self._fs.makedirs(posixpath.dirname(where), exist_ok=True)
-            self._fs.put_file(str(path), there)
-            if not self._is_atomic:
-                self._fs.mv(there, where)
+            self._send(name, partial(self._fs.put_file, str(path)))
             self._fs.invalidate_cache()
-            info = self._fs.info(where)
+            info = self._fs.info(f"{self._folder}/{name}")
             if int(info["size"]) != nbytes:
                 raise OSError(f"{info['size']} bytes are there, {nbytes} were sent")
             return _version(info)
@@ -81,16 +77,17 @@ class RemoteSink:
     def put_all(self, contents: Mapping[str, bytes]) -> None:
         """Send small files, one after the other."""
         for name, content in contents.items():
-            where = f"{self._folder}/{name}"
+            send = partial(self._fs.pipe_file, value=content)
+            self._patiently(partial(self._send, name, send), f"{self.label}: {name}")
 
-            def send(where: str = where, content: bytes = content) -> None:
-                there = where if self._is_atomic else f"{where}.partial"
-                self._fs.makedirs(posixpath.dirname(where), exist_ok=True)
-                self._fs.pipe_file(there, content)
-                if not self._is_atomic:
-                    self._fs.mv(there, where)
-
-            self._patiently(send, f"{self.label}: {name}")
+    def _send(self, name: str, write: Callable[[str], object]) -> None:
+        """Let `write` make a file; it gets its name when it is whole."""
+        target = f"{self._folder}/{name}"
+        written = target if self._is_atomic else f"{target}.partial"
+        self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
+        write(written)
+        if not self._is_atomic:
+            self._fs.mv(written, target)
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove files, one after the other."""

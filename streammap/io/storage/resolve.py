@@ -40,9 +40,12 @@ def locate(source: str | Path, *, stream: bool) -> Storage:
 
         return RemoteStorage(text)
     path = local_path(source)
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
-    return LocalStorage(path)
+    try:
+        if path.exists():
+            return LocalStorage(path)
+    except OSError as error:  # a name that no file can have
+        raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
+    raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
 
 
 def is_elsewhere(source: str | Path) -> bool:
