@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Protocol
 
 from bench import harness
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import safetensors_header
-from streammap.io.tensor_spec import TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -20,8 +20,8 @@ from streammap.common import declare, garbage
 from streammap.common.declare import Anything, declared, option, takes
 from streammap.common.events import Listener, nobody
 from streammap.engine.options import MEMORY, Engine, Reader
+from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.resolve import PathLike
-from streammap.io.tensor_spec import TensorSpec
 from streammap.operators import registry
 from streammap.operators.declare import Operator
 from streammap.operators.interpolate import Interpolate

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from streammap.errors import CheckpointError, SchemeError, StreammapError
 from streammap.io.checkpoint import open_checkpoint
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 from streammap.planning import requests, scheme
 from tests.fuzz import mutate
 from tests.fuzz.run import MOST_SECONDS

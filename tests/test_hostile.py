@@ -28,9 +28,9 @@ from streammap.errors import (
 )
 from streammap.io import safe_open
 from streammap.io.checkpoint import open_checkpoint
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import dcp_metadata, safetensors_header
 from streammap.io.storage import disk
-from streammap.io.tensor_spec import TensorSpec
 from streammap.output import side_files
 from streammap.output.files import Output
 from streammap.planning import map_file, scheme

@@ -72,7 +72,6 @@ def test_the_ground_floor_needs_nothing() -> None:
     for name in (
         "errors",
         "common.events",
-        "io.tensor_spec",
         "planning.segments",
         "common.version",
     ):

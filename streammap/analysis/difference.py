@@ -21,7 +21,7 @@ from streammap.common import text as wording
 from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
 from streammap.engine.options import Engine
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from streammap.planning.graph import LinearForm
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from streammap.common import text as wording
 from streammap.common.events import Listener, nobody
 from streammap.engine.options import Engine
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from streammap.planning.plan import Plan
 
 if TYPE_CHECKING:

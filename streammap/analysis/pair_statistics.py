@@ -9,7 +9,7 @@ from torch import Tensor
 
 from streammap.analysis.scan import MEASURED, ScannedPiece
 from streammap.analysis.statistics import CHUNK, ExactSum, Scratch
-from streammap.io.tensor_spec import DTYPE_BITS
+from streammap.io.dtypes import DTYPE_BITS
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

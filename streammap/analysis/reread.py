@@ -16,9 +16,8 @@ from streammap.engine import crc32, schedule, tiles
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.engine.tiles import Tile
-from streammap.io.dtypes import to_torch
+from streammap.io.dtypes import DTYPE_BITS, to_torch
 from streammap.io.problems import Finding
-from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import DenseMap

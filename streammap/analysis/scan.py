@@ -27,9 +27,8 @@ from streammap.engine.tiles import Tile
 from streammap.engine.worker import Made, Worker
 from streammap.errors import OutputError
 from streammap.io.buffers import Buffer
-from streammap.io.dtypes import to_torch
+from streammap.io.dtypes import DTYPE_BITS, FLOATS, TensorSpec, to_torch
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.tensor_spec import DTYPE_BITS, FLOATS, TensorSpec
 from streammap.planning.graph import LinearForm
 
 MEASURED = (*FLOATS, "F8_E5M2", "F8_E4M3")

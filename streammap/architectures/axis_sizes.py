@@ -9,7 +9,7 @@ from streammap.architectures.config_fields import field_value
 from streammap.architectures.expression import Expression, InexactDivisionError
 from streammap.architectures.schema import Architecture, Axis
 from streammap.errors import ArchitectureError, CheckpointError
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from streammap.planning.requests import MAX_LAYERS, MAX_SIZE
 
 

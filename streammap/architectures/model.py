@@ -21,7 +21,7 @@ from streammap.architectures.expression import Expression, Name
 from streammap.architectures.key_pattern import KeyPattern, first_match
 from streammap.architectures.schema import Architecture, Depth, DimSpec, LMHead, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, some
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from streammap.errors import CheckpointError
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 
 _KEYS = (
     (re.compile(r".*\.weight_scale(_inv|_2)?|.*\.(input|k|v)_scale"), "fp8 with scales"),

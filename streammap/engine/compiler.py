@@ -19,7 +19,7 @@ from streammap.engine.memory import N_PLACES
 from streammap.engine.program import OUT, WORK, Op, Program, Strip, View, contiguous
 from streammap.engine.pullback import Pullback, Range
 from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
-from streammap.io.tensor_spec import DTYPE_BITS
+from streammap.io.dtypes import DTYPE_BITS
 from streammap.planning import graph, group_sums
 from streammap.planning.graph import TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap

@@ -12,7 +12,7 @@ from streammap.engine.memory import N_PLACES, Limits
 from streammap.engine.program import Program
 from streammap.engine.schedule import fits
 from streammap.engine.tile_reads import Recipe
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm, TensorRef, Term
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from streammap.engine import tiles
 from streammap.engine.pullback import Range
 from streammap.errors import PlanError
-from streammap.io.tensor_spec import DTYPE_BITS
+from streammap.io.dtypes import DTYPE_BITS
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, BlockMap

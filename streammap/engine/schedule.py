@@ -17,8 +17,8 @@ from streammap.engine.pullback import Range
 from streammap.engine.tile_reads import Recipe, alike
 from streammap.engine.tiles import Cut, Tile
 from streammap.errors import PlanError
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm, TensorRef
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap

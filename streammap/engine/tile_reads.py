@@ -14,7 +14,7 @@ from typing import final
 from streammap.engine import pullback
 from streammap.engine.pullback import Pullback, Range
 from streammap.engine.tiles import Tile
-from streammap.io.tensor_spec import DTYPE_BITS
+from streammap.io.dtypes import DTYPE_BITS
 from streammap.planning import graph, group_sums
 from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap

@@ -17,7 +17,7 @@ from streammap.engine.schedule import Compute, Copy, Job, fits, limits_of
 from streammap.engine.tile_reads import ReadRequest, Recipe
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
-from streammap.io.tensor_spec import DTYPE_BITS
+from streammap.io.dtypes import DTYPE_BITS
 from streammap.planning.maps import DenseMap
 
 if TYPE_CHECKING:

@@ -3,6 +3,8 @@
 import mmap
 from typing import TYPE_CHECKING, final
 
+from streammap.io.dtypes import to_torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,8 +25,6 @@ class Buffer:
         found = self._typed.get(dtype)
         if found is None:
             import torch
-
-            from streammap.io.dtypes import to_torch
 
             found = self._typed[dtype] = torch.frombuffer(self._map, dtype=to_torch(dtype))
         return found

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, final
 
 from streammap.errors import CheckpointError
 from streammap.io import json_files, safe_open, weight_files
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.problems import Finding, Problems, Strict
 from streammap.io.storage import resolve
@@ -23,7 +24,6 @@ from streammap.io.storage.base import Network, OpenFile, Stat, Storage
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.prefetch import AheadFile, Window
 from streammap.io.tensor_readers import FileTensors, TensorReader
-from streammap.io.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

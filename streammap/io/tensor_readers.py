@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, final
 
+from streammap.io.dtypes import to_torch
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.storage.base import OpenFile
 
@@ -55,8 +56,6 @@ class FileTensors:
 
         A copy where its bytes are not aligned to its dtype.
         """
-        from streammap.io.dtypes import to_torch
-
         slot, file = self.slots[key], self.files[self.file_of[key]]
         dtype = to_torch(slot.spec.dtype)
         if slot.spec.n_elements == 0:

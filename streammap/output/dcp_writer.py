@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from streammap.errors import OutputError
 from streammap.io import weight_files
+from streammap.io.dtypes import TORCH_NAMES, TensorSpec
 from streammap.io.formats import pickle_writer
 from streammap.io.formats.pickle_writer import (
     FALSE,
@@ -26,8 +27,6 @@ from streammap.io.formats.pickle_writer import (
     tuple_,
 )
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.formats.torch_pickle import DTYPES
-from streammap.io.tensor_spec import TensorSpec
 from streammap.output import shards as layout
 from streammap.output.shards import Shard
 
@@ -35,7 +34,6 @@ SUFFIX = weight_files.DCP_SUFFIX
 _ALIGN = 64
 _DATA = "archive/data/0"
 _MAX_32 = 2**32 - 1
-_DTYPES = {known: name for name, known in reversed(DTYPES.items())}
 _STORAGES = {
     "F64": "Double",
     "F32": "Float",
@@ -60,7 +58,7 @@ def arrange(specs: Mapping[str, TensorSpec], *, max_shard_nbytes: int) -> tuple[
         OutputError: a dtype that torch has not.
     """
     for key, spec in specs.items():
-        if spec.dtype not in _DTYPES:
+        if spec.dtype not in TORCH_NAMES:
             raise OutputError(f"{key}: torch has no dtype {spec.dtype}", hint="write safetensors")
     groups = layout.arrange(specs, max_shard_nbytes=max_shard_nbytes)
     return tuple(_shard(f"__0_{i}{SUFFIX}", group.slots) for i, group in enumerate(groups))
@@ -148,7 +146,7 @@ def _size(shape: Sequence[int]) -> bytes:
 
 
 def _dtype(spec: TensorSpec) -> bytes:
-    return named("torch", _DTYPES[spec.dtype])
+    return named("torch", TORCH_NAMES[spec.dtype])
 
 
 # A stream: torch.save(tensor).

@@ -10,9 +10,9 @@ from streammap.engine.options import Engine
 from streammap.errors import OutputError
 from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
+from streammap.io.storage.base import Sink
 from streammap.io.storage.hub_sink import Push
 from streammap.io.storage.resolve import PathLike
-from streammap.io.storage.sink import Sink
 from streammap.output import config_check, run
 from streammap.output.options import OutputOptions
 from streammap.output.ranks.launcher import Ranks

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from streammap.errors import OutputError
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 
 METADATA = {"format": "pt"}
 _MAX_NBYTES = 2**63 - 1

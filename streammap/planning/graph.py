@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol, final
 
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from streammap.planning import maps
 from streammap.planning.maps import AxisMap, BlockMap
 

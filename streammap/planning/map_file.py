@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammap.errors import CheckpointError, SchemeError
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.io.storage import resolve
 from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalFile
-from streammap.io.tensor_spec import TensorSpec
 from streammap.planning import maps
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 

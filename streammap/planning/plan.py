@@ -16,7 +16,7 @@ from streammap.engine import memory
 from streammap.engine.regions import Region
 from streammap.errors import some
 from streammap.io.checkpoint import Checkpoint
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from streammap.output import side_list
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm

@@ -24,7 +24,7 @@ import streammap
 from streammap.analysis import statistics
 from streammap.analysis.health import TensorHealth, row_length
 from streammap.engine import threads
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from tests.engine.test_memory import MIB, write_gpt2
 from tests.support import tiny
 from tests.support.typed import ok

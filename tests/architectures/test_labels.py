@@ -29,8 +29,8 @@ from streammap.architectures.model import Family, Model
 from streammap.architectures.schema import DimSpec
 from streammap.errors import SchemeError
 from streammap.io.checkpoint import Checkpoint
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.tensor_spec import TensorSpec
 from streammap.planning import plan
 
 Layout = tuple[tuple["str | Layout", ...], ...]

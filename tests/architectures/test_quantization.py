@@ -10,7 +10,7 @@ import torch
 import streammap
 from streammap.architectures import quantization
 from streammap.errors import CheckpointError
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from tests.support import tiny
 from tests.support.typed import ok, run
 

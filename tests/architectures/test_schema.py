@@ -16,7 +16,7 @@ from streammap.architectures.key_pattern import KeyPattern
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Architecture, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -12,7 +12,7 @@ from streammap.architectures.key_pattern import first_match
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Architecture, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, PlanError
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, object]

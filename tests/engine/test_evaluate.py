@@ -22,9 +22,8 @@ from streammap.engine.tiles import Cut
 from streammap.engine.worker import Worker
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
-from streammap.io.dtypes import from_torch, to_torch
+from streammap.io.dtypes import DTYPE_BITS, FLOATS, FROM_TORCH, TensorSpec, to_torch
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.tensor_spec import DTYPE_BITS, FLOATS, TensorSpec
 from streammap.planning import graph, group_sums, maps
 from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
@@ -78,7 +77,7 @@ class Held:
 
     def spec(self, key: str) -> TensorSpec:
         x = self.tensors[key]
-        return TensorSpec(from_torch(x.dtype, where=key), tuple(x.shape))
+        return TensorSpec(FROM_TORCH[str(x.dtype).removeprefix("torch.")], tuple(x.shape))
 
     def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
         content = tiny.bits(self.tensors[key])

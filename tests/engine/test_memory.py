@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import safetensors_header
-from streammap.io.tensor_spec import TensorSpec
 from streammap.testing.hubserver import HubServer
 
 _RUN = """

@@ -24,9 +24,9 @@ from streammap.architectures import key_pattern, registry
 from streammap.common import strict_json
 from streammap.errors import ArchitectureError, StreammapError
 from streammap.io.checkpoint import Checkpoint, open_checkpoint
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import dcp_chunks, dcp_metadata, safetensors_header
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.tensor_spec import TensorSpec
 from streammap.operators import request_json
 from streammap.output import journal
 from streammap.output.journal import Fingerprint

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 import streammap
 from streammap.errors import ArchitectureError, CheckpointError
 from streammap.io.checkpoint import open_checkpoint
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import safetensors_header, torch_zip
-from streammap.io.tensor_spec import TensorSpec
 from tests.support import tiny
 
 STATE = tiny.random({"a": (3, 5), "b.weight": (7,), "c": ()})

@@ -28,9 +28,9 @@ import streammap
 from streammap.cli.main import main
 from streammap.common.events import Event, Wrote, nobody
 from streammap.errors import CheckpointError, OutputError
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import dcp_metadata
 from streammap.io.formats.dcp_metadata import Chunk
-from streammap.io.tensor_spec import TensorSpec
 from streammap.output import dcp_writer
 from tests.support import tiny
 

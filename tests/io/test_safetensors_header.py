@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from streammap.errors import CheckpointError
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 from tests.support import tiny
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}

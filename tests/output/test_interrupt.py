@@ -11,8 +11,8 @@ import pytest
 
 import streammap
 from streammap.errors import CheckpointError
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import safetensors_header
-from streammap.io.tensor_spec import TensorSpec
 from tests.engine.test_memory import write_gpt2
 
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 import streammap
 from streammap.engine import tiles
 from streammap.errors import CheckpointError, OutputError, PlanError
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 from streammap.output import shards as layout
 from tests.support import tiny
 

@@ -11,7 +11,7 @@ import streammap
 from streammap.api import LazyCheckpoint
 from streammap.errors import CheckpointError, PlanError, SchemeError, StreammapError
 from streammap.io.checkpoint import Checkpoint
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from streammap.operators.kinds import RequestLike
 from streammap.operators.resize import Direction
 from streammap.planning import graph

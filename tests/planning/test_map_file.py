@@ -18,9 +18,9 @@ from torch import Tensor
 
 import streammap
 from streammap.errors import PlanError, SchemeError
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.io.storage.local import LocalStorage
-from streammap.io.tensor_spec import TensorSpec
 from streammap.planning import map_file, maps
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap

@@ -12,9 +12,9 @@ import pytest
 
 from streammap.api import LazyCheckpoint
 from streammap.io.checkpoint import Checkpoint
+from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.tensor_spec import TensorSpec
 from streammap.planning import plan
 from tests.support import tiny
 from tests.support.typed import ok

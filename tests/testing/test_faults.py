@@ -9,9 +9,9 @@ import pytest
 
 import streammap
 from streammap.errors import CheckpointError, OutputError
+from streammap.io.dtypes import TensorSpec
 from streammap.io.storage import disk
 from streammap.io.storage.disk import Disk, LocalDisk
-from streammap.io.tensor_spec import TensorSpec
 from streammap.output import shards
 from streammap.output.files import Output
 from streammap.testing import faults

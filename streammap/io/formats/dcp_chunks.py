@@ -15,12 +15,12 @@ from streammap.engine import tiles
 from streammap.engine.pullback import Range
 from streammap.errors import CheckpointError, some
 from streammap.io.buffers import Buffer
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec, to_torch
 from streammap.io.formats import dcp_stream
 from streammap.io.formats.dcp_metadata import Chunk, Metadata, Path_
 from streammap.io.formats.dcp_stream import ChunkLocation
 from streammap.io.formats.torch_zip import NESTS
 from streammap.io.storage.local import LocalFile
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,8 +120,6 @@ class Chunks:
         """
         import torch
 
-        from streammap.io.dtypes import to_torch
-
         spec, chunks = self._tensors[key]
         item = DTYPE_BITS[spec.dtype] // 8
         first, n = start // item, len(view) // item
@@ -143,8 +141,6 @@ class Chunks:
     def tensor(self, key: str) -> "Tensor":
         """A whole tensor, in memory of its own."""
         import torch
-
-        from streammap.io.dtypes import to_torch
 
         spec, _ = self._tensors[key]
         content = bytearray(spec.nbytes)

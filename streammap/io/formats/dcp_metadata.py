@@ -18,10 +18,10 @@ from typing import TypeGuard
 
 from streammap.errors import CheckpointError
 from streammap.io import safe_open, weight_files
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safe_pickle, safetensors_header
 from streammap.io.formats.safe_pickle import Name, Record
 from streammap.io.formats.torch_pickle import DTYPE_NAMES, Dtype
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 
 METADATA = weight_files.DCP_METADATA
 _MAX_NBYTES = 200_000_000

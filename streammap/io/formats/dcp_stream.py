@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from streammap.errors import CheckpointError
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import torch_pickle, torch_zip
 from streammap.io.formats.dcp_metadata import Chunk
 from streammap.io.formats.torch_pickle import StoredTensor
 from streammap.io.storage import range_reader
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.range_reader import RangeReader
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 
 _MAX_PICKLE_NBYTES = 2**20
 

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from streammap.common import strict_json
 from streammap.errors import CheckpointError
 from streammap.io import safe_open
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 
 MAX_HEADER_NBYTES = 100_000_000
 """The format's own limit."""

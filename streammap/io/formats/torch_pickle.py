@@ -10,38 +10,13 @@ from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 from streammap.errors import CheckpointError
+from streammap.io.dtypes import FROM_TORCH
 from streammap.io.formats import safe_pickle
 from streammap.io.formats.safe_pickle import Name
 
 MAX_NBYTES = 100_000_000
 _MAX_STEPS = 10_000_000
 """A tensor takes about 40."""
-DTYPES = {
-    "float64": "F64",
-    "double": "F64",
-    "float32": "F32",
-    "float": "F32",
-    "float16": "F16",
-    "half": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
-    "long": "I64",
-    "int32": "I32",
-    "int": "I32",
-    "int16": "I16",
-    "short": "I16",
-    "int8": "I8",
-    "uint8": "U8",
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "cfloat": "C64",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3",
-}
-"""torch's name of a dtype -> safetensors'."""
 _STORAGES = {
     "Double": "F64",
     "Float": "F32",
@@ -242,7 +217,7 @@ _UNKNOWN_DTYPES = (
 """Dtypes of torch that safetensors does not have, or this reader does not know."""
 DTYPE_NAMES: Mapping[str, Name] = {
     f"torch.{word}": Name(value=Dtype(name))
-    for word, name in (*DTYPES.items(), *zip(_UNKNOWN_DTYPES, _UNKNOWN_DTYPES, strict=True))
+    for word, name in (*FROM_TORCH.items(), *zip(_UNKNOWN_DTYPES, _UNKNOWN_DTYPES, strict=True))
 }
 _NAMES: Mapping[str, Name] = {
     **DTYPE_NAMES,

@@ -17,12 +17,12 @@ from typing import BinaryIO, TypeGuard
 
 from streammap.errors import CheckpointError, printable, some
 from streammap.io import safe_open
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec, to_torch
 from streammap.io.formats import safetensors_header, torch_pickle
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.formats.torch_pickle import StoredTensor, UnsupportedTensor
 from streammap.io.storage import range_reader
 from streammap.io.storage.range_reader import RangeReader
-from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 
 NESTS = ("model", "state_dict")
 """Where a training checkpoint keeps its state dict, when it isn't one itself."""
@@ -95,8 +95,6 @@ def write_skeleton(
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.serialization import skip_data
-
-    from streammap.io.dtypes import to_torch
 
     with FakeTensorMode():
         state = {key: torch.empty(spec.shape, dtype=to_torch(spec.dtype)) for key, spec in specs}

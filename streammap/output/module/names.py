@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol, cast, final
 
 from streammap.common import optional
 from streammap.errors import PlanError
-from streammap.io.tensor_spec import TensorSpec
+from streammap.io.dtypes import TensorSpec
 from streammap.output.module import symbolic
 from streammap.output.module.symbolic import Assembly, UnmovedError
 
