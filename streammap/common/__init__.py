@@ -1,1 +1,1 @@
-"""What knows nothing of models: text, JSON, events, process settings."""
+"""Helpers that know nothing of models: text, JSON, events, process settings."""

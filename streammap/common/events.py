@@ -1,4 +1,4 @@
-"""What a run reports while it goes on, and who listens."""
+"""Progress events of a run, and the listeners that get them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The plan is accepted, nothing is written yet."""
+    """The plan is accepted; nothing is written yet."""
 
     n_tensors: int
     nbytes: int
     """Bytes of all tensors of the result."""
     resumed_nbytes: int = 0
-    """Bytes of those that an earlier run has written."""
+    """Bytes that an earlier, interrupted run has written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +20,13 @@ class Wrote:
     """A part of a tensor is written."""
 
     key: str
-    """Empty where other processes wrote it."""
+    """Empty if another process wrote it."""
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The result is whole."""
+    """The result is complete."""
 
 
 Event = Started | Wrote | Finished

@@ -1,6 +1,6 @@
-"""Libraries that only some commands need: transformers and timm, imported by name when used.
+"""Libraries that only some commands need: transformers and timm, imported when used.
 
-By name, for their annotations are partial and differ from version to version.
+They are imported by name, because their annotations are partial and differ between versions.
 """
 
 import contextlib

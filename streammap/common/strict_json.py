@@ -1,36 +1,35 @@
-"""JSON from files that may be hostile: no key twice, no depth that exhausts the stack.
+"""JSON from files that may be hostile: no duplicate keys, no nesting that exhausts the stack.
 
-NaN and Infinity are read, as Python's own JSON does: published config.json have them. What takes a
-number says which it takes.
+NaN and Infinity are read, as Python's own JSON does: published config.json files have them. The
+reader of a number checks its range.
 """
 
 import json
 
 _MAX_DEPTH = 64
 _MAX_VALUES = 10_000_000
-"""A value takes up to 100 bytes of memory and as little as 2 bytes of text."""
+"""A value of 2 bytes of text may take 100 bytes of memory."""
 
 
 def loads(content: bytes) -> object:
     """The value of a JSON text.
 
     Raises:
-        ValueError: not UTF-8, not JSON, nested too deeply, of too many values, or a key that stands
-            twice in an object.
+        ValueError: not UTF-8, not JSON, nested too deeply, too many values, or a duplicate key.
     """
     n_values = content.count(b",") + content.count(b"[") + content.count(b"{")
     if n_values > _MAX_VALUES:
         raise ValueError(f"about {n_values} values, at most {_MAX_VALUES} are read")
     try:
-        found: object = json.loads(content.decode(), object_pairs_hook=_unique)
+        value: object = json.loads(content.decode(), object_pairs_hook=_unique)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    _check_depth(found)
-    return found
+    _check_depth(value)
+    return value
 
 
 def _check_depth(value: object) -> None:
-    """Refuse what the parser takes, but what copies it or writes it again might not."""
+    """Refuse nesting that the parser accepts, but that copying or writing might not."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         level = [
@@ -46,11 +45,11 @@ def _check_depth(value: object) -> None:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    table = dict(pairs)
+    if len(table) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
                 raise ValueError(f"{key!r} twice")
             seen.add(key)
-    return found
+    return table

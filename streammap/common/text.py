@@ -1,12 +1,12 @@
-"""What reports have in common, in words."""
+"""Phrases that reports share."""
 
 
 def moved(nbytes: int, seconds: float) -> str:
-    """How many bytes, in which time, and how fast."""
+    """How many bytes were moved, in what time and at what rate."""
     rate = nbytes / 1e6 / max(seconds, 1e-9)
     return f"{nbytes / 1e9:.3f} GB in {seconds:.1f} s ({rate:.0f} MB/s)"
 
 
 def more(n_shown: int, n: int) -> list[str]:
-    """A line that says how many rows a table does not show, if any."""
+    """A line with the number of rows that a table leaves out, if any."""
     return [] if n_shown >= n else [f"... and {n - n_shown} more, --limit 0 shows all"]

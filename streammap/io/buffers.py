@@ -1,4 +1,4 @@
-"""Memory that is taken once and used again: bytes for reads and writes, tensors for kernels."""
+"""Reusable memory: bytes for reads and writes, tensors for kernels."""
 
 import mmap
 from typing import TYPE_CHECKING, final
@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 @final
 class Buffer:
-    """Bytes in memory, that become resident when they are first used."""
+    """Bytes in memory; a page becomes resident on first use."""
 
     def __init__(self, nbytes: int) -> None:
-        """Room for `nbytes`."""
+        """Map at least `nbytes`."""
         pages = max(1, -(-nbytes // mmap.PAGESIZE))
         self._map = mmap.mmap(-1, pages * mmap.PAGESIZE)
         self.view = memoryview(self._map)
         self._typed: dict[str, Tensor] = {}
 
     def typed(self, dtype: str) -> "Tensor":
-        """All of it as a tensor of one dimension."""
-        found = self._typed.get(dtype)
-        if found is None:
+        """All of it as a one-dimensional tensor."""
+        tensor = self._typed.get(dtype)
+        if tensor is None:
             import torch
 
-            found = self._typed[dtype] = torch.frombuffer(self._map, dtype=to_torch(dtype))
-        return found
+            tensor = self._typed[dtype] = torch.frombuffer(self._map, dtype=to_torch(dtype))
+        return tensor

@@ -1,11 +1,11 @@
-"""A source: a folder or file of weights, opened lazily. Headers and config now, bytes when used.
+"""A source: a folder or file of weights. Headers and config are read now, tensors when used.
 
     folder   model.safetensors | model.safetensors.index.json + shards | *.safetensors (one)
              pytorch_model.bin | pytorch_model.bin.index.json + shards
              .metadata + *.distcp (torch.distributed.checkpoint)
     file     *.safetensors | *.pth, *.pt, *.bin (a state dict, or one under "model"/"state_dict")
 
-It may be on this machine, on the Hub or at any URL: resolve.py.
+It may be on this machine, on the Hub or at a URL: see resolve.py.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ class SourceFile:
     nbytes: int
     mtime_ns: int
     header_digest: str
-    """sha256 of what says where its tensors are."""
+    """sha256 of its header, or of what else locates its tensors."""
     version: str = ""
-    """What its place calls its content, where that isn't on this machine."""
+    """The storage's name for its content, if it is not on this machine."""
 
     @classmethod
     def of(cls, name: str, stat: Stat, header_digest: str) -> "SourceFile":
@@ -47,36 +47,36 @@ class SourceFile:
         return cls(name, stat.nbytes, stat.mtime_ns, header_digest, stat.version)
 
     def as_json(self) -> dict[str, object]:
-        """What records say of it; when it was written is a matter of this machine alone."""
-        found = {"name": self.name, "nbytes": self.nbytes, "header_sha256": self.header_digest}
-        return {**found, **({"version": self.version} if self.version else {})}
+        """Its entry in records; without the time, which only means something here."""
+        entry = {"name": self.name, "nbytes": self.nbytes, "header_sha256": self.header_digest}
+        return {**entry, **({"version": self.version} if self.version else {})}
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """An opened source. Its bytes are read through `tensor` while it is open."""
+    """An opened source."""
 
     path: Path
-    """The folder or file, as given; a name only, where it isn't on this machine."""
+    """The folder or file as given; only a name, if it is not on this machine."""
     files: tuple[SourceFile, ...]
     slots: Mapping[str, Slot]
     """In the order of files and bytes."""
     file_of: Mapping[str, str]
     """Key -> name of its file."""
     config: Mapping[str, object] | None
-    """config.json, or None where there is none."""
+    """config.json; None if there is none."""
     config_text: bytes | None = None
     """The file's own bytes."""
     nest: str | None = None
     """The entry of a torch file that its state dict is nested under."""
     others: tuple[str, ...] = ()
-    """What a torch file holds beside its state dict; not read."""
+    """Other entries of a torch file; they are not read."""
     place: Storage | None = None
-    """Where the files are; None for a checkpoint without any."""
+    """Where the files are; None for a checkpoint without files."""
     _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
     reader: TensorReader = field(default_factory=lambda: FileTensors({}, {}, {}), repr=False)
-    """What reads its tensors."""
+    """Reads its tensors."""
 
     @property
     def name(self) -> str:
@@ -85,7 +85,7 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """What to call it in full: its path, its repository and commit, its URL."""
+        """Its full name: a path, a repository and commit, or a URL."""
         return str(self.path if self.place is None else self.place)
 
     @property
@@ -95,12 +95,12 @@ class Checkpoint:
 
     @property
     def origin(self) -> Mapping[str, str]:
-        """Where it is, if not on this machine."""
+        """Where it is, for records; {} on this machine."""
         return {} if self.place is None else self.place.origin
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine, and not just some of it."""
+        """Whether all of it is on this machine."""
         return not self.origin
 
     @property
@@ -110,12 +110,12 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where the files are."""
+        """The folder of its files."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """The folder or file as given, and each file that is read; of this machine only."""
+        """The folder or file as given, and its weight files; only if they are on this machine."""
         if not self.is_local:
             return ()
         return (self.path, *(self.folder / file.name for file in self.files))
@@ -152,17 +152,17 @@ class Checkpoint:
         return self.reader.tensor(key)
 
     def release(self) -> None:
-        """Give back the memory of mapped pages."""
+        """Give mapped pages back."""
         for opened in self._opened.values():
             opened.release()
 
     def expect(self, names: tuple[str, ...]) -> None:
-        """Be told that these files will be read, in this order; they may be fetched ahead."""
+        """Announce the files that will be read, in this order; they may be fetched ahead."""
         if self.place is not None:
             self.place.expect(names)
 
     def window(self, window: Window | None) -> None:
-        """Let reads over a network take from what `window` fetched ahead."""
+        """Let reads over a network use what `window` has fetched."""
         for opened in self._opened.values():
             if isinstance(opened, AheadFile):
                 opened.window = window
@@ -173,10 +173,10 @@ class Checkpoint:
             opened.cancel()
 
     def check_unchanged(self) -> None:
-        """Refuse to go on with files that were written to since they were opened.
+        """Check that no file was written to since it was opened.
 
         Raises:
-            CheckpointError: naming the file.
+            CheckpointError: one was; names it.
         """
         for opened in self._opened.values():
             opened.check_unchanged()
@@ -193,20 +193,20 @@ def open_checkpoint(
     """Open a folder or file of weights: headers, index and config.json; no tensor is read.
 
     Args:
-        path: On this machine, "org/name" on the Hub, or a URL; see resolve.py.
-        config: config.json, or a folder with one; by default the one beside the weights.
+        path: A path, "org/name" on the Hub, or a URL; see resolve.py.
+        config: A config.json, or a folder with one; by default the one beside the weights.
         stream: Whether to read from the Hub as needed, instead of through its cache.
 
     Raises:
-        CheckpointError: nothing there, or any file that is not what it says.
+        CheckpointError: it does not exist, or a file is broken.
     """
     try:
         storage = resolve.locate(path, stream=stream)
         opened = _open(storage, resolve.local_path(path))
-        found, text = _find_config(storage, config)
+        content, text = _find_config(storage, config)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
-    return replace(opened, config=found, config_text=text)
+    return replace(opened, config=content, config_text=text)
 
 
 def _open(storage: Storage, path: Path) -> Checkpoint:
@@ -219,10 +219,10 @@ def _open(storage: Storage, path: Path) -> Checkpoint:
             return _open_chunked(storage, path)
         if storage.origin and any(n.endswith(weight_files.DCP_SUFFIX) for n in storage.names()):
             raise CheckpointError(
-                f"{storage}: of torch.distributed.checkpoint, which is read on this machine only",
+                f"{storage}: torch.distributed.checkpoint folders can only be read on this machine",
                 hint="download the folder first",
             )
-    names, weight_map = weight_files.names_in(storage)
+    names, weight_map = weight_files.find_weight_files(storage)
     return open_files(storage, path, names, weight_map, problems=Strict(storage))
 
 
@@ -238,10 +238,10 @@ def open_files(
 
     Args:
         storage: The folder, or the file.
-        path: What the checkpoint says of where it is.
+        path: The checkpoint's path as given.
         names: The files.
-        weight_map: The index, if there is one: it is compared with what the files have.
-        problems: Takes what is wrong; a file that can't be read is left out.
+        weight_map: The index, to be compared with the files; None if there is none.
+        problems: Takes the problems; a file that can't be read is left out.
     """
     contents = list(weight_files.read_files(storage, tuple(names), problems))
     slots: dict[str, Slot] = {}
@@ -313,17 +313,17 @@ def _open_chunked(storage: Storage, folder: Path) -> Checkpoint:
 
 
 def _find_config(
-    place: Storage, given: str | Path | None
+    storage: Storage, given: str | Path | None
 ) -> tuple[Mapping[str, object] | None, bytes | None]:
     if given is not None:
         return json_files.load_config(given)
-    if not place.has("config.json"):
+    if not storage.has("config.json"):
         return None, None
-    path = place.path("config.json")
-    if path is not None and not place.origin and not safe_open.is_own(path.parent, path):
-        # It is written out again: what it links to could be anyone's secret.
+    path = storage.path("config.json")
+    if path is not None and not storage.origin and not safe_open.is_own(path.parent, path):
+        # It is copied to results: a link could lead to a secret of this machine.
         raise CheckpointError(
             f"{path}: a link out of the checkpoint, to {path.resolve()}",
-            hint=f"if it is meant, give it by name: --config {path}",
+            hint=f"if this is intended, name it: --config {path}",
         )
-    return json_files.read_stored(place, "config.json")
+    return json_files.read_stored(storage, "config.json")

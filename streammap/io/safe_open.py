@@ -1,7 +1,7 @@
-"""Opening files that others made: regular ones only, and no more of them than was said.
+"""Opens files that others made: regular files only, and not more bytes than expected.
 
-A name in a checkpoint's folder may be a link to anything. Opening a pipe waits for its other end,
-reading a device never ends; both are refused before a byte is read.
+A name in a checkpoint's folder may be a link to anything. Opening a pipe would wait for its other
+end, reading a device would never end; both are refused before a byte is read.
 """
 
 import os
@@ -12,7 +12,7 @@ from streammap.errors import CheckpointError
 from streammap.io.storage import disk
 
 _MOST_NAME_NBYTES = 255
-"""Of a file, on Linux."""
+"""Of a file name, on Linux."""
 
 
 def open_file(path: Path) -> int:
@@ -22,7 +22,7 @@ def open_file(path: Path) -> int:
         CheckpointError: it can't be opened, or is a folder, a pipe, a socket or a device.
     """
     try:
-        # Without O_NONBLOCK, opening a pipe that nobody writes to waits for ever.
+        # Without O_NONBLOCK, opening a pipe that nobody writes to waits forever.
         descriptor = disk.current().open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
@@ -39,7 +39,7 @@ def open_file(path: Path) -> int:
 
 
 def content(path: Path, *, limit: int) -> bytes:
-    """A regular file's bytes; not more than it had when it was opened.
+    """The bytes of a regular file; not more than it had when it was opened.
 
     Raises:
         CheckpointError: as `open_file`, or more than `limit` bytes.
@@ -52,21 +52,21 @@ def content(path: Path, *, limit: int) -> bytes:
                 f"{path}: {size} bytes, at most {limit} are read", hint="is this the right file?"
             )
         try:
-            # A file of the kernel's has no size and may have no end: nothing of it is read.
+            # A kernel file has size 0 and may have no end: nothing of it is read.
             return file.read(size)
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror}", hint="check the disk") from error
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name in an index is that of a file, and of nothing outside the folder."""
+    """Whether a name in an index is a plain file name, without a path."""
     if name in ("", ".", "..") or "/" in name or "\\" in name or not name.isprintable():
         return False
     return len(name.encode()) <= _MOST_NAME_NBYTES
 
 
 def is_own(root: Path, entry: Path) -> bool:
-    """Whether a file is a folder's own: inside it, links followed, or a blob of its Hub cache."""
+    """Whether a file, links followed, is inside a folder, or a blob of its Hub cache."""
     real = Path(os.path.realpath(entry))
     if real.is_relative_to(os.path.realpath(root)):
         return True

@@ -48,7 +48,7 @@ class FileTensors:
         if slot.strides is None:
             file.read_into(slot.start + start, view, mapped=mapped)
         else:
-            file.check_unchanged()  # a page past the end of a file ends the process
+            file.check_unchanged()  # a page past the end of a file kills the process
             _gather(self.tensor(key), start, view, file.release)
 
     def tensor(self, key: str) -> "Tensor":

@@ -1,4 +1,4 @@
-"""Which files of a folder are its weights, and what the header of each says.
+"""Finds the weight files of a folder, and reads their headers.
 
 An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "model-...-of-..."}}
 """
@@ -24,56 +24,56 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
 _AGAIN = "download the index and shards again"
 DCP_METADATA, DCP_SUFFIX = ".metadata", ".distcp"
-"""Of a folder of torch.distributed.checkpoint: what says where all is, and files of numbers."""
+"""Names in a folder of torch.distributed.checkpoint: the table of chunks, and files of chunks."""
 
 
-def names_in(place: Storage) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    """The weight files of a folder, and its index where it has one.
+def find_weight_files(storage: Storage) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    """The weight files of a folder, and its index if it has one.
 
     Raises:
-        CheckpointError: none, several without an index, or an index that is wrong.
+        CheckpointError: no weight files, several without an index, or a broken index.
     """
-    if place.has(f"{filenames.WORK_SUFFIX}/{filenames.COMMIT_MARK}"):
+    if storage.has(f"{filenames.WORK_SUFFIX}/{filenames.COMMIT_MARK}"):
         raise CheckpointError(
-            f"{place}: a run that was putting its result here was stopped",
-            hint="run its command again, which finishes it",
+            f"{storage}: a run was stopped while it put its result here",
+            hint="run the same command again to finish it",
         )
     for single, index in zip(SINGLES, INDEXES, strict=True):
-        has_single, has_index = place.has(single), place.has(index)
+        has_single, has_index = storage.has(single), storage.has(index)
         if has_single and has_index:
             raise CheckpointError(
-                f"{place}: has {single} and {index}, which may differ",
+                f"{storage}: has {single} and {index}, which may differ",
                 hint="remove the stale one, or name the file",
             )
         if has_single:
             return (single,), None
         if has_index:
-            weight_map = read_index(place, index, Strict(place)) or {}
+            weight_map = read_index(storage, index, Strict(storage)) or {}
             return tuple(sorted(set(weight_map.values()))), weight_map
-    found = [name for name in place.names() if "/" not in name and is_weights(name)]
-    loose = [name for name in found if name.endswith(".safetensors")] or found
+    names = [name for name in storage.names() if "/" not in name and is_weights(name)]
+    loose = [name for name in names if name.endswith(".safetensors")] or names
     if len(loose) == 1:
         return (loose[0],), None
     if loose:
         raise CheckpointError(
-            f"{place}: {len(loose)} weight files and no index: {some(sorted(loose))}",
-            hint=f"name one of them, {place.where(sorted(loose)[0])}",
+            f"{storage}: {len(loose)} weight files and no index: {some(sorted(loose))}",
+            hint=f"name one of them, {storage.where(sorted(loose)[0])}",
         )
     raise CheckpointError(
-        f"{place}: no weights: expected one of {', '.join((*SINGLES, *INDEXES))}",
+        f"{storage}: no weights: expected one of {', '.join((*SINGLES, *INDEXES))}",
         hint="name a checkpoint folder, a .safetensors or a .pth file",
     )
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name would be weights: not training state, not a map."""
+    """Whether a file of this name holds weights: no training state, no map."""
     if name.startswith(".") or ".map." in name or name in _NO_WEIGHTS:
         return False
     return name.endswith(filenames.WEIGHTS)
 
 
 def read_index(storage: Storage, name: str, problems: Problems) -> dict[str, str] | None:
-    """Key -> file, as an index has it; None where it can't be read."""
+    """Key -> file, as an index has it; None if it can't be read."""
     try:
         weight_map = _weight_map(storage, name)
     except CheckpointError as error:
@@ -93,7 +93,7 @@ def read_index(storage: Storage, name: str, problems: Problems) -> dict[str, str
 
 
 def _weight_map(storage: Storage, name: str) -> dict[str, str]:
-    """The table of an index; its values are not checked."""
+    """The table of an index, with values unchecked."""
     weight_map = json_files.read_stored(storage, name)[0].get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{storage.where(name)}: no weight_map", hint=_AGAIN)
@@ -112,12 +112,12 @@ def check_index(
     read: Collection[str],
     problems: Problems,
 ) -> None:
-    """Compare an index with what the files have.
+    """Compare an index with the files.
 
     Args:
         weight_map: Key -> file, as the index has it.
         file_of: Key -> file, as it is.
-        read: Files whose tensors are known.
+        read: The files that could be read.
         problems: Takes each difference.
     """
     wrong = []
@@ -138,23 +138,23 @@ def check_index(
 
 @dataclass(frozen=True, slots=True)
 class WeightFile:
-    """What one weight file says of itself."""
+    """The header of one weight file."""
 
     name: str
     stat: Stat
     slots: tuple[Slot, ...]
     digest: str
-    """sha256 of what says where its tensors are."""
+    """sha256 of the header."""
     nest: str | None = None
     """The entry of a torch file that its state dict is nested under."""
     others: tuple[str, ...] = ()
-    """What a torch file holds beside its state dict."""
+    """Other entries of a torch file."""
 
 
 def read_files(
     storage: Storage, names: tuple[str, ...], problems: Problems
 ) -> Iterator[WeightFile]:
-    """Each file's header, in order; several at once where that is faster."""
+    """The headers of files, in order; several are read at once where that is faster."""
 
     def read(name: str) -> WeightFile | None:
         try:
@@ -182,8 +182,7 @@ def _read_file(storage: Storage, name: str, problems: Problems) -> WeightFile | 
         return _read_torch_file(storage, name, path)
     if not name.endswith(".safetensors"):
         raise CheckpointError(
-            f"{storage.where(name)}: a {Path(name).suffix or 'file without ending'} is no weight "
-            "file",
+            f"{storage.where(name)}: not a weight file: {Path(name).suffix or 'no ending'}",
             hint=f"expected .safetensors, {', '.join(filenames.TORCH)}",
         )
     stat = storage.stat(name)
@@ -210,7 +209,7 @@ def _read_torch_file(storage: Storage, name: str, path: Path | None) -> WeightFi
 
 
 def _ranges(storage: Storage, name: str) -> "RangeReader":
-    """A file elsewhere, to look at its beginning and end."""
+    """A file elsewhere, to read its beginning and end."""
     from streammap.io.storage.range_reader import RangeReader
 
     nbytes = storage.stat(name).nbytes

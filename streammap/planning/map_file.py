@@ -1,10 +1,10 @@
-"""The map file, saved with a result and used on the way back up.
+"""The map file, which is saved with a result and used to grow it again.
 
 `streammap.map.safetensors` holds the levels of a chain, largest model first. Level i has, for each
 axis, its merging map F (small x large): as non-zeros ("i.heads.places" [n, 2] and "i.heads.values"
 [n], over blocks of metadata's "block" units), or as a matrix ("i.heads.matrix"). The names of axes
-are the architecture spec's; "embed", "qk", "v", "mlp" of a file that the original tools wrote
-(`MapMatrix.bin`: embed_F, qk_F, v_F, inter_F and R) are read as such.
+are the architecture spec's. A file of the original tools is read too (`MapMatrix.bin`, with
+embed_F, qk_F, v_F, inter_F and R): its axes become "embed", "qk", "v", "mlp" and "layer".
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class MapLevel:
     merging: Mapping[str, AxisMap]
     """Axis or alias -> F (small x large)."""
     filled: frozenset[str] = frozenset()
-    """Axes whose uncovered units are empty ones, for which norms are compensated."""
+    """Axes whose unmapped new units are zero, for which norms are compensated."""
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -57,25 +57,25 @@ class MapLevel:
     @property
     def digest(self) -> str:
         """sha256 of the maps."""
-        found = hashlib.sha256()
-        for name, m in sorted(self.merging.items()):
-            found.update(f"{name} {m.n_out} {m.n_in} ".encode())
-            found.update(_content_of(m))
+        digest = hashlib.sha256()
+        for name, axis_map in sorted(self.merging.items()):
+            digest.update(f"{name} {axis_map.n_out} {axis_map.n_in} ".encode())
+            digest.update(_content_of(axis_map))
         if self.filled:
-            found.update(" ".join(sorted(self.filled)).encode())
-        return found.hexdigest()
+            digest.update(" ".join(sorted(self.filled)).encode())
+        return digest.hexdigest()
 
 
 def beside(file: Path) -> Path:
-    """Where the map of a checkpoint that is one file goes."""
+    """The path of the map file for a checkpoint that is one file."""
     return file.with_suffix(SUFFIX)
 
 
 def find(storage: Storage) -> tuple[MapLevel, ...]:
-    """The levels saved with a folder or file of weights; the original's file counts too.
+    """The levels saved with a folder or file of weights, by this or the original tool.
 
     Raises:
-        SchemeError: a map file that is wrong.
+        SchemeError: the map file is broken.
         CheckpointError: it can't be fetched.
     """
     own = () if storage.file is None else (beside(Path(storage.file)).name,)
@@ -87,7 +87,7 @@ def load(source: str | Path) -> tuple[MapLevel, ...]:
     """The levels of a map file, or of a folder that has one, here or elsewhere.
 
     Raises:
-        SchemeError: there is none, or it is wrong in itself.
+        SchemeError: there is no map file, or it is broken.
         CheckpointError: it can't be fetched.
     """
     if not resolve.is_elsewhere(source) and not resolve.local_path(source).exists():
@@ -123,17 +123,17 @@ def _load_path(path: Path) -> tuple[MapLevel, ...]:
 
 
 def encode(levels: tuple[MapLevel, ...]) -> bytes:
-    """A map file's bytes."""
+    """The bytes of a map file."""
     specs: list[tuple[str, TensorSpec]] = []
     chunks: list[bytes] = []
     about = []
     for i, level in enumerate(levels):
         axes: dict[str, dict[str, int]] = {}
-        for name, m in sorted(level.merging.items()):
-            axes[name] = {"small": m.n_out, "large": m.n_in}
-            if isinstance(m, BlockMap):
-                axes[name]["block"] = m.block
-            for suffix, spec, content in _tensors_of(m):
+        for name, axis_map in sorted(level.merging.items()):
+            axes[name] = {"small": axis_map.n_out, "large": axis_map.n_in}
+            if isinstance(axis_map, BlockMap):
+                axes[name]["block"] = axis_map.block
+            for suffix, spec, content in _tensors_of(axis_map):
                 specs.append((f"{i}.{name}.{suffix}", spec))
                 chunks.append(content)
         sizes = {name: list(pair) for name, pair in sorted(level.sizes.items())}
@@ -143,17 +143,17 @@ def encode(levels: tuple[MapLevel, ...]) -> bytes:
     return safetensors_header.encode(specs, text) + b"".join(chunks)
 
 
-def _tensors_of(m: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
-    if isinstance(m, DenseMap):
+def _tensors_of(axis_map: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
+    if isinstance(axis_map, DenseMap):
         import torch
 
-        matrix = m.matrix.to(torch.float32).contiguous()
+        matrix = axis_map.matrix.to(torch.float32).contiguous()
         import ctypes
 
         content = ctypes.string_at(matrix.data_ptr(), 4 * matrix.numel())
-        return [("matrix", TensorSpec("F32", (m.n_out, m.n_in)), content)]
-    places = [(i, j) for i, row in enumerate(m.rows) for j, _ in row]
-    values = [value for row in m.rows for _, value in row]
+        return [("matrix", TensorSpec("F32", (axis_map.n_out, axis_map.n_in)), content)]
+    places = [(i, j) for i, row in enumerate(axis_map.rows) for j, _ in row]
+    values = [value for row in axis_map.rows for _, value in row]
     n, flat = len(values), itertools.chain.from_iterable(places)
     return [
         ("values", TensorSpec("F64", (n,)), struct.pack(f"<{n}d", *values)),
@@ -161,8 +161,8 @@ def _tensors_of(m: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
     ]
 
 
-def _content_of(m: AxisMap) -> bytes:
-    return b"".join(content for _, _, content in _tensors_of(m))
+def _content_of(axis_map: AxisMap) -> bytes:
+    return b"".join(content for _, _, content in _tensors_of(axis_map))
 
 
 def _load_ours(path: Path) -> tuple[MapLevel, ...]:
@@ -186,7 +186,7 @@ def _load_ours(path: Path) -> tuple[MapLevel, ...]:
         RecursionError,
     ) as error:
         raise SchemeError(
-            f"{path.name}: no map of streammap's: {type(error).__name__} {error}",
+            f"{path.name}: not a map file of streammap: {type(error).__name__} {error}",
             hint="remove the file, and give a scheme",
         ) from error
     return levels
@@ -218,7 +218,7 @@ def _level(
 
 def _count(value: object) -> int:
     if type(value) is not int or not 0 < value <= _MAX_UNITS:
-        raise ValueError(f"{value!r} is no size")
+        raise ValueError(f"{value!r} is not a size")
     return value
 
 
@@ -227,9 +227,9 @@ def _matrix(matrix: "Tensor", small: int, large: int) -> "Tensor":
 
     plain = matrix.layout == torch.strided and matrix.is_floating_point()
     if plain and matrix.shape == (small, large):
-        found = matrix.detach().to(torch.float32, copy=True)
-        if bool(torch.isfinite(found).all()):
-            return found
+        copy = matrix.detach().to(torch.float32, copy=True)
+        if bool(torch.isfinite(copy).all()):
+            return copy
     raise ValueError(f"expected a matrix of {small} x {large} finite numbers")
 
 
@@ -238,7 +238,7 @@ def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block:
     if places.shape != (n, 2) or values.shape != (n,) or not values.is_floating_point():
         raise ValueError("expected places of [n, 2] and values of [n]")
     if places.is_floating_point() or not bool(values.isfinite().all()):
-        raise ValueError("expected whole places and finite values")
+        raise ValueError("expected integer places and finite values")
     for size, word in ((n_out, "rows"), (n_in, "columns")):
         if size > _MAX_EMPTY_ROWS + n:
             raise ValueError(f"{size} {word} of which at most {n} are not empty")
@@ -258,7 +258,7 @@ def _load_original(path: Path) -> MapLevel:
         content = torch_zip.table(path)
     except CheckpointError as error:
         raise SchemeError(
-            f"{path}: no MapMatrix of tensors: {error.message}",
+            f"{path}: not a MapMatrix of tensors: {error.message}",
             hint="remove the file, and give a scheme",
         ) from error
     names = (*_ORIGINAL_AXES, "R")
@@ -272,10 +272,10 @@ def _load_original(path: Path) -> MapLevel:
     for name, axis in (*_ORIGINAL_AXES.items(), ("R", "layer")):
         if name not in content:
             continue
-        # A view can repeat a few bytes without an end.
+        # A view with zero strides can repeat a few bytes endlessly.
         shape = slots[name].spec.shape if name in slots else ()
         if len(shape) != 2 or slots[name].spec.nbytes > stat.st_size:
-            raise SchemeError(f"{path}: {name} is no matrix")
+            raise SchemeError(f"{path}: {name} is not a matrix")
         try:
             merging[axis] = maps.from_matrix(_matrix(tensors.tensor(name), *shape))
         except ValueError as error:

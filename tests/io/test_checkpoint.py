@@ -283,7 +283,7 @@ def test_a_path_too_long_for_the_system_is_refused(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     for name in ("x.txt", "model.safetensors.index.json", "x.gguf", "model"):
-        with pytest.raises(CheckpointError, match="is no weight file"):
+        with pytest.raises(CheckpointError, match="not a weight file"):
             streammap.open(tiny.file(tmp_path / name, b"{}"))
 
 

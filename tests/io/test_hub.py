@@ -432,7 +432,7 @@ def test_names() -> None:
     name = hub_name.parse("hf://models/org/name@refs/pr/7/a/b.pth")
     assert (name.repo, name.revision, name.path) == ("org/name", "refs/pr/7", "a/b.pth")
     for text in ("hf://datasets/org/name", "hf://name", "hf://"):
-        with pytest.raises(CheckpointError, match="no model of the Hub"):
+        with pytest.raises(CheckpointError, match="not a model of the Hub"):
             hub_name.parse(text)
 
 

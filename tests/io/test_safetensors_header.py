@@ -181,14 +181,14 @@ def test_what_is_not_json_is_refused(text: bytes) -> None:
 
 @pytest.mark.parametrize("value", [[], None, 3, "text", True])
 def test_json_that_is_no_object_is_refused(value: object) -> None:
-    with pytest.raises(CheckpointError, match="no JSON object"):
+    with pytest.raises(CheckpointError, match="not a JSON object"):
         _decode(value)
 
 
 def test_nesting_of_any_depth_is_refused() -> None:
     for depth in (10, 100, *range(900, 1000, 7), 5_000, 2_000_000):
         text = b'{"a":{"dtype":"F32","data_offsets":[0,8],"shape":%s}}'
-        with pytest.raises(CheckpointError, match=r"its header is not|no list of sizes"):
+        with pytest.raises(CheckpointError, match=r"its header is not|not a list of sizes"):
             _decode(text % (b"[" * depth + b"]" * depth))
 
 
@@ -226,7 +226,7 @@ def test_an_unknown_dtype_is_refused(dtype: object) -> None:
     [[-2], [True], [2.0], ["2"], [None], [[2]], [2**63], [10**30], 2, None, {"0": 2}, "2"],
 )
 def test_a_shape_of_anything_but_sizes_is_refused(shape: object) -> None:
-    with pytest.raises(CheckpointError, match=r"a: shape .* is no list of sizes"):
+    with pytest.raises(CheckpointError, match=r"a: shape .* is not a list of sizes"):
         _decode(_with(shape=shape))
 
 
@@ -248,7 +248,7 @@ def test_a_shape_of_anything_but_sizes_is_refused(shape: object) -> None:
     ],
 )
 def test_offsets_that_are_no_range_are_refused(offsets: object) -> None:
-    with pytest.raises(CheckpointError, match=r"a: data_offsets .* are no range"):
+    with pytest.raises(CheckpointError, match=r"a: data_offsets .* are not a range"):
         _decode(_with(data_offsets=offsets))
 
 

@@ -243,7 +243,7 @@ def test_a_result_that_is_half_in_place_is_not_opened(
     stopped: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out = marked(stopped, tmp_path)
-    with pytest.raises(streammap.CheckpointError, match="was putting its result here was stopped"):
+    with pytest.raises(streammap.CheckpointError, match="stopped while it put its result here"):
         streammap.open(out)
     report = streammap.open(stopped[0]).save(out, max_shard_size=600)
     assert (report.nbytes_written, report.nbytes_read) == (0, 0)

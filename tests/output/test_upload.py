@@ -307,7 +307,7 @@ def test_a_model_that_is_there_is_not_replaced_unless_asked(hub: HubServer, tmp_
 
 def test_a_push_needs_a_token(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     message = refused("coalesce", "org/bert", "--width", 2, "--push-to-hub", "tester/small")
-    assert "error: hf://tester/small@main: to push takes a token, and none is set" in message
+    assert "error: hf://tester/small@main: pushing needs a token, and none is set" in message
     assert "hint: log in with one that may write: hf auth login" in message
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     message = refused("coalesce", "org/bert", "--width", 2, "--push-to-hub", "tester/small")

@@ -1,8 +1,8 @@
 """Tensors of a DCP folder, read region by region out of their chunks.
 
-A chunk's stream is a zip file that torch.save wrote: where its numbers are is looked up when it is
-first read, and then any of them are read where they lie. A tensor's rows may be spread over chunks
-and files; what is read of each is put in its place.
+A chunk's stream is a zip file that torch.save wrote. Its numbers are located when the chunk is
+first read; then any region is read in place. A tensor's rows may be spread over chunks and files;
+the parts are put together here.
 """
 
 import itertools
@@ -27,40 +27,40 @@ if TYPE_CHECKING:
 
 _SCRATCH_NBYTES = 2**18
 _BY_ITEM = {1: "U8", 2: "I16", 4: "I32", 8: "I64"}
-"""A dtype to move numbers of so many bytes."""
+"""Item size in bytes -> a dtype to move items with."""
 _WASTE = 4
-"""Bytes that are read for each one that is wanted, at most, where that saves requests."""
+"""To save requests, up to this many bytes are read for each byte that is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Selected:
-    """The state dict of a model among what a folder holds."""
+    """The model's state dict among the entries of a folder."""
 
     keys: Mapping[str, str]
     """Key -> flat name."""
     nest: str | None
-    """What it is nested under: "model", "app.model"."""
+    """The key that it is nested under: "model", "app.model"."""
     others: tuple[str, ...]
-    """Entries beside it: optimizer, step ..."""
+    """Other entries: optimizer, step ..."""
 
 
-def select(found: Metadata, *, folder: str) -> Selected:
-    """The model's own tensors: those under "model" or "state_dict", else those of the top level.
+def select(metadata: Metadata, *, folder: str) -> Selected:
+    """Select the model's tensors: those under "model" or "state_dict", else those at the top.
 
     Raises:
-        CheckpointError: there are none, or two of one name.
+        CheckpointError: there are none, or two with the same key.
     """
-    paths = {name: found.paths[name] for name in found.tensors}
+    paths = {name: metadata.paths[name] for name in metadata.tensors}
     nest = _nest(paths.values())
     inside = {
         name: path
         for name, path in paths.items()
         if (len(path) == 1 if nest is None else path[: len(nest)] == nest and len(path) > len(nest))
     }
-    tops = dict.fromkeys(str(path[0]) for path in found.paths.values())
+    tops = dict.fromkeys(str(path[0]) for path in metadata.paths.values())
     if not inside:
         raise CheckpointError(
-            f"{folder}: no state dict at its top or under 'model' or 'state_dict', found "
+            f"{folder}: no state dict at its top or under 'model' or 'state_dict', metadata "
             f"{some(list(tops), limit=5)}",
             hint='save {"model": model.state_dict()}',
         )
@@ -71,7 +71,7 @@ def select(found: Metadata, *, folder: str) -> Selected:
         if key in keys:
             raise CheckpointError(f"{folder}: {keys[key]} and {name} are both {key}")
         keys[key] = name
-    taken = {str(found.paths[name][0]) for name in inside}
+    taken = {str(metadata.paths[name][0]) for name in inside}
     others = tuple(top for top in tops if top not in taken)
     return Selected(keys, None if nest is None else ".".join(map(str, nest)), others)
 
@@ -88,14 +88,14 @@ def _nest(paths: Iterable[Path_]) -> Path_ | None:
 
 @final
 class Chunks:
-    """Reads tensors of a folder."""
+    """Reads the tensors of a folder. A TensorReader."""
 
     def __init__(
         self,
         tensors: Mapping[str, tuple[TensorSpec, tuple[Chunk, ...]]],
         files: Mapping[str, LocalFile],
     ) -> None:
-        """`tensors` by key; `files` by name.
+        """Take tensors by key and files by name.
 
         Raises:
             CheckpointError: a file ends before one of its chunks.
@@ -116,7 +116,7 @@ class Chunks:
         """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.
 
         Raises:
-            CheckpointError: a chunk is not what the metadata says, or can't be read.
+            CheckpointError: a chunk differs from the metadata, or can't be read.
         """
         import torch
 
@@ -157,7 +157,7 @@ class Chunks:
         target: "Tensor",
         means: tuple[memoryview, bool],
     ) -> None:
-        """A region of a chunk into a region of `means`' view."""
+        """Copy a region of a chunk to `target`, which is over the view in `means`."""
         place = self._place(key, chunk)
         shape = [end - start for start, end in chunk.at]
         order = place.order
@@ -170,7 +170,7 @@ class Chunks:
         source.copy(*_merged(sizes, ranges, target), means[0])
 
     def _scratch(self) -> Buffer:
-        """This thread's."""
+        """This thread's buffer."""
         found: Buffer | None = vars(self._local).get("scratch")
         if found is None:
             found = self._local.scratch = Buffer(_SCRATCH_NBYTES)
@@ -204,7 +204,7 @@ def _common(wanted: Sequence[Range], at: Sequence[Range]) -> list[Range] | None:
 def _merged(
     sizes: list[int], ranges: list[Range], target: "Tensor"
 ) -> tuple[list[int], list[Range], "Tensor"]:
-    """The same region in as few dimensions as express it, two at least."""
+    """The same region in as few dimensions as possible, but at least two."""
     while len(sizes) < 2:
         sizes, ranges, target = [1, *sizes], [(0, 1), *ranges], target.unsqueeze(0)
     for dim in range(len(sizes) - 1, 0, -1):
@@ -242,7 +242,7 @@ class _Source:
     def _rows(
         self, row: int, n: int, n_columns: int, columns: Range, to: "tuple[Tensor, memoryview]"
     ) -> None:
-        """Columns of n rows, which stand one after the other in the file."""
+        """Copy columns of n rows that follow each other in the file."""
         part, view = to
         item = part.element_size()
         left, right = columns
@@ -255,7 +255,7 @@ class _Source:
         scratch = self.scratch.typed(_BY_ITEM[item])
         step = len(scratch) // n_columns
         if width * _WASTE < n_columns or not step:
-            # Few of each row: one request a row, or several for a long one.
+            # Few columns of each row: one request per row, or several for a long one.
             piece = len(scratch)
             for i, low in itertools.product(range(n), range(0, width, piece)):
                 m = min(piece, width - low)

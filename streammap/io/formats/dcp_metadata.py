@@ -1,4 +1,4 @@
-"""What a folder of torch.distributed.checkpoint (DCP) holds: its .metadata, read without its code.
+"""Reads the .metadata of a torch.distributed.checkpoint (DCP) folder without running its code.
 
     .metadata        a pickle: for each tensor its dtype, shape and chunks; for each chunk its file,
                      offset and length
@@ -33,24 +33,24 @@ Range = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A part of a tensor, and where its stream is."""
+    """A part of a tensor, and the file and range of its stream."""
 
     at: tuple[Range, ...]
-    """start, end in each dimension of the tensor"""
+    """start, end in each dimension of the tensor."""
     file: str
     offset: int
     nbytes: int
-    """Of the stream: torch.save's, not the tensor's."""
+    """Of the stream, which is more than the tensor's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """What a .metadata file says."""
+    """The content of a .metadata file."""
 
     tensors: Mapping[str, tuple[TensorSpec, tuple[Chunk, ...]]]
-    """Flat name -> the tensor, and its chunks that have elements."""
+    """Flat name -> the tensor, and its non-empty chunks."""
     paths: Mapping[str, Path_]
-    """Flat name -> the keys that led to it in the nested state dict, of all entries."""
+    """Flat name -> the keys of the nested state dict that lead to it, for all entries."""
 
 
 def _size(values: object = ()) -> tuple[object, ...]:
@@ -90,7 +90,7 @@ _NAMES: Mapping[str, Name] = {
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder that DCP wrote."""
+    """Whether `path` is a folder written by DCP."""
     return (path / METADATA).is_file() and bool(list(path.glob("*.distcp")))
 
 
@@ -98,7 +98,7 @@ def read(folder: Path) -> Metadata:
     """The .metadata of a folder.
 
     Raises:
-        CheckpointError: it asks for more than DCP's own classes, or is not what it should be.
+        CheckpointError: it names other classes than DCP's own, or is broken.
     """
     path = folder / METADATA
     content = safe_open.content(path, limit=_MAX_NBYTES)
@@ -125,7 +125,7 @@ def _metadata(content: object) -> Metadata:
     for index, info in _table(content, "storage_data").items():
         name, offset = _field(index, "fqn"), _optional(index, "offset")
         if not isinstance(name, str) or (offset is not None and not _are_sizes(offset)):
-            raise CheckpointError("storage_data: a chunk of no tensor")
+            raise CheckpointError("storage_data: a chunk without a tensor")
         streams[name, offset] = info
     tensors: dict[str, tuple[TensorSpec, tuple[Chunk, ...]]] = {}
     paths: dict[str, Path_] = {}
@@ -164,7 +164,7 @@ def _tensor(
         if 0 in lengths and 0 not in shape:
             continue  # a rank's share of a tensor with fewer rows than ranks
         if (name, starts) not in streams:
-            raise CheckpointError(f"{name}: no file is named for its chunk at {list(starts)}")
+            raise CheckpointError(f"{name}: no file is listed for its chunk at {list(starts)}")
         at = tuple((start, start + n) for start, n in zip(starts, lengths, strict=True))
         chunks.append(_chunk(name, at, streams[name, starts]))
     _check_cover(name, shape, chunks)
@@ -173,12 +173,12 @@ def _tensor(
 
 def _dtype(name: str, properties: object) -> str:
     values = properties.values if isinstance(properties, Record) else ()
-    found = values[0] if values else _optional(properties, "dtype")
-    if not isinstance(found, Name) or not isinstance(found.value, Dtype):
+    dtype = values[0] if values else _optional(properties, "dtype")
+    if not isinstance(dtype, Name) or not isinstance(dtype.value, Dtype):
         raise CheckpointError(f"{name}: no dtype")
-    if found.value.name not in DTYPE_BITS:
-        raise CheckpointError(f"{name}: safetensors has no dtype for {found.value.name}")
-    return found.value.name
+    if dtype.value.name not in DTYPE_BITS:
+        raise CheckpointError(f"{name}: safetensors has no dtype for {dtype.value.name}")
+    return dtype.value.name
 
 
 def _chunk(name: str, at: tuple[Range, ...], info: object) -> Chunk:
@@ -200,7 +200,7 @@ def _chunk(name: str, at: tuple[Range, ...], info: object) -> Chunk:
 
 
 def _check_cover(name: str, shape: tuple[int, ...], chunks: list[Chunk]) -> None:
-    """Refuse chunks that leave a hole or overlap: their corners make a grid, each cell once."""
+    """Refuse chunks that overlap or leave a hole: together they fill each cell of a grid once."""
     cuts = [sorted({i for c in chunks for i in c.at[d]} | {0, n}) for d, n in enumerate(shape)]
     cells: set[tuple[int, ...]] = set()
     n_wanted = 1
@@ -255,5 +255,5 @@ def _are_sizes(values: object) -> TypeGuard[tuple[int, ...]]:
 
 def _sizes(values: object, name: str) -> tuple[int, ...]:
     if not _are_sizes(values):
-        raise CheckpointError(f"{name}: {reprlib.repr(values)} are no sizes")
+        raise CheckpointError(f"{name}: {reprlib.repr(values)} are not sizes")
     return values

@@ -1,9 +1,9 @@
-"""Where the numbers of one chunk are: its stream is what torch.save(tensor) writes, a zip file.
+"""Locates the numbers of one chunk: its stream is a zip file, as torch.save(tensor) writes it.
 
     archive/data.pkl    a pickle: _rebuild_tensor_v2(storage "0", first, shape, strides, ...)
     archive/data/0      the numbers
 
-The pickle is read as that of any torch file (torch_pickle.py).
+The pickle is read like that of any torch file (torch_pickle.py).
 """
 
 import io
@@ -31,29 +31,29 @@ class ChunkLocation:
     start: int
     """First byte, counted from the beginning of the file."""
     order: tuple[int, ...]
-    """Its dimensions as they are stored, the slowest first."""
+    """Its dimensions in storage order, the slowest first."""
 
 
 def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> ChunkLocation:
-    """Where the numbers of a chunk are.
+    """Locate the numbers of a chunk.
 
     Raises:
-        CheckpointError: its stream is not torch.save's, or holds another tensor.
+        CheckpointError: the stream was not written by torch.save, or holds another tensor.
     """
     where = f"{file.path.name}: {key}"
     reader = RangeReader(file, chunk.nbytes, start=chunk.offset)
     stream = io.BufferedReader(reader, range_reader.PAGE_NBYTES)
     entries = torch_zip.entries_of(stream, where)
-    at, tensor = _described(stream, entries, where)
+    prefix, tensor = _described(stream, entries, where)
     shape = tuple(end - start for start, end in chunk.at)
-    found = TensorSpec(tensor.dtype, tensor.shape)
-    if found != TensorSpec(spec.dtype, shape):
+    stored = TensorSpec(tensor.dtype, tensor.shape)
+    if stored != TensorSpec(spec.dtype, shape):
         raise CheckpointError(
-            f"{where}: its chunk is {found}, the metadata says {TensorSpec(spec.dtype, shape)}",
+            f"{where}: its chunk is {stored}, the metadata says {TensorSpec(spec.dtype, shape)}",
             hint="copy the checkpoint again",
         )
     item = DTYPE_BITS[spec.dtype] // 8
-    start, nbytes = entries.get(f"{at}data/{tensor.storage.key}", (0, 0))
+    start, nbytes = entries.get(f"{prefix}data/{tensor.storage.key}", (0, 0))
     end = (tensor.offset + math.prod(shape)) * item
     if end > nbytes:
         raise CheckpointError(
@@ -67,21 +67,21 @@ def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> ChunkLoca
 def _described(
     stream: BinaryIO, entries: Mapping[str, tuple[int, int]], where: str
 ) -> tuple[str, StoredTensor]:
-    """What stands before the names of entries, and the tensor."""
+    """The prefix of the names of entries, and the tensor."""
     name = next((name for name in entries if name.endswith("/data.pkl")), "")
     start, nbytes = entries.get(name, (0, 0))
     stream.seek(start)
     tensor = torch_pickle.read(stream.read(min(nbytes, _MAX_PICKLE_NBYTES)), file=where)
     if not isinstance(tensor, StoredTensor):
         raise CheckpointError(
-            f"{where}: its chunk holds a {type(tensor).__name__}, no tensor",
+            f"{where}: its chunk holds a {type(tensor).__name__}, not a plain tensor",
             hint="save it as a plain one: tensor.to_dense(), .dequantize(), .resolve_conj()",
         )
     return name.removesuffix("data.pkl"), tensor
 
 
 def _order(where: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The dimensions as they are stored, the slowest first."""
+    """The dimensions in storage order, the slowest first."""
     dims = sorted(range(len(shape)), key=lambda d: (-strides[d], d) if shape[d] > 1 else (0, d))
     expected = 1
     for d in reversed(dims):

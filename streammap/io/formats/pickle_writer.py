@@ -1,6 +1,7 @@
-"""Parts of a pickle (protocol 2), written without the classes that it names.
+"""Writes parts of a pickle (protocol 2) without the classes that it names.
 
-Importing torch.distributed.checkpoint to pickle its metadata would take more memory than a run has.
+Importing torch.distributed.checkpoint to pickle its metadata would take more memory than a whole
+run.
 """
 
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ def text(value: str) -> bytes:
 
 
 def number(value: int) -> bytes:
-    """A number that is not negative."""
+    """A non-negative integer."""
     if value < 256:
         return b"K" + bytes((value,))
     if value < 2**31:
@@ -48,15 +49,15 @@ def dict_(items: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def call(function: bytes, *arguments: bytes) -> bytes:
-    """What a function gives."""
+    """The result of a call."""
     return function + tuple_(*arguments) + b"R"
 
 
 def made(kind: bytes, state: bytes) -> bytes:
-    """An object with a state."""
+    """An object of a class, with its state."""
     return kind + b")\x81" + state + b"b"
 
 
 def referred(pid: bytes) -> bytes:
-    """Something outside of the pickle."""
+    """A reference to something outside of the pickle."""
     return pid + b"Q"

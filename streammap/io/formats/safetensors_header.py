@@ -6,7 +6,7 @@ then the tensors' bytes, without a gap, to the end of the file.
     {"__metadata__": {"format": "pt"},
      "wte.weight": {"dtype": "F32", "shape": [8, 4], "data_offsets": [0, 128]}}
 
-Offsets count from the end of the header. Everything a header could lie about is refused here.
+Offsets count from the end of the header. Everything a header could get wrong is checked here.
 """
 
 import io
@@ -40,7 +40,7 @@ class Slot:
     start: int
     """First byte, counted from the beginning of the file."""
     strides: tuple[int, ...] | None = None
-    """In elements, where the tensor is not stored row by row (torch files only)."""
+    """In elements, if the tensor is not stored row by row (torch files only)."""
 
     @property
     def end(self) -> int:
@@ -53,10 +53,10 @@ class Slot:
 
 
 def read(path: Path) -> tuple[tuple[Slot, ...], bytes]:
-    """The slots of a safetensors file, in the order of their bytes, and the header's own bytes.
+    """The slots of a safetensors file, in the order of their bytes, and the text of the header.
 
     Raises:
-        CheckpointError: whatever is wrong with the file.
+        CheckpointError: the file is broken, or can't be read.
     """
     with os.fdopen(safe_open.open_file(path), "rb") as file:
         try:
@@ -71,10 +71,10 @@ def read_from(
     """The same of a file that is opened, here or elsewhere, and has `size` bytes.
 
     Raises:
-        CheckpointError: whatever is wrong with the file.
+        CheckpointError: the file is broken, or can't be read.
     """
-    # One read for most headers. Not more than the size: a file of the kernel's has none, and
-    # reading it may wait forever.
+    # One read for most headers. Not beyond the size: a kernel file has size 0, and reading it may
+    # wait forever.
     first = file.read(min(size, FIRST_NBYTES)) or b""
     n = _header_nbytes(name, first[:8], size)
     text = first[8 : 8 + n]
@@ -87,72 +87,73 @@ def decode(text: bytes, *, file: str, file_nbytes: int) -> tuple[Slot, ...]:
     """The slots that a header's bytes declare, in the order of their bytes.
 
     Raises:
-        CheckpointError: not JSON, a duplicate key, a key that can't be shown, an unknown dtype, a
-            shape that does not fit its bytes, an overlap, a hole, bytes past the end of the file
-            or missing from it.
+        CheckpointError: not JSON, a duplicate or unprintable key, an unknown dtype, a shape that
+            does not fit its bytes, an overlap, a hole, a file that is too short or too long.
     """
     entries = _entries(text, file)
     base = 8 + len(text)
     slots = [_slot(file, key, entry, base) for key, entry in entries.items()]
     slots.sort(key=lambda slot: (slot.start, slot.end))
-    at = base
+    end = base
     for slot in slots:
-        if slot.start != at:
-            what = "overlaps the tensor before it" if slot.start < at else "leaves a hole before it"
+        if slot.start != end:
+            what = (
+                "overlaps the tensor before it" if slot.start < end else "leaves a hole before it"
+            )
             raise CheckpointError(
-                f"{file}: {slot.key} begins at byte {slot.start} and {what}, expected {at}",
+                f"{file}: {slot.key} begins at byte {slot.start} and {what}, expected {end}",
                 hint="download or save the file again",
             )
-        at = slot.end
-    if at != file_nbytes:
-        what = "truncated" if file_nbytes < at else "longer than its header says"
+        end = slot.end
+    if end != file_nbytes:
+        what = "truncated" if file_nbytes < end else "longer than its header says"
         raise CheckpointError(
-            f"{file}: {what}: {file_nbytes} bytes, its header needs {at}",
+            f"{file}: {what}: {file_nbytes} bytes, its header needs {end}",
             hint="download or save the file again",
         )
     return tuple(slots)
 
 
 def check_key(file: str, key: str) -> None:
-    """Refuse a tensor's name that no model has: nothing to print, or without an end.
+    """Refuse a key that no model has: unprintable, or very long.
 
     Raises:
-        CheckpointError: naming it.
+        CheckpointError: it is; names it.
     """
     if not key.isprintable():
         raise CheckpointError(
-            f"{file}: {key!r}: a key with letters that can't be shown",
+            f"{file}: {key!r}: a key with unprintable characters",
             hint="do not use this file, or save it again under plain keys",
         )
     if len(key) > MAX_KEY_LETTERS:
         raise CheckpointError(
-            f"{file}: a key of {len(key)} letters, at most {MAX_KEY_LETTERS} are read: "
+            f"{file}: a key of {len(key)} characters, at most {MAX_KEY_LETTERS} are read: "
             f"{key[:40]}...",
             hint="save the file again under shorter keys",
         )
 
 
 def check_rank(file: str, key: str, rank: int) -> None:
-    """Refuse a tensor of more dimensions than torch computes with.
+    """Refuse a tensor with more dimensions than torch supports.
 
     Raises:
-        CheckpointError: naming it.
+        CheckpointError: it is; names it.
     """
     if rank > MAX_DIMS:
         raise CheckpointError(f"{file}: {key}: {rank} dimensions, at most {MAX_DIMS} are read")
 
 
 def encode(specs: Sequence[tuple[str, TensorSpec]], metadata: Mapping[str, str]) -> bytes:
-    """The first bytes of a file (length and header) that holds `specs` in this order."""
+    """Length and header of a file that holds `specs` in this order."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    at = 0
+    offset = 0
     for key, spec in specs:
         entries[key] = {
             "dtype": spec.dtype,
             "shape": list(spec.shape),
-            "data_offsets": [at, at + spec.nbytes],
+            "data_offsets": [offset, offset + spec.nbytes],
         }
-        at += spec.nbytes
+        offset += spec.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -187,7 +188,7 @@ def _entries(text: bytes, file: str) -> dict[str, object]:
             hint="download or save the file again",
         ) from error
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{file}: its header is no JSON object")
+        raise CheckpointError(f"{file}: its header is not a JSON object")
     metadata = entries.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
@@ -206,9 +207,9 @@ def _slot(file: str, key: str, entry: object, base: int) -> Slot:
             f"{file}: {key}: unknown dtype {dtype!r}", hint=f"known are {', '.join(DTYPE_BITS)}"
         )
     if not _are_sizes(shape):
-        raise CheckpointError(f"{file}: {key}: shape {shape!r} is no list of sizes")
+        raise CheckpointError(f"{file}: {key}: shape {shape!r} is not a list of sizes")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{file}: {key}: data_offsets {offsets!r} are no range")
+        raise CheckpointError(f"{file}: {key}: data_offsets {offsets!r} are not a range")
     check_rank(file, key, len(shape))
     n_elements = 1
     for size in shape:

@@ -1,8 +1,8 @@
-"""torch's own checkpoint files (.bin, .pt, .pth in the zip form), read and written without loading.
+"""torch's own checkpoint files (.bin, .pt, .pth in zip form), read and written without torch.load.
 
 A zip file whose entries are not compressed: one pickle that describes the tensors, and the raw
-bytes of each storage. How the pickle is read, without running anything of it: torch_pickle.py.
-Storages are found by their names in the zip file's directory.
+bytes of each storage. The pickle is read without running it, see torch_pickle.py; storages are
+found by their names in the zip file's directory.
 """
 
 import io
@@ -25,28 +25,28 @@ from streammap.io.storage import range_reader
 from streammap.io.storage.range_reader import RangeReader
 
 NESTS = ("model", "state_dict")
-"""Where a training checkpoint keeps its state dict, when it isn't one itself."""
+"""Keys under which a training checkpoint keeps its state dict."""
 _MAX_DIRECTORY_NBYTES = 100_000_000
 _AGAIN = "load it with torch and save it again"
 
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """What a torch file holds."""
+    """The contents of a torch file."""
 
     slots: tuple[Slot, ...]
     nest: str | None
-    """The entry ("model", ...) that the state dict is nested under."""
+    """The key ("model", ...) that the state dict is nested under."""
     others: tuple[str, ...]
-    """The entries beside that one: optimizer, epoch ..."""
+    """The other keys: optimizer, epoch ..."""
 
 
 def read(path: Path, file: RangeReader | None = None) -> TorchFile:
-    """Read where the tensors of a torch file are.
+    """Locate the tensors of a torch file.
 
     Args:
         path: The file, or its name.
-        file: Where its bytes are, if not on this machine.
+        file: Its bytes, if they are not on this machine.
 
     Raises:
         CheckpointError: not a zip-form torch file, a pickle that asks for more than tensors and
@@ -66,9 +66,9 @@ def read(path: Path, file: RangeReader | None = None) -> TorchFile:
 
 
 def table(path: Path) -> dict[str, Slot | None]:
-    """The entries of a torch file that holds one table: where a tensor is, None for what is none.
+    """The entries of a torch file that holds one dict: tensors as slots, other values as None.
 
-    An entry of None is left out. What is no table has no entries.
+    Entries whose value is None are left out. A file that holds something else has no entries.
 
     Raises:
         CheckpointError: as `read`.
@@ -88,7 +88,7 @@ def table(path: Path) -> dict[str, Slot | None]:
 def write_skeleton(
     path: Path, specs: Sequence[tuple[str, TensorSpec]], nest: str | None
 ) -> tuple[Slot, ...]:
-    """Write a torch file of `specs` with room for their bytes; the slots say where those go.
+    """Write a torch file with room for the bytes of `specs`; the slots say where they go.
 
     The bytes are reserved, not written: the cost does not depend on the tensors' size.
     """
@@ -106,37 +106,37 @@ def write_skeleton(
 def _content(
     path: Path, elsewhere: RangeReader | None
 ) -> tuple[object, Mapping[str, tuple[int, int]]]:
-    """What the pickle describes, and for each storage its first byte and its size."""
+    """The value of the pickle, and for each storage its first byte and size."""
     if elsewhere is None:
         opened: BinaryIO = os.fdopen(safe_open.open_file(path), "rb")
     else:
         opened = io.BufferedReader(elsewhere, range_reader.PAGE_NBYTES)
     with opened as file:
         entries = entries_of(file, path.name)
-        place = next((name for name in entries if name.endswith("/data.pkl")), None)
-        if place is None:
+        pickle_name = next((name for name in entries if name.endswith("/data.pkl")), None)
+        if pickle_name is None:
             raise CheckpointError(
                 f"{path.name}: not a torch checkpoint: a zip file without a data.pkl",
                 hint="is this a checkpoint?",
             )
-        start, nbytes = entries[place]
+        start, nbytes = entries[pickle_name]
         file.seek(start)
         text = file.read(min(nbytes, torch_pickle.MAX_NBYTES + 1))
-    at = f"{place.removesuffix('data.pkl')}data/"
-    storages = {n.removeprefix(at): e for n, e in entries.items() if n.startswith(at)}
+    prefix = f"{pickle_name.removesuffix('data.pkl')}data/"
+    storages = {n.removeprefix(prefix): e for n, e in entries.items() if n.startswith(prefix)}
     return torch_pickle.read(text, file=path.name), storages
 
 
 def entries_of(file: BinaryIO, name: str) -> dict[str, tuple[int, int]]:
-    """Name -> first byte and size of each entry of a zip file."""
+    """Name -> first byte and size, of each entry of a zip file."""
     size = file.seek(0, os.SEEK_END)
-    found: dict[str, tuple[int, int]] = {}
+    entries: dict[str, tuple[int, int]] = {}
     ends: list[tuple[int, int]] = []
     for entry in _directory(file, name, size):
-        if entry.filename in found:
+        if entry.filename in entries:
             raise CheckpointError(f"{name}: two entries {entry.filename}", hint=_AGAIN)
         start = _start(file, entry, name, size)
-        found[entry.filename] = (start, entry.file_size)
+        entries[entry.filename] = (start, entry.file_size)
         ends.append((entry.header_offset, start + entry.file_size))
         if entry.filename.endswith("/byteorder"):
             file.seek(start)
@@ -145,18 +145,18 @@ def entries_of(file: BinaryIO, name: str) -> dict[str, tuple[int, int]]:
     ends.sort()
     if any(end > after for (_, end), (after, _) in itertools.pairwise(ends)):
         raise CheckpointError(f"{name}: entries that overlap", hint=_AGAIN)
-    return found
+    return entries
 
 
 def _directory(file: BinaryIO, name: str, size: int) -> list[zipfile.ZipInfo]:
     try:
         if zipfile.is_zipfile(file):
             _check_directory(file, name, size)
-            found = zipfile.ZipFile(file).infolist()
+            entries = zipfile.ZipFile(file).infolist()
             raw = getattr(file, "raw", None)
             if isinstance(raw, RangeReader):
-                raw.fetch(entry.header_offset for entry in found)
-            return found
+                raw.fetch(entry.header_offset for entry in entries)
+            return entries
     except CheckpointError:
         raise
     except Exception as error:  # a hostile zip file can make zipfile raise anything
@@ -170,10 +170,10 @@ def _directory(file: BinaryIO, name: str, size: int) -> list[zipfile.ZipInfo]:
 
 
 def _start(file: BinaryIO, entry: zipfile.ZipInfo, name: str, size: int) -> int:
-    """Where an entry's bytes begin: what stands there must be what the directory says."""
+    """Where an entry's bytes begin, by its own header, which must agree with the directory."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
         raise CheckpointError(
-            f"{name}: {entry.filename} is compressed, torch stores entries plainly", hint=_AGAIN
+            f"{name}: {entry.filename} is compressed; torch does not compress entries", hint=_AGAIN
         )
     is_there = 0 <= entry.header_offset < size
     file.seek(entry.header_offset if is_there else 0)
@@ -194,11 +194,11 @@ def _check_directory(file: BinaryIO, name: str, size: int) -> None:
     """Refuse a zip file whose directory would fill the memory: each entry becomes an object."""
     file.seek(max(0, size - 66_000))
     tail = file.read()
-    at = tail.rfind(b"PK\x05\x06")
-    nbytes = int.from_bytes(tail[at + 12 : at + 16], "little")
-    far = tail.rfind(b"PK\x06\x06", 0, at)
-    if far >= 0:
-        nbytes = max(nbytes % (2**32 - 1), int.from_bytes(tail[far + 40 : far + 48], "little"))
+    end = tail.rfind(b"PK\x05\x06")
+    nbytes = int.from_bytes(tail[end + 12 : end + 16], "little")
+    end64 = tail.rfind(b"PK\x06\x06", 0, end)
+    if end64 >= 0:
+        nbytes = max(nbytes % (2**32 - 1), int.from_bytes(tail[end64 + 40 : end64 + 48], "little"))
     if nbytes > _MAX_DIRECTORY_NBYTES:
         raise CheckpointError(
             f"{name}: a directory of {nbytes} bytes, at most {_MAX_DIRECTORY_NBYTES} are read",
@@ -211,14 +211,14 @@ def _state_dict(
 ) -> tuple[Mapping[str, StoredTensor | UnsupportedTensor], str | None]:
     if isinstance(content, dict):
         for nest in (None, *NESTS):
-            found = content if nest is None else content.get(nest)
-            if _is_state_dict(found):
-                return found, nest
-    told = type(content).__name__
+            state = content if nest is None else content.get(nest)
+            if _is_state_dict(state):
+                return state, nest
+    kind = type(content).__name__
     if isinstance(content, dict):
-        told = some([k if isinstance(k, str) else repr(k) for k in content], limit=5)
+        kind = some([k if isinstance(k, str) else repr(k) for k in content], limit=5)
     raise CheckpointError(
-        f"{file}: no state dict in it or under 'model' or 'state_dict', found {told or 'nothing'}",
+        f"{file}: no state dict in it or under 'model' or 'state_dict', found {kind or 'nothing'}",
         hint='save {"model": model.state_dict()}',
     )
 
@@ -259,7 +259,7 @@ def _slot(
     if end > nbytes or tensor.storage.key not in storages:
         raise CheckpointError(
             f"{file}: {key} needs {end} bytes of storage {tensor.storage.key}, there are {nbytes}",
-            hint=f"the file was cut short, or made by others: {_AGAIN}",
+            hint=f"the file was cut short, or not written by torch: {_AGAIN}",
         )
     spec = TensorSpec(tensor.dtype, tensor.shape)
     if not n_elements:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 Network = Literal["none", "ranges", "files"]
-"""How bytes come over a network: not at all, part by part, or as whole files."""
+"""How bytes come over a network: not at all, range by range, or as whole files."""
 
 
 N_CONNECTIONS = 8
@@ -24,13 +24,13 @@ N_CONNECTIONS = 8
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What tells a file from another one, and from itself when it was written to."""
+    """What identifies the content of a file: it changes when the file is written to."""
 
     nbytes: int
     mtime_ns: int = 0
-    """When it was written; 0 where `version` tells."""
+    """When it was last written; 0 where there is a `version`."""
     version: str = ""
-    """What its place calls its content (an etag, a digest); "" on this machine."""
+    """The storage's own name for the content (an etag, a digest); "" on this machine."""
 
 
 class OpenFile(Protocol):
@@ -88,40 +88,40 @@ def read_bytes(file: OpenFile, start: int, end: int) -> bytearray:
 
 
 class Storage(Protocol):
-    """A folder or a file. Its files have relative names with slashes; folders have none."""
+    """A folder or a file. Files have relative names with slashes; folders are not listed."""
 
     @property
     def name(self) -> str:
-        """What people call it: the last part of its path."""
+        """Its short name: the last part of its path."""
         ...
 
     @property
     def file(self) -> str | None:
-        """The name of the file that it is; None for a folder."""
+        """Its name if it is a file; None for a folder."""
         ...
 
     @property
     def address(self) -> str:
-        """What opens it again, with all that is known of its version."""
+        """What opens it again, pinned to its version if it has one."""
         ...
 
     @property
     def origin(self) -> Mapping[str, str]:
-        """Where it is, for the record that is kept with results; {} on this machine."""
+        """Where it is, for the record of a result; {} on this machine."""
         ...
 
     @property
     def n_at_once(self) -> int:
-        """How many files are best looked at together."""
+        """How many files are best opened at once."""
         ...
 
     @property
     def is_streamed(self) -> bool:
-        """Whether each read goes over a network, so that it is better asked for in advance."""
+        """Whether each read goes over a network, so that prefetching pays."""
         ...
 
     def where(self, name: str) -> str:
-        """What a message calls a file."""
+        """How messages name a file."""
         ...
 
     def has(self, name: str) -> bool:
@@ -129,15 +129,15 @@ class Storage(Protocol):
         ...
 
     def names(self) -> Collection[str]:
-        """All files of the folder, and for places elsewhere also those in folders inside."""
+        """All files of the folder; storages elsewhere list subfolders too."""
         ...
 
     def path(self, name: str) -> Path | None:
-        """Where a file is on this machine; None where it isn't yet, or never will be."""
+        """Where a file is on this machine; None if it is not here (yet)."""
         ...
 
     def stat(self, name: str) -> Stat:
-        """What a file is."""
+        """Size and version of a file."""
         ...
 
     def read(self, name: str, *, limit: int) -> bytes:
@@ -149,45 +149,45 @@ class Storage(Protocol):
         ...
 
     def peek(self, name: str) -> OpenFile:
-        """A file for a look at its beginning and end: only what is asked for is fetched."""
+        """A file opened to read a few ranges of it, such as its header."""
         ...
 
     def open(self, name: str, stat: Stat) -> OpenFile:
-        """A file whose bytes will be used; opened when they first are."""
+        """A file whose tensors will be read; opened on first use."""
         ...
 
     def expect(self, names: tuple[str, ...]) -> None:
-        """Be told that these files will be read, in this order; what was cancelled may go on."""
+        """Announce the files that will be read, in this order; this also undoes `cancel`."""
         ...
 
 
 class Sink(Protocol):
-    """A folder elsewhere, or a file, that is written to. All errors are OutputErrors."""
+    """A folder or file elsewhere that a result is written to. All errors are OutputErrors."""
 
     @property
     def label(self) -> str:
-        """What messages call it, and what tells it from others."""
+        """How messages name it; unique."""
         ...
 
     @property
     def file(self) -> str | None:
-        """The name of the file that it is; None for a folder."""
+        """Its name if it is a file; None for a folder."""
         ...
 
     def names(self) -> Mapping[str, str]:
-        """Each file that is there, and what tells its content."""
+        """The files that exist, each with the storage's name for its content."""
         ...
 
     def is_harmless(self, name: str) -> bool:
-        """Whether a file that is there is no reason to refuse."""
+        """Whether an existing file may stay beside a new result."""
         ...
 
     def put(self, name: str, path: Path) -> str:
-        """Send a file; it appears when it is whole. Gives what `names` will say of it."""
+        """Send a file; it appears when it is complete. Returns its entry in `names`."""
         ...
 
     def put_all(self, contents: Mapping[str, bytes]) -> None:
-        """Send small files; the last ones make the result whole."""
+        """Send small files, in this order: the last ones complete the result."""
         ...
 
     def remove(self, names: Sequence[str]) -> None:
@@ -195,5 +195,5 @@ class Sink(Protocol):
         ...
 
     def extras(self) -> Iterable[tuple[str, bytes]]:
-        """Files that only this kind of place has."""
+        """Files that only this kind of storage gets."""
         ...

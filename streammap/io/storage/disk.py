@@ -1,4 +1,4 @@
-"""What a run does to a disk, as one small seam: so that tests can let any of it fail.
+"""The disk operations of a run behind one interface, so that tests can make any of them fail.
 
     with disk.using(faults.fail_at(7)):      # see streammap.testing.faults
         checkpoint.save("out")
@@ -16,34 +16,34 @@ from pathlib import Path
 from typing import Protocol, final
 
 _CANNOT = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM))
-"""Errors of file systems that reserve nothing."""
+"""Errors of file systems that cannot reserve space."""
 
 
 class Disk(Protocol):
-    """Files: opened, given room, read and written at a place, synced, renamed, removed."""
+    """Opens, reserves, reads and writes at an offset, syncs, renames and removes files."""
 
     def open(self, path: Path, flags: int) -> int:
-        """A descriptor of a file."""
+        """Open a file; returns its descriptor."""
         ...
 
     def allocate(self, descriptor: int, nbytes: int) -> None:
-        """Make a file this long and reserve its room; nothing where that can't be done."""
+        """Extend a file to this length and reserve its blocks, if the file system can."""
         ...
 
     def pread(self, descriptor: int, view: memoryview, offset: int) -> int:
-        """Fill (a part of) `view`; gives the bytes read, 0 at the file's end."""
+        """Fill (a part of) `view`; returns the bytes read, 0 at the end of the file."""
         ...
 
     def pwrite(self, descriptor: int, view: memoryview, offset: int) -> int:
-        """Write (a part of) `view`; gives the bytes written."""
+        """Write (a part of) `view`; returns the bytes written."""
         ...
 
     def sync(self, descriptor: int) -> None:
-        """Wait until the disk has the file (or a folder's entries)."""
+        """Wait until the file (or a folder's entries) is on the disk."""
         ...
 
     def replace(self, old: Path, new: Path) -> None:
-        """Rename a file; one of that name is replaced."""
+        """Rename a file, replacing one of that name."""
         ...
 
     def remove(self, path: Path) -> None:
@@ -53,14 +53,14 @@ class Disk(Protocol):
 
 @final
 class LocalDisk:
-    """This machine's."""
+    """This machine's disks."""
 
     def open(self, path: Path, flags: int) -> int:
         """See Disk."""
         return os.open(path, flags | os.O_CLOEXEC, 0o666)
 
     def allocate(self, descriptor: int, nbytes: int) -> None:
-        """See Disk. Writes are faster then, and a full disk is known at once."""
+        """See Disk. Makes writes faster, and a full disk shows at once."""
         reserve = _fallocate()
         code = reserve(descriptor, nbytes) if reserve is not None and nbytes else 0
         if code and code not in _CANNOT:
@@ -89,23 +89,23 @@ class LocalDisk:
 
 @cache
 def _fallocate() -> Callable[[int, int], int] | None:
-    """The system's call, which gives an error's number; None where there is none.
+    """Linux' fallocate, which returns an errno; None on other systems.
 
-    Not os.posix_fallocate: where a file system can't, the C library writes to each of its blocks.
+    Not os.posix_fallocate: where the file system cannot reserve, the C library writes every block.
     """
     if not sys.platform.startswith("linux") or sys.maxsize < 2**32:
         return None
     import ctypes
 
     try:
-        found = ctypes.CDLL(None, use_errno=True).fallocate
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     except (OSError, AttributeError):
         return None
-    found.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
     def call(descriptor: int, nbytes: int) -> int:
         while True:
-            code = ctypes.get_errno() if found(descriptor, 0, 0, nbytes) else 0
+            code = ctypes.get_errno() if fallocate(descriptor, 0, 0, nbytes) else 0
             if code != errno.EINTR:
                 return code
 
@@ -116,13 +116,13 @@ _used: list[Disk] = [LocalDisk()]
 
 
 def current() -> Disk:
-    """The disk that runs use."""
+    """The disk in use."""
     return _used[-1]
 
 
 @contextlib.contextmanager
 def using(other: Disk) -> Iterator[None]:
-    """Let all runs of this process use another one; for tests."""
+    """Use another disk in the whole process; for tests."""
     _used.append(other)
     try:
         yield
@@ -131,7 +131,7 @@ def using(other: Disk) -> Iterator[None]:
 
 
 def sync_folder(disk: Disk, folder: Path) -> None:
-    """Wait until the disk has the entries of a folder."""
+    """Wait until the entries of a folder are on the disk."""
     descriptor = disk.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         disk.sync(descriptor)
@@ -140,7 +140,7 @@ def sync_folder(disk: Disk, folder: Path) -> None:
 
 
 def write_all(disk: Disk, descriptor: int, view: memoryview, offset: int) -> None:
-    """Write all of `view`, however short the single writes are."""
-    at = 0
-    while at < len(view):
-        at += disk.pwrite(descriptor, view[at:], offset + at)
+    """Write all of `view`, in as many writes as it takes."""
+    n_done = 0
+    while n_done < len(view):
+        n_done += disk.pwrite(descriptor, view[n_done:], offset + n_done)

@@ -2,9 +2,10 @@
 
     org/name, org/name@revision, hf://org/name@revision/folder/or/file
 
-The commit is asked for once; all that follows asks for that commit, so a push in between changes
-nothing. Headers are fetched by ranges. Weights come through the client's own download into its
-cache (hub_file.py), or by ranges without touching the disk; what the cache has is read there.
+The revision is resolved to a commit once, and all later requests name that commit, so that a push
+in between changes nothing. Headers are fetched by ranges. Weights come through the client's own
+download into its cache (hub_file.py), or by ranges without touching the disk; files that are in the
+cache already are read there.
 """
 
 import os
@@ -43,15 +44,15 @@ class HubStorage:
     n_at_once = N_CONNECTIONS
 
     def __init__(self, name: HubName, *, stream: bool) -> None:
-        """Ask for the commit and its files, or look into the cache where the Hub is offline.
+        """Ask for the commit and its files; offline, look into the cache.
 
         Raises:
-            CheckpointError: no such repository or revision, no right to see it, no Hub.
+            CheckpointError: no such repository or revision, no access to it, no connection.
         """
         self._name = name
         self._client = hub_client.Client(name.repo, threading.Event())
         self._seen: dict[str, str] = {}
-        """What answers called each file's content, since it was opened."""
+        """The etags of answers so far: each must stay as it is."""
         self.is_offline = hub_client.is_offline()
         listing = self._cached_listing() if self.is_offline else self._listing()
         self.commit = listing.sha
@@ -80,9 +81,9 @@ class HubStorage:
 
     @property
     def origin(self) -> Mapping[str, str]:
-        """Repository, what was asked for, and the commit that it was then."""
-        found = {"repo": self._name.repo, "revision": self._name.revision, "commit": self.commit}
-        return {**found, "path": self._name.path} if self._name.path else found
+        """Repository, revision as given, and the commit that it was."""
+        origin = {"repo": self._name.repo, "revision": self._name.revision, "commit": self.commit}
+        return {**origin, "path": self._name.path} if self._name.path else origin
 
     def where(self, name: str) -> str:
         """Repository, commit and file."""
@@ -98,15 +99,15 @@ class HubStorage:
         return [name[n:] for name in self._files if name.startswith(self._prefix)]
 
     def path(self, name: str) -> Path | None:
-        """Where the cache has a file."""
+        """Where a file is in the cache."""
         return self._client.cached(self._prefix + name, self.commit)
 
     def stat(self, name: str) -> Stat:
-        """What the commit says that a file is."""
+        """Size and etag of a file in the commit."""
         return self._files[self._prefix + name]
 
     def read(self, name: str, *, limit: int) -> bytes:
-        """All of a small file; into the cache, unless the place is streamed."""
+        """All of a small file; it goes into the cache, unless this storage is streamed."""
         stat, path = self.stat(name), self.path(name)
         if stat.nbytes > limit:
             raise CheckpointError(f"{self.where(name)}: {stat.nbytes} bytes, at most {limit}")
@@ -117,7 +118,7 @@ class HubStorage:
         return bytes(read_bytes(self.peek(name), 0, stat.nbytes))
 
     def peek(self, name: str) -> OpenFile:
-        """The file by ranges, or in the cache."""
+        """The file in the cache, or else by ranges."""
         stat, path = self.stat(name), self.path(name)
         if path is not None:
             return _local(path, self.where(name), stat)
@@ -125,7 +126,7 @@ class HubStorage:
         return RangeFile(self._client, full, self.commit, stat, self._seen)
 
     def open(self, name: str, stat: Stat) -> OpenFile:
-        """The file in the cache, or on its way there, or by ranges."""
+        """The file in the cache or on its way there, or by ranges."""
         path = self.path(name)
         if path is not None:
             return _local(path, self.where(name), stat)
@@ -166,7 +167,7 @@ class HubStorage:
             raise CheckpointError(message + told, hint=error.hint) from error.__cause__
 
     def _cached_listing(self) -> _Listing:
-        """What the cache has of the revision."""
+        """The files of the revision that are in the cache."""
         name = self._name
         folder = self._client.snapshot(name.revision)
         if folder is None:
@@ -187,11 +188,11 @@ class HubStorage:
 
 
 def _local(path: Path, where: str, stat: Stat) -> LocalFile:
-    """A file of the cache, which must be what the commit says."""
-    found = path.stat()
-    if found.st_size != stat.nbytes:
+    """A file in the cache, whose size must be the commit's."""
+    status = path.stat()
+    if status.st_size != stat.nbytes:
         raise CheckpointError(
-            f"{where}: {found.st_size} bytes in the cache, the Hub says {stat.nbytes}",
+            f"{where}: {status.st_size} bytes in the cache, the Hub says {stat.nbytes}",
             hint=f"remove {path} and let it be fetched again",
         )
-    return LocalFile(path, found.st_size, found.st_mtime_ns)
+    return LocalFile(path, status.st_size, status.st_mtime_ns)

@@ -1,6 +1,6 @@
-"""What streammap asks of huggingface_hub, and what its errors mean to a user.
+"""Everything asked of huggingface_hub, and its errors as ours.
 
-The client's own session, headers, tokens and cache are used, through its public names.
+The client's own session, headers, tokens and cache are used, through its public API.
 """
 
 import importlib
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 TIMEOUT_SECONDS = 30.0
-"""How long a connection may say nothing."""
+"""How long a connection may be silent."""
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _LOOKED_FOR = (
     "config.json",
@@ -34,14 +34,14 @@ _Result = TypeVar("_Result")
 
 
 def endpoint() -> str:
-    """The Hub's address: HF_ENDPOINT as it is now, or as the client knows it."""
+    """The Hub's address: HF_ENDPOINT as it is now, or the client's setting."""
     from huggingface_hub import constants
 
     return (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
 
 
 def cache_folder() -> Path:
-    """The Hub's cache: HF_HUB_CACHE as it is now, or as the client knows it."""
+    """The Hub's cache: HF_HUB_CACHE as it is now, or the client's setting."""
     from huggingface_hub import constants
 
     return Path(os.environ.get("HF_HUB_CACHE") or constants.HF_HUB_CACHE).expanduser()
@@ -72,33 +72,33 @@ class Client:
 
     @cached_property
     def headers(self) -> dict[str, str]:
-        """What each request carries: the token, and who asks."""
-        found = _utils().build_hf_headers(library_name="streammap", library_version=VERSION)
-        return {**found, "Accept-Encoding": "identity"}
+        """Headers of each request: the token and the user agent."""
+        headers = _utils().build_hf_headers(library_name="streammap", library_version=VERSION)
+        return {**headers, "Accept-Encoding": "identity"}
 
     def url(self, name: str, commit: str) -> str:
-        """Where a file's bytes are."""
+        """Where a file can be fetched."""
         from huggingface_hub import hf_hub_url
 
         return hf_hub_url(self.repo, name, revision=commit, endpoint=endpoint())
 
     def cached(self, name: str, commit: str) -> Path | None:
-        """Where the cache has a file."""
+        """Where a file is in the cache."""
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(self.repo, name, revision=commit, cache_dir=cache_folder())
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(self.repo, name, revision=commit, cache_dir=cache_folder())
+        return Path(path) if isinstance(path, str) else None
 
     def snapshot(self, revision: str) -> Path | None:
-        """The cache's folder of a revision."""
+        """The folder of a revision in the cache."""
         for name in _LOOKED_FOR:
-            found = self.cached(name, revision)
-            if found is not None:
-                return found.parent
+            path = self.cached(name, revision)
+            if path is not None:
+                return path.parent
         return None
 
     def download(self, name: str, revision: str) -> Path:
-        """Fetch a file into the cache, by the client's own means.
+        """Fetch a file into the cache with the client's own download.
 
         Raises:
             CheckpointError: it can't be fetched.
@@ -122,15 +122,19 @@ class Client:
         )
 
     def check_cancelled(self) -> None:
-        """End in an error where nobody waits any more."""
+        """Raise if the request was cancelled.
+
+        Raises:
+            CheckpointError: it was.
+        """
         if self.cancelled.is_set():
             raise CheckpointError(f"{self.repo}: cancelled")
 
     def check_room(self, nbytes: int) -> None:
-        """Refuse to begin what the cache's disk has no room for.
+        """Check that the disk of the cache has room.
 
         Raises:
-            CheckpointError: naming both numbers.
+            CheckpointError: it has not; names both sizes.
         """
         folder = cache_folder()
         while not folder.exists() and folder != folder.parent:
@@ -145,11 +149,11 @@ class Client:
 
     @contextmanager
     def stream(self, url: str, headers: dict[str, str]) -> Iterator[Any]:
-        """An answer whose body is read piece by piece.
+        """An answer whose body is read in pieces.
 
         Raises:
-            TransientError: it may go well the next time.
-            CheckpointError: it will not.
+            TransientError: a retry may succeed.
+            CheckpointError: a retry would fail too.
         """
         utils = _utils()
         try:
@@ -164,10 +168,10 @@ class Client:
             raise self.explained(error) from error
 
     def patiently(self, ask: Callable[[], _Result], where: str) -> _Result:
-        """What `ask` gives, tried again while it may go well.
+        """The result of `ask`, retried while its errors are transient.
 
         Raises:
-            CheckpointError: it does not.
+            CheckpointError: it failed for good.
         """
         patience = RetryPolicy(where, self.cancelled)
         while True:
@@ -186,9 +190,9 @@ class Client:
         from huggingface_hub import errors
 
         if isinstance(error, errors.OfflineModeIsEnabled):
-            return self._told("HF_HUB_OFFLINE is set", hint="unset it to reach the Hub")
+            return self._error("HF_HUB_OFFLINE is set", hint="unset it to reach the Hub")
         if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
-            cause = error.__cause__  # the cache lacks it, and the Hub failed
+            cause = error.__cause__  # not in the cache, and the Hub failed
             return self.explained(cause if isinstance(cause, Exception) else Exception(str(cause)))
         status = _status(error)
         if status in _BUSY:
@@ -201,59 +205,59 @@ class Client:
             (errors.RevisionNotFoundError, lambda: self._no_revision(error)),
             (errors.RepositoryNotFoundError, lambda: self._no_repo(error)),
             (errors.EntryNotFoundError, lambda: self._no_file(error)),
-            (errors.HFValidationError, lambda: self._told(f"no name of a repository: {error}")),
+            (errors.HFValidationError, lambda: self._error(f"no name of a repository: {error}")),
         )
-        for kind, told in known:
+        for kind, explain in known:
             if isinstance(error, kind):
-                return told()
+                return explain()
         if status in (401, 403):
             return self._no_repo(error)
         if isinstance(error, OSError) and error.errno:
-            return self._told(str(error), hint="free disk space, or set HF_HOME to another disk")
+            return self._error(str(error), hint="free disk space, or set HF_HOME to another disk")
         if isinstance(error, OSError) and status is None:  # a body of another length
             return TransientError(str(error).splitlines()[0])
         if status is None and isinstance(error.__cause__, Exception):
             return self.explained(error.__cause__)
         first = str(error).strip().splitlines() or [type(error).__name__]
-        return self._told(f"the Hub's client failed: {first[0]}")
+        return self._error(f"the Hub's client failed: {first[0]}")
 
-    def _told(self, message: str, *, hint: str | None = None) -> CheckpointError:
+    def _error(self, message: str, *, hint: str | None = None) -> CheckpointError:
         return CheckpointError(f"{self.repo}: {message}", hint=hint)
 
     def _gated(self) -> CheckpointError:
-        return self._told(
+        return self._error(
             "gated: its owner asks you to accept its terms first",
             hint=f"accept them at {endpoint()}/{self.repo}, and log in: hf auth login"
             + ("" if self.has_token else " (no token is set now)"),
         )
 
     def _no_revision(self, error: Exception) -> CheckpointError:
-        return self._told(
+        return self._error(
             "no such revision",
             hint=f"{endpoint()}/{self.repo}/tree/main lists them; without @ it is main",
         )
 
     def _no_file(self, error: Exception) -> CheckpointError:
-        return self._told("a file is gone from the commit", hint="open it again")
+        return self._error("a file is gone from the commit", hint="open it again")
 
     def _no_repo(self, error: Exception) -> CheckpointError:
         status = _status(error)
         if status == 401 and self.has_token:
-            return self._told(
+            return self._error(
                 "the Hub does not accept the token",
-                hint="log in anew: hf auth login, or set HF_TOKEN to a token that is valid",
+                hint="log in again: hf auth login, or set HF_TOKEN to a token that is valid",
             )
         if status == 403:
-            return self._told(
+            return self._error(
                 "the token may not do this",
                 hint="use a token with access to it: hf auth login, or set HF_TOKEN",
             )
         if self.has_token:
-            return self._told(
+            return self._error(
                 f"not on {endpoint()}, or private and not yours",
                 hint="check the name, and who you are: hf auth whoami",
             )
-        return self._told(
+        return self._error(
             f"not on {endpoint()}, or private",
             hint="check the name; if it is private, log in: hf auth login, or set HF_TOKEN",
         )
@@ -265,7 +269,7 @@ class Client:
 
 
 def _utils() -> Any:
-    """Its public helpers, which its annotations do not name."""
+    """huggingface_hub.utils: imported by name, because its annotations are incomplete."""
     return importlib.import_module("huggingface_hub.utils")
 
 
@@ -276,21 +280,21 @@ def _status(error: Exception) -> int | None:
 
 
 def _asked_wait(error: Exception) -> float:
-    """Seconds that the server asks to wait."""
-    text = getattr(error, "response", None)
-    value = text.headers.get("Retry-After", "") if text is not None else ""
+    """Seconds that the server asks us to wait."""
+    response = getattr(error, "response", None)
+    value = response.headers.get("Retry-After", "") if response is not None else ""
     return float(value) if value.isdecimal() else 0.0
 
 
 def _is_transport(error: Exception) -> bool:
-    """Whether a connection failed; by name, for the client changed its transport once already."""
+    """Whether a connection failed. By class name: the client has changed its transport before."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"TransportError", "ConnectionError", "TimeoutError", "StreamError"})
 
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """No progress bars of the client's own inside."""
+    """Hide the client's own progress bars."""
     utils = _utils()
     if utils.are_progress_bars_disabled():
         yield
@@ -303,17 +307,17 @@ def no_bars() -> Iterator[None]:
 
 
 def _bar(cancelled: threading.Event) -> Any:
-    """A progress bar that shows nothing, and ends a download that nobody waits for any more."""
+    """A progress bar that shows nothing, and aborts a cancelled download."""
     base: Any = _utils().tqdm
 
     class Silent(base):  # type: ignore[misc]
-        """Takes part in a download only to stop it."""
+        """Takes part in a download only to be able to abort it."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> bool | None:
-            """Called with each piece that came."""
+            """Called with each piece that arrived."""
             if cancelled.is_set():
                 raise CheckpointError("cancelled")
             return None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _N_AHEAD = 2
-"""Shards that are fetched before anybody asks for them, at most."""
+"""How many shards are fetched before they are needed, at most."""
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 3.0
 
@@ -34,35 +34,35 @@ class RangeFile(OpenFile):
         """Connect to nothing yet.
 
         Args:
-            seen: What answers called each file's content so far.
+            seen: The etags of answers so far, by file and kind of answer.
         """
         self._client, self._name, self._stat = client, name, stat
         self._where = f"{client.repo}@{commit[:12]}/{name}"
         self._url = client.url(name, commit)
         self._storage: str | None = None
-        """Where a redirect led: a link that lasts some time, and spares a question each."""
+        """Where a redirect led: a link that is valid for some time and saves a request each."""
         self._seen = seen
 
     def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
-        """Fill `view` with the file's bytes from `offset` on; what arrived is not asked for again.
+        """Fill `view` with the file's bytes from `offset` on; retries ask for the rest only.
 
         Raises:
             CheckpointError: the Hub refuses, fails too often, or has other bytes now.
         """
-        patience, at = RetryPolicy(self._where, self._client.cancelled), 0
-        while at < len(view):
-            before = at
+        patience, n_done = RetryPolicy(self._where, self._client.cancelled), 0
+        while n_done < len(view):
+            n_before = n_done
             try:
-                for piece in self._pieces(offset + at, len(view) - at):
-                    view[at : at + len(piece)] = piece
-                    at += len(piece)
-                found = TransientError("an answer without bytes")
+                for piece in self._pieces(offset + n_done, len(view) - n_done):
+                    view[n_done : n_done + len(piece)] = piece
+                    n_done += len(piece)
+                failure = TransientError("an answer without bytes")
             except TransientError as error:
-                found = error
-            if at < len(view):
-                if at > before:
+                failure = error
+            if n_done < len(view):
+                if n_done > n_before:
                     patience.progress()
-                patience.wait(found, f" at byte {offset + at}")
+                patience.wait(failure, f" at byte {offset + n_done}")
 
     def cancel(self) -> None:
         """Let waiting reads end in an error."""
@@ -87,12 +87,12 @@ class RangeFile(OpenFile):
         except CheckpointError:
             if url == self._url or self._client.cancelled.is_set():
                 raise
-            # The link may have expired: ask the Hub itself, which says so if it is something else.
+            # The link may have expired: ask the Hub again, which says so if it is something else.
             self._storage = None
             raise TransientError("the storage refuses") from None
 
     def _check(self, response: Any, start: int) -> None:
-        """Refuse other bytes than those that were asked for."""
+        """Refuse bytes of another range or another version of the file."""
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
         if response.status_code == 200:
             total = response.headers.get("Content-Length", "")
@@ -128,12 +128,12 @@ def _plain(etag: str | None) -> str:
 
 @dataclass(slots=True)
 class _Job:
-    """A download, waiting, on its way, or done."""
+    """A download: waiting, running or done."""
 
     name: str
     stat: Stat
     is_wanted: bool = False
-    """Whether somebody asked for its bytes."""
+    """Whether a reader waits for it, or has read it."""
     done: threading.Event = field(default_factory=threading.Event)
     path: Path | None = None
     error: BaseException | None = None
@@ -141,20 +141,20 @@ class _Job:
 
 @final
 class Downloads:
-    """Downloads of one commit's files into the cache, a few ahead of their use."""
+    """Downloads files of one commit into the cache, a few ahead of their use."""
 
     def __init__(self, client: Client, commit: str) -> None:
-        """Download nothing yet."""
+        """Start no download yet."""
         self._client, self._commit = client, commit
         self._jobs: dict[str, _Job] = {}
         self._expected: deque[_Job] = deque()
         self._lock = threading.Lock()
 
     def expect(self, files: Mapping[str, Stat]) -> None:
-        """Begin to fetch files that will be read, in this order.
+        """Start fetching files that will be read, in this order.
 
         Raises:
-            CheckpointError: the cache's disk has no room for them.
+            CheckpointError: the disk of the cache has no room for them.
         """
         with self._lock:
             self._expected.clear()
@@ -164,17 +164,17 @@ class Downloads:
             self._advance()
 
     def fetch(self, name: str, stat: Stat, revision: str | None = None) -> Path:
-        """Where a file is, once it is there.
+        """Wait for a file; returns where it is.
 
         Args:
-            revision: What the user calls the commit, so that the cache knows it by that name too.
+            revision: The user's name for the commit, so that the cache knows it by that name too.
 
         Raises:
             CheckpointError: it can't be fetched.
         """
         with self._lock:
             job = self._jobs.get(name)
-            if job is None or job.error is not None:  # it may go well this time
+            if job is None or job.error is not None:  # a retry may succeed
                 job = next((j for j in self._expected if j.name == name), None) or _Job(name, stat)
                 if job in self._expected:
                     self._expected.remove(job)
@@ -188,7 +188,7 @@ class Downloads:
         return job.path
 
     def cancel(self) -> None:
-        """Stop all; wait a little, so that the client removes what it began."""
+        """Stop all; wait a little, so that the client can remove its partial files."""
         if self._client.cancelled.is_set():
             return
         self._client.cancelled.set()
@@ -200,7 +200,7 @@ class Downloads:
             job.done.wait(max(0.0, until - time.monotonic()))
 
     def _advance(self) -> None:
-        """Start the next ones, as long as few wait for their use. Called with the lock."""
+        """Start the next downloads, up to _N_AHEAD unread ones. Called with the lock held."""
         n_ahead = sum(not job.is_wanted for job in self._jobs.values())
         while self._expected and n_ahead < _N_AHEAD:
             self._start(self._expected.popleft(), None)
@@ -208,7 +208,7 @@ class Downloads:
 
     def _start(self, job: _Job, revision: str | None) -> None:
         self._jobs[job.name] = job
-        # A thread that ends with the program: the client's download can't be told to stop sooner.
+        # A daemon: the client's download only stops at its next piece, and must not delay the exit.
         threading.Thread(
             target=self._run, args=(job, revision), daemon=True, name=f"streammap-{job.name}"
         ).start()
@@ -216,11 +216,11 @@ class Downloads:
     def _run(self, job: _Job, revision: str | None) -> None:
         try:
             path = self._client.download(job.name, revision or self._commit)
-            if revision is not None and self._commit not in path.parts:  # a push came between
+            if revision is not None and self._commit not in path.parts:  # a push came in between
                 path = self._client.download(job.name, self._commit)
             self._check(path, job)
             job.path = path
-        except BaseException as error:  # raised again where the file is wanted
+        except BaseException as error:  # raised in `fetch`
             job.error = error
         job.done.set()
 
@@ -242,10 +242,10 @@ class Downloads:
 
 @final
 class CachedFile(OpenFile):
-    """A file that is read in the cache, and fetched into it when it is first needed."""
+    """A file that is read in the cache, and downloaded there on first use."""
 
     def __init__(self, downloads: Downloads, name: str, stat: Stat) -> None:
-        """Fetch nothing yet."""
+        """Download nothing yet."""
         self._downloads, self._name, self._stat = downloads, name, stat
         self._file: LocalFile | None = None
         self._lock = threading.Lock()
@@ -255,8 +255,8 @@ class CachedFile(OpenFile):
         with self._lock:
             if self._file is None:
                 path = self._downloads.fetch(self._name, self._stat)
-                found = path.stat()
-                self._file = LocalFile(path, found.st_size, found.st_mtime_ns)
+                status = path.stat()
+                self._file = LocalFile(path, status.st_size, status.st_mtime_ns)
             return self._file
 
     def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
@@ -272,7 +272,7 @@ class CachedFile(OpenFile):
         return self._local.part(start, end)
 
     def check_unchanged(self) -> None:
-        """Compare the cache's file with what it was when it came."""
+        """Compare the file in the cache with what was downloaded."""
         if self._file is not None:
             self._file.check_unchanged()
 

@@ -1,4 +1,4 @@
-"""What a user calls a model of the Hub.
+"""Names of models of the Hub, as users write them.
 
 org/name, org/name@revision, hf://org/name@revision/folder/or/file
 """
@@ -19,7 +19,7 @@ _URI = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """What a user calls a repository."""
+    """A repository, a revision, and maybe a folder or file inside."""
 
     repo: str
     revision: str
@@ -29,24 +29,25 @@ class HubName:
 
 
 def is_one(text: str) -> bool:
-    """Whether a name can be a repository's: org/name, and not that of a file."""
+    """Whether a name looks like a repository: org/name, and not like a file."""
     return _ID.fullmatch(text) is not None and not text.endswith(_FILES)
 
 
 def parse(text: str) -> HubName:
-    """Take a name apart.
+    """Split a name into its parts.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: not a name of a model.
     """
     if not text.startswith("hf://"):
         repo, _, revision = text.partition("@")
         return HubName(repo, revision or "main", "", text)
     rest = text.removeprefix("hf://").removeprefix("models/")
-    found = _URI.fullmatch(rest)
-    if found is None or rest.startswith(("datasets/", "spaces/", "buckets/")):
+    parts = _URI.fullmatch(rest)
+    if parts is None or rest.startswith(("datasets/", "spaces/", "buckets/")):
         raise CheckpointError(
-            f"{text}: no model of the Hub", hint="expected hf://org/name or hf://org/name@revision"
+            f"{text}: not a model of the Hub",
+            hint="expected hf://org/name or hf://org/name@revision",
         )
-    revision = unquote(found["revision"] or "main")
-    return HubName(found["repo"], revision, (found["path"] or "").strip("/"), text)
+    revision = unquote(parts["revision"] or "main")
+    return HubName(parts["repo"], revision, (parts["path"] or "").strip("/"), text)

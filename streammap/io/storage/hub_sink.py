@@ -1,7 +1,7 @@
-"""A branch of a repository of the Hub as the place of a result.
+"""A branch of a Hub repository as the destination of a result.
 
-Each shard is a commit of its own, sent when it is whole; what the repository has already by its
-sha256 is not sent again. The last commit brings config.json, the index and the model card.
+Each shard is a commit of its own, sent when it is complete; content that the repository already has
+(by its sha256) is not sent again. The last commit brings config.json, the index and the model card.
 """
 
 import hashlib
@@ -30,51 +30,51 @@ class Push:
     repo: str
     branch: str = "main"
     private: bool = True
-    """Of a repository that is made; one that is there stays as it is."""
+    """Visibility of a new repository; an existing one keeps its own."""
     message: str = MESSAGE
 
 
 @final
 class HubSink:
-    """A branch, which is made when needed, and its repository too."""
+    """A branch; it and its repository are created when needed."""
 
     file = None
 
     def __init__(self, push: Push, card: Callable[[], str]) -> None:
-        """Look who we are, and make the repository.
+        """Check the token, and create the repository and the branch.
 
         Args:
             card: Makes the model card.
 
         Raises:
-            OutputError: no token, no right to write, no Hub.
+            OutputError: no token, no write access, no connection.
         """
         self._push, self._card = push, card
         self.label = f"hf://{push.repo}@{push.branch}"
         self._client = hub_client.Client(push.repo, threading.Event())
         if not self._client.has_token:
             raise OutputError(
-                f"{self.label}: to push takes a token, and none is set",
+                f"{self.label}: pushing needs a token, and none is set",
                 hint="log in with one that may write: hf auth login, or set HF_TOKEN",
             )
         self._ask(self._make)
 
     def names(self) -> Mapping[str, str]:
-        """Each file of the branch, and its sha256 or git's name for it."""
+        """The files of the branch, each with its sha256 or git blob id."""
 
         def ask() -> Mapping[str, str]:
-            found = self._client.api.model_info(
+            info = self._client.api.model_info(
                 self._push.repo, revision=self._push.branch, files_metadata=True
             )
             return {
                 s.rfilename: (s.lfs.sha256 if s.lfs else s.blob_id) or ""
-                for s in found.siblings or ()
+                for s in info.siblings or ()
             }
 
         return self._ask(ask)
 
     def is_harmless(self, name: str) -> bool:
-        """A new repository has these."""
+        """Whether it is a file that every new repository has."""
         return name in _HARMLESS
 
     def put(self, name: str, path: Path) -> str:
@@ -87,16 +87,16 @@ class HubSink:
                 digest.update(piece)
         operation = CommitOperationAdd(name, path)
         self._commit([operation], f"{self._push.message} ({name})")
-        found = self.names().get(name, "")
-        if len(found) == 64 and found != digest.hexdigest():
+        stored = self.names().get(name, "")
+        if len(stored) == 64 and stored != digest.hexdigest():
             raise OutputError(
-                f"{self.label}: {name}: sha256 {found} is there, {digest.hexdigest()} was sent",
+                f"{self.label}: {name}: sha256 {stored} is there, {digest.hexdigest()} was sent",
                 hint="is another program writing to the repository?",
             )
-        return found
+        return stored
 
     def put_all(self, contents: Mapping[str, bytes]) -> None:
-        """Commit small files, all at once."""
+        """Commit small files in one commit."""
         from huggingface_hub import CommitOperationAdd
 
         operations = [CommitOperationAdd(name, content) for name, content in contents.items()]

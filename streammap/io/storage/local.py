@@ -1,9 +1,9 @@
-"""Files on this machine: opened once, read into memory of the caller's. The simplest Place.
+"""Files on this machine: opened once, read into the caller's memory. The simplest Storage.
 
-By default bytes are read with pread, which takes no memory of its own and ends in an error where a
-file is cut short. A mapping is the other way: shared and read-only, because a private writable one
-counts against the overcommit limit, so that a file larger than memory may be refused; its pages
-count as resident memory, so that they are given back after each read.
+By default bytes are read with pread, which needs no memory of its own and fails cleanly where a
+file was cut short. The alternative is a mapping. It is shared and read-only, because a private
+writable one counts against the overcommit limit, so that a file larger than memory may be refused.
+Its pages count as resident memory, so they are given back after each read.
 """
 
 import mmap
@@ -25,10 +25,16 @@ if TYPE_CHECKING:
 
 @final
 class LocalFile(OpenFile):
-    """One file, opened on first use, and again when it is used after `close`."""
+    """One file, opened on first use, and again on use after `close`."""
 
     def __init__(self, path: Path, nbytes: int, mtime_ns: int) -> None:
-        """Remember `path`, and its size and time of writing when its header was read."""
+        """Open nothing yet.
+
+        Args:
+            path: The file.
+            nbytes: Its size when its header was read.
+            mtime_ns: When it was last written then.
+        """
         self.path = path
         self.nbytes = nbytes
         self._mtime_ns = mtime_ns
@@ -49,8 +55,8 @@ class LocalFile(OpenFile):
                     os.close(self._descriptor)
                     self._descriptor = None
                     raise
-                # Threads read in turn, which the kernel takes for random reads: files that are not
-                # in its cache are read several times faster with this.
+                # Threads read in turn, which looks like random reads to the kernel: files that are
+                # not in its cache are read several times faster with this.
                 os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             return self._descriptor
 
@@ -62,15 +68,15 @@ class LocalFile(OpenFile):
         """
         if self._descriptor is None:
             return
-        found = os.fstat(self._descriptor)
-        if found.st_size != self.nbytes:
+        status = os.fstat(self._descriptor)
+        if status.st_size != self.nbytes:
             raise CheckpointError(
-                f"{self.path}: {found.st_size} bytes, it had {self.nbytes} when it was opened",
+                f"{self.path}: {status.st_size} bytes, it had {self.nbytes} when it was opened",
                 hint="is another program writing it?",
             )
-        if found.st_mtime_ns != self._mtime_ns:
+        if status.st_mtime_ns != self._mtime_ns:
             raise CheckpointError(
-                f"{self.path}: written to at {found.st_mtime_ns} ns, it was of "
+                f"{self.path}: written to at {status.st_mtime_ns} ns, it was of "
                 f"{self._mtime_ns} ns when it was opened",
                 hint="is another program writing it?",
             )
@@ -87,26 +93,26 @@ class LocalFile(OpenFile):
         if mapped:
             self._copy_mapped(offset, view)
             return
-        descriptor, at, pread = self.descriptor, 0, disk.current().pread
-        while at < len(view):
+        descriptor, n_done, pread = self.descriptor, 0, disk.current().pread
+        while n_done < len(view):
             try:
-                read = pread(descriptor, view[at:], offset + at)
+                n = pread(descriptor, view[n_done:], offset + n_done)
             except OSError as error:
                 raise CheckpointError(
-                    f"{self.path}: {error.strerror} at byte {offset + at}",
+                    f"{self.path}: {error.strerror} at byte {offset + n_done}",
                     hint="check the disk, or copy the file again",
                 ) from error
-            if not read:
+            if not n:
                 raise CheckpointError(
-                    f"{self.path}: ended at byte {offset + at}, it had {self.nbytes} bytes when "
-                    "it was opened",
+                    f"{self.path}: ended at byte {offset + n_done}, it had {self.nbytes} bytes "
+                    "when it was opened",
                     hint="is another program writing it?",
                 )
-            at += read
+            n_done += n
 
     def _copy_mapped(self, offset: int, view: memoryview) -> None:
         whole = self.mapping()
-        self.check_unchanged()  # a page past the end of a file that shrank ends the process
+        self.check_unchanged()  # a page past the end of a file that shrank would kill the process
         view[:] = memoryview(whole)[offset : offset + len(view)]
         start = offset // mmap.PAGESIZE * mmap.PAGESIZE
         whole.madvise(mmap.MADV_DONTNEED, start, offset + len(view) - start)
@@ -129,7 +135,7 @@ class LocalFile(OpenFile):
         return self.bytes()[start:end]
 
     def bytes(self) -> "Tensor":
-        """The whole file as a uint8 tensor over the mapping. Read only: do not write to it."""
+        """The whole file as a uint8 tensor over the mapping. Do not write to it."""
         if self._bytes is None:
             import torch
 
@@ -148,7 +154,7 @@ class LocalFile(OpenFile):
             os.close(self._descriptor)
 
     def close(self) -> None:
-        """Close the file; the mapping goes when the last tensor over it does."""
+        """Close the file; the mapping lives as long as tensors over it."""
         self._bytes = None
         self._map = None
         with self._lock:
@@ -159,13 +165,13 @@ class LocalFile(OpenFile):
 
 @final
 class LocalStorage:
-    """A folder of this machine, or a file."""
+    """A folder or file on this machine."""
 
     is_streamed = False
     n_at_once = 1
 
     def __init__(self, path: Path) -> None:
-        """Look whether `path` is a folder."""
+        """Check whether `path` is a folder."""
         self._path = path
         is_folder = path.is_dir()
         self.folder = path if is_folder else path.parent
@@ -186,7 +192,7 @@ class LocalStorage:
 
     @property
     def origin(self) -> Mapping[str, str]:
-        """Paths of this machine mean nothing elsewhere."""
+        """Empty: paths of this machine mean nothing elsewhere."""
         return {}
 
     def where(self, name: str) -> str:
@@ -206,9 +212,9 @@ class LocalStorage:
         return self.folder / name
 
     def stat(self, name: str) -> Stat:
-        """Its size and time."""
-        found = (self.folder / name).stat()
-        return Stat(found.st_size, found.st_mtime_ns)
+        """Its size and modification time."""
+        status = (self.folder / name).stat()
+        return Stat(status.st_size, status.st_mtime_ns)
 
     def read(self, name: str, *, limit: int) -> bytes:
         """All of a small file."""
@@ -219,8 +225,8 @@ class LocalStorage:
         return self.open(name, self.stat(name))
 
     def open(self, name: str, stat: Stat) -> LocalFile:
-        """The file, which must still be what `stat` says when it is first read."""
+        """The file; it must still match `stat` on first use."""
         return LocalFile(self.folder / name, stat.nbytes, stat.mtime_ns)
 
     def expect(self, names: tuple[str, ...]) -> None:
-        """Nothing to do: they are here."""
+        """Nothing to fetch."""

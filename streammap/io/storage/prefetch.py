@@ -1,8 +1,9 @@
-"""Bytes of files elsewhere, fetched before they are asked for: several connections, fixed memory.
+"""Bytes of files elsewhere, fetched before they are read: several connections, bounded memory.
 
-A run knows what it will read (read_ahead.py), so it asks for parts in the order of their use. Parts
-that lie side by side in a file are fetched as one range. Each is kept until whoever asked for it
-drops it, so each byte comes once. What was not asked for in time is read as without a window.
+A run knows what it will read (engine/read_ahead.py), so it asks for parts in the order of their
+use. Parts that are close together in a file are fetched as one range. Each is kept until everyone
+who asked for it has dropped it, so that each byte is fetched once. A part that was not asked for in
+time is read as without a window.
 """
 
 import bisect
@@ -19,16 +20,16 @@ if TYPE_CHECKING:
 
 MAX_RANGE_NBYTES = 8 * 2**20
 GAP_NBYTES = 2**14
-"""Bytes between two parts that are fetched with them, rather than with another question."""
+"""Two parts with at most this many bytes between them are fetched by one request."""
 _POLL_SECONDS = 0.5
 
 
 @final
 class AheadFile(OpenFile):
-    """A file elsewhere that a window may have parts of."""
+    """A file elsewhere whose parts a window may have fetched."""
 
     def __init__(self, file: OpenFile) -> None:
-        """Without a window, reads are the file's own."""
+        """Without a window, read from `file` itself."""
         self.inner = file
         self.window: Window | None = None
 
@@ -39,37 +40,37 @@ class AheadFile(OpenFile):
             self.inner.read_into(offset, view, mapped=mapped)
 
     def part(self, start: int, end: int) -> "Tensor":
-        """The file's own."""
+        """See OpenFile."""
         return self.inner.part(start, end)
 
     def check_unchanged(self) -> None:
-        """The file's own."""
+        """See OpenFile."""
         self.inner.check_unchanged()
 
     def release(self) -> None:
-        """The file's own."""
+        """See OpenFile."""
         self.inner.release()
 
     def cancel(self) -> None:
-        """The file's own."""
+        """See OpenFile."""
         self.inner.cancel()
 
     def close(self) -> None:
-        """The file's own."""
+        """See OpenFile."""
         self.inner.close()
 
 
 @dataclass(slots=True, eq=False)
 class _FetchRange:
-    """Bytes that are fetched as one."""
+    """Bytes that are fetched by one request."""
 
     start: int
     end: int
     content: mmap.mmap | None = None
-    """Memory of its own, which goes back at once: an allocator would keep it."""
+    """A mapping, because it is given back at once; an allocator would keep the memory."""
     error: BaseException | None = None
     n_parts: int = 0
-    """Parts of it that are not dropped yet."""
+    """How many of its parts are not dropped yet."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -81,24 +82,24 @@ class PrefetchPart:
     start: int
     end: int
     n_asked: int = 0
-    """How often, less how often it was dropped."""
+    """How often it was asked for, minus how often it was dropped."""
     fetched: _FetchRange | None = None
-    """None while it waits."""
+    """None while it is queued."""
 
 
 @final
 class Window:
-    """Parts of files, waiting, on their way and there. Use as a context."""
+    """Parts of files: queued, being fetched, or here. Use as a context."""
 
     def __init__(self, nbytes: int) -> None:
         """Hold at most `nbytes`."""
         self._nbytes = nbytes
         self._held = 0
-        """Bytes of parts that wait, and of ranges that are not dropped."""
+        """Bytes of queued parts and of ranges that are not dropped."""
         self._parts: dict[tuple[int, int, int], PrefetchPart] = {}
         self._waiting: deque[PrefetchPart] = deque()
         self._starts: dict[int, list[tuple[int, int]]] = {}
-        """File -> (start, end) of parts that wait, in order."""
+        """File -> (start, end) of its queued parts, in order."""
         self._changed = threading.Condition()
         self._stops = False
         self._threads = [
@@ -118,7 +119,7 @@ class Window:
 
     @property
     def has_room(self) -> bool:
-        """Whether it is worth asking for more: in large steps, so that neighbours come together."""
+        """Whether to ask for more: half is free, so that neighbours are asked for together."""
         return self._held <= self._nbytes // 2
 
     @property
@@ -127,7 +128,7 @@ class Window:
         return self._nbytes - self._held
 
     def ask(self, file: AheadFile, start: int, end: int) -> PrefetchPart | None:
-        """Ask for bytes of a file; None where there is no room."""
+        """Ask for bytes of a file; None if there is no room."""
         with self._changed:
             key = (id(file), start, end)
             part = self._parts.get(key)
@@ -142,46 +143,46 @@ class Window:
             return part
 
     def begin(self) -> None:
-        """Let what was asked for be fetched."""
+        """Start fetching what was asked for."""
         with self._changed:
             self._changed.notify_all()
 
     def drop(self, parts: list[PrefetchPart]) -> None:
-        """Say that parts are not needed any more."""
+        """Parts are no longer needed."""
         with self._changed:
             for part in parts:
                 part.n_asked -= 1
                 if part.n_asked:
                     continue
                 del self._parts[(id(part.file), part.start, part.end)]
-                found = part.fetched
-                if found is None:
+                fetched = part.fetched
+                if fetched is None:
                     self._held -= part.end - part.start
                     self._starts[id(part.file)].remove((part.start, part.end))
                     continue
-                found.n_parts -= 1
-                if not found.n_parts:
-                    found.content = None
-                    self._held -= found.end - found.start
+                fetched.n_parts -= 1
+                if not fetched.n_parts:
+                    fetched.content = None
+                    self._held -= fetched.end - fetched.start
 
     def take(self, file: AheadFile, offset: int, view: memoryview) -> bool:
-        """Fill `view` with bytes that were asked for just so; False where they were not."""
+        """Fill `view` with a part, exactly as it was asked for; False if it was not."""
         with self._changed:
             part = self._parts.get((id(file), offset, offset + len(view)))
             while part is not None and part.fetched is None and not self._stops:
                 self._changed.wait(_POLL_SECONDS)
-            found = None if part is None else part.fetched
-        if found is None:
+            fetched = None if part is None else part.fetched
+        if fetched is None:
             return False
-        found.done.wait()
-        if found.error is not None:
-            raise found.error
-        content = found.content
+        fetched.done.wait()
+        if fetched.error is not None:
+            raise fetched.error
+        content = fetched.content
         if content is None:
             return False
-        at = offset - found.start
+        start = offset - fetched.start
         with memoryview(content) as whole:
-            view[:] = whole[at : at + len(view)]
+            view[:] = whole[start : start + len(view)]
         return True
 
     def _work(self) -> None:
@@ -191,16 +192,16 @@ class Window:
                     self._changed.wait()
                 if self._stops:
                     return
-                file, found = self._next()
+                file, fetch = self._next()
                 self._changed.notify_all()
             try:
-                found.content = _fetched(file.inner, found.start, found.end)
-            except BaseException as error:  # raised again where the bytes are wanted
-                found.error = error
-            found.done.set()
+                fetch.content = _fetch(file.inner, fetch.start, fetch.end)
+            except BaseException as error:  # raised in `take`
+                fetch.error = error
+            fetch.done.set()
 
     def _waits(self) -> bool:
-        """Whether a part waits; those that came with others, or were dropped, are passed over."""
+        """Whether a part is queued; skips parts that were fetched with others, or dropped."""
         while self._waiting:
             first = self._waiting[0]
             if first.fetched is None and first.n_asked:
@@ -209,28 +210,28 @@ class Window:
         return False
 
     def _next(self) -> tuple[AheadFile, _FetchRange]:
-        """The first part that waits, and those that follow it in its file."""
+        """The first queued part, with those that follow it in its file, as one range."""
         first = self._waiting.popleft()
         starts = self._starts[id(first.file)]
         i = bisect.bisect_left(starts, (first.start, first.end))
-        found, j, total = _FetchRange(first.start, first.end), i, 0
+        fetch, j, total = _FetchRange(first.start, first.end), i, 0
         while j < len(starts):
             start, end = starts[j]
-            whole = max(found.end, end) - found.start
-            if start > found.end + GAP_NBYTES or (j > i and whole > MAX_RANGE_NBYTES):
+            whole = max(fetch.end, end) - fetch.start
+            if start > fetch.end + GAP_NBYTES or (j > i and whole > MAX_RANGE_NBYTES):
                 break
-            found.end = max(found.end, end)
+            fetch.end = max(fetch.end, end)
             total += end - start
             part = self._parts[(id(first.file), start, end)]
-            part.fetched = found
-            found.n_parts += 1
+            part.fetched = fetch
+            fetch.n_parts += 1
             j += 1
         del starts[i:j]
-        self._held += found.end - found.start - total
-        return first.file, found
+        self._held += fetch.end - fetch.start - total
+        return first.file, fetch
 
 
-def _fetched(file: OpenFile, start: int, end: int) -> mmap.mmap:
+def _fetch(file: OpenFile, start: int, end: int) -> mmap.mmap:
     content = mmap.mmap(-1, end - start)
     with memoryview(content) as view:
         file.read_into(start, view, mapped=False)

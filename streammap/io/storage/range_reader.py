@@ -34,7 +34,7 @@ class RangeReader(io.RawIOBase):
         self._file, self._nbytes, self._n_at_once = file, nbytes, n_at_once
         self._start = start
         self._pages: dict[int, bytes] = {}
-        self._at = 0
+        self._offset = 0
 
     def readable(self) -> bool:
         """Yes."""
@@ -46,29 +46,31 @@ class RangeReader(io.RawIOBase):
 
     def tell(self) -> int:
         """Where the next read begins."""
-        return self._at
+        return self._offset
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         """Move; nothing is fetched."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
-        self._at = max(0, base + offset)
-        return self._at
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self._nbytes}[whence]
+        self._offset = max(0, base + offset)
+        return self._offset
 
     def readinto(self, buffer: "WriteableBuffer", /) -> int:
         """Fill `buffer` from here on, as far as the file goes."""
         view = memoryview(buffer).cast("B")
-        n = max(0, min(len(view), self._nbytes - self._at))
-        first, last = self._at // PAGE_NBYTES, -(-(self._at + n) // PAGE_NBYTES)
+        n = max(0, min(len(view), self._nbytes - self._offset))
+        first, last = self._offset // PAGE_NBYTES, -(-(self._offset + n) // PAGE_NBYTES)
         self._fetch_run(first, last)
         whole = b"".join(self._pages[i] for i in range(first, last))
-        start = self._at - first * PAGE_NBYTES
+        start = self._offset - first * PAGE_NBYTES
         view[:n] = whole[start : start + n]
-        self._at += n
+        self._offset += n
         return n
 
     def fetch(self, offsets: Iterable[int]) -> None:
         """Fetch the pages around some offsets, several at once."""
-        wanted = {i for at in offsets for i in (at // PAGE_NBYTES, (at + 64) // PAGE_NBYTES)}
+        wanted = {
+            i for offset in offsets for i in (offset // PAGE_NBYTES, (offset + 64) // PAGE_NBYTES)
+        }
         last = (self._nbytes - 1) // PAGE_NBYTES
         missing = sorted(i for i in wanted if i <= last and i not in self._pages)
         with ThreadPoolExecutor(self._n_at_once) as pool:
@@ -79,19 +81,21 @@ class RangeReader(io.RawIOBase):
         """Make sure that pages `first` to `last` are there."""
         missing = [i for i in range(first, last) if i not in self._pages]
         for start, end in _runs(missing):
-            at = start * PAGE_NBYTES
-            found = bytearray(min(end * PAGE_NBYTES, self._nbytes) - at)
-            self._file.read_into(self._start + at, memoryview(found), mapped=False)
+            offset = start * PAGE_NBYTES
+            content = bytearray(min(end * PAGE_NBYTES, self._nbytes) - offset)
+            self._file.read_into(self._start + offset, memoryview(content), mapped=False)
             for i in range(start, end):
-                self._pages[i] = bytes(found[i * PAGE_NBYTES - at : (i + 1) * PAGE_NBYTES - at])
+                self._pages[i] = bytes(
+                    content[i * PAGE_NBYTES - offset : (i + 1) * PAGE_NBYTES - offset]
+                )
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
     """Neighbours together: [1, 2, 5] -> [(1, 3), (5, 6)]."""
-    found: list[tuple[int, int]] = []
+    runs: list[tuple[int, int]] = []
     for i in numbers:
-        if found and found[-1][1] == i:
-            found[-1] = (found[-1][0], i + 1)
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
         else:
-            found.append((i, i + 1))
-    return found
+            runs.append((i, i + 1))
+    return runs

@@ -41,7 +41,7 @@ _VERSIONS = (
     "updated",
     "created",
 )
-"""What drivers call the thing that changes when a file does."""
+"""What drivers call a file's version."""
 _MAX_DEPTH = 4
 
 
@@ -77,7 +77,7 @@ def explained(url: str, error: Exception) -> CheckpointError:
 
 
 def is_lasting(error: Exception) -> bool:
-    """Whether trying again makes no sense."""
+    """Whether a retry would fail too."""
     kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
     return isinstance(error, kinds) or "redential" in f"{type(error).__name__} {error}"
 
@@ -100,10 +100,10 @@ class RemoteStorage:
     is_streamed = True
 
     def __init__(self, url: str) -> None:
-        """Look what is there.
+        """List the folder, or look up the file.
 
         Raises:
-            CheckpointError: nothing is, or it can't be reached.
+            CheckpointError: it does not exist, or can't be reached.
         """
         self._url = url.rstrip("/")
         self._cancelled = threading.Event()
@@ -111,7 +111,7 @@ class RemoteStorage:
         try:
             self._fs.invalidate_cache()
             is_file = bool(self._fs.isfile(self._root))
-        except Exception as error:  # drivers raise what they like
+        except Exception as error:  # drivers raise all kinds of errors
             raise explained(url, error) from error
         self.file = posixpath.basename(self._root) if is_file else None
         self._folder = posixpath.dirname(self._root) if is_file else self._root
@@ -123,7 +123,7 @@ class RemoteStorage:
 
     @cached_property
     def _infos(self) -> Mapping[str, Mapping[str, Any]]:
-        """Relative name -> what the driver says about a file."""
+        """Relative name -> the driver's description of the file."""
         try:
             alone = {} if self.file is None else {self._root: self._fs.info(self._root)}
             try:
@@ -166,11 +166,11 @@ class RemoteStorage:
         return self._infos
 
     def path(self, name: str) -> Path | None:
-        """Never on this machine."""
+        """None: never on this machine."""
         return None
 
     def stat(self, name: str) -> Stat:
-        """Its size, and what tells whether it changed."""
+        """Its size and version."""
         return stat_of(self._infos[name])
 
     def read(self, name: str, *, limit: int) -> bytes:
@@ -186,25 +186,25 @@ class RemoteStorage:
         return RemoteFile(self._fs, path, self.where(name), self.stat(name), self._cancelled)
 
     def open(self, name: str, stat: Stat) -> OpenFile:
-        """The file; its bytes can be asked for in advance."""
+        """The file; its bytes can be prefetched."""
         return AheadFile(self.peek(name))
 
     def expect(self, names: tuple[str, ...]) -> None:
-        """Nothing to fetch: tensors are asked for one by one."""
+        """Nothing to fetch: tensors are read one by one."""
         self._cancelled.clear()
 
 
 def stat_of(info: Mapping[str, Any]) -> Stat:
-    """Size and version of a file, by what its driver says."""
-    found = next((info[key] for key in _VERSIONS if info.get(key)), "unknown")
-    # A listing may give as a number what a question about one file gives as a date.
-    version = found.timestamp() if isinstance(found, datetime) else found
+    """Size and version of a file, from its driver's description."""
+    value = next((info[key] for key in _VERSIONS if info.get(key)), "unknown")
+    # A listing may give a number where a query for one file gives a date.
+    version = value.timestamp() if isinstance(value, datetime) else value
     return Stat(int(info["size"]), 0, str(version).strip('"'))
 
 
 @final
 class RemoteFile(OpenFile):
-    """A file that is read by ranges."""
+    """A file that is read by ranges. Nothing is kept."""
 
     def __init__(
         self, fs: Any, path: str, where: str, stat: Stat, cancelled: threading.Event
@@ -219,41 +219,43 @@ class RemoteFile(OpenFile):
         Raises:
             CheckpointError: it can't be read, or ends before.
         """
-        patience, at = RetryPolicy(self._where, self._cancelled), 0
-        while at < len(view):
+        patience, n_done = RetryPolicy(self._where, self._cancelled), 0
+        while n_done < len(view):
             try:
-                found = self._fs.cat_file(self._path, start=offset + at, end=offset + len(view))
+                content = self._fs.cat_file(
+                    self._path, start=offset + n_done, end=offset + len(view)
+                )
             except Exception as error:
                 if is_lasting(error):
                     raise explained(self._where, error) from error
                 reason = f"no answer ({_first(error)})"
-                patience.wait(TransientError(reason), f" at byte {offset + at}")
+                patience.wait(TransientError(reason), f" at byte {offset + n_done}")
                 continue
-            if not found or len(found) > len(view) - at:
+            if not content or len(content) > len(view) - n_done:
                 raise CheckpointError(
-                    f"{self._where}: {len(found)} bytes came from byte {offset + at} on, "
-                    f"{len(view) - at} were asked for; it had {self._stat.nbytes} when it was "
+                    f"{self._where}: {len(content)} bytes came from byte {offset + n_done} on, "
+                    f"{len(view) - n_done} were asked for; it had {self._stat.nbytes} when it was "
                     "opened",
                     hint="is another program writing it?",
                 )
-            view[at : at + len(found)] = found
-            at += len(found)
+            view[n_done : n_done + len(content)] = content
+            n_done += len(content)
             patience.progress()
 
     def check_unchanged(self) -> None:
-        """Ask what the file is now.
+        """Ask for the file's size and version again.
 
         Raises:
             CheckpointError: it was written to since it was opened.
         """
         try:
             self._fs.invalidate_cache()
-            found = stat_of(self._fs.info(self._path))
+            stat = stat_of(self._fs.info(self._path))
         except Exception as error:
             raise explained(self._where, error) from error
-        if found != self._stat:
+        if stat != self._stat:
             raise CheckpointError(
-                f"{self._where}: {found.nbytes} bytes, version {found.version}; it had "
+                f"{self._where}: {stat.nbytes} bytes, version {stat.version}; it had "
                 f"{self._stat.nbytes}, version {self._stat.version}, when it was opened",
                 hint="is another program writing it?",
             )

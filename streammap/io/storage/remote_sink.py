@@ -1,7 +1,7 @@
-"""A folder or file at a URL that fsspec knows, as the place of a result.
+"""A folder or file at a URL that fsspec knows, as the destination of a result.
 
-Object stores show a file when it is whole (multipart uploads end in one step). Elsewhere it is sent
-under another name first.
+Object stores show a file when it is complete (a multipart upload ends in one step). Elsewhere it is
+sent under a temporary name first.
 """
 
 import posixpath
@@ -17,19 +17,19 @@ from streammap.io.storage import remote
 from streammap.io.storage.retry import RetryPolicy, TransientError
 
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
-"""File systems that show a file when it is whole."""
+"""File systems that show a file when it is complete."""
 _Result = TypeVar("_Result")
 
 
 @final
 class RemoteSink:
-    """Files of a file system that fsspec knows."""
+    """A folder or file of a file system that fsspec knows."""
 
     def __init__(self, url: str) -> None:
         """Load the driver.
 
         Raises:
-            OutputError: there is none, or it is not installed.
+            OutputError: no driver for the URL, or it is not installed.
         """
         self.label = url.rstrip("/")
         self.file = (
@@ -43,7 +43,7 @@ class RemoteSink:
         self._is_atomic = bool(_ATOMIC & set(_protocols(self._fs)))
 
     def names(self) -> Mapping[str, str]:
-        """Each file that is there, and its etag or the like."""
+        """The files that exist, each with its size and version."""
 
         def ask() -> Mapping[str, str]:
             self._fs.invalidate_cache()
@@ -57,7 +57,7 @@ class RemoteSink:
         return self._patiently(ask, self.label)
 
     def is_harmless(self, name: str) -> bool:
-        """Nothing is."""
+        """Never."""
         return False
 
     def put(self, name: str, path: Path) -> str:
@@ -81,7 +81,7 @@ class RemoteSink:
             self._patiently(partial(self._send, name, send), f"{self.label}: {name}")
 
     def _send(self, name: str, write: Callable[[str], object]) -> None:
-        """Let `write` make a file; it gets its name when it is whole."""
+        """Let `write` make a file, which gets its name when it is complete."""
         target = f"{self._folder}/{name}"
         written = target if self._is_atomic else f"{target}.partial"
         self._fs.makedirs(posixpath.dirname(target), exist_ok=True)
@@ -105,7 +105,7 @@ class RemoteSink:
             while True:
                 try:
                     return do()
-                except Exception as error:  # drivers raise what they like
+                except Exception as error:  # drivers raise all kinds of errors
                     if remote.is_lasting(error):
                         raise remote.explained(where, error) from error
                     reason = str(error).splitlines() or [type(error).__name__]
@@ -115,10 +115,10 @@ class RemoteSink:
 
 
 def _protocols(fs: Any) -> tuple[str, ...]:
-    found = fs.protocol
-    return (found,) if isinstance(found, str) else tuple(found)
+    protocol = fs.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    found = remote.stat_of(info)
-    return f"{found.nbytes} {found.version}"
+    stat = remote.stat_of(info)
+    return f"{stat.nbytes} {stat.version}"

@@ -1,12 +1,12 @@
-"""What a user names as a source -> the Place that it is.
+"""What a user names as a source -> its Storage.
 
-    runs/bert                 a folder or file of this machine, wherever there is one
-    org/name, org/name@v1     a model of the Hub, where there is no such folder
-    hf://org/name@v1/folder   the same without a doubt, and a folder or file inside
+    runs/bert                 a folder or file on this machine, if there is one
+    org/name, org/name@v1     a model of the Hub, if there is no such folder
+    hf://org/name@v1/folder   a model of the Hub in any case, or a folder or file inside
     file:///runs/bert         this machine
     s3://bucket/bert, ...     any URL that fsspec knows
 
-A pathlib.Path is a path of this machine. To add a kind of place, see storage/place.py.
+A pathlib.Path is always on this machine. To add a kind of storage, see base.py.
 """
 
 import os
@@ -22,13 +22,13 @@ PathLike = str | Path
 
 
 def locate(source: str | Path, *, stream: bool) -> Storage:
-    """The place that `source` names.
+    """The storage that `source` names.
 
     Args:
-        stream: Whether a model of the Hub is read as needed, instead of through its cache.
+        stream: Whether to read from the Hub as needed, instead of through its cache.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: it does not exist.
     """
     text = os.fspath(source)
     if is_elsewhere(source):
@@ -43,13 +43,13 @@ def locate(source: str | Path, *, stream: bool) -> Storage:
     try:
         if path.exists():
             return LocalStorage(path)
-    except OSError as error:  # a name that no file can have
+    except OSError as error:  # too long for a name
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
     raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
 
 
 def is_elsewhere(source: str | Path) -> bool:
-    """Whether `source` names nothing on this machine."""
+    """Whether `source` is on the Hub or at a URL."""
     if isinstance(source, Path):
         return False
     if "://" in source:
@@ -58,12 +58,12 @@ def is_elsewhere(source: str | Path) -> bool:
 
 
 def is_url(output: str | Path) -> bool:
-    """Whether an output is a URL, and not one of this machine's files."""
+    """Whether an output is a URL of another machine."""
     return isinstance(output, str) and "://" in output and not output.startswith("file://")
 
 
 def local_path(source: str | Path) -> Path:
-    """A path of this machine, also from file://."""
+    """A path on this machine, also from file://."""
     text = os.fspath(source)
     return Path(unquote(urlsplit(text).path)) if text.startswith("file://") else Path(text)
 

@@ -1,4 +1,4 @@
-"""Try again what a network did not do, a little later each time."""
+"""Retries of network requests, with longer waits each time."""
 
 import threading
 from typing import final
@@ -6,43 +6,48 @@ from typing import final
 from streammap.errors import CheckpointError
 
 WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0)
-"""How long to wait after each failure that follows another one without progress."""
+"""How long to wait after each failure in a row without progress."""
 MAX_ASKED_SECONDS = 120.0
-"""A server may ask for a longer wait than ours, but for no longer one than this."""
+"""A server may ask for a longer wait, up to this."""
 
 
 class TransientError(Exception):
-    """Something that may go well the next time."""
+    """A failure that a retry may mend."""
 
     def __init__(self, reason: str, *, seconds: float = 0.0) -> None:
-        """Say what happened; `seconds` is what the server asked to wait for."""
+        """Keep the reason, and how long the server asks to wait."""
         super().__init__(reason)
         self.reason, self.seconds = reason, seconds
 
 
 @final
 class RetryPolicy:
-    """Counts failures in a row, and waits after each. One for each thing that is done."""
+    """Counts failures of one request in a row, and waits after each."""
 
     def __init__(self, where: str, cancelled: threading.Event) -> None:
-        """Name what is done, for the message in the end."""
+        """No failures yet.
+
+        Args:
+            where: What is requested, for messages.
+            cancelled: Ends all waiting when set.
+        """
         self._where, self._cancelled = where, cancelled
         self._n_failed = 0
 
     def progress(self) -> None:
-        """Something went well: begin to count anew."""
+        """Bytes arrived: start counting again."""
         self._n_failed = 0
 
     def wait(self, error: TransientError, at: str = "") -> None:
         """Wait after a failure.
 
         Raises:
-            CheckpointError: there were too many, or nobody waits any more.
+            CheckpointError: too many failures in a row, or cancelled.
         """
         if self._n_failed >= len(WAITS_SECONDS):
             raise CheckpointError(
                 f"{self._where}: {error.reason}{at}, {self._n_failed + 1} times in a row",
-                hint="check the network and try again; what is there already is not fetched again",
+                hint="check the network and try again; what has arrived is not fetched again",
             ) from error
         seconds = max(WAITS_SECONDS[self._n_failed], min(error.seconds, MAX_ASKED_SECONDS))
         self._n_failed += 1
