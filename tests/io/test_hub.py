@@ -421,7 +421,7 @@ def test_large_side_files_stay_where_they_are(
     tiny.file(tmp_path / "bert" / "video.mp4", "x" * 101)
     hub.add("org/bert", tmp_path / "bert")
     said = ok("coalesce", "org/bert", tmp_path / "out", "--width", 2)
-    assert "note     bert: video.mp4: large, not copied along" in said
+    assert "note       bert: video.mp4: large, not copied along" in said
     assert not (tmp_path / "out" / "video.mp4").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
 

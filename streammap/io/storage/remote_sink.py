@@ -77,8 +77,11 @@ class RemoteSink:
     def put_all(self, contents: Mapping[str, bytes]) -> None:
         """Send small files, one after the other."""
         for name, content in contents.items():
-            send = partial(self._fs.pipe_file, value=content)
-            self._patiently(partial(self._send, name, send), f"{self.label}: {name}")
+
+            def write(target: str, content: bytes = content) -> None:
+                self._fs.pipe_file(target, content)
+
+            self._patiently(partial(self._send, name, write), f"{self.label}: {name}")
 
     def _send(self, name: str, write: Callable[[str], object]) -> None:
         """Let `write` make a file, which gets its name when it is complete."""
