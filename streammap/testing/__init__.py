@@ -1,1 +1,1 @@
-"""The public test kit: what launchers and storages can be tested against."""
+"""The public test kit: failing disks and a small Hub, to test launchers and storages against."""

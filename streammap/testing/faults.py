@@ -1,10 +1,11 @@
-"""Disks that fail, for tests of what happens then.
+"""Disks that fail, to test what happens then.
 
     with disk.using(faults.fail_at(7, errno.ENOSPC)):     # from streammap.io.storage import disk
         checkpoint.save("out")                            # its 7th change finds the disk full
 
-Each is a Disk (see storage/disk.py) around another one. `counted` counts the operations of a run
-that change something, so that a test can go through all of them; `kill_at` ends the process at one.
+Each is a Disk (see io/storage/disk.py) that wraps another one. `counted` counts the operations of a
+run that change something, so that a test can go through all of them; `kill_at` kills the process at
+one.
 """
 
 import errno
@@ -25,11 +26,11 @@ Operation = Literal["open", "allocate", "read", "write", "sync", "rename", "remo
 CHANGES: frozenset[Operation] = frozenset(("allocate", "write", "sync", "rename", "remove"))
 
 
-class Around(Disk):
-    """A disk that does what another one does: the others here change some of it."""
+class DiskWrapper(Disk):
+    """A disk that passes all operations on to another one; subclasses change some of them."""
 
     def __init__(self, around: Disk | None = None) -> None:
-        """Around this machine's disk, if no other is given."""
+        """Wrap a disk, by default this machine's."""
         self._disk = LocalDisk() if around is None else around
 
     def open(self, path: Path, flags: int) -> int:
@@ -61,10 +62,10 @@ class Around(Disk):
         self._disk.remove(path)
 
 
-class Watched(Around):
-    """A disk that asks before each operation, and does it if nothing is raised.
+class CountingDisk(DiskWrapper):
+    """A disk that counts operations, and calls a function before each: an error prevents it.
 
-    It asks `before(operation, number, path)`: number counts operations of `kinds`, from 0.
+    The call is `before(operation, number, path)`; number counts operations of `kinds`, from 0.
     """
 
     def __init__(
@@ -75,17 +76,17 @@ class Watched(Around):
         syncs: bool = True,
         around: Disk | None = None,
     ) -> None:
-        """Ask `before` operations of these kinds.
+        """Call `before` ahead of operations of these kinds.
 
         Args:
-            syncs: Whether to sync really: what a killed process wrote is there without.
+            syncs: Whether to sync at all: what a killed process wrote survives without.
         """
         super().__init__(around)
         self._before, self._kinds, self._syncs = before, kinds, syncs
         self._paths: dict[int, Path] = {}
         self._lock = threading.Lock()
         self.count = 0
-        """Operations so far."""
+        """How many operations there were so far."""
 
     def open(self, path: Path, flags: int) -> int:
         """See Disk."""
@@ -144,13 +145,13 @@ def fail_at(
     every: bool = False,
     name: str = "",
     around: Disk | None = None,
-) -> Watched:
-    """A disk whose n-th operation (from 0) fails, or with `every` each n-th.
+) -> CountingDisk:
+    """A disk whose n-th operation (from 0) fails; with `every`, each n-th.
 
     Args:
-        code: The system's error, of errno.
-        kinds: Operations that count.
-        name: Only files with this in their path fail.
+        code: The system error, see errno.
+        kinds: The operations that are counted.
+        name: Only files whose path contains this fail.
     """
 
     def before(_: Operation, number: int, path: Path) -> None:
@@ -158,37 +159,37 @@ def fail_at(
         if hit and name in str(path):
             raise OSError(code, os.strerror(code))
 
-    return Watched(before, kinds=kinds, around=around)
+    return CountingDisk(before, kinds=kinds, around=around)
 
 
-def slow(seconds: float, *, kinds: frozenset[Operation] = CHANGES) -> Watched:
-    """A disk that takes this long for each operation."""
-    return Watched(lambda *_: time.sleep(seconds), kinds=kinds)
+def slow(seconds: float, *, kinds: frozenset[Operation] = CHANGES) -> CountingDisk:
+    """A disk that takes this much longer for each operation."""
+    return CountingDisk(lambda *_: time.sleep(seconds), kinds=kinds)
 
 
-def watched() -> Watched:
-    """A disk that does all it should: its `count` says how many points a run has."""
-    return Watched(lambda *_: None, syncs=False)
+def watched() -> CountingDisk:
+    """A disk that works: its `count` says at how many points a run can fail."""
+    return CountingDisk(lambda *_: None, syncs=False)
 
 
-def kill_at(n: int, how: signal.Signals = signal.SIGKILL) -> Watched:
-    """A disk that ends this process (or signals it otherwise) before its n-th change, from 0."""
+def kill_at(n: int, how: signal.Signals = signal.SIGKILL) -> CountingDisk:
+    """A disk that kills this process (or sends another signal) before its n-th change, from 0."""
 
     def before(_: Operation, number: int, __: Path) -> None:
         if number == n:
             os.kill(os.getpid(), how)
             if how == signal.SIGKILL:
-                time.sleep(60)  # it is delivered to another thread first
+                time.sleep(60)  # the signal may reach another thread first
 
-    return Watched(before, syncs=False)
+    return CountingDisk(before, syncs=False)
 
 
 @final
-class ShortDisk(Around):
-    """A disk that reads and writes a part of what it is asked for, of a random length."""
+class ShortDisk(DiskWrapper):
+    """A disk whose reads and writes are cut short at a random length."""
 
     def __init__(self, *, seed: int = 0, around: Disk | None = None) -> None:
-        """Lengths depend on `seed`."""
+        """Draw lengths from `seed`."""
         super().__init__(around)
         self._random = random.Random(seed)
 
@@ -205,11 +206,11 @@ class ShortDisk(Around):
 
 
 @final
-class FullDisk(Around):
-    """A disk with room for so many bytes: the write that needs more is short, the next fails."""
+class FullDisk(DiskWrapper):
+    """A disk with limited room: the write that needs more is short, the next one fails."""
 
     def __init__(self, nbytes: int, *, around: Disk | None = None) -> None:
-        """Bytes that are written twice count twice."""
+        """Leave room for `nbytes` of writes; overwriting counts again."""
         super().__init__(around)
         self._lock = threading.Lock()
         self.free_nbytes = nbytes
@@ -225,15 +226,15 @@ class FullDisk(Around):
 
 
 @final
-class PowerCut(Around):
-    """A disk that loses what was not synced, when `cut` is called: the power fails.
+class PowerCut(DiskWrapper):
+    """A disk that loses unsynced data when `cut` is called, as in a power failure.
 
-    Data that a file was given since it was last synced become zeros, as on a file system that
-    writes names before data. Names are kept, synced or not: that is the harder case.
+    What was written to a file since its last sync becomes zeros, as on a file system that writes
+    names before data. Names are kept, synced or not: that is the harder case.
     """
 
     def __init__(self, around: Disk | None = None) -> None:
-        """Watch all writes."""
+        """Remember all writes."""
         super().__init__(around)
         self._paths: dict[int, Path] = {}
         self._unsynced: dict[tuple[int, int], list[tuple[int, int]]] = {}
@@ -258,11 +259,11 @@ class PowerCut(Around):
         self._disk.sync(descriptor)
 
     def cut(self, folder: Path) -> int:
-        """Lose all that is not synced of the files of a folder; gives the bytes lost."""
+        """Lose the unsynced data of all files in a folder; returns the bytes lost."""
         lost = 0
         for path in folder.rglob("*"):
-            found = path.lstat()
-            for offset, nbytes in self._unsynced.get((found.st_dev, found.st_ino), []):
+            status = path.lstat()
+            for offset, nbytes in self._unsynced.get((status.st_dev, status.st_ino), []):
                 with path.open("r+b") as file:
                     file.seek(offset)
                     file.write(bytes(nbytes))
@@ -271,18 +272,18 @@ class PowerCut(Around):
 
 
 def _file(descriptor: int) -> tuple[int, int]:
-    found = os.fstat(descriptor)
-    return found.st_dev, found.st_ino
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino
 
 
 def killed(act: Callable[[], object], n: int) -> bool:
-    """Do something in a child of this process that is killed at its n-th change of the disk.
+    """Call `act` in a forked child that is killed at its n-th change of the disk.
 
     Returns:
-        Whether it was: False where it had fewer.
+        Whether it was killed: False if it made fewer changes.
 
     Raises:
-        AssertionError: it ended otherwise.
+        AssertionError: it ended in another way.
     """
     child = os.fork()
     if not child:
@@ -302,8 +303,8 @@ def killed(act: Callable[[], object], n: int) -> bool:
 
 
 @contextmanager
-def counted() -> Iterator[Watched]:
-    """A disk that counts the changes that runs make meanwhile."""
-    found = watched()
-    with disk.using(found):
-        yield found
+def counted() -> Iterator[CountingDisk]:
+    """Count the changes that runs inside make to the disk."""
+    counting = watched()
+    with disk.using(counting):
+        yield counting

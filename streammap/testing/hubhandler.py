@@ -1,4 +1,4 @@
-"""What a HubServer answers: the part of the Hub's protocol that huggingface_hub's client uses.
+"""The answers of a HubServer: the part of the Hub's protocol that huggingface_hub uses.
 
 GET  /api/models/ID[/revision/REV]      sha and files
 GET  /api/models/ID/tree/REV            files
@@ -25,20 +25,20 @@ _ID = r"(?P<id>[^/]+/[^/]+?)"
 
 
 class RefusedError(Exception):
-    """An answer that is an error."""
+    """An error answer."""
 
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
-        """Remember what to say; `code` is what the client goes by."""
+        """Keep the answer; the client goes by `code`."""
         super().__init__(message)
         self.status, self.code, self.message, self.headers = status, code, message, headers
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection's requests."""
+    """Answers the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
     sent = 0
-    """Bytes of the present answer's body."""
+    """Bytes of the current answer's body."""
     status = 0
 
     @property
@@ -83,7 +83,7 @@ class Handler(BaseHTTPRequestHandler):
             self._record(method, path)
 
     def _body(self) -> bytes:
-        """All that was sent, chunked or not."""
+        """The body of the request, chunked or not."""
         if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
         pieces = []
@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
     # ---- reading
 
     def whoami(self, *, body: bytes) -> None:
-        """Who a token belongs to."""
+        """The owner of a token."""
         user = self._user()
         if user is None:
             raise RefusedError(401, "", "Invalid username or password.")
@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"id": id, "sha": sha, "private": repo.private, "siblings": files})
 
     def tree(self, *, body: bytes, id: str, rev: str, path: str = "") -> None:
-        """The files of a folder, all below it too when asked."""
+        """The files of a folder; with `recursive`, of all its subfolders too."""
         repo = self._repo(id)
         files = repo.commits[self._commit(repo, rev)]
         prefix = f"{path}/" if path else ""
@@ -176,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"branches": branches, "tags": [], "converts": []})
 
     def resolve(self, *, body: bytes, id: str, rev: str, file: str) -> None:
-        """A file's bytes, or the way to them."""
+        """A file's bytes, or a redirect to them."""
         repo = self._repo(id, reads_files=True)
         sha = self._commit(repo, rev)
         blob = repo.commits[sha].get(file)
@@ -195,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send_blob(blob, headers)
 
     def storage(self, *, body: bytes, id: str, rev: str, file: str) -> None:
-        """The other address; it refuses tokens, which must not get there."""
+        """The address that redirects lead to; it refuses tokens, which must not get there."""
         if self.headers.get("Authorization"):
             raise RefusedError(400, "", "a token was sent to the storage")
         blob = self.hub.repos[id].commits[rev][file]
@@ -265,7 +265,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{self.hub.url}/{name}", "name": name})
 
     def validate(self, *, body: bytes) -> None:
-        """A model card's metadata; all are right."""
+        """A model card's metadata; all of it is valid."""
         self._json({"errors": [], "warnings": []})
 
     def branch(self, *, body: bytes, id: str, rev: str) -> None:
@@ -277,7 +277,7 @@ class Handler(BaseHTTPRequestHandler):
         self._json({})
 
     def preupload(self, *, body: bytes, id: str, rev: str) -> None:
-        """Which files go to the storage, and which into the commit."""
+        """Which files go to LFS storage, and which into the commit."""
         repo = self._writable(id)
         files = []
         for file in json.loads(body)["files"]:
@@ -315,7 +315,7 @@ class Handler(BaseHTTPRequestHandler):
         self._send(200, b"", {})
 
     def commit(self, *, body: bytes, id: str, rev: str) -> None:
-        """Names for what was sent."""
+        """Commit the files that were sent."""
         repo = self._writable(id)
         with repo.lock:
             files = dict(repo.files(rev))
@@ -383,4 +383,4 @@ _ROUTES = (
     (("POST",), rf"/{_ID}\.git/info/lfs/objects/batch", "batch"),
     (("PUT",), r"/lfs/(?P<id>[^/]+/[^/]+)/(?P<oid>[0-9a-f]{64})", "upload"),
 )
-"""Methods, path, and the handler's method that answers."""
+"""HTTP methods, path, and the method of Handler that answers."""

@@ -1,7 +1,7 @@
-"""Repositories of a HubServer: blobs, commits and branches, in memory or in files that are there.
+"""Repositories of a HubServer: blobs, commits and branches, in memory or as files.
 
-A commit is a table of names and blobs. Its id is a digest of the table, so the same content has the
-same commit wherever it is made.
+A commit is a table of names and blobs. Its id is a digest of the table, so that equal content has
+an equal commit id.
 """
 
 import hashlib
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import final
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-"""Files that a Hub keeps apart from git, and names by their sha256."""
+"""Files that the Hub keeps in LFS storage, by their sha256."""
 LFS_NBYTES = 10_000_000
-"""... and all larger ones."""
+"""Larger files are kept there too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Blob:
     """The content of a file."""
 
     content: bytes | Path
-    """A path is read anew each time."""
+    """A path is read again each time."""
     nbytes: int
     sha256: str
     git_oid: str
@@ -30,7 +30,7 @@ class Blob:
 
     @property
     def etag(self) -> str:
-        """What a Hub calls it."""
+        """The Hub's etag."""
         return self.sha256 if self.is_lfs else self.git_oid
 
     def read(self, start: int, end: int) -> bytes:
@@ -42,23 +42,23 @@ class Blob:
             return file.read(end - start)
 
     def entry(self, name: str) -> dict[str, object]:
-        """As a Hub lists it."""
-        found: dict[str, object] = {"type": "file", "path": name, "size": self.nbytes}
-        found["oid"] = self.git_oid
+        """Its entry in a listing of a folder."""
+        entry: dict[str, object] = {"type": "file", "path": name, "size": self.nbytes}
+        entry["oid"] = self.git_oid
         if self.is_lfs:
-            found["lfs"] = {"oid": self.sha256, "size": self.nbytes, "pointerSize": 134}
-        return found
+            entry["lfs"] = {"oid": self.sha256, "size": self.nbytes, "pointerSize": 134}
+        return entry
 
     def sibling(self, name: str) -> dict[str, object]:
-        """As it is listed with a model."""
-        found: dict[str, object] = {"rfilename": name, "size": self.nbytes, "blobId": self.git_oid}
+        """Its entry in the description of a model."""
+        entry: dict[str, object] = {"rfilename": name, "size": self.nbytes, "blobId": self.git_oid}
         if self.is_lfs:
-            found["lfs"] = {"sha256": self.sha256, "size": self.nbytes, "pointerSize": 134}
-        return found
+            entry["lfs"] = {"sha256": self.sha256, "size": self.nbytes, "pointerSize": 134}
+        return entry
 
 
 def blob(name: str, content: bytes | Path) -> Blob:
-    """A file's content; `name` says whether it is kept apart from git."""
+    """A file's content; its name decides whether it goes to LFS storage."""
     nbytes = len(content) if isinstance(content, bytes) else content.stat().st_size
     sha256 = hashlib.sha256()
     git = hashlib.sha1(b"blob %d\0" % nbytes, usedforsecurity=False)
@@ -90,13 +90,13 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     """Branch or tag -> commit."""
     messages: list[str] = field(default_factory=list)
-    """Of the commits that were pushed, the oldest first."""
+    """Messages of pushed commits, the oldest first."""
     uploaded: dict[str, Blob] = field(default_factory=dict)
-    """sha256 -> what was sent, whether a commit names it or not."""
+    """sha256 -> what was uploaded, committed or not."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def commit(self, files: Mapping[str, Blob], branch: str) -> str:
-        """Make `files` the content of a branch; gives the commit's id."""
+        """Make `files` the content of a branch; returns the commit id."""
         text = "\n".join(f"{name} {files[name].etag}" for name in sorted(files))
         sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
         self.commits[sha] = dict(files)
@@ -105,15 +105,15 @@ class Repo:
 
     def resolve(self, revision: str) -> str | None:
         """The commit that a branch, tag or commit id means."""
-        found = self.branches.get(revision, revision)
-        return found if found in self.commits else None
+        commit = self.branches.get(revision, revision)
+        return commit if commit in self.commits else None
 
     def files(self, revision: str) -> Mapping[str, Blob]:
-        """What is in a branch; nothing where there is none."""
+        """The files of a branch or commit; none if it does not exist."""
         return self.commits.get(self.branches.get(revision, revision), {})
 
     def stored(self, sha256: str) -> Blob | None:
-        """A blob that was sent, or that a commit names."""
+        """A blob that was uploaded or committed."""
         if sha256 in self.uploaded:
             return self.uploaded[sha256]
         blobs = (b for files in self.commits.values() for b in files.values())
@@ -121,10 +121,10 @@ class Repo:
 
 
 def of_folder(folder: Path) -> dict[str, Blob]:
-    """All files of a folder, hidden ones left out; they are read where they are."""
-    found = {}
+    """The files of a folder, except hidden ones; they are read in place."""
+    files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not any(part.startswith(".") for part in name.split("/")):
-            found[name] = blob(name, path)
-    return found
+            files[name] = blob(name, path)
+    return files

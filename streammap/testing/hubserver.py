@@ -5,9 +5,9 @@
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         streammap.open("org/name")
 
-It serves folders as repositories (models only), with commits, branches, tokens, private and gated
-ones, counts what it sends, and can be as bad as a network: see Faults. Xet is not spoken; a client
-that pushes needs HF_HUB_DISABLE_XET=1.
+It serves folders as model repositories, private and gated ones too, with commits, branches and
+tokens. It counts what it sends, and can fail like a network: see Faults. It does not speak Xet; a
+client that pushes needs HF_HUB_DISABLE_XET=1.
 """
 
 import threading
@@ -33,9 +33,9 @@ class HubServer:
         """Serve nothing yet.
 
         Args:
-            tokens: Token -> user; anybody is let in without one.
-            redirects: Whether files are sent from another address, which a redirect leads to and
-                which takes no token, as the Hub's storage does.
+            tokens: Token -> user. Public repositories need no token.
+            redirects: Whether weights are sent from another address, through a redirect; tokens are
+                refused there, as by the Hub's storage.
         """
         self._state = HubState(dict(tokens or {"hf_test": "tester"}), redirects)
         self._server = _Server(("127.0.0.1", 0), Handler)
@@ -59,17 +59,17 @@ class HubServer:
 
     @property
     def url(self) -> str:
-        """What HF_ENDPOINT must be."""
+        """The value for HF_ENDPOINT."""
         return self._state.url
 
     @property
     def repos(self) -> dict[str, Repo]:
-        """The repositories by their names."""
+        """The repositories by name."""
         return self._state.repos
 
     @property
     def faults(self) -> Faults:
-        """How the server fails on purpose; to be changed at will."""
+        """How the server fails on purpose; change it at any time."""
         return self._state.faults
 
     def redirect(self) -> None:
@@ -89,7 +89,7 @@ class HubServer:
         private: bool = False,
         gated: bool = False,
     ) -> str:
-        """Serve a folder as a revision of a repository; gives its commit."""
+        """Serve a folder as a revision of a repository; returns the commit id."""
         repo = self.repos.setdefault(name, Repo(name))
         repo.private, repo.gated = private, gated
         return repo.commit(hubrepos.of_folder(Path(folder)), revision)
@@ -110,7 +110,7 @@ class HubServer:
         return sum(seen.nbytes for seen in self._state.ledger.seen)
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Reset `seen` and `nbytes_sent`."""
         self._state.ledger = Ledger()
 
     def _serve(self) -> None:
@@ -118,7 +118,7 @@ class HubServer:
 
 
 class _Server(ThreadingHTTPServer):
-    """Knows its hub; a client that hangs up is no error of ours."""
+    """Knows its hub; clients that hang up are ignored."""
 
     daemon_threads = True
     hub: HubState

@@ -1,4 +1,4 @@
-"""What a HubServer serves, how it fails on purpose, and what it did."""
+"""The state of a HubServer: repositories, faults, and a record of its answers."""
 
 import threading
 from dataclasses import dataclass, field
@@ -11,32 +11,32 @@ class Faults:
     """How the server fails on purpose; each may be changed while it runs."""
 
     drop_every: int = 0
-    """Every n-th answer with a file's bytes breaks off in the middle."""
+    """Every n-th answer with a file's bytes breaks off in the middle; 0: none does."""
     unavailable: int = 0
     """The first n requests for each file's bytes get 503."""
     seconds: float = 0.0
-    """What each answer waits before it begins."""
+    """How long each answer is delayed."""
     nbytes_per_second: float = 0.0
-    """Speed of a file's bytes; 0: as fast as can be."""
+    """Speed of a file's bytes; 0: unlimited."""
     ignore_ranges: bool = False
     """Whether ranges are answered with the whole file."""
     short_by: int = 0
-    """Bytes that each answer to a range lacks at its end, though all else says they come; at most
-    half of them."""
+    """How many bytes each answer to a range lacks at its end, contrary to its headers; at most half
+    of them."""
     refuse_uploads_after: int | None = None
-    """Uploads of weights that go well, before all others are refused."""
+    """How many uploads of weights succeed before all others are refused."""
     etag: str | None = None
-    """What all files are called instead of their own names."""
+    """The etag of all files, instead of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A request that was answered."""
+    """An answered request."""
 
     method: str
     path: str
     span: str
-    """The Range header; "" where there was none."""
+    """The Range header; "" if there was none."""
     status: int
     nbytes: int
     """Bytes of the body that were sent."""
@@ -46,19 +46,19 @@ class Seen:
 
 @dataclass(slots=True)
 class Ledger:
-    """What the server did so far."""
+    """Everything the server has answered so far."""
 
     seen: list[Seen] = field(default_factory=list)
     n_bodies: int = 0
     n_uploads: int = 0
     tried: dict[str, int] = field(default_factory=dict)
-    """Path -> how often its bytes were asked for."""
+    """Path -> how often its bytes were requested."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(slots=True)
 class HubState:
-    """What the threads of a server share."""
+    """The state that the threads of a server share."""
 
     tokens: dict[str, str]
     """Token -> user."""
@@ -68,4 +68,4 @@ class HubState:
     faults: Faults = field(default_factory=Faults)
     ledger: Ledger = field(default_factory=Ledger)
     lets_in: set[tuple[str, str]] = field(default_factory=set)
-    """(user, gated repository) that may read it."""
+    """Pairs of a user and a gated repository that the user may read."""

@@ -233,7 +233,7 @@ def marked(stopped: tuple[Path, Path], tmp_path: Path) -> Path:
         if kind == "rename" and path.parent == out and next(n) == 3:
             raise KeyboardInterrupt
 
-    with disk.using(faults.Watched(before)), pytest.raises(KeyboardInterrupt) as caught:
+    with disk.using(faults.CountingDisk(before)), pytest.raises(KeyboardInterrupt) as caught:
         streammap.open(source).save(out, max_shard_size=600)
     assert "the same command puts it in its place" in caught.value.__notes__[0]
     return out

@@ -212,7 +212,7 @@ def test_what_is_durable_is_not_done_again(sources: Path, tmp_path: Path) -> Non
     kept = journalled(out)
     assert len(kept) > 5
     written: list[Path] = []
-    with disk.using(faults.Watched(lambda *told: written.append(told[2]))):
+    with disk.using(faults.CountingDisk(lambda *told: written.append(told[2]))):
         report = save(lazy, out)
     assert report.n_resumed == len(kept)
     assert report.nbytes_resumed == sum(lazy.spec(key).nbytes for key in kept)
@@ -294,7 +294,7 @@ def test_a_source_that_changed_meanwhile_leaves_nothing(sources: Path, tmp_path:
             os.utime(file, ns=(1, 1))
 
     with (
-        disk.using(faults.Watched(before)),
+        disk.using(faults.CountingDisk(before)),
         pytest.raises(CheckpointError, match="written to at 1"),
     ):
         save(streammap.open(source), tmp_path / "out")

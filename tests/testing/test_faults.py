@@ -127,7 +127,7 @@ def test_a_read_that_fails_names_the_source(source: Path, tmp_path: Path, n: int
 
 def test_one_bad_file_is_named(source: Path, tmp_path: Path) -> None:
     bad = "model-00002-of-00002"
-    wrong = faults.Watched(lambda kind, _, path: _fail(kind, path, bad), kinds=READS)
+    wrong = faults.CountingDisk(lambda kind, _, path: _fail(kind, path, bad), kinds=READS)
     with pytest.raises(CheckpointError, match=rf"{bad}\.safetensors: Input/output error"):
         save(source, tmp_path / "out", wrong)
 
