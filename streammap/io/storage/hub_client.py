@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from streammap.common.version import VERSION
 from streammap.errors import CheckpointError
-from streammap.io.storage.retry import RetryPolicy, TransientError
+from streammap.io.storage.retry import TransientError, patiently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -173,17 +173,7 @@ class Client:
         Raises:
             CheckpointError: it failed for good.
         """
-        patience = RetryPolicy(where, self.cancelled)
-        while True:
-            try:
-                try:
-                    return ask()
-                except (CheckpointError, TransientError):
-                    raise
-                except Exception as error:
-                    raise self.explained(error) from error
-            except TransientError as error:
-                patience.wait(error)
+        return patiently(ask, self.explained, where=where, cancelled=self.cancelled)
 
     def explained(self, error: Exception) -> CheckpointError | TransientError:
         """An error of the client as one of ours."""

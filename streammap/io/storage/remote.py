@@ -69,11 +69,11 @@ def explained(url: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"{url}: no such folder or file", hint="check the URL")
     if isinstance(error, PermissionError) or "redential" in f"{type(error).__name__} {error}":
         return CheckpointError(
-            f"{url}: access denied ({_first(error)})",
+            f"{url}: access denied ({first_line(error)})",
             hint="check the credentials: AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, or "
             "~/.config/fsspec",
         )
-    return CheckpointError(f"{url}: {_first(error)}", hint="check the URL and the network")
+    return CheckpointError(f"{url}: {first_line(error)}", hint="check the URL and the network")
 
 
 def is_lasting(error: Exception) -> bool:
@@ -87,7 +87,8 @@ def _install(url: str) -> str:
     return f"pip install {_PACKAGES.get(scheme, 'fsspec')}"
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its class, if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -228,7 +229,7 @@ class RemoteFile(OpenFile):
             except Exception as error:
                 if is_lasting(error):
                     raise explained(self._where, error) from error
-                reason = f"no answer ({_first(error)})"
+                reason = f"no answer ({first_line(error)})"
                 patience.wait(TransientError(reason), f" at byte {offset + n_done}")
                 continue
             if not content or len(content) > len(view) - n_done:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, final
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import filenames
 from streammap.io.storage import remote
-from streammap.io.storage.retry import RetryPolicy, TransientError
+from streammap.io.storage.retry import TransientError, patiently
 
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
 """File systems that show a file when it is complete."""
@@ -103,16 +103,13 @@ class RemoteSink:
         return ()
 
     def _patiently(self, do: Callable[[], _Result], where: str) -> _Result:
-        patience = RetryPolicy(where, threading.Event())
+        def explain(error: Exception) -> CheckpointError | TransientError:
+            if remote.is_lasting(error):
+                return remote.explained(where, error)
+            return TransientError(f"not sent ({remote.first_line(error)})")
+
         try:
-            while True:
-                try:
-                    return do()
-                except Exception as error:  # drivers raise all kinds of errors
-                    if remote.is_lasting(error):
-                        raise remote.explained(where, error) from error
-                    reason = str(error).splitlines() or [type(error).__name__]
-                    patience.wait(TransientError(f"not sent ({reason[0]})"))
+            return patiently(do, explain, where=where, cancelled=threading.Event())
         except CheckpointError as error:
             raise OutputError(error.message, hint=error.hint) from error
 

@@ -1,7 +1,8 @@
 """Retries of network requests, with longer waits each time."""
 
 import threading
-from typing import final
+from collections.abc import Callable
+from typing import TypeVar, final
 
 from streammap.errors import CheckpointError
 
@@ -9,6 +10,9 @@ WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 8.0)
 """How long to wait after each failure in a row without progress."""
 MAX_ASKED_SECONDS = 120.0
 """A server may ask for a longer wait, up to this."""
+
+
+_Result = TypeVar("_Result")
 
 
 class TransientError(Exception):
@@ -53,3 +57,34 @@ class RetryPolicy:
         self._n_failed += 1
         if self._cancelled.wait(seconds):
             raise CheckpointError(f"{self._where}: cancelled") from error
+
+
+def patiently(
+    ask: Callable[[], _Result],
+    explain: Callable[[Exception], CheckpointError | TransientError],
+    *,
+    where: str,
+    cancelled: threading.Event,
+) -> _Result:
+    """The result of `ask`, retried while its errors are transient.
+
+    Args:
+        ask: Makes the request.
+        explain: What an error of a client or driver means.
+        where: What is requested, for messages.
+        cancelled: Ends all waiting when set.
+
+    Raises:
+        CheckpointError: it failed for good, or too often in a row.
+    """
+    policy = RetryPolicy(where, cancelled)
+    while True:
+        try:
+            return ask()
+        except CheckpointError:
+            raise
+        except Exception as error:  # clients and drivers raise all kinds of errors
+            failure = error if isinstance(error, TransientError) else explain(error)
+            if isinstance(failure, CheckpointError):
+                raise failure from error
+        policy.wait(failure)
