@@ -276,8 +276,8 @@ def _tied(
     classes = config.get("architectures")
     if isinstance(classes, list) and not head.is_in(str(name) for name in classes):
         return None
-    norm = next((n for n in head.norms if any(first_match(n, k) is not None for k in specs)), ())
-    if head.norms and not norm and not (isinstance(classes, list) and head.classes):
+    norm = next((n for n in head.norm if any(first_match(n, k) is not None for k in specs)), ())
+    if head.norm and not norm and not (isinstance(classes, list) and head.classes):
         return None
     if not any(first_match(head.embed, key) is not None for key in specs):
         return None
@@ -286,7 +286,7 @@ def _tied(
         return TiedHead(head, norm)
     flag = config_fields.field_value(config, f"{head.path}tie_word_embeddings")
     if flag is None:
-        flag = config.get("tie_word_embeddings", head.is_tied)
+        flag = config.get("tie_word_embeddings", head.tied)
     return TiedHead(head, norm) if flag is not False else None
 
 

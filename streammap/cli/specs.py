@@ -54,18 +54,15 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """
     import tempfile
 
-    from streammap.architectures import registry
     from streammap.tools.spec_proof import checks
 
     reports: list[ProofReport] = []
+    chosen = checks.chosen(names, name=model)
     with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
-        for name in names:
-            for tiny in checks.models(registry.load(name)):
-                if model not in (None, tiny.name):
-                    continue
-                reports.append(checks.prove(tiny, name, Path(folder) / f"{len(reports)}"))
-                if not as_json:
-                    click.echo(_told(reports[-1]))
+        for i, (arch, tiny) in enumerate(chosen):
+            reports.append(checks.prove(tiny, arch, Path(folder) / str(i)))
+            if not as_json:
+                click.echo(_told(reports[-1]))
     if as_json:
         click.echo(json.dumps({"reports": [asdict(report) for report in reports]}, indent=2))
     failed = [report.model for report in reports if not report.passed]

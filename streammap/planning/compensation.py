@@ -106,14 +106,14 @@ def _kinds(model: Model, axis: str) -> set[str]:
 
 def _can_fill(model: Model, axis: str, m: BlockMap, *, grows: bool) -> bool:
     norms, kinds = _norms(model, axis), _kinds(model, axis)
-    if not norms or any(norm.is_post for norm in norms) or len(kinds) != 1:
+    if not norms or any(norm.post for norm in norms) or len(kinds) != 1:
         return False
     if axis in model.architecture.weightless or _is_normed_with_others(model, axis):
         return False
     if kinds == {"rms"}:
         return True
     # A mean takes a dense map, and stays one only where each unit is treated as the others are.
-    alike = all(norm.keeps_mean for norm in norms) and not _has_scales(model, axis)
+    alike = all(norm.mean for norm in norms) and not _has_scales(model, axis)
     return alike and (not grows or m.n_out * m.n_in <= _MAX_DENSE)
 
 

@@ -411,7 +411,7 @@ def test_each_model_type_of_the_drafts_is_served() -> None:
 
 
 def test_each_model_type_has_a_tiny_model() -> None:
-    proved = {m["model_type"] for name in registry.names() for m in registry.load(name).proof}
+    proved = {m.model_type for name in registry.names() for m in registry.tiny_models(name)}
     assert set(registry.model_types()) - proved == UNPROVED
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import streammap
 from streammap.api import LazyCheckpoint
+from streammap.architectures.schema import TinyModel
 from streammap.errors import PlanError
 from streammap.planning.axis_maps import KvMerge
-from streammap.tools.spec_proof.tiny_models import TinyModel
 from tests.support import tiny, truth
 from tests.support.truth import Bench
 from tests.support.typed import Options

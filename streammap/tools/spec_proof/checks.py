@@ -27,14 +27,13 @@ from torch import Tensor
 from streammap import api
 from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
-from streammap.architectures.schema import Architecture, AxisKind
+from streammap.architectures.schema import AxisKind, TinyModel
 from streammap.errors import ArchitectureError, PlanError, StreammapError, some
 from streammap.operators.kinds import RequestLike
 from streammap.operators.permute import Permute
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
 from streammap.tools.spec_proof import tiny_models
-from streammap.tools.spec_proof.tiny_models import FEATURES, TinyModel
 
 CheckName = Literal["source", "growth", "round trip", "permutation", "shrink", "promises"]
 CHECKS: tuple[CheckName, ...] = (
@@ -80,13 +79,31 @@ class ProofReport:
         return all(check.passed for check in self.checks)
 
 
-def models(architecture: Architecture) -> tuple[TinyModel, ...]:
-    """The tiny models under a spec's [proof].
+def chosen(archs: Sequence[str], *, name: str | None = None) -> list[tuple[str, TinyModel]]:
+    """The tiny models under [proof] of some specs, each with its spec.
+
+    Args:
+        archs: Names of specs, or their files (*.toml).
+        name: The only model to take; None for all.
 
     Raises:
-        ArchitectureError: an entry that is none.
+        ArchitectureError: no such spec, a spec without models, or none of them has this name.
     """
-    return tuple(map(_tiny_model, architecture.proof))
+    known = [(arch, registry.tiny_models(arch)) for arch in archs]
+    for arch, models in known:
+        if not models:
+            raise ArchitectureError(
+                f"{arch}: no model under [proof], so that nothing can be tested",
+                hint="add a tiny model: name, class and config under [[proof.models]]",
+            )
+    pairs = [(arch, model) for arch, models in known for model in models]
+    named = [pair for pair in pairs if name in (None, pair[1].name)]
+    if not named:
+        raise ArchitectureError(
+            f"{', '.join(archs)}: no model {name!r} under [proof]",
+            hint=f"there are {', '.join(model.name for _, model in pairs)}",
+        )
+    return named
 
 
 def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[ProofReport, ...]:
@@ -100,14 +117,7 @@ def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[ProofR
     Raises:
         ArchitectureError: no such spec or model.
     """
-    known = models(registry.load(arch))
-    found = tuple(model for model in known if name in (None, model.name))
-    if not found:
-        raise ArchitectureError(
-            f"{arch}: no model {name or ''} under [proof]".replace("  ", " "),
-            hint=f"there are {some([model.name for model in known]) or 'none'}",
-        )
-    return tuple(prove(model, arch, scratch / model.name) for model in found)
+    return tuple(prove(m, arch, scratch / m.name) for _, m in chosen([arch], name=name))
 
 
 def prove(model: TinyModel, arch: str, scratch: Path) -> ProofReport:
@@ -372,21 +382,3 @@ def _relative(found: Tensor, expected: Tensor) -> float:
         return float(not torch.equal(found, expected))
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     return float((found - expected).abs().max()) / (scale or 1.0)
-
-
-def _tiny_model(entry: Mapping[str, object]) -> TinyModel:
-    name, class_name, config = entry.get("name"), entry.get("class"), entry.get("config")
-    neutral, exempt = entry.get("neutral", []), entry.get("except", [])
-    if not (
-        isinstance(name, str)
-        and isinstance(class_name, str)
-        and isinstance(config, Mapping)
-        and isinstance(neutral, list)
-        and isinstance(exempt, list)
-    ):
-        raise ArchitectureError(f"[[proof.models]] {name}: expected a name, a class and a config")
-    unknown = [feature for feature in neutral if feature not in FEATURES]
-    if unknown:
-        raise ArchitectureError(f"[[proof.models]] {name}: no feature {unknown[0]!r} is known")
-    only_shapes = entry.get("shapes_only") is True
-    return TinyModel(name, class_name, config, tuple(neutral), tuple(exempt), only_shapes)

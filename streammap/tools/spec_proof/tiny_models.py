@@ -12,7 +12,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,11 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from streammap.architectures.schema import TinyModel
 from streammap.common import optional
 from streammap.errors import PlanError, some
 
-FEATURES = ("alibi", "sinusoidal")
-"""What a model computes from positions and can be run without."""
 _TIMM = "timm:"
 """What a class of timm begins with: "timm:VisionTransformer"."""
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -35,21 +33,6 @@ _FIRST_TOKEN = 10
 """Ids below it are padding, masks and images in the tiny models."""
 _SPREAD = 1.5
 """Weights are this / sqrt(fan-in): attention and routers choose, and nothing saturates."""
-
-
-@dataclass(frozen=True, slots=True)
-class TinyModel:
-    """One entry of [[proof.models]]."""
-
-    name: str
-    class_name: str
-    config: Mapping[str, object]
-    neutral: tuple[str, ...] = ()
-    """Those of FEATURES that it is run without."""
-    exempt: tuple[str, ...] = ()
-    """Axes that can't be resized; the spec's [caveat] says why."""
-    shapes_only: bool = False
-    """It is loaded and not run."""
 
 
 def build(model: TinyModel, folder: Path, *, seed: int = 0) -> None:
