@@ -10,7 +10,11 @@ from streammap.architectures.expression import Expression, InexactDivisionError
 from streammap.architectures.schema import Architecture, Axis
 from streammap.errors import ArchitectureError, CheckpointError
 from streammap.io.tensor_spec import TensorSpec
-from streammap.planning.requests import MAX_LAYERS, MAX_SIZE
+
+MAX_SIZE = 2**40
+"""Of any axis: far above any model's, far below where sizes of tensors overflow."""
+MAX_LAYERS = 10_000
+"""Of one stack; the deepest models have some hundred."""
 
 
 def read(

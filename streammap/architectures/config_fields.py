@@ -34,7 +34,7 @@ def set_field(config: dict[str, object], path: str, value: object) -> None:
 def delete_field(config: dict[str, object], path: str) -> None:
     """Remove a field where it is there. `config` is changed."""
     *parts, last = path.split(".")
-    if field_value(config, path) is not None:
+    if not parts or field_value(config, ".".join(parts)) is not None:
         for table in _tables(config, parts):
             if isinstance(table, dict):
                 table.pop(last, None)

@@ -64,7 +64,7 @@ def follow(
             new_table = {str(i): old[str(j)] for i, j in enumerate(sources) if str(j) in old}
             config_fields.set_field(config, field, new_table)
     for field in depth.patterns:
-        old = _unrolled(config_fields.field_value(config, field))
+        old = unrolled(config_fields.field_value(config, field))
         if len(old) > max(sources):
             config_fields.set_field(config, field, [[[old[j] for j in sources], 1]])
     for field in depth.prefix_counts:
@@ -100,7 +100,7 @@ def _listed(depth: Depth, config: Mapping[str, object], field: str, n_layers: in
     return found
 
 
-def _unrolled(value: object) -> list[object]:
+def unrolled(value: object) -> list[object]:
     """[[["global", "local"], 6]] -> the entries one by one."""
     found: list[object] = []
     for item in value if isinstance(value, list) else []:

@@ -274,7 +274,7 @@ class _Task:
         if not layers:
             raise PlanError("--new-layers zero, but no layers are added", hint="give --layers K")
         post = next(
-            (f for f in self.model.families if f.rule.norm is not None and f.rule.norm.is_post),
+            (f for f in self.model.families if f.rule.norm is not None and f.rule.norm.post),
             None,
         )
         if post is not None:

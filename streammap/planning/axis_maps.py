@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streammap.architectures import axis_facts
+from streammap.architectures.axis_sizes import MAX_LAYERS, MAX_SIZE
 from streammap.architectures.model import Model
 from streammap.errors import PlanError, SchemeError, some
 from streammap.planning import maps, requests
 from streammap.planning.maps import BlockMap
-from streammap.planning.requests import MAX_LAYERS, MAX_PARTS, MAX_SIZE, AxisRequest, Grouping
+from streammap.planning.requests import MAX_PARTS, AxisRequest, Grouping
 
 KvMerge = Literal["mean", "first"]
 
@@ -99,21 +100,13 @@ class AxisRequests:
     def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:
         if factor == 1:
             return None
-        if large % factor:
-            divisors = [d for d in range(2, min(large, 4096) + 1) if large % d == 0]
-            raise SchemeError(
-                f"{large} {self.word(axis)} do not divide into groups of {factor}",
-                hint=f"take a factor of {large} ({some(divisors, limit=6)}), a size such as "
-                f"={max(1, large // factor)}, or give groups",
-            )
+        units = self.word(axis)
+        size = f"a size such as ={max(1, large // factor)}, or give groups"
+        requests.divided(large, factor, units, instead=size)
         parts = self._parts(axis, large, factor, grouping)
         check_parts(axis, parts, MAX_PARTS)
-        n = parts // factor
-        groups = [
-            range(i * factor, (i + 1) * factor) if grouping == "adjacent" else range(i, parts, n)
-            for i in range(n)
-        ]
-        return maps.merging([tuple(group) for group in groups], parts, block=large // parts)
+        groups = requests.uniform(parts, factor, grouping, units=units)
+        return maps.merging(groups, parts, block=large // parts)
 
     def word(self, axis: str) -> str:
         """What the units of an axis are called."""

@@ -12,8 +12,8 @@ from streammap.architectures import axis_facts, axis_sizes
 from streammap.architectures import expression as expressions
 from streammap.architectures.expression import Expression, Name
 from streammap.architectures.model import Model
-from streammap.errors import PlanError, SchemeError, some
-from streammap.planning import attention_heads, config_json, maps
+from streammap.errors import PlanError
+from streammap.planning import attention_heads, config_json, maps, requests
 from streammap.planning.attention_heads import HeadCounts, HeadSharing
 from streammap.planning.axis_maps import AxisRequests, ResizeRequest, check_parts
 from streammap.planning.maps import AxisMap, BlockMap
@@ -210,13 +210,7 @@ class _Planning:
         if self._grows:
             check_parts(axis, own * factor, MAX_PARTS)
             return own * factor
-        if own % factor:
-            divisors = [d for d in range(2, min(own, 4096) + 1) if own % d == 0]
-            raise SchemeError(
-                f"{own} {self._one.word(axis)} do not divide into groups of {factor}",
-                hint=f"take a factor of {own} ({some(divisors, limit=6)}), or give groups",
-            )
-        return own // factor
+        return requests.divided(own, factor, self._one.word(axis))
 
     def _follows(self, kv: str, heads: str) -> bool:
         """Whether config.json has no kv heads, so that there are as many as heads."""

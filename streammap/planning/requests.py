@@ -16,19 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from streammap.architectures.axis_sizes import MAX_SIZE
 from streammap.common import strict_json
-from streammap.errors import SchemeError
+from streammap.errors import SchemeError, some
 
 Groups = tuple[tuple[int, ...], ...]
 Weights = tuple[tuple[float, ...], ...]
 Grouping = Literal["stacked", "adjacent"]
 GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
-MAX_SIZE = 2**40
-"""Of any axis: far above any model's, far below where sizes of tensors overflow."""
 MAX_PARTS = 200_000
 """Of what one map puts together: each takes time and memory to plan."""
-MAX_LAYERS = 10_000
-"""Of one stack; the deepest models have some hundred."""
 _MAX_INDEX = 1_000_000
 _MAX_GROUPS = MAX_PARTS
 _MAX_TEXT = 10_000_000
@@ -187,6 +184,34 @@ def _weights(weights: object, n: int, where: str) -> tuple[float, ...]:
     if not total > 0:
         raise SchemeError(f"{where}: the weights add up to {total}, expected more than 0")
     return tuple(weight / total for weight in weights)
+
+
+def divided(n_large: int, factor: int, units: str, *, instead: str = "or give groups") -> int:
+    """How many groups of `factor` members n_large units make.
+
+    Args:
+        units: What they are called: "heads".
+
+    Raises:
+        SchemeError: the factor does not divide their number.
+    """
+    if factor < 1 or n_large % factor:
+        divisors = [d for d in range(2, min(n_large, 4096) + 1) if n_large % d == 0]
+        raise SchemeError(
+            f"{n_large} {units} do not divide into groups of {factor}",
+            hint=f"take a factor of {n_large} ({some(divisors, limit=6)}), {instead}",
+        )
+    return n_large // factor
+
+
+def uniform(n_large: int, factor: int, grouping: Grouping, *, units: str) -> Groups:
+    """Groups of `factor` members each: i with i + n/factor ("stacked"), or neighbours.
+
+    Raises:
+        SchemeError: the factor does not divide the number of units.
+    """
+    n_small = divided(n_large, factor, units)
+    return (near_even if grouping == "adjacent" else cyclic)(n_large, n_small)
 
 
 def near_even(n_large: int, n_small: int) -> Groups:

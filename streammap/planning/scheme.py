@@ -14,11 +14,10 @@ from pathlib import Path
 
 from streammap.architectures import schema
 from streammap.common import strict_json
-from streammap.errors import SchemeError, some
+from streammap.errors import SchemeError
 from streammap.planning import requests
-from streammap.planning.requests import GROUPINGS, AxisRequest, Grouping, Groups
+from streammap.planning.requests import AxisRequest, Groups
 
-__all__ = ["GROUPINGS", "Grouping", "Groups", "Scheme", "load_scheme", "uniform"]
 _MAX_NBYTES = 100_000_000
 UNUSED = ("reserved_heads", "reserved_layers")
 SPACES = ("width", *schema.SPACES, "layers")
@@ -82,24 +81,6 @@ def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
     if not isinstance(content, dict):
         raise SchemeError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return _parse(content, path.name)
-
-
-def uniform(n_large: int, factor: int, grouping: Grouping, *, what: str) -> Groups:
-    """n_large / factor groups of `factor` members each: i with i+n/factor, or neighbours.
-
-    Raises:
-        SchemeError: `factor` does not divide `n_large`; `what` ("heads") names them.
-    """
-    if factor < 1 or n_large % factor:
-        divisors = [d for d in range(2, min(n_large, 4096) + 1) if n_large % d == 0]
-        raise SchemeError(
-            f"{n_large} {what} do not divide into groups of {factor}",
-            hint=f"take a factor of {n_large} ({some(divisors, limit=6)}), or give a scheme",
-        )
-    n_small = n_large // factor
-    if grouping == "adjacent":
-        return tuple(tuple(range(i * factor, (i + 1) * factor)) for i in range(n_small))
-    return tuple(tuple(range(i, n_large, n_small)) for i in range(n_small))
 
 
 def template(n_large: int, n_small: int) -> Groups:

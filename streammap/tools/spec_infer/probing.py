@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from streammap.architectures import config_fields
+from streammap.architectures import config_fields, layer_kinds
 from streammap.architectures.key_pattern import INDEX
 from streammap.common import optional
 from streammap.errors import ArchitectureError
@@ -281,7 +281,7 @@ class Workbench:
             if not isinstance(value, int):
                 continue
             for leaf, entries in self.lists(scope).items():
-                spread = config_changes.spread(entries)
+                spread = layer_kinds.unrolled(entries) or entries
                 if len(spread) == old:
                     longer = [spread[i % old] for i in range(value)]
                     more[config_changes.joined(scope, leaf)] = (
