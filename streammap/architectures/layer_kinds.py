@@ -1,7 +1,7 @@
-"""What config.json says of single layers, and how that follows when layers change.
+"""What config.json says of single layers, and how it is rewritten when layers change.
 
 A layer's *kind* is all that config.json says of it: its entry of each per-layer list, whether its
-number stands in a list of numbers, on which side of a count it is. Layers of one kind have the same
+number is in a list of numbers, on which side of a count it is. Layers of one kind have the same
 tensors.
 """
 
@@ -33,14 +33,14 @@ def follow(
 
     Args:
         sources: For each layer of the result, the source layer that it takes after.
-        what: The axis' name, for messages.
+        what: The axis, for messages.
         n_before: Layers of the source.
 
     Returns:
-        What a user might not expect.
+        Notes for the user.
 
     Raises:
-        PlanError: config.json can't say it.
+        PlanError: config.json can't express it.
     """
     if depth.last and sources[-1] != n_before - 1:
         raise PlanError(
@@ -48,7 +48,28 @@ def follow(
             f"of the kind of {n_before - 1}",
             hint=f"give groups of which the last begins with {n_before - 1}",
         )
+    _follow_entries(depth, config, sources)
+    _follow_counts(depth, config, sources, what)
+    for period in depth.periods:
+        # Loaders work the kind out from a layer's number, so that a layer may only move to a number
+        # of the same kind.
+        for i, j in enumerate(sources):
+            if _in_period(period, config, i) != _in_period(period, config, j):
+                raise PlanError(
+                    f"{what} {i} would come from {j}, but config.json's {period[0]} "
+                    f"({config_fields.field_value(config, period[0])}) makes them two kinds",
+                    hint=f"take groups that keep a layer's place in the period of {period[0]}",
+                )
+    there = [f for f in depth.delete if config_fields.field_value(config, f) is not None]
+    for field in there:
+        config_fields.delete_field(config, field)
+    return tuple(f"config.json: {f} is removed, it names layers by number" for f in there)
+
+
+def _follow_entries(depth: Depth, config: dict[str, object], sources: Sequence[int]) -> None:
+    """Fields with an entry for each layer, or with layers by number: entries go with the layers."""
     for field in depth.lists:
+        # What loaders assume for a missing list need not hold after the change: it is written out.
         old = _listed(depth, config, field, 1 + max(sources))
         if isinstance(old, list) and len(old) > max(sources):
             config_fields.set_field(config, field, [old[j] for j in sources])
@@ -67,6 +88,12 @@ def follow(
         old = unrolled(config_fields.field_value(config, field))
         if len(old) > max(sources):
             config_fields.set_field(config, field, [[[old[j] for j in sources], 1]])
+
+
+def _follow_counts(
+    depth: Depth, config: dict[str, object], sources: Sequence[int], what: str
+) -> None:
+    """Fields that count leading layers, or name the last one that leads."""
     for field in depth.prefix_counts:
         old = config_fields.field_value(config, field)
         if isinstance(old, int) and old > 0:
@@ -77,18 +104,6 @@ def follow(
         if isinstance(old, int) and old >= 0:
             new_count = _leading([j <= old for j in sources], field, what)
             config_fields.set_field(config, field, new_count - 1)
-    for period in depth.periods:
-        for i, j in enumerate(sources):
-            if _in_period(period, config, i) != _in_period(period, config, j):
-                raise PlanError(
-                    f"{what} {i} would come from {j}, but config.json's {period[0]} "
-                    f"({config_fields.field_value(config, period[0])}) says they are of two kinds",
-                    hint=f"take groups that keep a layer's place in the period of {period[0]}",
-                )
-    there = [f for f in depth.delete if config_fields.field_value(config, f) is not None]
-    for field in there:
-        config_fields.delete_field(config, field)
-    return tuple(f"config.json: {f} is removed, it names layers by number" for f in there)
 
 
 def _listed(depth: Depth, config: Mapping[str, object], field: str, n_layers: int) -> object:

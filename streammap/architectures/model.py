@@ -20,8 +20,10 @@ from streammap.architectures import (
 from streammap.architectures.expression import Expression, Name
 from streammap.architectures.key_pattern import KeyPattern, first_match
 from streammap.architectures.schema import Architecture, Depth, DimSpec, LMHead, TensorRule
-from streammap.errors import ArchitectureError, CheckpointError, some
+from streammap.errors import ArchitectureError, CheckpointError, printable, some
 from streammap.io.tensor_spec import TensorSpec
+
+_MAX_NAME = 80
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,6 +97,11 @@ class Model:
     """Axis -> size, for each axis whose size is known."""
     families: tuple[Family, ...]
     tied_heads: tuple[TiedHead, ...]
+
+    @property
+    def name(self) -> str:
+        """What the model is, for messages: its model_type, or its spec where it has none."""
+        return printable(str(self.config.get("model_type", self.architecture.name))[:_MAX_NAME])
 
     @property
     def tied(self) -> bool:

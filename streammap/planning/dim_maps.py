@@ -60,7 +60,7 @@ class DimMaps:
                 return self._map(self._spec.aliases[name], reads)
             case Name(name):
                 if self._before[name] != self._after[name]:
-                    raise ArchitectureError(f"{name} changes its size, and nothing says how")
+                    raise ArchitectureError(f"{name} changes its size, but has no map")
                 return BlockMap((((0, 1.0),),), 1, self._before[name])
             case Number(value):
                 return maps.identity(value)
@@ -74,6 +74,8 @@ class DimMaps:
                 raise ArchitectureError(f"{expression}: a dimension is a sum of products")
 
     def _product(self, factors: Sequence[Expression], reads: bool) -> AxisMap:
+        # A kv axis with its group behind it is one axis, the query heads: their map need not be a
+        # product of the two. With a sum in between ("kv_heads*(q_group+2)"), take the sum apart.
         for i, factor in enumerate(factors[:-1]):
             groups = self._joint.get(factor.name, {}) if isinstance(factor, Name) else {}
             following = factors[i + 1]
@@ -89,15 +91,21 @@ class DimMaps:
         return found
 
     def _taken_apart(self, factors: Sequence[Expression], at: int, reads: bool) -> AxisMap:
-        """The map of a product whose factor `at` is a sum."""
+        """The map of a product whose factor `at` is a sum.
+
+        a*(b+c) is, for each a, a row of b and a row of c. Taken apart, all a*b stand first and all
+        a*c after them: there a*b can be the query heads. Source and result are rearranged by their
+        own sizes.
+        """
         first, rest = list(factors[:at]), list(factors[at + 1 :])
         terms = self._split("+", factors[at])
-        if isinstance(factors[at], Number):
+        if isinstance(factors[at], Number):  # 3 is 1 + 1 + 1
             terms = [Number(1)] * factors[at].value  # type: ignore[union-attr]
         if len(terms) < 2:
             raise ArchitectureError(f"{factors[at]} stands between kv heads and their group")
         parts = [self._map(_as_product([*first, term, *rest]), reads) for term in terms]
         whole = maps.concatenated(parts)
+        # A permutation's transpose is its inverse.
         apart = self._rearranged(first, terms, rest, self._before)
         back = maps.transposed(self._rearranged(first, terms, rest, self._after))
         return maps.compose(back, maps.compose(whole, apart))
@@ -119,8 +127,8 @@ class DimMaps:
         offset, total = 0, sum(lengths)
         for length in lengths:
             for i in range(n_first):
-                at = i * total + offset
-                rows += [((at + j, 1.0),) for j in range(length)]
+                start = i * total + offset
+                rows += [((start + j, 1.0),) for j in range(length)]
             offset += length
         return BlockMap(tuple(rows), n_first * total, block)
 

@@ -675,7 +675,6 @@ def test_a_path_reaches_inside_tables_and_lists() -> None:
         "a": {"x": {}, "y": {"b": 7}},
         "l": [1, 2, 9],
         "new": {"inner": 5},
-        "n": None,
     }
     with pytest.raises(PlanError, match=r"config\.json: new is 3, expected a table"):
         config_fields.set_field({"new": 3}, "new.inner", 5)
