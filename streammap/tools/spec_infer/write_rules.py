@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
-from streammap.tools.spec_infer import probing, solving
-from streammap.tools.spec_infer.axis_naming import AxisNaming, NamedTensors
-from streammap.tools.spec_infer.probing import template
+from streammap.tools.spec_infer import probe, solve
+from streammap.tools.spec_infer.naming import AxisNaming, NamedTensors
+from streammap.tools.spec_infer.probe import template
 
 _LARGE = 32
 """A dimension of this size should have a reason."""
@@ -18,9 +18,9 @@ _LARGE = 32
 class SpecRules:
     """The first tables of a spec, and how they write patterns."""
 
-    def __init__(self, meanings: AxisNaming) -> None:
+    def __init__(self, naming: AxisNaming) -> None:
         """Find the beginnings that many keys share."""
-        self._m = meanings
+        self._m = naming
         self._base = self._prefix()
 
     def rules(self) -> str:
@@ -28,7 +28,7 @@ class SpecRules:
         return "\n".join([self._top(), self._axes(), self._rules()])
 
     def _top(self) -> str:
-        version = probing.transformers_version()
+        version = probe.transformers_version()
         lines = [
             f"# Inferred from {self._m.bench.class_name} of transformers {version} by its shapes.",
             "# They show sizes, but neither the order inside a dimension nor factors of the",
@@ -94,7 +94,7 @@ class SpecRules:
                     (key, i)
                     for key, dims in self._m.solution.dims.items()
                     for i, p in enumerate(dims)
-                    if solving.sole(p) == (symbol, 1)
+                    if solve.sole(p) == (symbol, 1)
                 ),
                 None,
             )

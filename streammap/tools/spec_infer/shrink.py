@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-from streammap.tools.spec_infer import config_changes, probing, solving
-from streammap.tools.spec_infer.axis_naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
-from streammap.tools.spec_infer.probing import Snapshot, Workbench, template
-from streammap.tools.spec_infer.spec_tables import INDEX_LIST, PER_TOKEN
+from streammap.tools.spec_infer import config_changes, probe, solve
+from streammap.tools.spec_infer.naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
+from streammap.tools.spec_infer.probe import Snapshot, Workbench, template
+from streammap.tools.spec_infer.write_tables import INDEX_LIST, PER_TOKEN
 
 _SMALL = 160
 """A hidden size up to this is that of a tiny model already."""
@@ -77,7 +77,7 @@ def prove_sizes(m: AxisNaming) -> tuple[str, ...]:
     wrong: dict[str, None] = {}
     for key, dims in m.solution.dims.items():
         for polynomial, found in zip(dims, snapshot.shapes.get(key, ()), strict=False):
-            if polynomial is not None and solving.value_of(polynomial, size) != found:
+            if polynomial is not None and solve.value_of(polynomial, size) != found:
                 wrong[template(key)] = None
     if large:
         m.bench.adopt(tiny)
@@ -134,7 +134,7 @@ def proof_config(bench: Workbench) -> dict[str, object]:
     return config
 
 
-def _stack(bench: Workbench, field: probing.Field, n: int) -> dict[str, object] | None:
+def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | None:
     """The changes that leave `n` layers, or None where a kind of layer would be lost."""
     changes: dict[str, object] = {field.name: n}
     for leaf, entries in bench.lists(field.scope).items():

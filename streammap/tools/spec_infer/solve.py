@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
-from streammap.tools.spec_infer.model_structure import ModelStructure
-from streammap.tools.spec_infer.probing import Field, Snapshot, Workbench, template
+from streammap.tools.spec_infer.module_roles import ModelStructure
+from streammap.tools.spec_infer.probe import Field, Snapshot, Workbench, template
 
 Monomial = tuple[tuple[str, int], ...]
 """(symbol, exponent), sorted. A symbol is a field, or "a/b" of two: a part of a head axis."""

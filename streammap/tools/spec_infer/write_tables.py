@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from streammap.architectures.key_pattern import INDEX
-from streammap.tools.spec_infer import probing
-from streammap.tools.spec_infer.axis_naming import AxisNaming
-from streammap.tools.spec_infer.spec_text import SpecRules, toml_key, toml_value
+from streammap.tools.spec_infer import probe
+from streammap.tools.spec_infer.naming import AxisNaming
+from streammap.tools.spec_infer.write_rules import SpecRules, toml_key, toml_value
 
 PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
 """Fields that must grow with the number of experts."""
@@ -18,9 +18,9 @@ INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
 class SpecTables:
     """What a spec says beyond its tensors."""
 
-    def __init__(self, meanings: AxisNaming, text: SpecRules) -> None:
+    def __init__(self, naming: AxisNaming, text: SpecRules) -> None:
         """Write patterns as `text` does."""
-        self._m, self._text = meanings, text
+        self._m, self._text = naming, text
 
     def text(self) -> str:
         """All tables."""
@@ -137,7 +137,7 @@ class SpecTables:
                 "prefix_counts": list(self._prefix_counts(field, name)),
                 "delete": [
                     k
-                    for k in probing.REBUILT
+                    for k in probe.REBUILT
                     if isinstance(self._m.bench.finished.get(k), (list, str))
                 ],
             }
@@ -172,7 +172,7 @@ class SpecTables:
                 found[pattern].add(int(number[0]))
         return found
 
-    def _prefix_counts(self, field: probing.Field, name: str) -> Iterator[str]:
+    def _prefix_counts(self, field: probe.Field, name: str) -> Iterator[str]:
         layers = self._layers_of(name)
         for other in self._m.fields.values():
             if other.scope == field.scope and 0 < other.value < field.value:

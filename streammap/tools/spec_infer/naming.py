@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from streammap.architectures import config_fields
 from streammap.architectures.key_pattern import INDEX
-from streammap.tools.spec_infer import solving
-from streammap.tools.spec_infer.model_structure import ModelStructure, ModulePart
-from streammap.tools.spec_infer.probing import Workbench, template
-from streammap.tools.spec_infer.solving import Explained, Monomial, Polynomial, Solution
+from streammap.tools.spec_infer import solve
+from streammap.tools.spec_infer.module_roles import ModelStructure, ModulePart
+from streammap.tools.spec_infer.probe import Workbench, template
+from streammap.tools.spec_infer.solve import Explained, Monomial, Polynomial, Solution
 
 _NAMES = (
     (r"hidden_size|d_model|n_embd|embed_dim|dim|hidden_states_size", "embed"),
@@ -85,7 +85,7 @@ class AxisNaming:
             for key, dims in self.solution.dims.items()
             if (part := self.anatomy.parts.get(key))
             and part.kind == "norm"
-            and (single := solving.sole(dims[-1] if dims else None))
+            and (single := solve.sole(dims[-1] if dims else None))
         )
         return widths.most_common(1)[0][0] if widths else ""
 
@@ -201,7 +201,7 @@ class AxisNaming:
         return NamedTensors(pattern, part, tuple(dims), self._roles(part, dims), condition)
 
     def _index(self, count: Polynomial) -> str:
-        single = solving.sole(count)
+        single = solve.sole(count)
         if single is not None and single[1] == 1 and not is_heads(single[0]):
             return self.names[single[0]]
         return f"index@{self.expression(count)}"
@@ -209,7 +209,7 @@ class AxisNaming:
     def _conditions(self, pattern: str, groups: Sequence[Sequence[str]]) -> list[str] | None:
         """A condition ("layer_types[layer] == full") for each group of keys, or None."""
         for count in self.indices.values():
-            single = solving.sole(count)
+            single = solve.sole(count)
             if single is None or f"{{{self.names[single[0]]}}}" not in pattern:
                 continue
             at = re.compile(
@@ -248,7 +248,7 @@ class AxisNaming:
             return (*[""] * (len(dims) - 1), "out")
         width = self.residual()
         makes_hidden = bool(_DOWN.search(f"{part.path}.{part.parameter}".lower()))
-        last = [solving.sole(dim) == (width, 1) for dim in dims[-2:]]
+        last = [solve.sole(dim) == (width, 1) for dim in dims[-2:]]
         if last[0] == last[1]:
             return (*first, "out", "in")
         return (*first, *("out" if is_hidden == makes_hidden else "in" for is_hidden in last))
@@ -262,7 +262,7 @@ class AxisNaming:
                     seen[symbol].add(role)
                     powers |= {symbol} if exponent != 1 else set()
         counted = {
-            single[0] for c in self.indices.values() if (single := solving.sole(c)) is not None
+            single[0] for c in self.indices.values() if (single := solve.sole(c)) is not None
         }
         kinds = {}
         for symbol, name in self.names.items():

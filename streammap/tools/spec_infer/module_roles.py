@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from streammap.tools.spec_infer.probing import MetaTensor, Module, Net, on_disk, saved
+from streammap.tools.spec_infer.probe import MetaTensor, Module, Net, on_disk, saved
 
 PartKind = Literal["linear", "conv1d", "conv", "embedding", "norm", "stack", "buffer", "other"]
 
@@ -93,7 +93,7 @@ def _flat(value: object) -> Iterator[object]:
         yield value
 
 
-def of(net: Net) -> ModelStructure:
+def describe_model(net: Net) -> ModelStructure:
     """The parts of a model."""
     modules = dict(net.named_modules())
     path_of = {id(module): path for path, module in modules.items()}
