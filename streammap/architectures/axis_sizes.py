@@ -26,15 +26,15 @@ def read(
     Raises:
         CheckpointError: a size that is missing or invalid, or breaks a constraint of the spec.
     """
-    found = _Sizes(spec, config, specs).all()
+    sizes = _Sizes(spec, config, specs).all()
     for name in spec.depth_axes:
-        if found.get(name, 0) > MAX_LAYERS:
+        if sizes.get(name, 0) > MAX_LAYERS:
             raise CheckpointError(
-                f"config.json: {name} is {found[name]}, at most {MAX_LAYERS} layers are read",
+                f"config.json: {name} is {sizes[name]}, at most {MAX_LAYERS} layers are read",
                 hint="is this config.json the checkpoint's own?",
             )
-    _check_constraints(spec, str(config.get("model_type", spec.name))[:_MAX_WORD], found)
-    return found
+    _check_constraints(spec, str(config.get("model_type", spec.name))[:_MAX_WORD], sizes)
+    return sizes
 
 
 def of_config(spec: Architecture, config: Mapping[str, object]) -> dict[str, int]:
@@ -43,7 +43,7 @@ def of_config(spec: Architecture, config: Mapping[str, object]) -> dict[str, int
     Raises:
         CheckpointError: a field that is not a size, or another architecture.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     model_type = config.get("model_type")
     if model_type is not None and model_type not in spec.model_types:
         raise CheckpointError(
@@ -54,8 +54,8 @@ def of_config(spec: Architecture, config: Mapping[str, object]) -> dict[str, int
     known = _Sizes(spec, config, {})
     for name in spec.axes:
         with contextlib.suppress(CheckpointError):
-            found[name] = known.size(name)
-    return found
+            sizes[name] = known.size(name)
+    return sizes
 
 
 def axis_origin(axis: Axis, config: Mapping[str, object]) -> str | Expression | None:
@@ -156,10 +156,10 @@ def _called(
         return specs[key].shape[int(dim)]
     if function == "count":
         compiled = key_pattern.compile_patterns(arguments[0], {})
-        found = sum(key_pattern.first_match(compiled, key) is not None for key in specs)
-        if not found:
+        n_matches = sum(key_pattern.first_match(compiled, key) is not None for key in specs)
+        if not n_matches:
             raise CheckpointError(f"{arguments[0]}: expected in this architecture, not there")
-        return found
+        return n_matches
     if function == "swiglu8" and len(arguments) == 2:
         # DINOv2's gated MLP: two thirds of the plain one's size, rounded up to a multiple of 8.
         return (value_of(arguments[0]) * value_of(arguments[1]) * 2 // 3 + 7) // 8 * 8

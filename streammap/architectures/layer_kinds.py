@@ -108,55 +108,55 @@ def _follow_counts(
 
 def _listed(depth: Depth, config: Mapping[str, object], field: str, n_layers: int) -> object:
     """A per-layer list of config.json, or what loaders make of its absence."""
-    found = config_fields.field_value(config, field)
+    entries = config_fields.field_value(config, field)
     pattern = depth.default.get(field, ())
-    if found is None and pattern:
+    if entries is None and pattern:
         return [pattern[i % len(pattern)] for i in range(n_layers)]
-    return found
+    return entries
 
 
 def unrolled(value: object) -> list[object]:
     """[[["global", "local"], 6]] -> the entries one by one."""
-    found: list[object] = []
+    unrolled_entries: list[object] = []
     for item in value if isinstance(value, list) else []:
         match item:
             case [list(entries), int(times)] if 0 <= times * len(entries) <= _MAX_UNROLLED:
-                found += entries * times
-        if len(found) > _MAX_UNROLLED:
+                unrolled_entries += entries * times
+        if len(unrolled_entries) > _MAX_UNROLLED:
             raise PlanError(
                 f"config.json: a pattern of more than {_MAX_UNROLLED} layers",
                 hint="is this config.json the checkpoint's own?",
             )
-    return found
+    return unrolled_entries
 
 
 def _kind(
     depth: Depth, config: Mapping[str, object], i: int, numbers: Mapping[str, frozenset[int]]
 ) -> LayerKind:
-    found = []
+    words = []
     for field in depth.lists:
         listed, pattern = config_fields.field_value(config, field), depth.default.get(field, ())
         if isinstance(listed, list) and i < len(listed):
-            found.append(f"{field} {printable(str(listed[i])[:_MAX_WORD])}")
+            words.append(f"{field} {printable(str(listed[i])[:_MAX_WORD])}")
         elif listed is None and pattern:
-            found.append(f"{field} {pattern[i % len(pattern)]}")
+            words.append(f"{field} {pattern[i % len(pattern)]}")
     for field, listed_numbers in numbers.items():
-        found.append(f"{'in' if i in listed_numbers else 'not in'} {field}")
+        words.append(f"{'in' if i in listed_numbers else 'not in'} {field}")
     for field, rest in (
         *((f, 0) for f in depth.prefix_counts),
         *((f, 1) for f in depth.last_index),
     ):
         count = config_fields.field_value(config, field)
         if isinstance(count, int) and count >= 0:
-            found.append(f"{'before' if i < count + rest else 'after'} {field} {count}")
-    found += (
+            words.append(f"{'before' if i < count + rest else 'after'} {field} {count}")
+    words += (
         f"{'at' if _in_period(period, config, i) else 'off'} {period[0]}"
         for period in depth.periods
         if isinstance(config_fields.field_value(config, period[0]), int)
     )
     if depth.first:
-        found.append("first" if i == 0 else "later")
-    return tuple(found)
+        words.append("first" if i == 0 else "later")
+    return tuple(words)
 
 
 def _in_period(period: tuple[str, ...], config: Mapping[str, object], i: int) -> bool:

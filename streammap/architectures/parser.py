@@ -212,9 +212,9 @@ def _check_aliases(aliases: Mapping[str, Expression]) -> None:
                 f"[alias] {alias}: more than {_MAX_NESTED} aliases within one another"
             )
         if alias not in names_in:
-            found = list(expressions.names(aliases[alias]))
+            names = list(expressions.names(aliases[alias]))
             names_in[alias] = sum(
-                count(name, depth + 1) if name in aliases else 1 for name in found
+                count(name, depth + 1) if name in aliases else 1 for name in names
             )
         if names_in[alias] > _MAX_NAMES:
             raise ArchitectureError(f"[alias] {alias}: stands for more than {_MAX_NAMES} names")

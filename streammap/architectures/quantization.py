@@ -55,8 +55,8 @@ def check(specs: Mapping[str, TensorSpec], config: Mapping[str, object]) -> None
         )
     for key, spec in specs.items():
         # A cheap look first: a plan of 100,000 tensors asks this several times.
-        for found, method in () if key.endswith(_PLAIN) else _KEYS:
-            if found.fullmatch(key):
+        for pattern, method in () if key.endswith(_PLAIN) else _KEYS:
+            if pattern.fullmatch(key):
                 raise CheckpointError(
                     f"{key}: quantised ({method}), its weights can't be resized", hint=_HINT
                 )

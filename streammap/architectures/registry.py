@@ -52,12 +52,12 @@ def parse(text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG) ->
 
 def model_types() -> dict[str, str]:
     """model_type -> name of the spec that serves it."""
-    found: dict[str, str] = {}
+    served_by: dict[str, str] = {}
     for name in _texts(_folder()):
         listed = _tables(name).get("model_types", [])
         for model_type in listed if isinstance(listed, list) else []:
-            found.setdefault(str(model_type), name)
-    return found
+            served_by.setdefault(str(model_type), name)
+    return served_by
 
 
 def for_model_type(model_type: str, config: Mapping[str, object]) -> Architecture | None:
@@ -74,14 +74,14 @@ def for_model_type(model_type: str, config: Mapping[str, object]) -> Architectur
 
 def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture | None:
     """The spec whose `detect` keys are all there."""
-    found = tuple(keys)
+    all_keys = tuple(keys)
     for name, text in _texts(_folder()).items():
         if "\ndetect" not in text:
             continue
         architecture = load(name, config)
         patterns = architecture.detect
         if patterns and all(
-            any(first_match((p,), key) is not None for key in found) for p in patterns
+            any(first_match((p,), key) is not None for key in all_keys) for p in patterns
         ):
             return architecture
     return None
@@ -112,7 +112,7 @@ def _folder() -> str:
 def _texts(folder: str) -> Mapping[str, str]:
     """Name -> TOML; a user's own file counts before a shipped one of its name."""
     shipped = resources.files("streammap") / "architectures" / "specs"
-    found = {f.name[:-5]: f.read_text() for f in shipped.iterdir() if f.name.endswith(".toml")}
+    texts = {f.name[:-5]: f.read_text() for f in shipped.iterdir() if f.name.endswith(".toml")}
     if folder:
         try:
             own = {
@@ -120,8 +120,8 @@ def _texts(folder: str) -> Mapping[str, str]:
             }
         except (OSError, UnicodeDecodeError) as error:
             raise ArchitectureError(f"{folder}: {error}", hint=f"check {FOLDER}") from error
-        return {**own, **{name: text for name, text in found.items() if name not in own}}
-    return found
+        return {**own, **{name: text for name, text in texts.items() if name not in own}}
+    return texts
 
 
 def _tables(name: str) -> Tables:

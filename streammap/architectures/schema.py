@@ -286,24 +286,24 @@ class Architecture:
         Raises:
             ArchitectureError: an axis of kind group that is no quotient of two axes.
         """
-        found = []
+        shared = []
         for axis in self.axes.values():
             match axis.sources:
                 case (Operation("/", Name(heads), Name(kv)),) if axis.kind == "group":
-                    found.append(SharedHeads(kv, axis.name, heads))
+                    shared.append(SharedHeads(kv, axis.name, heads))
                 case _ if axis.kind == "group":
                     raise ArchitectureError(
                         f"{self.name}.toml: {axis.name} is a group, expected '=heads/kv_heads'"
                     )
-        return tuple(found)
+        return tuple(shared)
 
     def axes_in(self, expression: Expression) -> list[str]:
         """The axes that stand in an expression, aliases taken apart."""
-        found: list[str] = []
+        axes: list[str] = []
         for name in expressions.names(expression):
             alias = self.aliases.get(name)
-            found += self.axes_in(alias) if alias is not None else [name]
-        return found
+            axes += self.axes_in(alias) if alias is not None else [name]
+        return axes
 
     def size(self, expression: Expression, sizes: Mapping[str, int]) -> int:
         """The value of a dimension expression, for given sizes of axes.

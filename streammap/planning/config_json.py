@@ -57,11 +57,11 @@ def rewritten(
         if value != axis_sizes.evaluate_axis(spec, expression, model.sizes, {}):
             set_field(changed, field, value)
     notes: list[str] = []
-    for name, found in sources.items():
+    for name, layers in sources.items():
         depth = spec.depth.get(name)
         if depth is not None:
             notes += layer_kinds.follow(
-                depth, changed, found, what=name, n_before=model.sizes[name]
+                depth, changed, layers, what=name, n_before=model.sizes[name]
             )
     for field, given in fields.items():
         set_field(changed, field, given)

@@ -33,7 +33,7 @@ def merging_maps(
     work.direct()
     work.follow()
     work.check_heads()
-    return {axis: m for axis, m in work.found.items() if not m.is_identity}, work.notes
+    return {axis: m for axis, m in work.maps.items() if not m.is_identity}, work.notes
 
 
 class _Planning:
@@ -48,7 +48,7 @@ class _Planning:
             for shared in self._spec.shared_heads
             if shared.kv in self._own and shared.heads in self._own
         ]
-        self.found: dict[str, BlockMap] = {}
+        self.maps: dict[str, BlockMap] = {}
         self.notes: list[str] = []
         self._one = AxisRequests(model, asked, self.notes, grows=grows)
 
@@ -57,13 +57,13 @@ class _Planning:
         for kv, _, heads in self._joint:
             self._heads(heads, kv)
         for axis, request in self._asked.axes.items():
-            if axis not in self.found:
+            if axis not in self.maps:
                 self._check_axis(axis)
                 self._put(axis, self._one.map(axis, request))
         if self._asked.width is not None:
             first = self._spec.spaces.get("heads", ())
             for axis in sorted(self._widths(), key=lambda axis: axis not in first):
-                if axis not in self.found:
+                if axis not in self.maps:
                     self._put(axis, self._width(axis, self._asked.width))
 
     def follow(self) -> None:
@@ -86,14 +86,14 @@ class _Planning:
     def check_heads(self) -> None:
         """Refuse a map of query heads that breaks the groups of their kv heads."""
         for kv, _, heads in self._joint:
-            if kv in self.found or heads in self.found:
+            if kv in self.maps or heads in self.maps:
                 self._check_joint(heads, kv)
 
     # One axis.
 
     def _put(self, axis: str, m: BlockMap | None) -> None:
         if m is not None:
-            self.found[axis] = m
+            self.maps[axis] = m
 
     def _check_axis(self, axis: str) -> None:
         kind = self._spec.axes[axis].kind
@@ -151,7 +151,7 @@ class _Planning:
             wanted = self._asked.width
         if wanted is None and wanted_kv is None:
             return
-        if heads in self.found and wanted_kv is None:
+        if heads in self.maps and wanted_kv is None:
             # Two kinds of layers may share their query heads (gemma4), each with its own kv heads.
             self._again(heads, kv)
             return
@@ -175,8 +175,8 @@ class _Planning:
         own = HeadCounts(self._own[heads], self._own[kv])
         large, small = (result, own) if self._grows else (own, result)
         names = self._sharing(heads, kv)
-        found, found_kv = attention_heads.merging(names, large, small, grouping, grows=self._grows)
-        self._put_heads(heads, kv, found, found_kv)
+        of_heads, of_kv = attention_heads.merging(names, large, small, grouping, grows=self._grows)
+        self._put_heads(heads, kv, of_heads, of_kv)
 
     def _again(self, heads: str, kv: str) -> None:
         """Kv heads of another kind of layers, whose query heads are planned already.
@@ -184,22 +184,22 @@ class _Planning:
         The first map counts that keeps each query head with its own kv head: no change, the map of
         the first kind's kv heads, or one derived from the query heads.
         """
-        others = [self.found[other] for other, _, of in self._joint if of == heads and other != kv]
+        others = [self.maps[other] for other, _, of in self._joint if of == heads and other != kv]
         alike = [m for m in others if self._own[kv] == (m.n_out if self._grows else m.n_in)]
         origin = axis_sizes.axis_origin(self._spec.axes[kv], self._model.config)
         unchanged = maps.identity(self._own[kv])
         # With a field of its own in config.json this axis may differ from the first kind's; without
         # one, the same number is read for both, so that both must change alike.
         for m in (unchanged, *alike) if isinstance(origin, str) else (*alike, unchanged):
-            self.found[kv] = m
+            self.maps[kv] = m
             if self._misplaced(heads, kv) is None:
                 return
-        self.found[kv] = attention_heads.kv_of(self._sharing(heads, kv), self.found[heads])
+        self.maps[kv] = attention_heads.kv_of(self._sharing(heads, kv), self.maps[heads])
 
-    def _put_heads(self, heads: str, kv: str, found: BlockMap, found_kv: BlockMap) -> None:
+    def _put_heads(self, heads: str, kv: str, of_heads: BlockMap, of_kv: BlockMap) -> None:
         if self._asked.kv_merge == "first" and not self._grows:
-            found_kv = maps.first_of(found_kv)
-        self.found[heads], self.found[kv] = found, found_kv
+            of_kv = maps.first_of(of_kv)
+        self.maps[heads], self.maps[kv] = of_heads, of_kv
 
     def _target(self, axis: str, request: AxisRequest | None) -> int:
         own = self._own[axis]
@@ -248,16 +248,16 @@ class _Planning:
     def _explicit_heads(
         self, heads: str, kv: str, wanted: AxisRequest | None, wanted_kv: AxisRequest | None
     ) -> None:
-        found = maps.identity(self._own[heads])
+        of_heads = maps.identity(self._own[heads])
         if wanted is not None:
-            found = self._one.map(heads, wanted) or found
+            of_heads = self._one.map(heads, wanted) or of_heads
         if wanted_kv is not None:
-            found_kv = self._one.map(kv, wanted_kv) or maps.identity(self._own[kv])
+            of_kv = self._one.map(kv, wanted_kv) or maps.identity(self._own[kv])
         elif wanted is self._asked.width or self._follows(kv, heads):
-            found_kv = attention_heads.kv_of(self._sharing(heads, kv), found)
+            of_kv = attention_heads.kv_of(self._sharing(heads, kv), of_heads)
         else:
-            found_kv = maps.identity(self._own[kv])
-        self._put_heads(heads, kv, found, found_kv)
+            of_kv = maps.identity(self._own[kv])
+        self._put_heads(heads, kv, of_heads, of_kv)
 
     def _sharing(self, heads: str, kv: str) -> HeadSharing:
         units = self._one.units
@@ -277,7 +277,7 @@ class _Planning:
             )
 
     def _applied(self, axis: str) -> AxisMap:
-        m = self.found.get(axis)
+        m = self.maps.get(axis)
         if m is None:
             return maps.identity(self._own[axis])
         return maps.growing(m) if self._grows else m
@@ -285,7 +285,7 @@ class _Planning:
     # What follows.
 
     def _size(self, axis: str) -> int:
-        m = self.found.get(axis)
+        m = self.maps.get(axis)
         if m is None:
             return self._own[axis]
         return m.n_in if self._grows else m.n_out
@@ -316,7 +316,7 @@ class _Planning:
             free = [
                 n
                 for n in names
-                if n not in self.found
+                if n not in self.maps
                 and n not in self._asked.axes
                 and self._spec.axes[n].kind == "width"
             ]
@@ -328,7 +328,7 @@ class _Planning:
     def _follow_expressions(self) -> bool:
         """Let one axis follow whose size is an expression of others; whether one did."""
         for axis in self._spec.axes.values():
-            if axis.kind != "width" or axis.name in self.found or not self._own.get(axis.name):
+            if axis.kind != "width" or axis.name in self.maps or not self._own.get(axis.name):
                 continue
             if not axis_facts.must_follow(self._model, axis.name):
                 continue
@@ -346,14 +346,14 @@ class _Planning:
         """Give `axis` the map of `leader`, in proportion."""
         own, before, after = self._own[axis], self._own[leader], self._size(leader)
         kv = next((k for k, _, h in self._joint if h == axis and k not in self._asked.axes), None)
-        if kv is not None and kv not in self.found and own * after % before == 0:
+        if kv is not None and kv not in self.maps and own * after % before == 0:
             # Query heads never follow alone: their kv heads are planned with them.
             n_heads = own * after // before
             counts = HeadCounts(n_heads, self._kv_for(axis, kv, n_heads))
             self._put_counts(axis, kv, counts, self._asked.grouping)
             self._note_following(axis, leader, n_heads)
             return
-        m = self.found[leader]
+        m = self.maps[leader]
         size = own * after // before if wanted is None else wanted
         large, small = (size, own) if self._grows else (own, size)
         n_large, n_small = m.n_in_blocks, len(m.rows)
@@ -365,17 +365,17 @@ class _Planning:
             self._model
         )
         if in_blocks and large // n_large == small // n_small and (even or not self._grows):
-            self.found[axis] = BlockMap(m.rows, n_large, large // n_large)
+            self.maps[axis] = BlockMap(m.rows, n_large, large // n_large)
         else:
             exact = own * after % before == 0
             self._put(
                 axis, self._one.sized(axis, own, size) if exact or wanted is not None else None
             )
-        if axis in self.found:
+        if axis in self.maps:
             self._note_following(axis, leader, size)
             for kv, _, heads in self._joint:
-                if heads == axis and kv not in self.found and self._follows(kv, heads):
-                    self.found[kv] = self.found[axis]
+                if heads == axis and kv not in self.maps and self._follows(kv, heads):
+                    self.maps[kv] = self.maps[axis]
 
     def _note_following(self, axis: str, leader: str, size: int) -> None:
         shown, of = (axis_words.shown(self._spec, name) for name in (axis, leader))

@@ -40,10 +40,10 @@ class DimMaps:
         reads = role == "in"
         place = (expression, reads)
         if place not in self._known:
-            found = None
+            m = None
             if any(self._changes(name) for name in expressions.names(expression)):
-                found = self._map(expression, reads)
-            self._known[place] = None if found is None or found.is_identity else found
+                m = self._map(expression, reads)
+            self._known[place] = None if m is None or m.is_identity else m
         return self._known[place]
 
     def _changes(self, name: str) -> bool:
@@ -85,10 +85,10 @@ class DimMaps:
             later = (name for f in factors[i + 1 :] for name in expressions.names(f))
             if any(name in groups for name in later):
                 return self._taken_apart(factors, i + 1, reads)
-        found = self._map(factors[0], reads)
+        product = self._map(factors[0], reads)
         for factor in factors[1:]:
-            found = maps.kron(found, self._map(factor, reads))
-        return found
+            product = maps.kron(product, self._map(factor, reads))
+        return product
 
     def _taken_apart(self, factors: Sequence[Expression], at: int, reads: bool) -> AxisMap:
         """The map of a product whose factor `at` is a sum.
@@ -135,7 +135,7 @@ class DimMaps:
     def _split(self, operator: Literal["*", "+"], expression: Expression) -> list[Expression]:
         """The factors of a product, or the terms of a sum, aliases taken apart."""
         match expression:
-            case Operation(found, left, right) if found == operator:
+            case Operation(same, left, right) if same == operator:
                 return [*self._split(operator, left), *self._split(operator, right)]
             case Name(name) if name not in self._pairs and name in self._spec.aliases:
                 return self._split(operator, self._spec.aliases[name])
@@ -145,7 +145,7 @@ class DimMaps:
 
 def _as_product(factors: Sequence[Expression]) -> Expression:
     kept = [factor for factor in factors if factor != Number(1)]
-    found: Expression = kept[0] if kept else Number(1)
+    product: Expression = kept[0] if kept else Number(1)
     for factor in kept[1:]:
-        found = Operation("*", found, factor)
-    return found
+        product = Operation("*", product, factor)
+    return product

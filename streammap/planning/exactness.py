@@ -22,11 +22,11 @@ from streammap.planning.plan import PROMISES, Plan, Promise
 Guarantee = tuple[Promise, str]
 
 
-def worst(found: Mapping[str, Guarantee]) -> Guarantee:
+def worst(guarantees: Mapping[str, Guarantee]) -> Guarantee:
     """The weakest of several guarantees; the first of its kind."""
-    if not found:
+    if not guarantees:
         return "bit-exact", "nothing is resized"
-    return max(found.values(), key=lambda one: PROMISES.index(one[0]))
+    return max(guarantees.values(), key=lambda one: PROMISES.index(one[0]))
 
 
 def of_axes(
@@ -46,28 +46,28 @@ def of_axes(
         silent: Depth axis -> zero-initialised layers of the result.
     """
     spec, normed = model.architecture, normed_axes(model)
-    found: dict[str, Guarantee] = {}
+    guarantees: dict[str, Guarantee] = {}
     for axis, m in layers.items():
         if not m.is_identity:
             is_silent = axis in silent and axis not in spec.caveats
-            found[axis] = _of_layers(model, axis, m, grows=grows, silent=is_silent)
+            guarantees[axis] = _of_layers(model, axis, m, grows=grows, silent=is_silent)
     for axis, m in chosen.items():
         if m.is_identity:
             continue
         caveat, shown = spec.caveats.get(axis), axis_words.shown(spec, axis)
         if caveat is not None:
-            found[axis] = "approximate", f"{shown}: {caveat}"
+            guarantees[axis] = "approximate", f"{shown}: {caveat}"
         elif axis in fills.fills and grows:
             if axis in fills.inexact_eps:
-                found[axis] = "exact up to eps", f"{shown}: other norms share the epsilon"
+                guarantees[axis] = "exact up to eps", f"{shown}: other norms share the epsilon"
             else:
                 units = axis_words.units_of(spec, axis)
-                found[axis] = "exact", f"new {units} are zero, norms are compensated"
+                guarantees[axis] = "exact", f"new {units} are zero, norms are compensated"
         else:
-            found[axis] = _of_units(model, axis, m, grows=grows, normed=axis in normed)
+            guarantees[axis] = _of_units(model, axis, m, grows=grows, normed=axis in normed)
     if head_size is not None:
-        found[head_size.axis] = head_size.promise
-    return found
+        guarantees[head_size.axis] = head_size.promise
+    return guarantees
 
 
 def of_all(
@@ -100,13 +100,13 @@ def of_family(plan: Plan, axes: Container[str], form: LinearForm) -> Promise:
         axes: Those that the family is made of.
         form: What computes one of its tensors.
     """
-    found: dict[str, Guarantee] = {}
+    guarantees: dict[str, Guarantee] = {}
     for i, step in enumerate(plan.steps):
         if step.axes:
-            found |= {f"{i} {axis}": one for axis, one in step.axes.items() if axis in axes}
+            guarantees |= {f"{i} {axis}": one for axis, one in step.axes.items() if axis in axes}
         else:
-            found[str(i)] = (step.promise, step.reason)
-    weakest = worst(found)[0]
+            guarantees[str(i)] = (step.promise, step.reason)
+    weakest = worst(guarantees)[0]
     if weakest in ("bit-exact", "exact"):
         return "bit-exact" if _keeps_bits(form) else "exact"
     return weakest

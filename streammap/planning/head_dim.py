@@ -136,8 +136,8 @@ class HeadSize:
 def _theta(field: str, value: float, ratio: float) -> float:
     """The rope theta with which old frequencies keep their values."""
     try:
-        if value > 0 and math.isfinite(found := math.pow(value, ratio)):
-            return found
+        if value > 0 and math.isfinite(theta := math.pow(value, ratio)):
+            return theta
     except OverflowError:
         pass
     raise PlanError(

@@ -66,10 +66,10 @@ def remap(
     if plan.config is not None:
         sources = {name: _sources(m, model, name) for name, m in change.layers.items()}
         fields |= _tails(model, change)
-        config, told = config_json.rewritten(
+        config, more = config_json.rewritten(
             plan.config, model, sizes, sources=sources, fields=fields
         )
-        notes += told
+        notes += more
     sized = dict(plan.sized)
     for axis, new in change.sizes.items():
         sized[axis] = (sized.get(axis, (model.sizes[axis], 0))[0], new)
@@ -104,11 +104,11 @@ def _sources(m: AxisMap, model: Model, axis: str) -> tuple[int, ...]:
     The one with the largest part; but where the last layer is of a kind of its own, the last one.
     """
     rows = [m.members(i) for i in range(m.n_out)]
-    found = [max(row, key=lambda pair: pair[1])[0] if row else 0 for row in rows]
+    sources = [max(row, key=lambda pair: pair[1])[0] if row else 0 for row in rows]
     is_last = model.architecture.depth.get(axis, Depth()).last
     if is_last and any(j == m.n_in - 1 for j, _ in rows[-1]):
-        found[-1] = m.n_in - 1
-    return tuple(found)
+        sources[-1] = m.n_in - 1
+    return tuple(sources)
 
 
 def _mixed(model: Model, change: AxisChange) -> list[str]:
@@ -128,12 +128,12 @@ def _mixed(model: Model, change: AxisChange) -> list[str]:
 
 def _tails(model: Model, change: AxisChange) -> dict[str, object]:
     """Counts of layers after the stack, which a change of depth drops."""
-    found: dict[str, object] = {}
+    counts: dict[str, object] = {}
     for axis in change.layers:
         depth = model.architecture.depth.get(axis, Depth())
         if depth.tail is not None and depth.tail in model.config:
-            found[depth.tail] = 0
-    return found
+            counts[depth.tail] = 0
+    return counts
 
 
 def _check_sizes(result: Plan, sizes: Mapping[str, int]) -> None:
@@ -142,12 +142,12 @@ def _check_sizes(result: Plan, sizes: Mapping[str, int]) -> None:
     The result is resolved once more, as a loader would: a spec that rewrites too little, or maps a
     tensor to another shape than its dimensions say, is caught here and not by the user.
     """
-    found = result.model.sizes
-    wrong = [name for name, size in sizes.items() if found.get(name) != size]
+    resolved = result.model.sizes
+    wrong = [name for name, size in sizes.items() if resolved.get(name) != size]
     if wrong:
         name = wrong[0]
         raise PlanError(
             f"{axis_words.shown(result.model.architecture, name)} would be {sizes[name]}, but "
-            f"config.json would say {found.get(name)}",
+            f"config.json would say {resolved.get(name)}",
             hint="this architecture can't express the request",
         )

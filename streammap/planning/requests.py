@@ -141,8 +141,8 @@ def _of_table(table: Mapping[str, object], where: str) -> AxisRequest:
 def _check_size(value: int, where: str) -> None:
     if value > MAX_SIZE:
         # A number of thousands of digits can't even be written out.
-        told = value if value < 10**20 else "a number of more than 20 digits"
-        raise SchemeError(f"{where} is {told}, at most {MAX_SIZE}", hint="ask for less")
+        shown = value if value < 10**20 else "a number of more than 20 digits"
+        raise SchemeError(f"{where} is {shown}, at most {MAX_SIZE}", hint="ask for less")
 
 
 def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...] | None]:

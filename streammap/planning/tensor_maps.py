@@ -207,11 +207,11 @@ class Remapping:
         A result that nothing maps to takes 0 times the first source: its tensors must be there.
         """
         if id(m) not in self._inverted:
-            found: list[list[tuple[int, float]]] = [[] for _ in range(m.n_in)]
+            columns: list[list[tuple[int, float]]] = [[] for _ in range(m.n_in)]
             for i in range(m.n_out):
                 for j, coefficient in m.members(i) or ((0, 0.0),):
-                    found[j].append((i, coefficient))
-            self._inverted[id(m)] = found
+                    columns[j].append((i, coefficient))
+            self._inverted[id(m)] = columns
         return self._inverted[id(m)]
 
     def _is_tail(self, family: Family, values: tuple[int, ...]) -> bool:
@@ -324,22 +324,22 @@ class Remapping:
             shares = any(tied.is_head(key) for tied in self._tied)
             is_embedding = family.rule.kind == "embedding" or shares
             return self._change.embedding_factor if is_embedding else 1.0
-        found = 1.0
+        product = 1.0
         for pattern, factor in self._model.architecture.forward_scale:
             if pattern.match(source) is not None:
-                found *= self._ratio(factor)
+                product *= self._ratio(factor)
         for patterns, extra in self._change.factors:
             if first_match(patterns, source) is not None:
-                found *= extra
+                product *= extra
         fill = self._fill(family)
         if fill is not None and is_gain(key):
-            found *= fill.gain
+            product *= fill.gain
         tied = self._feeds(key)
         if tied is not None:
             # The head reads the embedding's tensor, which got the factor of the forward pass above;
             # the norm before the head takes it back, and undoes the head's own.
-            found *= self._head_factor(tied) / self._embedding_factor(tied)
-        return found
+            product *= self._head_factor(tied) / self._embedding_factor(tied)
+        return product
 
     def _ratio(self, factor: Factor) -> float:
         """What undoes the change of a factor that the model applies."""
@@ -350,7 +350,7 @@ class Remapping:
         return 1.0 if tied.head.scale is None else self._ratio(tied.head.scale)
 
     def _embedding_factor(self, tied: TiedHead) -> float:
-        found = 1.0
+        product = 1.0
         for pattern, factor in self._model.architecture.forward_scale:
             if any(
                 tied.is_embedding(key) and pattern.match(key) is not None
@@ -358,8 +358,8 @@ class Remapping:
                 if family.rule.kind == "embedding"
                 for key in family.members.values()
             ):
-                found *= self._ratio(factor)
-        return found
+                product *= self._ratio(factor)
+        return product
 
     def _map(self, family: Family, dim: DimSpec, key: str) -> AxisMap | None:
         if dim.expression is None:
@@ -368,12 +368,12 @@ class Remapping:
         role = self._role(dim.role, key)
         if fill is not None and role == "out":
             return fill.map
-        found = self._maps.of(dim.expression, role)
-        if found is not None and role == "keep" and not self._is_stack(dim):
+        m = self._maps.of(dim.expression, role)
+        if m is not None and role == "keep" and not self._is_stack(dim):
             raise ArchitectureError(
                 f"{family.name}: {dim.text} is resized, but its dimension has no role in the spec"
             )
-        return found
+        return m
 
     def _is_stack(self, dim: DimSpec) -> bool:
         """Whether a dimension without a role is a stack of layers or experts."""

@@ -116,12 +116,12 @@ class AxisNaming:
 
     def aliases(self) -> dict[str, str]:
         """Text -> name: q and kv, where there is one kind of attention."""
-        found = [
+        present = [
             n for n in self.names.values() if n in ("heads", "head_dim", "kv_heads", "q_group")
         ]
-        if not {"heads", "head_dim"} <= set(found):
+        if not {"heads", "head_dim"} <= set(present):
             return {}
-        if {"kv_heads", "q_group"} <= set(found):
+        if {"kv_heads", "q_group"} <= set(present):
             return {"kv_heads*q_group*head_dim": "q", "kv_heads*head_dim": "kv"}
         return {"heads*head_dim": "q"}
 
@@ -222,13 +222,13 @@ class AxisNaming:
             for leaf, entries in self.bench.lists(field.scope).items():
                 if len(entries) != field.value:
                     continue
-                told = [
+                values = [
                     {str(entries[int(m[1])]) for key in keys if (m := at.match(key))}
                     for keys in groups
                 ]
-                if all(len(t) == 1 for t in told) and len(set().union(*told)) == len(groups):
+                if all(len(t) == 1 for t in values) and len(set().union(*values)) == len(groups):
                     name = f"{field.scope}.{leaf}".lstrip(".")
-                    return [f"{name}[{self.names[single[0]]}] == {t.pop()}" for t in told]
+                    return [f"{name}[{self.names[single[0]]}] == {t.pop()}" for t in values]
         return None
 
     def _roles(self, part: ModulePart, dims: Sequence[Polynomial | None]) -> tuple[str, ...]:

@@ -174,22 +174,22 @@ class SpecRules:
 
     def _module(self, members: Sequence[NamedTensors]) -> dict[str | None, str] | None:
         """What [modules] says of a module, by condition; None where it has no word for it."""
-        found: dict[str | None, str] = {}
+        by_condition: dict[str | None, str] = {}
         for tensors in members:
             if tensors.pattern.endswith(".weight"):
                 words = self._module_words(tensors)
                 if words is None:
                     return None
-                found[tensors.condition] = words
+                by_condition[tensors.condition] = words
         for tensors in members:
-            weight = found.get(tensors.condition)
+            weight = by_condition.get(tensors.condition)
             if weight is None or not tensors.pattern.endswith((".weight", ".bias")):
                 return None
             if tensors.pattern.endswith(".bias"):
                 makes = re.split(r" -> | ", weight)[-1]
                 if len(tensors.dims) != 1 or self._m.text_of(tensors, 0) != makes:
                     return None
-        return found or None
+        return by_condition or None
 
     def _module_words(self, tensors: NamedTensors) -> str | None:
         kind, rank = tensors.part.kind, len(tensors.dims)
@@ -243,15 +243,15 @@ class SpecRules:
 
     def _stacks(self) -> dict[str, str]:
         """Beginning of a layer's keys -> its variable."""
-        found: dict[str, str] = {}
+        variables: dict[str, str] = {}
         for tensors in self._m.tensors:
             for name, kind in self._m.kinds.items():
                 start, index, _ = tensors.pattern.partition(f"{{{name}}}.")
                 if kind == "depth" and index:
-                    found[self.based(start) + index] = ""
+                    variables[self.based(start) + index] = ""
         depths = [name for name, kind in self._m.kinds.items() if kind == "depth"]
         short: dict[str, str] = {}
-        for start in found:
+        for start in variables:
             name = next(n for n in depths if f"{{{n}}}." in start)
             variable = "L" if len(depths) == 1 else name.removesuffix("_layer").upper()
             while variable in short.values() or variable in self._m.names.values():

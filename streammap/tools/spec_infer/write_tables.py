@@ -153,15 +153,15 @@ class SpecTables:
             lines += [f"last_index = {toml_value(ends)}"] if ends else []
             if "num_nextn_predict_layers" in leaves:
                 lines.append('tail = "num_nextn_predict_layers"')
-            told = full or periods or entries["prefix_counts"] or any(lists[k] for k in some)
-            if not told and self._first_is_odd(name):
+            is_told = full or periods or entries["prefix_counts"] or any(lists[k] for k in some)
+            if not is_told and self._first_is_odd(name):
                 lines.append("first = true")
             if lines:
                 yield "\n".join([f"[depth.{name}]", *lines]) + "\n"
 
     def _layers_of(self, name: str) -> dict[str, set[int]]:
         """Pattern -> the layers that have it."""
-        found: dict[str, set[int]] = defaultdict(set)
+        layers: dict[str, set[int]] = defaultdict(set)
         for key in self._m.solution.dims:
             pattern = self._m.pattern(key)
             start, index, _ = pattern.partition(f"{{{name}}}")
@@ -169,8 +169,8 @@ class SpecTables:
                 number = list(INDEX.finditer(key))[
                     len(re.findall(r"\{|(?<![^.])\d+(?![^.])", start))
                 ]
-                found[pattern].add(int(number[0]))
-        return found
+                layers[pattern].add(int(number[0]))
+        return layers
 
     def _prefix_counts(self, field: probe.Field, name: str) -> Iterator[str]:
         layers = self._layers_of(name)
@@ -183,12 +183,12 @@ class SpecTables:
                     yield other.leaf
 
     def _first_is_odd(self, name: str) -> bool:
-        found = list(self._layers_of(name).values())
-        every: set[int] = set().union(*found) if found else set()
+        layers = list(self._layers_of(name).values())
+        every: set[int] = set().union(*layers) if layers else set()
         return (
             len(every) > 1
-            and any(n != every for n in found)
-            and all(n in (every, {0}, every - {0}) for n in found)
+            and any(n != every for n in layers)
+            and all(n in (every, {0}, every - {0}) for n in layers)
         )
 
     def _config(self) -> str:

@@ -123,16 +123,16 @@ def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[ProofR
 def prove(model: TinyModel, arch: str, scratch: Path) -> ProofReport:
     """Check one tiny model; the checks after "source" need a source."""
     work = _Proof(model, arch, scratch)
-    found = [_check("source", work.build)]
-    if found[0].passed:
-        found += [
+    results = [_check("source", work.build)]
+    if results[0].passed:
+        results += [
             _check("growth", work.growth),
             _check("round trip", work.round_trip),
             _check("permutation", work.permutation),
             _check("shrink", work.shrink),
             _check("promises", work.promises),
         ]
-    return ProofReport(model.name, tuple(found))
+    return ProofReport(model.name, tuple(results))
 
 
 def difference(found: Tensor, expected: Tensor, *, in_order: bool) -> float:
@@ -285,22 +285,22 @@ class _Proof:
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
         """What a resized model computes, through its files."""
         lazy.save(self._scratch / name, overwrite=True, fsync=False)
-        found = tiny_models.outputs(self._scratch / name, self._model)
-        if found.keys() != self._expected.keys():
-            raise PlanError(f"outputs are {sorted(found)}, expected {sorted(self._expected)}")
-        wrong = [output for output, x in found.items() if not x.isfinite().all()]
+        results = tiny_models.outputs(self._scratch / name, self._model)
+        if results.keys() != self._expected.keys():
+            raise PlanError(f"outputs are {sorted(results)}, expected {sorted(self._expected)}")
+        wrong = [output for output, x in results.items() if not x.isfinite().all()]
         if wrong:
             raise PlanError(f"{', '.join(wrong)}: not finite")
-        return found
+        return results
 
     def _error(self, lazy: LazyCheckpoint) -> float | None:
         """How far a resized model's outputs are from the source's."""
-        found = self._run(lazy, "resized")
+        results = self._run(lazy, "resized")
         errors = []
         for output, x in self._expected.items():
-            if "logits" not in output or found[output].shape != x.shape:
+            if "logits" not in output or results[output].shape != x.shape:
                 self._hidden.add(output)
-            errors.append(difference(found[output], x, in_order=output not in self._hidden))
+            errors.append(difference(results[output], x, in_order=output not in self._hidden))
         return max(errors, default=None)
 
     def _same(
@@ -319,15 +319,15 @@ class _Proof:
         return error
 
     def _by_axis(self, alone: Callable[[str], LazyCheckpoint], axes: Sequence[str]) -> str:
-        told = []
+        faults = []
         for axis in axes:
             try:
                 error = self._error(alone(axis))
             except Exception as failure:
-                told.append(f"{axis}: {_told(failure)}")
+                faults.append(f"{axis}: {_told(failure)}")
             else:
-                told.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
-        return f"each axis alone: {', '.join(told)}"
+                faults.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
+        return f"each axis alone: {', '.join(faults)}"
 
     def _told_error(self, name: str, lazy: LazyCheckpoint) -> float | None:
         try:
