@@ -47,8 +47,7 @@ def of_config(spec: Architecture, config: Mapping[str, object]) -> dict[str, int
     model_type = config.get("model_type")
     if model_type is not None and model_type not in spec.model_types:
         raise CheckpointError(
-            f"target config.json: model_type {model_type!r}, expected one that {spec.name}.toml "
-            f"serves: {some(spec.model_types)}",
+            f"target config.json: model_type {model_type!r}, expected {some(spec.model_types)}",
             hint="give the config.json of a model of the same architecture",
         )
     known = _Sizes(spec, config, {})

@@ -46,7 +46,8 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     r"""Test specs (names, or *.toml files) on tiny random models, by comparing outputs.
 
     Each model under a spec's [proof] is made with random float64 weights, then permuted and doubled
-    through files and from_pretrained. A spec without such a model fails. Needs transformers: pip install 'streammap[transformers]'.
+    through files and from_pretrained. A spec without such a model fails.
+    Needs transformers: pip install 'streammap[transformers]'.
 
     \b
     Example:

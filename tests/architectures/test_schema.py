@@ -591,7 +591,9 @@ def test_sizes_of_a_target_config_alone() -> None:
     spec = registry.load("bert")
     assert sizes.of_config(spec, BERT_CONFIG)["embed"] == 768
     assert sizes.of_config(spec, {"num_hidden_layers": 3}) == {"layer": 3, "pos": 512, "types": 2}
-    with pytest.raises(CheckpointError, match=r"target config.json: model_type 'gpt2', the source"):
+    with pytest.raises(
+        CheckpointError, match=r"target config.json: model_type 'gpt2', expected bert"
+    ):
         sizes.of_config(spec, GPT2_CONFIG)
 
 
