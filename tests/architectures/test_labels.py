@@ -138,7 +138,7 @@ IMPROVED: tuple[tuple[str, str, str], ...] = (
 )
 """Spec, label, and what the spec says in its place."""
 
-NOT_HALVED = {"siglip": "5 heads (t_heads) do not divide into groups of 2"}
+NOT_HALVED = {"siglip": r"5 heads \(t_heads\) do not divide into groups of 2"}
 """Checkpoint -> why it can't have half the width."""
 
 COUNTS = {
