@@ -405,7 +405,7 @@ def test_a_result_of_too_many_tensors_is_refused_quickly(
 
 
 def test_a_scheme_without_an_end_is_refused_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    with quickly(), pytest.raises(SchemeError, match="member 7 stands twice"):
+    with quickly(), pytest.raises(SchemeError, match="member 7 is listed twice"):
         scheme.load_scheme({"width_scheme": [[*range(300_000), 7]]})
     monkeypatch.setattr("streammap.planning.requests._MAX_GROUPS", 3)
     with pytest.raises(SchemeError, match="width_scheme: 4 groups, at most 3"):

@@ -1,4 +1,4 @@
-"""What a model says of its axes: which others decide their sizes, which norms see them."""
+"""Facts about a model's axes: which others decide their sizes, which norms see them."""
 
 from collections.abc import Iterable
 
@@ -21,7 +21,7 @@ def must_follow(model: Model, axis: str) -> bool:
 
 
 def normed_axes(model: Model) -> frozenset[str]:
-    """Axes over which a norm takes its mean: their units must be copied alike."""
+    """Axes over which a norm takes its mean: their units must be copied equally often."""
     spec = model.architecture
     normed: set[str] = set(spec.weightless)
     for family in model.families:

@@ -21,7 +21,7 @@ def set_field(config: dict[str, object], path: str, value: object) -> None:
     """Set a field, in each entry that a "*" stands for. `config` is changed.
 
     Raises:
-        PlanError: a part of the path is no table.
+        PlanError: a part of the path is not a table.
     """
     *parts, last = path.split(".")
     for table in _tables(config, parts):
@@ -44,7 +44,7 @@ def holds(condition: str, config: Mapping[str, object]) -> bool:
     """Whether a spec's condition holds: "field", "field == value", "field != value".
 
     Raises:
-        ArchitectureError: it is none of these.
+        ArchitectureError: another form.
     """
     for operator in ("==", "!="):
         field, is_there, value = (part.strip() for part in condition.partition(operator))
@@ -58,7 +58,7 @@ def holds(condition: str, config: Mapping[str, object]) -> bool:
 
 
 def layer_condition(condition: str) -> tuple[str, str, str] | None:
-    """(list, axis, value) of "list[axis] == value"; None where it is no such condition."""
+    """(list, axis, value) of "list[axis] == value"; None for any other condition."""
     match = _LAYER.fullmatch(condition)
     return None if match is None else (match[1], match[2], match[3])
 

@@ -1,7 +1,7 @@
 """Decode the tables of a spec into dataclasses, whose annotations are the format.
 
 A value that stands as `{condition = value, ..., default = value}` is decided by config.json first.
-Where the annotation itself says table (a dataclass or a Mapping), a table is no condition.
+Where the annotation itself is a table (a dataclass or a Mapping), a table is not a condition.
 """
 
 from collections.abc import Callable, Mapping
@@ -89,7 +89,7 @@ class Decoder:
         """The value whose condition config.json meets first.
 
         Raises:
-            ArchitectureError: it meets none, and there is no default.
+            ArchitectureError: it meets no condition, and there is no default.
         """
         if not isinstance(value, dict):
             return value

@@ -123,7 +123,7 @@ def _atom(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
 
 
 class InexactDivisionError(ArchitectureError):
-    """A size that would be no whole number; whose it is, the caller says."""
+    """A size that would not be a whole number; the caller adds which one."""
 
 
 def evaluate(

@@ -29,7 +29,7 @@ _MAX_EXPANSIONS = 2_000
 _MAX_NESTED = 8
 _MAX_REGEX = 50_000
 _MAX_WAYS = 10_000_000
-"""To match one key: a regular expression may try them all."""
+"""Of matching one key: a regular expression may try them all."""
 _STAR_WAYS = 1000
 _INDEX_WAYS = 9
 
@@ -45,7 +45,7 @@ class KeyPattern:
     indices: tuple[str, ...]
     """Names of the indices, in the order of the regex' groups; dotted inside an included spec."""
     counts: Mapping[str, Expression]
-    """Index -> how many there are, for those that are no axis."""
+    """Index -> how many there are, for those that are not an axis."""
     last: tuple[str, ...]
     """Indices of which only the last counts."""
     sample: str
@@ -164,7 +164,7 @@ class _Part:
     regex: str
     sample: str
     ways: int = 1
-    """In how many ways it may match the beginning of a text."""
+    """The number of ways it can match the beginning of a text."""
 
 
 _STAR = _Part(".*", "*", _STAR_WAYS)

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: told by config.json or by their tensors, and refused.
+"""Quantised checkpoints: recognised by config.json or by their tensors, and refused.
 
 Their numbers mean something only together with scales, so no axis of them can be averaged or split.
 """
@@ -17,7 +17,7 @@ _KEYS = (
     (re.compile(r".*\.weight_(packed|shape|zero_point)"), "compressed-tensors"),
 )
 _PLAIN = (".weight", ".bias")
-"""How no key of a quantised tensor ends."""
+"""Endings that no key of a quantised tensor has."""
 _DTYPES = (
     "F8_E5M2",
     "F8_E4M3",

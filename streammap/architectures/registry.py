@@ -1,4 +1,4 @@
-"""Which specs there are: those shipped, and those of the folder in STREAMMAP_ARCHITECTURES."""
+"""The known specs: those shipped, and those of the folder in STREAMMAP_ARCHITECTURES."""
 
 import os
 from collections.abc import Iterable, Mapping

@@ -43,7 +43,7 @@ Constraint = Annotated[tuple[str, Expression, Expression], "constraint"]
 
 @dataclass(frozen=True, slots=True)
 class DimSpec:
-    """What one dimension of a tensor is."""
+    """The meaning of one dimension of a tensor."""
 
     text: str
     """As the spec has it; "_" for any size, "..." for any number of dimensions."""
@@ -56,7 +56,7 @@ KEEP = DimSpec("_", None, "keep")
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """What a normalisation does."""
+    """A normalisation; the entries of [norm]."""
 
     kind: Literal["rms", "layer"] = "layer"
     offset: float = 0.0
@@ -98,7 +98,7 @@ class TensorRule:
     norm: Norm | None = None
 
     def dims_for(self, rank: int) -> tuple[DimSpec, ...] | None:
-        """One Dim for each dimension of a tensor of `rank`, or None where that can't be."""
+        """One DimSpec for each dimension of a tensor of `rank`, or None if it has another rank."""
         if self.kind in ("buffer", "drop"):
             return (KEEP,) * rank
         at = next((i for i, dim in enumerate(self.dims) if dim.text == REST), None)
@@ -120,7 +120,7 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
-    """A head that may share the embedding's tensor, and what reads the norm before it."""
+    """A head that may share the embedding's tensor, and the norm before it."""
 
     norm: NormChoices = ()
     """The norm before the head."""
@@ -284,7 +284,7 @@ class Architecture:
         """The kv heads that query heads share.
 
         Raises:
-            ArchitectureError: an axis of kind group that is no quotient of two axes.
+            ArchitectureError: an axis of kind group that is not a quotient of two axes.
         """
         shared = []
         for axis in self.axes.values():

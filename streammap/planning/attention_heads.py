@@ -82,7 +82,7 @@ def merging(
 
 
 def kv_of(names: HeadSharing, of_heads: BlockMap) -> BlockMap:
-    """F of kv heads that goes with F of query heads, with as many heads to each as before.
+    """F of kv heads that fits F of query heads, each kv head shared by as many as before.
 
     Raises:
         PlanError: the number of heads does not divide.
@@ -101,7 +101,7 @@ def kv_of(names: HeadSharing, of_heads: BlockMap) -> BlockMap:
 
 
 def misplaced(names: HeadSharing, of_heads: AxisMap, of_kv: AxisMap) -> str | None:
-    """Which query head of the result would read a foreign kv head; None where none does.
+    """Why a query head of the result would read a foreign kv head; None where none does.
 
     Args:
         of_heads: The map that is applied: heads of the result from heads of the source.

@@ -26,7 +26,7 @@ class TensorSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name, for messages."""
         ...
 
     def spec(self, key: str) -> TensorSpec:

@@ -7,7 +7,7 @@ from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, BlockMap
 
 MIN_RUN = 32
-"""Numbers side by side that make it worth while: the kernel computes with channels at once."""
+"""Numbers side by side from which on it pays: the kernel computes all channels at once."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _MAX_DIMS = 2
 

@@ -139,7 +139,7 @@ class DenseMap:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing changes: a matrix is not looked into."""
+        """Whether nothing changes: a matrix is not inspected."""
         return False
 
     def members(self, unit: int) -> Row:
@@ -157,7 +157,7 @@ AxisMap = BlockMap | DenseMap
 
 @dataclass(frozen=True, slots=True)
 class MapPair:
-    """What producers and readers of one axis apply: `out` on rows made, `into` on columns read."""
+    """Maps of one axis: `out` for rows of its producers, `into` for columns of its readers."""
 
     out: AxisMap
     into: AxisMap

@@ -1,10 +1,10 @@
-"""Schemes: which heads and layers of the large model become one of the small.
+"""Schemes: which heads and layers of the large model one of the small model stands for.
 
     {"width_scheme": [[0, 6], [1, 7], ...], "depth_scheme": [[0, 6], [1, 7], ...]}
 
 Entry i lists the heads (layers) of the large model that head (layer) i of the small one stands for.
-One scheme serves both directions. `reserved_heads` and `reserved_layers` may be there and are not
-used. The form is that of the original map tools; see schemes/README.md.
+One scheme serves both directions. `reserved_heads` and `reserved_layers` are accepted and
+ignored. The form is that of the original map tools; see schemes/README.md.
 """
 
 import json
@@ -32,11 +32,11 @@ class Scheme:
     width: Groups | None = None
     depth: Groups | None = None
     unused: tuple[str, ...] = ()
-    """Entries that were there and are not used."""
+    """Entries that were given and are ignored."""
     spaces: Mapping[str, AxisRequest] = field(default_factory=dict)
-    """Space ("hidden", "kv_heads", "width" ...) -> what becomes of it."""
+    """Space ("hidden", "kv_heads", "width" ...) -> its request."""
     axes: Mapping[str, AxisRequest] = field(default_factory=dict)
-    """Axis of the architecture spec -> what becomes of it."""
+    """Axis of the architecture spec -> its request."""
 
     def as_json(self) -> dict[str, object]:
         """The scheme in the file's form."""
@@ -58,7 +58,7 @@ class Scheme:
 
 
 def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
-    """A scheme from a file, or from the same thing as a dict.
+    """Load a scheme from a file, or from a dict of the same form.
 
     Raises:
         SchemeError: not JSON, an unknown key, an empty group, a repeated member, a bad index.

@@ -76,7 +76,7 @@ class Segments(tuple[Segment, ...]):
 
 @lru_cache(maxsize=1024)
 def shared(found: Segments) -> Segments:
-    """The same object for equal segments, where it was asked for lately."""
+    """The same object for equal segments that were asked for recently."""
     return found
 
 

@@ -127,10 +127,10 @@ def test_width_in_a_scheme_is_what_the_option_is(big: streammap.LazyCheckpoint) 
     ("content", "expected"),
     [
         ({"heads": 0}, "scheme: heads is 0, expected 1 or more"),
-        ({"mlp": "=0"}, "scheme: mlp: '=0' is no request"),
-        ({"layers": [[0, 0]]}, r"scheme: layers\[0\]: member 0 stands twice"),
+        ({"mlp": "=0"}, "scheme: mlp: '=0' is not a request"),
+        ({"layers": [[0, 0]]}, r"scheme: layers\[0\]: member 0 is listed twice"),
         ({"axes": 3}, "scheme: axes is 3, expected a table of axes"),
-        ({"axes": {"embed": None}}, "scheme: axes: embed: 'None' is no request"),
+        ({"axes": {"embed": None}}, "scheme: axes: embed: 'None' is not a request"),
     ],
 )
 def test_an_entry_that_is_no_request_is_refused(
@@ -277,7 +277,7 @@ def test_an_empty_group_is_refused() -> None:
 
 
 def test_a_member_that_stands_twice_in_its_group_is_refused() -> None:
-    with pytest.raises(SchemeError, match=r"width_scheme\[1\]: member 4 stands twice"):
+    with pytest.raises(SchemeError, match=r"width_scheme\[1\]: member 4 is listed twice"):
         scheme.load_scheme({"width_scheme": [[0], [4, 2, 4]]})
 
 
@@ -285,7 +285,9 @@ def test_a_member_that_stands_twice_in_its_group_is_refused() -> None:
     "member", [-1, True, False, "0", 0.0, 1.5, None, [0], {}, float("nan"), 1_000_001, 10**30]
 )
 def test_a_member_that_is_no_index_is_refused(member: object) -> None:
-    with pytest.raises(SchemeError, match=r"width_scheme\[3\]: .* is no index, expected 0, 1, 2"):
+    with pytest.raises(
+        SchemeError, match=r"width_scheme\[3\]: .* is not an index, expected 0, 1, 2"
+    ):
         scheme.load_scheme({"width_scheme": [[0], [1], [2], [3, member]]})
 
 

@@ -11,7 +11,7 @@ Fields = Mapping[str, object]
 Changes = Mapping[str, object]
 """Dotted field -> its value in place of the configuration's; None takes the field out."""
 NO_SIZE = re.compile(r"_ids?$|seed|version|^id2label|^label2id|^task_specific|^chunk_size_")
-"""Names of fields that are no sizes."""
+"""Names of fields that are not sizes."""
 
 
 def changed(fields: Fields, changes: Changes) -> dict[str, object]:
@@ -26,7 +26,7 @@ def changed(fields: Fields, changes: Changes) -> dict[str, object]:
 
 
 def decoded(value: Mapping[str, object]) -> dict[str, object]:
-    """The library's own way to write an infinite number, read again."""
+    """Infinite numbers, which the library writes as {"__float__": ...}, read back."""
 
     def one(value: object) -> object:
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The functional proof of a spec: tiny random models, resized through files, compute the same.
+"""Test a spec by function: tiny random models, resized through files, compute the same.
 
 Each model of a spec's [proof] is made, saved and resized by streammap, and loaded again by its own
 library, which must find each key it wants and no other:
@@ -8,7 +8,7 @@ library, which must find each key it wants and no other:
     round trip   the grown model merged again by its saved map: the source, bit for bit
     permutation  every width axis in random order, experts too: the same outputs
     shrink       twice the width and depth, and half of that in other groups: both of them run
-    promises     other growth that says it is exact (experts, head size, layers): the same outputs
+    promises     other growth with a guarantee (experts, head size, layers): the same outputs
 
 Outputs are compared number by number where they are logits. Hidden states, of a model without a
 head, have a width that is resized: there the sorted numbers of a position are compared, each of the
