@@ -44,7 +44,7 @@ class Listing:
         for row in self.rows:
             more = [
                 *(["hidden to any size"] if row.any_size else []),
-                *(["silent layers"] if row.silent_layers else []),
+                *(["zero-initialised layers"] if row.silent_layers else []),
                 *(["head size"] if row.head_size else []),
             ]
             told = ", ".join((*row.exact, *more)) or "none"

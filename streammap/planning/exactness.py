@@ -179,10 +179,11 @@ def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool)
             if empty
             else f"{units} are copied unevenly ({min(uses)} to {max(uses)} times)"
         )
-        return "approximate", f"{what}, which the norm over {shown} sees"
+        return "approximate", f"{what}, which a norm over {shown} sees"
     if len(uses) != 1:
-        return "exact", f"{units} are copied, the weights that read them divided; no norm sees them"
-    return "exact", f"{units} are copied equally often, the weights that read them divided"
+        return "exact", f"{units} are copied, the weights that read them divided; no norm sees it"
+    # The same for all axes that grow by a factor, so that it speaks for all of them together.
+    return "exact", "each unit is copied equally often, the weights that read it are divided"
 
 
 def _is_permutation(m: BlockMap) -> bool:
