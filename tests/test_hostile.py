@@ -17,7 +17,7 @@ import torch
 import streammap
 from streammap import errors
 from streammap.analysis import verification
-from streammap.architectures import key_pattern, registry, spec_file
+from streammap.architectures import key_pattern, parser, registry
 from streammap.common import strict_json
 from streammap.errors import (
     ArchitectureError,
@@ -405,7 +405,7 @@ def test_a_result_of_too_many_tensors_is_refused_quickly(
 
 
 def test_a_scheme_without_an_end_is_refused_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    with quickly(), pytest.raises(SchemeError, match="member 7 stands twice"):
+    with quickly(), pytest.raises(SchemeError, match="member 7 is listed twice"):
         scheme.load_scheme({"width_scheme": [[*range(300_000), 7]]})
     monkeypatch.setattr("streammap.planning.requests._MAX_GROUPS", 3)
     with pytest.raises(SchemeError, match="width_scheme: 4 groups, at most 3"):
@@ -507,12 +507,12 @@ layer = "depth"
             "more than 16 aliases within one another",
         ),
         (f"[alias]\na = '{'9' * 30}'", f"a number of more than {2**63 - 1}"),
-        ("[norm]\noffset = nan", r"\[norm\] offset: expected a number up to 1000000, found nan"),
+        ("[norm]\noffset = nan", r"norm\.offset: expected a number up to 1000000, found nan"),
         ("[norm]\noffset = inf", "found inf"),
         ("[norm]\noffset = " + "9" * 5_000, "mine.toml: Exceeds the limit"),
         ("x = " + "[" * 100_000, "mine.toml: "),
-        ("[forward_scale]\n'a' = 'embed**1e999'", "'1e999' is no exponent, expected one up to 4"),
-        ("[forward_scale]\n'a' = 'embed**nan'", "'nan' is no exponent, expected one up to 4"),
+        ("[forward_scale]\n'a' = 'embed**1e999'", "expected an exponent up to 4, found '1e999'"),
+        ("[forward_scale]\n'a' = 'embed**nan'", "expected an exponent up to 4, found 'nan'"),
         ("#" + " " * 1_000_000, "mine.toml: more than 1000000 letters"),
         ("[tensors]\n'{p:a|aa}{p:a|aa}" + "{p:a|aa}" * 30 + "' = ''", "could be matched in"),
         ("[tensors]\n'*a*b*c' = ''", "matched in 1000000000 ways, at most 10000000"),
@@ -532,9 +532,9 @@ def test_aliases_may_stand_for_others() -> None:
 
 
 def test_specs_that_include_one_another_are_read_once() -> None:
-    tables = spec_file.merged(spec_file.read(SPEC, name="mine"), lambda _: {})
+    tables = parser.merged(parser.read(SPEC, name="mine"), lambda _: {})
     include = {"include": [{"spec": "mine", "as": "inner"}]}
-    found = spec_file.build("mine", {**tables, **include}, {}, lambda _: {**tables, **include})
+    found = parser.build("mine", {**tables, **include}, {}, lambda _: {**tables, **include})
     assert set(found.axes) == {"embed", "layer", "inner.embed", "inner.layer"}
 
 

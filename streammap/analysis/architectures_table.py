@@ -44,7 +44,7 @@ class Listing:
         for row in self.rows:
             more = [
                 *(["hidden to any size"] if row.any_size else []),
-                *(["silent layers"] if row.silent_layers else []),
+                *(["zero-initialised layers"] if row.silent_layers else []),
                 *(["head size"] if row.head_size else []),
             ]
             told = ", ".join((*row.exact, *more)) or "none"
@@ -68,7 +68,7 @@ def _row(model_type: str, name: str) -> ArchitectureRow:
     tiny = _tiny_config(model_type, name)
     spec = registry.load(name, tiny)
     norms = [rule.norm for rule in spec.rules if rule.norm is not None]
-    is_post = any(norm.is_post for norm in norms)
+    is_post = any(norm.post for norm in norms)
     caveats = dict(spec.caveats)
     for axis, experts in spec.experts.items():
         if experts.inexact is not None:
@@ -109,8 +109,7 @@ def _can_grow(spec: Architecture, axis: str) -> bool:
 
 def _tiny_config(model_type: str, name: str) -> Mapping[str, object]:
     """The config of a tiny model of this type, for the conditions of its spec."""
-    for model in registry.load(name, {"model_type": model_type}).proof:
-        config = model["config"]
-        if model["model_type"] == model_type and isinstance(config, Mapping):
-            return {**config, "model_type": model_type}
+    for model in registry.tiny_models(name):
+        if model.model_type == model_type:
+            return {**model.config, "model_type": model_type}
     return {"model_type": model_type}

@@ -8,9 +8,14 @@ from streammap.architectures import key_pattern
 from streammap.architectures.config_fields import field_value
 from streammap.architectures.expression import Expression, InexactDivisionError
 from streammap.architectures.schema import Architecture, Axis
-from streammap.errors import ArchitectureError, CheckpointError
+from streammap.errors import ArchitectureError, CheckpointError, some
 from streammap.io.dtypes import TensorSpec
-from streammap.planning.requests import MAX_LAYERS, MAX_SIZE
+
+MAX_SIZE = 2**40
+"""Of any axis: far above any model's, far below where sizes of tensors overflow."""
+MAX_LAYERS = 10_000
+"""Of one stack; the deepest models have some hundred."""
+_MAX_WORD = 80
 
 
 def read(
@@ -19,37 +24,37 @@ def read(
     """Axis -> size, for each axis that config.json or the tensors give.
 
     Raises:
-        CheckpointError: a size that is missing, no size, or against a constraint of the spec.
+        CheckpointError: a size that is missing or invalid, or breaks a constraint of the spec.
     """
-    found = _Sizes(spec, config, specs).all()
+    sizes = _Sizes(spec, config, specs).all()
     for name in spec.depth_axes:
-        if found.get(name, 0) > MAX_LAYERS:
+        if sizes.get(name, 0) > MAX_LAYERS:
             raise CheckpointError(
-                f"config.json: {name} is {found[name]}, at most {MAX_LAYERS} layers are read",
+                f"config.json: {name} is {sizes[name]}, at most {MAX_LAYERS} layers are read",
                 hint="is this config.json the checkpoint's own?",
             )
-    _check_constraints(spec, found)
-    return found
+    _check_constraints(spec, str(config.get("model_type", spec.name))[:_MAX_WORD], sizes)
+    return sizes
 
 
 def of_config(spec: Architecture, config: Mapping[str, object]) -> dict[str, int]:
     """Axis sizes as far as a config.json alone gives them.
 
     Raises:
-        CheckpointError: a field that is no size, or of another architecture.
+        CheckpointError: a field that is not a size, or another architecture.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     model_type = config.get("model_type")
     if model_type is not None and model_type not in spec.model_types:
         raise CheckpointError(
-            f"target config.json: model_type {model_type!r}, the source is a {spec.name}",
+            f"target config.json: model_type {model_type!r}, expected {some(spec.model_types)}",
             hint="give the config.json of a model of the same architecture",
         )
     known = _Sizes(spec, config, {})
     for name in spec.axes:
         with contextlib.suppress(CheckpointError):
-            found[name] = known.size(name)
-    return found
+            sizes[name] = known.size(name)
+    return sizes
 
 
 def axis_origin(axis: Axis, config: Mapping[str, object]) -> str | Expression | None:
@@ -120,7 +125,7 @@ class _Sizes:
                 self._known[name] = self._evaluate(origin)
         except InexactDivisionError as error:
             raise CheckpointError(
-                f"config.json: {name} is no whole number: {error.message}",
+                f"config.json: {name} is not a whole number: {error.message}",
                 hint="is this config.json the checkpoint's own?",
             ) from error
         finally:
@@ -150,10 +155,10 @@ def _called(
         return specs[key].shape[int(dim)]
     if function == "count":
         compiled = key_pattern.compile_patterns(arguments[0], {})
-        found = sum(key_pattern.first_match(compiled, key) is not None for key in specs)
-        if not found:
+        n_matches = sum(key_pattern.first_match(compiled, key) is not None for key in specs)
+        if not n_matches:
             raise CheckpointError(f"{arguments[0]}: expected in this architecture, not there")
-        return found
+        return n_matches
     if function == "swiglu8" and len(arguments) == 2:
         # DINOv2's gated MLP: two thirds of the plain one's size, rounded up to a multiple of 8.
         return (value_of(arguments[0]) * value_of(arguments[1]) * 2 // 3 + 7) // 8 * 8
@@ -169,18 +174,18 @@ def _size(value: object, field: str) -> int:
     return value
 
 
-def _check_constraints(spec: Architecture, sizes: Mapping[str, int]) -> None:
+def _check_constraints(spec: Architecture, model: str, sizes: Mapping[str, int]) -> None:
     for text, left, right in spec.constraints:
         try:
             a, b = evaluate_axis(spec, left, sizes, {}), evaluate_axis(spec, right, sizes, {})
         except InexactDivisionError as error:
             raise CheckpointError(
-                f"{spec.name}: {text} does not hold: {error.message}",
+                f"{model}: {text} does not hold: {error.message}",
                 hint="is this config.json the checkpoint's own?",
             ) from error
         if a != b:
-            told = ", ".join(f"{name}={size}" for name, size in sizes.items() if name in text)
+            given = ", ".join(f"{name}={size}" for name, size in sizes.items() if name in text)
             raise CheckpointError(
-                f"{spec.name}: {text} does not hold: {a} is not {b} ({told})",
+                f"{model}: {text} does not hold: {a} is not {b} ({given})",
                 hint="is this config.json the checkpoint's own?",
             )

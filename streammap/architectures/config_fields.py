@@ -21,7 +21,7 @@ def set_field(config: dict[str, object], path: str, value: object) -> None:
     """Set a field, in each entry that a "*" stands for. `config` is changed.
 
     Raises:
-        PlanError: a part of the path is no table.
+        PlanError: a part of the path is not a table.
     """
     *parts, last = path.split(".")
     for table in _tables(config, parts):
@@ -34,7 +34,7 @@ def set_field(config: dict[str, object], path: str, value: object) -> None:
 def delete_field(config: dict[str, object], path: str) -> None:
     """Remove a field where it is there. `config` is changed."""
     *parts, last = path.split(".")
-    if field_value(config, path) is not None:
+    if not parts or field_value(config, ".".join(parts)) is not None:
         for table in _tables(config, parts):
             if isinstance(table, dict):
                 table.pop(last, None)
@@ -44,11 +44,11 @@ def holds(condition: str, config: Mapping[str, object]) -> bool:
     """Whether a spec's condition holds: "field", "field == value", "field != value".
 
     Raises:
-        ArchitectureError: it is none of these.
+        ArchitectureError: another form.
     """
     for operator in ("==", "!="):
-        field, found, value = (part.strip() for part in condition.partition(operator))
-        if found:
+        field, is_there, value = (part.strip() for part in condition.partition(operator))
+        if is_there:
             other = field_value(config, value)
             expected = value if other is None else _text(other)
             return (_text(field_value(config, field)) == expected) == (operator == "==")
@@ -58,16 +58,16 @@ def holds(condition: str, config: Mapping[str, object]) -> bool:
 
 
 def layer_condition(condition: str) -> tuple[str, str, str] | None:
-    """(list, axis, value) of "list[axis] == value"; None where it is no such condition."""
-    found = _LAYER.fullmatch(condition)
-    return None if found is None else (found[1], found[2], found[3])
+    """(list, axis, value) of "list[axis] == value"; None for any other condition."""
+    match = _LAYER.fullmatch(condition)
+    return None if match is None else (match[1], match[2], match[3])
 
 
 def _value(value: object, parts: list[str]) -> object:
     for i, part in enumerate(parts):
         if part == "*" and isinstance(value, Mapping):
             inner = (_value(entry, parts[i + 1 :]) for entry in value.values())
-            return next((found for found in inner if found is not None), None)
+            return next((entry_value for entry_value in inner if entry_value is not None), None)
         if isinstance(value, list) and re.fullmatch(r"-?\d{1,6}", part):
             at = int(part)
             value = value[at] if -len(value) <= at < len(value) else None
@@ -79,10 +79,10 @@ def _value(value: object, parts: list[str]) -> object:
 
 
 def _tables(config: dict[str, object], parts: list[str]) -> list[dict[str, object] | list[object]]:
-    found: list[dict[str, object] | list[object]] = [config]
+    tables: list[dict[str, object] | list[object]] = [config]
     for part in parts:
         inner: list[dict[str, object] | list[object]] = []
-        for table in found:
+        for table in tables:
             if isinstance(table, list):
                 raise PlanError(f"config.json: {part} of a list can't be written")
             values = list(table.values()) if part == "*" else [table.setdefault(part, {})]
@@ -91,8 +91,8 @@ def _tables(config: dict[str, object], parts: list[str]) -> list[dict[str, objec
                     inner.append(value)
                 elif part != "*":
                     raise PlanError(f"config.json: {part} is {value!r}, expected a table")
-        found = inner
-    return found
+        tables = inner
+    return tables
 
 
 def _text(value: object) -> str:

@@ -75,11 +75,11 @@ def _tokens(text: str) -> list[str]:
     if len(stripped) > 400:
         raise ArchitectureError(f"expression of {len(stripped)} characters, at most 400")
     while position < len(stripped):
-        found = _TOKEN.match(stripped, position)
-        if found is None:
+        match = _TOKEN.match(stripped, position)
+        if match is None:
             raise ArchitectureError(f"expression {text!r}: can't read {stripped[position:]!r}")
-        tokens.append(found[0].strip())
-        position = found.end()
+        tokens.append(match[0].strip())
+        position = match.end()
     if tokens.count("(") > _MAX_BRACKETS:
         raise ArchitectureError(f"expression {text[:40]!r}: more than {_MAX_BRACKETS} brackets")
     return tokens
@@ -123,7 +123,7 @@ def _atom(tokens: Sequence[str], at: int, text: str) -> tuple[Expression, int]:
 
 
 class InexactDivisionError(ArchitectureError):
-    """A size that would be no whole number; whose it is, the caller says."""
+    """A size that would not be a whole number; the caller adds which one."""
 
 
 def evaluate(

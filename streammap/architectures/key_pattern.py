@@ -29,7 +29,7 @@ _MAX_EXPANSIONS = 2_000
 _MAX_NESTED = 8
 _MAX_REGEX = 50_000
 _MAX_WAYS = 10_000_000
-"""To match one key: a regular expression may try them all."""
+"""Of matching one key: a regular expression may try them all."""
 _STAR_WAYS = 1000
 _INDEX_WAYS = 9
 
@@ -45,7 +45,7 @@ class KeyPattern:
     indices: tuple[str, ...]
     """Names of the indices, in the order of the regex' groups; dotted inside an included spec."""
     counts: Mapping[str, Expression]
-    """Index -> how many there are, for those that are no axis."""
+    """Index -> how many there are, for those that are not an axis."""
     last: tuple[str, ...]
     """Indices of which only the last counts."""
     sample: str
@@ -62,10 +62,10 @@ class KeyPattern:
 
     def match(self, key: str) -> dict[str, int] | None:
         """The index values in `key`, or None where the pattern doesn't fit."""
-        found = self.regex.fullmatch(key)
-        if found is None:
+        groups = self.regex.fullmatch(key)
+        if groups is None:
             return None
-        return {name: int(value) for name, value in zip(self.indices, found.groups(), strict=True)}
+        return {name: int(value) for name, value in zip(self.indices, groups.groups(), strict=True)}
 
 
 def natural(key: str) -> tuple[tuple[int, int | str], ...]:
@@ -83,9 +83,9 @@ def first_match(patterns: Iterable[KeyPattern], key: str) -> dict[str, int] | No
     return None
 
 
-def sample(found: KeyPattern) -> str:
+def sample(pattern: KeyPattern) -> str:
     """A key that a pattern fits: the first of each alternatives, indices 0, nothing for "*"."""
-    return found.sample
+    return pattern.sample
 
 
 def compile_patterns(
@@ -99,7 +99,9 @@ def compile_patterns(
     Raises:
         ArchitectureError: unbalanced braces, or variables that expand without an end.
     """
-    return _cached(text, tuple((name, tuple(found)) for name, found in variables.items()), scope)
+    return _cached(
+        text, tuple((name, tuple(alternatives)) for name, alternatives in variables.items()), scope
+    )
 
 
 @cache
@@ -113,13 +115,13 @@ def _cached(
 def _expanded(text: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
     """`text` without variables that hold indices: one text for each of their alternatives."""
     known: dict[str, bool] = {}
-    found: list[str] = []
+    texts: list[str] = []
     waiting = [text]
     for _ in range(_MAX_EXPANSIONS):
         if not waiting:
-            return found
+            return texts
         one = waiting.pop()
-        if len(one) > _MAX_LENGTH or len(found) >= _MAX_PATTERNS:
+        if len(one) > _MAX_LENGTH or len(texts) >= _MAX_PATTERNS:
             break
         for piece in _PIECE.findall(one):
             name = piece[1:-1]
@@ -127,7 +129,7 @@ def _expanded(text: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
                 waiting += [one.replace(piece, a, 1) for a in reversed(variables[name])]
                 break
         else:
-            found.append(one)
+            texts.append(one)
     raise _endless(text)
 
 
@@ -162,7 +164,7 @@ class _Part:
     regex: str
     sample: str
     ways: int = 1
-    """In how many ways it may match the beginning of a text."""
+    """The number of ways it can match the beginning of a text."""
 
 
 _STAR = _Part(".*", "*", _STAR_WAYS)
@@ -238,7 +240,7 @@ def _alternatives(
     name, colon, choices = piece[1:-1].partition(":")
     if colon:
         return _either([_Part(re.escape(choice), choice) for choice in choices.split("|")])
-    found = []
+    parts = []
     for alternative in variables[name]:
         inner = []
         for part in _PIECE.split(alternative):
@@ -248,5 +250,5 @@ def _alternatives(
                 inner.append(_alternatives(part, variables, whole, depth=depth + 1))
             else:
                 inner.append(_literal(part, whole))
-        found.append(_joined(inner, whole))
-    return _either(found)
+        parts.append(_joined(inner, whole))
+    return _either(parts)

@@ -1,7 +1,7 @@
-"""What config.json says of single layers, and how that follows when layers change.
+"""What config.json says of single layers, and how it is rewritten when layers change.
 
 A layer's *kind* is all that config.json says of it: its entry of each per-layer list, whether its
-number stands in a list of numbers, on which side of a count it is. Layers of one kind have the same
+number is in a list of numbers, on which side of a count it is. Layers of one kind have the same
 tensors.
 """
 
@@ -33,14 +33,14 @@ def follow(
 
     Args:
         sources: For each layer of the result, the source layer that it takes after.
-        what: The axis' name, for messages.
+        what: The axis, for messages.
         n_before: Layers of the source.
 
     Returns:
-        What a user might not expect.
+        Notes for the user.
 
     Raises:
-        PlanError: config.json can't say it.
+        PlanError: config.json can't express it.
     """
     if depth.last and sources[-1] != n_before - 1:
         raise PlanError(
@@ -48,7 +48,28 @@ def follow(
             f"of the kind of {n_before - 1}",
             hint=f"give groups of which the last begins with {n_before - 1}",
         )
+    _follow_entries(depth, config, sources)
+    _follow_counts(depth, config, sources, what)
+    for period in depth.periods:
+        # Loaders work the kind out from a layer's number, so that a layer may only move to a number
+        # of the same kind.
+        for i, j in enumerate(sources):
+            if _in_period(period, config, i) != _in_period(period, config, j):
+                raise PlanError(
+                    f"{what} {i} would come from {j}, but config.json's {period[0]} "
+                    f"({config_fields.field_value(config, period[0])}) makes them two kinds",
+                    hint=f"take groups that keep a layer's place in the period of {period[0]}",
+                )
+    there = [f for f in depth.delete if config_fields.field_value(config, f) is not None]
+    for field in there:
+        config_fields.delete_field(config, field)
+    return tuple(f"config.json: {f} is removed, it names layers by number" for f in there)
+
+
+def _follow_entries(depth: Depth, config: dict[str, object], sources: Sequence[int]) -> None:
+    """Fields with an entry for each layer, or with layers by number: entries go with the layers."""
     for field in depth.lists:
+        # What loaders assume for a missing list need not hold after the change: it is written out.
         old = _listed(depth, config, field, 1 + max(sources))
         if isinstance(old, list) and len(old) > max(sources):
             config_fields.set_field(config, field, [old[j] for j in sources])
@@ -64,9 +85,15 @@ def follow(
             new_table = {str(i): old[str(j)] for i, j in enumerate(sources) if str(j) in old}
             config_fields.set_field(config, field, new_table)
     for field in depth.patterns:
-        old = _unrolled(config_fields.field_value(config, field))
+        old = unrolled(config_fields.field_value(config, field))
         if len(old) > max(sources):
             config_fields.set_field(config, field, [[[old[j] for j in sources], 1]])
+
+
+def _follow_counts(
+    depth: Depth, config: dict[str, object], sources: Sequence[int], what: str
+) -> None:
+    """Fields that count leading layers, or name the last one that leads."""
     for field in depth.prefix_counts:
         old = config_fields.field_value(config, field)
         if isinstance(old, int) and old > 0:
@@ -77,71 +104,59 @@ def follow(
         if isinstance(old, int) and old >= 0:
             new_count = _leading([j <= old for j in sources], field, what)
             config_fields.set_field(config, field, new_count - 1)
-    for period in depth.periods:
-        for i, j in enumerate(sources):
-            if _in_period(period, config, i) != _in_period(period, config, j):
-                raise PlanError(
-                    f"{what} {i} would come from {j}, but config.json's {period[0]} "
-                    f"({config_fields.field_value(config, period[0])}) says they are of two kinds",
-                    hint=f"take groups that keep a layer's place in the period of {period[0]}",
-                )
-    there = [f for f in depth.delete if config_fields.field_value(config, f) is not None]
-    for field in there:
-        config_fields.delete_field(config, field)
-    return tuple(f"config.json: {f} is removed, it names layers by number" for f in there)
 
 
 def _listed(depth: Depth, config: Mapping[str, object], field: str, n_layers: int) -> object:
     """A per-layer list of config.json, or what loaders make of its absence."""
-    found = config_fields.field_value(config, field)
+    entries = config_fields.field_value(config, field)
     pattern = depth.default.get(field, ())
-    if found is None and pattern:
+    if entries is None and pattern:
         return [pattern[i % len(pattern)] for i in range(n_layers)]
-    return found
+    return entries
 
 
-def _unrolled(value: object) -> list[object]:
+def unrolled(value: object) -> list[object]:
     """[[["global", "local"], 6]] -> the entries one by one."""
-    found: list[object] = []
+    unrolled_entries: list[object] = []
     for item in value if isinstance(value, list) else []:
         match item:
             case [list(entries), int(times)] if 0 <= times * len(entries) <= _MAX_UNROLLED:
-                found += entries * times
-        if len(found) > _MAX_UNROLLED:
+                unrolled_entries += entries * times
+        if len(unrolled_entries) > _MAX_UNROLLED:
             raise PlanError(
                 f"config.json: a pattern of more than {_MAX_UNROLLED} layers",
                 hint="is this config.json the checkpoint's own?",
             )
-    return found
+    return unrolled_entries
 
 
 def _kind(
     depth: Depth, config: Mapping[str, object], i: int, numbers: Mapping[str, frozenset[int]]
 ) -> LayerKind:
-    found = []
+    words = []
     for field in depth.lists:
         listed, pattern = config_fields.field_value(config, field), depth.default.get(field, ())
         if isinstance(listed, list) and i < len(listed):
-            found.append(f"{field} {printable(str(listed[i])[:_MAX_WORD])}")
+            words.append(f"{field} {printable(str(listed[i])[:_MAX_WORD])}")
         elif listed is None and pattern:
-            found.append(f"{field} {pattern[i % len(pattern)]}")
+            words.append(f"{field} {pattern[i % len(pattern)]}")
     for field, listed_numbers in numbers.items():
-        found.append(f"{'in' if i in listed_numbers else 'not in'} {field}")
+        words.append(f"{'in' if i in listed_numbers else 'not in'} {field}")
     for field, rest in (
         *((f, 0) for f in depth.prefix_counts),
         *((f, 1) for f in depth.last_index),
     ):
         count = config_fields.field_value(config, field)
         if isinstance(count, int) and count >= 0:
-            found.append(f"{'before' if i < count + rest else 'after'} {field} {count}")
-    found += (
+            words.append(f"{'before' if i < count + rest else 'after'} {field} {count}")
+    words += (
         f"{'at' if _in_period(period, config, i) else 'off'} {period[0]}"
         for period in depth.periods
         if isinstance(config_fields.field_value(config, period[0]), int)
     )
     if depth.first:
-        found.append("first" if i == 0 else "later")
-    return tuple(found)
+        words.append("first" if i == 0 else "later")
+    return tuple(words)
 
 
 def _in_period(period: tuple[str, ...], config: Mapping[str, object], i: int) -> bool:

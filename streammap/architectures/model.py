@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from streammap.architectures import (
-    axis_sizes as sizes,
-)
-from streammap.architectures import (
+    axis_sizes,
     config_fields,
     key_pattern,
     layer_kinds,
@@ -20,8 +18,10 @@ from streammap.architectures import (
 from streammap.architectures.expression import Expression, Name
 from streammap.architectures.key_pattern import KeyPattern, first_match
 from streammap.architectures.schema import Architecture, Depth, DimSpec, LMHead, TensorRule
-from streammap.errors import ArchitectureError, CheckpointError, some
+from streammap.errors import ArchitectureError, CheckpointError, printable, some
 from streammap.io.dtypes import TensorSpec
+
+_MAX_NAME = 80
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,10 +42,10 @@ class Family:
 
     def key(self, values: tuple[int, ...]) -> str:
         """The key of the family with these indices, there or not."""
-        found = self.name
+        key = self.name
         for index, value in zip(self.indices, values, strict=True):
-            found = found.replace(f"{{{index}}}", str(value))
-        return found
+            key = key.replace(f"{{{index}}}", str(value))
+        return key
 
     def index_expression(self, index: str) -> Expression:
         """What an index counts: an axis, or an expression of its own."""
@@ -66,10 +66,10 @@ class TiedHead:
         Args:
             n_last: Depth axis -> its last layer.
         """
-        for found in self.norm:
-            values = found.match(key)
+        for pattern in self.norm:
+            values = pattern.match(key)
             if values is not None:
-                return all(values[name] == n_last.get(name) for name in found.last)
+                return all(values[name] == n_last.get(name) for name in pattern.last)
         return False
 
     def is_head(self, key: str) -> bool:
@@ -95,6 +95,11 @@ class Model:
     """Axis -> size, for each axis whose size is known."""
     families: tuple[Family, ...]
     tied_heads: tuple[TiedHead, ...]
+
+    @property
+    def name(self) -> str:
+        """What the model is, for messages: its model_type, or its spec where it has none."""
+        return printable(str(self.config.get("model_type", self.architecture.name))[:_MAX_NAME])
 
     @property
     def tied(self) -> bool:
@@ -135,12 +140,12 @@ def resolve(
     """
     quantization.check(specs, config or {})
     spec = find(specs, config, name)
-    found = sizes.read(spec, config or {}, specs)
+    sizes = axis_sizes.read(spec, config or {}, specs)
     families = _families(spec, specs, config or {})
     heads = tuple(
         tied for head in spec.heads if (tied := _tied(head, specs, config or {})) is not None
     )
-    model = Model(spec, config or {}, found, families, heads)
+    model = Model(spec, config or {}, sizes, families, heads)
     _check_shapes(model, specs)
     _check_complete(model)
     return model
@@ -159,22 +164,22 @@ def find(
         return registry.load(name, fields)
     model_type = fields.get("model_type")
     if model_type is not None:
-        found = registry.for_model_type(str(model_type), fields)
-        if found is None:
+        spec = registry.for_model_type(str(model_type), fields)
+        if spec is None:
             raise ArchitectureError(
                 f"no architecture spec serves model_type {str(model_type)[:80]!r}",
                 hint="`streammap spec infer CHECKPOINT > mine.toml` writes one (needs "
                 "transformers), --arch mine.toml uses it; `streammap architectures` lists all",
             )
-        return found
-    found = registry.for_keys(specs, fields)
-    if found is None:
+        return spec
+    spec = registry.for_keys(specs, fields)
+    if spec is None:
         what = "config.json has no model_type" if config is not None else "there is no config.json"
         raise ArchitectureError(
             f"{what}, and the keys ({some(list(specs))}) do not tell the architecture",
             hint="give the checkpoint's config.json with --config",
         )
-    return found
+    return spec
 
 
 def _families(
@@ -182,7 +187,7 @@ def _families(
 ) -> tuple[Family, ...]:
     """Match every key. Candidates are found once per key shape, so the cost is linear in keys."""
     candidates: dict[str, tuple[TensorRule, ...]] = {}
-    found: dict[tuple[int, str], tuple[TensorRule, dict[tuple[int, ...], str], int]] = {}
+    groups: dict[tuple[int, str], tuple[TensorRule, dict[tuple[int, ...], str], int]] = {}
     unknown = []
     for key, tensor in specs.items():
         shape = key_pattern.INDEX.sub("0", key)
@@ -204,13 +209,13 @@ def _families(
                 f"{spec.name}.toml: {key} matches {rule.pattern.text} and {own[1][0].pattern.text}"
             )
         name = _family_name(key, rule)
-        entry = found.setdefault((id(rule), name), (rule, {}, len(tensor.shape)))
+        entry = groups.setdefault((id(rule), name), (rule, {}, len(tensor.shape)))
         entry[1][tuple(values[index] for index in rule.pattern.indices)] = key
     if unknown:
         _refuse_unknown(spec, unknown)
     return tuple(
         Family(rule, name, members, _dims(rule, name, rank))
-        for (_, name), (rule, members, rank) in found.items()
+        for (_, name), (rule, members, rank) in groups.items()
     )
 
 
@@ -231,11 +236,12 @@ def _family_name(key: str, rule: TensorRule) -> str:
     indices = rule.pattern.indices
     if not indices:
         return key
-    found = rule.pattern.regex.fullmatch(key)
-    assert found is not None
+    match = rule.pattern.regex.fullmatch(key)
+    assert match is not None
     name = key
-    for at in sorted(range(len(indices)), key=lambda at: -found.start(at + 1)):
-        name = f"{name[: found.start(at + 1)]}{{{indices[at]}}}{name[found.end(at + 1) :]}"
+    # From the end, so that the places of those before stay right.
+    for at in sorted(range(len(indices)), key=lambda at: -match.start(at + 1)):
+        name = f"{name[: match.start(at + 1)]}{{{indices[at]}}}{name[match.end(at + 1) :]}"
     return name
 
 
@@ -257,10 +263,10 @@ def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
     near = difflib.get_close_matches(
         key_pattern.INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3
     )
-    told = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
+    nearest = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
     raise CheckpointError(
         f"{unknown[0]}: no rule of {spec.name}.toml knows this tensor "
-        f"({len(unknown)} such: {some(unknown)}){told}",
+        f"({len(unknown)} such: {some(unknown)}){nearest}",
         hint="is this the right architecture? --arch names another",
     )
 
@@ -270,14 +276,14 @@ def _tied(
 ) -> TiedHead | None:
     """The head, where it shares the embedding, by the file or by config.json.
 
-    A head tensor beside `tie_word_embeddings: true` is a copy; it is treated as tied, which is
-    right whether the loader ties it or not.
+    A head tensor beside `tie_word_embeddings: true` is a copy. It is treated as tied: it gets the
+    embedding's map, which is right whether the loader ties it or reads it.
     """
     classes = config.get("architectures")
     if isinstance(classes, list) and not head.is_in(str(name) for name in classes):
         return None
-    norm = next((n for n in head.norms if any(first_match(n, k) is not None for k in specs)), ())
-    if head.norms and not norm and not (isinstance(classes, list) and head.classes):
+    norm = next((n for n in head.norm if any(first_match(n, k) is not None for k in specs)), ())
+    if head.norm and not norm and not (isinstance(classes, list) and head.classes):
         return None
     if not any(first_match(head.embed, key) is not None for key in specs):
         return None
@@ -286,7 +292,7 @@ def _tied(
         return TiedHead(head, norm)
     flag = config_fields.field_value(config, f"{head.path}tie_word_embeddings")
     if flag is None:
-        flag = config.get("tie_word_embeddings", head.is_tied)
+        flag = config.get("tie_word_embeddings", head.tied)
     return TiedHead(head, norm) if flag is not False else None
 
 
@@ -333,11 +339,11 @@ def _check_complete(model: Model) -> None:
         missing.append(required)
         n_missing += 1
     if missing:
-        told = ", ".join(missing[:3])
+        examples = ", ".join(missing[:3])
         if n_missing > 3:
-            told += f" and {n_missing - 3} more"
+            examples += f" and {n_missing - 3} more"
         raise CheckpointError(
-            f"{missing[0]}: missing ({n_missing} tensors: {told})",
+            f"{missing[0]}: missing ({n_missing} tensors: {examples})",
             hint="download or save the checkpoint again",
         )
 
@@ -359,7 +365,7 @@ def _check_surplus(model: Model, axis: str) -> None:
     tail = 0
     if depth is not None and depth.tail is not None:
         value = config_fields.field_value(model.config, depth.tail)
-        # Checkpoints with such a tail exist whose config.json doesn't count it.
+        # Some checkpoints with such a tail have a config.json that doesn't count it.
         tail = value if isinstance(value, int) and value > 0 else 1
     surplus = [
         key

@@ -1,4 +1,4 @@
-"""Quantised checkpoints: told by config.json or by their tensors, and refused.
+"""Quantised checkpoints: recognised by config.json or by their tensors, and refused.
 
 Their numbers mean something only together with scales, so no axis of them can be averaged or split.
 """
@@ -17,7 +17,7 @@ _KEYS = (
     (re.compile(r".*\.weight_(packed|shape|zero_point)"), "compressed-tensors"),
 )
 _PLAIN = (".weight", ".bias")
-"""How no key of a quantised tensor ends."""
+"""Endings that no key of a quantised tensor has."""
 _DTYPES = (
     "F8_E5M2",
     "F8_E4M3",
@@ -55,8 +55,8 @@ def check(specs: Mapping[str, TensorSpec], config: Mapping[str, object]) -> None
         )
     for key, spec in specs.items():
         # A cheap look first: a plan of 100,000 tensors asks this several times.
-        for found, method in () if key.endswith(_PLAIN) else _KEYS:
-            if found.fullmatch(key):
+        for pattern, method in () if key.endswith(_PLAIN) else _KEYS:
+            if pattern.fullmatch(key):
                 raise CheckpointError(
                     f"{key}: quantised ({method}), its weights can't be resized", hint=_HINT
                 )

@@ -1,4 +1,4 @@
-"""Which specs there are: those shipped, and those of the folder in STREAMMAP_ARCHITECTURES."""
+"""The known specs: those shipped, and those of the folder in STREAMMAP_ARCHITECTURES."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -6,10 +6,10 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from streammap.architectures import spec_file
+from streammap.architectures import parser
+from streammap.architectures.decode import Tables
 from streammap.architectures.key_pattern import first_match
-from streammap.architectures.schema import Architecture
-from streammap.architectures.toml_values import Tables
+from streammap.architectures.schema import Architecture, TinyModel
 from streammap.errors import ArchitectureError
 
 FOLDER = "STREAMMAP_ARCHITECTURES"
@@ -26,17 +26,19 @@ def load(name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
     """A spec by name, or by its file (*.toml), as it stands for a config.json.
 
     Raises:
-        ArchitectureError: there is none, or its file is wrong.
+        ArchitectureError: no such spec, or its file is wrong.
     """
-    if name.endswith(".toml"):
-        path = Path(name)
-        try:
-            with path.open(encoding="utf-8") as file:  # no more than tells that it is too long
-                text = file.read(spec_file.MAX_LETTERS + 1)
-        except (OSError, ValueError) as error:
-            raise ArchitectureError(f"{path}: {error}", hint="check the path") from error
-        return parse(text, name=path.stem, config=config)
-    return spec_file.build(name, _merged(name), config, _merged)
+    own_name, tables = _tables_of(name)
+    return parser.build(own_name, tables, config, _merged)
+
+
+def tiny_models(name: str) -> tuple[TinyModel, ...]:
+    """The tiny models under a spec's [proof].
+
+    Raises:
+        ArchitectureError: no such spec, or its [proof] is wrong.
+    """
+    return parser.tiny_models(*_tables_of(name))
 
 
 def parse(text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
@@ -45,18 +47,17 @@ def parse(text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG) ->
     Raises:
         ArchitectureError: naming the spec and the entry.
     """
-    tables = spec_file.merged(spec_file.read(text, name=name), _tables)
-    return spec_file.build(name, tables, config, _merged)
+    return parser.build(name, _parsed(text, name), config, _merged)
 
 
 def model_types() -> dict[str, str]:
     """model_type -> name of the spec that serves it."""
-    found: dict[str, str] = {}
+    served_by: dict[str, str] = {}
     for name in _texts(_folder()):
         listed = _tables(name).get("model_types", [])
         for model_type in listed if isinstance(listed, list) else []:
-            found.setdefault(str(model_type), name)
-    return found
+            served_by.setdefault(str(model_type), name)
+    return served_by
 
 
 def for_model_type(model_type: str, config: Mapping[str, object]) -> Architecture | None:
@@ -73,17 +74,34 @@ def for_model_type(model_type: str, config: Mapping[str, object]) -> Architectur
 
 def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture | None:
     """The spec whose `detect` keys are all there."""
-    found = tuple(keys)
+    all_keys = tuple(keys)
     for name, text in _texts(_folder()).items():
         if "\ndetect" not in text:
             continue
         architecture = load(name, config)
         patterns = architecture.detect
         if patterns and all(
-            any(first_match((p,), key) is not None for key in found) for p in patterns
+            any(first_match((p,), key) is not None for key in all_keys) for p in patterns
         ):
             return architecture
     return None
+
+
+def _tables_of(name: str) -> tuple[str, Tables]:
+    """The name and the merged tables of a spec that is given by name or by its file."""
+    if not name.endswith(".toml"):
+        return name, _merged(name)
+    path = Path(name)
+    try:
+        with path.open(encoding="utf-8") as file:  # one more letter shows that it is too long
+            text = file.read(parser.MAX_LETTERS + 1)
+    except (OSError, ValueError) as error:
+        raise ArchitectureError(f"{path}: {error}", hint="check the path") from error
+    return path.stem, _parsed(text, path.stem)
+
+
+def _parsed(text: str, name: str) -> Tables:
+    return parser.merged(parser.read(text, name=name), _tables)
 
 
 def _folder() -> str:
@@ -94,7 +112,7 @@ def _folder() -> str:
 def _texts(folder: str) -> Mapping[str, str]:
     """Name -> TOML; a user's own file counts before a shipped one of its name."""
     shipped = resources.files("streammap") / "architectures" / "specs"
-    found = {f.name[:-5]: f.read_text() for f in shipped.iterdir() if f.name.endswith(".toml")}
+    texts = {f.name[:-5]: f.read_text() for f in shipped.iterdir() if f.name.endswith(".toml")}
     if folder:
         try:
             own = {
@@ -102,8 +120,8 @@ def _texts(folder: str) -> Mapping[str, str]:
             }
         except (OSError, UnicodeDecodeError) as error:
             raise ArchitectureError(f"{folder}: {error}", hint=f"check {FOLDER}") from error
-        return {**own, **{name: text for name, text in found.items() if name not in own}}
-    return found
+        return {**own, **{name: text for name, text in texts.items() if name not in own}}
+    return texts
 
 
 def _tables(name: str) -> Tables:
@@ -117,7 +135,7 @@ def _read(folder: str, name: str) -> Tables:
         raise ArchitectureError(
             f"no architecture {name!r}", hint=f"there are {', '.join(sorted(texts))}"
         )
-    return spec_file.read(texts[name], name=name)
+    return parser.read(texts[name], name=name)
 
 
 def _merged(name: str) -> Tables:
@@ -126,4 +144,4 @@ def _merged(name: str) -> Tables:
 
 @cache
 def _merged_in(folder: str, name: str) -> Tables:
-    return spec_file.merged(_read(folder, name), lambda above: _read(folder, above))
+    return parser.merged(_read(folder, name), lambda above: _read(folder, above))

@@ -1,7 +1,7 @@
 """What a spec says of one checkpoint: rules for its tensors, axes, heads, norms, as plain values.
 
-`specfile` reads these from TOML, with the conditions of the spec decided by a config.json. The
-format is described in architectures/README.md.
+`parser` reads them from TOML; the annotations below are the format of most tables (`decode`), which
+architectures/README.md describes.
 
 A role is `out` (the tensor makes this axis), `in` (it reads it), or `keep` (neither).
 """
@@ -9,7 +9,7 @@ A role is `out` (the tensor makes this axis), `in` (it reads it), or `keep` (nei
 import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
 from streammap.architectures import expression as expressions
 from streammap.architectures.expression import Expression, Name, Operation
@@ -18,14 +18,32 @@ from streammap.errors import ArchitectureError
 
 Role = Literal["out", "in", "keep"]
 AxisKind = Literal["width", "depth", "frozen", "group", "expert"]
-SPACES = ("hidden", "heads", "kv_heads", "mlp", "experts")
+Space = Literal["hidden", "heads", "kv_heads", "mlp", "experts"]
+SPACES: tuple[Space, ...] = get_args(Space)
 """Names under which users ask for axes; layers are those of kind depth."""
 REST = "..."
+
+ConfigField = Annotated[str, "config field"]
+"""A field of config.json by its path; in an included spec, inside that spec's part of it."""
+OwnName = Annotated[str, "own name"]
+"""An axis or alias as this spec has it; in an included spec, with its scope before it."""
+AxisName = Annotated[str, "axis"]
+"""As OwnName, or the axis of another scope that [same_axis] says it is."""
+KeyPatterns = Annotated[tuple[KeyPattern, ...], "keys"]
+"""Patterns from one text or a list of them."""
+ModulePatterns = Annotated[tuple[KeyPattern, ...], "modules"]
+"""Patterns for all tensors of some modules."""
+NormChoices = Annotated[tuple[tuple[KeyPattern, ...], ...], "one module of several"]
+"""Patterns for each of some modules, of which the first that is there counts."""
+AxisSources = Annotated[tuple[str | Expression, ...], "sources"]
+"""Config fields ("a.b" is nested) and expressions; the first that is there counts."""
+Constraint = Annotated[tuple[str, Expression, Expression], "constraint"]
+"""Its text, its left side, its right side."""
 
 
 @dataclass(frozen=True, slots=True)
 class DimSpec:
-    """What one dimension of a tensor is."""
+    """The meaning of one dimension of a tensor."""
 
     text: str
     """As the spec has it; "_" for any size, "..." for any number of dimensions."""
@@ -38,17 +56,22 @@ KEEP = DimSpec("_", None, "keep")
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """What a normalisation does."""
+    """A normalisation; the entries of [norm]."""
 
-    kind: Literal["rms", "layer"]
-    offset: float
+    kind: Literal["rms", "layer"] = "layer"
+    offset: float = 0.0
     """It multiplies by offset + weight."""
-    eps: tuple[str, ...]
-    """Config fields of its epsilon."""
-    is_post: bool
+    plain: tuple[str, ...] = ()
+    """Modules that are norms without that offset."""
+    eps: tuple[ConfigField, ...] = ()
+    """Its epsilon."""
+    post: bool = False
     """Whether it stands after the residual addition."""
-    keeps_mean: bool
-    """Whether a unit may hold the mean of the others: only linears and residuals come between."""
+    mean: bool = False
+    """Whether a channel may hold the mean of the others: only linears and residual additions come
+    between norms."""
+    weightless: tuple[AxisName, ...] = ()
+    """Axes that norms without weights normalise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +98,7 @@ class TensorRule:
     norm: Norm | None = None
 
     def dims_for(self, rank: int) -> tuple[DimSpec, ...] | None:
-        """One Dim for each dimension of a tensor of `rank`, or None where that can't be."""
+        """One DimSpec for each dimension of a tensor of `rank`, or None if it has another rank."""
         if self.kind in ("buffer", "drop"):
             return (KEEP,) * rank
         at = next((i for i, dim in enumerate(self.dims) if dim.text == REST), None)
@@ -97,24 +120,24 @@ class Factor:
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
-    """A head that may share the embedding's tensor, and what reads the norm before it."""
+    """A head that may share the embedding's tensor, and the norm before it."""
 
-    norms: tuple[tuple[KeyPattern, ...], ...]
-    """The norm before the head; the first that is there counts."""
-    embed: tuple[KeyPattern, ...]
-    head: tuple[KeyPattern, ...]
-    readers: tuple[KeyPattern, ...]
-    """Other tensors that read what the norm makes."""
-    classes: tuple[str, ...]
+    norm: NormChoices = ()
+    """The norm before the head."""
+    embed: KeyPatterns = ()
+    head: KeyPatterns = ()
+    tied: bool = True
+    """What a config.json without tie_word_embeddings means."""
+    classes: tuple[str, ...] = ()
     """Model classes that have the head (glob patterns); empty for "wherever the norm is there"."""
-    is_tied: bool
-    """What a config.json that doesn't say it means."""
-    scale: Factor | None
+    readers: KeyPatterns = ()
+    """Other tensors that read what the norm makes."""
+    scale: Factor | None = None
     """What the model multiplies the head's input by."""
-    path: str
-    """Where in config.json its fields are: "" or "text_config."."""
-    copies: Mapping[str, str]
+    copies: Mapping[str, str] = field(default_factory=dict)
     """End of a key -> end of the key whose tensor it gets when the head is untied."""
+    path: str = field(default="", metadata={"entry": None})
+    """Where in config.json its fields are: "" or "text_config."."""
 
     def is_in(self, classes: Iterable[str]) -> bool:
         """Whether a model of config.json's `architectures` has this head."""
@@ -128,11 +151,11 @@ class LMHead:
 class Experts:
     """What config.json says of a mixture of experts."""
 
-    multiply: tuple[str, ...]
-    """Fields that grow with the number of experts: top_k, groups."""
-    groups: str | None
-    """Field: in how many consecutive groups the experts lie."""
-    inexact: str | None
+    multiply: tuple[ConfigField, ...] = ()
+    """They grow with the number of experts: top_k, groups."""
+    groups: ConfigField | None = None
+    """In how many consecutive groups the experts lie."""
+    inexact: str | None = None
     """Why copies of experts change the function; None where they don't."""
 
 
@@ -140,31 +163,47 @@ class Experts:
 class Rope:
     """Rotary positions over all of a head."""
 
-    theta: tuple[str, ...]
-    layout: Literal["half", "interleaved"]
-    scores: Literal["head_dim", "constant"]
-    query: tuple[KeyPattern, ...]
-    query_norm: tuple[KeyPattern, ...]
-    key_norm: tuple[KeyPattern, ...]
+    theta: tuple[ConfigField, ...] = ()
+    layout: Literal["half", "interleaved"] = "half"
+    """Which pairs of a head's channels turn together: (i, i + head_dim/2) or (2i, 2i + 1)."""
+    scores: Literal["head_dim", "constant"] = "head_dim"
+    """Scores are divided by sqrt(head_dim), or by a constant of config.json."""
+    query: ModulePatterns = ()
+    """What makes the queries."""
+    query_norm: ModulePatterns = ()
+    key_norm: ModulePatterns = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Depth:
-    """What config.json says of single layers of one depth axis. Entries are config fields."""
+    """What config.json says of single layers of one depth axis."""
 
-    lists: tuple[str, ...] = ()
-    index_lists: tuple[str, ...] = ()
-    prefix_counts: tuple[str, ...] = ()
-    last_index: tuple[str, ...] = ()
-    periods: tuple[tuple[str, ...], ...] = ()
-    tail: str | None = None
+    lists: tuple[ConfigField, ...] = ()
+    """One entry a layer."""
+    index_lists: tuple[ConfigField, ...] = ()
+    """Numbers of layers."""
+    prefix_counts: tuple[ConfigField, ...] = ()
+    """How many leading layers are of another kind."""
+    last_index: tuple[ConfigField, ...] = ()
+    """The last layer of another kind."""
+    periods: tuple[tuple[ConfigField, ...], ...] = ()
+    """Every n-th layer: the field of n and, where there is one, of the offset (or "-1")."""
+    tail: ConfigField | None = None
+    """How many further layers come after the stack."""
     first: bool = False
+    """Whether layer 0 has other tensors than the rest."""
     last: bool = False
-    delete: tuple[str, ...] = ()
-    tables: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
-    default: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    ones: tuple[KeyPattern, ...] = ()
+    """Whether the last layer is of a kind of its own."""
+    delete: tuple[ConfigField, ...] = ()
+    """Fields that a change of depth makes wrong."""
+    tables: tuple[ConfigField, ...] = ()
+    """Tables by layer number."""
+    patterns: tuple[ConfigField, ...] = ()
+    """[[["global", "local"], 6]]: entries, and how often they repeat."""
+    default: Mapping[ConfigField, tuple[str, ...]] = field(default_factory=dict)
+    """Per-layer list -> what loaders repeat where it is missing."""
+    ones: KeyPatterns = ()
+    """Tensors that are 1 in a zero-initialised layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +212,7 @@ class Axis:
 
     name: str
     kind: AxisKind
-    sources: tuple[str | Expression, ...]
-    """Config fields ("a.b" is nested) and expressions; the first that is there counts."""
+    sources: AxisSources
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -191,6 +229,23 @@ class SharedHeads:
     heads: str
 
 
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """A small random model that proves the spec: one entry of [[proof.models]]."""
+
+    name: str
+    class_name: str = field(metadata={"entry": "class"})
+    config: Mapping[str, object] = field(default_factory=dict)
+    model_type: str = ""
+    """Where it is not its name."""
+    neutral: tuple[Literal["alibi", "sinusoidal"], ...] = ()
+    """What its model computes from positions and is run without."""
+    exempt: tuple[str, ...] = field(default=(), metadata={"entry": "except"})
+    """Axes that can't be resized; the spec's [caveat] says why."""
+    shapes_only: bool = False
+    """It is loaded and not run."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Architecture:
     """One spec, as it stands for one config.json."""
@@ -202,12 +257,12 @@ class Architecture:
     spaces: Mapping[str, tuple[str, ...]]
     """Space -> its axes."""
     aliases: Mapping[str, Expression]
-    constraints: tuple[tuple[str, Expression, Expression], ...]
+    constraints: tuple[Constraint, ...]
     rules: tuple[TensorRule, ...]
     required: tuple[KeyPattern, ...]
     heads: tuple[LMHead, ...]
     weightless: tuple[str, ...]
-    """Axes that norms without weights see."""
+    """Axes that norms without weights normalise."""
     forward_scale: tuple[tuple[KeyPattern, Factor], ...]
     experts: Mapping[str, Experts]
     """Expert axis -> what config.json says of it."""
@@ -218,8 +273,6 @@ class Architecture:
     config: Mapping[str, Expression]
     caveats: Mapping[str, str]
     """Axis -> why a change of it is never exact."""
-    proof: tuple[Mapping[str, object], ...]
-    """Tiny models: name, model_type, class, config, neutral, except, shapes_only."""
 
     @property
     def depth_axes(self) -> tuple[str, ...]:
@@ -231,26 +284,26 @@ class Architecture:
         """The kv heads that query heads share.
 
         Raises:
-            ArchitectureError: an axis of kind group that is no quotient of two axes.
+            ArchitectureError: an axis of kind group that is not a quotient of two axes.
         """
-        found = []
+        shared = []
         for axis in self.axes.values():
             match axis.sources:
                 case (Operation("/", Name(heads), Name(kv)),) if axis.kind == "group":
-                    found.append(SharedHeads(kv, axis.name, heads))
+                    shared.append(SharedHeads(kv, axis.name, heads))
                 case _ if axis.kind == "group":
                     raise ArchitectureError(
                         f"{self.name}.toml: {axis.name} is a group, expected '=heads/kv_heads'"
                     )
-        return tuple(found)
+        return tuple(shared)
 
     def axes_in(self, expression: Expression) -> list[str]:
         """The axes that stand in an expression, aliases taken apart."""
-        found: list[str] = []
+        axes: list[str] = []
         for name in expressions.names(expression):
             alias = self.aliases.get(name)
-            found += self.axes_in(alias) if alias is not None else [name]
-        return found
+            axes += self.axes_in(alias) if alias is not None else [name]
+        return axes
 
     def size(self, expression: Expression, sizes: Mapping[str, int]) -> int:
         """The value of a dimension expression, for given sizes of axes.

@@ -27,14 +27,15 @@ _GROUPINGS = ("stacked", "adjacent")
 )
 def scheme(heads: int | None, layers: int | None, width: int, depth: int, grouping: str) -> None:
     """Print a scheme for given sizes."""
-    from streammap.planning import scheme as schemes
+    from streammap.planning import requests
+    from streammap.planning.scheme import Scheme
 
     if heads is None and layers is None:
         raise click.UsageError("give --heads N, --layers N or both")
-    known: schemes.Grouping = "adjacent" if grouping == "adjacent" else "stacked"
-    made = schemes.Scheme(
-        None if heads is None else schemes.uniform(heads, width, known, what="heads"),
-        None if layers is None else schemes.uniform(layers, depth, known, what="layers"),
+    known: requests.Grouping = "adjacent" if grouping == "adjacent" else "stacked"
+    made = Scheme(
+        None if heads is None else requests.uniform(heads, width, known, units="heads"),
+        None if layers is None else requests.uniform(layers, depth, known, units="layers"),
     )
     click.echo(made.as_text())
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def architectures(as_json: bool) -> None:
-    r"""List the model types that are served, and what is exact for each.
+    r"""List the supported model types, and which growth is exact for each.
 
     \b
     Example:
@@ -24,13 +24,13 @@ def architectures(as_json: bool) -> None:
     """
     from streammap.analysis import architectures_table
 
-    found = architectures_table.listing()
-    click.echo(json.dumps(found.as_json(), indent=2) if as_json else str(found))
+    table = architectures_table.listing()
+    click.echo(json.dumps(table.as_json(), indent=2) if as_json else str(table))
 
 
 @click.group()
 def spec() -> None:
-    r"""Write and prove architecture specs.
+    r"""Write and test architecture specs.
 
     \b
     Example:
@@ -43,10 +43,11 @@ def spec() -> None:
 @click.option("--model", metavar="MODEL", help="Only this one of the spec's tiny models.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
-    r"""Prove specs (names, or *.toml files) on tiny models, by comparing outputs.
+    r"""Test specs (names, or *.toml files) on tiny random models, by comparing outputs.
 
-    Each model is made with random float64 weights, then permuted and doubled through files and
-    from_pretrained. Needs transformers: pip install 'streammap[transformers]'.
+    Each model under a spec's [proof] is made with random float64 weights, then permuted and doubled
+    through files and from_pretrained. A spec without such a model fails.
+    Needs transformers: pip install 'streammap[transformers]'.
 
     \b
     Example:
@@ -54,18 +55,15 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """
     import tempfile
 
-    from streammap.architectures import registry
     from streammap.tools.spec_proof import checks
 
     reports: list[ProofReport] = []
+    chosen = checks.chosen(names, name=model)
     with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
-        for name in names:
-            for tiny in checks.models(registry.load(name)):
-                if model not in (None, tiny.name):
-                    continue
-                reports.append(checks.prove(tiny, name, Path(folder) / f"{len(reports)}"))
-                if not as_json:
-                    click.echo(_told(reports[-1]))
+        for i, (arch, tiny) in enumerate(chosen):
+            reports.append(checks.prove(tiny, arch, Path(folder) / str(i)))
+            if not as_json:
+                click.echo(_lines_of(reports[-1]))
     if as_json:
         click.echo(json.dumps({"reports": [asdict(report) for report in reports]}, indent=2))
     failed = [report.model for report in reports if not report.passed]
@@ -84,11 +82,11 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     "proves",
     default=True,
     show_default=True,
-    help="Prove it on a tiny model; the report goes to stderr.",
+    help="Test it on a tiny model; the report goes to stderr.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
-    r"""Write a spec for a checkpoint that none serves, by probing its model class.
+    r"""Write a spec for an unsupported model type, by probing its model class.
 
     Only transformers' own classes are used; no code of the checkpoint is run. CHECKPOINT is its
     folder or its config.json. Needs transformers: pip install 'streammap[transformers]'.
@@ -102,35 +100,35 @@ def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
     from streammap.tools.spec_proof import checks
 
     config = read_config(source)
-    found = inference.infer(config, name=name or str(config.get("model_type", "mine")))
+    inferred = inference.infer(config, name=name or str(config.get("model_type", "mine")))
     reports = []
     if proves:
         import tempfile
 
         with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
-            file = Path(folder) / f"{name or found.model_type}.toml"
-            file.write_text(found.toml)
+            file = Path(folder) / f"{name or inferred.model_type}.toml"
+            file.write_text(inferred.toml)
             reports = list(checks.verify(str(file), scratch=Path(folder) / "models"))
     if as_json:
-        told = {
-            "model_type": found.model_type,
-            "toml": found.toml,
-            "unresolved": list(found.unresolved),
-            "n_probes": found.n_probes,
-            "seconds": found.seconds,
+        report_json = {
+            "model_type": inferred.model_type,
+            "toml": inferred.toml,
+            "unresolved": list(inferred.unresolved),
+            "n_probes": inferred.n_probes,
+            "seconds": inferred.seconds,
             "reports": [asdict(report) for report in reports],
         }
-        click.echo(json.dumps(told, indent=2))
+        click.echo(json.dumps(report_json, indent=2))
         return
-    click.echo(found.toml)
-    click.echo(f"{found.n_probes} probes in {found.seconds:.1f} s", err=True)
-    for line in found.unresolved:
+    click.echo(inferred.toml)
+    click.echo(f"{inferred.n_probes} probes in {inferred.seconds:.1f} s", err=True)
+    for line in inferred.unresolved:
         click.echo(f"not resolved: {line}", err=True)
     for report in reports:
-        click.echo(_told(report), err=True)
+        click.echo(_lines_of(report), err=True)
 
 
-def _told(report: "ProofReport") -> str:
+def _lines_of(report: "ProofReport") -> str:
     """One model's checks in a few lines."""
     lines = [f"{report.model}: {'passed' if report.passed else 'FAILED'}"]
     for check in report.checks:

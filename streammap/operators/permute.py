@@ -54,7 +54,7 @@ class Permute(Operator):
         for name in self.only:
             if name not in model.architecture.axes:
                 raise PlanError(
-                    f"{model.architecture.name} has no axis {name!r}",
+                    f"{model.name} has no axis {name!r}",
                     hint=f"its axes are {', '.join(model.sizes)}",
                 )
 

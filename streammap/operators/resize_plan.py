@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
-from streammap.architectures import axis_facts
+from streammap.architectures import axis_facts, axis_words
 from streammap.architectures.model import Model
 from streammap.errors import PlanError
 from streammap.operators.resize_options import Resize
@@ -173,11 +173,13 @@ class _Task:
                 # Of several axes that a name stands for, those that follow another one do so.
                 if len(axes) == 1 or not axis_facts.must_follow(self.model, axis):
                     requests[axis] = request
-        for axis, request in by_axis.items():
+        spec = self.model.architecture
+        for name, request in by_axis.items():
+            axis = axis_words.axis_named(spec, name)
             if not self.model.sizes.get(axis):
+                known = ", ".join(axis_words.shown(spec, own) for own in self.model.sizes)
                 raise PlanError(
-                    f"{self.model.architecture.name} has no axis {axis!r}",
-                    hint=f"its axes are {', '.join(self.model.sizes)}",
+                    f"{self.model.name} has no axis {name!r}", hint=f"its axes are {known}"
                 )
             requests[axis] = request
         return width, requests
@@ -190,7 +192,7 @@ class _Task:
         if not axes:
             known = ", ".join(spec.spaces) or "none"
             raise PlanError(
-                f"{spec.name} has no {name.replace('_', ' ')}",
+                f"{self.model.name} has no {name.replace('_', ' ')}",
                 hint=f"it has {known} and layers; `streammap inspect` lists its axes",
             )
         return axes
@@ -263,7 +265,8 @@ class _Task:
         for name, size in {**self.model.sizes, **sizes}.items():
             if self.target is not None and self.target.get(name, size) != size:
                 raise PlanError(
-                    f"{name} would be {size}, the target says {self.target[name]}",
+                    f"{axis_words.shown(self.model.architecture, name)} would be {size}, the "
+                    f"target says {self.target[name]}",
                     hint="is the target config.json of the same family, in proportion?",
                 )
 
@@ -274,7 +277,7 @@ class _Task:
         if not layers:
             raise PlanError("--new-layers zero, but no layers are added", hint="give --layers K")
         post = next(
-            (f for f in self.model.families if f.rule.norm is not None and f.rule.norm.is_post),
+            (f for f in self.model.families if f.rule.norm is not None and f.rule.norm.post),
             None,
         )
         if post is not None:
@@ -312,7 +315,7 @@ class _Task:
         hidden = model.architecture.spaces.get("hidden", ())
         if op.untie and not all(tied.head.head for tied in model.tied_heads):
             raise PlanError(
-                f"{model.architecture.name}: --untie, but this head has no tensor of its own",
+                f"{model.name}: --untie, but this head has no tensor of its own",
                 hint="leave --untie out: the norm before the head is compensated",
             )
         if op.rule == "reference" or op.untie or not any(axis in chosen for axis in hidden):
@@ -320,7 +323,7 @@ class _Task:
         for tied in model.tied_heads:
             if not tied.norm:
                 raise PlanError(
-                    f"{model.architecture.name}: the head is tied to the embedding, and no norm "
+                    f"{model.name}: the head is tied to the embedding, and no norm "
                     "with weights stands before it that could be compensated",
                     hint="give --untie: the head gets a tensor of its own",
                 )

@@ -23,8 +23,9 @@ class HeadSharing:
     """Query heads and the kv heads that they share."""
 
     heads: str
-    """Name of the axis."""
+    """What the query heads are called in messages."""
     kv: str
+    """What the kv heads are called."""
     group: int
     """Query heads of each kv head, in the source."""
 
@@ -63,10 +64,12 @@ def merging(
         of_heads = maps.kron(of_kv, _alike(group, small_group, grouping, grows=grows))
         assert isinstance(of_heads, BlockMap)
         return of_heads, of_kv
-    # More kv heads go than query heads: first both alike, then kv heads alone.
+    # Kv heads shrink more than query heads: first both by the same factor, so that each kv head
+    # takes its query heads along, then kv heads alone (from multi-head to grouped-query attention).
     between = HeadCounts(small.heads, small.heads // group)
     if small.heads % group or large.kv % between.kv or between.kv % small.kv:
-        # First kv heads of neighbours, then the query heads that share one.
+        # No such step between: merge kv heads of neighbours, and then, for each of these, all the
+        # query heads that read one of them.
         of_kv = _neighbours(names.kv, large.kv, small.kv)
         inner = _alike(large.heads // small.kv, small_group, grouping, grows=grows)
         of_heads = maps.kron(maps.identity(small.kv), inner)
@@ -79,7 +82,7 @@ def merging(
 
 
 def kv_of(names: HeadSharing, of_heads: BlockMap) -> BlockMap:
-    """F of kv heads that goes with F of query heads, with as many heads to each as before.
+    """F of kv heads that fits F of query heads, each kv head shared by as many as before.
 
     Raises:
         PlanError: the number of heads does not divide.
@@ -98,7 +101,7 @@ def kv_of(names: HeadSharing, of_heads: BlockMap) -> BlockMap:
 
 
 def misplaced(names: HeadSharing, of_heads: AxisMap, of_kv: AxisMap) -> str | None:
-    """Which query head of the result would read a foreign kv head; None where none does.
+    """Why a query head of the result would read a foreign kv head; None where none does.
 
     Args:
         of_heads: The map that is applied: heads of the result from heads of the source.

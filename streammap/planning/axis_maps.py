@@ -1,16 +1,22 @@
-"""The request on one axis -> its merging map F (small x large)."""
+"""The request on one axis -> its merging map F (small x large).
+
+F always leads from the large model to the small one, whichever of the two is given: shrinking
+applies F, growing applies its transpose, and one saved map serves both ways.
+"""
 
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from streammap.architectures import axis_facts
+from streammap.architectures import axis_facts, axis_words
+from streammap.architectures.axis_sizes import MAX_LAYERS, MAX_SIZE
 from streammap.architectures.model import Model
+from streammap.architectures.schema import Architecture
 from streammap.errors import PlanError, SchemeError, some
 from streammap.planning import maps, requests
 from streammap.planning.maps import BlockMap
-from streammap.planning.requests import MAX_LAYERS, MAX_PARTS, MAX_SIZE, AxisRequest, Grouping
+from streammap.planning.requests import MAX_PARTS, AxisRequest, Grouping
 
 KvMerge = Literal["mean", "first"]
 
@@ -20,26 +26,28 @@ class ResizeRequest:
     """What a user asks for."""
 
     axes: Mapping[str, AxisRequest]
-    """Axis -> what becomes of it."""
+    """Axis -> its request."""
     width: AxisRequest | None
-    """What becomes of all widths together: a factor, or groups of heads."""
+    """The request on all widths together: a factor, or groups of heads."""
     grouping: Grouping
     kv_merge: KvMerge
     known: Mapping[str, int]
-    """Axis -> size of a large model that this one was made from, where groups don't tell."""
+    """Axis -> size of the large model that this one was made from, for groups that leave out its
+    last units."""
     wanted: Mapping[str, int]
-    """Axis -> size that the result must have; empty where nothing is said."""
+    """Axis -> size that the result must have; empty without a target."""
 
 
-def check_parts(axis: str, n: int, most: int) -> None:
+def check_parts(spec: Architecture, axis: str, n: int, most: int) -> None:
     """Refuse a map that could not be planned: each of its parts is an object in memory.
 
     Raises:
         PlanError: naming the axis.
     """
     if n > most:
+        units = axis_words.units_of(spec, axis)
         raise PlanError(
-            f"{axis}: {n} units, at most {most} can be planned this way", hint="ask for less"
+            f"{n} {units}: at most {most} can be planned this way", hint="ask for fewer"
         )
 
 
@@ -52,6 +60,10 @@ class AxisRequests:
         self._model, self._asked, self._grows, self.notes = model, asked, grows, notes
         self._spec, self._own = model.architecture, model.sizes
 
+    def units(self, axis: str) -> str:
+        """What one counts along an axis, for messages."""
+        return axis_words.units_of(self._spec, axis)
+
     def map(self, axis: str, request: AxisRequest) -> BlockMap | None:
         """F of an axis; None where nothing changes.
 
@@ -61,11 +73,11 @@ class AxisRequests:
         own = self._own[axis]
         if self._spec.axes[axis].kind == "depth":
             size = own * request.factor if request.factor is not None else request.size or 0
-            check_parts(axis, size if self._grows else own, MAX_LAYERS)
+            check_parts(self._spec, axis, size if self._grows else own, MAX_LAYERS)
         if request.factor is not None:
             grouping = request.grouping or self._asked.grouping
             large = own * request.factor if self._grows else own
-            check_parts(axis, large, MAX_SIZE)
+            check_parts(self._spec, axis, large, MAX_SIZE)
             return self._uniform(axis, large, request.factor, grouping)
         if request.size is not None:
             return self.sized(axis, own, request.size, request.grouping)
@@ -78,51 +90,42 @@ class AxisRequests:
         """The large model's size of an axis that groups are given for.
 
         Raises:
-            SchemeError: another number of groups than the small model has, or a member that the
-                large one doesn't have.
+            SchemeError: not one group for each unit of the small model, or a member that the large
+                one doesn't have.
         """
         own, wanted = self._own[axis], self._asked.wanted.get(axis)
         n_small = own if self._grows else wanted
         if n_small is not None and len(groups) != n_small:
             raise SchemeError(
-                f"{where}: {len(groups)} groups, the small model has {n_small} {self.word(axis)}",
+                f"{where}: {len(groups)} groups, the small model has {n_small} {self.units(axis)}",
                 hint="write the scheme for this pair of models; `streammap scheme` prints one",
             )
         n_large = wanted if self._grows else own
         if n_large is None:
+            # Groups name members, not how many there are: units in no group may come after them.
             most = 1 + max(member for group in groups for member in group)
             n_large = max(self._asked.known.get(axis, 0), most)
         requests.check_members(groups, n_large, where)
-        check_parts(axis, n_large, MAX_PARTS)
+        check_parts(self._spec, axis, n_large, MAX_PARTS)
         return n_large
 
     def _uniform(self, axis: str, large: int, factor: int, grouping: Grouping) -> BlockMap | None:
         if factor == 1:
             return None
-        if large % factor:
-            divisors = [d for d in range(2, min(large, 4096) + 1) if large % d == 0]
-            raise SchemeError(
-                f"{large} {self.word(axis)} do not divide into groups of {factor}",
-                hint=f"take a factor of {large} ({some(divisors, limit=6)}), a size such as "
-                f"={max(1, large // factor)}, or give groups",
-            )
+        units = self.units(axis)
+        size = f"a size such as ={max(1, large // factor)}, or give groups"
+        requests.divided(large, factor, units, instead=size)
         parts = self._parts(axis, large, factor, grouping)
-        check_parts(axis, parts, MAX_PARTS)
-        n = parts // factor
-        groups = [
-            range(i * factor, (i + 1) * factor) if grouping == "adjacent" else range(i, parts, n)
-            for i in range(n)
-        ]
-        return maps.merging([tuple(group) for group in groups], parts, block=large // parts)
-
-    def word(self, axis: str) -> str:
-        """What the units of an axis are called."""
-        name = axis.rpartition(".")[2]
-        words = {"heads": "heads", "layer": "layers", "expert": "experts", "kv_heads": "kv heads"}
-        return words.get(name, f"units of {axis}")
+        check_parts(self._spec, axis, parts, MAX_PARTS)
+        groups = requests.uniform(parts, factor, grouping, units=units)
+        return maps.merging(groups, parts, block=large // parts)
 
     def _parts(self, axis: str, large: int, factor: int, grouping: Grouping) -> int:
-        """Into how many parts an axis is cut: as many as there are heads, where that fits."""
+        """Into how many equal parts an axis is cut; each part moves as a whole.
+
+        One part a head where that fits, so that a width that is made of heads (heads x head size)
+        keeps its heads together whether it is asked for by itself or follows them.
+        """
         if self._spec.axes[axis].kind != "width":
             return large
         heads = self._own.get("heads", 0) * (factor if self._grows else 1)
@@ -139,28 +142,30 @@ class AxisRequests:
         large, small = (size, own) if self._grows else (own, size)
         if large < small:
             raise PlanError(
-                f"{axis}: can't go from {own} to {size} this way",
+                f"{own} {self.units(axis)} can't become {size} this way",
                 hint="coalesce makes a model smaller, decoalesce larger",
             )
         if large % small == 0 and self._spec.axes[axis].kind != "depth":
             return self._uniform(axis, large, large // small, grouping or self._asked.grouping)
-        check_parts(axis, large, MAX_PARTS)
+        check_parts(self._spec, axis, large, MAX_PARTS)
         if not self._grows or self._spec.axes[axis].kind == "depth":
             return maps.merging(requests.near_even(large, small), large)
         if axis in axis_facts.normed_axes(self._model):
+            # A norm sees how often each channel is copied: copy all equally, leave the rest zero,
+            # and let compensation.py correct the norm's gain and epsilon.
             groups = requests.copies(large, small)
             left = large - small * (large // small)
-            self.notes.append(f"{axis}: {left} of {large} units are new and stay empty at first")
+            self.notes.append(f"{left} of {large} {self.units(axis)} are new, zero at first")
             return maps.merging(groups, large)
         return maps.merging(requests.cyclic(large, small), large)
 
     def tell_left(self, axis: str, groups: Sequence[Sequence[int]], n_large: int) -> None:
-        """Note which units are in no group, or in several."""
+        """Note the units that are in no group, and those in several."""
         used = [member for group in groups for member in group]
         left = sorted(set(range(n_large)) - set(used))
         if left:
-            fate = "zeros in the result" if self._grows else "dropped"
-            self.notes.append(f"{self.word(axis)} {some(left)} of {n_large}: in no group, {fate}")
+            fate = "zero in the result" if self._grows else "dropped"
+            self.notes.append(f"{self.units(axis)} {some(left)} of {n_large}: in no group, {fate}")
         twice = sorted({a for a, b in itertools.pairwise(sorted(used)) if a == b})
         if twice:
-            self.notes.append(f"{self.word(axis)} {some(twice)}: in more than one group")
+            self.notes.append(f"{self.units(axis)} {some(twice)}: in more than one group")

@@ -1,14 +1,19 @@
 """What a change of axes asks of other tensors and of config.json, so that the function stays.
 
-Empty units. A hidden size may grow to any size: new units stay empty. Behind a norm that needs two
-corrections, with r = (old units that are copied, all copies counted) / new size:
+Zero units. A hidden size may grow to any size: what whole copies leave over is zero. Norms that see
+the zeros need two corrections, with r = (copies, all counted) / new size:
 
     RMSNorm      new units are 0,             gain * sqrt(r), eps * r
     LayerNorm    new units are the mean,      gain * sqrt(r), eps * r, new gains and biases 0
 
+Why: over n' units, of which r * n' are copies and the rest 0, the mean square is r times that of
+the n old ones: the norm divides by sqrt(r) of what it should, and eps weighs 1/r too much. A
+LayerNorm subtracts the mean first; a unit that holds the mean of the others becomes 0 there, and
+changes neither the mean nor the sum of squares.
+
 Experts. Copies of all experts change nothing if top_k (and the counts of groups) grow alike.
 
-Source: Wang et al., LEMON, ICLR 2024, arXiv:2310.07999 (empty units).
+Source: Wang et al., LEMON, ICLR 2024, arXiv:2310.07999 (zero units).
 """
 
 import math
@@ -40,7 +45,7 @@ class Compensation:
     fields: Mapping[str, object] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     inexact_eps: frozenset[str] = frozenset()
-    """Filled axes whose epsilon could not follow, or is shared with other norms."""
+    """Axes with zero units whose epsilon could not follow, or is shared with other norms."""
 
 
 def compensate(
@@ -55,7 +60,7 @@ def compensate(
 
     Args:
         chosen: Width and expert axis -> the map of its producers.
-        filled: Axes that an earlier growth filled with empty units, on the way back down.
+        filled: Axes that an earlier growth gave zero units, on the way back down.
     """
     pairs: dict[str, MapPair] = {}
     fills: dict[str, NormCompensation] = {}
@@ -77,7 +82,7 @@ def compensate(
 
 
 def _ratio(m: BlockMap) -> float | None:
-    """R of a growth that copies all units alike and leaves others empty; None where it doesn't."""
+    """R of a growth that copies all units equally often and leaves others zero; None for others."""
     if any(len(row) > 1 or any(value != 1.0 for _, value in row) for row in m.rows):
         return None
     if len(set(m.uses)) != 1 or not m.uses[0]:
@@ -86,6 +91,7 @@ def _ratio(m: BlockMap) -> float | None:
 
 
 def _ratio_down(m: BlockMap) -> float | None:
+    """R of a shrink that undoes such a growth."""
     grown = maps.growing(m)
     ratio = _ratio(grown) if isinstance(grown, BlockMap) else None
     return None if ratio is None else 1.0 / ratio
@@ -105,20 +111,25 @@ def _kinds(model: Model, axis: str) -> set[str]:
 
 
 def _can_fill(model: Model, axis: str, m: BlockMap, *, grows: bool) -> bool:
+    """Whether all norms over an axis can be corrected for zero units."""
     norms, kinds = _norms(model, axis), _kinds(model, axis)
-    if not norms or any(norm.is_post for norm in norms) or len(kinds) != 1:
+    # A post-norm makes the residual stream itself: its new units are 0, not the mean of the others
+    # that the next norm would need.
+    if not norms or any(norm.post for norm in norms) or len(kinds) != 1:
         return False
+    # Without a gain there is nothing to correct; a norm over (heads, channels) sees sums of units.
     if axis in model.architecture.weightless or _is_normed_with_others(model, axis):
         return False
     if kinds == {"rms"}:
         return True
-    # A mean takes a dense map, and stays one only where each unit is treated as the others are.
-    alike = all(norm.keeps_mean for norm in norms) and not _has_scales(model, axis)
+    # A unit that holds the mean of the others takes a dense map. It keeps holding it only where
+    # nothing but linears and residual additions come between norms, and no layer scale.
+    alike = all(norm.mean for norm in norms) and not _has_scales(model, axis)
     return alike and (not grows or m.n_out * m.n_in <= _MAX_DENSE)
 
 
 def _is_normed_with_others(model: Model, axis: str) -> bool:
-    """Whether a norm sees several of the axis' units as one."""
+    """Whether the axis is only a part of what some norm is over."""
     return any(
         family.rule.norm is not None
         and (last := family.dims[-1].expression) is not None
@@ -140,7 +151,7 @@ def _has_scales(model: Model, axis: str) -> bool:
 
 
 def _mean_filled(m: BlockMap) -> MapPair:
-    """Maps of a growth whose empty units are to hold the mean of the others."""
+    """Maps of a growth whose new units hold the mean of the others; readers still skip them."""
     import torch
 
     matrix = maps.to_matrix(m, like=torch.zeros(0, dtype=torch.float64))
@@ -159,9 +170,9 @@ def _scale_eps(
         value = field_value(model.config, name)
         assert isinstance(value, float)
         fields[name] = value * ratio
-        notes.append(
-            f"config.json: {name} {value:g} -> {value * ratio:g}, for units that stay empty"
-        )
+        notes.append(f"config.json: {name} {value:g} -> {value * ratio:g}, for units that are zero")
+    # One field may be the epsilon of norms over other axes too (q_norm over a head), which have no
+    # zero units and should keep it: then neither value is right for all.
     shared = any(
         family.rule.norm is not None
         and family.dims[-1].expression != Name(axis)
@@ -179,7 +190,11 @@ def _follow_experts(
     fields: dict[str, object],
     notes: list[str],
 ) -> None:
-    """Let top_k and the like grow or shrink with the experts."""
+    """Let top_k and the counts of groups grow or shrink with the experts.
+
+    Of k-fold copies the k * top_k best are all copies of the old top_k; once renormalised, the
+    gate of each is 1/k of the old one.
+    """
     large, small = (m.n_out, m.n_in) if grows else (m.n_in, m.n_out)
     about = model.architecture.experts[axis]
     for name in about.multiply:
@@ -219,6 +234,8 @@ def copies_are_exact(model: Model, axis: str, m: AxisMap) -> str | None:
         return None  # One of equal experts is chosen, whichever it is.
     if len(set(m.uses)) != 1:
         return "experts are copied unevenly"
+    # A router that first chooses groups scores each by its best experts (the best two in DeepSeek):
+    # a group of the result must be a copy of one old group, not hold an expert twice.
     n_groups = field_value(model.config, about.groups) if about.groups else 1
     if isinstance(n_groups, int) and n_groups > 1:
         size = m.n_in // n_groups

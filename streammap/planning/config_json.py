@@ -1,4 +1,4 @@
-"""config.json of a result: sizes, lists of layers, and whatever a change asks for.
+"""config.json of a result: sizes, lists of layers, and further fields of a change.
 
 Each field that gave a size gives the new one; a size that an expression gave ("4 * hidden size") is
 written out where it no longer holds; all other fields stay as they are.
@@ -30,7 +30,7 @@ def rewritten(
     sources: Mapping[str, Sequence[int]],
     fields: Mapping[str, object],
 ) -> tuple[dict[str, object], tuple[str, ...]]:
-    """config.json for new sizes, and what a user might not expect of it.
+    """config.json for new sizes, and notes for the user.
 
     Args:
         after: Axis -> size in the result.
@@ -38,7 +38,7 @@ def rewritten(
         fields: Further fields to set.
 
     Raises:
-        PlanError: there is no field for a size, or a list can't follow.
+        PlanError: no field holds a size, or a list can't follow.
     """
     changed: dict[str, object] = copy.deepcopy(dict(config))
     spec = model.architecture
@@ -57,11 +57,11 @@ def rewritten(
         if value != axis_sizes.evaluate_axis(spec, expression, model.sizes, {}):
             set_field(changed, field, value)
     notes: list[str] = []
-    for name, found in sources.items():
+    for name, layers in sources.items():
         depth = spec.depth.get(name)
         if depth is not None:
             notes += layer_kinds.follow(
-                depth, changed, found, what=name, n_before=model.sizes[name]
+                depth, changed, layers, what=name, n_before=model.sizes[name]
             )
     for field, given in fields.items():
         set_field(changed, field, given)
@@ -82,7 +82,7 @@ def _write_out(
         return
     if any(other not in after for other in spec.axes_in(origin)):
         return
-    if axis.kind == "group":
+    if axis.kind == "group":  # always a quotient of two axes, which are written themselves
         return
     with contextlib.suppress(InexactDivisionError):
         if axis_sizes.evaluate_axis(spec, origin, after, {}) == after[name]:
@@ -90,13 +90,13 @@ def _write_out(
     if not axis.fields:
         raise PlanError(
             f"config.json can't say that {name} is {after[name]}: it has no field for it",
-            hint="change the axes that it follows from alike",
+            hint="change the axes that it is computed from by the same factor",
         )
     set_field(changed, axis.fields[0], after[name])
 
 
 def is_measured(expression: Expression) -> bool:
-    """Whether it reads shapes, so that the tensors themselves tell the new size."""
+    """Whether it reads shapes, so that the resized tensors give the new size."""
     match expression:
         case Operation(_, left, right):
             return is_measured(left) or is_measured(right)

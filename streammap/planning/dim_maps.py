@@ -40,10 +40,10 @@ class DimMaps:
         reads = role == "in"
         place = (expression, reads)
         if place not in self._known:
-            found = None
+            m = None
             if any(self._changes(name) for name in expressions.names(expression)):
-                found = self._map(expression, reads)
-            self._known[place] = None if found is None or found.is_identity else found
+                m = self._map(expression, reads)
+            self._known[place] = None if m is None or m.is_identity else m
         return self._known[place]
 
     def _changes(self, name: str) -> bool:
@@ -60,7 +60,7 @@ class DimMaps:
                 return self._map(self._spec.aliases[name], reads)
             case Name(name):
                 if self._before[name] != self._after[name]:
-                    raise ArchitectureError(f"{name} changes its size, and nothing says how")
+                    raise ArchitectureError(f"{name} changes its size, but has no map")
                 return BlockMap((((0, 1.0),),), 1, self._before[name])
             case Number(value):
                 return maps.identity(value)
@@ -74,6 +74,8 @@ class DimMaps:
                 raise ArchitectureError(f"{expression}: a dimension is a sum of products")
 
     def _product(self, factors: Sequence[Expression], reads: bool) -> AxisMap:
+        # A kv axis with its group behind it is one axis, the query heads: their map need not be a
+        # product of the two. With a sum in between ("kv_heads*(q_group+2)"), take the sum apart.
         for i, factor in enumerate(factors[:-1]):
             groups = self._joint.get(factor.name, {}) if isinstance(factor, Name) else {}
             following = factors[i + 1]
@@ -83,21 +85,27 @@ class DimMaps:
             later = (name for f in factors[i + 1 :] for name in expressions.names(f))
             if any(name in groups for name in later):
                 return self._taken_apart(factors, i + 1, reads)
-        found = self._map(factors[0], reads)
+        product = self._map(factors[0], reads)
         for factor in factors[1:]:
-            found = maps.kron(found, self._map(factor, reads))
-        return found
+            product = maps.kron(product, self._map(factor, reads))
+        return product
 
     def _taken_apart(self, factors: Sequence[Expression], at: int, reads: bool) -> AxisMap:
-        """The map of a product whose factor `at` is a sum."""
+        """The map of a product whose factor `at` is a sum.
+
+        a*(b+c) is, for each a, a row of b and a row of c. Taken apart, all a*b stand first and all
+        a*c after them: there a*b can be the query heads. Source and result are rearranged by their
+        own sizes.
+        """
         first, rest = list(factors[:at]), list(factors[at + 1 :])
         terms = self._split("+", factors[at])
-        if isinstance(factors[at], Number):
+        if isinstance(factors[at], Number):  # 3 is 1 + 1 + 1
             terms = [Number(1)] * factors[at].value  # type: ignore[union-attr]
         if len(terms) < 2:
             raise ArchitectureError(f"{factors[at]} stands between kv heads and their group")
         parts = [self._map(_as_product([*first, term, *rest]), reads) for term in terms]
         whole = maps.concatenated(parts)
+        # A permutation's transpose is its inverse.
         apart = self._rearranged(first, terms, rest, self._before)
         back = maps.transposed(self._rearranged(first, terms, rest, self._after))
         return maps.compose(back, maps.compose(whole, apart))
@@ -119,15 +127,15 @@ class DimMaps:
         offset, total = 0, sum(lengths)
         for length in lengths:
             for i in range(n_first):
-                at = i * total + offset
-                rows += [((at + j, 1.0),) for j in range(length)]
+                start = i * total + offset
+                rows += [((start + j, 1.0),) for j in range(length)]
             offset += length
         return BlockMap(tuple(rows), n_first * total, block)
 
     def _split(self, operator: Literal["*", "+"], expression: Expression) -> list[Expression]:
         """The factors of a product, or the terms of a sum, aliases taken apart."""
         match expression:
-            case Operation(found, left, right) if found == operator:
+            case Operation(same, left, right) if same == operator:
                 return [*self._split(operator, left), *self._split(operator, right)]
             case Name(name) if name not in self._pairs and name in self._spec.aliases:
                 return self._split(operator, self._spec.aliases[name])
@@ -137,7 +145,7 @@ class DimMaps:
 
 def _as_product(factors: Sequence[Expression]) -> Expression:
     kept = [factor for factor in factors if factor != Number(1)]
-    found: Expression = kept[0] if kept else Number(1)
+    product: Expression = kept[0] if kept else Number(1)
     for factor in kept[1:]:
-        found = Operation("*", found, factor)
-    return found
+        product = Operation("*", product, factor)
+    return product

@@ -1,16 +1,18 @@
-"""What a change keeps of the function, read from the maps and the spec.
+"""How far a change preserves the model's function, read from its maps and the spec.
 
 bit-exact         the outputs are the same numbers
 exact             the same in real arithmetic; floating point rounds a little differently
 exact up to eps   the same but for the epsilon of norms
-approximate       another function; how near is for training to say
+approximate       another function; only training tells how near it is
 """
 
 import math
 from collections.abc import Container, Mapping
 
+from streammap.architectures import axis_words
 from streammap.architectures.axis_facts import normed_axes
 from streammap.architectures.model import Model
+from streammap.planning import maps
 from streammap.planning.compensation import Compensation, copies_are_exact
 from streammap.planning.graph import LinearForm
 from streammap.planning.head_dim import HeadSize
@@ -20,11 +22,11 @@ from streammap.planning.plan import PROMISES, Plan, Promise
 Guarantee = tuple[Promise, str]
 
 
-def worst(found: Mapping[str, Guarantee]) -> Guarantee:
-    """The weakest of several promises; the first of its kind."""
-    if not found:
+def worst(guarantees: Mapping[str, Guarantee]) -> Guarantee:
+    """The weakest of several guarantees; the first of its kind."""
+    if not guarantees:
         return "bit-exact", "nothing is resized"
-    return max(found.values(), key=lambda one: PROMISES.index(one[0]))
+    return max(guarantees.values(), key=lambda one: PROMISES.index(one[0]))
 
 
 def of_axes(
@@ -37,35 +39,41 @@ def of_axes(
     fills: Compensation,
     head_size: HeadSize | None,
 ) -> dict[str, Guarantee]:
-    """Axis -> what its change promises, with the reason."""
-    normed = normed_axes(model)
-    found: dict[str, Guarantee] = {}
+    """Axis -> the guarantee of its change, with the reason.
+
+    Args:
+        chosen: Width or expert axis -> the map of its producers.
+        silent: Depth axis -> zero-initialised layers of the result.
+    """
+    spec, normed = model.architecture, normed_axes(model)
+    guarantees: dict[str, Guarantee] = {}
     for axis, m in layers.items():
         if not m.is_identity:
-            caveat = model.architecture.caveats.get(axis)
-            found[axis] = _of_layers(axis, m, grows=grows, silent=axis in silent and caveat is None)
+            is_silent = axis in silent and axis not in spec.caveats
+            guarantees[axis] = _of_layers(model, axis, m, grows=grows, silent=is_silent)
     for axis, m in chosen.items():
         if m.is_identity:
             continue
-        caveat = model.architecture.caveats.get(axis)
+        caveat, shown = spec.caveats.get(axis), axis_words.shown(spec, axis)
         if caveat is not None:
-            found[axis] = "approximate", f"{axis}: {caveat}"
+            guarantees[axis] = "approximate", f"{shown}: {caveat}"
         elif axis in fills.fills and grows:
             if axis in fills.inexact_eps:
-                found[axis] = "exact up to eps", f"{axis}: other norms share the epsilon"
+                guarantees[axis] = "exact up to eps", f"{shown}: other norms share the epsilon"
             else:
-                found[axis] = "exact", f"{axis}: new units stay empty, norms are compensated"
+                units = axis_words.units_of(spec, axis)
+                guarantees[axis] = "exact", f"new {units} are zero, norms are compensated"
         else:
-            found[axis] = _of_units(model, axis, m, grows=grows, normed=axis in normed)
+            guarantees[axis] = _of_units(model, axis, m, grows=grows, normed=axis in normed)
     if head_size is not None:
-        found[head_size.axis] = head_size.promise
-    return found
+        guarantees[head_size.axis] = head_size.promise
+    return guarantees
 
 
 def of_all(
     model: Model, by_axis: Mapping[str, Guarantee], *, reference: float | None, untie: bool
 ) -> Guarantee:
-    """What the whole change promises."""
+    """The guarantee of the whole change."""
     if reference is not None and by_axis:
         has_embeddings = any(f.rule.kind == "embedding" for f in model.families)
         widths = [axis for axis in by_axis if axis not in model.architecture.depth_axes]
@@ -92,13 +100,13 @@ def of_family(plan: Plan, axes: Container[str], form: LinearForm) -> Promise:
         axes: Those that the family is made of.
         form: What computes one of its tensors.
     """
-    found: dict[str, Guarantee] = {}
+    guarantees: dict[str, Guarantee] = {}
     for i, step in enumerate(plan.steps):
         if step.axes:
-            found |= {f"{i} {axis}": one for axis, one in step.axes.items() if axis in axes}
+            guarantees |= {f"{i} {axis}": one for axis, one in step.axes.items() if axis in axes}
         else:
-            found[str(i)] = (step.promise, step.reason)
-    weakest = worst(found)[0]
+            guarantees[str(i)] = (step.promise, step.reason)
+    weakest = worst(guarantees)[0]
     if weakest in ("bit-exact", "exact"):
         return "bit-exact" if _keeps_bits(form) else "exact"
     return weakest
@@ -119,38 +127,63 @@ def _keeps_bits(form: LinearForm) -> bool:
     return all(math.frexp(abs(value))[0] in (0.0, 0.5) for value in set(values))
 
 
-def _of_layers(axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Guarantee:
+def _of_layers(model: Model, axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Guarantee:
+    layers = axis_words.units_of(model.architecture, axis)
     if silent:
-        return "bit-exact", f"{axis}: new layers write nothing at first"
+        return "bit-exact", f"new {layers} are zero-initialised (identity)"
     if grows:
         return "approximate", "copied layers are run twice: depth growth by copying is not exact"
-    return "approximate", f"layers are merged ({m.describe()})"
+    return "approximate", _merged(layers, m)
+
+
+def _merged(units: str, m: AxisMap) -> str:
+    """How a shrink makes units: by merging them, by dropping some, or in another order."""
+    if not isinstance(m, BlockMap):
+        return f"{units} are mapped by a dense matrix"
+    kept = maps.without_zeros(m)
+    if kept.longest > 1 or kept.common != 1.0:
+        return f"{units} are merged ({m.describe()})"
+    n_dropped = kept.uses.count(0) * kept.block
+    if n_dropped:
+        return f"{n_dropped} of {m.n_in} {units} are dropped"
+    return f"{units} change places"
 
 
 def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool) -> Guarantee:
+    units = axis_words.units_of(model.architecture, axis)
     if not isinstance(m, BlockMap):
-        return "approximate", f"{axis} is mapped by a dense matrix"
+        return "approximate", f"{units} are mapped by a dense matrix"
     if _is_permutation(m):
-        return "exact", f"units of {axis} change places"
+        return "exact", f"{units} change places"
     uses = set(m.uses)
     if any(len(row) > 1 or (row and row[0][1] != 1.0) for row in m.rows):
-        what = "are merged" if not grows else "are in several groups"
-        return "approximate", f"units of {axis} {what} ({m.describe()})"
+        if grows:
+            return "approximate", f"some {units} are in several groups ({m.describe()})"
+        return "approximate", _merged(units, m)
     if 0 in uses:
-        return "approximate", f"units of {axis} are dropped ({m.describe()})"
-    if model.architecture.axes.get(axis) and model.architecture.axes[axis].kind == "expert":
+        return "approximate", _merged(units, m)
+    # From here on each unit is copied at least once, and the weights that read the copies are
+    # divided by their number: the sums that readers compute stay. What is left to ask is who else
+    # sees the copies: routers that choose among experts, norms that average over the axis.
+    axes = model.architecture.axes
+    if axis in axes and axes[axis].kind == "expert":
         why = copies_are_exact(model, axis, m)
         if why is not None:
             return "approximate", f"{axis}: {why}"
-        return "exact", "copies of experts are equal, and as many more are chosen as there are"
+        return "exact", "experts are copied, and the router picks as many more"
     empty = any(not row for row in m.rows)
     if normed and (len(uses) != 1 or empty):
-        low, high = min(uses), max(uses)
-        what = "has new empty units" if empty else f"is copied unevenly ({low} to {high} times)"
-        return "approximate", f"{axis} {what}, which a norm over it sees"
+        shown = axis_words.shown(model.architecture, axis)
+        what = (
+            f"some {units} are zero"
+            if empty
+            else f"{units} are copied unevenly ({min(uses)} to {max(uses)} times)"
+        )
+        return "approximate", f"{what}, which a norm over {shown} sees"
     if len(uses) != 1:
-        return "exact", f"units of {axis} are copied, their readers are split; no norm sees them"
-    return "exact", "each unit is copied as often as the others, its readers are split"
+        return "exact", f"{units} are copied, the weights that read them divided; no norm sees it"
+    # The same for all axes that grow by a factor, so that it speaks for all of them together.
+    return "exact", "each unit is copied equally often, the weights that read it are divided"
 
 
 def _is_permutation(m: BlockMap) -> bool:

@@ -26,7 +26,7 @@ class TensorSource(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name, for messages."""
         ...
 
     def spec(self, key: str) -> TensorSpec:
@@ -105,15 +105,15 @@ class LinearForm:
         if len(self.terms) != 1:
             return None
         term = self.terms[0]
-        coefficient, found = term.blend[0]
-        same = coefficient == 1.0 and found.spec == self.spec and len(term.blend) == 1
-        return found if same and all(m is None for m in term.maps) else None
+        coefficient, ref = term.blend[0]
+        same = coefficient == 1.0 and ref.spec == self.spec and len(term.blend) == 1
+        return ref if same and all(m is None for m in term.maps) else None
 
     def loads(self) -> Iterator[TensorRef]:
         """Each source tensor, once for each term that reads it."""
         for term in self.terms:
-            for _, found in term.blend:
-                yield found
+            for _, ref in term.blend:
+                yield ref
 
 
 def load(source: TensorSource, key: str) -> LinearForm:
@@ -130,8 +130,8 @@ def flat(form: LinearForm) -> LinearForm | None:
     shape = (form.spec.n_elements,)
     terms = (
         tuple(
-            (c, TensorRef(found.source, found.key, TensorSpec(found.spec.dtype, shape)))
-            for c, found in term.blend
+            (c, TensorRef(ref.source, ref.key, TensorSpec(ref.spec.dtype, shape)))
+            for c, ref in term.blend
         )
         for term in form.terms
     )
@@ -160,7 +160,7 @@ def combine(parts: Iterable[tuple[float, LinearForm]], *, dtype: str | None = No
     kept = tuple(parts)
     spec = kept[0][1].spec
     terms = [
-        Term(term.maps, tuple((c * inner, found) for inner, found in term.blend))
+        Term(term.maps, tuple((c * inner, ref) for inner, ref in term.blend))
         for c, form in kept
         if c != 0.0
         for term in form.terms
@@ -183,24 +183,24 @@ def shift(form: LinearForm, offset: float) -> LinearForm:
     return _collected(form.spec, (*form.terms, term))
 
 
-def is_stored(found: TensorRef, dtype: str) -> bool:
+def is_stored(ref: TensorRef, dtype: str) -> bool:
     """Whether a load reads a tensor of this dtype."""
-    return found.spec.dtype == dtype and not is_constant(found)
+    return ref.spec.dtype == dtype and not is_constant(ref)
 
 
-def is_constant(found: TensorRef) -> bool:
+def is_constant(ref: TensorRef) -> bool:
     """Whether a load reads no tensor."""
-    return isinstance(found.source, _Ones)
+    return isinstance(ref.source, _Ones)
 
 
 def _composed(
     after: Sequence[AxisMap | None], before: Sequence[AxisMap | None]
 ) -> tuple[AxisMap | None, ...]:
-    found: list[AxisMap | None] = []
+    composed: list[AxisMap | None] = []
     for a, b in zip(after, before, strict=True):
         both = maps.compose(a, b) if a is not None and b is not None else a or b
-        found.append(None if both is None or both.is_identity else both)
-    return tuple(found)
+        composed.append(None if both is None or both.is_identity else both)
+    return tuple(composed)
 
 
 def _collected(spec: TensorSpec, terms: Sequence[Term]) -> LinearForm:
@@ -214,10 +214,10 @@ def _collected(spec: TensorSpec, terms: Sequence[Term]) -> LinearForm:
         else:
             blend = {}
             groups.append((term, blend))
-        for coefficient, found in term.blend:
-            blend[found] = blend.get(found, 0.0) + coefficient
+        for coefficient, ref in term.blend:
+            blend[ref] = blend.get(ref, 0.0) + coefficient
     merged = [
-        Term(first.maps, tuple((c, found) for found, c in blend.items() if c != 0.0))
+        Term(first.maps, tuple((c, ref) for ref, c in blend.items() if c != 0.0))
         for first, blend in groups
     ]
     kept = tuple(term for term in merged if term.blend)

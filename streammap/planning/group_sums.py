@@ -7,7 +7,7 @@ from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, BlockMap
 
 MIN_RUN = 32
-"""Numbers side by side that make it worth while: the kernel computes with channels at once."""
+"""Numbers side by side from which on it pays: the kernel computes all channels at once."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 _MAX_DIMS = 2
 
@@ -23,7 +23,7 @@ def divisor_of(form: LinearForm) -> int | None:
     dtype = form.spec.dtype
     if len(form.terms) > 1 or dtype not in _DTYPES or coefficient == 0.0:
         return None
-    if not all(c == coefficient and graph.is_stored(found, dtype) for c, found in term.blend):
+    if not all(c == coefficient and graph.is_stored(ref, dtype) for c, ref in term.blend):
         return None
     if form.accumulator != ("F64" if dtype == "F64" else "F32"):
         return None

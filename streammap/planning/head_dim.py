@@ -1,11 +1,11 @@
 """Head-size growth with rotary positions: wider heads that attend as before.
 
-New pairs of rotary dimensions stay empty. Old pair i keeps its place and, with
+New pairs of rotary dimensions are zero. Old pair i keeps its place and, with
 
     theta' = theta ** (d' / d)        its frequency theta^(-2i/d)
     q * sqrt(d' / d)                  the scale 1/sqrt(d) of scores
 
-so that attention is the same. A norm over the head (q_norm, k_norm) sees the empty dimensions: its
+so that attention is the same. A norm over the head (q_norm, k_norm) sees the zero dimensions: its
 gain takes sqrt(d / d') more. Exact for default, llama3 and yarn frequencies.
 
 Source: Gesmundo & Maile, arXiv:2308.06103 (scale); the rule for theta by equating frequencies.
@@ -48,7 +48,7 @@ class HeadSize:
             PlanError: this architecture's positions don't allow it.
         """
         spec = model.architecture
-        name = spec.name
+        name = model.name
         if not spec.rope:
             raise PlanError(
                 f"{name}: the head size can't grow, its heads don't rotate as a whole",
@@ -70,6 +70,8 @@ class HeadSize:
                 f"{axis}: from {old} to {size}, expected an even size above {old}",
                 hint=f"take {2 * old}, or another even number above {old}",
             )
+        # Where only a part of the head rotates, the channels after it would move; where frequencies
+        # follow from more than theta (dynamic, longrope), no new theta gives the old ones back.
         partial = field_value(model.config, "partial_rotary_factor")
         if isinstance(partial, float) and partial < 1:
             raise PlanError(
@@ -91,6 +93,8 @@ class HeadSize:
             raise PlanError(
                 f"config.json: no {' or '.join(rope.theta)}", hint="write the rope theta out"
             )
+        # What scales the scores: the gain of a norm over the head, else the query projection, which
+        # a fused qkv tensor does not have on its own.
         keys = [key for family in model.families for key in family.members.values()]
         norms = (*rope.query_norm, *rope.key_norm)
         normed = any(first_match(norms, key) is not None for key in keys)
@@ -103,17 +107,20 @@ class HeadSize:
 
     @property
     def promise(self) -> tuple[Promise, str]:
-        """What it keeps."""
+        """The guarantee of the growth, with the reason."""
         if self.has_norms:
             return "exact up to eps", f"{self.axis}: norms over a head share their epsilon"
-        return "exact", f"{self.axis}: new rotary pairs stay empty, theta and scores follow"
+        return "exact", f"{self.axis}: new rotary pairs are zero, theta and scores follow"
 
     def added_to(self, other: Compensation) -> Compensation:
         """The compensations of other axes and this one."""
-        ratio = self.size / (self.map.n_in)
+        ratio = self.size / self.map.n_in
         factors = list(other.factors)
+        # Scores are divided by sqrt(d') now, not by sqrt(d): the queries make up for it.
         scale = math.sqrt(ratio) if self.rope.scores == "head_dim" else 1.0
         if self.has_norms:
+            # The norm undoes any factor on what it reads, so that gains take it. It divides by the
+            # root of a mean over d' channels of which d are not zero: too little by sqrt(d / d').
             factors.append((self.rope.query_norm, scale / math.sqrt(ratio)))
             factors.append((self.rope.key_norm, 1.0 / math.sqrt(ratio)))
         else:
@@ -129,12 +136,12 @@ class HeadSize:
 def _theta(field: str, value: float, ratio: float) -> float:
     """The rope theta with which old frequencies keep their values."""
     try:
-        if value > 0 and math.isfinite(found := math.pow(value, ratio)):
-            return found
+        if value > 0 and math.isfinite(theta := math.pow(value, ratio)):
+            return theta
     except OverflowError:
         pass
     raise PlanError(
-        f"config.json: {field} is {value}, to the power of {ratio:g} it is no number",
+        f"config.json: {field} is {value}, to the power of {ratio:g} it is not a finite number",
         hint="is this config.json the checkpoint's own?",
     )
 
@@ -150,7 +157,7 @@ def _rope_type(model: Model) -> str:
 
 
 def _map(old: int, new: int, layout: str) -> BlockMap:
-    """Old dimensions at their places among the new ones, the rest empty."""
+    """Old channels at the places where their pairs rotate by the old angles, the rest zero."""
     rows: list[tuple[tuple[int, float], ...]] = [()] * new
     for i in range(old // 2):
         places = (

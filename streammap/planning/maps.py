@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, final, overload
 
 from streammap.planning import segments
 from streammap.planning.segments import Row, Segments
@@ -111,7 +111,7 @@ class BlockMap:
 
     def describe(self) -> str:
         """The map in words: "mean of 2", "sum of 2", "copy x2", "copy / 2"..."""
-        return _describe(self)
+        return _describe(without_zeros(self))
 
 
 @final
@@ -139,7 +139,7 @@ class DenseMap:
 
     @property
     def is_identity(self) -> bool:
-        """Whether nothing changes: a matrix is not looked into."""
+        """Whether nothing changes: a matrix is not inspected."""
         return False
 
     def members(self, unit: int) -> Row:
@@ -157,7 +157,7 @@ AxisMap = BlockMap | DenseMap
 
 @dataclass(frozen=True, slots=True)
 class MapPair:
-    """What producers and readers of one axis apply: `out` on rows made, `into` on columns read."""
+    """Maps of one axis: `out` for rows of its producers, `into` for columns of its readers."""
 
     out: AxisMap
     into: AxisMap
@@ -230,10 +230,15 @@ def pair_of(m: AxisMap) -> MapPair:
     in(M) = rownorm(M^T) stands at the right of a weight; seen as a map of the read dimension it is
     the transpose of that.
     """
-    return MapPair(_without_zeros(m), transposed(row_normalized(transposed(m))))
+    return MapPair(without_zeros(m), transposed(row_normalized(transposed(m))))
 
 
-def _without_zeros(m: AxisMap) -> AxisMap:
+@overload
+def without_zeros(m: BlockMap) -> BlockMap: ...
+@overload
+def without_zeros(m: AxisMap) -> AxisMap: ...
+def without_zeros(m: AxisMap) -> AxisMap:
+    """The same map without members of weight 0, which only the way back needs."""
     if isinstance(m, DenseMap) or all(value for row in m.rows for _, value in row):
         return m
     rows = tuple(tuple((j, value) for j, value in row if value) for row in m.rows)

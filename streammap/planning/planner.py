@@ -1,7 +1,7 @@
 """Plans from plans: apply maps to the axes of a model. Reads no tensor.
 
-`remap` is the heart: for each tensor, the spec says what its dimensions are, the maps say what
-becomes of these, and the role says which side applies:
+`remap` is the heart: for each tensor, the spec says what its dimensions are, the maps say how these
+change, and the role says which side applies:
 
     result layer i  =  sum over layers j of R[i, j] * (out maps) . W_j . (into maps)
 
@@ -18,7 +18,7 @@ Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999; the fold, Shen et al., ar
 from collections.abc import Mapping
 from dataclasses import replace
 
-from streammap.architectures import key_pattern
+from streammap.architectures import axis_words, key_pattern
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Depth
 from streammap.errors import PlanError, some
@@ -66,10 +66,10 @@ def remap(
     if plan.config is not None:
         sources = {name: _sources(m, model, name) for name, m in change.layers.items()}
         fields |= _tails(model, change)
-        config, told = config_json.rewritten(
+        config, more = config_json.rewritten(
             plan.config, model, sizes, sources=sources, fields=fields
         )
-        notes += told
+        notes += more
     sized = dict(plan.sized)
     for axis, new in change.sizes.items():
         sized[axis] = (sized.get(axis, (model.sizes[axis], 0))[0], new)
@@ -99,47 +99,55 @@ def _check_count(work: Remapping, model: Model) -> None:
 
 
 def _sources(m: AxisMap, model: Model, axis: str) -> tuple[int, ...]:
-    """For each layer of the result, the source layer that it takes after."""
+    """For each layer of the result, the source layer whose entries of config.json it gets.
+
+    The one with the largest part; but where the last layer is of a kind of its own, the last one.
+    """
     rows = [m.members(i) for i in range(m.n_out)]
-    found = [max(row, key=lambda pair: pair[1])[0] if row else 0 for row in rows]
+    sources = [max(row, key=lambda pair: pair[1])[0] if row else 0 for row in rows]
     is_last = model.architecture.depth.get(axis, Depth()).last
     if is_last and any(j == m.n_in - 1 for j, _ in rows[-1]):
-        found[-1] = m.n_in - 1
-    return tuple(found)
+        sources[-1] = m.n_in - 1
+    return tuple(sources)
 
 
 def _mixed(model: Model, change: AxisChange) -> list[str]:
-    """Layers of the result that mix kinds of config.json; the first one's entries count."""
-    found = []
+    """Notes on layers that mix kinds of config.json: the entries of one of them count."""
+    notes = []
     for axis, m in change.layers.items():
         kinds, sources = model.kinds(axis), _sources(m, model, axis)
         mixed = [i for i in range(m.n_out) if len({kinds[j] for j, _ in m.members(i)}) > 1]
         if mixed:
             first = mixed[0]
-            told = ", ".join(kinds[sources[first]])
-            found.append(
-                f"{axis} {some(mixed)}: made of layers of several kinds; {first} is {told}"
+            kind = ", ".join(kinds[sources[first]])
+            notes.append(
+                f"{axis} {some(mixed)}: made of layers of several kinds; {first} is {kind}"
             )
-    return found
+    return notes
 
 
 def _tails(model: Model, change: AxisChange) -> dict[str, object]:
     """Counts of layers after the stack, which a change of depth drops."""
-    found: dict[str, object] = {}
+    counts: dict[str, object] = {}
     for axis in change.layers:
         depth = model.architecture.depth.get(axis, Depth())
         if depth.tail is not None and depth.tail in model.config:
-            found[depth.tail] = 0
-    return found
+            counts[depth.tail] = 0
+    return counts
 
 
 def _check_sizes(result: Plan, sizes: Mapping[str, int]) -> None:
-    """The rewritten config must lead back to the mapped sizes, and fit each tensor."""
-    found = result.model.sizes
-    wrong = [name for name, size in sizes.items() if found.get(name) != size]
+    """The rewritten config must lead back to the mapped sizes, and fit each tensor.
+
+    The result is resolved once more, as a loader would: a spec that rewrites too little, or maps a
+    tensor to another shape than its dimensions say, is caught here and not by the user.
+    """
+    resolved = result.model.sizes
+    wrong = [name for name, size in sizes.items() if resolved.get(name) != size]
     if wrong:
         name = wrong[0]
         raise PlanError(
-            f"{name} would be {sizes[name]}, but config.json would say {found.get(name)}",
+            f"{axis_words.shown(result.model.architecture, name)} would be {sizes[name]}, but "
+            f"config.json would say {resolved.get(name)}",
             hint="this architecture can't express the request",
         )

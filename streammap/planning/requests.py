@@ -1,4 +1,4 @@
-"""What becomes of one axis: a factor, a new size, or groups.
+"""The request on one axis: a factor, a new size, or groups.
 
     2                                         a factor, put together by the grouping asked for
     "=768"                                    a new size
@@ -16,19 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from streammap.architectures.axis_sizes import MAX_SIZE
 from streammap.common import strict_json
-from streammap.errors import SchemeError
+from streammap.errors import SchemeError, some
 
 Groups = tuple[tuple[int, ...], ...]
 Weights = tuple[tuple[float, ...], ...]
 Grouping = Literal["stacked", "adjacent"]
 GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
-MAX_SIZE = 2**40
-"""Of any axis: far above any model's, far below where sizes of tensors overflow."""
 MAX_PARTS = 200_000
-"""Of what one map puts together: each takes time and memory to plan."""
-MAX_LAYERS = 10_000
-"""Of one stack; the deepest models have some hundred."""
+"""Of one map: each takes time and memory to plan."""
 _MAX_INDEX = 1_000_000
 _MAX_GROUPS = MAX_PARTS
 _MAX_TEXT = 10_000_000
@@ -42,15 +39,15 @@ class AxisRequest:
     size: int | None = None
     groups: Groups | None = None
     weights: Weights | None = None
-    """For each member of a group, its part of the mean; None for equal parts."""
+    """Each member's share of its group's mean; None for equal shares."""
     grouping: Grouping | None = None
-    """How a factor puts units together; None for the way asked for overall."""
+    """Which units a factor groups; None for the grouping of the whole request."""
     where: str = field(default="", compare=False)
-    """What the user calls it, for messages."""
+    """Where it was given ("--mlp"), for messages."""
 
 
 def parse_request(value: object, where: str) -> AxisRequest:
-    """A request from what a user wrote.
+    """Parse a request as a user wrote it.
 
     Raises:
         SchemeError: naming `where`.
@@ -79,13 +76,13 @@ def _request(value: object, where: str) -> AxisRequest:
     if isinstance(value, Mapping):
         return _of_table(value, where)
     raise SchemeError(
-        f"{where}: {str(value)[:60]!r} is no request",
+        f"{where}: {str(value)[:60]!r} is not a request",
         hint="give a factor such as 2, a size such as =768, or groups such as [[0, 1], [2, 3]]",
     )
 
 
 def parse_groups(value: object, where: str) -> tuple[Groups, Weights | None]:
-    """Groups, and the weights of their members where they have some.
+    """Parse groups, and the weights of their members if there are any.
 
     Raises:
         SchemeError: an empty group, a repeated member, a bad index or weight.
@@ -144,8 +141,8 @@ def _of_table(table: Mapping[str, object], where: str) -> AxisRequest:
 def _check_size(value: int, where: str) -> None:
     if value > MAX_SIZE:
         # A number of thousands of digits can't even be written out.
-        told = value if value < 10**20 else "a number of more than 20 digits"
-        raise SchemeError(f"{where} is {told}, at most {MAX_SIZE}", hint="ask for less")
+        shown = value if value < 10**20 else "a number of more than 20 digits"
+        raise SchemeError(f"{where} is {shown}, at most {MAX_SIZE}", hint="ask for less")
 
 
 def _group(group: object, where: str) -> tuple[tuple[int, ...], tuple[float, ...] | None]:
@@ -166,12 +163,12 @@ def _members(group: object, where: str) -> tuple[int, ...]:
         raise SchemeError(f"{where}: an empty group", hint="remove it, or give it a member")
     for member in group:
         if type(member) is not int or not 0 <= member <= _MAX_INDEX:
-            raise SchemeError(f"{where}: {member!r} is no index, expected 0, 1, 2 ...")
+            raise SchemeError(f"{where}: {member!r} is not an index, expected 0, 1, 2 ...")
     seen: set[int] = set()
     for member in group:
         if member in seen:
             raise SchemeError(
-                f"{where}: member {member} stands twice", hint="name each member once"
+                f"{where}: member {member} is listed twice", hint="name each member once"
             )
         seen.add(member)
     return tuple(group)
@@ -182,15 +179,43 @@ def _weights(weights: object, n: int, where: str) -> tuple[float, ...]:
         raise SchemeError(f"{where}: expected {n} weights, found {weights!r}")
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < 1e6:
-            raise SchemeError(f"{where}: {weight!r} is no weight, expected 0 or more")
+            raise SchemeError(f"{where}: {weight!r} is not a weight, expected 0 or more")
     total = sum(weights)
     if not total > 0:
         raise SchemeError(f"{where}: the weights add up to {total}, expected more than 0")
     return tuple(weight / total for weight in weights)
 
 
+def divided(n_large: int, factor: int, units: str, *, instead: str = "or give groups") -> int:
+    """How many groups of `factor` members n_large units make.
+
+    Args:
+        units: What they are called: "heads".
+
+    Raises:
+        SchemeError: the factor does not divide their number.
+    """
+    if factor < 1 or n_large % factor:
+        divisors = [d for d in range(2, min(n_large, 4096) + 1) if n_large % d == 0]
+        raise SchemeError(
+            f"{n_large} {units} do not divide into groups of {factor}",
+            hint=f"take a factor of {n_large} ({some(divisors, limit=6)}), {instead}",
+        )
+    return n_large // factor
+
+
+def uniform(n_large: int, factor: int, grouping: Grouping, *, units: str) -> Groups:
+    """Groups of `factor` members each: i with i + n/factor ("stacked"), or neighbours.
+
+    Raises:
+        SchemeError: the factor does not divide the number of units.
+    """
+    n_small = divided(n_large, factor, units)
+    return (near_even if grouping == "adjacent" else cyclic)(n_large, n_small)
+
+
 def near_even(n_large: int, n_small: int) -> Groups:
-    """n_small groups of neighbours, as even as can be."""
+    """n_small groups of neighbours, as even as possible."""
     bounds = [i * n_large // n_small for i in range(n_small + 1)]
     return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))
 

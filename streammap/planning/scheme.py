@@ -1,10 +1,10 @@
-"""Schemes: which heads and layers of the large model become one of the small.
+"""Schemes: which heads and layers of the large model one of the small model stands for.
 
     {"width_scheme": [[0, 6], [1, 7], ...], "depth_scheme": [[0, 6], [1, 7], ...]}
 
 Entry i lists the heads (layers) of the large model that head (layer) i of the small one stands for.
-One scheme serves both directions. `reserved_heads` and `reserved_layers` may be there and are not
-used. The form is that of the original map tools; see schemes/README.md.
+One scheme serves both directions. `reserved_heads` and `reserved_layers` are accepted and
+ignored. The form is that of the original map tools; see schemes/README.md.
 """
 
 import json
@@ -14,11 +14,10 @@ from pathlib import Path
 
 from streammap.architectures import schema
 from streammap.common import strict_json
-from streammap.errors import SchemeError, some
+from streammap.errors import SchemeError
 from streammap.planning import requests
-from streammap.planning.requests import GROUPINGS, AxisRequest, Grouping, Groups
+from streammap.planning.requests import AxisRequest, Groups
 
-__all__ = ["GROUPINGS", "Grouping", "Groups", "Scheme", "load_scheme", "uniform"]
 _MAX_NBYTES = 100_000_000
 UNUSED = ("reserved_heads", "reserved_layers")
 SPACES = ("width", *schema.SPACES, "layers")
@@ -33,11 +32,11 @@ class Scheme:
     width: Groups | None = None
     depth: Groups | None = None
     unused: tuple[str, ...] = ()
-    """Entries that were there and are not used."""
+    """Entries that were given and are ignored."""
     spaces: Mapping[str, AxisRequest] = field(default_factory=dict)
-    """Space ("hidden", "kv_heads", "width" ...) -> what becomes of it."""
+    """Space ("hidden", "kv_heads", "width" ...) -> its request."""
     axes: Mapping[str, AxisRequest] = field(default_factory=dict)
-    """Axis of the architecture spec -> what becomes of it."""
+    """Axis of the architecture spec -> its request."""
 
     def as_json(self) -> dict[str, object]:
         """The scheme in the file's form."""
@@ -59,7 +58,7 @@ class Scheme:
 
 
 def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
-    """A scheme from a file, or from the same thing as a dict.
+    """Load a scheme from a file, or from a dict of the same form.
 
     Raises:
         SchemeError: not JSON, an unknown key, an empty group, a repeated member, a bad index.
@@ -82,24 +81,6 @@ def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
     if not isinstance(content, dict):
         raise SchemeError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return _parse(content, path.name)
-
-
-def uniform(n_large: int, factor: int, grouping: Grouping, *, what: str) -> Groups:
-    """n_large / factor groups of `factor` members each: i with i+n/factor, or neighbours.
-
-    Raises:
-        SchemeError: `factor` does not divide `n_large`; `what` ("heads") names them.
-    """
-    if factor < 1 or n_large % factor:
-        divisors = [d for d in range(2, min(n_large, 4096) + 1) if n_large % d == 0]
-        raise SchemeError(
-            f"{n_large} {what} do not divide into groups of {factor}",
-            hint=f"take a factor of {n_large} ({some(divisors, limit=6)}), or give a scheme",
-        )
-    n_small = n_large // factor
-    if grouping == "adjacent":
-        return tuple(tuple(range(i * factor, (i + 1) * factor)) for i in range(n_small))
-    return tuple(tuple(range(i, n_large, n_small)) for i in range(n_small))
 
 
 def template(n_large: int, n_small: int) -> Groups:

@@ -68,15 +68,15 @@ class Segments(tuple[Segment, ...]):
     """Segments in the order in which they are applied; hashed once, as keys of caches are."""
 
     def __hash__(self) -> int:
-        found: int | None = self.__dict__.get("hash")
-        if found is None:
-            found = self.__dict__["hash"] = super().__hash__()
-        return found
+        known: int | None = self.__dict__.get("hash")
+        if known is None:
+            known = self.__dict__["hash"] = super().__hash__()
+        return known
 
 
 @lru_cache(maxsize=1024)
 def shared(found: Segments) -> Segments:
-    """The same object for equal segments, where it was asked for lately."""
+    """The same object for equal segments that were asked for recently."""
     return found
 
 

@@ -1,13 +1,13 @@
 """The result's tensors, family by family: maps on dimensions, roles, and what keeps the function.
 
 Layers and experts that stand in a key are dimensions like others: their maps choose source tensors.
-Compensations: the norm before a tied head is read through, factors of the forward pass are undone,
-norms of axes with empty units are corrected, silent layers write nothing.
+Compensations: the norm before a tied head takes the reader's map, factors of the forward pass are
+undone, norms over axes with zero units are corrected, zero-initialised layers add nothing.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from streammap.architectures.expression import Name
@@ -27,31 +27,31 @@ RULES: tuple[Rule, ...] = ("exact", "reference")
 
 @dataclass(frozen=True, slots=True)
 class NormCompensation:
-    """An axis that grows by units that stay empty behind its norms."""
+    """Correction of the norms over an axis that grows by zero units (see compensation.py)."""
 
     map: AxisMap
-    """What the norms' gains and biases take: new units get 0."""
+    """Map of the norms' gains and biases: those of new units are 0."""
     gain: float
-    """What the gains are multiplied by."""
+    """Factor on the gains."""
 
 
 @dataclass(frozen=True, slots=True)
 class AxisChange:
-    """What becomes of a model's axes."""
+    """The maps of a model's axes, and what goes with them."""
 
     pairs: Mapping[str, MapPair]
-    """Width or expert axis, or alias -> its maps; what is not here stays."""
+    """Width or expert axis, or alias -> its maps; others stay."""
     layers: Mapping[str, AxisMap]
-    """Depth axis -> R or G; what is not here stays."""
+    """Depth axis -> R or G; others stay."""
     sizes: Mapping[str, int]
     """Axis -> new size, for each axis that changes."""
     rule: Rule
     embedding_factor: float
-    """What the rule "reference" multiplies embeddings by."""
+    """Factor of the rule "reference" on embeddings."""
     fills: Mapping[str, NormCompensation] = field(default_factory=dict)
-    """Axis -> how its norms are compensated, where it grows by empty units."""
+    """Axis -> how its norms are compensated, where it grows by zero units."""
     silent: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    """Depth axis -> layers of the result that write nothing: their writers are 0."""
+    """Depth axis -> zero-initialised layers of the result: what they add to the stream is 0."""
     factors: tuple[tuple[tuple[KeyPattern, ...], float], ...] = ()
     """Further factors on tensors."""
     fields: Mapping[str, object] = field(default_factory=dict)
@@ -61,13 +61,17 @@ class AxisChange:
 
 
 def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
-    """What a factor of a spec is for given sizes."""
-    found = replace(model, sizes=sizes).size(factor.expression)
-    return float(found**factor.exponent) if found else 1.0
+    """The number that a factor of a spec stands for, for given sizes."""
+    base = model.architecture.size(factor.expression, sizes)
+    return float(base**factor.exponent) if base else 1.0
 
 
 def writes(family: Family, hidden: tuple[str, ...]) -> bool:
-    """Whether tensors of a family write to the residual stream; without, a layer does nothing."""
+    """Whether a family writes to the residual stream: where all that do are 0, a layer is identity.
+
+    These are weights that make the hidden size from something, and their biases. Norms and
+    embeddings make it too, but do not add to the stream.
+    """
     spans = [dim.expression for dim in family.dims if dim.role == "out"]
     makes = any(isinstance(e, Name) and e.name in hidden for e in spans)
     reads = any(dim.role == "in" for dim in family.dims)
@@ -105,24 +109,27 @@ class Remapping:
 
     def family(self, family: Family) -> dict[str, LinearForm]:
         """The result's tensors of one family."""
-        found_maps = [self._index_map(family, index) for index in family.indices]
-        rows = {at: m for at, m in enumerate(found_maps) if m is not None}
+        index_maps = [self._index_map(family, index) for index in family.indices]
+        rows = {at: m for at, m in enumerate(index_maps) if m is not None}
         if not rows:
             return {
                 key: self._tensor(family, key, ((1.0, key),)) for key in family.members.values()
             }
+        # Walk the source, not the result: a family need not have all layers, and only its members
+        # can give anything. Each is sent to every result whose row of the maps has it, with the
+        # product of the coefficients of all its indices (layer, expert).
         parts: dict[tuple[int, ...], list[tuple[float, str]]] = {}
         # In order, so that sums don't depend on how the source is sharded.
         for values, key in sorted(family.members.items()):
             if self._is_tail(family, values):
                 self.n_after += 1
                 continue
-            found: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
+            places: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
             for at, value in enumerate(values):
                 m = rows.get(at)
                 options = ((value, 1.0),) if m is None else self._columns(m)[value]
-                found = [((*t, i), c * d) for t, c in found for i, d in options]
-            for target, coefficient in found:
+                places = [((*t, i), c * d) for t, c in places for i, d in options]
+            for target, coefficient in places:
                 parts.setdefault(target, []).append((coefficient, key))
         self._check_first(family)
         made: dict[str, LinearForm] = {}
@@ -137,7 +144,10 @@ class Remapping:
         return made
 
     def _check_first(self, family: Family) -> None:
-        """Refuse copies of a first layer that lacks what the others have."""
+        """Refuse copies of a first layer that lacks what the others have.
+
+        ModernBERT's layer 0 has no norm before its attention: only as layer 0 does it work.
+        """
         for at, index in enumerate(family.indices):
             m = self._change.layers.get(index)
             depth = self._model.architecture.depth.get(index, Depth())
@@ -192,13 +202,16 @@ class Remapping:
         return self._maps.of(expression, "out")
 
     def _columns(self, m: AxisMap) -> list[list[tuple[int, float]]]:
-        """Source index -> (result index, coefficient). A result that nothing maps to takes 0."""
+        """Source index -> (result index, coefficient).
+
+        A result that nothing maps to takes 0 times the first source: its tensors must be there.
+        """
         if id(m) not in self._inverted:
-            found: list[list[tuple[int, float]]] = [[] for _ in range(m.n_in)]
+            columns: list[list[tuple[int, float]]] = [[] for _ in range(m.n_in)]
             for i in range(m.n_out):
                 for j, coefficient in m.members(i) or ((0, 0.0),):
-                    found[j].append((i, coefficient))
-            self._inverted[id(m)] = found
+                    columns[j].append((i, coefficient))
+            self._inverted[id(m)] = columns
         return self._inverted[id(m)]
 
     def _is_tail(self, family: Family, values: tuple[int, ...]) -> bool:
@@ -211,7 +224,7 @@ class Remapping:
         return bool(self._silent_axes(family, target)) and writes(family, self._hidden)
 
     def _is_one(self, family: Family, target: tuple[int, ...], key: str) -> bool:
-        """Whether a tensor of a silent layer is to be 1."""
+        """Whether a tensor of a zero-initialised layer is to be 1."""
         depths = self._model.architecture.depth
         return any(
             axis in depths and first_match(depths[axis].ones, key) is not None
@@ -219,7 +232,7 @@ class Remapping:
         )
 
     def _silent_axes(self, family: Family, target: tuple[int, ...]) -> list[str]:
-        """Depth axes by which a tensor of the result is in a silent layer."""
+        """Depth axes by which a tensor of the result is in a zero-initialised layer."""
         return [
             index
             for index, value in zip(family.indices, target, strict=True)
@@ -234,6 +247,8 @@ class Remapping:
         rows: Mapping[int, AxisMap],
     ) -> tuple[tuple[float, str], ...]:
         """The row of one result tensor, if the layers that it mixes all have it."""
+        # Fewer parts than the maps have members: some of the layers lack the tensor, and a mean of
+        # the others would be of another kind of layer.
         expected = math.prod(max(1, len(m.members(target[i]))) for i, m in rows.items())
         for at, index in enumerate(family.indices):
             depth = self._model.architecture.depth.get(index, Depth())
@@ -276,10 +291,12 @@ class Remapping:
                 hint="dequantise the checkpoint, or save it in a float dtype",
             )
         offset = self._offset(family, target)
-        if not offset or not (
-            factor != 1.0 or self._feeds(target) is not None or self._fill(family)
-        ):
+        is_compensated = factor != 1.0 or self._feeds(target) is not None or self._fill(family)
+        if not offset or not is_compensated:
             return graph.scale(graph.map_dims(blended, dims), factor)
+        # The gain of the norm is offset + weight (gemma: 1 + weight). What compensates it is meant
+        # for the gain, so add the offset first and take it off the result. A plain mean or copy of
+        # weights commutes with that, and is left alone: it can stay a copy of bytes.
         shifted = graph.map_dims(graph.shift(blended, offset), dims)
         return graph.shift(graph.scale(shifted, factor), -offset)
 
@@ -293,33 +310,36 @@ class Remapping:
         return next((tied for tied in self._tied if tied.feeds(key, self._last)), None)
 
     def _fill(self, family: Family) -> NormCompensation | None:
-        """How a norm is compensated for empty units."""
+        """How a norm is compensated for zero units."""
         if family.rule.norm is None or len(family.dims) != 1:
             return None
         expression = family.dims[0].expression
         return self._change.fills.get(expression.name) if isinstance(expression, Name) else None
 
     def _factor(self, family: Family, source: str, key: str) -> float:
+        """Factor on a tensor of the result, for what the maps alone would change."""
         if self._change.rule == "reference":
             if not self._change.pairs:
                 return 1.0
             shares = any(tied.is_head(key) for tied in self._tied)
             is_embedding = family.rule.kind == "embedding" or shares
             return self._change.embedding_factor if is_embedding else 1.0
-        found = 1.0
+        product = 1.0
         for pattern, factor in self._model.architecture.forward_scale:
             if pattern.match(source) is not None:
-                found *= self._ratio(factor)
+                product *= self._ratio(factor)
         for patterns, extra in self._change.factors:
             if first_match(patterns, source) is not None:
-                found *= extra
+                product *= extra
         fill = self._fill(family)
         if fill is not None and is_gain(key):
-            found *= fill.gain
+            product *= fill.gain
         tied = self._feeds(key)
         if tied is not None:
-            found *= self._head_factor(tied) / self._embedding_factor(tied)
-        return found
+            # The head reads the embedding's tensor, which got the factor of the forward pass above;
+            # the norm before the head takes it back, and undoes the head's own.
+            product *= self._head_factor(tied) / self._embedding_factor(tied)
+        return product
 
     def _ratio(self, factor: Factor) -> float:
         """What undoes the change of a factor that the model applies."""
@@ -330,7 +350,7 @@ class Remapping:
         return 1.0 if tied.head.scale is None else self._ratio(tied.head.scale)
 
     def _embedding_factor(self, tied: TiedHead) -> float:
-        found = 1.0
+        product = 1.0
         for pattern, factor in self._model.architecture.forward_scale:
             if any(
                 tied.is_embedding(key) and pattern.match(key) is not None
@@ -338,8 +358,8 @@ class Remapping:
                 if family.rule.kind == "embedding"
                 for key in family.members.values()
             ):
-                found *= self._ratio(factor)
-        return found
+                product *= self._ratio(factor)
+        return product
 
     def _map(self, family: Family, dim: DimSpec, key: str) -> AxisMap | None:
         if dim.expression is None:
@@ -348,10 +368,12 @@ class Remapping:
         role = self._role(dim.role, key)
         if fill is not None and role == "out":
             return fill.map
-        found = self._maps.of(dim.expression, role)
-        if found is not None and role == "keep" and not self._is_stack(dim):
-            raise ArchitectureError(f"{family.name}: {dim.text} is resized, but has no role")
-        return found
+        m = self._maps.of(dim.expression, role)
+        if m is not None and role == "keep" and not self._is_stack(dim):
+            raise ArchitectureError(
+                f"{family.name}: {dim.text} is resized, but its dimension has no role in the spec"
+            )
+        return m
 
     def _is_stack(self, dim: DimSpec) -> bool:
         """Whether a dimension without a role is a stack of layers or experts."""
@@ -360,7 +382,12 @@ class Remapping:
         return any(axes[name].kind == "expert" for name in names if name in axes)
 
     def _role(self, role: Role, key: str) -> Role:
-        """The role of a dimension; with a tied head, the norm before it and its readers swap."""
+        """The role of a dimension; with a tied head, the norm before it and its readers swap.
+
+        The head is the embedding's tensor, so its columns carry copies (role out), not the shares
+        that a reader has (role in). The norm before it makes up for that: it takes the reader's
+        map. And what else reads that norm must then read copies as well.
+        """
         for tied in self._tied:
             if role == "in" and tied.is_head(key):
                 return "out"

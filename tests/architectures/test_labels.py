@@ -138,7 +138,7 @@ IMPROVED: tuple[tuple[str, str, str], ...] = (
 )
 """Spec, label, and what the spec says in its place."""
 
-NOT_HALVED = {"siglip": "5 units of t_heads do not divide into groups of 2"}
+NOT_HALVED = {"siglip": r"5 heads \(t_heads\) do not divide into groups of 2"}
 """Checkpoint -> why it can't have half the width."""
 
 COUNTS = {
@@ -411,7 +411,7 @@ def test_each_model_type_of_the_drafts_is_served() -> None:
 
 
 def test_each_model_type_has_a_tiny_model() -> None:
-    proved = {m["model_type"] for name in registry.names() for m in registry.load(name).proof}
+    proved = {m.model_type for name in registry.names() for m in registry.tiny_models(name)}
     assert set(registry.model_types()) - proved == UNPROVED
 
 

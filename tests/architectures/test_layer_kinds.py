@@ -125,7 +125,7 @@ def test_layers_must_keep_their_place_in_a_period() -> None:
     assert followed(depth, config, [0, 1, 0, 1]) == config
     assert followed(depth, config, [2, 3]) == config
     expected = (
-        r"layer 1 would come from 0, but config\.json's every \(2\) says they are of two kinds"
+        r"layer 1 would come from 0, but config\.json's every \(2\) makes them two kinds"
         r"\n  hint: .*period of every"
     )
     with pytest.raises(PlanError, match=expected):

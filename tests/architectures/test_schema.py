@@ -246,12 +246,8 @@ def _matching(spec: Architecture, key: str) -> list[TensorRule]:
 
 def _configs(name: str) -> list[Mapping[str, object]]:
     """No config, and those of the spec's tiny models."""
-    found: list[Mapping[str, object]] = [{}]
-    for tiny_model in registry.load(name).proof:
-        config = tiny_model["config"]
-        assert isinstance(config, Mapping)
-        found.append({"model_type": tiny_model["model_type"], **config})
-    return found
+    tiny_models = registry.tiny_models(name)
+    return [{}, *({"model_type": model.model_type, **model.config} for model in tiny_models)]
 
 
 every_spec = pytest.mark.parametrize("name", registry.names())
@@ -595,7 +591,9 @@ def test_sizes_of_a_target_config_alone() -> None:
     spec = registry.load("bert")
     assert sizes.of_config(spec, BERT_CONFIG)["embed"] == 768
     assert sizes.of_config(spec, {"num_hidden_layers": 3}) == {"layer": 3, "pos": 512, "types": 2}
-    with pytest.raises(CheckpointError, match=r"target config.json: model_type 'gpt2', the source"):
+    with pytest.raises(
+        CheckpointError, match=r"target config.json: model_type 'gpt2', expected bert"
+    ):
         sizes.of_config(spec, GPT2_CONFIG)
 
 
@@ -645,31 +643,31 @@ def test_a_module_stands_for_these_tensors(words: str, expected: dict[str, list[
         (f"surprise = 1\n{MINIMAL}", "unknown entry 'surprise'"),
         (f"{MINIMAL}[tensor]\n", "unknown entry 'tensor'"),
         ("schema = 1\nmodel_types = ['a']\n", "expected an axis of kind depth"),
-        (MINIMAL.replace('model_types = ["toy"]', ""), "model_types: expected a list of strings"),
-        (MINIMAL.replace('["toy"]', "[1]"), "model_types: expected a list of strings"),
-        (MINIMAL.replace('["toy"]', '"toy"'), "model_types: expected a list of strings"),
+        (MINIMAL.replace('model_types = ["toy"]', ""), "model_types: no entry, expected one"),
+        (MINIMAL.replace('["toy"]', "[1]"), "model_types: expected a string, found 1"),
+        (MINIMAL.replace('["toy"]', '"toy"'), "model_types: expected a list, found 'toy'"),
         (
             MINIMAL.replace('layer = "depth"\n[mod', 'layer = "deep"\n[mod'),
             "'deep' is not one of width, depth, frozen, group, expert",
         ),
         (MINIMAL.replace('layer = "depth"\n[mod', "layer = 1\n[mod"), "1 is not one of width, d"),
-        (MINIMAL.replace('"dim"', "7"), r"\[axes\] embed: expected a list of strings, found 7"),
+        (MINIMAL.replace('"dim"', "7"), r"axes\.embed: expected a list, found 7"),
         (MINIMAL.replace('"dim"', '"=2*"'), "a name or number is missing"),
-        (MINIMAL.replace("linear", "lineal"), "is no module such as 'linear embed -> mlp'"),
-        (MINIMAL.replace(" -> embed", ""), "is no module such as"),
+        (MINIMAL.replace("linear", "lineal"), "is not a module such as 'linear embed -> mlp'"),
+        (MINIMAL.replace(" -> embed", ""), "is not a module such as"),
         (MINIMAL.replace("-> embed", "-> em bed"), "'bed' is out of place"),
         (MINIMAL.replace('"linear embed -> embed"', "3"), "expected a string, found 3"),
         (MINIMAL.replace("{layer}", "{layer"), "unbalanced braces"),
         (f'{MINIMAL}[tensors]\n"x" = "embed:inn"', "a role is out, in or keep, not 'inn'"),
         (f'{MINIMAL}[tensors]\n"x" = "embed,,embed"', "a name or number is missing"),
         (f'{MINIMAL}[tensors]\n"x" = ["embed"]', "expected a string"),
-        (f"{MINIMAL}[buffers]\nkeys = 7", r"\[buffers\] keys: expected a list of strings"),
+        (f"{MINIMAL}[buffers]\nkeys = 7", r"buffers\.keys: expected a list, found 7"),
         (f"{MINIMAL}[constraints]\nrules = ['a = b']", "expected 'a == b'"),
         (f"{MINIMAL}[alias]\nq = 3", "expected a string"),
-        (f"{MINIMAL}[vars]\nq = 'x'", r"\[vars\] q: expected a list of strings"),
-        (f"{MINIMAL}[head]\nnorm = 7", r"\[head\] norm: expected a list of strings, found 7"),
-        (f"{MINIMAL}[head]\nembed = [1]", r"\[head\] embed: expected a list of strings"),
-        (f"tensors = 3\n{MINIMAL}", r"\[tensors\] is no table"),
+        (f"{MINIMAL}[vars]\nq = 'x'", r"vars\.q: expected a list, found 'x'"),
+        (f"{MINIMAL}[head]\nnorm = 7", r"head\.norm: expected a list, found 7"),
+        (f"{MINIMAL}[head]\nembed = [1]", r"head\.embed: expected a string, found 1"),
+        (f"tensors = 3\n{MINIMAL}", "tensors: expected a table, found 3"),
     ],
     ids=itertools.count(),
 )

@@ -60,6 +60,22 @@ def test_verify_tells_what_is_wrong_with_a_spec(tmp_path: Path) -> None:
     assert "1 of 1 models fail: gpt2" in result.stderr
 
 
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_verify_fails_where_there_is_nothing_to_verify(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    pytest.importorskip("torch")
+    spec = tmp_path / "mine.toml"
+    spec.write_text('schema = 1\nmodel_types = ["mine"]\nextends = "llama"\n')
+    result = typed.run("spec", "verify", spec, *flags)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "no model under [proof]" in result.stderr
+    result = typed.run("spec", "verify", "gpt2", "--model", "nothing", *flags)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "gpt2: no model 'nothing' under [proof]" in result.stderr
+    assert typed.run("spec", "verify", *flags).exit_code == 2
+
+
 def test_infer_writes_a_spec_that_its_own_proof_passes(tmp_path: Path) -> None:
     """A model type that no shipped spec serves."""
     pytest.importorskip("transformers")

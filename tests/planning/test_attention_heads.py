@@ -11,9 +11,9 @@ from torch import Tensor
 
 import streammap
 from streammap.api import LazyCheckpoint
+from streammap.architectures.schema import TinyModel
 from streammap.errors import PlanError
 from streammap.planning.axis_maps import KvMerge
-from streammap.tools.spec_proof.tiny_models import TinyModel
 from tests.support import tiny, truth
 from tests.support.truth import Bench
 from tests.support.typed import Options
@@ -161,7 +161,7 @@ def test_what_is_accepted_is_exact_and_what_is_refused_is_wrong(bench: Bench, se
         truth.write(folder, by_hand, {**truth.config_of(source), **counts})
         error = truth.difference(truth.outputs(folder, model), bench.expected(source, model))
         assert error > 1e-6
-        assert "would come from heads that read kv_heads" in refusal
+        assert "would come from heads that read kv heads" in refusal
         assert "hint: group heads so that each keeps to its kv_heads" in refusal
         return
     assert lazy.promise[0] == "exact"

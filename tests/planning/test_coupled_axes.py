@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 
 import streammap
+from streammap.analysis.summary import formula
 from streammap.api import LazyCheckpoint
 from streammap.errors import CheckpointError, PlanError, SchemeError, StreammapError
 from streammap.io.checkpoint import Checkpoint
@@ -254,10 +255,10 @@ def changed(source: LazyCheckpoint, result: LazyCheckpoint) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("options", "note"),
     [
-        ({"heads": 2}, "embed follows heads: 8 -> 16"),
-        ({"hidden": 2}, "heads follows embed: 4 -> 8"),
-        ({"heads": "=8"}, "embed follows heads: 8 -> 16"),
-        ({"hidden": "=16"}, "heads follows embed: 4 -> 8"),
+        ({"heads": 2}, "hidden (embed) follows heads: 8 -> 16"),
+        ({"hidden": 2}, "heads follows hidden (embed): 4 -> 8"),
+        ({"heads": "=8"}, "hidden (embed) follows heads: 8 -> 16"),
+        ({"hidden": "=16"}, "heads follows hidden (embed): 4 -> 8"),
     ],
 )
 def test_heads_and_hidden_size_follow_each_other(make: Make, options: Options, note: str) -> None:
@@ -434,32 +435,58 @@ def test_layers_behind_the_stack_are_dropped_with_a_note_when_it_changes() -> No
 # What is refused.
 
 REFUSED: tuple[tuple[Make, Direction, Options, str], ...] = (
-    (bert, "decoalesce", {"hidden": "=9"}, r"embed == heads\*head_dim would not hold \(embed 9"),
+    (
+        bert,
+        "decoalesce",
+        {"hidden": "=9"},
+        r"bert: embed == .* would not hold \(hidden \(embed\) 9",
+    ),
     (bert, "coalesce", {"hidden": "=3"}, r"embed == heads\*head_dim would not hold"),
-    (bert, "decoalesce", {"heads": 3, "hidden": 2}, r"\(embed 16, heads 12, head_dim 2\)"),
+    (
+        bert,
+        "decoalesce",
+        {"heads": 3, "hidden": 2},
+        r"\(embed\) 16, heads 12, head_dim 2\)",
+    ),
     (gpt2, "decoalesce", {"hidden": "=13"}, r"embed == heads\*head_dim would not hold"),
     (bloom, "decoalesce", {"hidden": 2, "mlp": "=40"}, r"mlp == 4\*embed would not hold \(mlp 40"),
-    (bert, "coalesce", {"hidden": "=16"}, "can't go from 8 to 16 this way"),
-    (bert, "decoalesce", {"layers": "=2"}, "can't go from 4 to 2 this way"),
+    (bert, "coalesce", {"hidden": "=16"}, "8 hidden units can't become 16 this way"),
+    (bert, "decoalesce", {"layers": "=2"}, "4 layers can't become 2 this way"),
     (bert, "decoalesce", {"kv_heads": 2}, "bert has no kv heads"),
     (bert, "decoalesce", {"experts": 2}, "bert has no experts"),
     (bert, "decoalesce", {"axes": {"depth": 2}}, "bert has no axis 'depth'"),
-    (bert, "decoalesce", {"axes": {"vocab": 2}}, "vocab can't be resized in bert"),
-    (llama, "decoalesce", {"axes": {"head_dim": 2}}, "head_dim can't be resized in llama"),
-    (llama, "decoalesce", {"axes": {"q_group": 2}}, "q_group can't .*: it follows the heads"),
-    (llama, "decoalesce", {"kv_heads": "=3"}, "4 heads can't share 3 kv_heads evenly"),
-    (llama, "decoalesce", {"kv_heads": 3}, "4 heads can't share 6 kv_heads evenly"),
-    (llama, "decoalesce", {"heads": "=5"}, "5 heads can't share 2 kv_heads evenly"),
-    (llama, "decoalesce", {"heads": "=6", "kv_heads": "=4"}, "6 heads can't share 4 kv_heads"),
-    (llama, "coalesce", {"heads": "=1", "kv_heads": "=2"}, "1 heads can't share 2 kv_heads"),
+    (llama, "coalesce", {"experts": 2}, "mistral has no experts"),
+    (
+        bert,
+        "decoalesce",
+        {"axes": {"vocab": 2}},
+        "vocab of bert can't be resized: token ids",
+    ),
+    (
+        llama,
+        "decoalesce",
+        {"axes": {"head_dim": 2}},
+        "head_dim of mistral can't be resized: a h",
+    ),
+    (
+        llama,
+        "decoalesce",
+        {"axes": {"q_group": 2}},
+        "q_group of mistral can't .*: it follows",
+    ),
+    (llama, "decoalesce", {"kv_heads": "=3"}, "4 heads can't share 3 kv heads evenly"),
+    (llama, "decoalesce", {"kv_heads": 3}, "4 heads can't share 6 kv heads evenly"),
+    (llama, "decoalesce", {"heads": "=5"}, "5 heads can't share 2 kv heads evenly"),
+    (llama, "decoalesce", {"heads": "=6", "kv_heads": "=4"}, "6 heads can't share 4 kv heads"),
+    (llama, "coalesce", {"heads": "=1", "kv_heads": "=2"}, "1 heads can't share 2 kv heads"),
     (
         llama,
         "decoalesce",
         {"heads": [[0, 4], [1, 5], [2, 6], [3, 7]]},
-        "heads 2 would come from heads that read kv_heads 1, but its own, 0, comes from 0",
+        "heads 2 would come from heads that read kv heads 1, but its own, 0, comes from 0",
     ),
     (deepseek, "decoalesce", {"experts": "=5"}, r"5 experts do not divide into 2 groups \(n_group"),
-    (llama, "coalesce", {"mlp": 3}, "10 units of mlp do not divide into groups of 3"),
+    (llama, "coalesce", {"mlp": 3}, "10 MLP neurons do not divide into groups of 3"),
     (llama, "decoalesce", {"hidden": [[0], [1]]}, "2 groups, the small model has 8"),
     (llama, "coalesce", {"mlp": [[0, 10]]}, "10 is out of range, the large model has 10"),
     (llama, "coalesce", {"head_dim": 4}, "coalesce: unknown option 'head_dim'"),
@@ -508,6 +535,40 @@ def test_dtypes_and_keys_tell_quantised_weights_too() -> None:
     ):
         with pytest.raises(StreammapError, match=r"quantised.* can't be resized"):
             lazy.decoalesce(mlp=2)
+
+
+# What a plan says of a change.
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"kv_heads": "=1"}, "kv heads are merged (mean of 2)"),
+        ({"kv_heads": "=1", "kv_merge": "first"}, "1 of 2 kv heads are dropped"),
+        ({"mlp": 2}, "MLP neurons are merged (mean of 2)"),
+        ({"mlp": [[1], [0], [4]]}, "7 of 10 MLP neurons are dropped"),
+        ({"hidden": 2}, "hidden units are merged (mean of 2)"),
+        ({"layers": 2}, "layers are merged (mean of 2)"),
+        ({"layers": [[0], [2], [3]]}, "1 of 4 layers are dropped"),
+        ({"layers": [[1], [0], [2], [3]]}, "layers change places"),
+    ],
+)
+def test_a_shrink_merges_drops_or_moves(options: Options, expected: str) -> None:
+    assert llama().coalesce(**options).promise == ("approximate", f"coalesce: {expected}")
+
+
+def test_dropped_kv_heads_are_dropped_everywhere() -> None:
+    """In the guarantee, in the table's formulas and in the record."""
+    small = llama().coalesce(kv_heads="=1", kv_merge="first")
+    options = small.plan.steps[-1].options["maps"]
+    assert options == {"kv_heads": [2, 1, "selection"]}
+    keys = [key for key in small.plan.targets if "k_proj" in key]
+    assert {formula(small.plan.targets[key]) for key in keys} == {"rows: selection"}
+
+
+def test_the_hidden_size_has_one_name_for_users() -> None:
+    assert shapes_of(llama().coalesce(axes={"hidden": 2})) == shapes_of(llama().coalesce(hidden=2))
+    assert shapes_of(llama().coalesce(axes={"embed": 2})) == shapes_of(llama().coalesce(hidden=2))
 
 
 # One request, however it is written.

@@ -236,7 +236,7 @@ def test_growth_copies_and_readers_share() -> None:
 
 def test_an_axis_that_nothing_maps_must_keep_its_size() -> None:
     work = DimMaps(SPEC, {}, {"mlp": 2}, {"mlp": 4})
-    with pytest.raises(ArchitectureError, match="mlp changes its size, and nothing says how"):
+    with pytest.raises(ArchitectureError, match="mlp changes its size, but has no map"):
         work.of(parse_expression("2*mlp"), "out")
 
 

@@ -11,11 +11,11 @@ import torch
 
 import streammap
 from streammap.api import LazyCheckpoint
+from streammap.architectures.schema import TinyModel
 from streammap.errors import PlanError, StreammapError
 from streammap.operators.kinds import RequestLike
 from streammap.operators.resize import Direction
 from streammap.planning.plan import Promise
-from streammap.tools.spec_proof.tiny_models import TinyModel
 from tests.support import truth
 from tests.support.truth import Bench
 from tests.support.typed import Options

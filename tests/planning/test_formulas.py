@@ -15,7 +15,7 @@ from torch import Tensor
 import streammap
 from streammap.api import LazyCheckpoint
 from streammap.engine import memory, tile_reads
-from streammap.planning.scheme import Grouping
+from streammap.planning.requests import Grouping
 from streammap.planning.tensor_maps import Rule
 from tests.support import oracle, tiny
 from tests.support.oracle import Change, Direction, Widths

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import streammap
-from streammap.planning.scheme import Grouping, uniform
+from streammap.planning import requests
+from streammap.planning.requests import Grouping
 from streammap.planning.tensor_maps import RULES, Rule
 from tests.support import tiny
 
@@ -185,7 +186,7 @@ def grown_outputs(
     found: Mapping[str, Tensor], factor: int, grouping: Grouping
 ) -> dict[str, Tensor]:
     """The source's outputs; those that are hidden states are copied head by head."""
-    groups = uniform(HEADS * factor, factor, grouping, what="heads")
+    groups = requests.uniform(HEADS * factor, factor, grouping, units="heads")
     source_of = {j: i for i, group in enumerate(groups) for j in group}
     order = [source_of[j] for j in range(HEADS * factor)]
     return {
@@ -261,7 +262,7 @@ def test_new_empty_units_behind_norms_after_the_addition_are_not_exact(sources: 
     source = streammap.open(sources(CASES[1], torch.float32).folder)
     promise, reason = source.decoalesce(hidden="=12").promise
     assert promise == "approximate"
-    assert "new empty units" in reason
+    assert "hidden units are zero" in reason
 
 
 @every_case

@@ -9,7 +9,7 @@ import torch
 import streammap
 from streammap.planning import graph
 from streammap.planning.maps import BlockMap
-from streammap.planning.scheme import Grouping
+from streammap.planning.requests import Grouping
 from tests.support import tiny
 
 SIZES = tiny.Sizes(heads=2, layers=2, head_dim=4, mlp_per_head=6)

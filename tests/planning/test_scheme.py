@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import streammap
 from streammap.errors import PlanError, SchemeError
-from streammap.planning import scheme
-from streammap.planning.requests import AxisRequest
-from streammap.planning.scheme import Grouping, Scheme
+from streammap.planning import requests, scheme
+from streammap.planning.requests import AxisRequest, Grouping
+from streammap.planning.scheme import Scheme
 from tests.support import tiny
 
 H4 = {"width_scheme": [[0, 2], [1, 3]]}
@@ -127,10 +127,10 @@ def test_width_in_a_scheme_is_what_the_option_is(big: streammap.LazyCheckpoint) 
     ("content", "expected"),
     [
         ({"heads": 0}, "scheme: heads is 0, expected 1 or more"),
-        ({"mlp": "=0"}, "scheme: mlp: '=0' is no request"),
-        ({"layers": [[0, 0]]}, r"scheme: layers\[0\]: member 0 stands twice"),
+        ({"mlp": "=0"}, "scheme: mlp: '=0' is not a request"),
+        ({"layers": [[0, 0]]}, r"scheme: layers\[0\]: member 0 is listed twice"),
         ({"axes": 3}, "scheme: axes is 3, expected a table of axes"),
-        ({"axes": {"embed": None}}, "scheme: axes: embed: 'None' is no request"),
+        ({"axes": {"embed": None}}, "scheme: axes: embed: 'None' is not a request"),
     ],
 )
 def test_an_entry_that_is_no_request_is_refused(
@@ -159,7 +159,7 @@ def test_every_shipped_scheme_loads() -> None:
 
 
 def test_uniform_groups_are_stacked_or_adjacent() -> None:
-    assert scheme.uniform(12, 2, "stacked", what="heads") == (
+    assert requests.uniform(12, 2, "stacked", units="heads") == (
         (0, 6),
         (1, 7),
         (2, 8),
@@ -167,7 +167,7 @@ def test_uniform_groups_are_stacked_or_adjacent() -> None:
         (4, 10),
         (5, 11),
     )
-    assert scheme.uniform(12, 2, "adjacent", what="heads") == (
+    assert requests.uniform(12, 2, "adjacent", units="heads") == (
         (0, 1),
         (2, 3),
         (4, 5),
@@ -175,10 +175,10 @@ def test_uniform_groups_are_stacked_or_adjacent() -> None:
         (8, 9),
         (10, 11),
     )
-    assert scheme.uniform(6, 3, "stacked", what="heads") == ((0, 2, 4), (1, 3, 5))
-    assert scheme.uniform(6, 3, "adjacent", what="heads") == ((0, 1, 2), (3, 4, 5))
-    assert scheme.uniform(3, 1, "stacked", what="heads") == ((0,), (1,), (2,))
-    assert scheme.uniform(3, 3, "adjacent", what="heads") == ((0, 1, 2),)
+    assert requests.uniform(6, 3, "stacked", units="heads") == ((0, 2, 4), (1, 3, 5))
+    assert requests.uniform(6, 3, "adjacent", units="heads") == ((0, 1, 2), (3, 4, 5))
+    assert requests.uniform(3, 1, "stacked", units="heads") == ((0,), (1,), (2,))
+    assert requests.uniform(3, 3, "adjacent", units="heads") == ((0, 1, 2),)
 
 
 def test_the_originals_template_pairs_what_it_can() -> None:
@@ -187,9 +187,9 @@ def test_the_originals_template_pairs_what_it_can() -> None:
     assert scheme.template(7, 3) == ((0, 3), (1, 4), (2, 5))
 
 
-@given(st.integers(1, 12), st.integers(1, 6), st.sampled_from(scheme.GROUPINGS))
+@given(st.integers(1, 12), st.integers(1, 6), st.sampled_from(requests.GROUPINGS))
 def test_uniform_groups_hold_each_member_once(n: int, factor: int, grouping: Grouping) -> None:
-    groups = scheme.uniform(n * factor, factor, grouping, what="heads")
+    groups = requests.uniform(n * factor, factor, grouping, units="heads")
     assert len(groups) == n
     assert {len(group) for group in groups} == {factor}
     assert sorted(member for group in groups for member in group) == list(range(n * factor))
@@ -199,7 +199,7 @@ def test_uniform_groups_hold_each_member_once(n: int, factor: int, grouping: Gro
 def test_a_factor_that_does_not_divide_is_refused(factor: int) -> None:
     expected = rf"12 heads do not divide into groups of {factor}\n.*factor of 12 \(2, 3, 4, 6, 12\)"
     with pytest.raises(SchemeError, match=expected):
-        scheme.uniform(12, factor, "stacked", what="heads")
+        requests.uniform(12, factor, "stacked", units="heads")
 
 
 def test_a_factor_that_does_not_divide_a_model_is_refused(big: streammap.LazyCheckpoint) -> None:
@@ -277,7 +277,7 @@ def test_an_empty_group_is_refused() -> None:
 
 
 def test_a_member_that_stands_twice_in_its_group_is_refused() -> None:
-    with pytest.raises(SchemeError, match=r"width_scheme\[1\]: member 4 stands twice"):
+    with pytest.raises(SchemeError, match=r"width_scheme\[1\]: member 4 is listed twice"):
         scheme.load_scheme({"width_scheme": [[0], [4, 2, 4]]})
 
 
@@ -285,7 +285,9 @@ def test_a_member_that_stands_twice_in_its_group_is_refused() -> None:
     "member", [-1, True, False, "0", 0.0, 1.5, None, [0], {}, float("nan"), 1_000_001, 10**30]
 )
 def test_a_member_that_is_no_index_is_refused(member: object) -> None:
-    with pytest.raises(SchemeError, match=r"width_scheme\[3\]: .* is no index, expected 0, 1, 2"):
+    with pytest.raises(
+        SchemeError, match=r"width_scheme\[3\]: .* is not an index, expected 0, 1, 2"
+    ):
         scheme.load_scheme({"width_scheme": [[0], [1], [2], [3, member]]})
 
 

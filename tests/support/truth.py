@@ -13,8 +13,8 @@ from torch import Tensor
 import streammap
 from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
-from streammap.tools.spec_proof import checks, tiny_models
-from streammap.tools.spec_proof.tiny_models import TinyModel
+from streammap.architectures.schema import TinyModel
+from streammap.tools.spec_proof import tiny_models
 from tests.support import tiny
 
 Outputs = Mapping[str, Tensor]
@@ -75,7 +75,7 @@ class Bench:
 
 def named(arch: str, name: str) -> TinyModel:
     """A tiny model of a spec's [proof]."""
-    return next(m for m in checks.models(registry.load(arch)) if m.name == name)
+    return next(m for m in registry.tiny_models(arch) if m.name == name)
 
 
 def whole(model: TinyModel) -> TinyModel:

@@ -5,15 +5,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from streammap.architectures import registry
+from streammap.architectures.schema import TinyModel
 from streammap.errors import ArchitectureError, PlanError
 from streammap.tools.spec_proof import checks, tiny_models
-from streammap.tools.spec_proof.tiny_models import TinyModel
 
 pytest.importorskip("transformers")
 
@@ -47,7 +48,7 @@ BERT = TinyModel("bert", "BertForMaskedLM", TINY)
 
 def cases() -> Iterator[object]:
     for arch in registry.names():
-        for model in checks.models(registry.load(arch)):
+        for model in registry.tiny_models(arch):
             marks = () if model.name in QUICK else (pytest.mark.slow,)
             yield pytest.param(arch, model, id=model.name, marks=marks)
 
@@ -69,9 +70,7 @@ def test_a_resized_model_computes_what_its_source_does(
 
 
 def test_each_quick_model_is_there() -> None:
-    found = {
-        model.name for arch in registry.names() for model in checks.models(registry.load(arch))
-    }
+    found = {model.name for arch in registry.names() for model in registry.tiny_models(arch)}
     assert set(QUICK) <= found
 
 
@@ -124,8 +123,20 @@ def test_a_wrong_spec_fails_and_the_axis_is_named(tmp_path: Path, name: str) -> 
 def test_verify_takes_one_model_by_name(tmp_path: Path) -> None:
     (report,) = checks.verify("gpt2", name="gpt2", scratch=tmp_path)
     assert report.model == "gpt2"
-    with pytest.raises(ArchitectureError, match="no model nothing under"):
+    with pytest.raises(ArchitectureError, match=r"no model 'nothing' under .*\n.*there are gpt2,"):
         checks.verify("gpt2", name="nothing", scratch=tmp_path)
+
+
+def test_a_spec_without_models_is_not_called_tested(tmp_path: Path) -> None:
+    spec = tmp_path / "mine.toml"
+    spec.write_text('schema = 1\nmodel_types = ["mine"]\nextends = "llama"\n')
+    with pytest.raises(ArchitectureError, match=r"mine\.toml: no model under \[proof\]"):
+        checks.chosen(["gpt2", str(spec)], name="gpt2")
+
+
+def test_a_model_may_be_of_any_of_the_specs() -> None:
+    ((arch, model),) = checks.chosen(["bert", "gpt2"], name="gpt2")
+    assert (arch, model.name) == ("gpt2", "gpt2")
 
 
 def test_a_model_that_cannot_be_made_is_a_failed_source(tmp_path: Path) -> None:
@@ -216,7 +227,7 @@ def test_float32_is_float64_inside_only(tmp_path: Path) -> None:
     ],
 )
 def test_a_feature_is_switched_off_inside_only(
-    tmp_path: Path, feature: str, model: TinyModel
+    tmp_path: Path, feature: Literal["alibi", "sinusoidal"], model: TinyModel
 ) -> None:
     tiny_models.build(model, tmp_path)
     neutral = replace(model, neutral=(feature,))
@@ -240,17 +251,26 @@ def test_timm_models_are_read_by_their_arguments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "entry",
+    ("entry", "expected"),
     [
-        {"name": "x", "class": "BertModel"},
-        {"name": "x", "config": {}},
-        {"name": "x", "class": "BertModel", "config": {}, "neutral": ["gravity"]},
+        ('class = "BertModel"', r"name: no entry"),
+        ('name = "x"\nconfig = {a = 1}', r"class: no entry"),
+        ('name = "x"\nclass = 3', r"class: expected a string, found 3"),
+        (
+            'name = "x"\nclass = "BertModel"\nneutral = ["gravity"]',
+            r"neutral: 'gravity' is not one of alibi, sinusoidal",
+        ),
+        (
+            'name = "x"\nclass = "BertModel"\nnamed = 1',
+            "unknown entry 'named'\n  hint: known: name",
+        ),
     ],
 )
-def test_an_entry_that_is_no_model_is_refused(entry: dict[str, object]) -> None:
-    architecture = replace(registry.load("bert"), proof=(entry,))
-    with pytest.raises(ArchitectureError, match=r"\[\[proof.models\]\] x: "):
-        checks.models(architecture)
+def test_an_entry_of_another_form_is_refused(tmp_path: Path, entry: str, expected: str) -> None:
+    spec = tmp_path / "mine.toml"
+    spec.write_text(f'schema = 1\nmodel_types = ["mine"]\n[[proof.models]]\n{entry}\n')
+    with pytest.raises(ArchitectureError, match=rf"mine\.toml: proof\.models.*{expected}"):
+        registry.tiny_models(str(spec))
 
 
 def test_hidden_states_are_compared_whatever_their_order() -> None:

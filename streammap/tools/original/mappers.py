@@ -38,9 +38,10 @@ from streammap.output.options import OutputOptions
 from streammap.output.ranks.launcher import ALONE, Ranks
 from streammap.output.run import Report
 from streammap.output.save_options import MAX_SHARD_SIZE
-from streammap.planning import scheme
+from streammap.planning import requests, scheme
 from streammap.planning.plan import Plan
-from streammap.planning.scheme import Groups, Scheme
+from streammap.planning.requests import Groups
+from streammap.planning.scheme import Scheme
 from streammap.planning.tensor_maps import Rule
 
 GroupsLike = Sequence[Sequence[int]]
@@ -357,7 +358,7 @@ def _adjacent(n_large: int, n_small: int) -> Groups:
             f"in pairs only",
             hint="give a depth_scheme",
         )
-    return scheme.uniform(n_large, 2, "adjacent", what="layers")
+    return requests.uniform(n_large, 2, "adjacent", units="layers")
 
 
 def _area(sizes: Mapping[str, int]) -> tuple[int, int]:

@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from streammap import api
 from streammap.common import optional
 from streammap.errors import SchemeError
-from streammap.planning import scheme
-from streammap.planning.scheme import Groups, Scheme
+from streammap.planning import requests, scheme
+from streammap.planning.requests import Groups
+from streammap.planning.scheme import Scheme
 from streammap.planning.tensor_maps import Rule
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def groups_for(sizes: Sizes, source: str | None) -> Scheme:
     n_heads, n_layers = sizes.wide.heads, sizes.deep.layers
     if source is None:
         return Scheme(
-            scheme.uniform(n_heads, 2, "stacked", what="heads"),
-            scheme.uniform(n_layers, 2, "stacked", what="layers"),
+            requests.uniform(n_heads, 2, "stacked", units="heads"),
+            requests.uniform(n_layers, 2, "stacked", units="layers"),
         )
     found = scheme.load_scheme(source)
     _check_groups(source, "width_scheme", found.width, n_heads)

@@ -1,20 +1,21 @@
 """A first spec for a model type that no spec serves, found by asking its model class.
 
-`solving` says which config fields make up which dimension, `meanings` makes axes and rules of it,
-`spectext` and `spectables` a TOML text in the format of architectures/README.md. Shapes show sizes,
-and neither the order inside a dimension nor factors of the forward pass: the text says what is a
-guess, and `streammap spec verify` finds what is wrong.
+`probe` builds the model with one config field changed after the other, `solve` finds which fields
+make up which dimension, `naming` turns these into axes and roles (with `module_roles`), and
+`write_rules` and `write_tables` into TOML in the format of architectures/README.md. Shapes show
+sizes, but neither the order inside a dimension nor factors of the forward pass: the text marks its
+guesses, and `streammap spec verify` finds what is wrong.
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streammap.tools.spec_infer import model_structure, shrinking, solving
-from streammap.tools.spec_infer.axis_naming import AxisNaming
-from streammap.tools.spec_infer.probing import Workbench
-from streammap.tools.spec_infer.spec_tables import SpecTables
-from streammap.tools.spec_infer.spec_text import SpecRules, toml_value
+from streammap.tools.spec_infer import module_roles, shrink, solve
+from streammap.tools.spec_infer.naming import AxisNaming
+from streammap.tools.spec_infer.probe import Workbench
+from streammap.tools.spec_infer.write_rules import SpecRules, toml_value
+from streammap.tools.spec_infer.write_tables import SpecTables
 
 _GUESS = 88
 """For sizes that are null in config.json, which means "as usual"."""
@@ -46,20 +47,20 @@ def infer(config: Mapping[str, object], *, name: str) -> Inferred:
     """
     start = time.perf_counter()
     bench = Workbench(config, name=name)
-    shrinking.shorten(bench)
+    shrink.shorten(bench)
     bench.explicit(_GUESS)
-    parts = model_structure.of(bench.net())
-    meanings = AxisNaming(bench, parts, solving.solve(bench, parts))
-    text = SpecRules(meanings)
-    tables = [text.rules(), SpecTables(meanings, text).text()]
-    unresolved, kept = meanings.unexplained()
+    structure = module_roles.describe_model(bench.net())
+    naming = AxisNaming(bench, structure, solve.solve(bench, structure))
+    text = SpecRules(naming)
+    tables = [text.rules(), SpecTables(naming, text).text()]
+    unresolved, kept = naming.unexplained()
     kept = (*kept, *text.constants())
-    unresolved = (*unresolved, *shrinking.prove_sizes(meanings))
+    unresolved = (*unresolved, *shrink.prove_sizes(naming))
     proof = [
         "[[proof.models]]",
         f"name = {toml_value(bench.model_type)}",
         f"class = {toml_value(bench.class_name)}",
-        f"config = {toml_value(shrinking.proof_config(bench))}",
+        f"config = {toml_value(shrink.proof_config(bench))}",
         "",
     ]
     notes = [f"# Not explained: {line}." for line in unresolved]

@@ -1,4 +1,4 @@
-"""The functional proof of a spec: tiny random models, resized through files, compute the same.
+"""Test a spec by function: tiny random models, resized through files, compute the same.
 
 Each model of a spec's [proof] is made, saved and resized by streammap, and loaded again by its own
 library, which must find each key it wants and no other:
@@ -8,7 +8,7 @@ library, which must find each key it wants and no other:
     round trip   the grown model merged again by its saved map: the source, bit for bit
     permutation  every width axis in random order, experts too: the same outputs
     shrink       twice the width and depth, and half of that in other groups: both of them run
-    promises     other growth that says it is exact (experts, head size, layers): the same outputs
+    promises     other growth with a guarantee (experts, head size, layers): the same outputs
 
 Outputs are compared number by number where they are logits. Hidden states, of a model without a
 head, have a width that is resized: there the sorted numbers of a position are compared, each of the
@@ -27,14 +27,13 @@ from torch import Tensor
 from streammap import api
 from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
-from streammap.architectures.schema import Architecture, AxisKind
+from streammap.architectures.schema import AxisKind, TinyModel
 from streammap.errors import ArchitectureError, PlanError, StreammapError, some
 from streammap.operators.kinds import RequestLike
 from streammap.operators.permute import Permute
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
 from streammap.tools.spec_proof import tiny_models
-from streammap.tools.spec_proof.tiny_models import FEATURES, TinyModel
 
 CheckName = Literal["source", "growth", "round trip", "permutation", "shrink", "promises"]
 CHECKS: tuple[CheckName, ...] = (
@@ -80,13 +79,31 @@ class ProofReport:
         return all(check.passed for check in self.checks)
 
 
-def models(architecture: Architecture) -> tuple[TinyModel, ...]:
-    """The tiny models under a spec's [proof].
+def chosen(archs: Sequence[str], *, name: str | None = None) -> list[tuple[str, TinyModel]]:
+    """The tiny models under [proof] of some specs, each with its spec.
+
+    Args:
+        archs: Names of specs, or their files (*.toml).
+        name: The only model to take; None for all.
 
     Raises:
-        ArchitectureError: an entry that is none.
+        ArchitectureError: no such spec, a spec without models, or none of them has this name.
     """
-    return tuple(map(_tiny_model, architecture.proof))
+    known = [(arch, registry.tiny_models(arch)) for arch in archs]
+    for arch, models in known:
+        if not models:
+            raise ArchitectureError(
+                f"{arch}: no model under [proof], so that nothing can be tested",
+                hint="add a tiny model: name, class and config under [[proof.models]]",
+            )
+    pairs = [(arch, model) for arch, models in known for model in models]
+    named = [pair for pair in pairs if name in (None, pair[1].name)]
+    if not named:
+        raise ArchitectureError(
+            f"{', '.join(archs)}: no model {name!r} under [proof]",
+            hint=f"there are {', '.join(model.name for _, model in pairs)}",
+        )
+    return named
 
 
 def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[ProofReport, ...]:
@@ -100,29 +117,22 @@ def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[ProofR
     Raises:
         ArchitectureError: no such spec or model.
     """
-    known = models(registry.load(arch))
-    found = tuple(model for model in known if name in (None, model.name))
-    if not found:
-        raise ArchitectureError(
-            f"{arch}: no model {name or ''} under [proof]".replace("  ", " "),
-            hint=f"there are {some([model.name for model in known]) or 'none'}",
-        )
-    return tuple(prove(model, arch, scratch / model.name) for model in found)
+    return tuple(prove(m, arch, scratch / m.name) for _, m in chosen([arch], name=name))
 
 
 def prove(model: TinyModel, arch: str, scratch: Path) -> ProofReport:
     """Check one tiny model; the checks after "source" need a source."""
     work = _Proof(model, arch, scratch)
-    found = [_check("source", work.build)]
-    if found[0].passed:
-        found += [
+    results = [_check("source", work.build)]
+    if results[0].passed:
+        results += [
             _check("growth", work.growth),
             _check("round trip", work.round_trip),
             _check("permutation", work.permutation),
             _check("shrink", work.shrink),
             _check("promises", work.promises),
         ]
-    return ProofReport(model.name, tuple(found))
+    return ProofReport(model.name, tuple(results))
 
 
 def difference(found: Tensor, expected: Tensor, *, in_order: bool) -> float:
@@ -275,22 +285,22 @@ class _Proof:
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
         """What a resized model computes, through its files."""
         lazy.save(self._scratch / name, overwrite=True, fsync=False)
-        found = tiny_models.outputs(self._scratch / name, self._model)
-        if found.keys() != self._expected.keys():
-            raise PlanError(f"outputs are {sorted(found)}, expected {sorted(self._expected)}")
-        wrong = [output for output, x in found.items() if not x.isfinite().all()]
+        results = tiny_models.outputs(self._scratch / name, self._model)
+        if results.keys() != self._expected.keys():
+            raise PlanError(f"outputs are {sorted(results)}, expected {sorted(self._expected)}")
+        wrong = [output for output, x in results.items() if not x.isfinite().all()]
         if wrong:
             raise PlanError(f"{', '.join(wrong)}: not finite")
-        return found
+        return results
 
     def _error(self, lazy: LazyCheckpoint) -> float | None:
         """How far a resized model's outputs are from the source's."""
-        found = self._run(lazy, "resized")
+        results = self._run(lazy, "resized")
         errors = []
         for output, x in self._expected.items():
-            if "logits" not in output or found[output].shape != x.shape:
+            if "logits" not in output or results[output].shape != x.shape:
                 self._hidden.add(output)
-            errors.append(difference(found[output], x, in_order=output not in self._hidden))
+            errors.append(difference(results[output], x, in_order=output not in self._hidden))
         return max(errors, default=None)
 
     def _same(
@@ -309,15 +319,15 @@ class _Proof:
         return error
 
     def _by_axis(self, alone: Callable[[str], LazyCheckpoint], axes: Sequence[str]) -> str:
-        told = []
+        faults = []
         for axis in axes:
             try:
                 error = self._error(alone(axis))
             except Exception as failure:
-                told.append(f"{axis}: {_told(failure)}")
+                faults.append(f"{axis}: {_told(failure)}")
             else:
-                told.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
-        return f"each axis alone: {', '.join(told)}"
+                faults.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
+        return f"each axis alone: {', '.join(faults)}"
 
     def _told_error(self, name: str, lazy: LazyCheckpoint) -> float | None:
         try:
@@ -372,21 +382,3 @@ def _relative(found: Tensor, expected: Tensor) -> float:
         return float(not torch.equal(found, expected))
     scale = float(expected.abs().max()) if expected.numel() else 0.0
     return float((found - expected).abs().max()) / (scale or 1.0)
-
-
-def _tiny_model(entry: Mapping[str, object]) -> TinyModel:
-    name, class_name, config = entry.get("name"), entry.get("class"), entry.get("config")
-    neutral, exempt = entry.get("neutral", []), entry.get("except", [])
-    if not (
-        isinstance(name, str)
-        and isinstance(class_name, str)
-        and isinstance(config, Mapping)
-        and isinstance(neutral, list)
-        and isinstance(exempt, list)
-    ):
-        raise ArchitectureError(f"[[proof.models]] {name}: expected a name, a class and a config")
-    unknown = [feature for feature in neutral if feature not in FEATURES]
-    if unknown:
-        raise ArchitectureError(f"[[proof.models]] {name}: no feature {unknown[0]!r} is known")
-    only_shapes = entry.get("shapes_only") is True
-    return TinyModel(name, class_name, config, tuple(neutral), tuple(exempt), only_shapes)

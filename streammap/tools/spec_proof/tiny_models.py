@@ -12,7 +12,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,11 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from streammap.architectures.schema import TinyModel
 from streammap.common import optional
 from streammap.errors import PlanError, some
 
-FEATURES = ("alibi", "sinusoidal")
-"""What a model computes from positions and can be run without."""
 _TIMM = "timm:"
 """What a class of timm begins with: "timm:VisionTransformer"."""
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -35,21 +33,6 @@ _FIRST_TOKEN = 10
 """Ids below it are padding, masks and images in the tiny models."""
 _SPREAD = 1.5
 """Weights are this / sqrt(fan-in): attention and routers choose, and nothing saturates."""
-
-
-@dataclass(frozen=True, slots=True)
-class TinyModel:
-    """One entry of [[proof.models]]."""
-
-    name: str
-    class_name: str
-    config: Mapping[str, object]
-    neutral: tuple[str, ...] = ()
-    """Those of FEATURES that it is run without."""
-    exempt: tuple[str, ...] = ()
-    """Axes that can't be resized; the spec's [caveat] says why."""
-    shapes_only: bool = False
-    """It is loaded and not run."""
 
 
 def build(model: TinyModel, folder: Path, *, seed: int = 0) -> None:
@@ -98,10 +81,10 @@ def outputs(folder: Path, model: TinyModel, *, seed: int = 0) -> dict[str, Tenso
             torch.manual_seed(seed)  # What loading drew depends on the sizes.
             with _without(model.neutral, net), torch.no_grad():
                 result = net(**_inputs(net))
-    found = _named(result)
-    if not found:
+    tensors = _named(result)
+    if not tensors:
         raise PlanError(f"{model.class_name} gives no tensors", hint="set shapes_only = true")
-    return {k: x for k, x in found.items() if "logits" in k} or found
+    return {k: x for k, x in tensors.items() if "logits" in k} or tensors
 
 
 class _Config(Protocol):
@@ -192,9 +175,9 @@ def _class_of(model: TinyModel) -> _NetClass:
 
 def _load_timm(folder: Path, model: TinyModel) -> _ImageModel:
     arguments = json.loads((folder / _CONFIG).read_text())["model_args"]
-    found = _timm_model(model, arguments)
-    found.load_state_dict(load_file(folder / _WEIGHTS))
-    return found
+    net = _timm_model(model, arguments)
+    net.load_state_dict(load_file(folder / _WEIGHTS))
+    return net
 
 
 def _timm_model(model: TinyModel, arguments: Mapping[str, object]) -> _ImageModel:
@@ -206,10 +189,10 @@ def _timm_model(model: TinyModel, arguments: Mapping[str, object]) -> _ImageMode
 def _randomize(model: _Module) -> None:
     """Random weights, gains and biases, in place: with gains 1 and biases 0, wrong rules pass."""
     saved = model.state_dict()
-    found = dict(model.named_parameters())
-    found |= {name: x for name, x in model.named_buffers() if name in saved}
+    parameters = dict(model.named_parameters())
+    parameters |= {name: x for name, x in model.named_buffers() if name in saved}
     with torch.no_grad():
-        for name, x in found.items():
+        for name, x in parameters.items():
             if not x.is_floating_point() or name.endswith("inv_freq"):
                 continue
             if x.numel() == max(x.shape, default=1) or name.endswith("A_log"):
@@ -223,35 +206,35 @@ def _randomize(model: _Module) -> None:
 def _inputs(net: _Net) -> dict[str, Tensor]:
     """What the model's forward takes. No size that a resizing may change counts."""
     takes, config = inspect.signature(net.forward).parameters, net.config
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
     n_ids = config.get_text_config().vocab_size if "input_ids" in takes else 0
     if "input_ids" in takes:
-        found["input_ids"] = torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
+        inputs["input_ids"] = torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
     if "decoder_input_ids" in takes:
         n_ids = getattr(config, "decoder_vocab_size", None) or config.vocab_size
-        found["decoder_input_ids"] = torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
+        inputs["decoder_input_ids"] = torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
     n_types = getattr(config, "type_vocab_size", 0)
     if "token_type_ids" in takes and n_types:
-        found["token_type_ids"] = torch.randint(n_types, (_BATCH, _N_TOKENS))
+        inputs["token_type_ids"] = torch.randint(n_types, (_BATCH, _N_TOKENS))
     if "input_features" in takes:
         n_frames = 2 * config.max_source_positions
-        found["input_features"] = torch.randn(_BATCH, config.num_mel_bins, n_frames)
+        inputs["input_features"] = torch.randn(_BATCH, config.num_mel_bins, n_frames)
     if "input_values" in takes:
-        found["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(config.conv_stride))
+        inputs["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(config.conv_stride))
     if "image_grid_thw" in takes:
-        found |= _patches(config, found["input_ids"])
+        inputs |= _patches(config, inputs["input_ids"])
     elif "pixel_values" in takes:
-        found |= _images(config, found.get("input_ids"), takes)
-    return found
+        inputs |= _images(config, inputs.get("input_ids"), takes)
+    return inputs
 
 
 def _named(result: Mapping[str, object]) -> dict[str, Tensor]:
     """The numbers of an answer; channels come last in all of them."""
-    found = {k: x for k, x in result.items() if isinstance(x, Tensor) and x.is_floating_point()}
+    tensors = {k: x for k, x in result.items() if isinstance(x, Tensor) and x.is_floating_point()}
     maps = result.get("feature_maps")
     for i, x in enumerate(maps if isinstance(maps, tuple) else ()):
-        found[f"feature_maps.{i}"] = x.movedim(1, -1)
-    return found
+        tensors[f"feature_maps.{i}"] = x.movedim(1, -1)
+    return tensors
 
 
 def _images(config: _Config, ids: Tensor | None, takes: Mapping[str, object]) -> dict[str, Tensor]:
@@ -259,16 +242,16 @@ def _images(config: _Config, ids: Tensor | None, takes: Mapping[str, object]) ->
     vision: _Config = getattr(config, "vision_config", config)
     side = vision.image_size
     n_patches = (side // vision.patch_size) ** 2
-    found = {"pixel_values": torch.randn(_BATCH, vision.num_channels, side, side)}
+    inputs = {"pixel_values": torch.randn(_BATCH, vision.num_channels, side, side)}
     if "noise" in takes:
-        found["noise"] = torch.rand(_BATCH, n_patches)
+        inputs["noise"] = torch.rand(_BATCH, n_patches)
     place: int | None = getattr(config, "image_token_id", None)
     if ids is not None and place is not None:
         n_places = getattr(config, "mm_tokens_per_image", n_patches)
         ids[:, 1 : 1 + n_places] = place
         if "token_type_ids" in takes:
-            found["token_type_ids"] = (ids == place).long()
-    return found
+            inputs["token_type_ids"] = (ids == place).long()
+    return inputs
 
 
 def _patches(config: _Config, ids: Tensor) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from streammap.tools.spec_infer.probing import MetaTensor, Module, Net, on_disk, saved
+from streammap.tools.spec_infer.probe import MetaTensor, Module, Net, on_disk, saved
 
 PartKind = Literal["linear", "conv1d", "conv", "embedding", "norm", "stack", "buffer", "other"]
 
@@ -79,8 +79,8 @@ def _traced(net: Net, state: dict[str, MetaTensor]) -> dict[str, str]:
             return result
 
     with Trace():
-        found = on_disk(net, state)
-    return {key: sources[id(x)] for key, x in found.items() if id(x) in sources}
+        saved_tensors = on_disk(net, state)
+    return {key: sources[id(x)] for key, x in saved_tensors.items() if id(x) in sources}
 
 
 def _flat(value: object) -> Iterator[object]:
@@ -93,7 +93,7 @@ def _flat(value: object) -> Iterator[object]:
         yield value
 
 
-def of(net: Net) -> ModelStructure:
+def describe_model(net: Net) -> ModelStructure:
     """The parts of a model."""
     modules = dict(net.named_modules())
     path_of = {id(module): path for path, module in modules.items()}
@@ -132,7 +132,7 @@ def of(net: Net) -> ModelStructure:
 def _tied(net: Net, on_disk: Mapping[str, str]) -> dict[str, str]:
     """The second names of tensors, as the model has them."""
     first: dict[int, str] = {}
-    found = {}
+    second = {}
     for path, module in net.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             first.setdefault(id(parameter), "")
@@ -143,18 +143,18 @@ def _tied(net: Net, on_disk: Mapping[str, str]) -> dict[str, str]:
         for name, parameter in module.named_parameters(recurse=False):
             key = f"{path}.{name}".lstrip(".")
             if key not in on_disk and first[id(parameter)]:
-                found[key] = first[id(parameter)]
-    return found
+                second[key] = first[id(parameter)]
+    return second
 
 
 def _embeddings(net: Net) -> tuple[Module | None, Module | None]:
-    found: list[Module | None] = []
+    modules: list[Module | None] = []
     for getter in (net.get_input_embeddings, net.get_output_embeddings):
         module = None
         with contextlib.suppress(Exception):
             module = getter()
-        found.append(module)
-    return found[0], found[1]
+        modules.append(module)
+    return modules[0], modules[1]
 
 
 def _kind(module: Module, path: str, rank: int, parameter: str) -> PartKind:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from streammap.architectures import config_fields
 from streammap.architectures.key_pattern import INDEX
-from streammap.tools.spec_infer import solving
-from streammap.tools.spec_infer.model_structure import ModelStructure, ModulePart
-from streammap.tools.spec_infer.probing import Workbench, template
-from streammap.tools.spec_infer.solving import Explained, Monomial, Polynomial, Solution
+from streammap.tools.spec_infer import solve
+from streammap.tools.spec_infer.module_roles import ModelStructure, ModulePart
+from streammap.tools.spec_infer.probe import Workbench, template
+from streammap.tools.spec_infer.solve import Explained, Monomial, Polynomial, Solution
 
 _NAMES = (
     (r"hidden_size|d_model|n_embd|embed_dim|dim|hidden_states_size", "embed"),
@@ -85,7 +85,7 @@ class AxisNaming:
             for key, dims in self.solution.dims.items()
             if (part := self.anatomy.parts.get(key))
             and part.kind == "norm"
-            and (single := solving.sole(dims[-1] if dims else None))
+            and (single := solve.sole(dims[-1] if dims else None))
         )
         return widths.most_common(1)[0][0] if widths else ""
 
@@ -116,12 +116,12 @@ class AxisNaming:
 
     def aliases(self) -> dict[str, str]:
         """Text -> name: q and kv, where there is one kind of attention."""
-        found = [
+        present = [
             n for n in self.names.values() if n in ("heads", "head_dim", "kv_heads", "q_group")
         ]
-        if not {"heads", "head_dim"} <= set(found):
+        if not {"heads", "head_dim"} <= set(present):
             return {}
-        if {"kv_heads", "q_group"} <= set(found):
+        if {"kv_heads", "q_group"} <= set(present):
             return {"kv_heads*q_group*head_dim": "q", "kv_heads*head_dim": "kv"}
         return {"heads*head_dim": "q"}
 
@@ -201,7 +201,7 @@ class AxisNaming:
         return NamedTensors(pattern, part, tuple(dims), self._roles(part, dims), condition)
 
     def _index(self, count: Polynomial) -> str:
-        single = solving.sole(count)
+        single = solve.sole(count)
         if single is not None and single[1] == 1 and not is_heads(single[0]):
             return self.names[single[0]]
         return f"index@{self.expression(count)}"
@@ -209,7 +209,7 @@ class AxisNaming:
     def _conditions(self, pattern: str, groups: Sequence[Sequence[str]]) -> list[str] | None:
         """A condition ("layer_types[layer] == full") for each group of keys, or None."""
         for count in self.indices.values():
-            single = solving.sole(count)
+            single = solve.sole(count)
             if single is None or f"{{{self.names[single[0]]}}}" not in pattern:
                 continue
             at = re.compile(
@@ -222,13 +222,13 @@ class AxisNaming:
             for leaf, entries in self.bench.lists(field.scope).items():
                 if len(entries) != field.value:
                     continue
-                told = [
+                values = [
                     {str(entries[int(m[1])]) for key in keys if (m := at.match(key))}
                     for keys in groups
                 ]
-                if all(len(t) == 1 for t in told) and len(set().union(*told)) == len(groups):
+                if all(len(t) == 1 for t in values) and len(set().union(*values)) == len(groups):
                     name = f"{field.scope}.{leaf}".lstrip(".")
-                    return [f"{name}[{self.names[single[0]]}] == {t.pop()}" for t in told]
+                    return [f"{name}[{self.names[single[0]]}] == {t.pop()}" for t in values]
         return None
 
     def _roles(self, part: ModulePart, dims: Sequence[Polynomial | None]) -> tuple[str, ...]:
@@ -248,7 +248,7 @@ class AxisNaming:
             return (*[""] * (len(dims) - 1), "out")
         width = self.residual()
         makes_hidden = bool(_DOWN.search(f"{part.path}.{part.parameter}".lower()))
-        last = [solving.sole(dim) == (width, 1) for dim in dims[-2:]]
+        last = [solve.sole(dim) == (width, 1) for dim in dims[-2:]]
         if last[0] == last[1]:
             return (*first, "out", "in")
         return (*first, *("out" if is_hidden == makes_hidden else "in" for is_hidden in last))
@@ -262,7 +262,7 @@ class AxisNaming:
                     seen[symbol].add(role)
                     powers |= {symbol} if exponent != 1 else set()
         counted = {
-            single[0] for c in self.indices.values() if (single := solving.sole(c)) is not None
+            single[0] for c in self.indices.values() if (single := solve.sole(c)) is not None
         }
         kinds = {}
         for symbol, name in self.names.items():

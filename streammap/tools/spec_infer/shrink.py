@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 
-from streammap.tools.spec_infer import config_changes, probing, solving
-from streammap.tools.spec_infer.axis_naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
-from streammap.tools.spec_infer.probing import Snapshot, Workbench, template
-from streammap.tools.spec_infer.spec_tables import INDEX_LIST, PER_TOKEN
+from streammap.tools.spec_infer import config_changes, probe, solve
+from streammap.tools.spec_infer.naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
+from streammap.tools.spec_infer.probe import Snapshot, Workbench, template
+from streammap.tools.spec_infer.write_tables import INDEX_LIST, PER_TOKEN
 
 _SMALL = 160
 """A hidden size up to this is that of a tiny model already."""
@@ -76,8 +76,8 @@ def prove_sizes(m: AxisNaming) -> tuple[str, ...]:
 
     wrong: dict[str, None] = {}
     for key, dims in m.solution.dims.items():
-        for polynomial, found in zip(dims, snapshot.shapes.get(key, ()), strict=False):
-            if polynomial is not None and solving.value_of(polynomial, size) != found:
+        for polynomial, size_there in zip(dims, snapshot.shapes.get(key, ()), strict=False):
+            if polynomial is not None and solve.value_of(polynomial, size) != size_there:
                 wrong[template(key)] = None
     if large:
         m.bench.adopt(tiny)
@@ -86,45 +86,45 @@ def prove_sizes(m: AxisNaming) -> tuple[str, ...]:
 
 def _tiny(m: AxisNaming) -> dict[str, object]:
     """Small sizes in the proportions that constructors ask for."""
-    found: dict[str, object] = {}
+    sizes: dict[str, object] = {}
     widths = iter(_TINY_WIDTHS * 9)
     groups = {kv: heads for heads, kv in m.solution.groups.values()}
     for symbol, name in m.names.items():
         field = m.fields.get(symbol)
         kind = m.kinds[name]
-        if field is None or kind == "depth" or symbol in found:
+        if field is None or kind == "depth" or symbol in sizes:
             continue
         leaf = field.leaf
         if "vocab" in leaf:
-            found[symbol] = 97 if "type" not in leaf else field.value
+            sizes[symbol] = 97 if "type" not in leaf else field.value
         elif symbol in groups:
             n = min(field.value, 2)
             times = min(3, m.fields[groups[symbol]].value // field.value)
-            found |= {symbol: n, groups[symbol]: n * times}
+            sizes |= {symbol: n, groups[symbol]: n * times}
         elif is_heads(symbol) and kind == "width":
-            found[symbol] = min(field.value, 6)
+            sizes[symbol] = min(field.value, 6)
         elif HEAD_SIZE.search(leaf):
-            found[symbol] = min(field.value, 8)
+            sizes[symbol] = min(field.value, 8)
         elif kind == "frozen" or kind == "expert":
-            found[symbol] = min(field.value, 61)
+            sizes[symbol] = min(field.value, 61)
         elif name.endswith("embed"):
-            found[symbol] = 48
+            sizes[symbol] = 48
         else:
-            found[symbol] = min(field.value, next(widths))
+            sizes[symbol] = min(field.value, next(widths))
     for heads, kv in m.solution.groups.values():
-        found[heads] = int(str(found[kv])) * min(3, m.fields[heads].value // m.fields[kv].value)
+        sizes[heads] = int(str(sizes[kv])) * min(3, m.fields[heads].value // m.fields[kv].value)
     for hidden in {h for h, _ in m.solution.head_sizes.values()} | {m.residual()}:
         scope = hidden.rpartition(".")[0]
         counts = [
             int(str(n))
-            for s, n in found.items()
+            for s, n in sizes.items()
             if plain_name(s) == "heads" and s.rpartition(".")[0] == scope
         ]
-        found[hidden] = math.lcm(*counts, 1) * 8
+        sizes[hidden] = math.lcm(*counts, 1) * 8
     for token, value in config_changes.leaves(m.bench.fields):
         if re.search(r"token_id$", token) and isinstance(value, int) and value >= 90:
-            found[token] = 90 + len([n for n in found if n.endswith("token_id")]) % 7
-    return found
+            sizes[token] = 90 + len([n for n in sizes if n.endswith("token_id")]) % 7
+    return sizes
 
 
 def proof_config(bench: Workbench) -> dict[str, object]:
@@ -134,7 +134,7 @@ def proof_config(bench: Workbench) -> dict[str, object]:
     return config
 
 
-def _stack(bench: Workbench, field: probing.Field, n: int) -> dict[str, object] | None:
+def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | None:
     """The changes that leave `n` layers, or None where a kind of layer would be lost."""
     changes: dict[str, object] = {field.name: n}
     for leaf, entries in bench.lists(field.scope).items():
@@ -154,13 +154,13 @@ def _kinds(snapshot: Snapshot) -> set[tuple[str, tuple[int, ...]]]:
 
 def _different(fields: Mapping[str, object], usual: Mapping[str, object]) -> dict[str, object]:
     """The entries that a class does not have by itself; TOML has no null."""
-    found: dict[str, object] = {}
+    kept_entries: dict[str, object] = {}
     for name, value in fields.items():
         if isinstance(value, dict):
             inside = usual.get(name)
             kept = _different(value, inside if isinstance(inside, dict) else {})
             if kept and value != inside:
-                found[name] = kept if isinstance(inside, dict) else _different(value, {})
+                kept_entries[name] = kept if isinstance(inside, dict) else _different(value, {})
         elif value is not None and value != usual.get(name):
-            found[name] = value
-    return found
+            kept_entries[name] = value
+    return kept_entries

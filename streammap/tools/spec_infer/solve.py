@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 
-from streammap.tools.spec_infer.model_structure import ModelStructure
-from streammap.tools.spec_infer.probing import Field, Snapshot, Workbench, template
+from streammap.tools.spec_infer.module_roles import ModelStructure
+from streammap.tools.spec_infer.probe import Field, Snapshot, Workbench, template
 
 Monomial = tuple[tuple[str, int], ...]
 """(symbol, exponent), sorted. A symbol is a field, or "a/b" of two: a part of a head axis."""
@@ -72,15 +72,15 @@ def solve(bench: Workbench, anatomy: ModelStructure) -> Solution:
     dims: dict[str, Explained] = {}
     unresolved = {}
     for key, shape in probed.base.shapes.items():
-        found = []
+        explained = []
         for i, size in enumerate(shape):
             read = partial(_size, key, i)
             moved = fitter.moving(read, size)
             fitted = fitter.fit(read, size, moved)
             if fitted is None:
                 unresolved[template(key), i] = tuple(moved)
-            found.append(fitted)
-        dims[key] = tuple(found)
+            explained.append(fitted)
+        dims[key] = tuple(explained)
     counts = {}
     for start, n in probed.base.counts.items():
         counted = partial(_count, start)
@@ -124,11 +124,11 @@ def _probe(bench: Workbench) -> Probed:
     fields, steps, singles = {}, {}, {}
     for field in bench.numbers():
         for value in (2 * field.value, field.value + 1, 3 * field.value):
-            found = bench.snapshot({field.name: value})
-            if found is not None:
-                if found != base:
+            snapshot = bench.snapshot({field.name: value})
+            if snapshot is not None:
+                if snapshot != base:
                     fields[field.name], steps[field.name] = field, value
-                    singles[field.name] = found
+                    singles[field.name] = snapshot
                 break
     return Probed(base, fields, steps, singles)
 
@@ -151,12 +151,12 @@ class _Fitter:
 
     def moving(self, read: Callable[[Snapshot], int | None], size: int) -> dict[str, int]:
         """The fields that change a size, and to what."""
-        found = {}
+        values = {}
         for field, snapshot in self._probed.singles.items():
             other = read(snapshot)
             if other is not None and other != size:
-                found[field] = other
-        return found
+                values[field] = other
+        return values
 
     def fit(
         self, read: Callable[[Snapshot], int | None], size: int, moved: Mapping[str, int]
@@ -185,9 +185,9 @@ class _Fitter:
                     values[chosen] = Fraction(value)
             tried = sorted(itertools.product((1, -1, 2), repeat=len(moved)), key=_oddity)
             for exponents in tried if len(values) == 2 ** len(moved) else ():
-                found = self._through(values, dict(zip(moved, exponents, strict=True)), steps)
-                if found is not None:
-                    return found
+                polynomial = self._through(values, dict(zip(moved, exponents, strict=True)), steps)
+                if polynomial is not None:
+                    return polynomial
         return None
 
     def _through(
@@ -204,13 +204,13 @@ class _Fitter:
                 slope = (factors[chosen | {field}] - factors[chosen]) / (high - low)
                 factors[chosen | {field}] = slope
                 factors[chosen] -= slope * low
-        found = {}
+        polynomial = {}
         for chosen, factor in factors.items():
             if factor.denominator != 1 or factor < 0:
                 return None
             if factor:
-                found[tuple(sorted((f, exponents[f]) for f in chosen))] = int(factor)
-        return found
+                polynomial[tuple(sorted((f, exponents[f]) for f in chosen))] = int(factor)
+        return polynomial
 
 
 def _subsets(fields: Sequence[str]) -> Iterator[frozenset[str]]:
@@ -230,14 +230,14 @@ def _structural(bench: Workbench, probed: Probed) -> dict[str, str]:
             snapshot.shapes[k] != x for k, x in probed.base.shapes.items() if k in snapshot.shapes
         ):
             odd.append(field)
-    found: dict[str, str] = {}
+    structural: dict[str, str] = {}
     for a, b in itertools.combinations(odd, 2):
         if probed.fields[a].value == probed.fields[b].value and probed.steps[a] == probed.steps[b]:
             both = bench.snapshot({a: probed.steps[a], b: probed.steps[b]})
             if both is not None and both.templates == base:
                 first, other = (a, b) if _ASIDE.search(a) else (b, a)
-                found[first] = other
-    return found
+                structural[first] = other
+    return structural
 
 
 def _with_heads(
@@ -245,7 +245,7 @@ def _with_heads(
 ) -> tuple[dict[str, Explained], dict[str, tuple[str, str]]]:
     """Hidden sizes that are heads x head size inside attention, and hidden/heads as one symbol."""
     regions = _regions(anatomy, probed)
-    found: dict[str, Explained] = {}
+    changed: dict[str, Explained] = {}
     used: dict[str, tuple[str, str]] = {}
     for key, polynomials in dims.items():
         part = anatomy.parts.get(key)
@@ -265,8 +265,8 @@ def _with_heads(
             else:
                 fresh[i], more = _divided(polynomial)
                 used |= more
-        found[key] = tuple(fresh)
-    return found, used
+        changed[key] = tuple(fresh)
+    return changed, used
 
 
 def _divided(polynomial: Polynomial) -> tuple[Polynomial, dict[str, tuple[str, str]]]:
@@ -360,7 +360,7 @@ def _groups(dims: Dims, probed: Probed) -> dict[str, tuple[str, str]]:
     symbols = {s for ps in dims.values() for p in ps if p for m in p for s, _ in m}
     present = [f for f in probed.fields if f in symbols and _HEADS.search(f.rpartition(".")[2])]
     counts = [f for f in present if not re.search(r"dim|size", f.rpartition(".")[2])]
-    found = {}
+    pairs = {}
     for kv in counts:
         if not _KV.search(kv.rpartition(".")[2]):
             continue
@@ -373,8 +373,8 @@ def _groups(dims: Dims, probed: Probed) -> dict[str, tuple[str, str]]:
         else:
             others = [f for f in others if not re.search(r"kv|key|value", f.rpartition(".")[2])]
         if len(others) == 1 and probed.fields[others[0]].value % probed.fields[kv].value == 0:
-            found[f"{others[0]}/{kv}"] = others[0], kv
-    return found
+            pairs[f"{others[0]}/{kv}"] = others[0], kv
+    return pairs
 
 
 def _everywhere(dims: Dims, old: Monomial, new: Monomial) -> dict[str, Explained]:
@@ -385,13 +385,13 @@ def _everywhere(dims: Dims, old: Monomial, new: Monomial) -> dict[str, Explained
 
 
 def _replaced(polynomial: Polynomial, old: Monomial, new: Monomial) -> Polynomial:
-    found: dict[Monomial, int] = {}
+    replaced: dict[Monomial, int] = {}
     for monomial, factor in polynomial.items():
         if all(pair in monomial for pair in old):
             rest = [pair for pair in monomial if pair not in old]
             monomial = _product(*rest, *new)
-        found[monomial] = found.get(monomial, 0) + factor
-    return found
+        replaced[monomial] = replaced.get(monomial, 0) + factor
+    return replaced
 
 
 def _product(*pairs: tuple[str, int]) -> Monomial:

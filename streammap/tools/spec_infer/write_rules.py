@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
-from streammap.tools.spec_infer import probing, solving
-from streammap.tools.spec_infer.axis_naming import AxisNaming, NamedTensors
-from streammap.tools.spec_infer.probing import template
+from streammap.tools.spec_infer import probe, solve
+from streammap.tools.spec_infer.naming import AxisNaming, NamedTensors
+from streammap.tools.spec_infer.probe import template
 
 _LARGE = 32
 """A dimension of this size should have a reason."""
@@ -18,9 +18,9 @@ _LARGE = 32
 class SpecRules:
     """The first tables of a spec, and how they write patterns."""
 
-    def __init__(self, meanings: AxisNaming) -> None:
+    def __init__(self, naming: AxisNaming) -> None:
         """Find the beginnings that many keys share."""
-        self._m = meanings
+        self._m = naming
         self._base = self._prefix()
 
     def rules(self) -> str:
@@ -28,7 +28,7 @@ class SpecRules:
         return "\n".join([self._top(), self._axes(), self._rules()])
 
     def _top(self) -> str:
-        version = probing.transformers_version()
+        version = probe.transformers_version()
         lines = [
             f"# Inferred from {self._m.bench.class_name} of transformers {version} by its shapes.",
             "# They show sizes, but neither the order inside a dimension nor factors of the",
@@ -94,7 +94,7 @@ class SpecRules:
                     (key, i)
                     for key, dims in self._m.solution.dims.items()
                     for i, p in enumerate(dims)
-                    if solving.sole(p) == (symbol, 1)
+                    if solve.sole(p) == (symbol, 1)
                 ),
                 None,
             )
@@ -174,22 +174,22 @@ class SpecRules:
 
     def _module(self, members: Sequence[NamedTensors]) -> dict[str | None, str] | None:
         """What [modules] says of a module, by condition; None where it has no word for it."""
-        found: dict[str | None, str] = {}
+        by_condition: dict[str | None, str] = {}
         for tensors in members:
             if tensors.pattern.endswith(".weight"):
                 words = self._module_words(tensors)
                 if words is None:
                     return None
-                found[tensors.condition] = words
+                by_condition[tensors.condition] = words
         for tensors in members:
-            weight = found.get(tensors.condition)
+            weight = by_condition.get(tensors.condition)
             if weight is None or not tensors.pattern.endswith((".weight", ".bias")):
                 return None
             if tensors.pattern.endswith(".bias"):
                 makes = re.split(r" -> | ", weight)[-1]
                 if len(tensors.dims) != 1 or self._m.text_of(tensors, 0) != makes:
                     return None
-        return found or None
+        return by_condition or None
 
     def _module_words(self, tensors: NamedTensors) -> str | None:
         kind, rank = tensors.part.kind, len(tensors.dims)
@@ -243,15 +243,15 @@ class SpecRules:
 
     def _stacks(self) -> dict[str, str]:
         """Beginning of a layer's keys -> its variable."""
-        found: dict[str, str] = {}
+        variables: dict[str, str] = {}
         for tensors in self._m.tensors:
             for name, kind in self._m.kinds.items():
                 start, index, _ = tensors.pattern.partition(f"{{{name}}}.")
                 if kind == "depth" and index:
-                    found[self.based(start) + index] = ""
+                    variables[self.based(start) + index] = ""
         depths = [name for name, kind in self._m.kinds.items() if kind == "depth"]
         short: dict[str, str] = {}
-        for start in found:
+        for start in variables:
             name = next(n for n in depths if f"{{{n}}}." in start)
             variable = "L" if len(depths) == 1 else name.removesuffix("_layer").upper()
             while variable in short.values() or variable in self._m.names.values():

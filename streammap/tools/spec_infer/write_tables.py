@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from streammap.architectures.key_pattern import INDEX
-from streammap.tools.spec_infer import probing
-from streammap.tools.spec_infer.axis_naming import AxisNaming
-from streammap.tools.spec_infer.spec_text import SpecRules, toml_key, toml_value
+from streammap.tools.spec_infer import probe
+from streammap.tools.spec_infer.naming import AxisNaming
+from streammap.tools.spec_infer.write_rules import SpecRules, toml_key, toml_value
 
 PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
 """Fields that must grow with the number of experts."""
@@ -18,9 +18,9 @@ INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
 class SpecTables:
     """What a spec says beyond its tensors."""
 
-    def __init__(self, meanings: AxisNaming, text: SpecRules) -> None:
+    def __init__(self, naming: AxisNaming, text: SpecRules) -> None:
         """Write patterns as `text` does."""
-        self._m, self._text = meanings, text
+        self._m, self._text = naming, text
 
     def text(self) -> str:
         """All tables."""
@@ -137,7 +137,7 @@ class SpecTables:
                 "prefix_counts": list(self._prefix_counts(field, name)),
                 "delete": [
                     k
-                    for k in probing.REBUILT
+                    for k in probe.REBUILT
                     if isinstance(self._m.bench.finished.get(k), (list, str))
                 ],
             }
@@ -153,15 +153,15 @@ class SpecTables:
             lines += [f"last_index = {toml_value(ends)}"] if ends else []
             if "num_nextn_predict_layers" in leaves:
                 lines.append('tail = "num_nextn_predict_layers"')
-            told = full or periods or entries["prefix_counts"] or any(lists[k] for k in some)
-            if not told and self._first_is_odd(name):
+            is_told = full or periods or entries["prefix_counts"] or any(lists[k] for k in some)
+            if not is_told and self._first_is_odd(name):
                 lines.append("first = true")
             if lines:
                 yield "\n".join([f"[depth.{name}]", *lines]) + "\n"
 
     def _layers_of(self, name: str) -> dict[str, set[int]]:
         """Pattern -> the layers that have it."""
-        found: dict[str, set[int]] = defaultdict(set)
+        layers: dict[str, set[int]] = defaultdict(set)
         for key in self._m.solution.dims:
             pattern = self._m.pattern(key)
             start, index, _ = pattern.partition(f"{{{name}}}")
@@ -169,10 +169,10 @@ class SpecTables:
                 number = list(INDEX.finditer(key))[
                     len(re.findall(r"\{|(?<![^.])\d+(?![^.])", start))
                 ]
-                found[pattern].add(int(number[0]))
-        return found
+                layers[pattern].add(int(number[0]))
+        return layers
 
-    def _prefix_counts(self, field: probing.Field, name: str) -> Iterator[str]:
+    def _prefix_counts(self, field: probe.Field, name: str) -> Iterator[str]:
         layers = self._layers_of(name)
         for other in self._m.fields.values():
             if other.scope == field.scope and 0 < other.value < field.value:
@@ -183,12 +183,12 @@ class SpecTables:
                     yield other.leaf
 
     def _first_is_odd(self, name: str) -> bool:
-        found = list(self._layers_of(name).values())
-        every: set[int] = set().union(*found) if found else set()
+        layers = list(self._layers_of(name).values())
+        every: set[int] = set().union(*layers) if layers else set()
         return (
             len(every) > 1
-            and any(n != every for n in found)
-            and all(n in (every, {0}, every - {0}) for n in found)
+            and any(n != every for n in layers)
+            and all(n in (every, {0}, every - {0}) for n in layers)
         )
 
     def _config(self) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from streammap.architectures import config_fields
+from streammap.architectures import config_fields, layer_kinds
 from streammap.architectures.key_pattern import INDEX
 from streammap.common import optional
 from streammap.errors import ArchitectureError
@@ -180,17 +180,17 @@ class Workbench:
         Raises:
             ArchitectureError: it can't be built.
         """
-        found = self.snapshot({})
-        if found is None:
+        snapshot = self.snapshot({})
+        if snapshot is None:
             raise ArchitectureError(
                 f"{self._name}: {self.class_name} can't be built: {self._why()}",
                 hint="check config.json, or write a spec by hand",
             )
-        return found
+        return snapshot
 
     def numbers(self) -> tuple[Field, ...]:
         """The fields that may be sizes."""
-        found = []
+        fields = []
         for name, value in config_changes.leaves(self.fields):
             leaf = name.rpartition(".")[2]
             if isinstance(value, bool) or config_changes.NO_SIZE.search(leaf):
@@ -200,8 +200,8 @@ class Workbench:
             whole = isinstance(value, int) and value > 0
             ratio = isinstance(value, float) and value >= 1 and value.is_integer()
             if whole or (ratio and _RATIO.search(leaf)):
-                found.append(Field(name, int(cast("float", value))))
-        return tuple(found)
+                fields.append(Field(name, int(cast("float", value))))
+        return tuple(fields)
 
     def lists(self, scope: str) -> dict[str, list[object]]:
         """The list-valued fields of one part of the configuration."""
@@ -235,20 +235,20 @@ class Workbench:
         """The model with some fields changed; None where there can't be one."""
         key = repr(sorted(changes.items()))
         if key not in self._cache:
-            found = None
+            snapshot = None
             for build in (self._plainly, self._with_lists, self._afterwards):
                 with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
-                    found = build(changes)
+                    snapshot = build(changes)
                     break
-            self._cache[key] = found
+            self._cache[key] = snapshot
         return self._cache[key]
 
     def default(self, field: str, changes: Changes) -> int | None:
         """What the configuration class makes of a `field` that is not there."""
         with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
             fields = config_changes.changed(self.fields, {**changes, field: None})
-            found = config_fields.field_value(self._config_class(**fields).to_dict(), field)
-            return found if isinstance(found, int) and not isinstance(found, bool) else None
+            value = config_fields.field_value(self._config_class(**fields).to_dict(), field)
+            return value if isinstance(value, int) and not isinstance(value, bool) else None
         return None
 
     def flag(self, field: str) -> bool:
@@ -280,7 +280,7 @@ class Workbench:
             if not isinstance(value, int):
                 continue
             for leaf, entries in self.lists(scope).items():
-                spread = config_changes.spread(entries)
+                spread = layer_kinds.unrolled(entries) or entries
                 if len(spread) == old:
                     longer = [spread[i % old] for i in range(value)]
                     more[config_changes.joined(scope, leaf)] = (
@@ -347,12 +347,12 @@ def template(key: str) -> str:
 
 
 def _index_counts(keys: Iterable[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for key in keys:
         for number in INDEX.finditer(key):
             start = template(key[: number.start()])
-            found[start] = max(found.get(start, 0), int(number[0]) + 1)
-    return found
+            counts[start] = max(counts.get(start, 0), int(number[0]) + 1)
+    return counts
 
 
 def transformers_version() -> str:
@@ -384,15 +384,15 @@ def _config_class(config: Fields, name: str) -> tuple[str, _ConfigClass]:
 def _net_class(finished: _Config, config: Fields, name: str) -> Callable[[_Config], Net]:
     named = config.get("architectures")
     for class_name in named if isinstance(named, list) else ():
-        found = getattr(optional.library("transformers"), str(class_name), None)
-        if isinstance(found, type) and hasattr(found, "base_model_prefix"):
-            return cast("Callable[[_Config], Net]", found)
+        net_class = getattr(optional.library("transformers"), str(class_name), None)
+        if isinstance(net_class, type) and hasattr(net_class, "base_model_prefix"):
+            return cast("Callable[[_Config], Net]", net_class)
     auto = optional.library("transformers.models.auto.modeling_auto")
     for mapping in _AUTO:
         options = getattr(auto, mapping, {})
         if type(finished) in options:
-            found = options[type(finished)]
-            first = found[0] if isinstance(found, (list, tuple)) else found
+            net_class = options[type(finished)]
+            first = net_class[0] if isinstance(net_class, (list, tuple)) else net_class
             return cast("Callable[[_Config], Net]", first)
     raise ArchitectureError(
         f"{name}: transformers has no model class for {config.get('model_type')!r}",
