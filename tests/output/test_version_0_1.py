@@ -1,4 +1,4 @@
-"""Results, records and unfinished runs of version 0.1 are understood by this one: tests/data/v0.1."""
+"""Results, records and unfinished runs of version 0.1 (tests/data/v0.1) are understood."""
 
 import json
 import os
