@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         open,
         permute,
     )
+    from streammap.common.ranks import Ranks
     from streammap.common.version import VERSION as __version__
     from streammap.errors import (
         ArchitectureError,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
         StreammapError,
     )
     from streammap.output.module.load import LoadReport
-    from streammap.output.ranks.launcher import Ranks
     from streammap.output.run import Report
     from streammap.tools.original.mappers import BertMapper, DeiTMapper, GPT2Mapper
 
@@ -73,7 +73,7 @@ _HOMES = {
         "permute",
     ),
     "output.module.load": ("LoadReport",),
-    "output.ranks.launcher": ("Ranks",),
+    "common.ranks": ("Ranks",),
     "output.run": ("Report",),
     "tools.original.mappers": ("BertMapper", "DeiTMapper", "GPT2Mapper"),
 }

@@ -5,27 +5,17 @@ processes but the first, so that a launcher's ranks do not write over each other
 """
 
 import logging
-import os
 import sys
 import time
 from typing import TYPE_CHECKING, final
 
 from streammap.common.events import Event, Finished, Listener, Started, Wrote, nobody
+from streammap.common.ranks import rank
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 _LOGGED_SECONDS = 10.0
-
-
-def rank() -> int:
-    """This process's number among those of its launch: torch.distributed's, else RANK's, else 0."""
-    module = sys.modules.get("torch.distributed")
-    if module is not None and module.is_available() and module.is_initialized():
-        found: int = module.get_rank()
-        return found
-    text = os.environ.get("RANK", "")
-    return int(text) if text.isdecimal() else 0
 
 
 def bar(title: str, *, quiet: bool) -> Listener:

@@ -622,10 +622,10 @@ def test_chunks_that_make_too_many_pieces_are_refused_quickly() -> None:
 def test_a_file_whose_name_can_not_be_shown_is_not_copied(source: Path) -> None:
     (source / "a\nb.txt").touch()
     with pytest.raises(CheckpointError, match=r"'a\\nb.txt': a file name with letters that can't"):
-        side_files.copied(open_checkpoint(source))
+        list(side_files.of_source(open_checkpoint(source)))
     (source / "a\nb.txt").rename(source / os.fsdecode(b"\xff\xfe.txt"))
     with pytest.raises(CheckpointError, match="a file name with letters that can't be shown"):
-        side_files.copied(open_checkpoint(source))
+        list(side_files.of_source(open_checkpoint(source)))
 
 
 def test_files_beside_the_weights_have_an_end(
@@ -633,15 +633,15 @@ def test_files_beside_the_weights_have_an_end(
 ) -> None:
     for i in range(4):
         (source / f"{i}.txt").write_text("x" * 100)
-    assert len(side_files.copied(open_checkpoint(source))) == 4
+    assert len(list(side_files.of_source(open_checkpoint(source)))) == 4
     monkeypatch.setattr("streammap.output.side_files._MAX_TOTAL_NBYTES", 399)
     with pytest.raises(CheckpointError, match="4 files beside the weights, 400 bytes, at most"):
-        side_files.copied(open_checkpoint(source))
+        list(side_files.of_source(open_checkpoint(source)))
     monkeypatch.setattr("streammap.output.side_files._MAX_FILES", 2)
     with pytest.raises(
         CheckpointError, match="3 files beside the weights, 300 bytes, at most 2 and"
     ):
-        side_files.copied(open_checkpoint(source))
+        list(side_files.of_source(open_checkpoint(source)))
 
 
 def test_a_side_file_that_becomes_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Progress goes where the caller says, and comes from one process only."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 import streammap
 from streammap import progress
 from streammap.cli.main import main
+from streammap.common import ranks
 from streammap.common.events import Finished, Listener, Started, Wrote
 from tests.support import tiny
 
@@ -49,7 +51,7 @@ def test_only_the_first_process_speaks(
 ) -> None:
     for rank, speaks in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
-        assert progress.rank() == int(rank)
+        assert ranks.rank() == int(rank)
         with caplog.at_level(logging.INFO):
             _run(progress.to_logger(logging.getLogger()))
         _run(progress.ProgressBar("title"))
@@ -57,7 +59,35 @@ def test_only_the_first_process_speaks(
         assert ("title" in capsys.readouterr().err) == speaks
         caplog.clear()
     monkeypatch.setenv("RANK", "none")
-    assert progress.rank() == 0
+    assert ranks.rank() == 0
+
+
+@pytest.mark.parametrize(
+    ("env", "rank"),
+    [
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4"}, 3),
+        ({"SLURM_PROCID": "3"}, 0),  # a batch script
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "RANK": "1", "WORLD_SIZE": "2"}, 1),
+        ({"SLURM_PROCID": "9", "SLURM_STEP_NUM_TASKS": "4"}, 0),  # makes no sense
+    ],
+)
+def test_progress_and_runs_agree_on_the_rank_under_slurm(
+    env: dict[str, str],
+    rank: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with caplog.at_level(logging.INFO):
+        _run(progress.to_logger(logging.getLogger()))
+    assert ranks.rank() == rank
+    assert bool(caplog.records) == (rank == 0)
+    assert ranks.is_relayed("rank 2: no space left") == (rank > 0)
+    with contextlib.suppress(streammap.OutputError):
+        assert ranks.Ranks.here().rank == rank
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])

@@ -8,6 +8,7 @@ from streammap.common.version import VERSION
 from streammap.engine.options import Engine
 from streammap.errors import StreammapError
 from streammap.io.checkpoint import Checkpoint
+from streammap.output import side_files
 from streammap.planning.plan import Plan
 
 PAPER = "2404.07999"
@@ -35,7 +36,7 @@ def card(plan: Plan, engine: Engine, *, name: str) -> str:
         lines.append(f"- {step.operator} ({options})" if options else f"- {step.operator}")
     promise, reason = plan.promise
     lines += ["", f"Promise: **{promise}** ({reason}).", "", *_formulas(plan, engine)]
-    lines += [f"- note: {note}" for note in plan.notes]
+    lines += [f"- note: {note}" for note in side_files.notes(plan)]
     files = (
         "`streammap.json` has the exact sources, steps and checksums; the map that was used, where "
         "there is one, is in `streammap.map.safetensors`."

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from streammap.architectures import axis_facts
 from streammap.architectures import key_pattern as pattern
 from streammap.engine.options import Engine
-from streammap.output import run
+from streammap.output import run, side_files
 from streammap.planning import exactness, graph
 from streammap.planning.graph import LinearForm, Term
 from streammap.planning.plan import Plan
@@ -113,7 +113,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
         device_reason=choice.reason,
         promise=promise,
         reason=reason,
-        notes=plan.notes,
+        notes=side_files.notes(plan),
     )
 
 

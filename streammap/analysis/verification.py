@@ -25,7 +25,7 @@ from streammap.io.problems import Finding
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import request_json
-from streammap.output import shards
+from streammap.output import layout
 from streammap.planning import map_file, plan
 from streammap.planning.plan import Plan
 from streammap.tools import replay
@@ -248,7 +248,7 @@ def _offsets(seen: Survey, expected: Plan) -> Iterator[Finding]:
         if not file.endswith(".safetensors") or file in surplus:
             continue
         specs = {key: seen.checkpoint.slots[key].spec for key in keys}
-        (shard,) = shards.arrange(specs, max_shard_nbytes=2**62, single=file)
+        (shard,) = layout.arrange(specs, max_shard_nbytes=2**62, single=file)
         planned = {slot.key: slot.start for slot in shard.slots}
         first = min(planned.values(), default=0)
         least = min((seen.checkpoint.slots[key].start for key in keys), default=0)

@@ -81,7 +81,7 @@ class _Main(_Operators):
                 import traceback
 
                 traceback.print_exc()
-            from streammap.output.ranks.launcher import is_relayed
+            from streammap.common.ranks import is_relayed
 
             if not is_relayed(error.message):
                 click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)

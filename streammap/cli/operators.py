@@ -101,7 +101,7 @@ def _run(name: str, values: dict[str, Any]) -> None:
 
 def save(lazy: "LazyCheckpoint", title: str, values: dict[str, Any]) -> None:
     """Write a planned checkpoint as the options say, and print the report."""
-    from streammap.output.ranks.launcher import ALONE, Ranks
+    from streammap.common.ranks import ALONE, Ranks
     from streammap.output.save_options import SaveOptions
 
     here = ALONE if values["no_ranks"] else Ranks.here()
@@ -112,7 +112,7 @@ def save(lazy: "LazyCheckpoint", title: str, values: dict[str, Any]) -> None:
         report = lazy.save(values["output"], **how)
     else:
         report = lazy.push_to_hub(push.pop("repo"), **push, **how)
-    print_report(report, lazy.plan.notes, quiet=values["quiet"], as_json=values["as_json"])
+    print_report(report, quiet=values["quiet"], as_json=values["as_json"])
 
 
 def listener(title: str, *, quiet: bool) -> "Listener":
@@ -122,16 +122,16 @@ def listener(title: str, *, quiet: bool) -> "Listener":
     return progress.bar(title, quiet=quiet)
 
 
-def print_report(report: "Report", notes: Sequence[str], *, quiet: bool, as_json: bool) -> None:
+def print_report(report: "Report", *, quiet: bool, as_json: bool) -> None:
     """A run's result on stdout; under a launcher the first process's alone."""
-    from streammap.progress import rank
+    from streammap.common.ranks import rank
 
-    if rank() or report.rank:
+    if rank():
         return
     if as_json:
-        click.echo(json.dumps({**report.as_json(), "notes": list(notes)}, indent=2))
+        click.echo(json.dumps(report.as_json(), indent=2))
     elif not quiet:
-        for note in notes:
+        for note in report.notes:
             click.echo(printable(f"note       {note}"))
         if report.n_resumed:
             gigabytes = report.nbytes_resumed / 1e9

@@ -83,7 +83,7 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
 @adds(*parameters(Engine), no_ranks(), quiet(), as_json())
 def map_(restart: bool, no_ranks: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Run the original map tools' command line, flag by flag."""
-    from streammap.output.ranks.launcher import ALONE, Ranks
+    from streammap.common.ranks import ALONE, Ranks
     from streammap.tools.original import mappers
 
     limits = values_of(Engine, options)
@@ -91,4 +91,4 @@ def map_(restart: bool, no_ranks: bool, quiet: bool, as_json: bool, **options: A
     here = ALONE if no_ranks else Ranks.here()
     shows = listener("map", quiet=quiet or here.rank > 0)
     report = made.save(restart=restart, progress=shows, ranks=here, **limits)
-    print_report(report, made.result.plan.notes, quiet=quiet, as_json=as_json)
+    print_report(report, quiet=quiet, as_json=as_json)

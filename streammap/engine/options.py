@@ -19,9 +19,9 @@ class Size(Kind):
 
     def parse(self, value: Any, name: str) -> int:
         """Bytes."""
-        from streammap.output import shards
+        from streammap.output import layout
 
-        return shards.parse_size(value)
+        return layout.parse_size(value)
 
 
 @final

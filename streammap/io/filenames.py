@@ -8,3 +8,6 @@ WORK_SUFFIX = ".streammap-run"
 """Ends the name of the folder in which a result is made."""
 COMMIT_MARK = "commit.json"
 """In that folder while a whole result is being put in place."""
+
+RECORD = "streammap.json"
+"""Of a result: where it came from, see output/record.py."""

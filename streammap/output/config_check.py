@@ -1,9 +1,9 @@
-"""A result's config.json against the validators of its own class, where transformers is there.
+"""A result's config.json against the validators of its own class, if transformers is installed.
 
     python -m streammap.output.config_check
         two configs on stdin as a JSON list -> the refusal, if any
 
-That is how it is done where transformers isn't imported yet: it takes 100 MB, which a run has not.
+A process of its own, where transformers isn't imported yet: its 100 MB are not in a run's budget.
 """
 
 import importlib
@@ -17,16 +17,16 @@ from streammap.common import optional
 from streammap.errors import PlanError
 
 _LARGE_NBYTES = 10**10
-"""What takes longer to write than the seconds that transformers takes to import."""
+"""Larger results take longer to write than transformers takes to import."""
 _MOST_SECONDS = 60.0
 
 
 def check(
     source: Mapping[str, object] | None, result: Mapping[str, object] | None, *, nbytes: int
 ) -> None:
-    """Refuse a config.json that transformers would refuse, if it takes the source's.
+    """Refuse a config.json that transformers would refuse, if it accepts the source's.
 
-    transformers is slow to import: where it isn't imported yet, only a large result is worth it.
+    transformers is slow to import: where it isn't imported yet, only a large result is worth that.
 
     Args:
         nbytes: Size of the result.
@@ -37,27 +37,27 @@ def check(
     if source is None or result is None or source == result:
         return
     if "transformers" in sys.modules:
-        why = _compared(source, result)
+        why = _compare(source, result)
     elif nbytes >= _LARGE_NBYTES and importlib.util.find_spec("transformers") is not None:
-        why = _compared_apart(source, result)
+        why = _compare_apart(source, result)
     else:
         return
     if why is not None:
         raise PlanError(
             f"config.json: transformers would refuse the result: {why}",
-            hint="ask for sizes that it takes",
+            hint="ask for sizes that it accepts",
         )
 
 
-def _compared(source: Mapping[str, object], result: Mapping[str, object]) -> str | None:
-    """Why transformers takes the source's config and not the result's; None where it does."""
-    made = _config_class(str(result.get("model_type")))
-    if made is None or _refusal(made, source) is not None:
+def _compare(source: Mapping[str, object], result: Mapping[str, object]) -> str | None:
+    """Why transformers accepts the source's config but not the result's; None if it does."""
+    build = _config_class(str(result.get("model_type")))
+    if build is None or _refusal(build, source) is not None:
         return None
-    return _refusal(made, result)
+    return _refusal(build, result)
 
 
-def _compared_apart(source: Mapping[str, object], result: Mapping[str, object]) -> str | None:
+def _compare_apart(source: Mapping[str, object], result: Mapping[str, object]) -> str | None:
     """The same, in a process of its own; None where that fails."""
     import subprocess
 
@@ -78,20 +78,19 @@ def _compared_apart(source: Mapping[str, object], result: Mapping[str, object]) 
 def _config_class(model_type: str) -> Callable[[dict[str, object]], object] | None:
     try:
         auto: ModuleType = importlib.import_module("transformers.models.auto.configuration_auto")
-        found = auto.CONFIG_MAPPING[model_type]
+        build: Callable[[dict[str, object]], object] = auto.CONFIG_MAPPING[model_type].from_dict
     except (ImportError, KeyError, AttributeError):
         return None
-    made: Callable[[dict[str, object]], object] = found.from_dict
-    return made
+    return build
 
 
 def _refusal(
-    made: Callable[[dict[str, object]], object], config: Mapping[str, object]
+    build: Callable[[dict[str, object]], object], config: Mapping[str, object]
 ) -> str | None:
-    """Why a class doesn't take a config, in one line."""
+    """Why a class doesn't accept a config, in one line."""
     try:
         with optional.quiet():
-            made(dict(config))
+            build(dict(config))
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[-1] if lines else type(error).__name__
@@ -99,4 +98,4 @@ def _refusal(
 
 
 if __name__ == "__main__":
-    sys.stdout.write(_compared(*json.load(sys.stdin)) or "")
+    sys.stdout.write(_compare(*json.load(sys.stdin)) or "")

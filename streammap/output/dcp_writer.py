@@ -1,14 +1,15 @@
-"""A DCP folder on its way: where each tensor goes, and what stands around its numbers.
+"""The files of a DCP result: where each tensor lies, and the bytes around its numbers.
 
 A file is the tensors' streams one after the other. A stream is a zip file as torch.save(tensor)
-writes one: small entries, the numbers, and the table of entries behind them. All of that but the
-numbers is known before, so that tiles are written where they belong. Like the zip files of .pth
-results it has no checksum of the numbers, which torch does not look at.
+writes one: small entries, the numbers, and then the table of entries. All but the numbers is known
+in advance, so tiles are written where they belong. Like the zip files of .pth results it has no
+checksum of the numbers; torch does not check it.
 """
 
 import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from struct import pack
 
 from streammap.errors import OutputError
 from streammap.io import weight_files
@@ -27,13 +28,15 @@ from streammap.io.formats.pickle_writer import (
     tuple_,
 )
 from streammap.io.formats.safetensors_header import Slot
-from streammap.output import shards as layout
-from streammap.output.shards import Shard
+from streammap.output import layout
+from streammap.output.layout import Shard
 
 SUFFIX = weight_files.DCP_SUFFIX
 _ALIGN = 64
 _DATA = "archive/data/0"
 _MAX_32 = 2**32 - 1
+_DAY = 33
+"""1 January 1980, as zip files have it."""
 _STORAGES = {
     "F64": "Double",
     "F32": "Float",
@@ -55,7 +58,7 @@ def arrange(specs: Mapping[str, TensorSpec], *, max_shard_nbytes: int) -> tuple[
     """The files of a result: as many and in the order of a safetensors result.
 
     Raises:
-        OutputError: a dtype that torch has not.
+        OutputError: a dtype that torch lacks.
     """
     for key, spec in specs.items():
         if spec.dtype not in TORCH_NAMES:
@@ -65,17 +68,17 @@ def arrange(specs: Mapping[str, TensorSpec], *, max_shard_nbytes: int) -> tuple[
 
 
 def _shard(name: str, slots: Sequence[Slot]) -> Shard:
-    placed, at, tail = [], 0, 0
+    placed, offset, tail = [], 0, 0
     for slot in slots:
-        placed.append(Slot(slot.key, slot.spec, at + len(_head(slot.spec))))
+        placed.append(Slot(slot.key, slot.spec, offset + len(_head(slot.spec))))
         tail = _stream_end(placed[-1]) - placed[-1].end
-        at = placed[-1].end + tail
-        at += -at % _ALIGN
+        offset = placed[-1].end + tail
+        offset += -offset % _ALIGN
     return Shard(name, _head(slots[0].spec) if slots else b"", tuple(placed), tail)
 
 
-def around(shard: Shard) -> Iterator[tuple[int, bytes]]:
-    """(offset, bytes) of all that stands around the tensors' numbers."""
+def framing(shard: Shard) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of everything in a file but the tensors' numbers."""
     for slot in shard.slots:
         head = _head(slot.spec)
         yield slot.start - len(head), head
@@ -109,10 +112,10 @@ def metadata(shards: Sequence[Shard], nest: str | None) -> bytes:
 
 
 def _tensor(spec: TensorSpec, zeros: bytes) -> bytes:
-    layout_of = call(named("torch.serialization", "_get_layout"), text("torch.strided"))
+    strided = call(named("torch.serialization", "_get_layout"), text("torch.strided"))
     order = call(named(_META, "_MEM_FORMAT_ENCODING"), number(0))
     properties = made(
-        named(_META, "TensorProperties"), tuple_(_dtype(spec), layout_of, FALSE, order, FALSE)
+        named(_META, "TensorProperties"), tuple_(_dtype(spec), strided, FALSE, order, FALSE)
     )
     size = _size(spec.shape)
     chunk = made(
@@ -190,116 +193,55 @@ def _entries(spec: TensorSpec) -> tuple[tuple[str, bytes], ...]:
 
 
 def _head(spec: TensorSpec) -> bytes:
-    """All before the numbers, which begin at a multiple of 64 bytes."""
-    found = b"".join(
+    """Everything before the numbers, which begin at a multiple of 64 bytes."""
+    small = b"".join(
         _local(name, zlib.crc32(content), len(content), b"") + content
         for name, content in _entries(spec)
     )
     large = _zip64(spec.nbytes, spec.nbytes)
-    bare = len(found) + len(_local(_DATA, 0, spec.nbytes, large)) + 4
+    bare = len(small) + len(_local(_DATA, 0, spec.nbytes, large)) + 4
     padding = -bare % _ALIGN
     extra = large + b"FB" + padding.to_bytes(2, "little") + bytes(padding)
-    return found + _local(_DATA, 0, spec.nbytes, extra)
+    return small + _local(_DATA, 0, spec.nbytes, extra)
 
 
 def _tail(spec: TensorSpec, n_head: int) -> bytes:
     """The table of entries; `n_head` bytes are before the numbers."""
-    found, at, entries = b"", 0, _entries(spec)
+    table, offset, entries = b"", 0, _entries(spec)
     for name, content in entries:
-        found += _central(name, zlib.crc32(content), len(content), at)
-        at += len(_local(name, 0, 0, b"")) + len(content)
-    found += _central(_DATA, 0, spec.nbytes, at)
+        table += _central(name, zlib.crc32(content), len(content), offset)
+        offset += len(_local(name, 0, 0, b"")) + len(content)
+    table += _central(_DATA, 0, spec.nbytes, offset)
     n, start = len(entries) + 1, n_head + spec.nbytes
-    end = b""
+    end64 = b""
     if start > _MAX_32:
-        record = start + len(found)
-        end = _packed(
-            "PK\6\6",
-            (44, 8),
-            (45, 2),
-            (45, 2),
-            (0, 4),
-            (0, 4),
-            (n, 8),
-            (n, 8),
-            (len(found), 8),
-            (start, 8),
-        )
-        end += _packed("PK\6\7", (0, 4), (record, 8), (1, 4))
-    return (
-        found
-        + end
-        + _packed(
-            "PK\5\6",
-            (0, 2),
-            (0, 2),
-            (n, 2),
-            (n, 2),
-            (len(found), 4),
-            (min(start, _MAX_32), 4),
-            (0, 2),
-        )
-    )
+        sizes = (n, n, len(table), start)
+        end64 = pack("<4sQHHIIQQQQ", b"PK\6\6", 44, 45, 45, 0, 0, *sizes)
+        end64 += pack("<4sIQI", b"PK\6\7", 0, start + len(table), 1)
+    sizes = (n, n, len(table), min(start, _MAX_32))
+    return table + end64 + pack("<4sHHHHIIH", b"PK\5\6", 0, 0, *sizes, 0)
 
 
 def _local(name: str, crc: int, nbytes: int, extra: bytes) -> bytes:
     """The header of an entry."""
-    size = min(nbytes, _MAX_32)
-    return (
-        _packed(
-            "PK\3\4",
-            (45 if nbytes >= _MAX_32 else 20, 2),
-            (0, 2),
-            (0, 2),
-            (0, 2),
-            (33, 2),
-            (crc, 4),
-            (size, 4),
-            (size, 4),
-            (len(name), 2),
-            (len(extra), 2),
-        )
-        + name.encode()
-        + extra
-    )
+    version, size = 45 if nbytes >= _MAX_32 else 20, min(nbytes, _MAX_32)
+    lengths = (len(name), len(extra))
+    head = pack("<4sHHHHHIIIHH", b"PK\3\4", version, 0, 0, 0, _DAY, crc, size, size, *lengths)
+    return head + name.encode() + extra
 
 
-def _central(name: str, crc: int, nbytes: int, at: int) -> bytes:
+def _central(name: str, crc: int, nbytes: int, offset: int) -> bytes:
     """An entry's line in the table."""
     size, extra = min(nbytes, _MAX_32), _zip64(nbytes, nbytes)
-    return (
-        _packed(
-            "PK\1\2",
-            (45, 2),
-            (45 if extra else 20, 2),
-            (0, 2),
-            (0, 2),
-            (0, 2),
-            (33, 2),
-            (crc, 4),
-            (size, 4),
-            (size, 4),
-            (len(name), 2),
-            (len(extra), 2),
-            (0, 2),
-            (0, 2),
-            (0, 2),
-            (0, 4),
-            (at, 4),
-        )
-        + name.encode()
-        + extra
-    )
+    versions = (45, 45 if extra else 20)
+    head = pack("<4sHHHHHHIII", b"PK\1\2", *versions, 0, 0, 0, _DAY, crc, size, size)
+    lengths = (len(name), len(extra), 0)
+    return head + pack("<HHHHHII", *lengths, 0, 0, 0, offset) + name.encode() + extra
 
 
 def _zip64(*sizes: int) -> bytes:
-    """The field that has sizes of 4 GiB and more."""
+    """The extra field for sizes of 4 GiB and more; empty for smaller ones."""
     if max(sizes) < _MAX_32:
         return b""
     body = b"".join(n.to_bytes(8, "little") for n in sizes)
     return b"\1\0" + len(body).to_bytes(2, "little") + body
-
-
-def _packed(mark: str, *fields: tuple[int, int]) -> bytes:
-    """Numbers of so many bytes each."""
-    return mark.encode("latin-1") + b"".join(n.to_bytes(size, "little") for n, size in fields)

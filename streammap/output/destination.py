@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from streammap.common.events import Listener
+from streammap.common.ranks import Ranks
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
 from streammap.io import filenames
@@ -15,7 +16,6 @@ from streammap.io.storage.hub_sink import Push
 from streammap.io.storage.resolve import PathLike
 from streammap.output import config_check, run
 from streammap.output.options import OutputOptions
-from streammap.output.ranks.launcher import Ranks
 from streammap.output.run import Report
 from streammap.output.save_options import PushOptions, SaveOptions
 from streammap.planning.plan import Plan
@@ -99,5 +99,5 @@ def _send(plan: Plan, sink: Sink, where: OutputOptions, progress: Listener) -> R
         )
     from streammap.output import upload
 
-    where = replace(where, path=upload.spool_of(sink.label))
+    where = replace(where, path=upload.spool_for(sink.label))
     return run.run(plan, where, progress, sink=sink)

@@ -1,4 +1,4 @@
-"""Files of a result while they are made, in its work folder, and whether it may be made at all."""
+"""A result's files as they are written in its work folder, and checks before the first byte."""
 
 import contextlib
 import os
@@ -11,13 +11,14 @@ from streammap.engine import tiles
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import safe_open, weight_files
 from streammap.io.storage.disk import Disk
-from streammap.output import journal, work_folder
-from streammap.output.shards import Shard
-from streammap.output.work_folder import SUFFIX
+from streammap.output import record, work_folder
+from streammap.output.layout import Shard
+from streammap.output.work_folder import RESTART, SUFFIX
+from streammap.planning import map_file
 
 _NO_ROOM = "free disk space, or write elsewhere"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-_THERE = os.O_RDWR | os.O_NOFOLLOW
+_EXISTING = os.O_RDWR | os.O_NOFOLLOW
 
 
 @final
@@ -25,14 +26,14 @@ class Output:
     """Files being written. Use as a context: leaving it closes them."""
 
     def __init__(self, files: Path, named: Path, *, disk: Disk, fsync: bool) -> None:
-        """Write into `files`; messages name the folder `named`, where they will be."""
+        """Write into `files`; messages name `named`, the folder that they will be in."""
         self._files, self._named = files, named
         self._disk, self._fsync = disk, fsync
         self._pwrite = disk.pwrite
         self._descriptors: dict[str, int] = {}
         self._piece = memoryview(bytearray(tiles.PIECE_NBYTES))
         self.names: list[str] = []
-        """Small files that were added."""
+        """The side files that were added."""
 
     def __enter__(self) -> "Output":
         return self
@@ -43,7 +44,7 @@ class Output:
         self._descriptors.clear()
 
     def begin(self, shard: Shard) -> None:
-        """Open a file and write its header; all that stands around the tensors of a DCP file."""
+        """Create a file and write its header; of a DCP file, all bytes around its tensors."""
         self._open(shard.name, _NEW)
         try:
             self._reserve(shard.name, shard.nbytes)
@@ -51,18 +52,18 @@ class Output:
             if shard.name.endswith(weight_files.DCP_SUFFIX):
                 from streammap.output import dcp_writer
 
-                for offset, piece in dcp_writer.around(shard):
+                for offset, piece in dcp_writer.framing(shard):
                     self.write_at(shard.name, offset, memoryview(piece))
         except BaseException:
-            os.close(self._descriptors.pop(shard.name))  # another thread may begin it again
+            os.close(self._descriptors.pop(shard.name))  # another thread may try again
             raise
 
-    def go_on(self, shard: Shard) -> None:
+    def resume(self, shard: Shard) -> None:
         """Open a file that an earlier run has begun."""
-        self._open(shard.name, _THERE)
+        self._open(shard.name, _EXISTING)
 
     def begin_torch(self, shard: Shard, nest: str | None) -> Shard:
-        """Make a torch file with room for the shard's tensors; its slots come back in place."""
+        """Create a torch file with room for the tensors; gives the shard as torch laid it out."""
         from streammap.io.formats import torch_zip
 
         path = self._files / shard.name
@@ -76,11 +77,11 @@ class Output:
             ) from error
         return Shard(shard.name, b"", slots)
 
-    def torch_there(self, shard: Shard) -> Shard:
+    def existing_torch(self, shard: Shard) -> Shard:
         """The same for the file of an earlier run.
 
         Raises:
-            OutputError: it is not there, or has not these tensors.
+            OutputError: it is missing, or holds other tensors.
         """
         from streammap.io.formats import torch_zip
 
@@ -91,55 +92,56 @@ class Output:
                 slots = torch_zip.read(path).slots
                 if {slot.key: slot.spec for slot in slots} == wanted:
                     return Shard(shard.name, b"", slots)
-        raise OutputError(f"{path}: is not the file that its journal is of", hint=journal.RESTART)
+        raise OutputError(f"{path}: not the file that the journal describes", hint=RESTART)
 
-    def check_there(self, shard: Shard, end: int) -> None:
+    def check_existing(self, shard: Shard, end: int) -> None:
         """Refuse a file of an earlier run that can't hold what the journal says.
 
         Args:
-            end: One past the last byte that it says is there.
+            end: One past the last byte that is written, by the journal.
 
         Raises:
             OutputError: the file is missing, too short or too long, or has another header.
         """
         path = self._files / shard.name
         try:
-            descriptor = work_folder.opened(path)
+            descriptor = work_folder.open_file(path)
         except OSError as error:
-            raise OutputError(f"{path}: {error.strerror}", hint=journal.RESTART) from error
+            raise OutputError(f"{path}: {error.strerror}", hint=RESTART) from error
         try:
             nbytes = os.fstat(descriptor).st_size
             head = os.pread(descriptor, len(shard.head), 0) if nbytes >= end else shard.head
         except OSError as error:
-            raise OutputError(f"{path}: {error.strerror}", hint=journal.RESTART) from error
+            raise OutputError(f"{path}: {error.strerror}", hint=RESTART) from error
         finally:
             os.close(descriptor)
         most = shard.nbytes if shard.head else nbytes
         if not end <= nbytes <= most:
             raise OutputError(
                 f"{path}: {nbytes} bytes, by its journal {end} at least and {most} at most",
-                hint=journal.RESTART,
+                hint=RESTART,
             )
         if head != shard.head:
-            raise OutputError(f"{path}: another header than this result's", hint=journal.RESTART)
+            raise OutputError(f"{path}: another header than this result's", hint=RESTART)
 
     def write_at(self, name: str, offset: int, view: memoryview) -> None:
-        """Write bytes at a place of a file that has begun."""
+        """Write bytes into an open file."""
         descriptor = self._descriptors[name]
-        at = 0
-        while at < len(view):
-            end = at + tiles.PIECE_NBYTES - (offset + at) % tiles.PIECE_NBYTES
+        done = 0
+        while done < len(view):
+            # Up to the next multiple of a piece: two writes that share a page are slow.
+            end = done + tiles.PIECE_NBYTES - (offset + done) % tiles.PIECE_NBYTES
             try:
-                at += self._pwrite(descriptor, view[at:end], offset + at)
+                done += self._pwrite(descriptor, view[done:end], offset + done)
             except OSError as error:
-                told = f"{self._named / name}: {error.strerror} at byte {offset + at}"
-                raise OutputError(told, hint=_NO_ROOM) from error
-        if self._fsync and at:
+                message = f"{self._named / name}: {error.strerror} at byte {offset + done}"
+                raise OutputError(message, hint=_NO_ROOM) from error
+        if self._fsync and done:
             # Begins to write these pages back, so that fsync has little left to wait for.
-            os.posix_fadvise(descriptor, offset, at, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(descriptor, offset, done, os.POSIX_FADV_DONTNEED)
 
     def close(self, name: str) -> None:
-        """Let the disk have a file that is whole; it gets its place with all others."""
+        """Close a file that is whole, and wait until the disk has it."""
         descriptor = self._descriptors.pop(name)
         try:
             if self._fsync:
@@ -148,26 +150,26 @@ class Output:
             os.close(descriptor)
 
     def duplicate(self, name: str) -> int | None:
-        """Another descriptor of an open file, to sync it while it is written."""
+        """Another descriptor of an open file, so that it can be synced while it is written."""
         descriptor = self._descriptors.get(name)
         return None if descriptor is None else os.dup(descriptor)
 
     def add(self, name: str, content: bytes) -> None:
-        """A small file with this content."""
+        """Write a side file."""
         self.add_parts(name, [content])
 
     def add_parts(self, name: str, parts: Iterable[bytes]) -> None:
-        """A small file with this content, part by part."""
-        self._begin_small(name)
-        at = 0
+        """Write a side file part by part."""
+        self._begin_side(name)
+        offset = 0
         for part in parts:
-            self.write_at(name, at, memoryview(part))
-            at += len(part)
+            self.write_at(name, offset, memoryview(part))
+            offset += len(part)
         self.close(name)
 
     def copy(self, name: str, path: Path) -> None:
-        """A copy of a file."""
-        self._begin_small(name)
+        """Copy a file."""
+        self._begin_side(name)
         source = safe_open.open_file(path)
         try:
             self._copy(name, source, os.fstat(source).st_size)
@@ -183,23 +185,23 @@ class Output:
         try:
             self._disk.allocate(self._descriptors[name], nbytes)
         except OSError as error:
-            told = f"{self._named / name}: {error.strerror} for {nbytes} bytes"
-            raise OutputError(told, hint=_NO_ROOM) from error
+            message = f"{self._named / name}: {error.strerror} for {nbytes} bytes"
+            raise OutputError(message, hint=_NO_ROOM) from error
 
     def _copy(self, name: str, source: int, nbytes: int) -> None:
-        at = 0
-        while at < nbytes:
-            room = self._piece[: min(tiles.PIECE_NBYTES, nbytes - at)]
-            read = self._disk.pread(source, room, at)
-            if not read:
+        offset = 0
+        while offset < nbytes:
+            piece = self._piece[: min(tiles.PIECE_NBYTES, nbytes - offset)]
+            n_read = self._disk.pread(source, piece, offset)
+            if not n_read:
                 raise OutputError(
-                    f"{self._named / name}: its source ended {nbytes - at} bytes early",
+                    f"{self._named / name}: its source ended {nbytes - offset} bytes early",
                     hint="is another program writing the source?",
                 )
-            self.write_at(name, at, room[:read])
-            at += read
+            self.write_at(name, offset, piece[:n_read])
+            offset += n_read
 
-    def _begin_small(self, name: str) -> None:
+    def _begin_side(self, name: str) -> None:
         work_folder.make((self._files / name).parent, [])
         self._open(name, _NEW)
         self.names.append(name)
@@ -212,33 +214,38 @@ class Output:
 
 
 def check_place(
-    path: Path, *, overwrite: bool, beside: Sequence[Path], sources: Sequence[Path]
+    path: Path, *, single: str | None, overwrite: bool, sources: Sequence[Path]
 ) -> None:
     """Refuse an output that shouldn't be written, before anything is.
 
     Args:
         path: A folder, or the file that the result is.
-        beside: Files that are written with a single file.
+        single: That file's name; None for a folder.
         sources: Folders and files that are read and must stay.
 
     Raises:
-        OutputError: it is there already, or it is a source.
+        OutputError: it already exists, or it is a source.
     """
-    is_file = bool(beside)
+    is_file = single is not None
     for source in sources:
         if path.exists() and source.exists() and path.samefile(source):
             raise OutputError(f"{path}: is the source itself", hint="write to another place")
         if not is_file and source.is_file() and path.exists() and path.samefile(source.parent):
             raise OutputError(f"{path}: is the folder of the source", hint="write to another place")
-    if path.exists():
-        if is_file != path.is_file():
-            what = "no file" if is_file else "no folder"
-            raise OutputError(f"{path}: is {what}", hint="write to another place")
-        if not overwrite and (is_file or any(found.name != SUFFIX for found in path.iterdir())):
-            raise OutputError(f"{path}: is there already", hint="pass --overwrite to replace it")
-    for other in beside:
-        if other.exists() and not overwrite:
-            raise OutputError(f"{other}: is there already", hint="pass --overwrite to replace it")
+    if path.exists() and is_file != path.is_file():
+        what = "a file" if is_file else "a folder"
+        raise OutputError(f"{path}: not {what}", hint="write to another place")
+    results = [path]
+    if is_file:
+        results += [map_file.beside(path), record.path_beside(path)]
+    for result in results:
+        if not overwrite and result.exists() and (is_file or _holds_files(result)):
+            raise OutputError(f"{result}: already exists", hint="pass --overwrite to replace it")
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether there is anything but an unfinished run, which is resumed or refused later."""
+    return any(entry.name != SUFFIX for entry in folder.iterdir())
 
 
 def check_names(output: Path, names: Iterable[str]) -> None:
@@ -254,24 +261,24 @@ def check_names(output: Path, names: Iterable[str]) -> None:
             )
 
 
-def check_room(path: Path, *, needed: int, there: int) -> None:
+def check_room(path: Path, *, needed: int, written: int) -> None:
     """Refuse a disk that is too small, before the first byte.
 
     Args:
         needed: Bytes that the result takes.
-        there: Bytes of it that an earlier run has written.
+        written: Bytes of it that an earlier run has written.
 
     Raises:
         OutputError: it is.
     """
-    around = path
-    while not around.exists():
-        around = around.parent
-    free = shutil.disk_usage(around).free
-    if free < needed - there:
-        told = f" ({there / 1e9:.2f} GB of it are written)" if there else ""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed - written:
+        part = f" ({written / 1e9:.2f} GB of it are written)" if written else ""
         raise OutputError(
-            f"{path}: the result takes {needed / 1e9:.2f} GB{told}, {free / 1e9:.2f} GB are free",
+            f"{path}: the result takes {needed / 1e9:.2f} GB{part}, {free / 1e9:.2f} GB are free",
             hint=_NO_ROOM,
         )
 
@@ -279,4 +286,4 @@ def check_room(path: Path, *, needed: int, there: int) -> None:
 def written_nbytes(files: Path) -> int:
     """Bytes that the files of a folder take on the disk."""
     stats = [path.stat() for path in files.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sum(min(found.st_blocks * 512, found.st_size) for found in stats)
+    return sum(min(status.st_blocks * 512, status.st_size) for status in stats)

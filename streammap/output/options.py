@@ -1,13 +1,13 @@
-"""Where and how a result is written: what a run is told beside its plan."""
+"""Options of a run: destination, sharding, durability, resources."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from streammap.common.ranks import ALONE, Ranks
 from streammap.engine.options import Engine
 from streammap.io import filenames
 from streammap.output import record
-from streammap.output.ranks.launcher import ALONE, Ranks
 
 Format = Literal["safetensors", "dcp"]
 FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
@@ -26,12 +26,12 @@ class OutputOptions:
     may_replace_sources: bool = False
     """Whether the output may be the folder of a source; its files are replaced at the end."""
     restart: bool = False
-    """Whether to forget what an earlier run left unfinished."""
+    """Whether to discard the unfinished work of an earlier run."""
     ranks: Ranks = ALONE
-    """This process's place among those that make the result."""
+    """This process's rank among those that write the result together."""
     format: Format = "safetensors"
     nest: str | None = None
-    """Entry that a DCP result's tensors stand under; "" for none, None for the source's."""
+    """Entry of a DCP result that its tensors stand under; "" for none, None for the source's."""
 
     @property
     def is_file(self) -> bool:
@@ -41,8 +41,13 @@ class OutputOptions:
 
     @property
     def is_torch(self) -> bool:
-        """Whether that is torch's."""
+        """Whether that file is one of torch's."""
         return self.path.suffix in filenames.TORCH and self.format == "safetensors"
+
+    @property
+    def single(self) -> str | None:
+        """Name of the file that the result is; None for a folder."""
+        return self.path.name if self.is_file else None
 
     @property
     def folder(self) -> Path:
@@ -52,4 +57,4 @@ class OutputOptions:
     @property
     def record(self) -> str:
         """Name of the record."""
-        return record.beside(self.path).name if self.is_file else record.NAME
+        return record.name_for(self.single)

@@ -15,21 +15,35 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from streammap.output import side_files
-from streammap.planning.plan import Plan
+from streammap.common.version import VERSION
+from streammap.errors import ArchitectureError, CheckpointError
+from streammap.io import filenames
+from streammap.operators import request_json
+from streammap.output import fingerprint, side_files
+from streammap.planning.plan import FORMAT, Plan
 
-NAME = side_files.PROVENANCE
+NAME = filenames.RECORD
 SUFFIX = f".{NAME}"
 _PIECE = 1000
 
 
-def beside(file: Path) -> Path:
-    """Where the record of a result that is one file goes."""
+def name_for(single: str | None) -> str:
+    """The record's name in the folder of a result; `single` names the file that the result is."""
+    return NAME if single is None else path_beside(Path(single)).name
+
+
+def path_beside(file: Path) -> Path:
+    """The record of a result that is one file."""
     return file.with_suffix(SUFFIX)
 
 
+def path_of(output: Path) -> Path:
+    """Where the record of a result is: in a folder, beside a file."""
+    return output / NAME if output.is_dir() else path_beside(output)
+
+
 def encode(
-    plan: Plan, version: str, files: Mapping[str, int], tensors: Iterable[tuple[str, str, int]]
+    plan: Plan, files: Mapping[str, int], tensors: Iterable[tuple[str, str, int]]
 ) -> Iterator[bytes]:
     """A record, in pieces.
 
@@ -37,7 +51,7 @@ def encode(
         files: Name -> bytes of each other file of the result.
         tensors: (key, file, CRC-32) of each tensor.
     """
-    content = {**side_files.provenance(plan, version), "files": dict(sorted(files.items()))}
+    content = {**_provenance(plan), "files": dict(sorted(files.items()))}
     text = json.dumps(content, indent=2, ensure_ascii=False).removesuffix("\n}")
     yield _bytes(f'{text},\n  "tensors": {{')
     lines: list[str] = []
@@ -50,6 +64,38 @@ def encode(
             yield _bytes("".join(lines))
             lines.clear()
     yield _bytes("".join((*lines, "\n  }\n}\n" if between != "\n" else "}\n}\n")))
+
+
+def _provenance(plan: Plan) -> dict[str, object]:
+    """Where a result came from."""
+    promise, reason = plan.promise
+    return {
+        "streammap": VERSION,
+        "format": FORMAT,
+        "digest": fingerprint.of_plan(plan),
+        "promise": promise,
+        "reason": reason,
+        "steps": fingerprint.steps(plan),
+        "notes": list(side_files.notes(plan)),
+        "sizes": _sizes(plan),
+        "request": None if plan.request is None else request_json.as_json(plan.request),
+        "sources": [
+            {
+                "name": source.name,
+                **source.origin,
+                "files": [file.as_json() for file in source.files],
+            }
+            for source in plan.sources
+        ],
+    }
+
+
+def _sizes(plan: Plan) -> dict[str, int] | None:
+    """Sizes of the result's axes; None where no spec serves it."""
+    try:
+        return dict(plan.model.sizes)
+    except (ArchitectureError, CheckpointError):
+        return None
 
 
 def _bytes(text: str) -> bytes:

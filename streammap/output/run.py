@@ -1,4 +1,4 @@
-"""Run a plan: compute tile by tile, write each at its final place, in a fixed amount of memory."""
+"""Run a plan: compute tile by tile, write each tile at its final place, in bounded memory."""
 
 import resource
 import sys
@@ -6,27 +6,25 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from streammap.common import garbage
-from streammap.common import text as wording
+from streammap.common import garbage, text
 from streammap.common.events import Finished, Listener
+from streammap.common.ranks import ALONE, Ranks
 from streammap.engine import devices, memory
 from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
 from streammap.io.storage.base import Sink
-from streammap.output import shards as layout
-from streammap.output import transaction
+from streammap.output import layout, side_files, transaction
+from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
-from streammap.output.ranks.launcher import ALONE, Ranks
-from streammap.output.shards import Shard
 from streammap.planning import graph
 from streammap.planning.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a run did."""
+    """Figures of a finished run."""
 
     output: str
     n_tensors: int
@@ -38,7 +36,7 @@ class Report:
     peak_nbytes: int
     """Largest resident memory of the process so far (VmHWM)."""
     planned_nbytes: int
-    """What the plan said the run would add to the process at most."""
+    """What the run was to add to the process at most."""
     n_threads: int
     device: str
     promise: str
@@ -47,9 +45,11 @@ class Report:
     """Tensors that an earlier run had written."""
     nbytes_resumed: int = 0
     rank: int = 0
-    """Of several processes: 0 tells of the result that all of them made, the others of their part;
-    times and memory are each one's own."""
+    """Of several processes, 0 counts what all of them wrote, each other one its own part; times and
+    memory are the process's own."""
     world_size: int = 1
+    notes: tuple[str, ...] = ()
+    """What a user might not expect of the result."""
 
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
@@ -62,7 +62,7 @@ class Report:
                 f" with {self.world_size} ranks" if self.rank == 0 else f" as rank {self.rank}"
             )
         return (
-            f"wrote {shards}, {wording.moved(self.nbytes_written, self.seconds)}, "
+            f"wrote {shards}, {text.moved(self.nbytes_written, self.seconds)}, "
             f"peak {self.peak_nbytes / 1e9:.2f} GB"
         )
 
@@ -94,72 +94,71 @@ def device(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> DeviceChoice:
 
 def read_nbytes(plan: Plan) -> int:
     """Bytes of the source tensors that a run reads; where maps are dense, some are read again."""
-    loads = {found for form in plan.targets.values() for found in form.loads()}
-    return sum(found.spec.nbytes for found in loads if not graph.is_constant(found))
+    loads = {load for form in plan.targets.values() for load in form.loads()}
+    return sum(load.spec.nbytes for load in loads if not graph.is_constant(load))
 
 
 def run(
-    plan: Plan, where: OutputOptions, listener: Listener, *, sink: Sink | None = None
+    plan: Plan, options: OutputOptions, listener: Listener, *, sink: Sink | None = None
 ) -> Report:
     """Write a plan's result.
 
     Args:
-        sink: Where it goes, if not to a place of this machine; `where.path` is the spool then.
+        sink: Where it goes, if not to a place on this machine; `options.path` is the spool then.
 
     Raises:
         OutputError: the place is taken, too small, or can't be written.
         CheckpointError: a source changed or can't be read.
     """
-    started, cpu = time.perf_counter(), time.process_time()
-    here = where.ranks
-    fitted, choice = fit(plan, where.engine, here), device(plan, where.engine, here)
-    label = str(where.path) if sink is None else sink.label
-    shards = _arranged(plan, where, sink)
+    started, cpu_started = time.perf_counter(), time.process_time()
+    ranks = options.ranks
+    fitted, choice = fit(plan, options.engine, ranks), device(plan, options.engine, ranks)
+    label = str(options.path) if sink is None else sink.label
+    shards = _arranged(plan, options, sink)
     try:
         with garbage.of_new_objects():
             if sink is None:
-                done = transaction.make(plan, where, shards, (fitted, choice), listener)
+                result = transaction.run(plan, options, shards, (fitted, choice), listener)
             else:
                 from streammap.output import upload
 
-                done = upload.send(plan, where, sink, shards, (fitted, choice), listener)
+                result = upload.run(plan, options, sink, shards, (fitted, choice), listener)
     except OSError as error:
-        text = f"{label}: {error.strerror or error}"
-        made = OutputError(text, hint="check the path and the disk")
+        raised = OutputError(f"{label}: {error.strerror or error}", hint="check the path and disk")
         for note in getattr(error, "__notes__", ()):
-            made.add_note(note)
-        raise made from error
+            raised.add_note(note)
+        raise raised from error
     listener(Finished())
     promise, reason = plan.promise
     return Report(
         output=label,
-        n_tensors=done.n_tensors,
-        n_shards=done.n_shards,
-        nbytes_read=done.n_read,
-        nbytes_written=done.nbytes - done.resumed_nbytes,
+        n_tensors=result.n_tensors,
+        n_shards=result.n_shards,
+        nbytes_read=result.n_read,
+        nbytes_written=result.nbytes - result.resumed_nbytes,
         seconds=time.perf_counter() - started,
-        cpu_seconds=time.process_time() - cpu,
+        cpu_seconds=time.process_time() - cpu_started,
         peak_nbytes=peak_nbytes(),
         planned_nbytes=fitted.peak_nbytes,
         n_threads=fitted.n_workers,
         device=choice.device,
         promise=promise,
         reason=reason,
-        n_resumed=done.n_resumed,
-        nbytes_resumed=done.resumed_nbytes,
-        rank=here.rank,
-        world_size=here.world_size,
+        n_resumed=result.n_resumed,
+        nbytes_resumed=result.resumed_nbytes,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        notes=side_files.notes(plan),
     )
 
 
-def _arranged(plan: Plan, where: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:
-    if where.format == "dcp":
+def _arranged(plan: Plan, options: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:
+    if options.format == "dcp":
         from streammap.output import dcp_writer
 
-        return dcp_writer.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes)
-    single = where.path.name if where.is_file else None
-    single = sink.file if sink is not None else single
-    return layout.arrange(plan.specs, max_shard_nbytes=where.max_shard_nbytes, single=single)
+        return dcp_writer.arrange(plan.specs, max_shard_nbytes=options.max_shard_nbytes)
+    single = options.single if sink is None else sink.file
+    return layout.arrange(plan.specs, max_shard_nbytes=options.max_shard_nbytes, single=single)
 
 
 def peak_nbytes() -> int:

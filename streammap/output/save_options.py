@@ -4,9 +4,9 @@ from typing import Literal, final
 
 from streammap.common.declare import Anything, declared, option
 from streammap.common.events import Listener, nobody
+from streammap.common.ranks import Ranks
 from streammap.engine.options import Engine, Size
 from streammap.io.storage.hub_sink import MESSAGE
-from streammap.output.ranks.launcher import Ranks
 
 MAX_SHARD_SIZE = "5GB"
 OUTPUT = "Output"

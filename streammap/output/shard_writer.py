@@ -19,7 +19,7 @@ from streammap.io.formats.safetensors_header import Slot
 from streammap.io.storage.disk import Disk
 from streammap.output.files import Output
 from streammap.output.journal import Journal
-from streammap.output.shards import Shard
+from streammap.output.layout import Shard
 
 JOURNAL_SECONDS = 10.0
 """Time between two journal lines for shards that are not whole."""
@@ -100,7 +100,7 @@ class Writer:
                 continue
             for i in there:
                 file.digests.restore(i, crcs[file.shard.slots[i].key])
-            self._out.check_there(file.shard, max(file.shard.slots[i].end for i in there))
+            self._out.check_existing(file.shard, max(file.shard.slots[i].end for i in there))
             self._count(file, there)
             file.is_there = True
             file.has_begun = not file.digests.left_nbytes
@@ -172,7 +172,7 @@ class Writer:
         if file.has_begun:
             return
         if file.is_there:
-            self._out.go_on(file.shard)
+            self._out.resume(file.shard)
         else:
             self._out.begin(file.shard)
         file.has_begun = True

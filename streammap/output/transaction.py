@@ -1,13 +1,21 @@
-"""Making a result: in its work folder, on from where an earlier run was stopped, then in its place.
+"""A result is written as a transaction: whole in its place, or not there and resumable.
 
-work folder, lock -> journal -> tiles -> what goes along -> mark -> commit
+    begun -> writing -> whole -> committing -> done
 
-Several processes each do the tiles of some shards; rank 0 does all else, see coordination.py.
+    begun        the work folder is locked; an earlier run may have left some of the result in it
+    writing      tiles go into shards, whole tensors into the journal
+    whole        all tensors are durable; side files, index and record follow
+    committing   commit.json is there: files are renamed into place, nothing is computed any more
+    done         the work folder is removed
+
+What a failure leaves depends on the state, see `_on_failure`. A kill leaves the same, since all
+that counts is on the disk. Several processes each write some of the shards, and the one that leads
+does all the rest, see ranks/coordination.py.
 """
 
 import contextlib
+import enum
 import errno
-import glob
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,33 +37,42 @@ from streammap.output import (
     files,
     fingerprint,
     journal,
+    layout,
     record,
+    shard_writer,
     side_files,
-    side_list,
     work_folder,
-)
-from streammap.output import shard_writer as writing
-from streammap.output import (
-    shards as layout,
 )
 from streammap.output.commit import Commit
 from streammap.output.files import Output
-from streammap.output.journal import Fingerprint, Journal
+from streammap.output.fingerprint import Fingerprint
+from streammap.output.journal import Journal
+from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
-from streammap.output.ranks.coordination import Follower, Leader
+from streammap.output.ranks import coordination
+from streammap.output.ranks.coordination import Participant
 from streammap.output.shard_writer import Writer
-from streammap.output.shards import Shard
+from streammap.output.side_files import SideFile
 from streammap.output.work_folder import WorkFolder
-from streammap.planning import map_file
 from streammap.planning.plan import Plan
 
-_SEEN_SECONDS = 90.0
+_VISIBLE_SECONDS = 90.0
 """Time that a network file system may take to show what another machine wrote."""
+
+
+class State(enum.Enum):
+    """How far a transaction is."""
+
+    BEGUN = enum.auto()
+    WRITING = enum.auto()
+    WHOLE = enum.auto()
+    COMMITTING = enum.auto()
+    DONE = enum.auto()
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a run did, and what was done before; of rank 0, with what all others did."""
+    """Counters of a finished run, including resumed work; on the rank that leads, of all ranks."""
 
     n_tensors: int
     n_shards: int
@@ -64,229 +81,186 @@ class RunResult:
     n_read: int
     """Bytes."""
     n_resumed: int
+    """Tensors that an earlier run had written."""
     resumed_nbytes: int
 
 
-def make(
+def run(
     plan: Plan,
-    where: OutputOptions,
+    options: OutputOptions,
     shards: Sequence[Shard],
-    means: tuple[Memory, DeviceChoice],
+    resources: tuple[Memory, DeviceChoice],
     listener: Listener,
 ) -> RunResult:
-    """Make the result, or go on with one that an earlier run began."""
-    path = work_folder.place_of(where.path, is_file=where.is_file)
-    small, side = _small_files(plan, where)
-    _check_place(plan, where, path)
-    fetched = () if where.is_file else side_list.elsewhere(plan.side)
-    names = [*(s.name for s in shards), *small, *side, *fetched, where.record]
-    files.check_names(where.folder, names)
-    request = fingerprint.request_of(
-        plan, shards, max_shard_nbytes=where.max_shard_nbytes, version=VERSION, nest=where.nest
+    """Write the result, or resume an earlier run that was to write the same.
+
+    Raises:
+        OutputError: the place is taken, too small, or can't be written.
+        CheckpointError: a source changed or can't be read.
+    """
+    path = work_folder.path_for(options.path, is_file=options.is_file)
+    side = tuple(side_files.collect(plan, single=options.single))
+    _check_place(plan, options, path)
+    names = [*(s.name for s in shards), *(file.name for file in side), options.record]
+    files.check_names(options.folder, names)
+    request = fingerprint.of_result(
+        plan,
+        shards,
+        max_shard_nbytes=options.max_shard_nbytes,
+        version=VERSION,
+        nest=options.nest,
     )
-    run = _LocalTransaction(plan, where, shards, means, request, WorkFolder(path))
-    return run.help(listener) if where.ranks.rank else run.lead(listener, small, side)
+    work = WorkFolder(path)
+    return _Transaction(plan, options, shards, side, resources, request, work).run(listener)
 
 
 def finish(path: str | Path) -> bool:
-    """Put a result in its place whose run was stopped at just that; its sources are not needed.
+    """Commit a result that is whole and whose run was stopped; its sources are not needed.
 
     Returns:
         Whether there was one.
 
     Raises:
-        OutputError: a file of it is missing, or another run is at it.
+        OutputError: a file of it is missing, or another run is at work there.
     """
     place = Path(path)
-    where = OutputOptions(place, 1, True, True, Engine())
-    at = work_folder.place_of(place, is_file=where.is_file)
-    if not commit.is_marked(at):
+    options = OutputOptions(place, 1, True, True, Engine())
+    work = WorkFolder(work_folder.path_for(place, is_file=options.is_file))
+    if not work.is_marked:
         return False
-    with WorkFolder(at) as work:
-        work.keeps = True
-        disk = disks.current()
-        found = commit.read(work, None)
-        commit.finish(work, where.folder, found, _stale(where), disk=disk, fsync=True)
-        work.keeps = False
+    with work:
+        written = commit.read(work, None)
+        stale, disk = commit.stale(options.single), disks.current()
+        commit.finish(work, options.folder, written, stale, disk=disk, fsync=True)
+        work.keep_on_exit = False
     return True
 
 
 @final
-class _LocalTransaction:
-    """What makes one result."""
+class _Transaction:
+    """One run of one process."""
 
     def __init__(
         self,
         plan: Plan,
-        where: OutputOptions,
+        options: OutputOptions,
         shards: Sequence[Shard],
-        means: tuple[Memory, DeviceChoice],
+        side: Sequence[SideFile],
+        resources: tuple[Memory, DeviceChoice],
         request: Fingerprint,
         work: WorkFolder,
     ) -> None:
-        self._plan, self._where, self._shards = plan, where, shards
-        self._memory, self._choice = means
+        self._plan, self._options, self._shards, self._side = plan, options, shards, side
+        self._memory, self._choice = resources
         self._request, self._work = request, work
-        self._disk = disks.current()
+        self._state = State.BEGUN
+        self._keys = shard_writer.keys(shards)
+        self._disk, ranks = disks.current(), options.ranks
+        log = work.path / journal.name_of(ranks.rank, ranks.world_size)
+        self._journal = Journal(log, request, disk=self._disk, fsync=options.fsync)
+        self._out = Output(work.files, options.folder, disk=self._disk, fsync=options.fsync)
+        self._writer = self._new_writer(())
 
-    def lead(
-        self, listener: Listener, small: Mapping[str, bytes], side: Mapping[str, Path]
-    ) -> RunResult:
-        """Make the result, alone or with others, and put it in its place."""
-        plan, where, shards = self._plan, self._where, self._shards
-        with self._work as work:
-            path = work.path
-            work.keeps = not where.restart and (commit.is_marked(path) or journal.is_there(path))
-            _check_place(plan, where, path)  # another run may have ended meanwhile
-            with Leader(work, self._request, where.ranks) as group:
-                if where.restart:
-                    work.begin_anew()
-                if commit.is_marked(path):
-                    group.deal([0] * len(shards))
-                    listener(Started(len(plan.targets), plan.nbytes, plan.nbytes))
-                    found = commit.read(work, self._request)
-                    nbytes = sum(shard.nbytes for shard in shards)
-                    done = self._done(shards, 0, (len(plan.targets), nbytes))
-                else:
-                    found, done = self._make(group, listener, small, side)
-                with _noted(
-                    f"the result is whole: the same command puts it in its place, {path} has it"
-                ):
-                    disk, stale = self._disk, _stale(where)
-                    commit.finish(work, where.folder, found, stale, disk=disk, fsync=where.fsync)
-                work.keeps = False
-        return done
+    def run(self, listener: Listener) -> RunResult:
+        """Take it to its end, alone or with other processes."""
+        options, result = self._options, self._options.folder / self._options.record
+        with (
+            coordination.join(self._work, self._request, options.ranks, result) as group,
+            contextlib.closing(self._journal),
+            self._out,
+            self._on_failure(),
+        ):
+            written = self._begin() if group.leads else None
+            if written is not None:
+                group.assign([0] * len(self._shards))
+                counters = self._already_whole(listener)
+            else:
+                counters = self._write(group, listener)
+                written = self._complete() if group.leads else None
+            if written is not None:
+                self._commit(written)
+        return counters
 
-    def help(self, listener: Listener) -> RunResult:
-        """Write the shards that rank 0 deals to this one, and wait until all is in its place."""
-        where, work = self._where, self._work
-        with Follower(work, self._request, where.ranks) as group:
+    def _begin(self) -> Commit | None:
+        """Look at what is there; gives the commit that an earlier run began."""
+        # A second look, now that the folder is locked: another run may have ended meanwhile.
+        _check_place(self._plan, self._options, self._work.path)
+        if self._options.restart:
+            self._work.start_over()
+        if not self._work.is_marked:
+            return None
+        written = commit.read(self._work, self._request)
+        self._state = State.COMMITTING
+        return written
 
-            def told(event: Event) -> None:
-                group.check()
-                if isinstance(event, Wrote):
-                    group.count(event.nbytes)
-                listener(event)
+    def _write(self, group: Participant, listener: Listener) -> RunResult:
+        """Write this process's shards, and wait for the others: all are whole, or committed."""
+        # The leader has discarded what is of no use before it assigns, and the others have been
+        # assigned their shards when they get here: nobody reads a journal that is about to go.
+        crcs = journal.read(self._work.path, self._request, self._keys)
+        if group.leads:
+            self._make_room(crcs)
+        owners = group.assign([shard.left_nbytes(crcs) for shard in self._shards])
+        rank = self._options.ranks.rank
+        own = [s for s, owner in zip(self._shards, owners, strict=True) if owner == rank]
+        counted = self._shards if group.leads else own
 
-            mine = self._of(where.ranks.rank, group.owners)
-            done = self._done(mine, 0, (0, 0))
-            if mine:
-                crcs = journal.read(work.path, self._request, writing.keys(self._shards))
-                notes, out = self._opened()
-                with contextlib.closing(notes), out:
-                    writer = self._writer(mine, out, notes)
-                    writer.resume(crcs)
-                    resumed = writer.n_resumed, writer.resumed_nbytes
-                    with self._kept(writer):
-                        listener(Started(done.n_tensors, done.nbytes, writer.resumed_nbytes))
-                        n_read = self._compute(writer, told)
-                done = self._done(mine, n_read, resumed)
-            group.wait(done.n_read, where.folder / where.record)
-        return done
-
-    def _make(
-        self,
-        group: Leader,
-        listener: Listener,
-        small: Mapping[str, bytes],
-        side: Mapping[str, Path],
-    ) -> tuple[Commit, RunResult]:
-        """Write all files, and mark them as whole."""
-        where, work = self._where, self._work
-        crcs = journal.read(work.path, self._request, writing.keys(self._shards))
-        if not crcs:
-            work.begin_anew()  # nothing of an earlier run is of use
-            work.keeps = False
-        files.check_room(
-            where.path,
-            needed=sum(shard.nbytes for shard in self._shards),
-            there=files.written_nbytes(work.files),
-        )
-        resumed = self._resumed(crcs)
-        owners = group.deal([shard.left_nbytes(crcs) for shard in self._shards])
-
-        def told_by_others() -> None:
-            group.check()
-            if nbytes := group.news():
+        def check() -> None:
+            if nbytes := group.check():
                 listener(Wrote("", nbytes))
 
-        def told(event: Event) -> None:
-            told_by_others()
+        def relay(event: Event) -> None:
+            check()
+            if isinstance(event, Wrote):
+                group.count(event.nbytes)
             listener(event)
 
-        notes, out = self._opened()
-        with contextlib.closing(notes), out:
-            writer = self._writer(self._torch_placed(out, owners, bool(crcs)), out, notes)
-            writer.resume(crcs)
-            with self._kept(writer):
-                listener(Started(len(self._plan.targets), self._plan.nbytes, resumed[1]))
-                n_read = self._compute(writer, told)
-                if not group.is_alone:
-                    n_read += group.wait(told_by_others)
-                if any(owners):
-                    writer = self._all_whole(out, notes)
-                found = self._complete(out, writer, small, side)
-        return found, self._done(self._shards, n_read, resumed)
+        resumed = [slot for shard in counted for slot in shard.slots if slot.key in crcs]
+        resumed_nbytes = sum(slot.spec.nbytes for slot in resumed)
+        n_read = 0
+        self._writer = self._new_writer(self._placed(own, is_resumed=bool(crcs)))
+        self._writer.resume(crcs)
+        self._state = State.WRITING
+        if counted:
+            listener(self._started(counted, resumed_nbytes))
+            n_read = self._compute(self._writer, relay)
+        n_read += group.wait(n_read, check)
+        if any(owners) and group.leads:
+            self._writer = self._all_whole()
+        self._state = State.WHOLE
+        return _counters(counted, n_read, len(resumed), resumed_nbytes)
 
-    def _opened(self) -> tuple[Journal, Output]:
-        """This process's journal, and the files that it writes."""
-        work, where = self._work, self._where
-        name = journal.name_of(where.ranks.rank, where.ranks.world_size)
-        notes = Journal(work.path / name, self._request, disk=self._disk, fsync=where.fsync)
-        return notes, Output(work.files, where.folder, disk=self._disk, fsync=where.fsync)
+    def _make_room(self, crcs: Mapping[str, int]) -> None:
+        if not crcs:
+            self._work.start_over()  # nothing that an earlier run left is of use
+        files.check_room(
+            self._options.path,
+            needed=sum(shard.nbytes for shard in self._shards),
+            written=files.written_nbytes(self._work.files),
+        )
 
-    def _writer(self, shards: Sequence[Shard], out: Output, notes: Journal) -> Writer:
-        return Writer(shards, out, notes, disk=self._disk, fsync=self._where.fsync)
+    def _new_writer(self, shards: Sequence[Shard]) -> Writer:
+        fsync = self._options.fsync
+        return Writer(shards, self._out, self._journal, disk=self._disk, fsync=fsync)
 
-    def _of(self, rank: int, owners: Sequence[int]) -> list[Shard]:
-        """The shards that a rank makes."""
-        return [shard for shard, owner in zip(self._shards, owners, strict=True) if owner == rank]
-
-    def _resumed(self, crcs: Mapping[str, int]) -> tuple[int, int]:
-        """How many tensors an earlier run has written, and their bytes."""
-        slots = [slot for shard in self._shards for slot in shard.slots if slot.key in crcs]
-        return len(slots), sum(slot.spec.nbytes for slot in slots)
-
-    def _done(self, shards: Sequence[Shard], n_read: int, resumed: tuple[int, int]) -> RunResult:
-        n_tensors, nbytes = sum(len(s.slots) for s in shards), sum(s.nbytes for s in shards)
-        return RunResult(n_tensors, len(shards), nbytes, n_read, *resumed)
-
-    def _all_whole(self, out: Output, notes: Journal) -> Writer:
-        """What knows of all shards, when all ranks say that theirs are whole.
-
-        Raises:
-            OutputError: by the journals they are not.
-        """
-        until = time.monotonic() + _SEEN_SECONDS
-        while True:
-            writer = self._writer(self._shards, out, notes)
-            writer.resume(journal.read(self._work.path, self._request, writing.keys(self._shards)))
-            if not writer.left_nbytes:
-                return writer
-            if time.monotonic() > until:
-                raise OutputError(
-                    f"{self._work.path}: all ranks are done, and {writer.left_nbytes} bytes are in "
-                    "no journal",
-                    hint="let all ranks see one file system, and run the command again",
-                )
-            time.sleep(1.0)
-
-    def _torch_placed(
-        self, out: Output, owners: Sequence[int], is_resumed: bool
-    ) -> Sequence[Shard]:
-        """Rank 0's shards; a torch file's, which says itself where its tensors are, from it."""
-        if not self._where.is_torch:
-            return self._of(0, owners)
+    def _placed(self, shards: Sequence[Shard], *, is_resumed: bool) -> Sequence[Shard]:
+        """The shards; where a torch file's tensors are is up to torch, and known once it exists."""
+        if not self._options.is_torch:
+            return shards
         nest = (_nest(self._plan) or "").rpartition(".")[2] or None
-        if not is_resumed:
-            return [out.begin_torch(shard, nest) for shard in self._shards]
-        return [out.torch_there(shard) for shard in self._shards]
+        if is_resumed:
+            return [self._out.existing_torch(shard) for shard in shards]
+        return [self._out.begin_torch(shard, nest) for shard in shards]
+
+    def _started(self, shards: Sequence[Shard], resumed_nbytes: int) -> Started:
+        nbytes = sum(slot.spec.nbytes for shard in shards for slot in shard.slots)
+        return Started(sum(len(shard.slots) for shard in shards), nbytes, resumed_nbytes)
 
     def _compute(self, writer: Writer, listener: Listener) -> int:
         """Write the tensors, and journal them where others wait for it; gives the bytes read."""
-        plan, engine = self._plan, self._where.engine
+        plan, engine = self._plan, self._options.engine
 
-        def told(event: Event) -> None:
+        def journal_too(event: Event) -> None:
             writer.keep()
             listener(event)
 
@@ -299,86 +273,129 @@ class _LocalTransaction:
                 bundles,
                 self._memory,
                 writer.write,
-                listener=told,
+                listener=journal_too,
                 mapped=engine.reader == "mmap",
                 device=self._choice.device,
                 cancel=partial(read_ahead.cancel, plan.sources),
             )
         writer.finish()
-        if self._where.ranks.world_size > 1:
+        if self._options.ranks.world_size > 1:
             writer.keep(at_once=True)
         for source in plan.sources:
             source.check_unchanged()
         return n_read
 
-    def _complete(
-        self, out: Output, writer: Writer, small: Mapping[str, bytes], side: Mapping[str, Path]
-    ) -> Commit:
-        """Write what goes along with the tensors."""
-        where, shards = self._where, [shard.name for shard in self._shards]
-        for name, path in side.items():
-            if name not in small:
-                out.copy(name, path)
-        for name in () if where.is_file else side_list.elsewhere(self._plan.side):
-            if name not in small and self._plan.side is not None:
-                out.add(name, side_list.fetch(self._plan.side, name))
-        if where.format == "dcp":
+    def _all_whole(self) -> Writer:
+        """A writer that knows the CRCs of all shards, by the journals of all ranks.
+
+        Raises:
+            OutputError: some tensor is in none of them.
+        """
+        until = time.monotonic() + _VISIBLE_SECONDS
+        while True:
+            writer = self._new_writer(self._shards)
+            writer.resume(journal.read(self._work.path, self._request, self._keys))
+            if not writer.left_nbytes:
+                return writer
+            if time.monotonic() > until:
+                raise OutputError(
+                    f"{self._work.path}: all ranks are done, and {writer.left_nbytes} bytes are in "
+                    "no journal",
+                    hint="let all ranks see one file system, and run the command again",
+                )
+            time.sleep(1.0)
+
+    def _complete(self) -> Commit:
+        """Write the files beside the shards, and the mark: then nothing is left but renames."""
+        options, out, shards = self._options, self._out, [shard.name for shard in self._shards]
+        for file in (*self._side, *self._index()):
+            if file.path is not None:
+                out.copy(file.name, file.path)
+            else:
+                out.add(file.name, file.read())
+        sizes = out.sizes([*shards, *out.names])
+        out.add_parts(options.record, record.encode(self._plan, sizes, self._writer.tensors()))
+        names = (*out.names, *shards) if options.is_file else commit.in_order([*shards, *out.names])
+        written = Commit(names, options.overwrite)
+        commit.begin(self._work, self._request, written, disk=self._disk, fsync=options.fsync)
+        self._state, self._work.keep_on_exit = State.COMMITTING, True
+        return written
+
+    def _index(self) -> Iterator[SideFile]:
+        """Which shard has what."""
+        if self._options.format == "dcp":
             from streammap.io.formats import dcp_metadata
             from streammap.output import dcp_writer
 
-            nest = _nest(self._plan) if where.nest is None else where.nest
-            out.add(dcp_metadata.METADATA, dcp_writer.metadata(self._shards, nest))
-        elif len(shards) > 1:
-            out.add(layout.INDEX, layout.index(self._shards))
-        for name, content in small.items():
-            out.add(name, content)
-        sizes = out.sizes([*shards, *out.names])
-        out.add_parts(where.record, record.encode(self._plan, VERSION, sizes, writer.tensors()))
-        names = (*out.names, *shards) if where.is_file else commit.ordered((*shards, *out.names))
-        found = Commit(names, where.overwrite)
-        self._work.keeps = True
-        commit.begin(self._work, self._request, found, disk=self._disk, fsync=where.fsync)
-        return found
+            nest = _nest(self._plan) if self._options.nest is None else self._options.nest
+            yield SideFile(dcp_metadata.METADATA, dcp_writer.metadata(self._shards, nest))
+        elif len(self._shards) > 1:
+            yield SideFile(layout.INDEX, layout.index(self._shards))
+
+    def _commit(self, written: Commit) -> None:
+        options, stale = self._options, commit.stale(self._options.single)
+        commit.finish(
+            self._work, options.folder, written, stale, disk=self._disk, fsync=options.fsync
+        )
+        self._work.keep_on_exit = False
+        self._state = State.DONE
+
+    def _already_whole(self, listener: Listener) -> RunResult:
+        """The counters where an earlier run wrote everything."""
+        nbytes = sum(shard.nbytes for shard in self._shards)
+        listener(self._started(self._shards, self._plan.nbytes))
+        return _counters(self._shards, 0, len(self._plan.targets), nbytes)
 
     @contextlib.contextmanager
-    def _kept(self, writer: Writer) -> Iterator[None]:
-        """Where it fails, keep what is durable, and say so."""
+    def _on_failure(self) -> Iterator[None]:
+        """Keep what is of use to the next run, and add to the error how to get there."""
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(OSError, StreammapError):
-                writer.keep(at_once=True)
-            self._work.keeps = writer.n_journalled > 0 and self._are_unchanged()
-            if self._work.keeps:
-                by = f" by rank {here.rank}" if (here := self._where.ranks).world_size > 1 else ""
+            if self._state is State.COMMITTING:
                 error.add_note(
-                    f"kept: {writer.n_journalled} of {len(self._plan.targets)} tensors{by}, "
-                    f"{writer.journalled_nbytes / 1e9:.3f} GB, in {self._work.path}; the same "
-                    "command goes on, --restart begins anew"
+                    "the result is whole: the same command puts it in its place, "
+                    f"{self._work.path} has it"
                 )
-            cause = error.__cause__ if isinstance(error, OutputError) else error
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise self._full(error, cause, writer) from cause
+            elif self._state is not State.BEGUN:
+                self._keep_durable(error)
+                self._explain_full_disk(error)
             raise
 
-    def _full(self, error: BaseException, cause: OSError, writer: Writer) -> OutputError:
-        """The error of a disk that is full: what is missing, how to go on."""
+    def _keep_durable(self, error: BaseException) -> None:
+        writer, work, ranks = self._writer, self._work, self._options.ranks
+        with contextlib.suppress(OSError, StreammapError):
+            writer.keep(at_once=True)
+        work.keep_on_exit = writer.n_journalled > 0 and self._are_sources_unchanged()
+        if work.keep_on_exit:
+            by = f" by rank {ranks.rank}" if ranks.world_size > 1 else ""
+            error.add_note(
+                f"kept: {writer.n_journalled} of {len(self._plan.targets)} tensors{by}, "
+                f"{writer.journalled_nbytes / 1e9:.3f} GB, in {work.path}; the same command "
+                "resumes, --restart starts over"
+            )
+
+    def _explain_full_disk(self, error: BaseException) -> None:
+        """Raise a better error if the disk is full: what is missing, and how to resume."""
+        cause = error.__cause__ if isinstance(error, OutputError) else error
+        if not isinstance(cause, OSError) or cause.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return
         hint = "free disk space, or write elsewhere"
-        if self._work.keeps:
+        if self._work.keep_on_exit:
             hint = (
                 f"free disk space and run the same command again; or remove {self._work.path} "
                 "to get the space back"
             )
-        told = f"{self._where.path}: {cause.strerror}"
-        told = error.message if isinstance(error, OutputError) else told
-        left = writer.left_nbytes
-        made = OutputError(f"{told}: {left} bytes of the result are not written", hint=hint)
+        message = f"{self._options.path}: {cause.strerror}"
+        message = error.message if isinstance(error, OutputError) else message
+        n_left = self._writer.left_nbytes
+        full = OutputError(f"{message}: {n_left} bytes of the result are not written", hint=hint)
         for note in getattr(error, "__notes__", ()):
-            made.add_note(note)
-        return made
+            full.add_note(note)
+        raise full from cause
 
-    def _are_unchanged(self) -> bool:
-        """Whether the sources are what they were: else what is kept could be of both."""
+    def _are_sources_unchanged(self) -> bool:
+        """Whether the sources are what they were: else what is written may be of both."""
         try:
             for source in self._plan.sources:
                 source.check_unchanged()
@@ -387,42 +404,24 @@ class _LocalTransaction:
         return True
 
 
-@contextlib.contextmanager
-def _noted(note: str) -> Iterator[None]:
-    """Where it fails, say this too."""
-    try:
-        yield
-    except BaseException as error:
-        error.add_note(note)
-        raise
+def _check_place(plan: Plan, options: OutputOptions, work: Path) -> None:
+    sources = [] if options.may_replace_sources else [p for s in plan.sources for p in s.paths]
+    resumes_commit = not options.restart and WorkFolder(work).is_marked
+    files.check_place(
+        options.path,
+        single=options.single,
+        overwrite=options.overwrite or resumes_commit,
+        sources=sources,
+    )
 
 
-def _check_place(plan: Plan, where: OutputOptions, work: Path) -> None:
-    kept = [] if where.may_replace_sources else [path for s in plan.sources for path in s.paths]
-    goes_on = not where.restart and commit.is_marked(work)
-    beside = (map_file.beside(where.path), record.beside(where.path)) if where.is_file else ()
-    overwrite = where.overwrite or goes_on
-    files.check_place(where.path, overwrite=overwrite, beside=beside, sources=kept)
+def _counters(
+    shards: Sequence[Shard], n_read: int, n_resumed: int, resumed_nbytes: int
+) -> RunResult:
+    n_tensors, nbytes = sum(len(s.slots) for s in shards), sum(s.nbytes for s in shards)
+    return RunResult(n_tensors, len(shards), nbytes, n_read, n_resumed, resumed_nbytes)
 
 
 def _nest(plan: Plan) -> str | None:
     """What the source's state dict is nested under."""
     return None if plan.side is None else plan.side.nest
-
-
-def _stale(where: OutputOptions) -> commit.Stale:
-    """What an earlier result may have left where this one goes."""
-    if not where.is_file:
-        return (*commit.STALE, (*map_file.NAMES, record.NAME))
-    beside = (map_file.beside(where.path).name, record.beside(where.path).name)
-    return ((glob.escape(where.path.name),), tuple(map(glob.escape, beside)))
-
-
-def _small_files(plan: Plan, where: OutputOptions) -> tuple[dict[str, bytes], dict[str, Path]]:
-    """What goes along: files with new content, and files to copy."""
-    if not where.is_file:
-        along = side_files.copied(plan.side)
-        return side_files.contents(plan, along), along
-    if not plan.levels:
-        return {}, {}
-    return {map_file.beside(where.path).name: map_file.encode(plan.levels)}, {}

@@ -2,13 +2,13 @@
 
     OUT/.streammap-run/            of a folder
     .NAME.streammap-run/           beside a single file NAME
-        lock                       held by the run that is at work (flock: a crash gives it back)
-        journal.jsonl              what is durable, see journal.py
-        ranks/                     what several processes say to each other, see coordination.py
-        files/                     shards and all else, under their final names
-        commit.json                there while all that is put in place, see commit.py
+        lock                       held by the run at work (flock: released by a crash)
+        journal.jsonl              which tensors are durable, see journal.py
+        ranks/                     messages between the processes of a launch, see coordination.py
+        files/                     shards and side files, under their final names
+        commit.json                there while the files are put in place, see commit.py
 
-A run that can't go on keeps it where something durable is in it, else removes it.
+A run that fails keeps the folder if anything durable is in it, else removes it.
 """
 
 import contextlib
@@ -24,25 +24,27 @@ from streammap.io import filenames
 
 SUFFIX, MARK = filenames.WORK_SUFFIX, filenames.COMMIT_MARK
 FILES, LOCK, RANKS = "files", "lock", "ranks"
+JOURNALS = "journal*.jsonl"
+RESTART = "pass --restart to start over"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What file systems say that have no locks."""
+"""Errors of file systems without locks."""
 
 
-def place_of(output: Path, *, is_file: bool) -> Path:
-    """Where the work folder of an output is."""
+def path_for(output: Path, *, is_file: bool) -> Path:
+    """The work folder of an output."""
     return output.with_name(f".{output.name}{SUFFIX}") if is_file else output / SUFFIX
 
 
 @final
 class WorkFolder:
-    """A work folder that this run holds the lock of. Use as a context."""
+    """A work folder. Use as a context: inside, this run holds its lock."""
 
     def __init__(self, path: Path) -> None:
         """Folders above it are made when needed."""
         self.path = path
         self.files = path / FILES
-        self.keeps = False
-        """Whether it stays when the context is left."""
+        self.keep_on_exit = False
+        """Whether it stays when the context is left; on entry, whether an earlier run left it."""
         self._made: list[Path] = []
         self._lock: int | None = None
 
@@ -51,6 +53,7 @@ class WorkFolder:
             while self._lock is None:
                 make(self.path, self._made)
                 self._lock = self._locked()
+            self.keep_on_exit = self.is_resumable
             make(self.files, [])
         except BaseException as error:
             if self._lock is not None:
@@ -59,8 +62,18 @@ class WorkFolder:
             raise
         return self
 
+    @property
+    def is_marked(self) -> bool:
+        """Whether it holds a whole result that a run was putting in place when it ended."""
+        return (self.path / MARK).is_file()
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether an earlier run left something durable."""
+        return self.is_marked or any(self.path.glob(JOURNALS))
+
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if not self.keeps:
+        if not self.keep_on_exit:
             self._clear(LOCK)
             with contextlib.suppress(OSError):
                 (self.path / LOCK).unlink()
@@ -71,8 +84,8 @@ class WorkFolder:
             self._remove_folders()
 
     def _clear(self, *kept: str) -> None:
-        """Remove all else that is in it; the mark of a commit last."""
-        entries = sorted(self.path.iterdir(), key=lambda found: found.name == MARK)
+        """Remove everything but `kept`; the mark of a commit last."""
+        entries = sorted(self.path.iterdir(), key=lambda entry: entry.name == MARK)
         for entry in entries:
             if entry.name in kept:
                 continue
@@ -82,43 +95,35 @@ class WorkFolder:
                 with contextlib.suppress(OSError):
                     entry.unlink()
 
-    def begin_anew(self) -> None:
-        """Forget an earlier run."""
+    def start_over(self) -> None:
+        """Discard what an earlier run left."""
         self._clear(LOCK, RANKS)
         make(self.files, [])
+        self.keep_on_exit = False
 
     def _locked(self) -> int | None:
-        """The lock's descriptor; None where the run that had it has just removed the folder."""
+        """The lock's descriptor; None if the run that held it has just removed the folder."""
         path = self.path / LOCK
         try:
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(path, flags, 0o666)
+            descriptor = take(path)
         except FileNotFoundError:
             return None
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}", hint="check the path") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not is_at(descriptor, path):
-                os.close(descriptor)
-                return None
+        if descriptor is None:
+            raise OutputError(
+                f"{self.path.parent}: {_holder(path)} is writing {self._result()}",
+                hint="wait until it is done, or stop it",
+            )
+        if not is_at(descriptor, path):
+            os.close(descriptor)
+            return None
+        with contextlib.suppress(OSError):  # of a full disk: the number is for people
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace")
-            os.close(descriptor)
-            told = f"process {holder}" if holder.isdecimal() else "another process"
-            raise OutputError(
-                f"{self.path.parent}: {told} is writing {self._named()}",
-                hint="wait until it is done, or stop it",
-            ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                os.close(descriptor)
-                raise OutputError(f"{path}: {error.strerror}", hint="check the disk") from error
         return descriptor
 
-    def _named(self) -> str:
+    def _result(self) -> str:
         name = self.path.name.removesuffix(SUFFIX).removeprefix(".")
         return name or "a result there"
 
@@ -133,10 +138,17 @@ class WorkFolder:
                 folder.rmdir()
 
 
-def take(path: Path) -> int | None:
-    """A descriptor that holds the lock of a file, which is made; None where another has it.
+def _holder(path: Path) -> str:
+    """The process that holds a lock, by the number that it wrote there."""
+    with contextlib.suppress(OSError, ValueError):
+        return f"process {int(path.read_text())}"
+    return "another process"
 
-    Where a file system has no locks, everyone gets it.
+
+def take(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file, created if need be; None if another has it.
+
+    On a file system without locks, everyone gets it.
 
     Raises:
         OSError: the file can't be opened.
@@ -154,8 +166,8 @@ def take(path: Path) -> int | None:
     return descriptor
 
 
-def opened(path: Path) -> int:
-    """A descriptor for reading a file of a work folder: no link is followed, no pipe waited for.
+def open_file(path: Path) -> int:
+    """A descriptor for reading a file of a work folder; follows no link, waits for no pipe.
 
     Raises:
         OSError: it can't be opened.
@@ -164,7 +176,7 @@ def opened(path: Path) -> int:
 
 
 def is_free(path: Path) -> bool:
-    """Whether nobody holds the lock of a file, as far as the file system can tell."""
+    """Whether nobody holds the lock of a file, as far as the file system knows."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -181,7 +193,7 @@ def is_free(path: Path) -> bool:
 
 
 def make(folder: Path, made: list[Path]) -> None:
-    """Make a folder and those above it that are missing; what is made is noted in `made`.
+    """Make a folder and the missing ones above it, and append each to `made`.
 
     Raises:
         OutputError: it can't be made, or something else has its name.
@@ -196,7 +208,7 @@ def make(folder: Path, made: list[Path]) -> None:
             path.mkdir()
         except FileExistsError:
             if not path.is_dir() or path.is_symlink():
-                raise OutputError(f"{path}: is no folder", hint="remove it") from None
+                raise OutputError(f"{path}: not a folder", hint="remove it") from None
         except FileNotFoundError:
             make(folder, made)  # another run removed the one above
             return
@@ -204,15 +216,15 @@ def make(folder: Path, made: list[Path]) -> None:
             raise OutputError(f"{path}: {error.strerror}", hint="check the path") from error
         else:
             made.append(path)
-    is_own = folder.name in (FILES,) or folder.name.endswith(SUFFIX)
+    is_own = folder.name == FILES or folder.name.endswith(SUFFIX)
     if is_own and (folder.is_symlink() or not folder.is_dir()):
-        raise OutputError(f"{folder}: is no folder", hint="remove it")
+        raise OutputError(f"{folder}: not a folder", hint="remove it")
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether a file that is open still has its name."""
+    """Whether an open file still has its name."""
     try:
-        found, own = path.stat(), os.fstat(descriptor)
+        named, own = path.stat(), os.fstat(descriptor)
     except FileNotFoundError:
         return False
-    return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+    return (named.st_dev, named.st_ino) == (own.st_dev, own.st_ino)

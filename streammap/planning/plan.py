@@ -5,8 +5,6 @@ the side files, what was done (`steps`) and what that promises. Its tensors can 
 of a checkpoint, so operators take plans and give plans, and a chain of them is one plan.
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,7 +15,6 @@ from streammap.engine.regions import Region
 from streammap.errors import some
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
-from streammap.output import side_list
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.map_file import MapLevel
@@ -93,14 +90,12 @@ class Plan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user might not expect."""
+        """What a user might not expect; side_files.notes adds what concerns side files."""
         left = [
             f"{source.name}: {some(source.others, limit=5)} beside the state dict: left out"
             for source in self.sources
             if source.others
         ]
-        if self.side is not None and (large := side_list.left(self.side)):
-            left.append(f"{self.side.name}: {some(large)}: large, not copied along")
         return (*left, *(note for step in self.steps for note in step.notes))
 
     @cached_property
@@ -134,29 +129,6 @@ class Plan:
 
         form = self.targets[key]
         evaluate.read_into(form, region, out, memory.fit([form], budget=None, n_workers=1))
-
-    @property
-    def digest(self) -> str:
-        """sha256 of what determines the result: sources, steps, format version."""
-        content = {
-            "format": FORMAT,
-            "sources": [
-                [
-                    [
-                        f.name,
-                        f.nbytes,
-                        f.mtime_ns,
-                        f.header_digest,
-                        *([f.version] * bool(f.version)),
-                    ]
-                    for f in source.files
-                ]
-                for source in self.sources
-            ],
-            "steps": [[step.operator, dict(step.options)] for step in self.steps],
-            "levels": [level.digest for level in self.levels],
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def from_checkpoint(

@@ -19,9 +19,8 @@ from streammap.analysis.summary import PlanRow, Summary
 from streammap.api import LazyCheckpoint
 from streammap.common.events import Listener, nobody
 from streammap.errors import OutputError, PlanError
-from streammap.output import run
+from streammap.output import record, run
 from streammap.output.run import Report
-from streammap.output.side_files import PROVENANCE
 from streammap.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ def _model_folder() -> Path:
 def _place(folder: Path) -> Path:
     """The folder, where it may be replaced."""
     taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
-    if taken and not (folder / PROVENANCE).is_file():
+    if taken and not (folder / record.NAME).is_file():
         raise OutputError(
             f"{folder}: is there already, and not the demo's",
             hint="give another folder: streammap demo FOLDER",

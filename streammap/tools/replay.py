@@ -53,7 +53,7 @@ def rebuilt(
 
 def record_of(path: Path) -> Path:
     """Where the record of a result is: inside a folder, beside a file."""
-    return path / record.NAME if path.is_dir() else record.beside(path)
+    return record.path_of(path)
 
 
 def paths_of(call: OperatorCall) -> tuple[str, ...]:

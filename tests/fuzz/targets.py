@@ -29,7 +29,7 @@ from streammap.io.formats import dcp_chunks, dcp_metadata, safetensors_header
 from streammap.io.formats.safetensors_header import Slot
 from streammap.operators import request_json
 from streammap.output import journal
-from streammap.output.journal import Fingerprint
+from streammap.output.fingerprint import Fingerprint
 from streammap.planning import (
     axis_maps,
     coupled_axes,
@@ -413,10 +413,10 @@ _ASKED = Fingerprint(
 
 
 def _journal_seeds() -> list[bytes]:
-    head = _ASKED.line(streammap_journal=journal.FORMAT)
+    head = journal.first_line(_ASKED)
     other = Fingerprint({**_ASKED.content, "steps": ["y", {"z": [1]}]}, "ab")
     tensors = b'{"tensors": {"a": "cbf43926"}}\n{"tensors": {"b.0": "00000000", "a": "cbf43926"}}\n'
-    return [head + tensors, other.line(streammap_journal=journal.FORMAT) + tensors, head]
+    return [head + tensors, journal.first_line(other) + tensors, head]
 
 
 def _mutated_lines(data: bytes, chance: random.Random) -> bytes:

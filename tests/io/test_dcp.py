@@ -362,7 +362,7 @@ def test_a_stream_is_a_zip_file_that_torch_loads(tmp_path: Path) -> None:
         (shard,) = dcp_writer.arrange({"a": TensorSpec("F32", (n,))}, max_shard_nbytes=2**40)
         assert shard.slots[0].start % 64 == 0
         with path.open("wb") as file:
-            for offset, piece in dcp_writer.around(shard):
+            for offset, piece in dcp_writer.framing(shard):
                 file.seek(offset)
                 file.write(piece)
             file.seek(shard.slots[0].end - 4)

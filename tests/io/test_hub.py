@@ -417,11 +417,11 @@ def test_a_header_larger_than_the_first_range(hub: HubServer, tmp_path: Path) ->
 def test_large_side_files_stay_where_they_are(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streammap.output.side_list.MAX_FETCHED_NBYTES", 100)
+    monkeypatch.setattr("streammap.output.side_files.MAX_FETCHED_NBYTES", 100)
     tiny.file(tmp_path / "bert" / "video.mp4", "x" * 101)
     hub.add("org/bert", tmp_path / "bert")
     said = ok("coalesce", "org/bert", tmp_path / "out", "--width", 2)
-    assert "note       bert: video.mp4: large, not copied along" in said
+    assert "note       bert: video.mp4: large, not copied" in said
     assert not (tmp_path / "out" / "video.mp4").exists()
     assert (tmp_path / "out" / "tokenizer.json").exists()
 

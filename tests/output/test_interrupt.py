@@ -57,7 +57,7 @@ def test_a_run_that_is_stopped_says_how_to_go_on(tmp_path: Path) -> None:
     process = stopped(asked, out, signal.SIGTERM, whole=5)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    goes_on = "the same command goes on, --restart begins anew"
+    goes_on = "the same command resumes, --restart starts over"
     assert said.startswith("interrupted: kept: ")
     assert said.endswith(f"in {out}/.streammap-run; {goes_on}\n")
     assert [path.name for path in out.iterdir()] == [".streammap-run"]

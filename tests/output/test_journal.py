@@ -16,13 +16,14 @@ from streammap.errors import OutputError
 from streammap.io.storage import disk
 from streammap.io.storage.disk import LocalDisk
 from streammap.output import journal, transaction
-from streammap.output.journal import Fingerprint, Journal
+from streammap.output.fingerprint import Fingerprint
+from streammap.output.journal import Journal
 from streammap.testing import faults
 from tests.support import tiny
 
 REQUEST = Fingerprint({"steps": [{"operator": "coalesce", "width": 2}], "files": {"a": 4}}, "00")
 KEYS = frozenset({"a", "b", "ä"})
-HEAD = REQUEST.line(streammap_journal=1)
+HEAD = journal.first_line(REQUEST)
 GOOD = b'{"tensors":{"a":"00000001"}}\n'
 
 
@@ -81,24 +82,27 @@ def test_a_line_that_could_not_be_written_is_written_over(tmp_path: Path) -> Non
 
 
 WRONG: dict[str, tuple[bytes, str]] = {
-    "no JSON": (b"{nonsense\n" + GOOD, "its first line is none of a journal"),
-    "no object": (b"[1, 2]\n", "its first line is none of a journal"),
-    "another file": (b'{"model_type": "bert"}\n', "its first line is none of a journal"),
+    "no JSON": (b"{nonsense\n" + GOOD, "its first line is not that of a journal"),
+    "no object": (b"[1, 2]\n", "its first line is not that of a journal"),
+    "another file": (b'{"model_type": "bert"}\n', "its first line is not that of a journal"),
     "a later format": (
         HEAD.replace(b'"streammap_journal":1', b'"streammap_journal":2'),
         "format 2, expected 1",
     ),
-    "a line within": (HEAD + b"{torn\n" + GOOD, "line 2 is none of a journal"),
-    "another table": (HEAD + b'{"shards":{}}\n' + GOOD, "line 2 is none of a journal"),
-    "no table": (HEAD + b'{"tensors":["a"]}\n', "line 2 is none of a journal"),
-    "more than a table": (HEAD + b'{"tensors":{},"x":1}\n', "line 2 is none of a journal"),
-    "an unknown key": (HEAD + b'{"tensors":{"../x":"00000001"}}\n', "'../x' with '00000001' is no"),
-    "a number": (HEAD + b'{"tensors":{"a":1}}\n', "'a' with '1' is no tensor of it"),
-    "too short": (HEAD + b'{"tensors":{"a":"1"}}\n', "'a' with '1' is no tensor of it"),
-    "no hex": (HEAD + b'{"tensors":{"a":"0000000G"}}\n', "'a' with '0000000G' is no tensor"),
-    "two minds": (HEAD + GOOD + GOOD.replace(b"1", b"2"), "'a' with '00000002' is no tensor"),
+    "a line within": (HEAD + b"{torn\n" + GOOD, "line 2 is not that of a journal"),
+    "another table": (HEAD + b'{"shards":{}}\n' + GOOD, "line 2 is not that of a journal"),
+    "no table": (HEAD + b'{"tensors":["a"]}\n', "line 2 is not that of a journal"),
+    "more than a table": (HEAD + b'{"tensors":{},"x":1}\n', "line 2 is not that of a journal"),
+    "an unknown key": (
+        HEAD + b'{"tensors":{"../x":"00000001"}}\n',
+        "'../x' with '00000001' is not",
+    ),
+    "a number": (HEAD + b'{"tensors":{"a":1}}\n', "'a' with '1' is not a tensor of this"),
+    "too short": (HEAD + b'{"tensors":{"a":"1"}}\n', "'a' with '1' is not a tensor of this"),
+    "no hex": (HEAD + b'{"tensors":{"a":"0000000G"}}\n', "'a' with '0000000G' is not a tensor"),
+    "two minds": (HEAD + GOOD + GOOD.replace(b"1", b"2"), "'a' with '00000002' is not a tensor"),
     "huge": (HEAD + GOOD * 50_000, "bytes, at most"),
-    "deep": (HEAD + b'{"tensors":' * 50_000 + b"\n" + GOOD, "line 2 is none of a journal"),
+    "deep": (HEAD + b'{"tensors":' * 50_000 + b"\n" + GOOD, "line 2 is not that of a journal"),
 }
 
 
@@ -107,7 +111,7 @@ def test_a_journal_that_lies_is_refused(tmp_path: Path, what: str) -> None:
     content, told = WRONG[what]
     with pytest.raises(OutputError, match=rf"journal\.jsonl: a damaged .*{re.escape(told)}") as e:
         read(tmp_path, content)
-    assert e.value.hint == "pass --restart to begin anew"
+    assert e.value.hint == "pass --restart to start over"
     (tmp_path / journal.NAME).rename(tmp_path / "journal-7.jsonl")
     with pytest.raises(OutputError, match=re.escape(told)):
         read(tmp_path, HEAD + GOOD)
@@ -134,7 +138,7 @@ def test_what_differs_is_told(tmp_path: Path, change: dict[str, object], told: s
     other = Fingerprint({**REQUEST.content, **change}, "00")
     with pytest.raises(OutputError, match=f"another request: {told}") as caught:
         journal.read(tmp_path, other, KEYS)
-    assert caught.value.hint == "run the earlier command again, or pass --restart to begin anew"
+    assert caught.value.hint == "run the earlier command again, or pass --restart to start over"
 
 
 def test_formulas_that_differ_are_told(tmp_path: Path) -> None:
@@ -200,7 +204,7 @@ def test_shards_that_are_not_what_the_journal_says_are_refused(
     lazy = streammap.open(source)
     with pytest.raises(OutputError, match=told) as caught:
         lazy.save(out, max_shard_size=600)
-    assert caught.value.hint == "pass --restart to begin anew"
+    assert caught.value.hint == "pass --restart to start over"
     assert (out / ".streammap-run" / "journal.jsonl").exists()
     lazy.save(out, max_shard_size=600, restart=True)
     tiny.assert_same(tiny.written(out), tiny.written(source))
@@ -215,7 +219,7 @@ def test_no_link_is_followed_out_of_a_work_folder(
     (out / name).rename(other)
     (out / name).symlink_to(other)
     before = tiny.tree(other) if other.is_dir() else {}
-    with pytest.raises(OutputError, match=r"is no folder|symbolic links"):
+    with pytest.raises(OutputError, match=r"not a folder|symbolic links"):
         streammap.open(source).save(out, max_shard_size=600)
     assert (tiny.tree(other) if other.is_dir() else {}) == before
 
@@ -273,7 +277,7 @@ def test_a_mark_names_files_of_the_result_only(
     mark = out / ".streammap-run" / "commit.json"
     content = json.loads(mark.read_text())
     mark.write_text(json.dumps({**content, "files": [*content["files"], name]}))
-    with pytest.raises(OutputError, match="names that are none of a result's files"):
+    with pytest.raises(OutputError, match="names that can't be files of a result"):
         streammap.open(stopped[0]).save(out, max_shard_size=600)
 
 
@@ -282,7 +286,7 @@ def test_a_mark_of_another_request_is_refused(stopped: tuple[Path, Path], tmp_pa
     lazy = streammap.open(stopped[0])
     with pytest.raises(OutputError, match="max_shard_size 600 is now 700"):
         lazy.save(out, max_shard_size=700)
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         lazy.save(out, max_shard_size=700, restart=True)
     lazy.save(out, max_shard_size=700, restart=True, overwrite=True)
     tiny.assert_same(tiny.written(out), tiny.written(stopped[0]))
@@ -294,7 +298,7 @@ def test_a_damaged_mark_is_refused(
 ) -> None:
     out = marked(stopped, tmp_path)
     (out / ".streammap-run" / "commit.json").write_text(content)
-    with pytest.raises(OutputError, match=r"commit\.json: none that this version wrote"):
+    with pytest.raises(OutputError, match=r"commit\.json: not one that this version wrote"):
         streammap.open(stopped[0]).save(out, max_shard_size=600)
 
 
@@ -304,7 +308,7 @@ def test_a_file_that_a_mark_names_and_nobody_has_is_told(
     out = marked(stopped, tmp_path)
     name = first_shard(out).name
     first_shard(out).unlink()
-    with pytest.raises(OutputError, match=rf"{name} is missing in it and in"):
+    with pytest.raises(OutputError, match=rf"{name} is missing, here and in"):
         streammap.open(stopped[0]).save(out, max_shard_size=600)
 
 

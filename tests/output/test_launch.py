@@ -46,7 +46,7 @@ def _source(folder: Path, fields: dict[str, Any]) -> streammap.LazyCheckpoint:
 def _launch(what: str, folder: Path, n: int) -> list[dict[str, Any]]:
     words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={n}"]
     done = subprocess.run(
-        [sys.executable, *words, "-m", "tests.launched", what, str(folder)],
+        [sys.executable, *words, "-m", "tests.support.launched", what, str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,

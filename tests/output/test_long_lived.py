@@ -138,7 +138,7 @@ def test_runs_at_once_on_one_output_are_one_and_refusals(source: Path, tmp_path:
     with ThreadPoolExecutor(6) as pool:
         said = sorted(pool.map(one, range(6)))
     assert said[0] == ""
-    assert all("is writing a result there" in s or "is there already" in s for s in said[1:])
+    assert all("is writing a result there" in s or "already exists" in s for s in said[1:])
     assert not (tmp_path / "out" / ".streammap-run").exists()
 
 

@@ -19,7 +19,7 @@ from streammap.engine import tiles
 from streammap.errors import CheckpointError, OutputError, PlanError
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
-from streammap.output import shards as layout
+from streammap.output import fingerprint, layout
 from tests.support import tiny
 
 SIZES = tiny.Sizes()
@@ -308,7 +308,7 @@ def test_what_is_there_is_kept_unless_it_may_be_overwritten(
     out = tmp_path / name
     _half(source).save(out)
     before = tiny.tree(tmp_path)
-    with pytest.raises(OutputError, match=rf"{name}: is there already\n.*--overwrite"):
+    with pytest.raises(OutputError, match=rf"{name}: already exists\n.*--overwrite"):
         streammap.open(source).save(out)
     assert tiny.tree(tmp_path) == before
     streammap.open(source).save(out, overwrite=True)
@@ -322,7 +322,7 @@ def test_a_map_that_is_there_is_kept_unless_it_may_be_overwritten(
     beside = tmp_path / "x.map.safetensors"
     beside.write_text("mine")
     for lazy in (_half(source), streammap.open(source)):
-        with pytest.raises(OutputError, match=r"x\.map\.safetensors: is there already"):
+        with pytest.raises(OutputError, match=r"x\.map\.safetensors: already exists"):
             lazy.save(tmp_path / "x.pth")
         assert beside.read_text() == "mine"
         assert not (tmp_path / "x.pth").exists()
@@ -337,7 +337,7 @@ def test_an_empty_folder_may_be_filled(source: Path, tmp_path: Path) -> None:
 def test_a_folder_of_other_files_is_there_already(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".hidden").touch()
-    with pytest.raises(OutputError, match="out: is there already"):
+    with pytest.raises(OutputError, match="out: already exists"):
         _half(source).save(tmp_path / "out")
     assert _names(tmp_path / "out") == {".hidden"}
 
@@ -370,9 +370,9 @@ def test_overwriting_removes_stale_shards(source: Path, tmp_path: Path) -> None:
 def test_a_file_where_a_folder_should_be_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     (tmp_path / "out.pth").mkdir()
-    with pytest.raises(OutputError, match="out: is no folder"):
+    with pytest.raises(OutputError, match="out: not a folder"):
         _half(source).save(tmp_path / "out", overwrite=True)
-    with pytest.raises(OutputError, match=r"out\.pth: is no file"):
+    with pytest.raises(OutputError, match=r"out\.pth: not a file"):
         _half(source).save(tmp_path / "out.pth", overwrite=True)
     with pytest.raises(OutputError, match="Not a directory"):
         _half(source).save(tmp_path / "out" / "further")
@@ -535,7 +535,7 @@ def test_an_interrupted_run_leaves_what_is_whole_or_nothing(source: Path, tmp_pa
         assert _outside(tmp_path / "new") == {}
         notes = getattr(caught.value, "__notes__", [])
         assert len(notes) == kept
-    assert "the same command goes on, --restart begins anew" in notes[0]
+    assert "the same command resumes, --restart starts over" in notes[0]
 
 
 def test_short_writes_are_finished(
@@ -676,7 +676,7 @@ def test_a_link_to_nothing_is_refused(source: Path, tmp_path: Path) -> None:
 
 def test_what_is_no_file_is_refused(source: Path, tmp_path: Path) -> None:
     os.mkfifo(source / "pipe")
-    with pytest.raises(CheckpointError, match="pipe: no regular file"):
+    with pytest.raises(CheckpointError, match="pipe: not a regular file"):
         _half(source).save(tmp_path / "out")
 
 
@@ -776,7 +776,7 @@ def test_the_provenance_says_where_a_result_came_from(source: Path, tmp_path: Pa
     lazy = _half(source)
     lazy.save(tmp_path / "out")
     found = json.loads((tmp_path / "out" / "streammap.json").read_text())
-    assert found["digest"] == lazy.plan.digest
+    assert found["digest"] == fingerprint.of_plan(lazy.plan)
     assert found["promise"] == "approximate"
     assert [step["operator"] for step in found["steps"]] == ["coalesce"]
     (file,) = found["sources"][0]["files"]

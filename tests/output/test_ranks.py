@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 
 import streammap
 from streammap.common.events import Event, Wrote
+from streammap.common.ranks import ALONE, Ranks
 from streammap.engine import devices, memory
 from streammap.errors import OutputError, StreammapError
 from streammap.output import work_folder
-from streammap.output.ranks import coordination, heartbeat, launcher
-from streammap.output.ranks.launcher import ALONE, Ranks
+from streammap.output.ranks import assignment, coordination, heartbeat
 from tests.engine.test_devices import made
 from tests.support import tiny, typed
 from tests.support.typed import ok
@@ -116,8 +116,8 @@ def whole(tmp_path: Path, big: Path) -> dict[str, bytes]:
 
 @given(st.lists(st.integers(0, 10**12), max_size=60), st.integers(1, 20))
 def test_shards_are_dealt_by_bytes(sizes: list[int], n: int) -> None:
-    owners = launcher.deal(sizes, n)
-    assert owners == launcher.deal(sizes, n)
+    owners = assignment.assign_shards(sizes, n)
+    assert owners == assignment.assign_shards(sizes, n)
     assert len(owners) == len(sizes)
     assert list(owners) == sorted(owners)  # neighbours go together
     for rank in range(n):
@@ -128,18 +128,18 @@ def test_shards_are_dealt_by_bytes(sizes: list[int], n: int) -> None:
 
 @given(st.integers(1, 40), st.integers(1, 20))
 def test_equal_shards_are_dealt_evenly(n_shards: int, n: int) -> None:
-    owners = launcher.deal([10] * n_shards, n)
+    owners = assignment.assign_shards([10] * n_shards, n)
     counts = [owners.count(rank) for rank in range(n)]
     assert max(counts) <= -(-n_shards // n)
     assert n_shards < n or min(counts) >= n_shards // n - 1
 
 
 def test_what_is_one_shard_is_rank_0s() -> None:
-    assert launcher.deal([7], 4) == (0,)
-    assert launcher.deal([0, 0, 7, 0], 4) == (0, 0, 0, 0)
-    assert launcher.deal([], 4) == ()
-    assert launcher.deal([0, 0], 4) == (0, 0)
-    assert launcher.deal([5, 5, 5, 1], 3) == (0, 1, 2, 2)
+    assert assignment.assign_shards([7], 4) == (0,)
+    assert assignment.assign_shards([0, 0, 7, 0], 4) == (0, 0, 0, 0)
+    assert assignment.assign_shards([], 4) == ()
+    assert assignment.assign_shards([0, 0], 4) == (0, 0)
+    assert assignment.assign_shards([5, 5, 5, 1], 3) == (0, 1, 2, 2)
 
 
 # The environment.
@@ -277,7 +277,7 @@ def test_ranks_may_write_again_to_the_same_place(
     for overwrite in (False, True, True):
         reports(saved(copied(big), tmp_path / "out", 3, overwrite=overwrite))
         assert tiny.tree(tmp_path / "out") == whole
-    assert "is there already" in errors(saved(copied(big), tmp_path / "out", 3))[2]
+    assert "already exists" in errors(saved(copied(big), tmp_path / "out", 3))[2]
 
 
 def test_rank_0_hears_how_far_the_others_are(tmp_path: Path, big: Path) -> None:
@@ -395,7 +395,7 @@ from pathlib import Path
 import streammap
 from streammap.output import shard_writer
 from streammap.output.ranks import heartbeat
-from streammap.output.ranks.launcher import Ranks
+from streammap.common.ranks import Ranks
 
 big, out, dies, flag = sys.argv[1:]
 heartbeat.BEAT_SECONDS, heartbeat.GONE_SECONDS = 0.05, 0.5

@@ -262,7 +262,7 @@ def test_another_request_is_refused_and_told_what_differs(sources: Path, tmp_pat
             OutputError, match=rf"streammap-run: an unfinished run .*: .*{told}"
         ) as caught:
             save(lazy, out)
-        assert caught.value.hint == "run the earlier command again, or pass --restart to begin anew"
+        assert caught.value.hint == "run the earlier command again, or pass --restart to start over"
         assert tiny.tree(out) == before
     with pytest.raises(OutputError, match=r"max_shard_size 600 is now 700"):
         big.interpolate(sources / "other", alpha=0.25).save(out, max_shard_size=700)
@@ -335,7 +335,7 @@ def test_a_result_that_another_run_finished_meanwhile_is_kept(
         return WorkFolder(path)
 
     monkeypatch.setattr(transaction, "WorkFolder", late)
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already exists"):
         save(MAKES["copy"](sources), out)
     assert looks_whole(out) is not None
     assert not (out / WORK).exists()

@@ -90,7 +90,7 @@ def test_what_is_there_is_not_replaced_unless_asked(
     url: str, small: LazyCheckpoint, tmp_path: Path
 ) -> None:
     small.save(url, max_shard_size=SHARD)
-    with pytest.raises(OutputError, match=f"{url}: is there already"):
+    with pytest.raises(OutputError, match=f"{url}: already exists"):
         small.save(url)
     small.save(url, overwrite=True)
     small.save(tmp_path / "local")
@@ -185,7 +185,7 @@ def test_a_file_url_is_this_machine(small: LazyCheckpoint, tmp_path: Path) -> No
 def test_urls_on_the_command_line(url: str, small: LazyCheckpoint, tmp_path: Path) -> None:
     said = ok("coalesce", tmp_path / "bert", url, "--width", 2)
     assert said.strip().endswith(f"-> {url}")
-    assert "is there already" in refused("coalesce", tmp_path / "bert", url, "--width", 2)
+    assert "already exists" in refused("coalesce", tmp_path / "bert", url, "--width", 2)
     ok("decoalesce", url, tmp_path / "back")
 
 
@@ -296,7 +296,7 @@ def test_a_push_that_was_stopped_goes_on(hub: HubServer, tmp_path: Path) -> None
 def test_a_model_that_is_there_is_not_replaced_unless_asked(hub: HubServer, tmp_path: Path) -> None:
     lazy = streammap.open("org/bert").coalesce(width=2)
     lazy.push_to_hub("tester/small", max_shard_size=SHARD)
-    with pytest.raises(OutputError, match="hf://tester/small@main: is there already"):
+    with pytest.raises(OutputError, match="hf://tester/small@main: already exists"):
         lazy.push_to_hub("tester/small")
     lazy.push_to_hub("tester/small", overwrite=True)
     names = set(hub.content("tester/small"))

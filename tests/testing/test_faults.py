@@ -12,7 +12,7 @@ from streammap.errors import CheckpointError, OutputError
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage import disk
 from streammap.io.storage.disk import Disk, LocalDisk
-from streammap.output import shards
+from streammap.output import layout
 from streammap.output.files import Output
 from streammap.testing import faults
 from tests.support import tiny
@@ -140,7 +140,7 @@ def _fail(kind: str, path: Path, bad: str) -> None:
 
 def test_a_file_that_could_not_begin_is_closed(tmp_path: Path) -> None:
     """Else a second thread that begins it would forget the descriptor of the first."""
-    (shard,) = shards.arrange({"a": TensorSpec("U8", (4,))}, max_shard_nbytes=10)
+    (shard,) = layout.arrange({"a": TensorSpec("U8", (4,))}, max_shard_nbytes=10)
     with Output(tmp_path, tmp_path, disk=faults.FullDisk(3), fsync=False) as out:
         for _ in range(3):
             with pytest.raises(OutputError, match="No space left on device at byte"):

@@ -1,4 +1,4 @@
-"""Targets -> shards, byte by byte, and the index that says which shard has what.
+"""How tensors lie in shards, byte by byte, and the index that says which shard has which.
 
 Shards are filled in the order of the targets, as the Hub does: a tensor that would make a shard
 larger than allowed begins the next one. Inside a shard the widest dtype comes first: the format
@@ -29,19 +29,19 @@ class Shard:
 
     name: str
     head: bytes
-    """What comes before the tensors: length and header."""
+    """The bytes before the tensors: length and header."""
     slots: tuple[Slot, ...]
     tail_nbytes: int = 0
-    """Bytes behind the last tensor."""
+    """Bytes after the last tensor."""
 
     @property
     def nbytes(self) -> int:
         """Size of the file."""
         return (self.slots[-1].end if self.slots else len(self.head)) + self.tail_nbytes
 
-    def left_nbytes(self, there: Container[str]) -> int:
-        """Bytes of the tensors whose keys are not `there`."""
-        return sum(slot.spec.nbytes for slot in self.slots if slot.key not in there)
+    def left_nbytes(self, written: Container[str]) -> int:
+        """Bytes of the tensors whose keys are not among the `written` ones."""
+        return sum(slot.spec.nbytes for slot in self.slots if slot.key not in written)
 
 
 def arrange(
@@ -104,8 +104,8 @@ def _shard(name: str, keys: Sequence[str], specs: Mapping[str, TensorSpec]) -> S
     ordered = sorted(keys, key=lambda key: -DTYPE_BITS[specs[key].dtype])
     head = safetensors_header.encode([(key, specs[key]) for key in ordered], METADATA)
     slots = []
-    at = len(head)
+    offset = len(head)
     for key in ordered:
-        slots.append(Slot(key, specs[key], at))
-        at += specs[key].nbytes
+        slots.append(Slot(key, specs[key], offset))
+        offset += specs[key].nbytes
     return Shard(name, head, tuple(slots))

@@ -1,15 +1,16 @@
-"""The processes of one launch that make a result together, and which of them makes which shard.
+"""The rank of this process among those of its launch, by the variables of the launcher.
 
     torchrun    RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TORCHELASTIC_RUN_ID MASTER_ADDR ...
     srun        SLURM_PROCID SLURM_STEP_NUM_TASKS SLURM_LOCALID SLURM_JOB_ID SLURM_STEP_ID ...
 
-Nothing but the environment is looked at: they need no network, see coordination.py.
+Nothing but the environment is read: no process has to hear from another.
 """
 
 import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
@@ -19,20 +20,20 @@ from streammap.errors import OutputError
 @final
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process's place among those that make a result together."""
+    """One process of several that write a result together."""
 
     rank: int = 0
-    """Counted from 0, which leads."""
+    """Counted from 0, the rank that leads."""
     world_size: int = 1
     """How many processes there are."""
     local_rank: int = 0
     local_world_size: int = 1
-    """How many there are on this machine, and share its processors."""
+    """How many of them share this machine and its processors."""
     launch: str = ""
-    """What all processes of a launch have in common, and those of others do not."""
+    """The same for all processes of a launch, and different for those of another."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no place."""
+        """Refuse a rank that is not below the number of ranks."""
         if not 0 <= self.rank < self.world_size:
             raise OutputError(
                 f"rank {self.rank} of {self.world_size}: expected 0 to {self.world_size - 1}",
@@ -46,15 +47,15 @@ class Ranks:
 
     @classmethod
     def of(cls, given: "Ranks | bool") -> "Ranks":
-        """What callers pass: True for what the launcher says, False for one process alone."""
+        """What a caller asks for: True for what the launcher says, False to work alone."""
         return (cls.here() if given else ALONE) if isinstance(given, bool) else given
 
     @classmethod
     def here(cls, environ: Mapping[str, str] | None = None) -> "Ranks":
-        """What the launcher that started this process says; the only one where none did.
+        """This process by the variables of its launcher; alone where there is none.
 
         Raises:
-            OutputError: a variable of a launcher that makes no sense.
+            OutputError: a launcher's variable that makes no sense.
         """
         env = os.environ if environ is None else environ
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -67,7 +68,7 @@ class Ranks:
                     "torchrun", env, "TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"
                 ),
             )
-        # SLURM_NTASKS is there in a batch script too, which is one process: only srun has STEP.
+        # A batch script is one process, and has SLURM_NTASKS too: only srun sets STEP variables.
         if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
             return cls(
                 rank=_number(env, "SLURM_PROCID"),
@@ -82,32 +83,22 @@ class Ranks:
 ALONE = Ranks()
 
 
-def deal(sizes: Sequence[int], world_size: int) -> tuple[int, ...]:
-    """The rank that makes each shard: neighbours go together, since they read the same files.
-
-    Shards lie side by side on a line as long as all of them; the line is cut in equal parts, and a
-    shard belongs to the part that its middle is in. No rank gets more than an equal part and the
-    largest shard. A shard that is the only one with anything to do is rank 0's.
-
-    Args:
-        sizes: Bytes of each shard that are to be written.
-    """
-    total, before = sum(sizes), 0
-    if max(sizes, default=0) == total:
-        return (0,) * len(sizes)
-    owners = []
-    for nbytes in sizes:
-        middle = 2 * before + nbytes  # twice, to stay whole
-        owners.append(min(world_size * middle // (2 * total), world_size - 1))
-        before += nbytes
-    return tuple(owners)
+def rank() -> int:
+    """This process's rank: torch.distributed's if initialised, else the launcher's, else 0."""
+    module = sys.modules.get("torch.distributed")
+    if module is not None and module.is_available() and module.is_initialized():
+        number: int = module.get_rank()
+        return number
+    with contextlib.suppress(OutputError):
+        if (here := Ranks.here()) is not ALONE:
+            return here.rank
+    text = os.environ.get("RANK", "")  # of a launcher that says no more
+    return int(text) if text.isdecimal() else 0
 
 
 def is_relayed(message: str) -> bool:
-    """Whether this is one of several ranks, and only repeats what rank 0 says of another."""
-    with contextlib.suppress(OutputError):
-        return message.startswith("rank ") and Ranks.here().rank > 0
-    return False
+    """Whether this process is not rank 0, and an error only repeats what rank 0 says of another."""
+    return message.startswith("rank ") and rank() > 0
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -125,8 +116,8 @@ def _joined(launcher: str, env: Mapping[str, str], *names: str) -> str:
 
 
 def _sharing(env: Mapping[str, str]) -> int:
-    """Tasks that share the processors that this one may use."""
+    """Tasks that share this one's processors."""
     if "SLURM_CPUS_PER_TASK" in env:
-        return 1  # each is bound to its own
+        return 1  # each task is bound to processors of its own
     counts = re.findall(r"(\d+)(?:\(x\d+\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     return max((1, *map(int, counts)))
