@@ -9,12 +9,13 @@ import torch
 from streammap.analysis import scan, statistics
 from streammap.analysis.scan import ScannedPiece
 from streammap.analysis.statistics import Scratch
+from streammap.common import ranges
 from streammap.common.events import Listener, nobody
+from streammap.common.ranges import Tile
 from streammap.common.torch_threads import torch_threads
-from streammap.engine import crc32, schedule, tiles
+from streammap.engine import crc32, schedule
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
-from streammap.engine.tiles import Tile
 from streammap.io.dtypes import to_torch
 from streammap.io.survey import Finding, SavedRecord
 from streammap.io.tensor_spec import DTYPE_BITS
@@ -190,10 +191,10 @@ def _random_tile(form: LinearForm, found: Memory, source: random.Random) -> Tile
     cut = schedule.cut_of(form, schedule.limits_of(form, found))
     shape = form.spec.shape
     if not shape:
-        return tiles.tile_at(shape, (), 0, 1)
+        return ranges.tile_at(shape, (), 0, 1)
     prefix = tuple(source.randrange(n) for n in shape[: cut.dim])
     start = source.randrange(shape[cut.dim]) // cut.rows * cut.rows
-    return tiles.tile_at(shape, prefix, start, min(start + cut.rows, shape[cut.dim]))
+    return ranges.tile_at(shape, prefix, start, min(start + cut.rows, shape[cut.dim]))
 
 
 def _differ(form: LinearForm, a: memoryview, b: memoryview) -> tuple[int, object, object] | None:

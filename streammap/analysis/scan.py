@@ -16,6 +16,7 @@ from torch import Tensor
 
 from streammap.analysis.statistics import CHUNK, Scratch
 from streammap.common.events import Finished, Listener, Started, nobody
+from streammap.common.ranges import Tile
 from streammap.common.torch_threads import torch_threads
 from streammap.engine import memory, read_ahead, schedule, threads
 from streammap.engine.compiler import Programs
@@ -23,7 +24,6 @@ from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.engine.schedule import Compute, FileOffset, Job
 from streammap.engine.tile_reads import Recipe, alike
-from streammap.engine.tiles import Tile
 from streammap.engine.worker import Made, Worker
 from streammap.errors import OutputError
 from streammap.io.buffers import Buffer

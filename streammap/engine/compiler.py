@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import final
 
+from streammap.common.ranges import Range
 from streammap.engine import pullback
 from streammap.engine.memory import N_PLACES
 from streammap.engine.program import OUT, WORK, Op, Program, Strip, View, contiguous
-from streammap.engine.pullback import Pullback, Range
+from streammap.engine.pullback import Pullback
 from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
 from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph, group_sums

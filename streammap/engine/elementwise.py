@@ -7,7 +7,8 @@ writing of the result. No torch here.
 
 from dataclasses import dataclass
 
-from streammap.engine import compiler, tiles
+from streammap.common import ranges
+from streammap.engine import compiler
 from streammap.engine.memory import N_PLACES, Limits
 from streammap.engine.program import Program
 from streammap.engine.schedule import fits
@@ -16,7 +17,7 @@ from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm, TensorRef, Term
 
-_MOST_NBYTES = 2 * tiles.PIECE_NBYTES
+_MOST_NBYTES = 2 * ranges.PIECE_NBYTES
 """Of a piece: smaller ones cost more calls than a cache saves."""
 FlatKind = tuple[object, ...]
 
@@ -62,7 +63,7 @@ def pieces_of(form: LinearForm, limits: Limits) -> Pieces | None:
             TensorSpec(form.spec.dtype, (n,)),
             tuple(Term((None,), _cut(term.blend, n)) for term in form.terms),
         )
-        found = compiler.program(Recipe(one, tiles.tile_at((n,), (), 0, n)), limits.chunk_nbytes)
+        found = compiler.program(Recipe(one, ranges.tile_at((n,), (), 0, n)), limits.chunk_nbytes)
         if fits(found, limits):
             return Pieces(found, n * item)
         n //= 2

@@ -18,8 +18,7 @@ from streammap.io.formats.safetensors_header import Slot
 from streammap.planning.graph import LinearForm
 
 if TYPE_CHECKING:
-    from streammap.engine.pullback import Range
-    from streammap.engine.regions import Region
+    from streammap.common.ranges import Range, Region
 
 _MAPPED_NBYTES = 2**20
 

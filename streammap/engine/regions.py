@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
-from streammap.engine import tiles
-from streammap.engine.pullback import Range
+from streammap.common import ranges
+from streammap.common.ranges import Range, Region, Tile
 from streammap.errors import PlanError
 from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 _MAX_BLOCKS = 4096
 """A range that takes more blocks to write down is cut out of tiles instead."""
-
-Region = tuple[Range, ...]
-"""start, end of each dimension"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +111,10 @@ Index = tuple[int | slice, ...]
 """What a tensor is indexed with."""
 
 
-def within(part: RegionRead, offset: int, n: int) -> list[tuple[tiles.Tile, Index, Index]]:
+def within(part: RegionRead, offset: int, n: int) -> list[tuple[Tile, Index, Index]]:
     """For n elements of a part's form: boxes, what of each is in the region, and where."""
-    found: list[tuple[tiles.Tile, Index, Index]] = []
-    for box in tiles.boxes(part.form.spec.shape, offset, offset + n):
+    found: list[tuple[Tile, Index, Index]] = []
+    for box in ranges.boxes(part.form.spec.shape, offset, offset + n):
         shape = part.form.spec.shape
         n_prefix = len(box.prefix)
         if not shape:

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from streammap.common import ranges
+from streammap.common.ranges import Range, Tile
 from streammap.engine import compiler
 from streammap.engine import tiles as tiling
 from streammap.engine.memory import Limits, Memory
 from streammap.engine.program import Program
-from streammap.engine.pullback import Range
 from streammap.engine.tile_reads import Recipe, alike
-from streammap.engine.tiles import Cut, Tile
+from streammap.engine.tiles import Cut
 from streammap.errors import PlanError
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
@@ -187,7 +188,7 @@ def _ranges(target: Target) -> Iterator[Bundle]:
     kind, item = alike(form), DTYPE_BITS[form.spec.dtype] // 8
     for start, end in _steps(target, 0, n * item, RANGE_NBYTES):
         places = tuple(FileOffset(p.file, p.offset + start) for p in target.places)
-        recipe = Recipe(form, tiling.tile_at((n,), (), start // item, end // item))
+        recipe = Recipe(form, ranges.tile_at((n,), (), start // item, end // item))
         yield (Compute(target.key, kind, recipe, places),)
 
 
@@ -195,7 +196,7 @@ def _steps(target: Target, start: int, end: int, step: int) -> Iterator[Range]:
     """Bytes from `start` to `end` in steps: but for the first they begin at multiples in a file."""
     offset = target.places[0].offset
     offset += start - offset % _MAX_ITEM_NBYTES
-    for a, b in tiling.pieces(offset, end - start, step):
+    for a, b in ranges.pieces(offset, end - start, step):
         yield start + a, start + b
 
 
@@ -224,7 +225,7 @@ def _wanted(tiles: tuple[Tile, ...], target: Target) -> Iterator[Tile]:
         yield from tiles
         return
     for tile in tiles:
-        found = tiling.clipped(tile, target.form.spec.shape, *target.rows)
+        found = ranges.clipped(tile, target.form.spec.shape, *target.rows)
         if found is not None:
             yield found
 
@@ -253,7 +254,7 @@ def cut_of(form: LinearForm, limits: Limits) -> Cut:
         rows = _rows(spec, dim, limits)
         while rows:
             start = min(heaviest[dim], n - rows)
-            tile = tiling.tile_at(spec.shape, tuple(heaviest[:dim]), start, start + rows)
+            tile = ranges.tile_at(spec.shape, tuple(heaviest[:dim]), start, start + rows)
             if fits(compiler.program(Recipe(form, tile), limits.chunk_nbytes), limits):
                 return Cut(dim, _aligned(form, dim, rows))
             rows //= 2

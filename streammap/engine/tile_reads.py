@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
+from streammap.common.ranges import Range, Tile
 from streammap.engine import pullback
-from streammap.engine.pullback import Pullback, Range
-from streammap.engine.tiles import Tile
+from streammap.engine.pullback import Pullback
 from streammap.io.tensor_spec import DTYPE_BITS
 from streammap.planning import graph, group_sums
 from streammap.planning.graph import LinearForm, TensorRef, Term

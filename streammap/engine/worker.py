@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from streammap.engine import elementwise, tiles
+from streammap.common import ranges
+from streammap.engine import elementwise
 from streammap.engine.compiler import Programs
 from streammap.engine.devices import DeviceBuffer, DeviceSide, Matrices
 from streammap.engine.elementwise import Pieces
@@ -135,7 +136,7 @@ class Worker:
         form = job.recipe.form
         item, offset = DTYPE_BITS[form.spec.dtype] // 8, job.places[0].offset
         loads = [(load, DTYPE_BITS[load.spec.dtype] // 8) for load in elementwise.loads_of(form)]
-        for start, end in tiles.pieces(offset - offset % item, job.nbytes, found.nbytes):
+        for start, end in ranges.pieces(offset - offset % item, job.nbytes, found.nbytes):
             first, n = job.recipe.tile.start + start // item, (end - start) // item
             reads = iter(zip(loads, self._places, strict=False))
             for call in calls:
@@ -269,8 +270,8 @@ class Made:
         """
         job, out = self.job, self.out
         if isinstance(job, Copy):
-            step = min(tiles.PIECE_NBYTES, self.worker.tile_nbytes)
-            for start, end in tiles.pieces(job.places[0].offset, job.nbytes, step):
+            step = min(ranges.PIECE_NBYTES, self.worker.tile_nbytes)
+            for start, end in ranges.pieces(job.places[0].offset, job.nbytes, step):
                 view = out.view[: end - start]
                 self.worker.copy(job, start, view)
                 yield view
@@ -280,7 +281,7 @@ class Made:
             yield from pieces
             return
         view = self.whole()
-        for start, end in tiles.pieces(job.places[0].offset, job.nbytes):
+        for start, end in ranges.pieces(job.places[0].offset, job.nbytes):
             yield view[start:end]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap.engine import tiles
+from streammap.common.ranges import PIECE_NBYTES
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import safe_open, weight_files
 from streammap.io.storage.disk import Disk
@@ -30,7 +30,7 @@ class Output:
         self._disk, self._fsync = disk, fsync
         self._pwrite = disk.pwrite
         self._descriptors: dict[str, int] = {}
-        self._piece = memoryview(bytearray(tiles.PIECE_NBYTES))
+        self._piece = memoryview(bytearray(PIECE_NBYTES))
         self.names: list[str] = []
         """Small files that were added."""
 
@@ -128,7 +128,7 @@ class Output:
         descriptor = self._descriptors[name]
         at = 0
         while at < len(view):
-            end = at + tiles.PIECE_NBYTES - (offset + at) % tiles.PIECE_NBYTES
+            end = at + PIECE_NBYTES - (offset + at) % PIECE_NBYTES
             try:
                 at += self._pwrite(descriptor, view[at:end], offset + at)
             except OSError as error:
@@ -189,7 +189,7 @@ class Output:
     def _copy(self, name: str, source: int, nbytes: int) -> None:
         at = 0
         while at < nbytes:
-            room = self._piece[: min(tiles.PIECE_NBYTES, nbytes - at)]
+            room = self._piece[: min(PIECE_NBYTES, nbytes - at)]
             read = self._disk.pread(source, room, at)
             if not read:
                 raise OutputError(

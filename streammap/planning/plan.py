@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, final
 
+from streammap.common.ranges import Region
 from streammap.engine import memory
-from streammap.engine.regions import Region
 from streammap.errors import some
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.tensor_spec import TensorSpec

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from streammap.common import ranges
 from streammap.engine import compiler, evaluate, memory, schedule, tile_reads, tiles, worker
 from streammap.engine.compiler import Programs
 from streammap.engine.memory import Limits, Memory
@@ -393,7 +394,7 @@ def test_sums_of_groups_are_added_up_in_one_order_whatever_the_tile(data: st.Dat
         patch.setattr(group_sums, "MIN_RUN", 1)
         for room in ROOMS:
             assert tiny.bits(_read(form, room)) == tiny.bits(wanted.to(sources[0].dtype)), room
-        tile = tiles.tile_at(form.spec.shape, (), 0, form.spec.shape[0])
+        tile = ranges.tile_at(form.spec.shape, (), 0, form.spec.shape[0])
         found = compiler.program(tile_reads.Recipe(form, tile), 1)
         assert {op.kind for op in found.ops} <= {"read", "copy", "pool"}
 
@@ -408,7 +409,7 @@ def test_groups_of_long_runs_take_one_kernel_and_no_scratch(layout: str) -> None
     m = maps.merging(pairs, 8, block=32)
     x = torch.randn(256, 256).to(torch.bfloat16)
     form = graph.map_dims(Held().load(x), [m, m])
-    found = compiler.program(tile_reads.Recipe(form, tiles.tile_at((128, 128), (), 0, 128)), 2**20)
+    found = compiler.program(tile_reads.Recipe(form, ranges.tile_at((128, 128), (), 0, 128)), 2**20)
     assert [op.kind for op in found.ops] == ["read", "pool"]
     assert found.work_nbytes == 0
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import streammap
-from streammap.engine import evaluate, memory, regions, tiles
-from streammap.engine.regions import Region
+from streammap.common import ranges
+from streammap.common.ranges import Region
+from streammap.engine import evaluate, memory, regions
 from streammap.errors import PlanError
 from streammap.planning import graph, maps
 from tests.engine.test_evaluate import (
@@ -87,7 +88,7 @@ def test_any_range_of_elements_is_a_few_boxes(shape: tuple[int, ...], data: st.D
     start, end = sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))
     numbers = torch.arange(n).view(shape)
     found: list[Tensor] = []
-    boxes = list(tiles.boxes(shape, start, end))
+    boxes = list(ranges.boxes(shape, start, end))
     for box in boxes:
         part = numbers
         for i in box.prefix:

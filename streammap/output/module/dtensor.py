@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streammap.engine.pullback import Range
-from streammap.engine.regions import Region
+from streammap.common.ranges import Range, Region
 from streammap.errors import PlanError
 
 if TYPE_CHECKING:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from streammap.common import text, torch_threads
 from streammap.common.events import Finished, Listener, Started, nobody
+from streammap.common.ranges import Region
 from streammap.engine import devices, memory, read_ahead, regions, schedule, threads
 from streammap.engine.options import Engine
-from streammap.engine.regions import Region, RegionRead
+from streammap.engine.regions import RegionRead
 from streammap.engine.worker import Made
 from streammap.errors import PlanError, some
 from streammap.io.formats.safetensors_header import Slot

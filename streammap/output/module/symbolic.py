@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, final
 
-from streammap.engine.pullback import Range
-from streammap.engine.regions import Region
+from streammap.common.ranges import Range, Region
 
 _Item = TypeVar("_Item")
 

@@ -22,6 +22,7 @@ from streammap.api import LazyCheckpoint
 from streammap.architectures import axis_sizes as axes
 from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
+from streammap.common.units import parse_size
 from streammap.engine.options import Engine
 from streammap.errors import PlanError
 from streammap.io.json_files import read_config
@@ -33,7 +34,6 @@ from streammap.operators.kinds import AxisSizes
 from streammap.operators.resize import Coalesce, Decoalesce, Direction
 from streammap.operators.resize_plan import fitting_level
 from streammap.output import run as executor
-from streammap.output import shards
 from streammap.output.options import OutputOptions
 from streammap.output.ranks.launcher import ALONE, Ranks
 from streammap.output.run import Report
@@ -134,7 +134,7 @@ class _Mapper:
         place = self._output
         if place.exists() and place.samefile(self._source.plan.sources[0].path):
             raise PlanError(f"{place}: is the source itself", hint="save to another folder")
-        size = shards.parse_size(max_shard_size)
+        size = parse_size(max_shard_size)
         where = OutputOptions(
             place,
             size,
