@@ -135,22 +135,20 @@ class LazyCheckpoint:
         Raises:
             PlanError: an `out` or a region that does not fit.
         """
-        if region is None and out is None and dtype is None and device is None:
-            return self.plan.read(key)
-        from streammap.engine import lazy_tensors as tensors
+        from streammap.engine import evaluate
 
-        return tensors.read(self.plan, key, region, out=out, dtype=dtype, device=device)
+        return evaluate.read_tensor(self.plan, key, region, out=out, dtype=dtype, device=device)
 
     def tensors(self) -> Iterator[tuple[str, "Tensor"]]:
         """(key, tensor) one after the other; only one is held at a time."""
         for key in self.plan.targets:
-            yield key, self.plan.read(key)
+            yield key, self.read(key)
 
     def state_dict(self) -> "Mapping[str, Tensor]":
         """The tensors as a mapping; each is computed when it is asked for, each time again."""
-        from streammap.engine import lazy_tensors
+        from streammap.engine import evaluate
 
-        return lazy_tensors.LazyState(self.plan)
+        return evaluate.LazyState(self.plan)
 
     @property
     def config(self) -> Mapping[str, object] | None:

@@ -185,7 +185,7 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
     def measure(piece: "ScannedPiece", scratch: "Scratch") -> PairStats:
         return pair_statistics.compared(piece, scratch, swapped=piece.key in swapped)
 
-    scan.each(
+    scan.scan(
         drivers,
         make(Engine, options, what="diff"),
         measure,

@@ -150,7 +150,7 @@ def measure(plan: Plan, engine: Engine, *, listener: Listener = nobody) -> Healt
     def look(piece: "ScannedPiece", scratch: "Scratch") -> TensorStats:
         return counted(piece.numbers(), piece.start, row_length(piece.spec), scratch)
 
-    scan.each(forms, engine, look, lambda key, part: tallies[key].add(part), listener=listener)
+    scan.scan(forms, engine, look, lambda key, part: tallies[key].add(part), listener=listener)
     tensors = [_told(key, forms[key].spec, tallies[key]) for key in forms]
     tensors.sort(key=lambda tensor: tensor.badness, reverse=True)
     nbytes = sum(form.spec.nbytes for form in forms.values())

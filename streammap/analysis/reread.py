@@ -14,6 +14,7 @@ from streammap.common.events import Listener, nobody
 from streammap.common.ranges import Tile
 from streammap.common.torch_threads import torch_threads
 from streammap.engine import crc32, schedule
+from streammap.engine.evaluate import TileReader
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.io.dtypes import to_torch
@@ -48,7 +49,7 @@ def read(own: Plan, engine: Engine, listener: Listener = nobody) -> dict[str, Re
     def collect(key: str, part: Reading) -> None:
         found[key] = found[key].with_part(part)
 
-    scan.each(own.targets, engine, _reading, collect, listener=listener)
+    scan.scan(own.targets, engine, _reading, collect, listener=listener)
     return found
 
 
@@ -116,15 +117,15 @@ def recompute(
     if not keys:
         return 0, []
     forms = [expected.targets[key] for key in keys]
-    found = scan.fit(forms, engine, n_sides=2)
-    mine, theirs = scan.SecondReader(found, 1), scan.SecondReader(found, 1)
+    room = scan.fit(forms, engine, n_sides=2)
+    mine, theirs = TileReader(room), TileReader(room)
     source = random.Random(seed)
     weights = [form.spec.nbytes for form in forms]
     wrong: list[Finding] = []
     with torch_threads():
         for key in source.choices(keys, weights, k=n_tiles):
             form = expected.targets[key]
-            tile = _random_tile(form, found, source)
+            tile = _random_tile(form, room, source)
             n = tile.n_elements * min(8, DTYPE_BITS[form.spec.dtype]) // 8
             start = tile.offset * min(8, DTYPE_BITS[form.spec.dtype]) // 8
             a = mine.read(own.targets[key], tile, start, n)
@@ -177,7 +178,7 @@ def _of_sources(expected: Plan, keys: Mapping[str, object], engine: Engine) -> d
     def collect(name: str, part: Reading) -> None:
         read_again[name] = read_again[name].with_part(part)
 
-    scan.each(forms, engine, _reading, collect)
+    scan.scan(forms, engine, _reading, collect)
     found = {}
     for key, many in loads.items():
         total = Reading()
@@ -187,8 +188,8 @@ def _of_sources(expected: Plan, keys: Mapping[str, object], engine: Engine) -> d
     return found
 
 
-def _random_tile(form: LinearForm, found: Memory, source: random.Random) -> Tile:
-    cut = schedule.cut_of(form, schedule.limits_of(form, found))
+def _random_tile(form: LinearForm, room: Memory, source: random.Random) -> Tile:
+    cut = schedule.cut_of(form, schedule.limits_of(form, room))
     shape = form.spec.shape
     if not shape:
         return ranges.tile_at(shape, (), 0, 1)

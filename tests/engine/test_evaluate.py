@@ -24,7 +24,6 @@ from streammap.engine.worker import Worker
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import from_torch, to_torch
-from streammap.io.formats.safetensors_header import Slot
 from streammap.io.tensor_spec import DTYPE_BITS, FLOATS, TensorSpec
 from streammap.planning import graph, group_sums, maps
 from streammap.planning.graph import LinearForm, TensorRef, Term
@@ -199,7 +198,6 @@ def _patched(patch: pytest.MonkeyPatch, form: LinearForm, room: Room) -> Memory:
     patch.setattr(tile_reads, "STRIP", STRIP)
     patch.setattr(group_sums, "MIN_RUN", 1)
     patch.setattr(worker, "Buffer", poisoned)
-    patch.setattr(evaluate, "Buffer", poisoned)
     return _memory(max(room.tile, least), room.dense)
 
 
@@ -246,7 +244,8 @@ def test_tiles_of_any_size_give_the_same_bits(drawn: Drawn) -> None:
 def test_a_tensor_without_elements_has_no_tiles(shape: tuple[int, ...]) -> None:
     assert list(tiles.bundles(shape, (), Cut(0, 1))) == []
     halved = graph.scale(Held().load(torch.empty(shape)), 0.5)
-    assert list(schedule.bundles({"": halved}, [("", Slot("", halved.spec, 0))], _memory(64))) == []
+    for grid in (schedule.whole_tiles, lambda key: 8):
+        assert list(schedule.bundles({"": halved}, _memory(64), grid=grid, rows={})) == []
     assert _read(halved).shape == shape
 
 
@@ -415,9 +414,9 @@ def test_groups_of_long_runs_take_one_kernel_and_no_scratch(layout: str) -> None
 
 
 def _jobs(form: LinearForm, given: Memory, of: Worker) -> Iterator[Job]:
-    for bundle in schedule.bundles({"": form}, [("", Slot("", form.spec, 0))], given):
+    for bundle in schedule.bundles({"": form}, given, grid=schedule.whole_tiles, rows={}):
         for job in bundle:
-            yield from of.parts(job)
+            yield from of.split(job)
 
 
 @given(drawn_forms(RANDOM), st.sampled_from(ROOMS))
@@ -427,7 +426,7 @@ def test_every_part_of_a_job_stays_within_its_limits(drawn: Drawn, room: Room) -
     with pytest.MonkeyPatch.context() as patch:
         given = _patched(patch, form, room)
         limits = schedule.limits_of(form, given)
-        at_work = Worker(given, Programs(), mapped=False, matrices=None)
+        at_work = Worker(given, Programs(), grid=schedule.whole_tiles)
         written = torch.zeros(form.spec.nbytes, dtype=torch.uint8)
         for job in _jobs(form, given, at_work):
             assert job.nbytes <= limits.out_nbytes

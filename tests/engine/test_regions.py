@@ -117,13 +117,13 @@ def test_only_a_region_is_computed(dim: int, monkeypatch: pytest.MonkeyPatch) ->
     pairs = maps.growing(maps.merging([[i, i + 32] for i in range(32)], 64))
     form = graph.map_dims(source.load(torch.randn(32, 32)), [pairs, pairs])
     region = tuple((16, 32) if d == dim else (0, 64) for d in range(2))
-    put, made = regions.put, list[int]()
+    copy_into, made = regions.copy_into, list[int]()
 
-    def counted(part: regions.RegionRead, offset: int, held: Tensor, out: Tensor) -> None:
-        made.append(held.numel())
-        put(part, offset, held, out)
+    def counted(read: regions.RegionRead, offset: int, elements: Tensor, out: Tensor) -> None:
+        made.append(elements.numel())
+        copy_into(read, offset, elements, out)
 
-    monkeypatch.setattr(regions, "put", counted)
+    monkeypatch.setattr(regions, "copy_into", counted)
     out = torch.empty([end - start for start, end in region])
     evaluate.read_into(form, region, out, memory.fit([form], budget=None, n_workers=1))
     assert sum(made) == out.numel()

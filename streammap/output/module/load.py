@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 from streammap.common import text, torch_threads
 from streammap.common.events import Finished, Listener, Started, nobody
 from streammap.common.ranges import Region
-from streammap.engine import devices, memory, read_ahead, regions, schedule, threads
+from streammap.engine import devices, loop, memory, regions
+from streammap.engine.loop import Resources
 from streammap.engine.options import Engine
 from streammap.engine.regions import RegionRead
-from streammap.engine.worker import Made
+from streammap.engine.schedule import Job
 from streammap.errors import PlanError, some
-from streammap.io.formats.safetensors_header import Slot
+from streammap.io.dtypes import to_torch
 from streammap.output import run
 from streammap.output.module import names as runtimenames
 from streammap.output.module import parameters
@@ -290,62 +290,69 @@ def _work(plan: Plan, piece: SourceRegion, shard: "LocalShard", to: FillTarget) 
     place = tuple(
         (held + start, held + end) for (held, _), (start, end) in zip(shard.at, at, strict=True)
     )
-    return FillJob(regions.part(plan.targets[piece.key], source), piece, to, place)
+    return FillJob(regions.region_read(plan.targets[piece.key], source), piece, to, place)
 
 
 Take = Callable[[FillJob, int, Tensor], None]
 
 
 def _run(
-    works: Mapping[str, FillJob],
+    jobs: Mapping[str, FillJob],
     fitted: memory.Memory,
     engine: Engine,
     take: Take,
     listener: Listener,
 ) -> int:
-    """Compute all works, and give each tile to `take`; gives the bytes read."""
-    from streammap.io.dtypes import to_torch
-
-    targets = {key: work.part.form for key, work in works.items()}
-    rows = {key: work.part.rows for key, work in works.items() if work.part.rows is not None}
-    slots = [(key, Slot(key, form.spec, 0)) for key, form in targets.items()]
-    choice = devices.choose(targets.values(), engine.device)
-    device = choice.device
+    """Compute all jobs, and give each tile to `take`; gives the bytes read."""
+    targets = {key: job.part.form for key, job in jobs.items()}
+    device = devices.choose(targets.values(), engine.device).device
     if device != "cpu" and engine.device == "auto":
         device = f"cuda:{torch.cuda.current_device()}"  # each process has one of its own
-
-    def write(job: schedule.Job, made: Made) -> None:
-        view = made.whole()
-        for place in job.places:
-            work = works[place.file]
-            dtype = to_torch(work.part.form.spec.dtype)
-            held = torch.frombuffer(view, dtype=dtype)
-            take(work, place.offset // dtype.itemsize, held)
-
-    sources = read_ahead.as_they_come(targets.values())
-    with torch_threads.torch_threads():
-        return threads.run(
-            schedule.bundles(targets, slots, fitted, rows=rows),
-            fitted,
-            write,
+    with torch_threads.torch_threads():  # also where all forms are copied: `take` calls kernels
+        return loop.run(
+            targets,
+            _ModuleFiller(jobs, take),
+            Resources(fitted, device, mapped=engine.reader == "mmap"),
             listener=listener,
-            mapped=engine.reader == "mmap",
-            device=device,
-            cancel=partial(read_ahead.cancel, sources),
+            rows={key: job.part.rows for key, job in jobs.items() if job.part.rows is not None},
         )
 
 
-def _fill(work: FillJob, offset: int, held: Tensor) -> None:
-    work.to.wrote(regions.put(work.part, offset, held, work.out()))
+@final
+class _ModuleFiller:
+    """The sink of a run that fills a module. Threads fill different elements: they share a lane."""
+
+    def __init__(self, jobs: Mapping[str, FillJob], take: Take) -> None:
+        self._jobs, self._take = jobs, take
+
+    def grid(self, key: str) -> None:
+        """Whole tiles: the larger a piece, the fewer calls."""
+
+    def lane(self) -> "_ModuleFiller":
+        return self
+
+    def write(self, part: Job, offset: int, piece: memoryview) -> None:
+        for place in part.places:
+            job = self._jobs[place.key]
+            dtype = to_torch(job.part.form.spec.dtype)
+            elements = torch.frombuffer(piece, dtype=dtype)
+            self._take(job, (place.offset + offset) // dtype.itemsize, elements)
+
+    def done(self, part: Job) -> None:
+        pass
 
 
-def _compare(work: FillJob, offset: int, held: Tensor) -> None:
+def _fill(job: FillJob, offset: int, elements: Tensor) -> None:
+    job.to.wrote(regions.copy_into(job.part, offset, elements, job.out()))
+
+
+def _compare(job: FillJob, offset: int, elements: Tensor) -> None:
     """Refuse a second key of a shared tensor that has other numbers."""
-    for source, target in regions.pairs(work.part, offset, held, work.out()):
-        there = source.to(dtype=target.dtype, device=target.device)
-        same = (there == target) | ((there != there) & (target != target))
+    for source, target in regions.overlaps(job.part, offset, elements, job.out()):
+        other = source.to(dtype=target.dtype, device=target.device)
+        same = (other == target) | ((other != other) & (target != target))
         if not bool(same.all()):
-            names = work.to.entry.names
+            names = job.to.entry.names
             raise PlanError(
                 f"{some(names)} are one tensor in the module, and differ in the checkpoint",
                 hint="make the module without tying: tie_word_embeddings=False in its config",
