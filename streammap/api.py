@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from streammap.analysis.difference import Difference
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
     from streammap.output.module.load import LoadReport
@@ -43,7 +44,7 @@ P = ParamSpec("P")
 
 
 @declared
-class _HealthOptions(Engine):
+class _ScanOptions(Engine):
     """What a pass over all tensors may use."""
 
     progress: Listener = option(
@@ -176,8 +177,8 @@ class LazyCheckpoint:
 
         return summarize(self.plan, options)
 
-    @takes(_HealthOptions, n_first=1)
-    def health(self, options: _HealthOptions) -> "Health":
+    @takes(_ScanOptions, n_first=1)
+    def health(self, options: _ScanOptions) -> "Health":
         """NaN, Inf, ranges, dead rows of each tensor, worst first; of a plan, what it would be.
 
         Raises:
@@ -301,6 +302,24 @@ def load_into(
     place = None if device is None else torch.device(device)
     wanted = load.LoadOptions(place, dtype, strict, options)
     return load.load(opened.plan, model, wanted, progress)
+
+
+@takes(_ScanOptions)
+def diff(
+    a: LazyCheckpoint | PathLike, b: LazyCheckpoint | PathLike, options: _ScanOptions
+) -> "Difference":
+    """Compare two checkpoints tensor by tensor: folders, files, opened or planned ones.
+
+    Differences are relative to `a`.
+
+    Raises:
+        CheckpointError: one is not there, or can't be read.
+        OutputError: the memory is too little.
+    """
+    from streammap.analysis import difference
+
+    first, second = (x.plan if isinstance(x, LazyCheckpoint) else x for x in (a, b))
+    return difference.compare(first, second, options, listener=options.progress)
 
 
 @declared

@@ -11,25 +11,25 @@ they are the same NaN, Inf or sign of it, and are in none of the figures.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streammap import api
-from streammap.api import LazyCheckpoint
+from streammap.common import garbage
 from streammap.common import text as wording
-from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
 from streammap.engine.options import Engine
+from streammap.io.storage.resolve import PathLike
 from streammap.io.tensor_spec import TensorSpec
+from streammap.operators import registry
 from streammap.planning.graph import LinearForm
+from streammap.planning.plan import Plan
 
 if TYPE_CHECKING:
     from streammap.analysis.pair_statistics import PairStats
     from streammap.analysis.scan import ScannedPiece
     from streammap.analysis.statistics import Scratch
 
-Source = LazyCheckpoint | str | Path
+Source = Plan | PathLike
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +141,14 @@ def _row(tensor: TensorDifference, width: int) -> str:
     return f"{tensor.key:<{width}}  {told}  {', '.join(notes)}"
 
 
-def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -> Difference:
-    """Compare two checkpoints: folders, files, opened or planned ones.
+def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody) -> Difference:
+    """Compare two checkpoints: paths, or plans.
 
     Args:
         a: What `relative` is relative to.
         b: The other.
-        progress: Called with each event of events.py.
-        options: What the pass may use, see options.py: memory, threads, reader.
+        engine: What the pass may use.
+        listener: Called with each event.
 
     Raises:
         CheckpointError: one is not there, or can't be read.
@@ -158,8 +158,9 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
     from streammap.analysis.pair_statistics import PairStats
 
     begun = perf_counter()
-    first, second = (x if isinstance(x, LazyCheckpoint) else api.open(x) for x in (a, b))
-    ours, theirs = first.plan.targets, second.plan.targets
+    with garbage.paused():
+        first, second = (x if isinstance(x, Plan) else registry.open_source(x) for x in (a, b))
+    ours, theirs = first.targets, second.targets
     common = [key for key in ours if key in theirs]
     shapes = {
         key: (ours[key].spec.shape, theirs[key].spec.shape)
@@ -187,11 +188,11 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
 
     scan.scan(
         drivers,
-        make(Engine, options, what="diff"),
+        engine,
         measure,
         lambda key, part: found[key].add(part),
         others=others,
-        listener=progress,
+        listener=listener,
     )
     for key, (x, y) in pairs.items():
         if not x.spec.n_elements and x.spec.dtype != y.spec.dtype:
@@ -199,7 +200,7 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
     tensors = [_told(key, x.spec, y.spec, found[key]) for key, (x, y) in pairs.items()]
     tensors.sort(key=lambda tensor: tensor.badness, reverse=True)
     return Difference(
-        names=(_name(a, first), _name(b, second)),
+        names=(_name(a), _name(b)),
         tensors=tuple(tensors),
         only=(
             tuple(key for key in ours if key not in theirs),
@@ -227,8 +228,8 @@ def _told(key: str, a: TensorSpec, b: TensorSpec, sums: "PairStats") -> TensorDi
     )
 
 
-def _name(source: Source, opened: LazyCheckpoint) -> str:
-    if isinstance(source, str | Path):
+def _name(source: Source) -> str:
+    if not isinstance(source, Plan):
         return str(source)
-    path = str(opened.plan.sources[0].path)
-    return f"plan from {path}" if opened.plan.steps else path
+    path = str(source.sources[0].path)
+    return f"plan from {path}" if source.steps else path

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from streammap.api import LazyCheckpoint
 from streammap.architectures import quantization
 from streammap.architectures.key_pattern import INDEX
 from streammap.architectures.layer_kinds import LayerKind
 from streammap.architectures.model import Family
 from streammap.errors import ArchitectureError, CheckpointError
+from streammap.planning.plan import Plan
 
 _AXES = {
     "width": "widths",
@@ -103,13 +103,12 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect(lazy: LazyCheckpoint) -> Inspection:
+def inspect(plan: Plan) -> Inspection:
     """Read a checkpoint by its spec, where one serves it.
 
     Raises:
         CheckpointError: a spec serves it, but the tensors are not what that says.
     """
-    plan = lazy.plan
     problem, hint, sizes, tied, architecture = None, None, {}, False, None
     axes: dict[str, str] = {}
     layer_kinds: dict[str, tuple[str, ...]] = {}
@@ -117,7 +116,7 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
     try:
         model = plan.model
         architecture, sizes, tied = model.architecture.name, dict(model.sizes), model.tied
-        patterns = tuple(_pattern(lazy, family) for family in model.families)
+        patterns = tuple(_pattern(plan, family) for family in model.families)
         axes = {name: axis.kind for name, axis in model.architecture.axes.items()}
         found = {axis: _runs(model.kinds(axis)) for axis in model.architecture.depth_axes}
         layer_kinds = {axis: kinds for axis, kinds in found.items() if len(kinds) > 1}
@@ -128,7 +127,7 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
             raise
         problem, hint = error.message, error.hint
     if architecture is None:
-        patterns = _unmatched(lazy)
+        patterns = _unmatched(plan)
     dtypes: dict[str, int] = {}
     for form in plan.targets.values():
         dtypes[form.spec.dtype] = dtypes.get(form.spec.dtype, 0) + form.spec.nbytes
@@ -168,20 +167,20 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join("-".join(map(str, part)) for part in parts)
 
 
-def _unmatched(lazy: LazyCheckpoint) -> tuple[Pattern, ...]:
-    """The keys with their numbers as *, where no spec says what they are."""
-    found: dict[str, list[str]] = {}
-    for key in lazy.keys():  # noqa: SIM118 (a method of its own)
-        found.setdefault(INDEX.sub("*", key), []).append(key)
-    specs = {name: lazy.spec(keys[0]) for name, keys in found.items()}
+def _unmatched(plan: Plan) -> tuple[Pattern, ...]:
+    """The keys with their numbers as *, if no spec serves the model."""
+    keys_of: dict[str, list[str]] = {}
+    for key in plan.targets:
+        keys_of.setdefault(INDEX.sub("*", key), []).append(key)
+    specs = {name: plan.targets[keys[0]].spec for name, keys in keys_of.items()}
     return tuple(
         Pattern(name, len(keys), specs[name].dtype, specs[name].shape, "", "unknown", "")
-        for name, keys in found.items()
+        for name, keys in keys_of.items()
     )
 
 
-def _pattern(lazy: LazyCheckpoint, family: Family) -> Pattern:
-    spec = lazy.spec(next(iter(family.members.values())))
+def _pattern(plan: Plan, family: Family) -> Pattern:
+    spec = plan.targets[next(iter(family.members.values()))].spec
     dims = ", ".join(
         dim.text if dim.role == "keep" else f"{dim.text}:{dim.role}" for dim in family.dims
     )

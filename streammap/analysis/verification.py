@@ -13,7 +13,6 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, final
 
-from streammap.api import LazyCheckpoint
 from streammap.architectures import quantization
 from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
@@ -22,12 +21,12 @@ from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.io import survey
 from streammap.io.storage.resolve import PathLike
 from streammap.io.survey import Finding, SavedRecord, Survey
-from streammap.operators import request_json
+from streammap.operators import registry, request_json
+from streammap.output import record as records
 from streammap.output import shards
-from streammap.planning import map_file, plan
+from streammap.planning import map_file, plan, request
 from streammap.planning.plan import Plan
-from streammap.tools import replay
-from streammap.tools.replay import Moved
+from streammap.planning.request import Moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ def verify(
     """
     begun = perf_counter()
     place = Path(path)
-    record = survey.read_record(replay.record_of(place))
+    record = survey.read_record(records.path_of(place))
     seen = survey.survey(place, record)
     expected, why = _expected(place, record, sources)
     work = _Work(record, seen, expected, make(Engine, options, what="verify"))
@@ -185,16 +184,14 @@ def _expected(path: Path, record: SavedRecord, sources: Moved) -> tuple[Plan | N
     if record.content.get("request") is None:
         return None, "the record does not say how to make it again"
     call = request_json.parse(record.content["request"])
-    replay.moved(call, sources)  # a wrong --source is the user's, no finding
+    moved = request.moved(call, sources)  # a wrong --source is the user's error, no finding
     try:
         near = map_file.find(path) if path.exists() else ()
-        made: LazyCheckpoint = replay.rebuilt(call, sources, known=near)
+        made = registry.build(call, moved=moved, known=near)
     except StreammapError as error:
         return None, error.message
-    changed = _changed(made.plan, record)
-    if changed is not None:
-        return None, changed
-    return made.plan, ""
+    changed = _changed(made, record)
+    return (made, "") if changed is None else (None, changed)
 
 
 def _changed(made: Plan, record: SavedRecord) -> str | None:

@@ -28,6 +28,11 @@ def beside(file: Path) -> Path:
     return file.with_suffix(SUFFIX)
 
 
+def path_of(output: Path) -> Path:
+    """Where the record of a result is: in a folder, beside a file."""
+    return output / NAME if output.is_dir() else beside(output)
+
+
 def encode(
     plan: Plan, version: str, files: Mapping[str, int], tensors: Iterable[tuple[str, str, int]]
 ) -> Iterator[bytes]:
