@@ -1,11 +1,11 @@
-"""How two checkpoints (or plans) differ, tensor by tensor, read side by side in bounded memory.
+"""Compare two checkpoints (or plans) tensor by tensor, side by side in bounded memory.
 
     max        largest |a - b|
     mean       mean of |a - b|
     relative   ||a - b|| / ||a||, Euclidean norms, summed in float64; infinite where a is all 0
 
-Equal bits are equal, NaN too. Pairs of which one is no finite number are counted (n_odd) unless
-they are the same NaN, Inf or sign of it, and are in none of the figures.
+Equal bits are equal, NaN too. Pairs with a NaN or Inf are in none of the figures; they are counted
+(n_odd) unless both are NaN, or the same Inf.
 """
 
 import math
@@ -46,11 +46,11 @@ class TensorDifference:
     n_different: int
     """Numbers that differ; bytes, of dtypes that have no arithmetic here."""
     n_odd: int
-    """Pairs of which one is NaN or Inf, and the other is not the same."""
+    """Pairs of which one is NaN or Inf, and the other something else."""
     max: float | None
     mean: float | None
     relative: float | None
-    """None where there are no numbers to compare."""
+    """None if there are no numbers to compare."""
 
     @property
     def badness(self) -> tuple[float, ...]:
@@ -130,7 +130,7 @@ class Difference:
 
 def _row(tensor: TensorDifference, width: int) -> str:
     values = (tensor.relative, tensor.max, tensor.mean)
-    told = " ".join(f"{'-' if value is None else f'{value:.2e}':>9}" for value in values)
+    figures = " ".join(f"{'-' if value is None else f'{value:.2e}':>9}" for value in values)
     n = math.prod(tensor.shape)
     unit = "" if tensor.max is not None else " bytes"
     notes = [f"{tensor.n_different} of {n}{unit}" if not unit else f"{tensor.n_different}{unit}"]
@@ -138,7 +138,7 @@ def _row(tensor: TensorDifference, width: int) -> str:
         notes.append(f"{tensor.n_odd} NaN or Inf in one only")
     if tensor.dtype != tensor.other_dtype:
         notes.append(f"{tensor.dtype} and {tensor.other_dtype}")
-    return f"{tensor.key:<{width}}  {told}  {', '.join(notes)}"
+    return f"{tensor.key:<{width}}  {figures}  {', '.join(notes)}"
 
 
 def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody) -> Difference:
@@ -168,7 +168,7 @@ def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody
         if ours[key].spec.shape != theirs[key].spec.shape
     }
     pairs = {key: (ours[key], theirs[key]) for key in common if key not in shapes}
-    found = {key: PairStats() for key in pairs}
+    stats = {key: PairStats() for key in pairs}
     drivers: dict[str, LinearForm] = {}
     others: dict[str, LinearForm] = {}
     swapped: set[str] = set()
@@ -176,9 +176,9 @@ def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody
         alike = x.spec.dtype == y.spec.dtype
         measured = x.spec.dtype in scan.MEASURED and y.spec.dtype in scan.MEASURED
         if not alike and not measured:
-            found[key] = PairStats(is_equal=False, n_different=max(x.spec.nbytes, y.spec.nbytes))
+            stats[key] = PairStats(is_equal=False, n_different=max(x.spec.nbytes, y.spec.nbytes))
             continue
-        if x.copied is not None and y.copied is None:  # a copied one is read at any place
+        if x.copied is not None and y.copied is None:  # the one that is copied can be read anywhere
             x, y = y, x
             swapped.add(key)
         drivers[key], others[key] = x, y
@@ -190,14 +190,14 @@ def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody
         drivers,
         engine,
         measure,
-        lambda key, part: found[key].add(part),
+        lambda key, part: stats[key].add(part),
         others=others,
         listener=listener,
     )
     for key, (x, y) in pairs.items():
         if not x.spec.n_elements and x.spec.dtype != y.spec.dtype:
-            found[key].is_equal = False
-    tensors = [_told(key, x.spec, y.spec, found[key]) for key, (x, y) in pairs.items()]
+            stats[key].is_equal = False
+    tensors = [_difference(key, x.spec, y.spec, stats[key]) for key, (x, y) in pairs.items()]
     tensors.sort(key=lambda tensor: tensor.badness, reverse=True)
     return Difference(
         names=(_name(a), _name(b)),
@@ -212,7 +212,7 @@ def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody
     )
 
 
-def _told(key: str, a: TensorSpec, b: TensorSpec, sums: "PairStats") -> TensorDifference:
+def _difference(key: str, a: TensorSpec, b: TensorSpec, sums: "PairStats") -> TensorDifference:
     n = sums.n_compared
     return TensorDifference(
         key=key,

@@ -1,4 +1,4 @@
-"""What a checkpoint is: spec, sizes, files, and how each key matched."""
+"""Describe a checkpoint: spec, sizes, files, and how each key matched."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -41,7 +41,7 @@ class Inspection:
 
     path: str
     architecture: str | None
-    """The spec that serves it; None where none does."""
+    """The spec that serves it; None if none does."""
     problem: str | None
     """Why none does."""
     hint: str | None
@@ -80,8 +80,8 @@ class Inspection:
             by_kind: dict[str, list[str]] = {}
             for axis, size in self.sizes.items():
                 by_kind.setdefault(self.axes.get(axis, "frozen"), []).append(f"{axis} {size}")
-            for kind, told in by_kind.items():
-                lines.append(f"{_AXES[kind]:<14}{', '.join(told)}")
+            for kind, axes in by_kind.items():
+                lines.append(f"{_AXES[kind]:<14}{', '.join(axes)}")
         for axis, kinds in self.layer_kinds.items():
             lines.append(f"{axis + ' kinds':<14}{'; '.join(kinds)}")
         if self.architecture is not None:
@@ -104,10 +104,10 @@ class Inspection:
 
 
 def inspect(plan: Plan) -> Inspection:
-    """Read a checkpoint by its spec, where one serves it.
+    """Describe a checkpoint by its spec, if one serves it.
 
     Raises:
-        CheckpointError: a spec serves it, but the tensors are not what that says.
+        CheckpointError: a spec serves it, but its tensors do not fit that spec.
     """
     problem, hint, sizes, tied, architecture = None, None, {}, False, None
     axes: dict[str, str] = {}
@@ -151,10 +151,10 @@ def inspect(plan: Plan) -> Inspection:
 
 def _runs(kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
     """Layers of one kind, as "0-2: before first_k_dense_replace 3"."""
-    found: dict[LayerKind, list[int]] = {}
+    layers_of: dict[LayerKind, list[int]] = {}
     for i, kind in enumerate(kinds):
-        found.setdefault(kind, []).append(i)
-    return tuple(f"{_ranges(layers)}: {', '.join(kind)}" for kind, layers in found.items())
+        layers_of.setdefault(kind, []).append(i)
+    return tuple(f"{_ranges(layers)}: {', '.join(kind)}" for kind, layers in layers_of.items())
 
 
 def _ranges(numbers: list[int]) -> str:

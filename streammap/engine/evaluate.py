@@ -6,14 +6,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from streammap.common import ranges
 from streammap.common.ranges import Region, Tile
 from streammap.engine import loop, memory, regions
 from streammap.engine.compiler import Programs
 from streammap.engine.memory import Memory
 from streammap.engine.regions import RegionRead
 from streammap.engine.schedule import Compute, Job, TensorOffset, whole_tiles
-from streammap.engine.tile_reads import Recipe, alike
+from streammap.engine.tile_reads import Recipe, form_key
 from streammap.engine.worker import Worker
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
@@ -72,17 +71,6 @@ class LazyState(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"<lazy state dict of {len(self)} tensors>"
-
-
-def read(form: LinearForm, room: Memory) -> Tensor:
-    """The whole tensor of a form, as a new tensor.
-
-    Raises:
-        CheckpointError: a source can't be read.
-    """
-    out = torch.empty(form.spec.shape, dtype=to_torch(form.spec.dtype), device="cpu")
-    read_into(form, ranges.whole(form.spec.shape), out, room)
-    return out
 
 
 def read_into(form: LinearForm, region: Region, out: Tensor, room: Memory) -> None:
@@ -150,7 +138,7 @@ class TileReader:
             source.source.read_into(source.key, start * bits // 8, view, mapped=False)
             return view
         assert tile is not None
-        job = Compute(alike(form), Recipe(form, tile), (TensorOffset("", 0),))
+        job = Compute(form_key(form), Recipe(form, tile), (TensorOffset("", 0),))
         self._worker.begin()
         for part in self._worker.split(job):
             ((_, piece),) = self._worker.compute(part)

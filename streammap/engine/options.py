@@ -1,4 +1,4 @@
-"""What a run may use: memory, threads, a device, a way to read. Defaults are here."""
+"""What a run may use: memory, threads, a device, a reader. Defaults are here."""
 
 import re
 from typing import Any, Literal, final

@@ -17,7 +17,7 @@ from streammap.engine import compiler
 from streammap.engine import tiles as tiling
 from streammap.engine.memory import Limits, Memory
 from streammap.engine.program import Program
-from streammap.engine.tile_reads import Recipe, alike
+from streammap.engine.tile_reads import Recipe, form_key
 from streammap.engine.tiles import Cut
 from streammap.errors import PlanError
 from streammap.io.tensor_spec import DTYPE_BITS, TensorSpec
@@ -26,7 +26,7 @@ from streammap.planning.graph import LinearForm, TensorRef
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 
 RANGE_NBYTES = 8 * 2**20
-"""Bytes of a result that a thread does at once, where it takes memory for a piece of them only."""
+"""Bytes of a job that is read or computed piece by piece: it takes memory for one piece only."""
 _MAX_ITEM_NBYTES = 8
 
 
@@ -53,8 +53,8 @@ class Copy:
 class Compute:
     """A tile to compute, once for all of its places."""
 
-    kind: object
-    """What its form has in common with others of the same program; see tile_reads.alike."""
+    form_key: object
+    """See tile_reads.form_key."""
     recipe: Recipe
     places: tuple[TensorOffset, ...]
 
@@ -70,9 +70,9 @@ class Compute:
         if tiles is None:
             return None
         first, second = (Recipe(self.recipe.form, tile) for tile in tiles)
-        one = Compute(self.kind, first, self.places)
+        one = Compute(self.form_key, first, self.places)
         later = tuple(TensorOffset(p.key, p.offset + one.nbytes) for p in self.places)
-        return one, Compute(self.kind, second, later)
+        return one, Compute(self.form_key, second, later)
 
 
 Job = Copy | Compute
@@ -123,12 +123,12 @@ def bundles(
             elif start is not None and flat is not None:
                 yield from _ranges(replace(target, form=flat), start)
             else:
-                groups.setdefault(alike(target.form), []).append(target)
-        for kind, group in groups.items():
-            if kind not in cuts:
+                groups.setdefault(form_key(target.form), []).append(target)
+        for shared, group in groups.items():
+            if shared not in cuts:
                 form = group[0].form
-                cuts[kind] = cut_of(form, limits_of(form, memory))
-            yield from _tiles(group, kind, cuts[kind])
+                cuts[shared] = cut_of(form, limits_of(form, memory))
+            yield from _tiles(group, shared, cuts[shared])
 
 
 def _families(
@@ -189,10 +189,10 @@ def _copies(target: Target, grid: int | None, memory: Memory) -> Iterator[Bundle
 def _ranges(target: Target, grid: int) -> Iterator[Bundle]:
     """Ranges of a flat target."""
     form, (n,) = target.form, target.form.spec.shape
-    kind, item = alike(form), DTYPE_BITS[form.spec.dtype] // 8
+    shared, item = form_key(form), DTYPE_BITS[form.spec.dtype] // 8
     for start, end in _steps(0, n * item, RANGE_NBYTES, grid):
         recipe = Recipe(form, ranges.tile_at((n,), (), start // item, end // item))
-        yield (Compute(kind, recipe, target.places(start)),)
+        yield (Compute(shared, recipe, target.places(start)),)
 
 
 def _steps(start: int, end: int, step: int, grid: int) -> Iterator[Range]:
@@ -205,8 +205,8 @@ def _steps(start: int, end: int, step: int, grid: int) -> Iterator[Range]:
         yield start + a, start + b
 
 
-def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:
-    """The tiles of targets that are alike."""
+def _tiles(group: list[Target], shared: object, cut: Cut) -> Iterator[Bundle]:
+    """The tiles of targets with one form key."""
     form = group[0].form
     item = DTYPE_BITS[form.spec.dtype] // 8
     for tiles in tiling.bundles(form.spec.shape, _maps(form), cut):
@@ -215,11 +215,11 @@ def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:
         for number, target in enumerate(group):
             for tile in _wanted(tiles, target):
                 recipe = Recipe(target.form, tile)
-                same = number, recipe.key if len(tiles) > 1 else 0
+                same = number, recipe.reads_key if len(tiles) > 1 else 0
                 _, places = jobs.setdefault(same, (recipe, []))
                 places += target.places(tile.offset * item)
         if jobs:
-            yield tuple(Compute(kind, recipe, tuple(places)) for recipe, places in jobs.values())
+            yield tuple(Compute(shared, recipe, tuple(places)) for recipe, places in jobs.values())
 
 
 def _wanted(tiles: tuple[Tile, ...], target: Target) -> Iterator[Tile]:
@@ -268,7 +268,7 @@ def cut_of(form: LinearForm, limits: Limits) -> Cut:
 
 
 def _heaviest(dims: list[AxisMap | None]) -> int:
-    """The unit that is made of the most."""
+    """The unit that is made of the most source units."""
     counts: dict[int, int] = {}
     for m in dims:
         if isinstance(m, BlockMap) and m.longest > 1:
@@ -288,7 +288,7 @@ def _rows(spec: TensorSpec, dim: int, limits: Limits) -> int:
 
 
 def _aligned(form: LinearForm, dim: int, rows: int) -> int:
-    """Rows such that no pair of neighbours that share a source is torn apart."""
+    """Rows, rounded down to whole groups of neighbours that share a source."""
     steps = [
         segment.out_step
         for maps in _maps(form)

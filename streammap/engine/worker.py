@@ -145,12 +145,12 @@ class Worker:
 
     def _pieces_of(self, job: Compute) -> Pieces | None:
         form = job.recipe.form
-        kind = elementwise.kind_of(form) if self._side is None else None
-        if kind is not None and kind not in self._pieces:
+        key = elementwise.flat_key(form) if self._side is None else None
+        if key is not None and key not in self._pieces:
             if len(self._pieces) >= _MAX_BOUND:
                 self._pieces.clear()
-            self._pieces[kind] = elementwise.pieces_of(form, self._memory.limits)
-        return self._pieces.get(kind)
+            self._pieces[key] = elementwise.pieces_of(form, self._memory.limits)
+        return self._pieces.get(key)
 
     def _by_pieces(self, job: Compute, pieces: Pieces, grid: int) -> Iterator[Piece]:
         """Computed and given piece by piece.
@@ -180,7 +180,7 @@ class Worker:
         """A job's program and limits; those of the last job are kept."""
         if self._latest is None or self._latest[0] is not job.recipe:
             limits = limits_of(job.recipe.form, self._memory)
-            program = self._programs.of(job.recipe, job.kind, limits.chunk_nbytes)
+            program = self._programs.of(job.recipe, job.form_key, limits.chunk_nbytes)
             self._latest = job.recipe, (program, limits)
         return self._latest[1]
 
@@ -218,20 +218,20 @@ class Worker:
                     bind(op, buffer, side.matrices.on_device)()
                     continue
                 request = next(requests)
-                held = side.held(request.key)
+                held = side.held(request.cache_key)
                 if held is None:
                     if n_uploaded and n_uploaded % N_PLACES == 0:
                         side.wait()  # the places are about to be written again
                     place = self._places[n_uploaded % N_PLACES]
                     self._read(request, place.view)
-                    held = side.upload(request.key, place, request.nbytes)
+                    held = side.upload(request.cache_key, place, request.nbytes)
                     n_uploaded += 1
                 there.append(held)
             side.download(self._out, job.nbytes)
 
     def _place(self, request: ReadRequest) -> tuple[int, bool]:
         """The place for a request, and whether it holds what is asked for."""
-        key = request.key
+        key = request.cache_key
         for place in self._order:
             if self._held[place] == key:
                 is_held = True

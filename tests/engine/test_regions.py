@@ -24,6 +24,7 @@ from tests.engine.test_evaluate import (
     Room,
     _patched,
     drawn_forms,
+    read_whole,
 )
 from tests.support import tiny
 
@@ -49,7 +50,7 @@ def test_a_region_is_the_slice_of_the_whole(drawn: Drawn, room: Room, data: st.D
     region = data.draw(ranges_of(form.spec.shape))
     with pytest.MonkeyPatch.context() as patch:
         room_of = _patched(patch, form, room)
-        wanted = evaluate.read(form, room_of)[_slices(region)]
+        wanted = read_whole(form, room_of)[_slices(region)]
         out = torch.full(wanted.shape, math.nan, dtype=wanted.dtype)
         evaluate.read_into(form, region, out, room_of)
         assert tiny.bits(out) == tiny.bits(wanted)
@@ -68,7 +69,7 @@ def test_a_region_goes_into_any_tensor(drawn: Drawn, data: st.DataObject) -> Non
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
     with pytest.MonkeyPatch.context() as patch:
         room_of = _patched(patch, form, ROOMS[-3])
-        whole = evaluate.read(form, room_of)
+        whole = read_whole(form, room_of)
         wanted = whole[_slices(region)].to(dtype)
         gaps = torch.full([2 * wanted.shape[d] for d in order], 7.0, dtype=dtype)
         inverse = [order.index(d) for d in range(len(order))]
@@ -145,7 +146,7 @@ def test_columns_of_one_factor_are_rounded_as_among_others() -> None:
     pairs = maps.BlockMap((((0, 1 / 3), (1, 1 / 3)), ((2, 0.7), (3, 0.2))), 4, 64)
     form = graph.map_dims(Held().load(torch.randn(8, 256)), [None, pairs])
     room = memory.fit([form], budget=None, n_workers=1)
-    whole = evaluate.read(form, room)
+    whole = read_whole(form, room)
     out = torch.empty(8, 64)
     evaluate.read_into(form, ((0, 8), (0, 64)), out, room)
     assert torch.equal(out, whole[:, :64])
