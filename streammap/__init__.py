@@ -8,12 +8,13 @@ from streammap.common import garbage, moved
 
 if TYPE_CHECKING:
     from streammap import progress
-    from streammap.analysis.difference import Difference, diff
+    from streammap.analysis.difference import Difference
     from streammap.analysis.verification import Verification, verify
     from streammap.api import (
         LazyCheckpoint,
         coalesce,
         decoalesce,
+        diff,
         interpolate,
         load_into,
         open,
@@ -61,12 +62,13 @@ __all__ = [
     "verify",
 ]
 _HOMES = {
-    "analysis.difference": ("Difference", "diff"),
+    "analysis.difference": ("Difference",),
     "analysis.verification": ("Verification", "verify"),
     "api": (
         "LazyCheckpoint",
         "coalesce",
         "decoalesce",
+        "diff",
         "interpolate",
         "load_into",
         "open",

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from streammap.analysis.difference import Difference
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
     from streammap.output.module.load import LoadReport
@@ -44,7 +45,7 @@ P = ParamSpec("P")
 
 
 @declared
-class _HealthOptions(Engine):
+class _ScanOptions(Engine):
     """What a pass over all tensors may use."""
 
     progress: Listener = option(
@@ -136,22 +137,20 @@ class LazyCheckpoint:
         Raises:
             PlanError: an `out` or a region that does not fit.
         """
-        if region is None and out is None and dtype is None and device is None:
-            return self.plan.read(key)
-        from streammap.engine import lazy_tensors as tensors
+        from streammap.engine import evaluate
 
-        return tensors.read(self.plan, key, region, out=out, dtype=dtype, device=device)
+        return evaluate.read_tensor(self.plan, key, region, out=out, dtype=dtype, device=device)
 
     def tensors(self) -> Iterator[tuple[str, "Tensor"]]:
         """(key, tensor) one after the other; only one is held at a time."""
         for key in self.plan.targets:
-            yield key, self.plan.read(key)
+            yield key, self.read(key)
 
     def state_dict(self) -> "Mapping[str, Tensor]":
         """The tensors as a mapping; each is computed when it is asked for, each time again."""
-        from streammap.engine import lazy_tensors
+        from streammap.engine import evaluate
 
-        return lazy_tensors.LazyState(self.plan)
+        return evaluate.LazyState(self.plan)
 
     @property
     def config(self) -> Mapping[str, object] | None:
@@ -179,8 +178,8 @@ class LazyCheckpoint:
 
         return summarize(self.plan, options)
 
-    @takes(_HealthOptions, n_first=1)
-    def health(self, options: _HealthOptions) -> "Health":
+    @takes(_ScanOptions, n_first=1)
+    def health(self, options: _ScanOptions) -> "Health":
         """NaN, Inf, ranges, dead rows of each tensor, worst first; of a plan, what it would be.
 
         Raises:
@@ -304,6 +303,24 @@ def load_into(
     place = None if device is None else torch.device(device)
     wanted = load.LoadOptions(place, dtype, strict, options)
     return load.load(opened.plan, model, wanted, progress)
+
+
+@takes(_ScanOptions)
+def diff(
+    a: LazyCheckpoint | PathLike, b: LazyCheckpoint | PathLike, options: _ScanOptions
+) -> "Difference":
+    """Compare two checkpoints tensor by tensor: folders, files, opened or planned ones.
+
+    Differences are relative to `a`.
+
+    Raises:
+        CheckpointError: one is not there, or can't be read.
+        OutputError: the memory is too little.
+    """
+    from streammap.analysis import difference
+
+    first, second = (x.plan if isinstance(x, LazyCheckpoint) else x for x in (a, b))
+    return difference.compare(first, second, options, listener=options.progress)
 
 
 @declared

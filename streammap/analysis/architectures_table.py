@@ -1,4 +1,4 @@
-"""`streammap architectures`: which model types are served, and what is exact for each."""
+"""The table of `streammap architectures`: the model types served, and what is exact for each."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,11 +15,11 @@ class ArchitectureRow:
     model_type: str
     spec: str
     exact: tuple[str, ...]
-    """Spaces whose growth by whole factors keeps the function."""
+    """Spaces whose growth by whole factors is function-preserving."""
     any_size: bool
-    """Whether the hidden size can grow to any size (of whole heads, where it is made of heads)."""
+    """Whether the hidden size can grow to any size (of whole heads, if it is made of heads)."""
     silent_layers: bool
-    """Whether layers can be added that change nothing."""
+    """Whether zero-initialised (identity) layers can be added."""
     head_size: bool
     """Whether heads can become wider."""
     caveats: tuple[str, ...]
@@ -47,10 +47,10 @@ class Listing:
                 *(["zero-initialised layers"] if row.silent_layers else []),
                 *(["head size"] if row.head_size else []),
             ]
-            told = ", ".join((*row.exact, *more)) or "none"
-            lines.append(f"{row.model_type:<{width}}  {row.spec:<{spec}}  {told}")
+            exact = ", ".join((*row.exact, *more)) or "none"
+            lines.append(f"{row.model_type:<{width}}  {row.spec:<{spec}}  {exact}")
             lines += [f"{'':<{width}}  {'':<{spec}}  not: {caveat}" for caveat in row.caveats]
-        lines += ["", "Merging is approximate everywhere, but for units that are equal."]
+        lines += ["", "Merging is approximate everywhere, except of units that are equal."]
         return "\n".join(lines)
 
 
@@ -60,8 +60,8 @@ def listing() -> Listing:
     Raises:
         ArchitectureError: a spec that is wrong.
     """
-    found = sorted(registry.model_types().items(), key=lambda pair: (pair[0].lower(), pair[1]))
-    return Listing(tuple(_row(model_type, spec) for model_type, spec in found))
+    types = sorted(registry.model_types().items(), key=lambda pair: (pair[0].lower(), pair[1]))
+    return Listing(tuple(_row(model_type, spec) for model_type, spec in types))
 
 
 def _row(model_type: str, name: str) -> ArchitectureRow:
@@ -92,13 +92,13 @@ def _row(model_type: str, name: str) -> ArchitectureRow:
 
 def _coupled(spec: Architecture, axes: set[str]) -> set[str]:
     """These axes and those that can't change without them."""
-    found = set(axes)
+    coupled = set(axes)
     for _ in spec.constraints:
         for _, left, right in spec.constraints:
             together = {*expressions.names(left), *expressions.names(right)}
-            if together & found:
-                found |= {name for name in together if name in spec.axes}
-    return found
+            if together & coupled:
+                coupled |= {name for name in together if name in spec.axes}
+    return coupled
 
 
 def _can_grow(spec: Architecture, axis: str) -> bool:

@@ -1,35 +1,35 @@
-"""How two checkpoints (or plans) differ, tensor by tensor, read side by side in bounded memory.
+"""Compare two checkpoints (or plans) tensor by tensor, side by side in bounded memory.
 
     max        largest |a - b|
     mean       mean of |a - b|
     relative   ||a - b|| / ||a||, Euclidean norms, summed in float64; infinite where a is all 0
 
-Equal bits are equal, NaN too. Pairs of which one is no finite number are counted (n_odd) unless
-they are the same NaN, Inf or sign of it, and are in none of the figures.
+Equal bits are equal, NaN too. Pairs with a NaN or Inf are in none of the figures; they are counted
+(n_odd) unless both are NaN, or the same Inf.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streammap import api
-from streammap.api import LazyCheckpoint
+from streammap.common import garbage
 from streammap.common import text as wording
-from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
 from streammap.engine.options import Engine
 from streammap.io.dtypes import TensorSpec
+from streammap.io.storage.resolve import PathLike
+from streammap.operators import registry
 from streammap.planning.graph import LinearForm
+from streammap.planning.plan import Plan
 
 if TYPE_CHECKING:
     from streammap.analysis.pair_statistics import PairStats
     from streammap.analysis.scan import ScannedPiece
     from streammap.analysis.statistics import Scratch
 
-Source = LazyCheckpoint | str | Path
+Source = Plan | PathLike
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class TensorDifference:
     n_different: int
     """Numbers that differ; bytes, of dtypes that have no arithmetic here."""
     n_odd: int
-    """Pairs of which one is NaN or Inf, and the other is not the same."""
+    """Pairs of which one is NaN or Inf, and the other something else."""
     max: float | None
     mean: float | None
     relative: float | None
-    """None where there are no numbers to compare."""
+    """None if there are no numbers to compare."""
 
     @property
     def badness(self) -> tuple[float, ...]:
@@ -130,7 +130,7 @@ class Difference:
 
 def _row(tensor: TensorDifference, width: int) -> str:
     values = (tensor.relative, tensor.max, tensor.mean)
-    told = " ".join(f"{'-' if value is None else f'{value:.2e}':>9}" for value in values)
+    figures = " ".join(f"{'-' if value is None else f'{value:.2e}':>9}" for value in values)
     n = math.prod(tensor.shape)
     unit = "" if tensor.max is not None else " bytes"
     notes = [f"{tensor.n_different} of {n}{unit}" if not unit else f"{tensor.n_different}{unit}"]
@@ -138,17 +138,17 @@ def _row(tensor: TensorDifference, width: int) -> str:
         notes.append(f"{tensor.n_odd} NaN or Inf in one only")
     if tensor.dtype != tensor.other_dtype:
         notes.append(f"{tensor.dtype} and {tensor.other_dtype}")
-    return f"{tensor.key:<{width}}  {told}  {', '.join(notes)}"
+    return f"{tensor.key:<{width}}  {figures}  {', '.join(notes)}"
 
 
-def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -> Difference:
-    """Compare two checkpoints: folders, files, opened or planned ones.
+def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody) -> Difference:
+    """Compare two checkpoints: paths, or plans.
 
     Args:
         a: What `relative` is relative to.
         b: The other.
-        progress: Called with each event of events.py.
-        options: What the pass may use, see options.py: memory, threads, reader.
+        engine: What the pass may use.
+        listener: Called with each event.
 
     Raises:
         CheckpointError: one is not there, or can't be read.
@@ -158,8 +158,9 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
     from streammap.analysis.pair_statistics import PairStats
 
     begun = perf_counter()
-    first, second = (x if isinstance(x, LazyCheckpoint) else api.open(x) for x in (a, b))
-    ours, theirs = first.plan.targets, second.plan.targets
+    with garbage.paused():
+        first, second = (x if isinstance(x, Plan) else registry.open_source(x) for x in (a, b))
+    ours, theirs = first.targets, second.targets
     common = [key for key in ours if key in theirs]
     shapes = {
         key: (ours[key].spec.shape, theirs[key].spec.shape)
@@ -167,7 +168,7 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
         if ours[key].spec.shape != theirs[key].spec.shape
     }
     pairs = {key: (ours[key], theirs[key]) for key in common if key not in shapes}
-    found = {key: PairStats() for key in pairs}
+    stats = {key: PairStats() for key in pairs}
     drivers: dict[str, LinearForm] = {}
     others: dict[str, LinearForm] = {}
     swapped: set[str] = set()
@@ -175,9 +176,9 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
         alike = x.spec.dtype == y.spec.dtype
         measured = x.spec.dtype in scan.MEASURED and y.spec.dtype in scan.MEASURED
         if not alike and not measured:
-            found[key] = PairStats(is_equal=False, n_different=max(x.spec.nbytes, y.spec.nbytes))
+            stats[key] = PairStats(is_equal=False, n_different=max(x.spec.nbytes, y.spec.nbytes))
             continue
-        if x.copied is not None and y.copied is None:  # a copied one is read at any place
+        if x.copied is not None and y.copied is None:  # the one that is copied can be read anywhere
             x, y = y, x
             swapped.add(key)
         drivers[key], others[key] = x, y
@@ -185,21 +186,21 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
     def measure(piece: "ScannedPiece", scratch: "Scratch") -> PairStats:
         return pair_statistics.compared(piece, scratch, swapped=piece.key in swapped)
 
-    scan.each(
+    scan.scan(
         drivers,
-        make(Engine, options, what="diff"),
+        engine,
         measure,
-        lambda key, part: found[key].add(part),
+        lambda key, part: stats[key].add(part),
         others=others,
-        listener=progress,
+        listener=listener,
     )
     for key, (x, y) in pairs.items():
         if not x.spec.n_elements and x.spec.dtype != y.spec.dtype:
-            found[key].is_equal = False
-    tensors = [_told(key, x.spec, y.spec, found[key]) for key, (x, y) in pairs.items()]
+            stats[key].is_equal = False
+    tensors = [_difference(key, x.spec, y.spec, stats[key]) for key, (x, y) in pairs.items()]
     tensors.sort(key=lambda tensor: tensor.badness, reverse=True)
     return Difference(
-        names=(_name(a, first), _name(b, second)),
+        names=(_name(a), _name(b)),
         tensors=tuple(tensors),
         only=(
             tuple(key for key in ours if key not in theirs),
@@ -211,7 +212,7 @@ def diff(a: Source, b: Source, *, progress: Listener = nobody, **options: Any) -
     )
 
 
-def _told(key: str, a: TensorSpec, b: TensorSpec, sums: "PairStats") -> TensorDifference:
+def _difference(key: str, a: TensorSpec, b: TensorSpec, sums: "PairStats") -> TensorDifference:
     n = sums.n_compared
     return TensorDifference(
         key=key,
@@ -227,8 +228,8 @@ def _told(key: str, a: TensorSpec, b: TensorSpec, sums: "PairStats") -> TensorDi
     )
 
 
-def _name(source: Source, opened: LazyCheckpoint) -> str:
-    if isinstance(source, str | Path):
+def _name(source: Source) -> str:
+    if not isinstance(source, Plan):
         return str(source)
-    path = str(opened.plan.sources[0].path)
-    return f"plan from {path}" if opened.plan.steps else path
+    path = str(source.sources[0].path)
+    return f"plan from {path}" if source.steps else path

@@ -1,4 +1,4 @@
-"""Health of tensors: NaN, Inf, ranges, dead rows, constants, each counted as the bytes stream by.
+"""Health of tensors: NaN, Inf, ranges, dead rows, constants, counted as the bytes stream by.
 
 Rows are those of the last dimension; of kernels (four dimensions and more), all behind the first.
 A row is dead where all of it is 0. Means are of finite numbers, in float64.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TensorHealth:
-    """One tensor in figures; None where no number is finite, or the dtype is not looked at."""
+    """Figures of one tensor; None if no value is finite."""
 
     key: str
     dtype: str
@@ -32,7 +32,7 @@ class TensorHealth:
     n_inf: int
     n_zero: int
     n_subnormal: int
-    """Numbers too small for all of their digits, in the tensor's own dtype."""
+    """Subnormal numbers of the tensor's own dtype: too small to keep all digits."""
     n_over_f16: int
     """Finite numbers beyond float16's range."""
     n_rows: int
@@ -45,7 +45,7 @@ class TensorHealth:
 
     @property
     def is_constant(self) -> bool:
-        """Whether all numbers are one."""
+        """Whether all numbers are equal."""
         plain = self.n_elements > 1 and not self.n_nan and not self.n_inf
         return plain and self.minimum is not None and self.minimum == self.maximum
 
@@ -53,7 +53,7 @@ class TensorHealth:
     def flags(self) -> tuple[str, ...]:
         """What is worth a look, worst first."""
         dead = self.n_rows and f"{self.n_dead_rows} of {self.n_rows} rows dead"
-        told = (
+        flags = (
             (self.n_nan, f"{self.n_nan} NaN"),
             (self.n_inf, f"{self.n_inf} Inf"),
             (self.n_over_f16, f"{self.n_over_f16} beyond float16"),
@@ -62,7 +62,7 @@ class TensorHealth:
             # Small weights of float16 have some; where there are many, digits are lost.
             (self.n_subnormal > 0.01 * self.n_elements, f"{self.n_subnormal} subnormal"),
         )
-        return tuple(text for count, text in told if count)
+        return tuple(text for count, text in flags if count)
 
     @property
     def badness(self) -> tuple[float, ...]:
@@ -79,7 +79,7 @@ class Health:
 
     tensors: tuple[TensorHealth, ...]
     n_unlooked: int
-    """Tensors of other dtypes, of whose numbers nothing is said."""
+    """Tensors of other dtypes, which are not measured."""
     nbytes: int
     seconds: float
 
@@ -87,8 +87,8 @@ class Health:
     def totals(self) -> dict[str, int]:
         """Sums over all tensors."""
         names = ("n_elements", "n_nan", "n_inf", "n_over_f16", "n_subnormal", "n_dead_rows")
-        found = {name: sum(getattr(t, name) for t in self.tensors) for name in names}
-        return found | {"n_constant": sum(t.is_constant for t in self.tensors)}
+        totals = {name: sum(getattr(t, name) for t in self.tensors) for name in names}
+        return totals | {"n_constant": sum(t.is_constant for t in self.tensors)}
 
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
@@ -123,18 +123,18 @@ class Health:
             f"read     {wording.moved(self.nbytes, self.seconds)}",
         ]
         if self.n_unlooked:
-            lines.append(f"note     {self.n_unlooked} tensors of other dtypes: not looked at")
+            lines.append(f"note     {self.n_unlooked} tensors of other dtypes: not measured")
         return "\n".join(lines)
 
 
 def _row(tensor: TensorHealth, width: int) -> str:
     values = (tensor.minimum, tensor.maximum, tensor.mean, tensor.rms)
-    told = " ".join(f"{'-' if value is None else f'{value:.3g}':>10}" for value in values)
-    return f"{tensor.key:<{width}}  {tensor.dtype:<5} {told}  {', '.join(tensor.flags)}".rstrip()
+    figures = " ".join(f"{'-' if value is None else f'{value:.3g}':>10}" for value in values)
+    return f"{tensor.key:<{width}}  {tensor.dtype:<5} {figures}  {', '.join(tensor.flags)}".rstrip()
 
 
 def measure(plan: Plan, engine: Engine, *, listener: Listener = nobody) -> Health:
-    """Look at all tensors of a plan; what is planned is computed.
+    """Measure all tensors of a plan, computed as they would be written.
 
     Raises:
         CheckpointError: a source can't be read.
@@ -150,8 +150,8 @@ def measure(plan: Plan, engine: Engine, *, listener: Listener = nobody) -> Healt
     def look(piece: "ScannedPiece", scratch: "Scratch") -> TensorStats:
         return counted(piece.numbers(), piece.start, row_length(piece.spec), scratch)
 
-    scan.each(forms, engine, look, lambda key, part: tallies[key].add(part), listener=listener)
-    tensors = [_told(key, forms[key].spec, tallies[key]) for key in forms]
+    scan.scan(forms, engine, look, lambda key, part: tallies[key].add(part), listener=listener)
+    tensors = [_health(key, forms[key].spec, tallies[key]) for key in forms]
     tensors.sort(key=lambda tensor: tensor.badness, reverse=True)
     nbytes = sum(form.spec.nbytes for form in forms.values())
     return Health(tuple(tensors), len(plan.targets) - len(forms), nbytes, perf_counter() - begun)
@@ -164,7 +164,7 @@ def row_length(spec: TensorSpec) -> int:
     return spec.shape[-1] if len(spec.shape) < 4 else math.prod(spec.shape[1:])
 
 
-def _told(key: str, spec: TensorSpec, tally: "TensorStats") -> TensorHealth:
+def _health(key: str, spec: TensorSpec, tally: "TensorStats") -> TensorHealth:
     n_finite = spec.n_elements - tally.n_nan - tally.n_inf
     length = row_length(spec)
     return TensorHealth(

@@ -63,30 +63,30 @@ class _Scale:
         return "#" + "".join(f"{round(x):02x}" for x in mixed)
 
 
-def save(found: Difference, path: Path) -> None:
+def save(difference: Difference, path: Path) -> None:
     """Write the picture.
 
     Raises:
         OutputError: it can't be written there.
     """
     try:
-        path.write_text(svg(found))
+        path.write_text(svg(difference))
     except OSError as error:
         raise OutputError(f"{path}: {error.strerror}", hint="check the path") from error
 
 
-def svg(found: Difference) -> str:
+def svg(difference: Difference) -> str:
     """The picture's text."""
-    rows, prefix = _rows(found.tensors)
+    rows, prefix = _rows(difference.tensors)
     layers = sorted({layer for row in rows for layer in row.cells if layer >= 0})
     cell = max(_MIN_CELL, min(_MAX_CELL, _SPAN / max(1, len(layers))))
     left = 24 + _LETTER * max((len(row.name) for row in rows), default=10)
     right = left + cell * max(1, len(layers))
-    values = [t.relative for t in found.tensors if t.relative and math.isfinite(t.relative)]
+    values = [t.relative for t in difference.tensors if t.relative and math.isfinite(t.relative)]
     scale = _scale(values)
     layered = sum(max(row.cells) >= 0 for row in rows)
     bottom = _TOP + _ROW * len(rows) + (34 if layered and layered < len(rows) else 16)
-    title = 24 + 8.2 * (len(found.names[0]) + len(found.names[1]) + 5)
+    title = 24 + 8.2 * (len(difference.names[0]) + len(difference.names[1]) + 5)
     width = max(right + 90, left + 420, title)
     size = f'width="{width:.0f}" height="{bottom + 62:.0f}"'
     lines = [
@@ -94,7 +94,7 @@ def svg(found: Difference) -> str:
         f"<style>text {{ font: 12px sans-serif; fill: {_INK} }} .s {{ font-size: 10px }}",
         f".p {{ fill: {_PALE} }} .t {{ font: bold 14px sans-serif }}</style>",
         '<rect width="100%" height="100%" fill="white"/>',
-        *_title(found, prefix),
+        *_title(difference, prefix),
     ]
     lines += _columns(layers, left, cell)
     y = float(_TOP)
@@ -107,14 +107,14 @@ def svg(found: Difference) -> str:
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _title(found: Difference, prefix: str) -> Iterator[str]:
-    unequal = len(found.tensors) - found.n_equal
-    a, b = (escape(name) for name in found.names)
+def _title(difference: Difference, prefix: str) -> Iterator[str]:
+    unequal = len(difference.tensors) - difference.n_equal
+    a, b = (escape(name) for name in difference.names)
     yield f'<text class="t" x="16" y="26">{a} and {b}</text>'
-    told = f"||a - b|| / ||a|| of each tensor: {unequal} differ, {found.n_equal} are equal"
-    more = len(found.shapes) + len(found.only[0]) + len(found.only[1])
-    told += f", {more} can't be compared" if more else ""
-    yield f'<text class="p" x="16" y="46">{told}</text>'
+    subtitle = f"||a - b|| / ||a|| of each tensor: {unequal} differ, {difference.n_equal} are equal"
+    more = len(difference.shapes) + len(difference.only[0]) + len(difference.only[1])
+    subtitle += f", {more} can't be compared" if more else ""
+    yield f'<text class="p" x="16" y="46">{subtitle}</text>'
     if prefix:
         whose = escape(prefix.rstrip("."))
         yield f'<text class="p" x="16" y="64">rows are tensors of {whose}</text>'
@@ -125,8 +125,8 @@ def _columns(layers: Sequence[int], left: float, cell: float) -> Iterator[str]:
     for i, layer in enumerate(layers):
         if layer % step == 0:
             x = left + cell * (i + 0.5)
-            at = f'x="{x:.1f}" y="{_TOP - 6}"'
-            yield f'<text class="s p" {at} text-anchor="middle">{layer}</text>'
+            where = f'x="{x:.1f}" y="{_TOP - 6}"'
+            yield f'<text class="s p" {where} text-anchor="middle">{layer}</text>'
     if layers:
         x = left - 8
         yield f'<text class="s p" x="{x:.1f}" y="{_TOP - 6}" text-anchor="end">layer</text>'
@@ -178,12 +178,12 @@ def _legend(left: float, y: float, scale: _Scale) -> Iterator[str]:
         x = left + wide * (decade - scale.low) / decades
         yield f'<path d="M {x:.1f} {y + 12} v 4" stroke="{_PALE}"/>'
         yield f'<text class="s" x="{x:.1f}" y="{y + 28}" text-anchor="middle">1e{decade}</text>'
-    for x, fill, told in (
+    for x, fill, label in (
         (left + wide + 30, _EQUAL, "equal"),
         (left + wide + 90, _ODD, "NaN or Inf in one"),
     ):
         yield f'<rect x="{x:.1f}" y="{y}" width="12" height="12" fill="{fill}"/>'
-        yield f'<text class="s" x="{x + 17:.1f}" y="{y + 10}">{told}</text>'
+        yield f'<text class="s" x="{x + 17:.1f}" y="{y + 10}">{label}</text>'
 
 
 def _fill(tensor: TensorDifference, scale: _Scale) -> str:
@@ -214,20 +214,20 @@ def _scale(values: Sequence[float]) -> _Scale:
 
 def _rows(tensors: Sequence[TensorDifference]) -> tuple[list[_Row], str]:
     """Rows of layers first, in the order of keys, and what their names begin with."""
-    found: dict[str, dict[int, TensorDifference]] = {}
+    cells_of: dict[str, dict[int, TensorDifference]] = {}
     for tensor in sorted(tensors, key=lambda t: key_pattern.natural(t.key)):
         layer = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", tensor.key)
         name = tensor.key
         if layer is not None:
             rest = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", tensor.key[layer.end() :])
             name = f"{tensor.key[: layer.start()]}*{rest}"
-        cells = found.setdefault(name, {})
+        cells = cells_of.setdefault(name, {})
         number = -1 if layer is None else int(layer[0])
         if number not in cells or tensor.badness > cells[number].badness:
             cells[number] = tensor
-    layered = [name for name, cells in found.items() if max(cells) >= 0]
+    layered = [name for name, cells in cells_of.items() if max(cells) >= 0]
     prefixes = {name[: name.index("*") + 1] + "." for name in layered}
     prefix = prefixes.pop() if len(prefixes) == 1 else ""
-    rows = [_Row(name.removeprefix(prefix), found[name]) for name in layered]
-    rows += [_Row(name, cells) for name, cells in found.items() if name not in set(layered)]
+    rows = [_Row(name.removeprefix(prefix), cells_of[name]) for name in layered]
+    rows += [_Row(name, cells) for name, cells in cells_of.items() if name not in set(layered)]
     return rows[:_MAX_ROWS], prefix

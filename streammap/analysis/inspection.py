@@ -1,14 +1,14 @@
-"""What a checkpoint is: spec, sizes, files, and how each key matched."""
+"""Describe a checkpoint: spec, sizes, files, and how each key matched."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from streammap.api import LazyCheckpoint
 from streammap.architectures import quantization
 from streammap.architectures.key_pattern import INDEX
 from streammap.architectures.layer_kinds import LayerKind
 from streammap.architectures.model import Family
 from streammap.errors import ArchitectureError, CheckpointError
+from streammap.planning.plan import Plan
 
 _AXES = {
     "width": "widths",
@@ -41,7 +41,7 @@ class Inspection:
 
     path: str
     architecture: str | None
-    """The spec that serves it; None where none does."""
+    """The spec that serves it; None if none does."""
     problem: str | None
     """Why none does."""
     hint: str | None
@@ -80,8 +80,8 @@ class Inspection:
             by_kind: dict[str, list[str]] = {}
             for axis, size in self.sizes.items():
                 by_kind.setdefault(self.axes.get(axis, "frozen"), []).append(f"{axis} {size}")
-            for kind, told in by_kind.items():
-                lines.append(f"{_AXES[kind]:<14}{', '.join(told)}")
+            for kind, axes in by_kind.items():
+                lines.append(f"{_AXES[kind]:<14}{', '.join(axes)}")
         for axis, kinds in self.layer_kinds.items():
             lines.append(f"{axis + ' kinds':<14}{'; '.join(kinds)}")
         if self.architecture is not None:
@@ -103,13 +103,12 @@ class Inspection:
         return "\n".join(lines)
 
 
-def inspect(lazy: LazyCheckpoint) -> Inspection:
-    """Read a checkpoint by its spec, where one serves it.
+def inspect(plan: Plan) -> Inspection:
+    """Describe a checkpoint by its spec, if one serves it.
 
     Raises:
-        CheckpointError: a spec serves it, but the tensors are not what that says.
+        CheckpointError: a spec serves it, but its tensors do not fit that spec.
     """
-    plan = lazy.plan
     problem, hint, sizes, tied, architecture = None, None, {}, False, None
     axes: dict[str, str] = {}
     layer_kinds: dict[str, tuple[str, ...]] = {}
@@ -117,7 +116,7 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
     try:
         model = plan.model
         architecture, sizes, tied = model.architecture.name, dict(model.sizes), model.tied
-        patterns = tuple(_pattern(lazy, family) for family in model.families)
+        patterns = tuple(_pattern(plan, family) for family in model.families)
         axes = {name: axis.kind for name, axis in model.architecture.axes.items()}
         found = {axis: _runs(model.kinds(axis)) for axis in model.architecture.depth_axes}
         layer_kinds = {axis: kinds for axis, kinds in found.items() if len(kinds) > 1}
@@ -128,7 +127,7 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
             raise
         problem, hint = error.message, error.hint
     if architecture is None:
-        patterns = _unmatched(lazy)
+        patterns = _unmatched(plan)
     dtypes: dict[str, int] = {}
     for form in plan.targets.values():
         dtypes[form.spec.dtype] = dtypes.get(form.spec.dtype, 0) + form.spec.nbytes
@@ -152,10 +151,10 @@ def inspect(lazy: LazyCheckpoint) -> Inspection:
 
 def _runs(kinds: tuple[LayerKind, ...]) -> tuple[str, ...]:
     """Layers of one kind, as "0-2: before first_k_dense_replace 3"."""
-    found: dict[LayerKind, list[int]] = {}
+    layers_of: dict[LayerKind, list[int]] = {}
     for i, kind in enumerate(kinds):
-        found.setdefault(kind, []).append(i)
-    return tuple(f"{_ranges(layers)}: {', '.join(kind)}" for kind, layers in found.items())
+        layers_of.setdefault(kind, []).append(i)
+    return tuple(f"{_ranges(layers)}: {', '.join(kind)}" for kind, layers in layers_of.items())
 
 
 def _ranges(numbers: list[int]) -> str:
@@ -168,20 +167,20 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join("-".join(map(str, part)) for part in parts)
 
 
-def _unmatched(lazy: LazyCheckpoint) -> tuple[Pattern, ...]:
-    """The keys with their numbers as *, where no spec says what they are."""
-    found: dict[str, list[str]] = {}
-    for key in lazy.keys():  # noqa: SIM118 (a method of its own)
-        found.setdefault(INDEX.sub("*", key), []).append(key)
-    specs = {name: lazy.spec(keys[0]) for name, keys in found.items()}
+def _unmatched(plan: Plan) -> tuple[Pattern, ...]:
+    """The keys with their numbers as *, if no spec serves the model."""
+    keys_of: dict[str, list[str]] = {}
+    for key in plan.targets:
+        keys_of.setdefault(INDEX.sub("*", key), []).append(key)
+    specs = {name: plan.targets[keys[0]].spec for name, keys in keys_of.items()}
     return tuple(
         Pattern(name, len(keys), specs[name].dtype, specs[name].shape, "", "unknown", "")
-        for name, keys in found.items()
+        for name, keys in keys_of.items()
     )
 
 
-def _pattern(lazy: LazyCheckpoint, family: Family) -> Pattern:
-    spec = lazy.spec(next(iter(family.members.values())))
+def _pattern(plan: Plan, family: Family) -> Pattern:
+    spec = plan.targets[next(iter(family.members.values()))].spec
     dims = ", ".join(
         dim.text if dim.role == "keep" else f"{dim.text}:{dim.role}" for dim in family.dims
     )

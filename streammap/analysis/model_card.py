@@ -12,6 +12,8 @@ from streammap.output import side_files
 from streammap.planning.plan import Plan
 
 PAPER = "2404.07999"
+_OF_PAPER = ("coalesce", "decoalesce", "interpolate")
+"""Operators that the paper introduced."""
 _MAX_ROWS = 40
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _KEPT = re.compile(r"^(license|license_name|license_link|language): *(\S.*)$", re.MULTILINE)
@@ -25,12 +27,13 @@ def card(plan: Plan, engine: Engine, *, name: str) -> str:
         name: The repository's.
     """
     lines = ["---", *_metadata(plan), "---", "", f"# {name.rpartition('/')[2]}", ""]
-    made = (
-        f"Made by streammap {VERSION} from {', '.join(map(_named, plan.sources))}, with the maps "
-        "of *A Multi-Level Framework for Accelerating Training Transformer Models* (ICLR 2024, "
-        f"[arXiv:{PAPER}](https://arxiv.org/abs/{PAPER}))."
-    )
-    lines += [made, "", "## Steps", ""]
+    made = f"Made by streammap {VERSION} from {', '.join(map(_named, plan.sources))}"
+    if _is_of_paper(plan):
+        made += (
+            ", with the operators of *A Multi-Level Framework for Accelerating Training "
+            f"Transformer Models* (ICLR 2024, [arXiv:{PAPER}](https://arxiv.org/abs/{PAPER}))"
+        )
+    lines += [f"{made}.", "", "## Steps", ""]
     for step in plan.steps:
         options = ", ".join(f"{k}: {v}" for k, v in step.options.items() if v not in (None, {}, ()))
         lines.append(f"- {step.operator} ({options})" if options else f"- {step.operator}")
@@ -65,7 +68,12 @@ def _metadata(plan: Plan) -> Iterator[str]:
         yield from _kept(plan.side)
     yield "tags:"
     operators = dict.fromkeys(step.operator for step in plan.steps)
-    yield from (f"- {tag}" for tag in ("streammap", *operators, f"arxiv:{PAPER}"))
+    paper = (f"arxiv:{PAPER}",) if _is_of_paper(plan) else ()
+    yield from (f"- {tag}" for tag in ("streammap", *operators, *paper))
+
+
+def _is_of_paper(plan: Plan) -> bool:
+    return any(step.operator in _OF_PAPER for step in plan.steps)
 
 
 def _kept(side: Checkpoint) -> Iterator[str]:
@@ -75,8 +83,8 @@ def _kept(side: Checkpoint) -> Iterator[str]:
         return
     text = place.read("README.md", limit=_MAX_CARD_NBYTES).decode(errors="replace")
     front = _FRONT.match(text)
-    for found in _KEPT.finditer(front[1] if front else ""):
-        yield f"{found[1]}: {found[2]}"
+    for field in _KEPT.finditer(front[1] if front else ""):
+        yield f"{field[1]}: {field[2]}"
 
 
 def _named(source: Checkpoint) -> str:
@@ -88,22 +96,22 @@ def _named(source: Checkpoint) -> str:
 
 def _formulas(plan: Plan, engine: Engine) -> Iterator[str]:
     try:
-        found = summary.summarize(plan, engine)
+        figures = summary.summarize(plan, engine)
     except StreammapError:
         return
-    sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in found.sizes.items())
+    sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in figures.sizes.items())
     if sizes:
         yield f"Sizes: {sizes}."
         yield ""
     yield "| tensors | shape | formula |"
     yield "|---|---|---|"
-    for row in found.rows[:_MAX_ROWS]:
+    for row in figures.rows[:_MAX_ROWS]:
         shape = (
             f"{list(row.before)} -> {list(row.after)}"
             if row.before != row.after
             else (f"{list(row.after)}")
         )
         yield f"| `{row.pattern}` | {shape} | {row.formula} |"
-    if len(found.rows) > _MAX_ROWS:
-        yield f"| {len(found.rows) - _MAX_ROWS} more | | |"
+    if len(figures.rows) > _MAX_ROWS:
+        yield f"| {len(figures.rows) - _MAX_ROWS} more | | |"
     yield ""

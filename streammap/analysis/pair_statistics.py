@@ -1,4 +1,4 @@
-"""Sums over pairs of numbers that come in pieces: kernels over chunks."""
+"""Figures of pairs of numbers that come in pieces: kernels over chunks, and their sums."""
 
 import math
 from dataclasses import dataclass, field
@@ -54,25 +54,25 @@ class PairStats:
 
 def compared(piece: ScannedPiece, scratch: Scratch, *, swapped: bool) -> PairStats:
     """The sums of a piece; `swapped` where the first of the two is b."""
-    found = PairStats()
+    stats = PairStats()
     if piece.spec.dtype not in MEASURED:
         a, b = (torch.frombuffer(view, dtype=torch.uint8) for view in (piece.view, piece.other))
-        found.n_different = 0 if torch.equal(a, b) else int(torch.count_nonzero(a != b))
-        found.is_equal = not found.n_different
-        return found
+        stats.n_different = 0 if torch.equal(a, b) else int(torch.count_nonzero(a != b))
+        stats.is_equal = not stats.n_different
+        return stats
     alike = piece.spec.dtype == piece.other_spec.dtype
     a, b = piece.numbers(), piece.other_numbers()
-    for at in range(0, a.numel(), CHUNK):
-        x, y = a[at : at + CHUNK], b[at : at + CHUNK]
+    for start in range(0, a.numel(), CHUNK):
+        x, y = a[start : start + CHUNK], b[start : start + CHUNK]
         bits = _WHOLE[DTYPE_BITS[piece.spec.dtype] // 8] if alike else None
         if bits is None or not torch.equal(x.view(bits), y.view(bits)):
-            found.is_equal = False
-        _add(found, x, y, scratch, swapped=swapped, bits=bits)
-    return found
+            stats.is_equal = False
+        _add(stats, x, y, scratch, swapped=swapped, bits=bits)
+    return stats
 
 
 def _add(
-    found: PairStats,
+    stats: PairStats,
     x: Tensor,
     y: Tensor,
     scratch: Scratch,
@@ -90,20 +90,20 @@ def _add(
         finite = a.isfinite() & b.isfinite()
         same = x.view(bits) == y.view(bits) if bits else (a == b) | (a.isnan() & b.isnan())
         n_odd = int(torch.count_nonzero(~finite & ~same))
-        found.n_odd += n_odd
-        found.n_different += n_odd
+        stats.n_odd += n_odd
+        stats.n_different += n_odd
         n_compared = int(torch.count_nonzero(finite))
         a, b = torch.where(finite, a, 0.0), torch.where(finite, b, 0.0)
         gap = torch.sub(a, b, out=room)
         squares = float(torch.dot(gap, gap))
-    found.n_compared += n_compared
+    stats.n_compared += n_compared
     own = b if swapped else a
-    found.squares_of_a.add(float(torch.dot(own, own)))
-    if squares or not found.is_equal:
+    stats.squares_of_a.add(float(torch.dot(own, own)))
+    if squares or not stats.is_equal:
         gap.abs_()
         largest = float(gap.max())
         if largest:
-            found.max = max(found.max, largest)
-            found.n_different += int(torch.count_nonzero(gap))
-            found.total.add(float(gap.sum()))
-            found.squares.add(squares)
+            stats.max = max(stats.max, largest)
+            stats.n_different += int(torch.count_nonzero(gap))
+            stats.total.add(float(gap.sum()))
+            stats.squares.add(squares)

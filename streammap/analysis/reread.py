@@ -1,4 +1,4 @@
-"""The bytes of an output again: their CRCs, numbers that are none, and tiles computed again."""
+"""Re-read an output: check CRCs, find NaN and Inf, recompute sample tiles."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -10,12 +10,14 @@ from streammap.analysis import scan, statistics
 from streammap.analysis.scan import ScannedPiece
 from streammap.analysis.statistics import Scratch
 from streammap.analysis.survey import SavedRecord
+from streammap.common import ranges
 from streammap.common.events import Listener, nobody
+from streammap.common.ranges import Tile
 from streammap.common.torch_threads import torch_threads
-from streammap.engine import crc32, schedule, tiles
+from streammap.engine import crc32, schedule
+from streammap.engine.evaluate import TileReader
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
-from streammap.engine.tiles import Tile
 from streammap.io.dtypes import DTYPE_BITS, to_torch
 from streammap.io.problems import Finding
 from streammap.planning import graph
@@ -24,7 +26,7 @@ from streammap.planning.maps import DenseMap
 from streammap.planning.plan import Plan
 
 _ROUNDING = {"F16": 2e-3, "BF16": 2e-2, "F32": 1e-5, "F64": 1e-12}
-"""What matrix products may differ by, of the largest number of a tile."""
+"""What matrix products may differ by, relative to the largest number of a tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ def read(own: Plan, engine: Engine, listener: Listener = nobody) -> dict[str, Re
     def collect(key: str, part: Reading) -> None:
         found[key] = found[key].with_part(part)
 
-    scan.each(own.targets, engine, _reading, collect, listener=listener)
+    scan.scan(own.targets, engine, _reading, collect, listener=listener)
     return found
 
 
@@ -59,17 +61,17 @@ def compare_crcs(
     for key, crc in record.crcs.items():
         by_crc.setdefault(crc, []).append(key)
     for key, reading in readings.items():
-        expected, found = record.crcs.get(key), f"{reading.crc:08x}"
-        if expected is None or expected == found:
+        expected, actual = record.crcs.get(key), f"{reading.crc:08x}"
+        if expected is None or expected == actual:
             continue
-        told = f"crc32 {found}, {expected} was written"
+        message = f"crc32 {actual}, {expected} was written"
         alike = [
-            k for k in by_crc.get(found, ()) if k in own.targets and own.specs[k] == own.specs[key]
+            k for k in by_crc.get(actual, ()) if k in own.targets and own.specs[k] == own.specs[key]
         ]
         if alike:
-            told += f": its bytes are those of {alike[0]}"
+            message += f": its bytes are those of {alike[0]}"
         file = own.sources[0].file_of[key]
-        yield Finding("error", "crc32", told, key, file, found, expected)
+        yield Finding("error", "crc32", message, key, file, actual, expected)
 
 
 def compare_finite(
@@ -79,7 +81,7 @@ def compare_finite(
     expected: Plan | None,
     engine: Engine,
 ) -> Iterator[Finding]:
-    """NaN and Inf: errors where no source has any, notes where one does."""
+    """NaN and Inf: errors if no source has any, else notes."""
     bad = {key: r for key, r in readings.items() if r.n_nan or r.n_inf}
     of_sources = {} if expected is None else _of_sources(expected, bad, engine)
     for key, reading in bad.items():
@@ -89,24 +91,24 @@ def compare_finite(
         for name, n in (("NaN", reading.n_nan), ("Inf", reading.n_inf)):
             if not n:
                 continue
-            told = f"{n} {name}"
+            message = f"{n} {name}"
             if source is not None:
                 # Inf - Inf is NaN, so that a source's Inf explains both.
                 excused = source.n_inf + (source.n_nan if name == "NaN" else 0)
                 total = source.n_nan if name == "NaN" else source.n_inf
-                told += f", its sources have {total}"
+                message += f", its sources have {total}"
                 level = excused > 0
-                yield Finding("note" if level else "error", "finite", told, key, file, n, total)
+                yield Finding("note" if level else "error", "finite", message, key, file, n, total)
             else:
-                told += ", as it was written" if kept else ", no source to compare with"
+                message += ", as it was written" if kept else ", no source to compare with"
                 level = kept or name == "Inf"
-                yield Finding("note" if level else "error", "finite", told, key, file, n)
+                yield Finding("note" if level else "error", "finite", message, key, file, n)
 
 
 def recompute(
     own: Plan, expected: Plan, engine: Engine, *, n_tiles: int, seed: int
 ) -> tuple[int, list[Finding]]:
-    """Compute random tiles again; gives how many, and those that differ."""
+    """Recompute random tiles; gives how many, and those that differ."""
     keys = [
         key
         for key, form in expected.targets.items()
@@ -115,23 +117,23 @@ def recompute(
     if not keys:
         return 0, []
     forms = [expected.targets[key] for key in keys]
-    found = scan.fit(forms, engine, n_sides=2)
-    mine, theirs = scan.SecondReader(found, 1), scan.SecondReader(found, 1)
+    room = scan.fit(forms, engine, n_sides=2)
+    mine, theirs = TileReader(room), TileReader(room)
     source = random.Random(seed)
     weights = [form.spec.nbytes for form in forms]
     wrong: list[Finding] = []
     with torch_threads():
         for key in source.choices(keys, weights, k=n_tiles):
             form = expected.targets[key]
-            tile = _random_tile(form, found, source)
+            tile = _random_tile(form, room, source)
             n = tile.n_elements * min(8, DTYPE_BITS[form.spec.dtype]) // 8
             start = tile.offset * min(8, DTYPE_BITS[form.spec.dtype]) // 8
             a = mine.read(own.targets[key], tile, start, n)
             b = theirs.read(form, tile, start, n)
-            told = _differ(form, a, b)
-            if told is not None:
-                at, x, y = told
-                place = tile.offset + at
+            differs = _differ(form, a, b)
+            if differs is not None:
+                i, x, y = differs
+                place = tile.offset + i
                 text = f"number {place} is {x}, computed again it is {y}"
                 file = own.sources[0].file_of[key]
                 wrong.append(Finding("error", "tile", text, key, file, x, y))
@@ -146,8 +148,8 @@ def _reading(piece: ScannedPiece, scratch: Scratch) -> Reading:
         return Reading(crc)
     n_nan = n_inf = 0
     numbers = piece.numbers()
-    for at in range(0, numbers.numel(), statistics.CHUNK):
-        held = scratch.single(0, numbers[at : at + statistics.CHUNK])
+    for start in range(0, numbers.numel(), statistics.CHUNK):
+        held = scratch.single(0, numbers[start : start + statistics.CHUNK])
         low, high = torch.aminmax(held)
         if not (torch.isfinite(low) and torch.isfinite(high)):
             more_nan, more_inf = statistics.not_finite(held)
@@ -156,7 +158,7 @@ def _reading(piece: ScannedPiece, scratch: Scratch) -> Reading:
 
 
 def _of_sources(expected: Plan, keys: Mapping[str, object], engine: Engine) -> dict[str, Reading]:
-    """For each key, what the tensors that it is made of have together."""
+    """For each key, the NaN and Inf of all source tensors that it is made of."""
     loads = {
         key: [
             load
@@ -176,33 +178,33 @@ def _of_sources(expected: Plan, keys: Mapping[str, object], engine: Engine) -> d
     def collect(name: str, part: Reading) -> None:
         read_again[name] = read_again[name].with_part(part)
 
-    scan.each(forms, engine, _reading, collect)
-    found = {}
+    scan.scan(forms, engine, _reading, collect)
+    totals = {}
     for key, many in loads.items():
         total = Reading()
         for load in many:
             total = total.with_part(read_again[names[load]])
-        found[key] = total
-    return found
+        totals[key] = total
+    return totals
 
 
-def _random_tile(form: LinearForm, found: Memory, source: random.Random) -> Tile:
-    cut = schedule.cut_of(form, schedule.limits_of(form, found))
+def _random_tile(form: LinearForm, room: Memory, source: random.Random) -> Tile:
+    cut = schedule.cut_of(form, schedule.limits_of(form, room))
     shape = form.spec.shape
     if not shape:
-        return tiles.tile_at(shape, (), 0, 1)
+        return ranges.tile_at(shape, (), 0, 1)
     prefix = tuple(source.randrange(n) for n in shape[: cut.dim])
     start = source.randrange(shape[cut.dim]) // cut.rows * cut.rows
-    return tiles.tile_at(shape, prefix, start, min(start + cut.rows, shape[cut.dim]))
+    return ranges.tile_at(shape, prefix, start, min(start + cut.rows, shape[cut.dim]))
 
 
 def _differ(form: LinearForm, a: memoryview, b: memoryview) -> tuple[int, object, object] | None:
-    """Place and values of the first difference, if there is one."""
+    """Index and values of the first difference, if there is one."""
     if a == b:
         return None
     if not form.spec.is_float:
-        at = next(i for i in range(len(a)) if a[i] != b[i])
-        return at * 8 // max(8, DTYPE_BITS[form.spec.dtype]), a[at], b[at]
+        i = next(i for i in range(len(a)) if a[i] != b[i])
+        return i * 8 // max(8, DTYPE_BITS[form.spec.dtype]), a[i], b[i]
     item = DTYPE_BITS[form.spec.dtype] // 8
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[item]
     x, y = (torch.frombuffer(view, dtype=whole) for view in (a, b))
@@ -214,5 +216,5 @@ def _differ(form: LinearForm, a: memoryview, b: memoryview) -> tuple[int, object
         differs &= ~torch.isclose(p.double(), q.double(), rtol=0.0, atol=size, equal_nan=True)
     if not bool(differs.any()):
         return None
-    at = int(differs.nonzero()[0])
-    return at, float(p[at]), float(q[at])
+    i = int(differs.nonzero()[0])
+    return i, float(p[i]), float(q[i])

@@ -1,43 +1,39 @@
 """All bytes of plans, piece by piece, in bounded memory: what verify, diff and health share.
 
-Tiles are read or computed by the threads of a run (threads.py), and go to a function instead of a
-file. Two plans go side by side: one drives, the same part of the other is read or computed for each
-tile of the first. A piece's bytes are there until the function returns.
+Tiles are read or computed by the loop of a run, and its sink is a function. Two plans go side by
+side: one drives, and for each of its tiles the same part of the other is read or computed. A
+piece's bytes are valid until the function returns.
 """
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import TypeVar, final
+from typing import Generic, TypeVar, final
 
 import torch
 from torch import Tensor
 
 from streammap.analysis.statistics import CHUNK, Scratch
 from streammap.common.events import Finished, Listener, Started, nobody
+from streammap.common.ranges import Tile
 from streammap.common.torch_threads import torch_threads
-from streammap.engine import memory, read_ahead, schedule, threads
-from streammap.engine.compiler import Programs
+from streammap.engine import loop, memory
+from streammap.engine.evaluate import TileReader
+from streammap.engine.loop import Resources
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
-from streammap.engine.schedule import Compute, FileOffset, Job
-from streammap.engine.tile_reads import Recipe, alike
-from streammap.engine.tiles import Tile
-from streammap.engine.worker import Made, Worker
+from streammap.engine.schedule import Compute, Job
 from streammap.errors import OutputError
-from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS, FLOATS, TensorSpec, to_torch
-from streammap.io.formats.safetensors_header import Slot
 from streammap.planning.graph import LinearForm
 
 MEASURED = (*FLOATS, "F8_E5M2", "F8_E4M3")
-"""dtypes whose numbers are looked at; of others, bytes only."""
+"""dtypes whose numbers are measured; of others, only bytes are compared."""
 _SCRATCH_NBYTES = 4 * CHUNK * (4 + 8)
-"""Of one thread, with what kernels take for a moment."""
+"""Per thread, including temporary kernel memory."""
 _MAX_WORKERS = 8
 
-Found = TypeVar("Found")
+Measured = TypeVar("Measured")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +58,15 @@ class ScannedPiece:
         return torch.frombuffer(self.other, dtype=to_torch(self.other_spec.dtype))
 
 
-Measure = Callable[[ScannedPiece, Scratch], Found]
-Collect = Callable[[str, Found], None]
+Measure = Callable[[ScannedPiece, Scratch], Measured]
+Collect = Callable[[str, Measured], None]
 
 
-def each(
+def scan(
     forms: Mapping[str, LinearForm],
     engine: Engine,
-    measure: Measure[Found],
-    collect: Collect[Found],
+    measure: Measure[Measured],
+    collect: Collect[Measured],
     *,
     others: Mapping[str, LinearForm] | None = None,
     listener: Listener = nobody,
@@ -87,49 +83,24 @@ def each(
         CheckpointError: a source can't be read.
         OutputError: the memory is too little.
     """
-    held = {key: form for key, form in forms.items() if form.spec.n_elements}
-    if not held:
+    scanned = {key: form for key, form in forms.items() if form.spec.n_elements}
+    if not scanned:
         return
-    others = {key: form for key, form in (others or {}).items() if key in held}
-    found = fit([*held.values(), *others.values()], engine, n_sides=2 if others else 1)
-    widest = max((_ratio(held[key].spec, form.spec) for key, form in others.items()), default=1)
-    own = threading.local()
-    lock = threading.Lock()
-
-    def write(job: Job, made: Made) -> None:
-        view = made.whole()
-        if not hasattr(own, "scratch"):
-            own.scratch = Scratch()
-            own.beside = SecondReader(found, widest) if others else None
-        for place in job.places:
-            spec, form = held[place.file].spec, others.get(place.file)
-            start = place.offset * 8 // max(8, DTYPE_BITS[spec.dtype])
-            piece = ScannedPiece(place.file, spec, start, view, spec, _NOTHING)
-            if form is not None:
-                other = own.beside.read(form, _tile(job, spec, start), start, _n(spec, len(view)))
-                piece = replace(piece, other_spec=form.spec, other=other)
-            result = measure(piece, own.scratch)
-            with lock:
-                collect(place.file, result)
-
-    listener(Started(len(held), sum(form.spec.nbytes for form in held.values())))
-    sources = read_ahead.as_they_come((*held.values(), *others.values()))
-    slots = ((key, Slot(key, form.spec, 0)) for key, form in held.items())
-    with torch_threads():
-        threads.run(
-            schedule.bundles(held, slots, found),
-            found,
-            write,
+    others = {key: form for key, form in (others or {}).items() if key in scanned}
+    room = fit([*scanned.values(), *others.values()], engine, n_sides=2 if others else 1)
+    listener(Started(len(scanned), sum(form.spec.nbytes for form in scanned.values())))
+    with torch_threads():  # also where all forms are copied: `measure` calls kernels
+        loop.run(
+            scanned,
+            _Scan(scanned, others, room, measure, collect),
+            Resources(room, mapped=engine.reader == "mmap"),
             listener=listener,
-            mapped=engine.reader == "mmap",
-            device="cpu",
-            cancel=partial(read_ahead.cancel, sources),
         )
     listener(Finished())
 
 
 def fit(forms: Sequence[LinearForm], engine: Engine, *, n_sides: int) -> Memory:
-    """The memory of such a pass: a thread has a worker for each side.
+    """The memory of a scan: a thread has a worker for each side.
 
     Raises:
         OutputError: it is too little.
@@ -139,48 +110,66 @@ def fit(forms: Sequence[LinearForm], engine: Engine, *, n_sides: int) -> Memory:
     for n in range(wanted, 0, -1):
         budget = engine.memory_nbytes - n * _SCRATCH_NBYTES
         try:
-            found = memory.fit(forms, budget=max(1, budget), n_workers=n_sides * n)
+            fitted = memory.fit(forms, budget=max(1, budget), n_workers=n_sides * n)
         except OutputError:
             if n <= least:
                 raise
             continue
-        return replace(found, n_workers=n)
+        return replace(fitted, n_workers=n)
     raise AssertionError(wanted)
 
 
 @final
-class SecondReader:
-    """Reads or computes parts of tensors, apart from a run. Not to be used by two at once."""
+class _Scan(Generic[Measured]):
+    """The sink of a scan."""
 
-    def __init__(self, found: Memory, widest: int) -> None:
-        """Room for a tile, and for `widest` times its bytes where dtypes differ."""
-        self._worker = Worker(found, Programs(), mapped=False, matrices=None)
-        nbytes = found.dense_limits.out_nbytes
-        self._whole, self._part = Buffer(nbytes * widest), Buffer(nbytes * widest)
+    def __init__(
+        self,
+        forms: Mapping[str, LinearForm],
+        others: Mapping[str, LinearForm],
+        room: Memory,
+        measure: Measure[Measured],
+        collect: Collect[Measured],
+    ) -> None:
+        self.forms, self.others, self.room = forms, others, room
+        self.measure, self._collect = measure, collect
+        self._lock = threading.Lock()
 
-    def read(self, form: LinearForm, tile: Tile | None, start: int, n: int) -> memoryview:
-        """The bytes of n elements, from element `start` on; there until the next call.
+    def grid(self, key: str) -> None:
+        """Whole tiles: the larger a piece, the fewer calls."""
 
-        Args:
-            tile: The same part as a tile; needed for a form that is computed.
-        """
-        bits = max(8, DTYPE_BITS[form.spec.dtype])
-        view = self._whole.view[: n * bits // 8]
-        found = form.copied
-        if found is not None:
-            found.source.read_into(found.key, start * bits // 8, view, mapped=False)
-            return view
-        assert tile is not None
-        job = Compute("", alike(form), Recipe(form, tile), (FileOffset("", 0),))
-        self._worker.begin()
-        for part in self._worker.parts(job):
-            if part is job:
-                self._worker.do(part, self._whole)
-                return view
-            at = part.places[0].offset
-            self._worker.do(part, self._part)
-            view[at : at + part.nbytes] = self._part.view[: part.nbytes]
-        return view
+    def lane(self) -> "_Lane[Measured]":
+        return _Lane(self)
+
+    def collect(self, key: str, measured: Measured) -> None:
+        with self._lock:
+            self._collect(key, measured)
+
+
+@final
+class _Lane(Generic[Measured]):
+    """Measures one thread's tiles, with a scratch and a reader of the other side of its own."""
+
+    def __init__(self, scan: _Scan[Measured]) -> None:
+        self._scan, self._scratch = scan, Scratch()
+        pairs = ((scan.forms[key].spec, form.spec) for key, form in scan.others.items())
+        widest = max((_ratio(*specs) for specs in pairs), default=0)
+        self._beside = TileReader(scan.room, widest=widest) if widest else None
+
+    def write(self, part: Job, offset: int, piece: memoryview) -> None:
+        for place in part.places:
+            spec = self._scan.forms[place.key].spec
+            start = place.offset * 8 // max(8, DTYPE_BITS[spec.dtype])
+            scanned = ScannedPiece(place.key, spec, start, piece, spec, _NOTHING)
+            form = self._scan.others.get(place.key)
+            if form is not None and self._beside is not None:
+                tile, n = _tile(part, spec, start), _n(spec, len(piece))
+                other = self._beside.read(form, tile, start, n)
+                scanned = replace(scanned, other_spec=form.spec, other=other)
+            self._scan.collect(place.key, self._scan.measure(scanned, self._scratch))
+
+    def done(self, part: Job) -> None:
+        pass
 
 
 _NOTHING = memoryview(b"")

@@ -18,15 +18,15 @@ class Scratch:
     """Room of one thread for numbers of wider dtypes, a chunk at a time."""
 
     def __init__(self) -> None:
-        """Nothing is resident until it is used."""
+        """Nothing is allocated until it is used."""
         self._held: dict[tuple[int, torch.dtype], Tensor] = {}
 
     def room(self, place: int, n: int, dtype: torch.dtype) -> Tensor:
         """Room for n numbers; another one for each place."""
-        found = self._held.get((place, dtype))
-        if found is None:
-            found = self._held[place, dtype] = torch.empty(CHUNK, dtype=dtype)
-        return found[:n]
+        tensor = self._held.get((place, dtype))
+        if tensor is None:
+            tensor = self._held[place, dtype] = torch.empty(CHUNK, dtype=dtype)
+        return tensor[:n]
 
     def single(self, place: int, numbers: Tensor) -> Tensor:
         """The same numbers in float32; of float32 and float64, themselves."""
@@ -45,14 +45,14 @@ class Scratch:
 
 @final
 class ExactSum:
-    """An exact sum of floats, so that it is the same in whatever order they come."""
+    """An exact sum of floats: the same in whatever order they come."""
 
     __slots__ = ("_parts",)
 
     def __init__(self) -> None:
         """Zero."""
         self._parts: list[float] = []
-        """Floats whose digits do not overlap, as Shewchuk adds them up."""
+        """Floats whose digits do not overlap: Shewchuk's expansion of the sum."""
 
     def add(self, x: float) -> None:
         """Add a finite number, or one that makes the sum no number."""
@@ -92,7 +92,7 @@ class TensorStats:
     squares: ExactSum = field(default_factory=ExactSum)
     n_dead_rows: int = 0
     zeros_of: dict[int, int] = field(default_factory=dict)
-    """Row that came in parts -> zeros of those parts that are all zeros."""
+    """Row that came in parts -> length of those parts that are all zeros."""
 
     def add(self, other: "TensorStats") -> None:
         """Take in another piece's."""
@@ -121,39 +121,39 @@ def counted(numbers: Tensor, start: int, length: int, scratch: Scratch) -> Tenso
         start: Numbers of the tensor before it.
         length: Numbers of a row; 0 to look for no dead rows.
     """
-    found = TensorStats()
+    stats = TensorStats()
     tiny = torch.finfo(numbers.dtype).tiny
-    for at in range(0, numbers.numel(), CHUNK):
-        chunk = numbers[at : at + CHUNK]
+    for first in range(0, numbers.numel(), CHUNK):
+        chunk = numbers[first : first + CHUNK]
         held = scratch.single(0, chunk)
         low, high = (float(x) for x in torch.aminmax(held))
         if not (math.isfinite(low) and math.isfinite(high)):
             n_nan, n_inf = not_finite(held)
-            found.n_nan += n_nan
-            found.n_inf += n_inf
+            stats.n_nan += n_nan
+            stats.n_inf += n_inf
             finite = held.isfinite()
-            found.n_zero -= int((~finite).sum())  # they become zeros, for the sums
+            stats.n_zero -= int((~finite).sum())  # they become zeros, for the sums
             kept = held[finite]
             if kept.numel():
                 low, high = (float(x) for x in torch.aminmax(kept))
             else:
                 low, high = math.inf, -math.inf
             held = torch.where(finite, held, 0.0)
-        found.minimum, found.maximum = min(found.minimum, low), max(found.maximum, high)
+        stats.minimum, stats.maximum = min(stats.minimum, low), max(stats.maximum, high)
         wide = scratch.wide(1, held)
-        found.total.add(float(wide.sum()))
-        found.squares.add(float(torch.dot(wide, wide)))
+        stats.total.add(float(wide.sum()))
+        stats.squares.add(float(torch.dot(wide, wide)))
         sizes = torch.abs(held, out=scratch.room(2, held.numel(), held.dtype))
         if max(-low, high) > _F16_MAX:
-            found.n_over_f16 += int(torch.count_nonzero(sizes > _F16_MAX))
+            stats.n_over_f16 += int(torch.count_nonzero(sizes > _F16_MAX))
         n_small = int(torch.count_nonzero(sizes < tiny))
         if n_small:
             n_zero = held.numel() - int(torch.count_nonzero(held))
-            found.n_zero += n_zero
-            found.n_subnormal += n_small - n_zero
-    if length and found.n_zero:
-        _dead_rows(numbers, start, length, found)
-    return found
+            stats.n_zero += n_zero
+            stats.n_subnormal += n_small - n_zero
+    if length and stats.n_zero:
+        _dead_rows(numbers, start, length, stats)
+    return stats
 
 
 def not_finite(numbers: Tensor) -> tuple[int, int]:
@@ -162,7 +162,7 @@ def not_finite(numbers: Tensor) -> tuple[int, int]:
     return n_nan, int(torch.count_nonzero(numbers.isinf()))
 
 
-def _dead_rows(numbers: Tensor, start: int, length: int, found: TensorStats) -> None:
+def _dead_rows(numbers: Tensor, start: int, length: int, stats: TensorStats) -> None:
     """Rows of zeros: those that are whole here, and parts of others."""
     end = start + numbers.numel()
     first, last = -(-start // length) * length, end // length * length
@@ -172,19 +172,19 @@ def _dead_rows(numbers: Tensor, start: int, length: int, found: TensorStats) -> 
     else:
         pieces = [(start, first), (last, end)]
         rows = numbers[first - start : last - start].view(-1, length)
-        found.n_dead_rows += sum(_n_dead(part) for part in _candidates(rows))
+        stats.n_dead_rows += sum(_n_dead(part) for part in _candidates(rows))
     for a, b in pieces:
         if b > a and not torch.count_nonzero(numbers[a - start : b - start].float()):
             row = a // length
-            found.zeros_of[row] = found.zeros_of.get(row, 0) + b - a
+            stats.zeros_of[row] = stats.zeros_of.get(row, 0) + b - a
 
 
 def _candidates(rows: Tensor) -> Iterator[Tensor]:
-    """Rows that begin with a zero, some at a time."""
+    """Rows that begin with a zero, a few at a time: no other can be all zeros."""
     places = (rows[:, 0].float() == 0).nonzero()[:, 0]
     step = max(1, CHUNK // rows.shape[1])
-    for at in range(0, len(places), step):
-        yield rows[places[at : at + step]]
+    for first in range(0, len(places), step):
+        yield rows[places[first : first + step]]
 
 
 def _n_dead(rows: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""What a plan would do, for people and as JSON: shapes, formulas in words, bytes, memory."""
+"""What a plan would do, as text and as JSON: shapes, formulas in words, bytes, memory."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,7 +27,7 @@ class PlanRow:
     formula: str
     """What happens, in words."""
     promise: str
-    """What is kept of the function, as far as these tensors go."""
+    """What these tensors keep of the function."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,12 @@ class Summary:
     def __str__(self) -> str:
         lines = [_line(row, self.rows) for row in self.rows]
         if self.sizes:
-            told = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items())
-            lines += ["", f"sizes    {told}"]
+            changes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items())
+            lines += ["", f"sizes    {changes}"]
         lines += [
             f"result   {self.n_tensors} tensors, {self.n_parameters / 1e6:.1f} M parameters",
             f"reads    {self.nbytes_read / 1e9:.3f} GB, writes {self.nbytes_written / 1e9:.3f} GB",
-            f"memory   at most {self.peak_nbytes / 2**20:.0f} MiB beside torch itself",
+            f"memory   at most {self.peak_nbytes / 2**20:.0f} MiB on top of torch",
             f"device   {self.device}, {self.n_threads} threads: {self.device_reason}",
             f"promise  {self.promise}: {self.reason}",
         ]
@@ -118,7 +118,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
 
 
 def _axes_by_key(plan: Plan) -> dict[str, frozenset[str]]:
-    """Key -> the axes that its tensor is made of; empty where no spec is known."""
+    """Key -> the axes that its tensor is made of; empty if no spec is known."""
     if not any(step.axes for step in plan.steps):
         return {}
     return {
@@ -135,7 +135,7 @@ def formula(form: LinearForm) -> str:
         return "copied"
     blends = [[(c, f) for c, f in term.blend if not graph.is_constant(f)] for term in form.terms]
     terms = [Term(t.maps, tuple(b)) for t, b in zip(form.terms, blends, strict=True) if b]
-    several = len({id(found.source) for term in terms for _, found in term.blend}) > 1
+    several = len({id(load.source) for term in terms for _, load in term.blend}) > 1
     words = " + ".join(_term_words(term, named=several) for term in terms)
     has_offset = any(map(graph.is_constant, form.loads()))
     return f"{words}, of gains that count from 1" if has_offset else words
@@ -149,8 +149,8 @@ def _term_words(term: Term, *, named: bool) -> str:
         if m is not None
     ]
     by_source: dict[str, list[float]] = {}
-    for coefficient, found in term.blend:
-        by_source.setdefault(found.source.name, []).append(coefficient)
+    for coefficient, load in term.blend:
+        by_source.setdefault(load.source.name, []).append(coefficient)
     parts = []
     for name, coefficients in by_source.items():
         total, n = sum(coefficients), len(coefficients)

@@ -1,10 +1,10 @@
-"""An output against its record, its plan and its sources; all that is wrong is told.
+"""Verify an output against its record, its plan and its sources; report all that is wrong.
 
     record    streammap.json: files, sizes, CRC-32 of each tensor as it was written
-    plan      the request of the record made again: keys, dtypes, shapes, offsets, config.json
-    sources   NaN and Inf that they do not have; random tiles computed again
+    plan      rebuilt from the record's request: keys, dtypes, shapes, offsets, config.json
+    sources   NaN and Inf that they do not have; random tiles recomputed
 
-Without a record only the structure is checked, and that all numbers are finite.
+Without a record, only the structure is checked, and that all numbers are finite.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,6 @@ from typing import Any, final
 
 from streammap.analysis import survey
 from streammap.analysis.survey import SavedRecord, Survey
-from streammap.api import LazyCheckpoint
 from streammap.architectures import quantization
 from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
@@ -24,27 +23,27 @@ from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.io.problems import Finding
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
-from streammap.operators import request_json
+from streammap.operators import registry, request_json
 from streammap.output import layout
-from streammap.planning import map_file, plan
+from streammap.output import record as records
+from streammap.planning import map_file, plan, request
 from streammap.planning.plan import Plan
-from streammap.tools import replay
-from streammap.tools.replay import Moved
+from streammap.planning.request import Moved
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was looked at, and all that was found."""
+    """What was checked, and all findings."""
 
     path: str
     checks: tuple[str, ...]
-    """What was looked at: structure, record, crc32, plan, finite, tiles."""
+    """What was checked: structure, record, crc32, plan, finite, tiles."""
     skipped: tuple[str, ...]
-    """What could not be, and why."""
+    """What could not be checked, and why."""
     findings: tuple[Finding, ...]
     n_tensors: int
     n_tiles: int
-    """Tiles that were computed again."""
+    """Tiles that were recomputed."""
     nbytes: int
     seconds: float
 
@@ -74,9 +73,9 @@ class Verification:
 
     def __str__(self) -> str:
         lines = [str(found) for found in sorted(self.findings, key=lambda f: f.level)]
-        lines += [f"skipped  {told}" for told in self.skipped]
+        lines += [f"skipped  {reason}" for reason in self.skipped]
         checks = ", ".join(self.checks)
-        tiles = f", {self.n_tiles} tiles computed again" if self.n_tiles else ""
+        tiles = f", {self.n_tiles} tiles recomputed" if self.n_tiles else ""
         verdict = "ok" if self.ok else f"{self.n_errors} errors"
         total = f"{self.n_tensors} tensors, {self.nbytes / 1e9:.3f} GB in {self.seconds:.1f} s"
         lines += [f"checked  {checks}{tiles}", f"verdict  {verdict}: {total}"]
@@ -92,23 +91,23 @@ def verify(
     progress: Listener = nobody,
     **options: Any,
 ) -> Verification:
-    """Look at an output again. Whatever is wrong is a finding, and no error.
+    """Check an output. Whatever is wrong is a finding, not an error.
 
     Args:
         path: A folder or file.
         sources: Where its sources are now: a path where there is one, else {old: new}.
-        recompute: Random tiles to compute again from the sources, and compare.
+        recompute: How many random tiles to recompute from the sources, and compare.
         seed: Which tiles these are.
         progress: Called with each event of events.py.
         options: What the pass may use, see options.py: memory, threads, reader.
 
     Raises:
-        CheckpointError: nothing is there, or its record is none.
+        CheckpointError: nothing is there, or its record is not valid.
         PlanError: `sources` that the record does not have.
     """
     begun = perf_counter()
     place = Path(path)
-    record = survey.read_record(replay.record_of(place))
+    record = survey.read_record(records.path_of(place))
     seen = survey.survey(place, record)
     expected, why = _expected(place, record, sources)
     work = _Work(record, seen, expected, make(Engine, options, what="verify"))
@@ -139,7 +138,7 @@ def verify(
 
 @final
 class _Work:
-    """What is known, and what was found so far."""
+    """What is known, and the findings so far."""
 
     def __init__(
         self, record: SavedRecord, seen: Survey, expected: Plan | None, engine: Engine
@@ -152,7 +151,7 @@ class _Work:
         self.own = plan.from_checkpoint(seen.checkpoint, (), architecture=arch)
 
     def read(self, progress: Listener) -> None:
-        """All bytes: CRCs, and numbers that are none."""
+        """All bytes: CRCs, NaN and Inf."""
         from streammap.analysis import reread
 
         readings = reread.read(self.own, self.engine, progress)
@@ -183,33 +182,31 @@ class _Work:
 
 
 def _expected(path: Path, record: SavedRecord, sources: Moved) -> tuple[Plan | None, str]:
-    """The plan made again, or why it can't be."""
+    """The plan rebuilt, or why it can't be."""
     if record.content.get("request") is None:
-        return None, "the record does not say how to make it again"
+        return None, "the record does not say how it was made"
     call = request_json.parse(record.content["request"])
-    replay.moved(call, sources)  # a wrong --source is the user's, no finding
+    moved = request.moved(call, sources)  # a wrong --source is the user's error, no finding
     try:
         near = map_file.find(LocalStorage(path)) if path.exists() else ()
-        made: LazyCheckpoint = replay.rebuilt(call, sources, known=near)
+        made = registry.build(call, moved=moved, known=near)
     except StreammapError as error:
         return None, error.message
-    changed = _changed(made.plan, record)
-    if changed is not None:
-        return None, changed
-    return made.plan, ""
+    changed = _changed(made, record)
+    return (made, "") if changed is None else (None, changed)
 
 
 def _changed(made: Plan, record: SavedRecord) -> str | None:
-    """Which source is another one than it was."""
-    told = record.content.get("sources")
-    recorded = told if isinstance(told, list) else []
+    """The source that is not what it was, if there is one."""
+    sources = record.content.get("sources")
+    recorded = sources if isinstance(sources, list) else []
     for source, before in zip(made.sources, recorded, strict=False):
         files = before.get("files") if isinstance(before, dict) else None
         now = [file.as_json() for file in source.files]
         if isinstance(files, list) and files != now:
             old = {f["name"]: f for f in files if isinstance(f, dict) and "name" in f}
             wrong = next((f for f in now if old.get(f["name"]) != f), now[0])
-            return f"{source.path}: {wrong['name']} is another file than it was"
+            return f"{source.path}: {wrong['name']} has changed since"
     return None
 
 
@@ -228,12 +225,12 @@ def _planned(seen: Survey, expected: Plan, record: SavedRecord) -> Iterator[Find
             ("shape", list(slot.spec.shape), list(spec.shape)),
         ):
             if found != planned:
-                told = f"{name} {found}, planned {planned}"
-                yield Finding("error", name, told, key, file, found, planned)
+                message = f"{name} {found}, planned {planned}"
+                yield Finding("error", name, message, key, file, found, planned)
     for key in there.slots:
         if key not in expected.specs and (not record.places or key in record.places):
-            told = "there, it is not in the plan"
-            yield Finding("error", "key", told, key, there.file_of[key])
+            message = "there, it is not in the plan"
+            yield Finding("error", "key", message, key, there.file_of[key])
     yield from _offsets(seen, expected)
 
 
@@ -255,12 +252,12 @@ def _offsets(seen: Survey, expected: Plan) -> Iterator[Finding]:
         for key in keys:
             found = seen.checkpoint.slots[key].start - least
             if found != planned[key] - first:
-                told = f"its bytes begin at {found}, planned {planned[key] - first}"
-                yield Finding("error", "offset", told, key, file, found, planned[key] - first)
+                message = f"its bytes begin at {found}, planned {planned[key] - first}"
+                yield Finding("error", "offset", message, key, file, found, planned[key] - first)
 
 
 def _config(own: Plan, record: SavedRecord, expected: Plan | None) -> Iterator[Finding]:
-    """config.json: whether the tensors fit it, and whether sizes are those that were written."""
+    """config.json: whether the tensors fit it, and its sizes are those that were written."""
     if own.config is None:
         if expected is not None and expected.config is not None and own.sources[0].path.is_dir():
             yield Finding("error", "config", "missing", file="config.json")
@@ -281,8 +278,8 @@ def _config(own: Plan, record: SavedRecord, expected: Plan | None) -> Iterator[F
     written = record.content.get("sizes")
     for axis, size in written.items() if isinstance(written, dict) else ():
         if sizes.get(axis) != size:
-            told = f"{axis} is {sizes.get(axis)}, {size} was written"
-            yield Finding("error", "config", told, None, "config.json", sizes.get(axis), size)
+            message = f"{axis} is {sizes.get(axis)}, {size} was written"
+            yield Finding("error", "config", message, None, "config.json", sizes.get(axis), size)
 
 
 def _fields(found: object, planned: object, name: str = "") -> Iterator[Finding]:
@@ -293,7 +290,7 @@ def _fields(found: object, planned: object, name: str = "") -> Iterator[Finding]
             yield from _fields(found.get(field), planned.get(field), inner)
     elif found != planned:
         is_size = type(planned) is int or type(found) is int
-        told = f"{name} is {found!r}, planned {planned!r}"
+        message = f"{name} is {found!r}, planned {planned!r}"
         yield Finding(
-            "error" if is_size else "note", "config", told, None, "config.json", found, planned
+            "error" if is_size else "note", "config", message, None, "config.json", found, planned
         )

@@ -140,7 +140,7 @@ def inspect(
         text = report.text(limit=limit or None)
         click.echo(json.dumps(report.as_json(), indent=2) if as_json else printable_lines(text))
         return
-    description = inspection.inspect(lazy)
+    description = inspection.inspect(lazy.plan)
     text = str(description)
     click.echo(json.dumps(description.as_json(), indent=2) if as_json else printable_lines(text))
 

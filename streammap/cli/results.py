@@ -95,13 +95,11 @@ def diff(
     relative is ||a - b|| / ||a||. Exit code 0: all bits are equal, 1: something differs, 2: one of
     them could not be read, as for diff(1).
     """
-    from streammap import progress
-    from streammap.analysis import difference, heatmap
+    from streammap import api, progress
+    from streammap.analysis import heatmap
 
     ctx.meta[ERROR_CODE] = 2
-    report = difference.diff(
-        a, b, progress=progress.bar("diff", quiet=quiet), **reading_of(options)
-    )
+    report = api.diff(a, b, progress=progress.bar("diff", quiet=quiet), **reading_of(options))
     if plot is not None:
         heatmap.save(report, Path(plot))
     if not quiet:

@@ -1,4 +1,4 @@
-"""How many threads a kernel of torch takes while runs go on."""
+"""How many threads a torch kernel takes while runs are under way."""
 
 import contextlib
 import threading
@@ -11,14 +11,12 @@ _threads_users: list[AbstractContextManager[None]] = []
 
 @contextlib.contextmanager
 def torch_threads() -> Iterator[None]:
-    """One thread a kernel while any run goes on, then as many as before.
+    """One thread per kernel while any run is under way, then as many as before.
 
-    Imports torch: a result of copies only does without.
+    Imports torch: a result that is only copied does without it.
     """
-    from streammap.engine import kernels
-
     with _threads_lock:
-        first = _threads_users[0] if _threads_users else kernels.one_thread_each()
+        first = _threads_users[0] if _threads_users else one_thread_each()
         if not _threads_users:
             first.__enter__()
         _threads_users.append(first)
@@ -29,3 +27,21 @@ def torch_threads() -> Iterator[None]:
             _threads_users.pop()
             if not _threads_users:
                 first.__exit__(None, None, None)
+
+
+@contextlib.contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Threads started in here run kernels in one thread each, and GPUs multiply in float32.
+
+    torch's settings are restored afterwards.
+    """
+    import torch
+
+    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
+    torch.set_num_threads(1)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cuda.matmul.allow_tf32 = tf32

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import final
 
+from streammap.common.ranges import Range
 from streammap.engine import pullback
 from streammap.engine.memory import N_PLACES
 from streammap.engine.program import OUT, WORK, Op, Program, Strip, View, contiguous
-from streammap.engine.pullback import Pullback, Range
+from streammap.engine.pullback import Pullback
 from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
 from streammap.io.dtypes import DTYPE_BITS
 from streammap.planning import graph, group_sums
@@ -32,29 +33,29 @@ _HALVES = ("BF16", "F16")
 
 
 def program(recipe: Recipe, chunk_nbytes: int) -> Program:
-    """The operations; of a source, `chunk_nbytes` are computed with at once, or one row."""
+    """The operations of a tile, in chunks of `chunk_nbytes` of a source, or of one row."""
     return _ProgramBuilder(recipe, chunk_nbytes).written()
 
 
 @final
 class Programs:
-    """The programs of a run: tiles of the same structure share one."""
+    """The programs of a run: tiles of equal keys share one."""
 
     def __init__(self) -> None:
         """None yet."""
-        self._found: dict[object, Program] = {}
+        self._programs: dict[object, Program] = {}
 
-    def of(self, recipe: Recipe, kind: object, chunk_nbytes: int) -> Program:
-        """The program of a recipe of a form that is `alike(form)` = kind."""
-        if recipe.is_dense:  # matrices are cut at another place for each tile
+    def of(self, recipe: Recipe, form_key: object, chunk_nbytes: int) -> Program:
+        """The program of a recipe; `form_key` is that of its form."""
+        if recipe.is_dense:  # each tile cuts its matrices at another place
             return program(recipe, chunk_nbytes)
-        key = (kind, recipe.structure)
-        found = self._found.get(key)
-        if found is None:
-            if len(self._found) >= _MAX_PROGRAMS:
-                self._found.clear()
-            found = self._found[key] = program(recipe, chunk_nbytes)
-        return found
+        key = form_key, recipe.program_key
+        known = self._programs.get(key)
+        if known is None:
+            if len(self._programs) >= _MAX_PROGRAMS:
+                self._programs.clear()
+            known = self._programs[key] = program(recipe, chunk_nbytes)
+        return known
 
 
 @final
@@ -66,12 +67,12 @@ class _ProgramBuilder:
         tile = recipe.tile
         self._dim = len(tile.prefix)
         self._shape = tile.shape or (1,)
-        # Maps act on the dimensions of the source, so the tile has its leading ones too.
+        # Maps act on the dimensions of the source, so the tile gets its leading ones back, as 1.
         self._shape = (*(1,) * self._dim, *self._shape)
         self._ops: list[Op] = []
         self._used = self._peak = self._largest = 0
         self._staged: dict[tuple[int, tuple[int, ...], Part], View] = {}
-        self._number = 0  # of the term at hand
+        self._number = 0  # of the current term
 
     def written(self) -> Program:
         """The program."""
@@ -81,35 +82,35 @@ class _ProgramBuilder:
         return Program(tuple(self._ops), self._peak, self._largest)
 
     def _moved(self, out: View) -> bool:
-        """One source whose elements are copied, or scaled by one number each: no accumulator."""
+        """One source whose elements are moved, each scaled by one number: no accumulator."""
         form = self._form
         term = form.terms[0]
-        coefficient, found = term.blend[0]
+        coefficient, load = term.blend[0]
         if len(form.terms) > 1 or len(term.blend) > 1 or coefficient == 0.0:
             return False
         if not any(term.maps) or not _moves(term):
             return False
-        if not graph.is_stored(found, form.spec.dtype):
+        if not graph.is_stored(load, form.spec.dtype):
             return False
         (part,) = self._parts[0]
-        self._place(part, self._read(part, found), out, coefficient)
+        self._place(part, self._read(part, load), out, coefficient)
         return True
 
     def _place(self, part: Part, held: View, out: View, coefficient: float) -> None:
         """Move each element to all of its places."""
         dims = [(d, dim.pulled.segments) for d, dim in enumerate(part) if dim.pulled.segments]
         for chosen in itertools.product(*(segments for _, segments in dims)):
-            to, at, factor = out, held, coefficient
+            to, source, factor = out, held, coefficient
             # From the last dimension on: `blocks` moves those behind it.
             for (d, _), segment in reversed(list(zip(dims, chosen, strict=True))):
                 to = to.blocks(d, segment, source=False)
                 factor *= segment.coefficient
                 if segment.coefficient != 0.0:
-                    at = at.blocks(d, segment, source=True)
-            self._put(to, at, factor)
+                    source = source.blocks(d, segment, source=True)
+            self._put(to, source, factor)
 
     def _blended(self, out: View) -> bool:
-        """(1 - w) a + w b of 16-bit sources, moved where they are: a kernel that rounds once."""
+        """(1 - w) a + w b of 16-bit sources: one kernel, which rounds once."""
         dtype, terms = self._form.spec.dtype, self._form.terms
         sides = [(number, *pair) for number, term in enumerate(terms) for pair in term.blend]
         if len(sides) != 2 or dtype not in _HALVES:
@@ -122,10 +123,10 @@ class _ProgramBuilder:
         if not all(_moves_exactly(term, dtype) for term in terms):
             return False
         sources = []
-        for number, _, found in sides:
+        for number, _, load in sides:
             self._number = number
             (part,) = self._parts[number]
-            held = self._read(part, found)
+            held = self._read(part, load)
             if any(dim.changes for dim in part):
                 moved = self._new(dtype, out.shape)
                 self._place(part, held, moved, 1.0)
@@ -135,13 +136,13 @@ class _ProgramBuilder:
         return True
 
     def _pooled(self, out: View) -> bool:
-        """Sums of groups of sources as they are: one kernel, which rounds once."""
+        """Group sums of sources in their own dtype: one kernel, which rounds once."""
         divisor = group_sums.divisor_of(self._form)
         if divisor is None:
             return False
         from streammap.engine import pooling
 
-        sources = [found for _, found in self._form.terms[0].blend]
+        sources = [load for _, load in self._form.terms[0].blend]
         (part,) = self._parts[0]
         held = self._read(part, *sources)
         self._ops += pooling.ops(part, len(sources), held, out, divisor, self._new)
@@ -167,7 +168,7 @@ class _ProgramBuilder:
                 self._ops.append(Op("copy", target, (total,)))
 
     def _chunks(self) -> list[Range]:
-        """The tile's rows, some at a time."""
+        """The tile's rows, some start a time."""
         n = self._shape[self._dim]
         n_requests = sum(
             len(parts) * len(term.blend)
@@ -178,13 +179,15 @@ class _ProgramBuilder:
             for parts in self._parts
             for dim in parts[0][: self._dim + 1]
         )
-        if dense or n_requests > N_PLACES:  # parts are added up, or can't all be kept
+        # Each chunk goes over all sources again: they must still be in their places. Strips of a
+        # dense map are read one after the other, and would be read again for each chunk.
+        if dense or n_requests > N_PLACES:
             return [(0, n)]
         item = DTYPE_BITS[self._form.accumulator] // 8
         largest = max(math.prod(d.pulled.n_in for d in part) for (part,) in self._parts) * item
         n_chunks = max(1, min(n, -(-largest // self._chunk_nbytes)))
         step = -(-n // n_chunks)
-        return [(at, min(at + step, n)) for at in range(0, n, step)]
+        return [(start, min(start + step, n)) for start in range(0, n, step)]
 
     def _add(self, term: Term, whole: Part, rows: Range, total: View, *, is_first: bool) -> None:
         """Add a part of a term to the total, or put it there."""
@@ -208,8 +211,12 @@ class _ProgramBuilder:
     def _blend(
         self, term: Term, whole: Part, rows: Range, total: View, *, is_first: bool
     ) -> tuple[View, Part, float]:
-        """The blend, how it is mapped, and a factor that is still to be applied."""
-        blend = [(c, found) for c, found in term.blend if c != 0.0]
+        """The blend, the part that it is, and a factor that is still to be applied.
+
+        If all coefficients are equal, the sources are added unscaled, and the common factor comes
+        after the last map: fewer kernels, and the same order of operations in each tile.
+        """
+        blend = [(c, load) for c, load in term.blend if c != 0.0]
         values = {c for c, _ in blend}
         factor = values.pop() if len(values) == 1 else 1.0
         if len(blend) == 1 and not graph.is_constant(blend[0][1]):
@@ -223,27 +230,27 @@ class _ProgramBuilder:
         if not blend:
             self._ops.append(Op("fill", held, number=0.0))
         spare: View | None = None
-        for position, (coefficient, found) in enumerate(blend):
+        for position, (coefficient, load) in enumerate(blend):
             weight = coefficient / factor
             to = held
             if position:
                 spare = spare or self._new(total.dtype, shape)
                 to = spare
-            if graph.is_constant(found):
+            if graph.is_constant(load):
                 self._ops.append(Op("fill", to, number=weight))
             else:
-                self._gather(self._read(whole, found), whole, part, to, weight)
+                self._gather(self._read(whole, load), whole, part, to, weight)
             if position:
                 self._ops.append(Op("add", held, (held, to)))
         return held, part, factor
 
     def _as_read(
-        self, found: TensorRef, whole: Part, rows: Range, dtype: str
+        self, load: TensorRef, whole: Part, rows: Range, dtype: str
     ) -> tuple[View, Part] | None:
-        """A source to compute with where it was read to; None where that can't be."""
-        if found.spec.dtype != dtype or any(d.pulled.n_in != 1 for d in whole[: self._dim]):
+        """A source that is computed with in place, unconverted; None if it can't be."""
+        if load.spec.dtype != dtype or any(d.pulled.n_in != 1 for d in whole[: self._dim]):
             return None
-        staged, dim = self._read(whole, found), whole[self._dim]
+        staged, dim = self._read(whole, load), whole[self._dim]
         segments = dim.pulled.segments
         if segments is None:
             if isinstance(dim.m, DenseMap):
@@ -265,7 +272,7 @@ class _ProgramBuilder:
         return (*whole[: self._dim], cut, *whole[self._dim + 1 :])
 
     def _gather(self, staged: View, whole: Part, part: Part, to: View, weight: float) -> None:
-        """Convert what a chunk is made of, and weigh it."""
+        """Copy what a chunk is made of to scratch, in the accumulator's dtype, and scale it."""
         converts = staged.dtype != to.dtype  # kernels that mix dtypes take memory of their own
         number = 1.0 if converts else weight
         if isinstance(part[self._dim].m, DenseMap):
@@ -286,46 +293,49 @@ class _ProgramBuilder:
             return 1.0
         assert isinstance(dim.m, BlockMap)
         factor = dim.m.common or 1.0
-        found = [
+        segments = [
             replace(s, coefficient=s.coefficient and 1.0) if dim.m.common else s
             for s in dim.pulled.segments or ()
         ]
-        if len(found) > _MAX_MOVES:
-            self._take(found, held, to, d)
+        if len(segments) > _MAX_MOVES:
+            self._take(segments, held, to, d)
         else:
-            self._move(found, held, to, d)
+            self._move(segments, held, to, d)
         return factor
 
-    def _move(self, found: Sequence[Segment], held: View, to: View, d: int) -> None:
-        n = sum(1 for s in found if not s.adds)
-        paired = len(found) >= 2 * n and all(
-            b.adds and _alike(a, b) for a, b in zip(found[:n], found[n : 2 * n], strict=True)
+    def _move(self, segments: Sequence[Segment], held: View, to: View, d: int) -> None:
+        """A regular map: one strided kernel for each segment."""
+        # The first n segments write, all others add. Where the next n add to the same blocks, the
+        # two are one kernel, which writes each block once instead of twice.
+        n = sum(1 for s in segments if not s.adds)
+        paired = len(segments) >= 2 * n and all(
+            b.adds and _alike(a, b) for a, b in zip(segments[:n], segments[n : 2 * n], strict=True)
         )
         mark = self._used
-        for i, segment in enumerate(found):
+        for i, segment in enumerate(segments):
             place = to.blocks(d, segment, source=False)
             if segment.coefficient == 0.0:
                 if not segment.adds:
                     self._ops.append(Op("fill", place, number=0.0))
                 continue
-            at = held.blocks(d, segment, source=True)
+            source = held.blocks(d, segment, source=True)
             if paired and i < n:
-                other = held.blocks(d, found[n + i], source=True)
-                self._ops.append(Op("add", place, (at, other)))
+                other = held.blocks(d, segments[n + i], source=True)
+                self._ops.append(Op("add", place, (source, other)))
             elif not segment.adds:
-                self._put(place, at, segment.coefficient)
+                self._put(place, source, segment.coefficient)
             elif not (paired and i < 2 * n):
                 if segment.coefficient != 1.0:
                     scaled = self._new(held.dtype, place.shape)
-                    self._ops.append(Op("mul", scaled, (at,), number=segment.coefficient))
-                    at = scaled
-                self._ops.append(Op("add", place, (place, at)))
+                    self._ops.append(Op("mul", scaled, (source,), number=segment.coefficient))
+                    source = scaled
+                self._ops.append(Op("add", place, (place, source)))
                 self._used = mark
 
-    def _take(self, found: Sequence[Segment], held: View, to: View, d: int) -> None:
+    def _take(self, segments: Sequence[Segment], held: View, to: View, d: int) -> None:
         """An irregular map: units by number, one slot of its rows after the other."""
         mark = self._used
-        for slot in _slots(found):
+        for slot in _slots(segments):
             units = [unit for segment in slot for unit in _units(segment)]
             kept = [(to_unit, at, c) for to_unit, at, c in units if c != 0.0]
             if not slot[0].adds:
@@ -361,13 +371,13 @@ class _ProgramBuilder:
             self._ops.append(Op("read", whole))
         return self._staged[key]
 
-    def _put(self, to: View, at: View, factor: float) -> None:
+    def _put(self, to: View, source: View, factor: float) -> None:
         if factor == 0.0:
             self._ops.append(Op("fill", to, number=0.0))
         elif factor != 1.0:
-            self._ops.append(Op("mul", to, (at,), number=factor))
-        elif to != at:
-            self._ops.append(Op("copy", to, (at,)))
+            self._ops.append(Op("mul", to, (source,), number=factor))
+        elif to != source:
+            self._ops.append(Op("copy", to, (source,)))
 
     def _new(self, dtype: str, shape: tuple[int, ...]) -> View:
         item = DTYPE_BITS[dtype] // 8
@@ -430,11 +440,11 @@ def _units(segment: Segment) -> Iterator[tuple[int, int, float]]:
         yield to, segment.in_start + k * segment.in_step + i, segment.coefficient
 
 
-def _slots(found: Sequence[Segment]) -> list[list[Segment]]:
+def _slots(segments: Sequence[Segment]) -> list[list[Segment]]:
     """Segments by the slot of the rows that they are of; a slot writes to no unit twice."""
     slots: list[list[Segment]] = [[]]
     taken: set[int] = set()
-    for segment in found:
+    for segment in segments:
         units = {to for to, _, _ in _units(segment)}
         if slots[-1] and (segment.adds != slots[-1][0].adds or taken & units):
             slots.append([])

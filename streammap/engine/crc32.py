@@ -1,4 +1,4 @@
-"""CRC-32 of tensors, made up of the CRCs of their parts in whatever order these are written.
+"""CRC-32 of tensors, composed of the CRCs of their parts, in whatever order these are written.
 
 A CRC is linear. Where a tensor of n bytes is cut in parts, and part i ends at byte e_i, then
 
@@ -10,7 +10,6 @@ order. Values are zlib's; zlib-ng computes them several times faster where it is
 
 import zlib
 from array import array
-from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import final
@@ -52,53 +51,50 @@ def shifted_here(crc: int, nbytes: int) -> int:
 def _powers(place: int) -> tuple[int, ...]:
     """x^(8 * digit * 256^place) for each digit: 256 numbers for each place of a size."""
     step = _BYTE if place == 0 else _product(_powers(place - 1)[-1], _powers(place - 1)[1])
-    found = [_ONE]
+    powers = [_ONE]
     for _ in range(1, _DIGIT):
-        found.append(_product(step, found[-1]))
-    return tuple(found)
+        powers.append(_product(step, powers[-1]))
+    return tuple(powers)
 
 
 def _product(a: int, b: int) -> int:
     """Product of two polynomials, modulo the CRC's."""
-    found, bit = 0, _ONE
+    product, bit = 0, _ONE
     while a:
         if a & bit:
-            found ^= b
+            product ^= b
             a ^= bit
         bit >>= 1
         b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
-    return found
+    return product
 
 
 @final
 class FileDigests:
     """The tensors of one file: how many bytes of each are missing, and the CRC of the others."""
 
-    def __init__(self, places: Iterable[tuple[int, int]]) -> None:
-        """`places` are (first byte, size) of the tensors, in the order of their bytes."""
-        self._starts, self._sizes, self._left = array("Q"), array("Q"), array("Q")
-        for start, nbytes in places:
-            self._starts.append(start)
-            self._sizes.append(nbytes)
+    def __init__(self, sizes: Iterable[int]) -> None:
+        """`sizes` are the bytes of each tensor."""
+        self._sizes = array("Q", sizes)
         self._left = self._sizes[:]
-        self._crcs = array("I", bytes(4 * len(self._starts)))
+        self._crcs = array("I", bytes(4 * len(self._sizes)))
         self.left_nbytes = sum(self._sizes)
         """Bytes of all tensors that are missing."""
 
-    def add(self, offset: int, nbytes: int, crc: int) -> int | None:
-        """Take note of bytes of one tensor; gives its number where it is whole now.
+    def add(self, i: int, offset: int, nbytes: int, crc: int) -> bool:
+        """Take note of a part of tensor i, from its byte `offset` on. No byte may come twice.
 
-        No byte must come twice.
+        Returns:
+            Whether the tensor is whole now.
         """
-        i = bisect_right(self._starts, offset) - 1
-        after = self._starts[i] + self._sizes[i] - offset - nbytes
+        after = self._sizes[i] - offset - nbytes
         self._crcs[i] ^= shifted(crc, after) if after else crc
         self._left[i] -= nbytes
         self.left_nbytes -= nbytes
-        return None if self._left[i] else i
+        return not self._left[i]
 
     def restore(self, i: int, crc: int) -> None:
-        """Take note of a tensor that is whole already."""
+        """Take note of a tensor that an earlier run completed."""
         self.left_nbytes -= self._left[i]
         self._crcs[i], self._left[i] = crc, 0
 

@@ -1,8 +1,8 @@
 """Where kernels run: on the processor, or on a GPU where that gains more than it costs.
 
-Copies and sums are as fast as memory on any processor, and files are slower than both: a GPU would
-only wait for them. Matrix products (dense maps) are another matter. On a GPU each worker has a
-stream of its own, so that the copies of one overlap with the products of another.
+Copies and sums run at the speed of memory on any processor, and files are slower than that: such a
+run is I/O-bound, and a GPU would not help. Matrix products (dense maps) are another matter. On a
+GPU each worker has its own stream, so that the copies of one overlap with the products of another.
 """
 
 import math
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WORTH_FLOP = 2e11
-"""Products that take a processor seconds, as starting a GPU does."""
+"""Products that take a processor seconds; so does starting a GPU."""
 _PART_OF_DEVICE = 8
 _MAX_HELD_NBYTES = 2 * 2**30
 """Source bytes that a worker keeps on a device."""
@@ -64,13 +64,13 @@ def choose(forms: Iterable[LinearForm], wanted: str, *, local_rank: int = 0) -> 
         work = flop(forms)
         if work < _WORTH_FLOP:
             what = "few matrix products" if work else "copies and sums"
-            return DeviceChoice("cpu", f"{what}: a GPU would wait for the files")
-        told = f"{work / 1e12:.1f} TFLOP of matrix products"
+            return DeviceChoice("cpu", f"{what}: I/O-bound, a GPU would not help")
+        reason = f"{work / 1e12:.1f} TFLOP of matrix products"
         n = _n_gpus()
         return (
-            DeviceChoice(f"cuda:{local_rank % n}", told)
+            DeviceChoice(f"cuda:{local_rank % n}", reason)
             if n
-            else DeviceChoice("cpu", f"{told}, and no GPU")
+            else DeviceChoice("cpu", f"{reason}, and no GPU")
         )
     n = _n_gpus()
     number = local_rank % max(n, 1) if wanted == "cuda" else int(wanted.partition(":")[2])
@@ -153,11 +153,11 @@ class DeviceSide:
             return
         import torch
 
-        at = host.typed("U8")
+        pinned = host.typed("U8")
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = runtime.cudaHostRegister(at.data_ptr(), at.numel(), 0)
+        status = runtime.cudaHostRegister(pinned.data_ptr(), pinned.numel(), 0)
         if int(status) == 0:
-            self._pinned.append(at.data_ptr())
+            self._pinned.append(pinned.data_ptr())
 
     def stream(self) -> AbstractContextManager[object]:
         """Work in here goes to the worker's own stream."""
@@ -197,6 +197,6 @@ class DeviceSide:
             import torch
 
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            for at in self._pinned:
-                runtime.cudaHostUnregister(at)
+            for pointer in self._pinned:
+                runtime.cudaHostUnregister(pointer)
             self._pinned.clear()

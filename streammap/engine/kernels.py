@@ -1,8 +1,7 @@
 """Operations of a program as calls of torch on buffers. None of them takes memory of its own."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -15,22 +14,6 @@ from streammap.planning.maps import DenseMap
 Call = Callable[[], object]
 _MENDED = 2**16
 """Elements at a time: so few that what is taken for them does not count."""
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Threads started in here compute in one thread each, and GPUs in float32 where it says so.
-
-    torch is as it was afterwards.
-    """
-    threads, tf32 = torch.get_num_threads(), torch.backends.cuda.matmul.allow_tf32
-    torch.set_num_threads(1)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = tf32
 
 
 class _Typed(Protocol):

@@ -1,4 +1,4 @@
-"""How much memory a run takes: fixed before it begins, whatever the model's size.
+"""How much memory a run takes: fixed before it begins, whatever the size of the model.
 
     base       streammap's modules and torch's kernels, once they are used
     tensors    the plan, and bookkeeping of the run: about 2 kB for each
@@ -7,8 +7,8 @@
     workers    each: a few places for parts of sources, a tile of the result, and scratch
 
 The tile is what the budget leaves room for, up to 2 MiB: larger ones are not faster. It is computed
-in chunks that stay in a processor's cache. Tiles of dense maps read the source once each, so they
-are larger where the budget is.
+in chunks that stay in a processor's cache. Each tile of a dense map reads the whole source, so
+these tiles are larger if the budget is.
 """
 
 import math
@@ -25,9 +25,9 @@ from streammap.planning.maps import BlockMap, DenseMap
 BASE_NBYTES = 14 * 2**20
 """Measured, with room to spare; tests/test_memory.py holds runs to it."""
 TENSOR_NBYTES = 2200
-"""What a plan and its run keep for each tensor; bench/tensors.py prints it."""
+"""What a plan and its run keep for each tensor; bench/tensors.py measures it."""
 PRODUCT_NBYTES = 10 * 2**20
-"""What the library of matrix products keeps for each thread; measured."""
+"""What the matrix product library keeps for each thread; measured."""
 CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
 """A client for a network, its connections, and what they receive; measured, with room to spare."""
 MAX_AHEAD_NBYTES = 64 * 2**20
@@ -38,7 +38,7 @@ CHUNK_NBYTES = 2**20
 """A part of a source in the accumulator's dtype: what a processor's cache holds."""
 _SCRATCH_CHUNKS = 4
 _TILES_NBYTES = 40 * 2**20
-"""What all tiles and scratch take at most, but for dense maps: many workers get smaller tiles."""
+"""All tiles and scratch at most, dense maps aside: if there are many workers, tiles are smaller."""
 N_PLACES = 3
 """Parts of sources that a worker keeps."""
 _MAX_WORKERS = 8
@@ -72,7 +72,7 @@ class Memory:
     """0 where there is no dense map."""
     matrices_nbytes: int
     ahead_nbytes: int = 0
-    """What is fetched before it is used, where sources are read over a network."""
+    """What is fetched ahead of its use, if sources are read over a network."""
     client_nbytes: int = 0
     """What a client for that network takes."""
 
@@ -99,7 +99,7 @@ class Memory:
 
     @property
     def peak_nbytes(self) -> int:
-        """What the run adds to a process that has torch imported, at most."""
+        """What the run adds to a process that has imported torch, at most."""
         return _peak(self)
 
     def room(self, budget: int) -> int:
@@ -158,26 +158,27 @@ def fit(
     if "ranges" in networks:
         ahead = max(min(MAX_AHEAD_NBYTES, (budget or 2**40) // 4), MIN_AHEAD_NBYTES)
     client = sum(CLIENT_NBYTES[network] for network in set(networks))
-    found = Memory(wanted, n_tensors, least, 0, sum(matrices.values()), ahead, client)
+    memory = Memory(wanted, n_tensors, least, 0, sum(matrices.values()), ahead, client)
     if budget is None:
-        budget = found.peak_nbytes + 4 * _TILES_NBYTES
+        budget = memory.peak_nbytes + 4 * _TILES_NBYTES
     # Fewer workers rather than tiles so small that each costs more than it holds.
-    while n_workers is None and found.n_workers > 1 and found.room(budget) < 8 * least:
-        found = replace(found, n_workers=found.n_workers - 1)
-    if found.peak_nbytes > budget:
-        needed = -(-found.peak_nbytes // 2**20)
+    while n_workers is None and memory.n_workers > 1 and memory.room(budget) < 8 * least:
+        memory = replace(memory, n_workers=memory.n_workers - 1)
+    if memory.peak_nbytes > budget:
+        needed = -(-memory.peak_nbytes // 2**20)
         raise OutputError(
-            f"memory {budget / 2**20:.0f} MiB: this run takes at least {needed} MiB beside torch",
+            f"memory {budget / 2**20:.0f} MiB: this run takes at least {needed} MiB on top of "
+            "torch itself",
             hint=f"pass --memory {needed}MiB, or more",
         )
-    tile = min(found.room(min(budget, found.fixed_nbytes + _TILES_NBYTES)), MAX_TILE_NBYTES)
-    found = replace(found, tile_nbytes=max(least, tile))
+    tile = min(memory.room(min(budget, memory.fixed_nbytes + _TILES_NBYTES)), MAX_TILE_NBYTES)
+    memory = replace(memory, tile_nbytes=max(least, tile))
     if not matrices:
-        return found
-    # Not all of it: with larger tiles a source is read less often, which is soon often enough.
-    share = (budget - found.fixed_nbytes) // _DENSE_PART
-    each = share // found.n_workers - N_PLACES * found.tile_nbytes
+        return memory
+    # Not all of it: larger tiles read the source less often, but soon that gains little.
+    share = (budget - memory.fixed_nbytes) // _DENSE_PART
+    each = share // memory.n_workers - N_PLACES * memory.tile_nbytes
     dense = min(each // (1 + _SCRATCH_CHUNKS), _MAX_DENSE_NBYTES)
     return replace(
-        found, dense_tile_nbytes=max(found.tile_nbytes, dense // _STEP_NBYTES * _STEP_NBYTES)
+        memory, dense_tile_nbytes=max(memory.tile_nbytes, dense // _STEP_NBYTES * _STEP_NBYTES)
     )

@@ -1,9 +1,10 @@
-"""What a run may use: memory, threads, a device, a way to read. Defaults are here."""
+"""What a run may use: memory, threads, a device, a reader. Defaults are here."""
 
 import re
 from typing import Any, Literal, final
 
 from streammap.common.declare import Kind, Whole, check, declared, option, shown
+from streammap.common.units import parse_size
 from streammap.errors import OutputError, PlanError
 
 MEMORY = "256MiB"
@@ -19,9 +20,7 @@ class Size(Kind):
 
     def parse(self, value: Any, name: str) -> int:
         """Bytes."""
-        from streammap.output import layout
-
-        return layout.parse_size(value)
+        return parse_size(value)
 
 
 @final

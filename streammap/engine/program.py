@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from streammap.engine.pullback import Range
+from streammap.common.ranges import Range
 from streammap.planning.maps import DenseMap
 from streammap.planning.segments import Segment
 

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 
+from streammap.common.ranges import Range
 from streammap.planning import segments
 from streammap.planning.maps import BlockMap
 from streammap.planning.segments import Segment, Segments
 
 _MAX_GAP_NBYTES = 32 * 2**10
 """Blocks this close are read in one go, with what lies between them."""
-
-Range = tuple[int, int]
-"""start, end"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What a run will read from places elsewhere, asked for in advance.
+"""What a run will read over a network, asked for in advance.
 
-Bundles go to the threads in a known order. A few of them ahead, their reads are asked for, so that
-many connections work while the threads compute; with whole files, shards come in that order.
+Bundles go to the threads in a known order. Their reads are requested a few bundles ahead, so that
+many connections work while the threads compute; whole files are fetched in the order of their use.
 """
 
 import threading
@@ -12,42 +12,50 @@ from typing import final
 
 from streammap.engine.schedule import Bundle, Copy
 from streammap.io.checkpoint import Checkpoint
-from streammap.io.formats.safetensors_header import Slot
 from streammap.io.storage.prefetch import AheadFile, PrefetchPart, Window
 from streammap.planning.graph import LinearForm
-from streammap.planning.plan import Plan
 
 _Read = tuple[AheadFile, int, int]
 
 
-def expect(plan: Plan, slots: Iterable[tuple[str, Slot]]) -> None:
+def expect(forms: Iterable[LinearForm]) -> tuple[Checkpoint, ...]:
     """Tell each source which of its files are read, in the order of their first use.
 
+    Returns:
+        The checkpoints that are read, each once.
+
     Raises:
-        CheckpointError: there is no room for them.
+        CheckpointError: there is no room for the files.
     """
-    order: dict[int, dict[str, None]] = {id(source): {} for source in plan.sources}
-    for _, slot in slots:
-        for found in plan.targets[slot.key].loads():
-            if isinstance(found.source, Checkpoint):
-                order[id(found.source)][found.source.file_of[found.key]] = None
-    for source in plan.sources:
-        source.expect(tuple(order[id(source)]))
+    files: dict[int, tuple[Checkpoint, dict[str, None]]] = {}
+    for form in forms:
+        for load in form.loads():
+            source = load.source
+            if isinstance(source, Checkpoint):
+                _, names = files.setdefault(id(source), (source, {}))
+                if load.key in source.file_of:  # a tensor without bytes may be in none
+                    names[source.file_of[load.key]] = None
+    for source, names in files.values():
+        source.expect(tuple(names))
+    return tuple(source for source, _ in files.values())
 
 
 @contextmanager
-def ahead(bundles: Iterator[Bundle], plan: Plan, nbytes: int) -> Iterator[Iterator[Bundle]]:
+def ahead(
+    bundles: Iterator[Bundle], sources: Iterable[Checkpoint], nbytes: int
+) -> Iterator[Iterator[Bundle]]:
     """The same bundles; what they read over a network is fetched ahead, within `nbytes`."""
-    if not any(source.is_streamed for source in plan.sources):
+    streamed = [source for source in sources if source.is_streamed]
+    if not nbytes or not streamed:
         yield bundles
         return
     try:
         with Window(nbytes) as window:
-            for source in plan.sources:
+            for source in streamed:
                 source.window(window)
             yield _ReadAhead(bundles, window)
     finally:
-        for source in plan.sources:
+        for source in streamed:
             source.window(None)
 
 
@@ -55,15 +63,6 @@ def cancel(sources: Iterable[Checkpoint]) -> None:
     """End reads that wait for a network, and downloads: nobody needs them any more."""
     for source in sources:
         source.cancel()
-
-
-def as_they_come(forms: Iterable[LinearForm]) -> tuple[Checkpoint, ...]:
-    """The checkpoints that forms read, each once, told that no file is known to come next."""
-    found = (load.source for form in forms for load in form.loads())
-    sources = tuple({id(s): s for s in found if isinstance(s, Checkpoint)}.values())
-    for source in sources:
-        source.expect(())
-    return sources
 
 
 @final
@@ -75,7 +74,7 @@ class _ReadAhead:
         self._ready: deque[tuple[Bundle, list[PrefetchPart]]] = deque()
         self._next: Bundle | None = next(bundles, None)
         self._parts_of: dict[int, list[PrefetchPart]] = {}
-        """Thread -> what its bundle reads, until it takes the next one."""
+        """Thread -> what its current bundle reads."""
 
     def __iter__(self) -> Iterator[Bundle]:
         return self
@@ -105,16 +104,16 @@ class _ReadAhead:
 
 def _reads(bundle: Bundle) -> list[_Read]:
     """Each stretch of bytes that a bundle reads over a network, once."""
-    found: dict[tuple[int, int, int], _Read] = {}
+    reads: dict[tuple[int, int, int], _Read] = {}
     for job in bundle:
         if isinstance(job, Copy):
-            spans = [(job.found, job.start, job.start + job.nbytes)]
+            stretches = [(job.source, job.start, job.start + job.nbytes)]
         else:
-            spans = [stretch for request in job.recipe.requests for stretch in request.stretches()]
-        for load, start, end in spans:
+            stretches = [s for request in job.recipe.requests for s in request.stretches()]
+        for load, start, end in stretches:
             source = load.source
             if isinstance(source, Checkpoint) and source.is_streamed and end > start:
                 file, base = source.file(load.key), source.slots[load.key].start
                 if isinstance(file, AheadFile):
-                    found[id(file), base + start, base + end] = file, base + start, base + end
-    return list(found.values())
+                    reads[id(file), base + start, base + end] = file, base + start, base + end
+    return list(reads.values())

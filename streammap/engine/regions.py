@@ -1,7 +1,7 @@
 """A region of a tensor: a range in each dimension, computed from tiles like the whole.
 
-A range of the first dimension is a matter of which tiles are made. One of a later dimension is
-taken out of its map, where that changes no bit; else what is left of each tile is thrown away.
+A range of the first dimension decides which tiles are computed. One of a later dimension is cut out
+of its map, if that changes no bit; else the rest of each tile is computed and thrown away.
 """
 
 import math
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
-from streammap.engine import tiles
-from streammap.engine.pullback import Range
+from streammap.common import ranges
+from streammap.common.ranges import Range, Region
 from streammap.errors import PlanError
 from streammap.io.dtypes import DTYPE_BITS
 from streammap.planning import graph
@@ -22,10 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MAX_BLOCKS = 4096
-"""A range that takes more blocks to write down is cut out of tiles instead."""
-
-Region = tuple[Range, ...]
-"""start, end of each dimension"""
+"""A range of more blocks than this is cut out of tiles instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +50,6 @@ class RegionRead:
         return math.prod(self.shape) * DTYPE_BITS[self.form.spec.dtype] // 8
 
 
-def whole(shape: tuple[int, ...]) -> Region:
-    """All of a tensor."""
-    return tuple((0, n) for n in shape)
-
-
 def parse(region: slice | Sequence[slice], shape: tuple[int, ...], *, key: str) -> Region:
     """The region that slices name, as torch reads them; dimensions without one are whole.
 
@@ -67,16 +59,16 @@ def parse(region: slice | Sequence[slice], shape: tuple[int, ...], *, key: str) 
     slices = (region,) if isinstance(region, slice) else tuple(region)
     if len(slices) > len(shape):
         raise PlanError(f"{key}: {len(slices)} slices, the tensor has {len(shape)} dimensions")
-    found = []
+    parsed = []
     for given, n in zip(slices, shape, strict=False):
         start, end, step = given.indices(n)
         if step != 1:
             raise PlanError(f"{key}: a slice with step {step}, expected 1")
-        found.append((start, max(start, end)))
-    return (*found, *((0, n) for n in shape[len(found) :]))
+        parsed.append((start, max(start, end)))
+    return (*parsed, *ranges.whole(shape[len(parsed) :]))
 
 
-def part(form: LinearForm, region: Region) -> RegionRead:
+def region_read(form: LinearForm, region: Region) -> RegionRead:
     """What to compute for a region."""
     for dim in range(1, len(region)):
         form, taken = _without(form, dim, region[dim])
@@ -86,58 +78,41 @@ def part(form: LinearForm, region: Region) -> RegionRead:
     return RegionRead(form, region)
 
 
-def put(part: RegionRead, offset: int, held: "Tensor", out: "Tensor") -> int:
-    """Put elements of a part's form into its region; gives how many are of it.
+def copy_into(read: RegionRead, offset: int, elements: "Tensor", out: "Tensor") -> int:
+    """Copy elements of a region's form into the region; gives how many are of it.
 
     Args:
-        offset: Elements of the form before those of `held`.
-        held: Elements in their order, in one dimension.
+        offset: Elements of the form before these.
+        elements: In their order, in one dimension.
         out: The region; of any strides, dtype and device.
     """
     n = 0
-    for source, target in pairs(part, offset, held, out):
+    for source, target in overlaps(read, offset, elements, out):
         target.copy_(source)
         n += source.numel()
     return n
 
 
-def pairs(
-    part: RegionRead, offset: int, held: "Tensor", out: "Tensor"
+def overlaps(
+    read: RegionRead, offset: int, elements: "Tensor", out: "Tensor"
 ) -> "Iterator[tuple[Tensor, Tensor]]":
-    """(of held, of out) for the elements that are of the region; see `put`."""
-    for box, theirs, ours in within(part, offset, held.numel()):
-        start = box.offset - offset
-        yield held[start : start + box.n_elements].view(box.shape)[theirs], out[ours]
-
-
-Index = tuple[int | slice, ...]
-"""What a tensor is indexed with."""
-
-
-def within(part: RegionRead, offset: int, n: int) -> list[tuple[tiles.Tile, Index, Index]]:
-    """For n elements of a part's form: boxes, what of each is in the region, and where."""
-    found: list[tuple[tiles.Tile, Index, Index]] = []
-    for box in tiles.boxes(part.form.spec.shape, offset, offset + n):
-        shape = part.form.spec.shape
-        n_prefix = len(box.prefix)
-        if not shape:
-            found.append((box, (), ()))
+    """(of elements, of out) for the elements that are of the region; see `copy_into`."""
+    shape = read.form.spec.shape
+    for box in ranges.boxes(shape, offset, offset + elements.numel()):
+        region = box.region(shape)
+        both = ranges.intersect(region, read.ranges)
+        if both is None:
             continue
-        inner = ((box.start, box.end), *((0, n) for n in shape[n_prefix + 1 :]))
-        if not all(
-            start <= i < end for i, (start, end) in zip(box.prefix, part.ranges, strict=False)
-        ):
-            continue
-        theirs: list[slice] = []
-        ours: list[int | slice] = [
-            i - start for i, (start, _) in zip(box.prefix, part.ranges, strict=False)
-        ]
-        for (at, until), (start, end) in zip(inner, part.ranges[n_prefix:], strict=True):
-            low, high = max(at, start), min(until, end)
-            theirs.append(slice(low - at, max(low, high) - at))
-            ours.append(slice(low - start, max(low, high) - start))
-        found.append((box, tuple(theirs), tuple(ours)))
-    return found
+        start, n_prefix = box.offset - offset, len(box.prefix)
+        source = elements[start : start + box.n_elements].view(box.shape)
+        ours = ranges.relative(both, read.ranges)
+        # `out` has the dimensions that the box's prefix took away: their one index is taken.
+        inside = out[tuple(i for i, _ in ours[:n_prefix])][_slices(ours[n_prefix:])]
+        yield source[_slices(ranges.relative(both, region)[n_prefix:])], inside
+
+
+def _slices(region: Region) -> tuple[slice, ...]:
+    return tuple(slice(start, end) for start, end in region)
 
 
 def _without(form: LinearForm, dim: int, wanted: Range) -> tuple[LinearForm, bool]:
@@ -152,10 +127,10 @@ def _without(form: LinearForm, dim: int, wanted: Range) -> tuple[LinearForm, boo
     rows = tuple(((i, 1.0),) for i in range(start // block, end // block))
     taken = BlockMap(rows, n // block, block)
     dims = [taken if d == dim else None for d in range(len(form.spec.shape))]
-    found = graph.map_dims(form, dims)
-    same = found.accumulator == form.accumulator and len(found.terms) == len(form.terms)
-    if same and all(a.blend == b.blend for a, b in zip(found.terms, form.terms, strict=True)):
-        return found, True
+    part = graph.map_dims(form, dims)
+    same = part.accumulator == form.accumulator and len(part.terms) == len(form.terms)
+    if same and all(a.blend == b.blend for a, b in zip(part.terms, form.terms, strict=True)):
+        return part, True
     return form, False
 
 

@@ -3,36 +3,38 @@
 Tensors that read one source tensor go together, and so do their tiles that read the same bytes of
 it: these are in one bundle, so that a source is read once. Tiles that are computed alike from the
 same bytes (a layer copied to four places, rows that are copies) are one job with several places.
+
+Places are keys, and offsets within tensors: where in which file these are is the sink's business.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from streammap.common import ranges
+from streammap.common.ranges import Range, Tile
 from streammap.engine import compiler
 from streammap.engine import tiles as tiling
 from streammap.engine.memory import Limits, Memory
 from streammap.engine.program import Program
-from streammap.engine.pullback import Range
-from streammap.engine.tile_reads import Recipe, alike
-from streammap.engine.tiles import Cut, Tile
+from streammap.engine.tile_reads import Recipe, form_key
+from streammap.engine.tiles import Cut
 from streammap.errors import PlanError
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
-from streammap.io.formats.safetensors_header import Slot
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm, TensorRef
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 
 RANGE_NBYTES = 8 * 2**20
-"""Bytes of a result that a thread does at once, where it takes memory for a piece of them only."""
+"""Bytes of a job that is read or computed piece by piece: it takes memory for one piece only."""
 _MAX_ITEM_NBYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class FileOffset:
-    """Where bytes of a result go."""
+class TensorOffset:
+    """Where bytes of a result go: from which byte of which tensor on."""
 
-    file: str
+    key: str
     offset: int
 
 
@@ -40,24 +42,21 @@ class FileOffset:
 class Copy:
     """Bytes of a source that are bytes of the result."""
 
-    key: str
-    """Key of the (first) target."""
-    found: TensorRef
+    source: TensorRef
     start: int
-    """First byte, counted from the tensor's first."""
+    """First byte, counted from the source tensor's first."""
     nbytes: int
-    places: tuple[FileOffset, ...]
+    places: tuple[TensorOffset, ...]
 
 
 @dataclass(frozen=True)
 class Compute:
-    """A tile to compute."""
+    """A tile to compute, once for all of its places."""
 
-    key: str
-    kind: object
-    """What its form is like, see program.alike."""
+    form_key: object
+    """See tile_reads.form_key."""
     recipe: Recipe
-    places: tuple[FileOffset, ...]
+    places: tuple[TensorOffset, ...]
 
     @cached_property
     def nbytes(self) -> int:
@@ -66,73 +65,79 @@ class Compute:
         return self.recipe.tile.n_elements * DTYPE_BITS[spec.dtype] // 8
 
     def halves(self) -> "tuple[Compute, Compute] | None":
-        """The same as two smaller tiles; None where it is one row already."""
+        """The same as two smaller tiles; None if it is a single number."""
         tiles = self.recipe.tile.halves()
         if tiles is None:
             return None
         first, second = (Recipe(self.recipe.form, tile) for tile in tiles)
-        one = Compute(self.key, self.kind, first, self.places)
-        later = tuple(FileOffset(p.file, p.offset + one.nbytes) for p in self.places)
-        return one, Compute(self.key, self.kind, second, later)
+        one = Compute(self.form_key, first, self.places)
+        later = tuple(TensorOffset(p.key, p.offset + one.nbytes) for p in self.places)
+        return one, Compute(self.form_key, second, later)
 
 
 Job = Copy | Compute
 Bundle = tuple[Job, ...]
+Grid = Callable[[str], int | None]
+"""Key -> where the tensor begins on its writer's grid of pieces, in bytes. None if its bytes are
+wanted in whole tiles."""
+
+
+def whole_tiles(key: str) -> None:
+    """The grid of a sink that takes whole tiles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A tensor of the result and its places: one, or several for equal tensors."""
+    """A tensor of the result; several, if their forms are equal."""
 
-    key: str
+    keys: tuple[str, ...]
     form: LinearForm
-    places: tuple[FileOffset, ...]
-    rows: Range | None = None
+    rows: Range | None
     """What is wanted of the first dimension; None for all of it."""
+
+    def places(self, offset: int) -> tuple[TensorOffset, ...]:
+        """The byte `offset` of each of the tensors."""
+        return tuple(TensorOffset(key, offset) for key in self.keys)
 
 
 def bundles(
-    targets: Mapping[str, LinearForm],
-    slots: Iterable[tuple[str, Slot]],
-    memory: Memory,
-    *,
-    rows: Mapping[str, Range] | None = None,
-    by_pieces: bool = False,
+    targets: Mapping[str, LinearForm], memory: Memory, *, grid: Grid, rows: Mapping[str, Range]
 ) -> Iterator[Bundle]:
-    """All work, in the order of the slots.
+    """All work, in the order of the targets.
 
     Args:
-        slots: (file, slot) of every target.
-        rows: Key -> what is wanted of the first dimension, where that is not all of it.
-        by_pieces: Whether bytes are wanted piece by piece only: where no map moves a number, jobs
-            are larger than a tile then.
+        grid: How the bytes of a target are taken. On a grid, a job may be larger than a tile where
+            no map moves a number: it is read or computed piece by piece.
+        rows: Key -> what is wanted of the first dimension, if not all of it.
     """
     cuts: dict[object, Cut] = {}
-    for family in _families(targets, slots, rows or {}):
+    for family in _families(targets, rows):
         groups: dict[object, list[Target]] = {}
         for target in family:
-            one = graph.flat(target.form) if by_pieces and len(family) == 1 else None
+            start = grid(target.keys[0])
+            flat = None
+            if start is not None and len(family) == 1 and target.rows is None:
+                flat = graph.flat(target.form)
             if target.form.copied is not None:
-                yield from _copies(target, RANGE_NBYTES if by_pieces else memory.tile_nbytes)
-            elif one is not None and target.rows is None:
-                yield from _ranges(replace(target, form=one))
+                yield from _copies(target, start, memory)
+            elif start is not None and flat is not None:
+                yield from _ranges(replace(target, form=flat), start)
             else:
-                groups.setdefault(alike(target.form), []).append(target)
-        for kind, group in groups.items():
-            if kind not in cuts:
+                groups.setdefault(form_key(target.form), []).append(target)
+        for shared, group in groups.items():
+            if shared not in cuts:
                 form = group[0].form
-                cuts[kind] = cut_of(form, limits_of(form, memory))
-            yield from _tiles(group, kind, cuts[kind])
+                cuts[shared] = cut_of(form, limits_of(form, memory))
+            yield from _tiles(group, shared, cuts[shared])
 
 
 def _families(
-    targets: Mapping[str, LinearForm],
-    slots: Iterable[tuple[str, Slot]],
-    rows: Mapping[str, Range],
-) -> Iterator[tuple[Target, ...]]:
+    targets: Mapping[str, LinearForm], rows: Mapping[str, Range]
+) -> Iterator[list[Target]]:
     """Targets that read a tensor in common, equal ones as one; in the order of their first."""
-    order = [(file, slot) for file, slot in slots]
-    parent = list(range(len(order)))
+    keys = list(targets)
+    # A forest of indices into `keys`: those that share a source, directly or not, share a root.
+    parent = list(range(len(keys)))
     first: dict[TensorRef, int] = {}
 
     def root(i: int) -> int:
@@ -141,81 +146,80 @@ def _families(
             i = parent[i]
         return i
 
-    for i, (_, slot) in enumerate(order):
-        for found in targets[slot.key].loads():
-            if not graph.is_constant(found):
-                a, b = root(first.setdefault(found, i)), root(i)
+    for i, form in enumerate(targets.values()):
+        for load in form.loads():
+            if not graph.is_constant(load):
+                a, b = root(first.setdefault(load, i)), root(i)
                 parent[max(a, b)] = min(a, b)
-    members: dict[int, list[int]] = {}
-    for i in range(len(order)):
-        members.setdefault(root(i), []).append(i)
+    members: dict[int, list[str]] = {}
+    for i, key in enumerate(keys):
+        members.setdefault(root(i), []).append(key)
     for group in members.values():
-        yield tuple(_merged([order[i] for i in group], targets, rows))
+        yield _merged(group, targets, rows)
 
 
 def _merged(
-    group: list[tuple[str, Slot]], targets: Mapping[str, LinearForm], rows: Mapping[str, Range]
-) -> Iterator[Target]:
-    alike: list[tuple[Slot, LinearForm, list[FileOffset]]] = []
-    for file, slot in group:
-        form, place = targets[slot.key], FileOffset(file, slot.start)
-        for first, other, places in alike:
-            if other == form and rows.get(first.key) == rows.get(slot.key):
-                places.append(place)
+    group: Sequence[str], targets: Mapping[str, LinearForm], rows: Mapping[str, Range]
+) -> list[Target]:
+    """A family's targets; those with equal forms are one, computed once."""
+    merged: list[tuple[LinearForm, Range | None, list[str]]] = []
+    for key in group:
+        form, wanted = targets[key], rows.get(key)
+        for other, same, keys in merged:
+            if other == form and same == wanted:
+                keys.append(key)
                 break
         else:
-            alike.append((slot, form, [place]))
-    for slot, form, places in alike:
-        yield Target(slot.key, form, tuple(places), rows.get(slot.key))
+            merged.append((form, wanted, [key]))
+    return [Target(tuple(keys), form, wanted) for form, wanted, keys in merged]
 
 
-def _copies(target: Target, step: int) -> Iterator[Bundle]:
-    found = target.form.copied
-    assert found is not None
-    start, end = 0, found.spec.nbytes
+def _copies(target: Target, grid: int | None, memory: Memory) -> Iterator[Bundle]:
+    source = target.form.copied
+    assert source is not None
+    start, end = 0, source.spec.nbytes
     if target.rows is not None:
-        row = end // found.spec.shape[0]
+        row = end // source.spec.shape[0]
         start, end = target.rows[0] * row, target.rows[1] * row
-    for at, until in _steps(target, start, end, step):
-        places = tuple(FileOffset(p.file, p.offset + at) for p in target.places)
-        yield (Copy(target.key, found, at, until - at, places),)
+    step = memory.tile_nbytes if grid is None else RANGE_NBYTES
+    for first, last in _steps(start, end, step, grid or 0):
+        yield (Copy(source, first, last - first, target.places(first)),)
 
 
-def _ranges(target: Target) -> Iterator[Bundle]:
+def _ranges(target: Target, grid: int) -> Iterator[Bundle]:
     """Ranges of a flat target."""
     form, (n,) = target.form, target.form.spec.shape
-    kind, item = alike(form), DTYPE_BITS[form.spec.dtype] // 8
-    for start, end in _steps(target, 0, n * item, RANGE_NBYTES):
-        places = tuple(FileOffset(p.file, p.offset + start) for p in target.places)
-        recipe = Recipe(form, tiling.tile_at((n,), (), start // item, end // item))
-        yield (Compute(target.key, kind, recipe, places),)
+    shared, item = form_key(form), DTYPE_BITS[form.spec.dtype] // 8
+    for start, end in _steps(0, n * item, RANGE_NBYTES, grid):
+        recipe = Recipe(form, ranges.tile_at((n,), (), start // item, end // item))
+        yield (Compute(shared, recipe, target.places(start)),)
 
 
-def _steps(target: Target, start: int, end: int, step: int) -> Iterator[Range]:
-    """Bytes from `start` to `end` in steps: but for the first they begin at multiples in a file."""
-    offset = target.places[0].offset
-    offset += start - offset % _MAX_ITEM_NBYTES
-    for a, b in tiling.pieces(offset, end - start, step):
+def _steps(start: int, end: int, step: int, grid: int) -> Iterator[Range]:
+    """Bytes from `start` to `end` of a tensor, cut where its writer's grid is.
+
+    No number is torn apart: if the tensor begins in the middle of one, the cuts move with it.
+    """
+    offset = start + grid - grid % _MAX_ITEM_NBYTES
+    for a, b in ranges.pieces(offset, end - start, step):
         yield start + a, start + b
 
 
-def _tiles(group: list[Target], kind: object, cut: Cut) -> Iterator[Bundle]:
-    """The tiles of targets that are alike."""
+def _tiles(group: list[Target], shared: object, cut: Cut) -> Iterator[Bundle]:
+    """The tiles of targets with one form key."""
     form = group[0].form
     item = DTYPE_BITS[form.spec.dtype] // 8
     for tiles in tiling.bundles(form.spec.shape, _maps(form), cut):
-        jobs: dict[tuple[int, object], tuple[str, Recipe, list[FileOffset]]] = {}
+        # Tiles of one target with one key read the same and compute the same: rows that are copies.
+        jobs: dict[tuple[int, object], tuple[Recipe, list[TensorOffset]]] = {}
         for number, target in enumerate(group):
             for tile in _wanted(tiles, target):
                 recipe = Recipe(target.form, tile)
-                _, _, places = jobs.setdefault(
-                    (number, recipe.key if len(tiles) > 1 else 0), (target.key, recipe, [])
-                )
-                places += (FileOffset(p.file, p.offset + tile.offset * item) for p in target.places)
+                same = number, recipe.reads_key if len(tiles) > 1 else 0
+                _, places = jobs.setdefault(same, (recipe, []))
+                places += target.places(tile.offset * item)
         if jobs:
-            yield tuple(
-                Compute(key, kind, recipe, tuple(places)) for key, recipe, places in jobs.values()
-            )
+            yield tuple(Compute(shared, recipe, tuple(places)) for recipe, places in jobs.values())
 
 
 def _wanted(tiles: tuple[Tile, ...], target: Target) -> Iterator[Tile]:
@@ -224,9 +228,9 @@ def _wanted(tiles: tuple[Tile, ...], target: Target) -> Iterator[Tile]:
         yield from tiles
         return
     for tile in tiles:
-        found = tiling.clipped(tile, target.form.spec.shape, *target.rows)
-        if found is not None:
-            yield found
+        part = ranges.clipped(tile, target.form.spec.shape, *target.rows)
+        if part is not None:
+            yield part
 
 
 def _maps(form: LinearForm) -> tuple[tuple[AxisMap | None, ...], ...]:
@@ -253,7 +257,7 @@ def cut_of(form: LinearForm, limits: Limits) -> Cut:
         rows = _rows(spec, dim, limits)
         while rows:
             start = min(heaviest[dim], n - rows)
-            tile = tiling.tile_at(spec.shape, tuple(heaviest[:dim]), start, start + rows)
+            tile = ranges.tile_at(spec.shape, tuple(heaviest[:dim]), start, start + rows)
             if fits(compiler.program(Recipe(form, tile), limits.chunk_nbytes), limits):
                 return Cut(dim, _aligned(form, dim, rows))
             rows //= 2
@@ -264,7 +268,7 @@ def cut_of(form: LinearForm, limits: Limits) -> Cut:
 
 
 def _heaviest(dims: list[AxisMap | None]) -> int:
-    """The unit that is made of the most."""
+    """The unit that is made of the most source units."""
     counts: dict[int, int] = {}
     for m in dims:
         if isinstance(m, BlockMap) and m.longest > 1:
@@ -284,7 +288,7 @@ def _rows(spec: TensorSpec, dim: int, limits: Limits) -> int:
 
 
 def _aligned(form: LinearForm, dim: int, rows: int) -> int:
-    """Rows such that no pair of neighbours that share a source is torn apart."""
+    """Rows, rounded down to whole groups of neighbours that share a source."""
     steps = [
         segment.out_step
         for maps in _maps(form)

@@ -1,7 +1,7 @@
 """Which parts of its sources a tile needs. No torch here.
 
-A recipe belongs to one tile of one form. Its requests say what is read; its structure, which tiles
-of other tensors often share, is what the operations depend on (compiler.py).
+A recipe belongs to one tile of one form. Its requests say what is read. Its operations depend on
+less (compiler.py): tiles of other tensors often share its program.
 """
 
 import itertools
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
+from streammap.common.ranges import Range, Tile
 from streammap.engine import pullback
-from streammap.engine.pullback import Pullback, Range
-from streammap.engine.tiles import Tile
+from streammap.engine.pullback import Pullback
 from streammap.io.dtypes import DTYPE_BITS
 from streammap.planning import graph, group_sums
 from streammap.planning.graph import LinearForm, TensorRef, Term
@@ -47,9 +47,9 @@ class ReadRequest:
         return math.prod(self.shape) * DTYPE_BITS[self.sources[0].spec.dtype] // 8
 
     @property
-    def key(self) -> object:
+    def cache_key(self) -> object:
         """Equal for requests of the same bytes."""
-        return tuple((id(found.source), found.key) for found in self.sources), self.ranges
+        return tuple((id(load.source), load.key) for load in self.sources), self.ranges
 
     def stretches(self) -> Iterator[tuple[TensorRef, int, int]]:
         """Bytes of tensors that are read, one after the other."""
@@ -59,13 +59,13 @@ class ReadRequest:
         dim = max(cut, default=0)
         inner = math.prod(shape[dim + 1 :]) * DTYPE_BITS[spec.dtype] // 8
         units = [[i for start, end in r for i in range(start, end)] for r in self.ranges[:dim]]
-        for found in self.sources:
+        for load in self.sources:
             for index in itertools.product(*units):
                 base = 0
                 for i, n in zip(index, shape[1:], strict=False):
                     base = (base + i) * n
                 for start, end in self.ranges[dim]:
-                    yield found, (base + start) * inner, (base + end) * inner
+                    yield load, (base + start) * inner, (base + end) * inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class DimRead:
 
     @property
     def changes(self) -> bool:
-        """Whether its map does anything here."""
+        """Whether its map changes anything here."""
         return isinstance(self.m, DenseMap) or self.pulled.segments is not None
 
     @property
@@ -92,13 +92,13 @@ Part = tuple[DimRead, ...]
 """One pass over a term: all of it, or, where dense maps are tiled, a strip."""
 
 
-def alike(form: LinearForm) -> object:
-    """Equal for forms whose tiles have the same programs: all but what is read."""
+def form_key(form: LinearForm) -> object:
+    """Equal for forms whose tiles share programs: all of a form, but for which tensors it reads."""
     return form.spec, tuple(
         (
             term.maps,
             term.blend[0][1].spec.shape,
-            tuple((c, found.spec.dtype, graph.is_constant(found)) for c, found in term.blend),
+            tuple((c, load.spec.dtype, graph.is_constant(load)) for c, load in term.blend),
         )
         for term in form.terms
     )
@@ -114,8 +114,8 @@ class Recipe:
         self.parts = tuple(_parts(term, tile, _item_nbytes(term)) for term in form.terms)
 
     @property
-    def key(self) -> object:
-        """Equal for tiles that are computed alike from the same bytes, of one form."""
+    def reads_key(self) -> object:
+        """Equal for tiles of one form that compute the same numbers from the same bytes."""
         return tuple(
             tuple((d.pulled, d.rows if isinstance(d.m, DenseMap) else d.n_out) for d in part)
             for parts in self.parts
@@ -128,8 +128,8 @@ class Recipe:
         return any(isinstance(d.m, DenseMap) for parts in self.parts for d in parts[0])
 
     @property
-    def structure(self) -> object:
-        """Equal for tiles of forms that are `alike` and have the same program."""
+    def program_key(self) -> object:
+        """Equal for tiles that share a program, if the keys of their forms are equal too."""
         dims = [d.pulled for parts in self.parts for part in parts for d in part]
         sources = [(pulled.n_in, pulled.segments) for pulled in dims]
         return len(self.tile.prefix), self.tile.shape, *sources
@@ -139,17 +139,17 @@ class Recipe:
         """What is read, in the order in which the program does."""
         terms = zip(self.form.terms, self.parts, strict=True)
         return tuple(
-            ReadRequest(found, tuple(d.pulled.ranges for d in part))
+            ReadRequest(load, tuple(d.pulled.ranges for d in part))
             for term, parts in terms
             for part in parts
-            for found in self._together(term)
+            for load in self._together(term)
         )
 
     def _together(self, term: Term) -> list[tuple[TensorRef, ...]]:
         """The sources of a term; in one request those that are added up as they are."""
         if len(term.blend) > 1 and group_sums.divisor_of(self.form) is not None:
-            return [tuple(found for _, found in term.blend)]
-        return [(found,) for c, found in term.blend if c != 0.0 and not graph.is_constant(found)]
+            return [tuple(load for _, load in term.blend)]
+        return [(load,) for c, load in term.blend if c != 0.0 and not graph.is_constant(load)]
 
 
 def _item_nbytes(term: Term) -> int:

@@ -5,54 +5,15 @@ dimension, and all of the rest: its bytes are contiguous, and no tensor is too l
 """
 
 import itertools
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from streammap.common.ranges import Tile, tile_at
 from streammap.planning.maps import AxisMap, BlockMap
 
-PIECE_NBYTES = 256 * 1024
-"""One write at most, from one multiple of it in a file to the next: larger ones are slower on some
-kernels, and so are those that share a page."""
 _MAX_CUTS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """A contiguous part of a tensor."""
-
-    prefix: tuple[int, ...]
-    """Indices of the leading dimensions."""
-    start: int
-    end: int
-    """Range in the dimension after the prefix (0 to 1 for a scalar)."""
-    offset: int
-    """Elements before the tile."""
-    shape: tuple[int, ...]
-    """[end - start, rest...]; () for a scalar."""
-
-    @property
-    def n_elements(self) -> int:
-        """Product of the shape; 1 for a scalar."""
-        return math.prod(self.shape)
-
-    def halves(self) -> tuple["Tile", "Tile"] | None:
-        """The same part as two tiles, a single row cut across; None for one number."""
-        n = self.end - self.start
-        if n < 2 and len(self.shape) < 2:
-            return None
-        if n < 2:
-            prefix = (*self.prefix, self.start)
-            return Tile(prefix, 0, self.shape[1], self.offset, self.shape[1:]).halves()
-        middle = self.start + n // 2
-        row = self.n_elements // n
-        rest = self.shape[1:]
-        return (
-            Tile(self.prefix, self.start, middle, self.offset, (n // 2, *rest)),
-            Tile(self.prefix, middle, self.end, self.offset + n // 2 * row, (n - n // 2, *rest)),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,47 +22,6 @@ class Cut:
 
     dim: int
     rows: int
-
-
-def tile_at(shape: tuple[int, ...], prefix: tuple[int, ...], start: int, end: int) -> Tile:
-    """The tile with these indices."""
-    if not shape:
-        return Tile((), 0, 1, 0, ())
-    offset = 0
-    for n, i in zip(shape, (*prefix, start), strict=False):
-        offset = offset * n + i
-    rest = shape[len(prefix) + 1 :]
-    return Tile(prefix, start, end, offset * math.prod(rest), (end - start, *rest))
-
-
-def clipped(tile: Tile, shape: tuple[int, ...], start: int, end: int) -> Tile | None:
-    """The tile's part in the rows [start, end) of the first dimension; None where it has none."""
-    if tile.prefix:
-        return tile if start <= tile.prefix[0] < end else None
-    low, high = max(start, tile.start), min(end, tile.end)
-    return tile_at(shape, (), low, high) if low < high else None
-
-
-def boxes(shape: tuple[int, ...], start: int, end: int) -> Iterator[Tile]:
-    """The elements [start, end) of a tensor, in their order, as a few tiles."""
-    if start >= end:
-        return
-    if not shape:
-        yield tile_at(shape, (), 0, 1)
-        return
-    yield from _boxes(shape, (), start, end)
-
-
-def _boxes(shape: tuple[int, ...], prefix: tuple[int, ...], start: int, end: int) -> Iterator[Tile]:
-    row = math.prod(shape[len(prefix) + 1 :])
-    (first, skipped), (last, rest) = divmod(start, row), divmod(end, row)
-    if skipped:
-        yield from _boxes(shape, (*prefix, first), skipped, min(row, end - first * row))
-        first += 1
-    if first < last:
-        yield tile_at(shape, prefix, first, last)
-    if rest and first <= last:
-        yield from _boxes(shape, (*prefix, last), 0, rest)
 
 
 def bundles(
@@ -179,15 +99,3 @@ def _cuts(m: BlockMap, rows: int) -> Iterator[int]:
     for start, at, length in runs:
         for end in ends[bisect_left(ends, at) : bisect_right(ends, at + length)]:
             yield start + end - at
-
-
-def pieces(offset: int, nbytes: int, step: int = PIECE_NBYTES) -> Iterator[tuple[int, int]]:
-    """How bytes for a place of a file are best written: (start, end) of parts, counted from 0.
-
-    But for the first, they begin at multiples of `step` in the file.
-    """
-    start = 0
-    while start < nbytes:
-        end = min(nbytes, start + step - (offset + start) % step)
-        yield start, end
-        start = end

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import final
 
-from streammap.engine import tiles
+from streammap.common.ranges import PIECE_NBYTES
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import safe_open, weight_files
 from streammap.io.storage.disk import Disk
@@ -31,7 +31,7 @@ class Output:
         self._disk, self._fsync = disk, fsync
         self._pwrite = disk.pwrite
         self._descriptors: dict[str, int] = {}
-        self._piece = memoryview(bytearray(tiles.PIECE_NBYTES))
+        self._piece = memoryview(bytearray(PIECE_NBYTES))
         self.names: list[str] = []
         """The side files that were added."""
 
@@ -130,7 +130,7 @@ class Output:
         done = 0
         while done < len(view):
             # Up to the next multiple of a piece: two writes that share a page are slow.
-            end = done + tiles.PIECE_NBYTES - (offset + done) % tiles.PIECE_NBYTES
+            end = done + PIECE_NBYTES - (offset + done) % PIECE_NBYTES
             try:
                 done += self._pwrite(descriptor, view[done:end], offset + done)
             except OSError as error:
@@ -191,7 +191,7 @@ class Output:
     def _copy(self, name: str, source: int, nbytes: int) -> None:
         offset = 0
         while offset < nbytes:
-            piece = self._piece[: min(tiles.PIECE_NBYTES, nbytes - offset)]
+            piece = self._piece[: min(PIECE_NBYTES, nbytes - offset)]
             n_read = self._disk.pread(source, piece, offset)
             if not n_read:
                 raise OutputError(

@@ -6,21 +6,15 @@ allows no padding, so that order keeps every tensor aligned.
 """
 
 import json
-import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
-from streammap.errors import OutputError
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.io.formats.safetensors_header import Slot
 
 METADATA = {"format": "pt"}
-_MAX_NBYTES = 2**63 - 1
 INDEX = "model.safetensors.index.json"
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,27 +71,6 @@ def index(shards: Sequence[Shard]) -> bytes:
     }
     content = {"metadata": metadata, "weight_map": weight_map}
     return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode()
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of "5GB" (10^9), "256MiB" (2^20) or a plain number.
-
-    Raises:
-        OutputError: not a size.
-    """
-    if isinstance(text, int):
-        found = text
-    else:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-        if match is None or (match[3] and not match[2]):
-            raise OutputError(f"size {text!r}: expected one such as 5GB, 500MB or 256MiB")
-        units = _BINARY_UNITS if match[3] else _UNITS
-        found = int(Fraction(match[1]) * units[match[2].upper()])
-    if found > _MAX_NBYTES:
-        raise OutputError(f"size {str(text)[:40]!r}: expected one such as 5GB, 500MB or 256MiB")
-    if found < 1:
-        raise OutputError(f"size {text!r}: expected more than nothing")
-    return found
 
 
 def _shard(name: str, keys: Sequence[str], specs: Mapping[str, TensorSpec]) -> Shard:

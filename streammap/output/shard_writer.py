@@ -1,7 +1,8 @@
-"""A run's bytes on their way into shards: written, digested, and journalled when they are whole.
+"""The sink of a run that writes shards: bytes are written, digested, and journalled once durable.
 
 Threads write tiles as they come. A shard is opened when its first bytes come and closed, synced and
-journalled when its last do; tensors that are whole before are journalled from time to time.
+journalled when its last do; tensors that are whole before that are journalled from time to time.
+Only here does a byte of a tensor become a byte of a file.
 """
 
 import os
@@ -9,13 +10,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from queue import SimpleQueue
-from typing import final
+from typing import NamedTuple, final
 
 from streammap.engine import crc32
 from streammap.engine.crc32 import FileDigests
-from streammap.engine.schedule import Job
-from streammap.engine.worker import Made
-from streammap.io.formats.safetensors_header import Slot
+from streammap.engine.schedule import Job, TensorOffset
 from streammap.io.storage.disk import Disk
 from streammap.output.files import Output
 from streammap.output.journal import Journal
@@ -50,7 +49,7 @@ class _File:
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
-        self.digests = FileDigests((slot.start, slot.spec.nbytes) for slot in shard.slots)
+        self.digests = FileDigests(slot.spec.nbytes for slot in shard.slots)
         self.lock = threading.Lock()
         self.turns = _Turns()
         self.is_there = not shard.head
@@ -59,10 +58,10 @@ class _File:
         self.waiting: list[int] = []
         """Tensors that are whole and not in the journal."""
 
-    def taken(self) -> list[int]:
-        """The waiting tensors, which wait no more."""
-        found, self.waiting = self.waiting, []
-        return found
+    def take_waiting(self) -> list[int]:
+        """Take the list of whole tensors that are not in the journal."""
+        taken, self.waiting = self.waiting, []
+        return taken
 
 
 @final
@@ -75,6 +74,12 @@ class Writer:
         """Nothing is opened before its first bytes come."""
         self._out, self._journal, self._disk, self._fsync = out, journal, disk, fsync
         self._files = {shard.name: _File(shard) for shard in shards}
+        self._slots = {
+            slot.key: (file, i)
+            for file in self._files.values()
+            for i, slot in enumerate(file.shard.slots)
+        }
+        """Key -> its file, and which of the file's tensors it is."""
         self._lock = threading.Lock()
         self._n_open = sum(1 for file in self._files.values() if file.digests.left_nbytes)
         self._kept_at = time.monotonic()
@@ -107,35 +112,41 @@ class Writer:
             self._n_open -= file.has_begun
         self.n_resumed, self.resumed_nbytes = self.n_journalled, self.journalled_nbytes
 
-    def slots(self) -> Iterator[tuple[str, Slot]]:
-        """(file, slot) of every tensor that is to be written."""
-        for name, file in self._files.items():
+    def missing(self) -> Iterator[str]:
+        """The tensors that are to be written, in the order of the files."""
+        for file in self._files.values():
             for i, slot in enumerate(file.shard.slots):
                 if not file.digests.is_whole(i):
-                    yield name, slot
+                    yield slot.key
 
-    def write(self, job: Job, made: Made) -> None:
-        """Write a job's bytes to all of its places."""
-        for place in job.places:
-            file = self._files[place.file]
+    def grid(self, key: str) -> int:
+        """Where a tensor begins in its file: pieces are cut on the file's grid."""
+        file, i = self._slots[key]
+        return file.shard.slots[i].start
+
+    def lane(self) -> "_Lane":
+        """What one thread writes through."""
+        return _Lane(self, self._out)
+
+    def locate(self, places: Sequence[TensorOffset]) -> "list[_FileOffset]":
+        """Where in which files these places are; the files are open then."""
+        located = []
+        for place in places:
+            file, i = self._slots[place.key]
             if not file.has_begun:
                 with file.lock:
                     self._begin(file)
-        crc, at = 0, 0
-        for piece in made.pieces():
-            crc = crc32.crc32(piece, crc)
-            for place in job.places:
-                with self._files[place.file].turns:
-                    self._out.write_at(place.file, place.offset + at, piece)
-            at += len(piece)
-        for place in job.places:
-            file = self._files[place.file]
-            with file.lock:  # writes are done without: the file ends once all are counted
-                whole = file.digests.add(place.offset, at, crc)
-                if whole is not None:
-                    file.waiting.append(whole)
-                    if not file.digests.left_nbytes:
-                        self._end(file)
+            located.append(_FileOffset(file, i, file.shard.slots[i].start + place.offset))
+        return located
+
+    def count(self, place: "_FileOffset", offset: int, nbytes: int, crc: int) -> None:
+        """Take note of a part that was written: bytes of a tensor from `offset` on, their CRC."""
+        file = place.file
+        with file.lock:  # writes are done without: the file ends once all are counted
+            if file.digests.add(place.i, offset, nbytes, crc):
+                file.waiting.append(place.i)
+                if not file.digests.left_nbytes:
+                    self._end(file)
 
     def keep(self, *, at_once: bool = False) -> None:
         """Journal what is whole by now, if it is time to."""
@@ -145,7 +156,7 @@ class Writer:
         self._kept_at = now
         for name, file in self._files.items():
             with file.lock:
-                taken = file.taken()
+                taken = file.take_waiting()
                 descriptor = self._out.duplicate(name) if taken else None
             if descriptor is not None:
                 try:
@@ -178,7 +189,7 @@ class Writer:
         file.has_begun = True
 
     def _end(self, file: _File) -> None:
-        taken = file.taken()  # what can't be synced is not journalled either
+        taken = file.take_waiting()  # what can't be synced is not journalled either
         self._out.close(file.shard.name)
         with self._lock:
             self._n_open -= 1
@@ -208,3 +219,34 @@ class Writer:
 def keys(shards: Sequence[Shard]) -> frozenset[str]:
     """The tensors that have bytes: what a journal may name."""
     return frozenset(slot.key for s in shards for slot in s.slots if slot.spec.nbytes)
+
+
+class _FileOffset(NamedTuple):
+    """A byte of a file."""
+
+    file: _File
+    i: int
+    """Which of the file's tensors it is of."""
+    offset: int
+
+
+@final
+class _Lane:
+    """Writes one thread's parts, one after the other; one CRC serves all places of a part."""
+
+    def __init__(self, writer: Writer, out: Output) -> None:
+        self._writer, self._out = writer, out
+        self._places: list[_FileOffset] = []
+        self._crc = 0
+
+    def write(self, part: Job, offset: int, piece: memoryview) -> None:
+        if not offset:
+            self._places, self._crc = self._writer.locate(part.places), 0
+        self._crc = crc32.crc32(piece, self._crc)
+        for file, _, start in self._places:
+            with file.turns:
+                self._out.write_at(file.shard.name, start + offset, piece)
+
+    def done(self, part: Job) -> None:
+        for place, here in zip(part.places, self._places, strict=True):
+            self._writer.count(here, place.offset, part.nbytes, self._crc)

@@ -19,15 +19,14 @@ import errno
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import final
 
 from streammap.common.events import Event, Listener, Started, Wrote
-from streammap.common.torch_threads import torch_threads
 from streammap.common.version import VERSION
-from streammap.engine import read_ahead, schedule, threads
+from streammap.engine import loop
 from streammap.engine.devices import DeviceChoice
+from streammap.engine.loop import Resources
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import CheckpointError, OutputError, StreammapError
@@ -264,20 +263,9 @@ class _Transaction:
             writer.keep()
             listener(event)
 
-        jobs = schedule.bundles(plan.targets, writer.slots(), self._memory, by_pieces=True)
-        computes = any(form.copied is None for form in plan.targets.values())
-        read_ahead.expect(plan, writer.slots())
-        ahead = read_ahead.ahead(jobs, plan, self._memory.ahead_nbytes)
-        with torch_threads() if computes else contextlib.nullcontext(), ahead as bundles:
-            n_read = threads.run(
-                bundles,
-                self._memory,
-                writer.write,
-                listener=journal_too,
-                mapped=engine.reader == "mmap",
-                device=self._choice.device,
-                cancel=partial(read_ahead.cancel, plan.sources),
-            )
+        targets = {key: plan.targets[key] for key in writer.missing()}
+        resources = Resources(self._memory, self._choice.device, mapped=engine.reader == "mmap")
+        n_read = loop.run(targets, writer, resources, listener=journal_too)
         writer.finish()
         if self._options.ranks.world_size > 1:
             writer.keep(at_once=True)

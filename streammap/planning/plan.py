@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, final
 
-from streammap.engine import memory
-from streammap.engine.regions import Region
 from streammap.errors import some
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
@@ -21,8 +19,6 @@ from streammap.planning.map_file import MapLevel
 from streammap.planning.request import OperatorCall
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from streammap.architectures.model import Model
 
 FORMAT = 1
@@ -115,20 +111,6 @@ class Plan:
         if "model" in self.__dict__:
             made.__dict__["model"] = self.model
         return made
-
-    def read(self, key: str) -> "Tensor":
-        """One tensor of the result, computed now."""
-        from streammap.engine import evaluate
-
-        form = self.targets[key]
-        return evaluate.read(form, memory.fit([form], budget=None, n_workers=1))
-
-    def read_into(self, key: str, region: Region, out: "Tensor") -> None:
-        """A region of a tensor of the result, computed now into `out`."""
-        from streammap.engine import evaluate
-
-        form = self.targets[key]
-        evaluate.read_into(form, region, out, memory.fit([form], budget=None, n_workers=1))
 
 
 def from_checkpoint(

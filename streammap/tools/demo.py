@@ -118,7 +118,7 @@ def _headline(title: str, command: str) -> None:
 
 
 def _print_inspection(lazy: LazyCheckpoint) -> None:
-    found = inspection.inspect(lazy)
+    found = inspection.inspect(lazy.plan)
     sizes, nbytes = found.sizes, sum(found.files.values())
     print(
         f"   {found.architecture}: {sizes['layer']} layers of {sizes['heads']} heads, hidden size "

@@ -11,18 +11,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from streammap.api import LazyCheckpoint
-from streammap.errors import PlanError, some
+from streammap.errors import PlanError
 from streammap.io.json_files import read_json
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import registry, request_json
 from streammap.output import record
 from streammap.planning import map_file
+from streammap.planning import request as requests
 from streammap.planning.map_file import MapLevel
-from streammap.planning.request import OperatorCall
-
-Moved = Mapping[str, PathLike] | PathLike | None
-"""Path of a source in the record -> where it is now; or where the only source is."""
+from streammap.planning.request import Moved, OperatorCall
 
 
 def open(request: PathLike | Mapping[str, object], *, sources: Moved = None) -> LazyCheckpoint:
@@ -38,7 +36,7 @@ def open(request: PathLike | Mapping[str, object], *, sources: Moved = None) -> 
     if isinstance(request, Mapping):
         return rebuilt(request_json.parse(_tree(request, "request")), sources)
     path = Path(request)
-    file = record_of(path) if path.is_dir() or path.suffix != ".json" else path
+    file = record.path_of(path) if path.is_dir() or path.suffix != ".json" else path
     call = request_json.parse(_tree(read_json(file), str(file)))
     near = path if path.is_dir() or path.suffix != ".json" else path.parent
     return rebuilt(call, sources, known=map_file.find(LocalStorage(near)) if near.exists() else ())
@@ -48,42 +46,8 @@ def rebuilt(
     call: OperatorCall, sources: Moved, *, known: Iterable[MapLevel] = ()
 ) -> LazyCheckpoint:
     """The same from a tree that is parsed; `known` maps may be named by their digest."""
-    return LazyCheckpoint(registry.build(call, moved=moved(call, sources), known=known))
-
-
-def record_of(path: Path) -> Path:
-    """Where the record of a result is: inside a folder, beside a file."""
-    return record.path_of(path)
-
-
-def paths_of(call: OperatorCall) -> tuple[str, ...]:
-    """The sources' paths as recorded, each once."""
-    return tuple(dict.fromkeys(str(opened.options.get("path")) for opened in call.opens()))
-
-
-def moved(call: OperatorCall, sources: Moved) -> dict[str, PathLike]:
-    """Recorded path -> where that source is now, for those that have moved.
-
-    Raises:
-        PlanError: a path that is not in the record, or one new place for several sources.
-    """
-    paths = paths_of(call)
-    if sources is None:
-        return {}
-    if not isinstance(sources, Mapping):
-        if len(paths) != 1:
-            raise PlanError(
-                f"{sources}: which of {len(paths)} sources is it ({some(paths)})",
-                hint="give OLD=NEW for each source that has moved",
-            )
-        return {paths[0]: sources}
-    found: dict[str, PathLike] = {}
-    for old, new in sources.items():
-        known = next((path for path in paths if path in (old, str(Path(old).absolute()))), None)
-        if known is None:
-            raise PlanError(f"{old}: no source of this result", hint=f"it has {some(paths)}")
-        found[known] = new
-    return found
+    places = requests.moved(call, sources)
+    return LazyCheckpoint(registry.build(call, moved=places, known=known))
 
 
 def _tree(content: Mapping[str, object], where: str) -> object:

@@ -23,7 +23,7 @@ from torch import Tensor
 import streammap
 from streammap.analysis import statistics
 from streammap.analysis.health import TensorHealth, row_length
-from streammap.engine import threads
+from streammap.engine import loop
 from streammap.io.dtypes import TensorSpec
 from tests.engine.test_memory import MIB, write_gpt2
 from tests.support import tiny
@@ -202,7 +202,7 @@ def test_passes_at_once_leave_the_threads_of_torch_as_they_were(
     """The first to begin ends first, and is not the one to put back what it found."""
     sizes = tiny.Sizes(layers=1)
     tiny.write(tmp_path / "bert", tiny.bert(sizes), tiny.bert_config(sizes))
-    n_threads, both, begun, run = torch.get_num_threads(), threading.Barrier(2), [0], threads.run
+    n_threads, both, begun, run = torch.get_num_threads(), threading.Barrier(2), [0], loop.run
 
     def slow(*given: Any, **more: Any) -> int:
         number, begun[0] = begun[0], begun[0] + 1
@@ -210,7 +210,7 @@ def test_passes_at_once_leave_the_threads_of_torch_as_they_were(
         time.sleep(0.3 * number)
         return run(*given, **more)
 
-    monkeypatch.setattr(threads, "run", slow)
+    monkeypatch.setattr(loop, "run", slow)
     torch.set_num_threads(3)
     try:
         lazy = streammap.open(tmp_path / "bert")

@@ -49,7 +49,7 @@ def dense(n: int, columns: int) -> graph.LinearForm:
 def test_copies_and_sums_stay_on_the_processor() -> None:
     form = graph.map_dims(Held().load(torch.randn(4, 6)), [maps.merging([[0, 2], [1, 3]], 4), None])
     choice = devices.choose([form], "auto")
-    assert choice == DeviceChoice("cpu", "copies and sums: a GPU would wait for the files")
+    assert choice == DeviceChoice("cpu", "copies and sums: I/O-bound, a GPU would not help")
     assert devices.choose([form], "cpu").device == "cpu"
 
 
@@ -85,7 +85,7 @@ def test_a_gpu_that_is_not_there_is_refused(
 def test_the_plan_says_where_and_why(big: LazyCheckpoint) -> None:
     path = big.plan.sources[0].path
     said = ok("plan", "coalesce", path, "--width", 2, "--threads", 3)
-    assert "device   cpu, 3 threads: copies and sums: a GPU would wait for the files" in said
+    assert "device   cpu, 3 threads: copies and sums: I/O-bound, a GPU would not help" in said
 
 
 @pytest.mark.parametrize("what", OPERATIONS)

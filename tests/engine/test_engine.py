@@ -24,11 +24,10 @@ import streammap
 from streammap.api import LazyCheckpoint
 from streammap.common.events import Event, Started, Wrote
 from streammap.engine import kernels, memory, tile_reads, worker
-from streammap.engine import threads as pipeline
 from streammap.engine.memory import N_PLACES
 from streammap.engine.options import Reader
 from streammap.engine.schedule import Compute, Job
-from streammap.engine.worker import Made, Worker
+from streammap.engine.worker import Piece, Worker
 from streammap.errors import CheckpointError, OutputError
 from streammap.io.buffers import Buffer
 from streammap.io.checkpoint import Checkpoint
@@ -246,7 +245,7 @@ class Traffic:
     def watch(self, patch: pytest.MonkeyPatch) -> None:
         names: dict[int, Path] = {}
         open_, close, preadv, pwrite = os.open, os.close, os.preadv, os.pwrite
-        pieces = Made.pieces
+        compute = Worker.compute
 
         def opening(path: str | Path, flags: int, mode: int = 0o777) -> int:
             descriptor = open_(path, flags, mode)
@@ -269,15 +268,15 @@ class Traffic:
             self.written[names[descriptor]].append((offset, offset + n))
             return n
 
-        def making(made: Made) -> Iterator[memoryview]:
-            self.jobs.append(made.job)
-            return pieces(made)
+        def computing(worker: Worker, job: Job) -> Iterator[Piece]:
+            self.jobs.append(job)
+            return compute(worker, job)
 
         patch.setattr(os, "open", opening)
         patch.setattr(os, "close", closing)
         patch.setattr(os, "preadv", reading)
         patch.setattr(os, "pwrite", writing)
-        patch.setattr(Made, "pieces", making)
+        patch.setattr(Worker, "compute", computing)
 
 
 @pytest.fixture
@@ -353,13 +352,13 @@ def test_a_layer_is_computed_once_for_all_its_copies(
     n_layers = opened(plain, "small").sizes["layer"]
     cut(Cut(1024, 1024))
     save(lazy, tmp_path / "out", threads=2)
-    layers = [job for job in traffic.jobs if ".layer." in job.key]
+    layers = [job for job in traffic.jobs if ".layer." in job.places[0].key]
     assert all(isinstance(job, Compute) for job in layers)
     assert {len(job.places) for job in layers} <= {4, 8, 16}  # where rows are copies too
     specs = lazy.plan.specs.items()
     one = sum(spec.nbytes for key, spec in specs if ".layer.0." in key)
     assert sum(job.nbytes * len(job.places) for job in layers) == 4 * n_layers * one
-    distinct = {(job.key, place) for job in traffic.jobs for place in job.places}
+    distinct = {place for job in traffic.jobs for place in job.places}
     assert len(distinct) == sum(len(job.places) for job in traffic.jobs)
 
 
@@ -370,7 +369,7 @@ def test_a_copied_layer_is_read_once_and_written_four_times(
     cut(Cut(1024, 1024))
     save(lazy, tmp_path / "out", threads=2)
     specs = opened(plain, "small").plan.specs.items()
-    layers = [job for job in traffic.jobs if ".layer." in job.key]
+    layers = [job for job in traffic.jobs if ".layer." in job.places[0].key]
     assert {len(job.places) for job in layers} == {4}
     once = sum(spec.nbytes for key, spec in specs if ".layer." in key)
     assert sum(job.nbytes for job in layers) == once
@@ -389,7 +388,6 @@ def test_a_slow_disk_changes_no_byte_and_takes_no_buffer(
         return Buffer(nbytes)
 
     monkeypatch.setattr(worker, "Buffer", counted)
-    monkeypatch.setattr(pipeline, "Buffer", counted)
     cut(Cut(4096, 4096))
     lazy = MAKES["decoalesce and blend"](plain)
     save(lazy, tmp_path / "quick", threads=3)
@@ -453,13 +451,13 @@ def test_a_run_leaves_torch_and_no_thread(
 ) -> None:
     told: list[int] = []
     done: list[tuple[str, int]] = []
-    do = Worker.do
+    compute = Worker.compute
 
-    def doing(self: Worker, job: Job, out: Buffer) -> None:
+    def computing(self: Worker, job: Job) -> Iterator[Piece]:
         done.append((threading.current_thread().name, torch.get_num_threads()))
-        do(self, job, out)
+        return compute(self, job)
 
-    monkeypatch.setattr(Worker, "do", doing)
+    monkeypatch.setattr(Worker, "compute", computing)
     MAKES["decoalesce"](plain).save(
         tmp_path / "out",
         fsync=False,
@@ -547,14 +545,14 @@ def test_a_source_that_is_cut_short_during_a_run_is_named(
     threads: int,
 ) -> None:
     source = tiny.write(tmp_path / "big", tiny.bert(BIG), tiny.bert_config(BIG))
-    file, do, times = source / "model.safetensors", Worker.do, iter(range(10**9))
+    file, compute, times = source / "model.safetensors", Worker.compute, iter(range(10**9))
 
-    def doing(self: Worker, job: Job, out: Buffer) -> None:
+    def computing(self: Worker, job: Job) -> Iterator[Piece]:
         if next(times) == 5:
             os.truncate(file, file.stat().st_size // 8)
-        do(self, job, out)
+        return compute(self, job)
 
-    monkeypatch.setattr(Worker, "do", doing)
+    monkeypatch.setattr(Worker, "compute", computing)
     cut(Cut(3000, 3000))
     lazy = streammap.open(source).decoalesce(width=2)
     told = "ended at byte" if reader == "pread" else "bytes, it had"

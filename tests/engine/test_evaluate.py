@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from streammap.common import ranges
 from streammap.engine import compiler, evaluate, memory, schedule, tile_reads, tiles, worker
 from streammap.engine.compiler import Programs
 from streammap.engine.memory import Limits, Memory
@@ -23,7 +24,6 @@ from streammap.engine.worker import Worker
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS, FLOATS, FROM_TORCH, TensorSpec, to_torch
-from streammap.io.formats.safetensors_header import Slot
 from streammap.planning import graph, group_sums, maps
 from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
@@ -182,9 +182,16 @@ def poisoned(nbytes: int) -> Buffer:
     return made
 
 
+def read_whole(form: LinearForm, room: Memory) -> Tensor:
+    """All of a form, as a new tensor."""
+    out = torch.empty(form.spec.shape, dtype=to_torch(form.spec.dtype))
+    evaluate.read_into(form, ranges.whole(form.spec.shape), out, room)
+    return out
+
+
 def _read(form: LinearForm, room: Room = AMPLE) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        return evaluate.read(form, _patched(patch, form, room))
+        return read_whole(form, _patched(patch, form, room))
 
 
 def _patched(patch: pytest.MonkeyPatch, form: LinearForm, room: Room) -> Memory:
@@ -197,7 +204,6 @@ def _patched(patch: pytest.MonkeyPatch, form: LinearForm, room: Room) -> Memory:
     patch.setattr(tile_reads, "STRIP", STRIP)
     patch.setattr(group_sums, "MIN_RUN", 1)
     patch.setattr(worker, "Buffer", poisoned)
-    patch.setattr(evaluate, "Buffer", poisoned)
     return _memory(max(room.tile, least), room.dense)
 
 
@@ -244,7 +250,8 @@ def test_tiles_of_any_size_give_the_same_bits(drawn: Drawn) -> None:
 def test_a_tensor_without_elements_has_no_tiles(shape: tuple[int, ...]) -> None:
     assert list(tiles.bundles(shape, (), Cut(0, 1))) == []
     halved = graph.scale(Held().load(torch.empty(shape)), 0.5)
-    assert list(schedule.bundles({"": halved}, [("", Slot("", halved.spec, 0))], _memory(64))) == []
+    for grid in (schedule.whole_tiles, lambda key: 8):
+        assert list(schedule.bundles({"": halved}, _memory(64), grid=grid, rows={})) == []
     assert _read(halved).shape == shape
 
 
@@ -392,7 +399,7 @@ def test_sums_of_groups_are_added_up_in_one_order_whatever_the_tile(data: st.Dat
         patch.setattr(group_sums, "MIN_RUN", 1)
         for room in ROOMS:
             assert tiny.bits(_read(form, room)) == tiny.bits(wanted.to(sources[0].dtype)), room
-        tile = tiles.tile_at(form.spec.shape, (), 0, form.spec.shape[0])
+        tile = ranges.tile_at(form.spec.shape, (), 0, form.spec.shape[0])
         found = compiler.program(tile_reads.Recipe(form, tile), 1)
         assert {op.kind for op in found.ops} <= {"read", "copy", "pool"}
 
@@ -407,15 +414,15 @@ def test_groups_of_long_runs_take_one_kernel_and_no_scratch(layout: str) -> None
     m = maps.merging(pairs, 8, block=32)
     x = torch.randn(256, 256).to(torch.bfloat16)
     form = graph.map_dims(Held().load(x), [m, m])
-    found = compiler.program(tile_reads.Recipe(form, tiles.tile_at((128, 128), (), 0, 128)), 2**20)
+    found = compiler.program(tile_reads.Recipe(form, ranges.tile_at((128, 128), (), 0, 128)), 2**20)
     assert [op.kind for op in found.ops] == ["read", "pool"]
     assert found.work_nbytes == 0
 
 
 def _jobs(form: LinearForm, given: Memory, of: Worker) -> Iterator[Job]:
-    for bundle in schedule.bundles({"": form}, [("", Slot("", form.spec, 0))], given):
+    for bundle in schedule.bundles({"": form}, given, grid=schedule.whole_tiles, rows={}):
         for job in bundle:
-            yield from of.parts(job)
+            yield from of.split(job)
 
 
 @given(drawn_forms(RANDOM), st.sampled_from(ROOMS))
@@ -425,7 +432,7 @@ def test_every_part_of_a_job_stays_within_its_limits(drawn: Drawn, room: Room) -
     with pytest.MonkeyPatch.context() as patch:
         given = _patched(patch, form, room)
         limits = schedule.limits_of(form, given)
-        at_work = Worker(given, Programs(), mapped=False, matrices=None)
+        at_work = Worker(given, Programs(), grid=schedule.whole_tiles)
         written = torch.zeros(form.spec.nbytes, dtype=torch.uint8)
         for job in _jobs(form, given, at_work):
             assert job.nbytes <= limits.out_nbytes
@@ -482,9 +489,9 @@ def test_a_number_that_no_tile_has_room_for_is_refused() -> None:
     form = graph.map_dims(
         source.load(torch.ones(64)), [BlockMap((tuple((j, 1.0) for j in range(64)),), 64)]
     )
-    assert evaluate.read(form, _memory(4096)).tolist() == [64.0]
+    assert read_whole(form, _memory(4096)).tolist() == [64.0]
     with pytest.raises(PlanError, match=r"a number of F32 \[1\] takes more than 128 bytes"):
-        evaluate.read(form, _memory(128))
+        read_whole(form, _memory(128))
 
 
 def test_a_bare_load_is_copied() -> None:

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from streammap.common.ranges import Range, Tile
 from streammap.engine import pullback, tiles
-from streammap.engine.pullback import Pullback, Range
-from streammap.engine.tiles import Cut, Tile
+from streammap.engine.pullback import Pullback
+from streammap.engine.tiles import Cut
 from streammap.planning import maps
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.segments import Segment

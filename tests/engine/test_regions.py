@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import streammap
-from streammap.engine import evaluate, memory, regions, tiles
-from streammap.engine.regions import Region
+from streammap.common import ranges
+from streammap.common.ranges import Region
+from streammap.engine import evaluate, memory, regions
 from streammap.errors import PlanError
 from streammap.planning import graph, maps
 from tests.engine.test_evaluate import (
@@ -23,6 +24,7 @@ from tests.engine.test_evaluate import (
     Room,
     _patched,
     drawn_forms,
+    read_whole,
 )
 from tests.support import tiny
 
@@ -48,7 +50,7 @@ def test_a_region_is_the_slice_of_the_whole(drawn: Drawn, room: Room, data: st.D
     region = data.draw(ranges_of(form.spec.shape))
     with pytest.MonkeyPatch.context() as patch:
         room_of = _patched(patch, form, room)
-        wanted = evaluate.read(form, room_of)[_slices(region)]
+        wanted = read_whole(form, room_of)[_slices(region)]
         out = torch.full(wanted.shape, math.nan, dtype=wanted.dtype)
         evaluate.read_into(form, region, out, room_of)
         assert tiny.bits(out) == tiny.bits(wanted)
@@ -67,7 +69,7 @@ def test_a_region_goes_into_any_tensor(drawn: Drawn, data: st.DataObject) -> Non
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
     with pytest.MonkeyPatch.context() as patch:
         room_of = _patched(patch, form, ROOMS[-3])
-        whole = evaluate.read(form, room_of)
+        whole = read_whole(form, room_of)
         wanted = whole[_slices(region)].to(dtype)
         gaps = torch.full([2 * wanted.shape[d] for d in order], 7.0, dtype=dtype)
         inverse = [order.index(d) for d in range(len(order))]
@@ -87,7 +89,7 @@ def test_any_range_of_elements_is_a_few_boxes(shape: tuple[int, ...], data: st.D
     start, end = sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n))))
     numbers = torch.arange(n).view(shape)
     found: list[Tensor] = []
-    boxes = list(tiles.boxes(shape, start, end))
+    boxes = list(ranges.boxes(shape, start, end))
     for box in boxes:
         part = numbers
         for i in box.prefix:
@@ -116,13 +118,13 @@ def test_only_a_region_is_computed(dim: int, monkeypatch: pytest.MonkeyPatch) ->
     pairs = maps.growing(maps.merging([[i, i + 32] for i in range(32)], 64))
     form = graph.map_dims(source.load(torch.randn(32, 32)), [pairs, pairs])
     region = tuple((16, 32) if d == dim else (0, 64) for d in range(2))
-    put, made = regions.put, list[int]()
+    copy_into, made = regions.copy_into, list[int]()
 
-    def counted(part: regions.RegionRead, offset: int, held: Tensor, out: Tensor) -> None:
-        made.append(held.numel())
-        put(part, offset, held, out)
+    def counted(read: regions.RegionRead, offset: int, elements: Tensor, out: Tensor) -> None:
+        made.append(elements.numel())
+        copy_into(read, offset, elements, out)
 
-    monkeypatch.setattr(regions, "put", counted)
+    monkeypatch.setattr(regions, "copy_into", counted)
     out = torch.empty([end - start for start, end in region])
     evaluate.read_into(form, region, out, memory.fit([form], budget=None, n_workers=1))
     assert sum(made) == out.numel()
@@ -144,7 +146,7 @@ def test_columns_of_one_factor_are_rounded_as_among_others() -> None:
     pairs = maps.BlockMap((((0, 1 / 3), (1, 1 / 3)), ((2, 0.7), (3, 0.2))), 4, 64)
     form = graph.map_dims(Held().load(torch.randn(8, 256)), [None, pairs])
     room = memory.fit([form], budget=None, n_workers=1)
-    whole = evaluate.read(form, room)
+    whole = read_whole(form, room)
     out = torch.empty(8, 64)
     evaluate.read_into(form, ((0, 8), (0, 64)), out, room)
     assert torch.equal(out, whole[:, :64])

@@ -97,7 +97,7 @@ def _known(name: str) -> LazyCheckpoint:
 def _planned(lazy: LazyCheckpoint, chance: int) -> None:
     """What a user might do first: a look, and one of some requests."""
     with contextlib.suppress(StreammapError):
-        str(inspection.inspect(lazy))
+        str(inspection.inspect(lazy.plan))
     steps: tuple[Callable[[], object], ...] = (
         lambda: str(lazy.coalesce(width=2).summary(device="cpu")),
         lambda: lazy.coalesce(depth=2),

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import streammap
-from streammap.engine import tiles
+from streammap.common import ranges
+from streammap.common.ranges import PIECE_NBYTES
+from streammap.common.units import parse_size
 from streammap.errors import CheckpointError, OutputError, PlanError
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
@@ -155,7 +157,7 @@ def test_a_layout_holds_each_tensor_once_and_its_files_are_whole(
     ],
 )
 def test_sizes_are_read(text: str | int, nbytes: int) -> None:
-    assert layout.parse_size(text) == nbytes
+    assert parse_size(text) == nbytes
 
 
 @pytest.mark.parametrize(
@@ -183,13 +185,13 @@ def test_sizes_are_read(text: str | int, nbytes: int) -> None:
 )
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(OutputError, match=r"size '.*': expected one such as 5GB, 500MB or 256MiB"):
-        layout.parse_size(text)
+        parse_size(text)
 
 
 @pytest.mark.parametrize("text", [0, -1, "0", "0GB", "0.1", "0.0001KB"])
 def test_a_size_of_nothing_is_refused(text: str | int) -> None:
     with pytest.raises(OutputError, match="expected more than nothing"):
-        layout.parse_size(text)
+        parse_size(text)
 
 
 # Whole runs.
@@ -232,7 +234,7 @@ def test_a_report_says_what_was_written(source: Path, tmp_path: Path) -> None:
     assert str(report).startswith("wrote 1 file, 0.000 GB in ")
 
 
-@pytest.mark.parametrize("n", [tiles.PIECE_NBYTES - 1, tiles.PIECE_NBYTES, tiles.PIECE_NBYTES + 1])
+@pytest.mark.parametrize("n", [PIECE_NBYTES - 1, PIECE_NBYTES, PIECE_NBYTES + 1])
 def test_tensors_larger_than_a_write_are_whole(tmp_path: Path, n: int) -> None:
     state = {"a": torch.arange(n, dtype=torch.int32).to(torch.uint8), "b": torch.arange(9.0)}
     streammap.open(tiny.write(tmp_path / "in", state, None)).save(tmp_path / "out")
@@ -240,11 +242,11 @@ def test_tensors_larger_than_a_write_are_whole(tmp_path: Path, n: int) -> None:
 
 
 def test_pieces_end_where_a_file_has_a_multiple() -> None:
-    assert list(tiles.pieces(0, 0, 8)) == []
-    assert list(tiles.pieces(3, 4, 8)) == [(0, 4)]
-    assert list(tiles.pieces(3, 5, 8)) == [(0, 5)]
-    assert list(tiles.pieces(3, 22, 8)) == [(0, 5), (5, 13), (13, 21), (21, 22)]
-    assert list(tiles.pieces(16, 17, 8)) == [(0, 8), (8, 16), (16, 17)]
+    assert list(ranges.pieces(0, 0, 8)) == []
+    assert list(ranges.pieces(3, 4, 8)) == [(0, 4)]
+    assert list(ranges.pieces(3, 5, 8)) == [(0, 5)]
+    assert list(ranges.pieces(3, 22, 8)) == [(0, 5), (5, 13), (13, 21), (21, 22)]
+    assert list(ranges.pieces(16, 17, 8)) == [(0, 8), (8, 16), (16, 17)]
 
 
 def test_two_runs_write_the_same_bytes(source: Path, tmp_path: Path) -> None:

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
-from streammap.engine import tiles
-from streammap.engine.pullback import Range
+from streammap.common.ranges import Range, boxes, intersect, relative
 from streammap.errors import CheckpointError, some
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec, to_torch
@@ -124,18 +123,18 @@ class Chunks:
         item = DTYPE_BITS[spec.dtype] // 8
         first, n = start // item, len(view) // item
         out = torch.frombuffer(view, dtype=to_torch(_BY_ITEM[item]))
-        for box in tiles.boxes(spec.shape, first, first + n):
+        for box in boxes(spec.shape, first, first + n):
             whole = out[box.offset - first :][: box.n_elements]
             target = whole.view((*(1,) * len(box.prefix), *box.shape))
-            wanted = _ranges(box, spec.shape)
+            wanted = box.region(spec.shape)
             for chunk in chunks:
-                both = _common(wanted, chunk.at)
+                both = intersect(wanted, chunk.at)
                 if both is None:
                     continue
                 part = target
                 for dim, ((a, b), (low, _)) in enumerate(zip(both, wanted, strict=True)):
                     part = part.narrow(dim, a - low, b - a)
-                inside = [(a - s, b - s) for (a, b), (s, _) in zip(both, chunk.at, strict=True)]
+                inside = relative(both, chunk.at)
                 self._copy(key, chunk, inside, part, (view, mapped))
 
     def tensor(self, key: str) -> "Tensor":
@@ -183,22 +182,6 @@ class Chunks:
             known = dcp_stream.find(key, chunk, spec, self._files[chunk.file])
             self._places[chunk.file, chunk.offset] = known
         return known
-
-
-def _ranges(box: tiles.Tile, shape: tuple[int, ...]) -> list[Range]:
-    if not shape:
-        return []
-    n = len(box.prefix)
-    return [
-        *((i, i + 1) for i in box.prefix),
-        (box.start, box.end),
-        *((0, m) for m in shape[n + 1 :]),
-    ]
-
-
-def _common(wanted: Sequence[Range], at: Sequence[Range]) -> list[Range] | None:
-    both = [(max(a, c), min(b, d)) for (a, b), (c, d) in zip(wanted, at, strict=True)]
-    return both if all(a < b for a, b in both) else None
 
 
 def _merged(

@@ -14,8 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streammap.engine.pullback import Range
-from streammap.engine.regions import Region
+from streammap.common.ranges import Range, Region
 from streammap.errors import PlanError
 
 if TYPE_CHECKING:
@@ -38,11 +37,11 @@ def as_dtensor(tensor: "torch.Tensor") -> "DTensor | None":
     module = sys.modules.get("torch.distributed.tensor")
     if module is None or not isinstance(tensor, module.DTensor):
         return None
-    found: DTensor = tensor
-    return found
+    dtensor: DTensor = tensor
+    return dtensor
 
 
-def held(tensor: "torch.Tensor", *, name: str) -> tuple[LocalShard, ...]:
+def local_shards(tensor: "torch.Tensor", *, name: str) -> tuple[LocalShard, ...]:
     """What this process holds of a tensor.
 
     Raises:
@@ -73,12 +72,12 @@ def held(tensor: "torch.Tensor", *, name: str) -> tuple[LocalShard, ...]:
 def cut(ranges: Ranges, n: int, rank: int, *, factor: int = 1) -> Ranges:
     """The rank-th of n parts of some ranges; or of each of `factor` parts."""
     parts = [ranges] if factor == 1 else [_chunk(ranges, factor, i) for i in range(factor)]
-    found: list[Range] = []
+    merged: list[Range] = []
     for start, end in itertools.chain(*(_chunk(part, n, rank) for part in parts)):
-        if found and found[-1][1] == start:
-            start, _ = found.pop()
-        found.append((start, end))
-    return tuple(found)
+        if merged and merged[-1][1] == start:
+            start, _ = merged.pop()
+        merged.append((start, end))
+    return tuple(merged)
 
 
 def _chunk(ranges: Ranges, n: int, i: int) -> Ranges:
@@ -86,13 +85,13 @@ def _chunk(ranges: Ranges, n: int, i: int) -> Ranges:
     total = sum(end - start for start, end in ranges)
     size = -(-total // n)
     low, high = min(i * size, total), min((i + 1) * size, total)
-    found, at = [], 0
+    chunk, offset = [], 0
     for start, end in ranges:
-        first, last = max(start, start + low - at), min(end, start + high - at)
+        first, last = max(start, start + low - offset), min(end, start + high - offset)
         if first < last:
-            found.append((first, last))
-        at += end - start
-    return tuple(found)
+            chunk.append((first, last))
+        offset += end - start
+    return tuple(chunk)
 
 
 def _shards(ranges: Sequence[Ranges]) -> Iterator[LocalShard]:
@@ -127,11 +126,11 @@ def local(tensor: "torch.Tensor") -> "torch.Tensor":
     if sharded is None:
         return tensor.detach()
     with torch.no_grad():
-        found: torch.Tensor = sharded.to_local()
-    return found.detach()
+        part: torch.Tensor = sharded.to_local()
+    return part.detach()
 
 
-def like(tensor: "DTensor", part: "torch.Tensor") -> "DTensor":
+def replace_local(tensor: "DTensor", part: "torch.Tensor") -> "DTensor":
     """A DTensor with `part` as what this process holds, over the same mesh."""
     from torch.distributed.tensor import DTensor
 

@@ -1,10 +1,9 @@
-"""A lazy checkpoint into a module, in place: each process computes what it holds, tile by tile."""
+"""Fill a module in place from a lazy checkpoint: each process computes what it holds, by tiles."""
 
 import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -12,12 +11,14 @@ from torch import Tensor, nn
 
 from streammap.common import text, torch_threads
 from streammap.common.events import Finished, Listener, Started, nobody
-from streammap.engine import devices, memory, read_ahead, regions, schedule, threads
+from streammap.common.ranges import Region
+from streammap.engine import devices, loop, memory, regions
+from streammap.engine.loop import Resources
 from streammap.engine.options import Engine
-from streammap.engine.regions import Region, RegionRead
-from streammap.engine.worker import Made
+from streammap.engine.regions import RegionRead
+from streammap.engine.schedule import Job
 from streammap.errors import PlanError, some
-from streammap.io.formats.safetensors_header import Slot
+from streammap.io.dtypes import to_torch
 from streammap.output import run
 from streammap.output.module import names as runtimenames
 from streammap.output.module import parameters
@@ -42,14 +43,14 @@ class LoadReport:
     missing: tuple[str, ...]
     """Names of the module that the checkpoint does not give."""
     unexpected: tuple[str, ...]
-    """Keys of the checkpoint that the module has no use for."""
+    """Keys of the checkpoint that nothing in the module takes."""
     on_meta: tuple[str, ...]
-    """What is on the meta device still: nobody could fill it."""
+    """Tensors still on the meta device: nothing could fill them."""
     seconds: float
     peak_nbytes: int
     """Largest resident memory of the process so far (VmHWM)."""
     planned_nbytes: int
-    """What this was to add to the process at most, beside the module itself."""
+    """What this was planned to add to the process at most, on top of the module itself."""
     n_threads: int
     promise: str
     reason: str
@@ -65,7 +66,7 @@ class LoadReport:
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How a module is to be filled."""
+    """How to fill a module."""
 
     device: torch.device | None
     dtype: torch.dtype | None
@@ -76,16 +77,16 @@ class LoadOptions:
 @final
 @dataclass(frozen=True, slots=True)
 class FillJob:
-    """A piece of a source tensor, on its way into a destination."""
+    """A piece of a source tensor, and where in the module it goes."""
 
     part: RegionRead
     piece: SourceRegion
     to: FillTarget
     at: Region
-    """The region of the destination."""
+    """The region of the target."""
 
     def out(self) -> Tensor:
-        """The region of the destination, its dimensions in the source's order."""
+        """The region of the target, its dimensions in the source's order."""
         held = self.to.out
         for dim, (start, end) in enumerate(self.at):
             held = held.narrow(dim, start, end - start)
@@ -96,7 +97,7 @@ class FillJob:
         return held.permute([axes.index(d) for d in range(len(axes))])
 
 
-def load(plan: Plan, given: nn.Module, wanted: LoadOptions, listener: Listener) -> LoadReport:
+def load(plan: Plan, module: nn.Module, options: LoadOptions, listener: Listener) -> LoadReport:
     """Fill a module with a plan's tensors.
 
     Raises:
@@ -105,42 +106,42 @@ def load(plan: Plan, given: nn.Module, wanted: LoadOptions, listener: Listener) 
         CheckpointError: a source can't be read.
     """
     started = time.perf_counter()
-    model = parameters.unwrapped(given)
+    model = parameters.unwrapped(module)
     parameters.reshard(model)
-    entries = parameters.entries(model)
-    found, missing, unexpected = _matched(plan, model, entries)
+    tensors = parameters.shared_tensors(model)
+    assemblies, missing, unexpected = _matched(plan, model, tensors)
     lost = parameters.lost_buffers(model)
-    _check(plan, entries, found, (missing, unexpected), wanted)
+    _check(plan, tensors, assemblies, (missing, unexpected), options)
     pretrained = runtimenames.pretrained_of(model)
-    if wanted.strict and pretrained is None:
+    if options.strict and pretrained is None:
         parameters.refuse_lost(list(lost))
-    destinations = _destinations(entries, found, pretrained, wanted)
-    first, again = _works(plan, entries, found, destinations)
+    targets = _targets(tensors, assemblies, pretrained, options)
+    fills, checks = _jobs(plan, tensors, assemblies, targets)
     fitted = memory.fit(
-        (work.part.form for work in first.values()),
-        budget=wanted.engine.memory_nbytes,
-        n_workers=wanted.engine.n_threads,
+        (job.part.form for job in fills.values()),
+        budget=options.engine.memory_nbytes,
+        n_workers=options.engine.n_threads,
     )
-    listener(Started(len(destinations), sum(d.nbytes for d in destinations.values())))
-    n_read = _run(first, fitted, wanted.engine, _fill, listener)
-    if again:
-        n_read += _run(again, fitted, wanted.engine, _compare, nobody)
-    for destination in destinations.values():
-        destination.finish()  # those of no elements
+    listener(Started(len(targets), sum(d.nbytes for d in targets.values())))
+    n_read = _run(fills, fitted, options.engine, _fill, listener)
+    if checks:
+        n_read += _run(checks, fitted, options.engine, _compare, nobody)
+    for target in targets.values():
+        target.finish()  # those of no elements
     for source in plan.sources:
         source.check_unchanged()
     if pretrained is not None:
         for name, other in pretrained.all_tied_weights_keys.items():
-            if name in found and found[name] is found.get(other):
-                parameters.tie(entries[name], entries[other])
-        _complete(pretrained, model, destinations, wanted)
-    if wanted.device is not None:
-        parameters.move_buffers(model, wanted.device)
+            if name in assemblies and assemblies[name] is assemblies.get(other):
+                parameters.tie(tensors[name], tensors[other])
+        _complete(pretrained, model, targets, options)
+    if options.device is not None:
+        parameters.move_buffers(model, options.device)
     listener(Finished())
     promise, reason = plan.promise
     return LoadReport(
-        n_tensors=len(destinations),
-        nbytes=sum(d.nbytes for d in destinations.values()),
+        n_tensors=len(targets),
+        nbytes=sum(d.nbytes for d in targets.values()),
         nbytes_read=n_read,
         missing=missing,
         unexpected=unexpected,
@@ -155,133 +156,133 @@ def load(plan: Plan, given: nn.Module, wanted: LoadOptions, listener: Listener) 
 
 
 def _matched(
-    plan: Plan, model: nn.Module, entries: Mapping[str, SharedTensor]
+    plan: Plan, model: nn.Module, tensors: Mapping[str, SharedTensor]
 ) -> tuple[dict[str, Assembly], tuple[str, ...], tuple[str, ...]]:
-    """What makes each name of the module; names that nothing makes; keys that make nothing."""
-    expected = {name: entry.tensor for name, entry in entries.items()}
+    """What makes each tensor of the module; names that nothing makes; keys that make nothing."""
+    expected = {name: entry.tensor for name, entry in tensors.items()}
     match = runtimenames.match(model, plan.specs, expected)
-    found = dict(match.found)
+    assemblies = dict(match.assemblies)
     pretrained = runtimenames.pretrained_of(model)
     if pretrained is not None:
-        _alias(found, pretrained.all_tied_weights_keys, expected)
-    filled = {id(entries[name]) for name in found}
-    missing = tuple(name for name, entry in entries.items() if id(entry) not in filled)
+        _alias(assemblies, pretrained.all_tied_weights_keys, expected)
+    filled = {id(tensors[name]) for name in assemblies}
+    missing = tuple(name for name, entry in tensors.items() if id(entry) not in filled)
     if pretrained is None:
-        return found, missing, match.unexpected
-    return found, *runtimenames.ignored(pretrained, missing, match.unexpected)
+        return assemblies, missing, match.unexpected
+    return assemblies, *runtimenames.ignored(pretrained, missing, match.unexpected)
 
 
 def _alias(
-    found: dict[str, Assembly], tied: Mapping[str, str], expected: Mapping[str, Tensor]
+    assemblies: dict[str, Assembly], tied: Mapping[str, str], expected: Mapping[str, Tensor]
 ) -> None:
-    """Give tied names that a checkpoint leaves out what the other name has.
+    """Give tied names that a checkpoint leaves out the tensor of the other name.
 
     FSDP makes two parameters of a tied one; the values are those of one.
     """
     for name, other in tied.items():
         if name not in expected or other not in expected:
             continue
-        if name not in found and other in found:
-            found[name] = found[other]
-        elif other not in found and name in found:
-            found[other] = found[name]
+        if name not in assemblies and other in assemblies:
+            assemblies[name] = assemblies[other]
+        elif other not in assemblies and name in assemblies:
+            assemblies[other] = assemblies[name]
 
 
 def _check(
     plan: Plan,
-    entries: Mapping[str, SharedTensor],
-    found: Mapping[str, Assembly],
+    tensors: Mapping[str, SharedTensor],
+    assemblies: Mapping[str, Assembly],
     left: tuple[tuple[str, ...], tuple[str, ...]],
-    wanted: LoadOptions,
+    options: LoadOptions,
 ) -> None:
-    """Refuse what does not fit, before anything is touched."""
+    """Refuse what does not fit, before anything is changed."""
     missing, unexpected = left
-    if wanted.strict and (missing or unexpected):
-        told = [f"{len(missing)} missing: {some(missing)}"] if missing else []
-        told += [f"{len(unexpected)} unexpected: {some(unexpected)}"] if unexpected else []
+    if options.strict and (missing or unexpected):
+        wrong_names = [f"{len(missing)} missing: {some(missing)}"] if missing else []
+        wrong_names += [f"{len(unexpected)} unexpected: {some(unexpected)}"] if unexpected else []
         raise PlanError(
-            f"the module's names are not the checkpoint's: {'; '.join(told)}",
+            f"the module's names are not the checkpoint's: {'; '.join(wrong_names)}",
             hint="is it a model of this kind, with the same head? or pass strict=False",
         )
     wrong = [
-        f"{name}: the checkpoint has {list(made.shape)}, the module {list(shape)}"
-        for name, made in found.items()
-        if made.shape != (shape := tuple(entries[name].tensor.shape))
+        f"{name}: the checkpoint has {list(assembly.shape)}, the module {list(shape)}"
+        for name, assembly in assemblies.items()
+        if assembly.shape != (shape := tuple(tensors[name].tensor.shape))
     ]
     if wrong:
         raise PlanError(
             some(wrong),
             hint="make the module from the result's config: Config.from_dict(lazy.config)",
         )
-    for name, made in found.items():
-        for piece in made.pieces:
+    for name, assembly in assemblies.items():
+        for piece in assembly.pieces:
             spec = plan.targets[piece.key].spec
-            if spec.is_float and not entries[name].tensor.is_floating_point():
+            if spec.is_float and not tensors[name].tensor.is_floating_point():
                 raise PlanError(
                     f"{name}: {spec.dtype} of the checkpoint would become "
-                    f"{entries[name].tensor.dtype}"
+                    f"{tensors[name].tensor.dtype}"
                 )
 
 
-def _destinations(
-    entries: Mapping[str, SharedTensor],
-    found: Mapping[str, Assembly],
+def _targets(
+    tensors: Mapping[str, SharedTensor],
+    assemblies: Mapping[str, Assembly],
     pretrained: Pretrained | None,
-    wanted: LoadOptions,
+    options: LoadOptions,
 ) -> dict[int, FillTarget]:
-    """Id of an entry -> how it is filled."""
+    """Id of a shared tensor -> how it is filled."""
     kept = (
         {}
-        if pretrained is None or wanted.dtype is None
-        else dict(pretrained._get_dtype_plan(wanted.dtype))
+        if pretrained is None or options.dtype is None
+        else dict(pretrained._get_dtype_plan(options.dtype))
     )
-    made: dict[int, FillTarget] = {}
-    for name in found:
-        entry = entries[name]
-        if id(entry) in made:
+    targets: dict[int, FillTarget] = {}
+    for name in assemblies:
+        entry = tensors[name]
+        if id(entry) in targets:
             continue
         dtype = None
-        if wanted.dtype is not None and entry.tensor.is_floating_point():
+        if options.dtype is not None and entry.tensor.is_floating_point():
             named = (
                 d for pattern, d in kept.items() if re.search(pattern.replace("*", ".*"), name)
             )
-            dtype = next(named, wanted.dtype)
-        made[id(entry)] = FillTarget(entry, dtype=dtype, device=wanted.device)
-    return made
+            dtype = next(named, options.dtype)
+        targets[id(entry)] = FillTarget(entry, dtype=dtype, device=options.device)
+    return targets
 
 
-def _works(
+def _jobs(
     plan: Plan,
-    entries: Mapping[str, SharedTensor],
-    found: Mapping[str, Assembly],
-    destinations: Mapping[int, FillTarget],
+    tensors: Mapping[str, SharedTensor],
+    assemblies: Mapping[str, Assembly],
+    targets: Mapping[int, FillTarget],
 ) -> tuple[dict[str, FillJob], dict[str, FillJob]]:
-    """What fills the destinations; and what must be equal to it, where a tied one has two keys."""
-    first: dict[str, FillJob] = {}
-    again: dict[str, FillJob] = {}
+    """What fills the targets; and what must equal it, if a tied tensor has two keys."""
+    fills: dict[str, FillJob] = {}
+    checks: dict[str, FillJob] = {}
     filled: dict[int, Assembly] = {}
-    for name, made in found.items():
-        entry = entries[name]
+    for name, assembly in assemblies.items():
+        entry = tensors[name]
         before = filled.get(id(entry))
-        if before is not None and _source(plan, before) == _source(plan, made):
+        if before is not None and _source(plan, before) == _source(plan, assembly):
             continue
-        filled.setdefault(id(entry), made)
-        table = first if before is None else again
-        to = destinations[id(entry)]
-        for piece in made.pieces:
+        filled.setdefault(id(entry), assembly)
+        table = fills if before is None else checks
+        to = targets[id(entry)]
+        for piece in assembly.pieces:
             for shard in to.shards:
-                work = _work(plan, piece, shard, to)
-                if work is not None:
+                job = _job(plan, piece, shard, to)
+                if job is not None:
                     key = name if name not in table else f"{name} ({len(table)})"
-                    table[key] = work
-    return first, again
+                    table[key] = job
+    return fills, checks
 
 
 def _source(plan: Plan, made: Assembly) -> object:
     return [(plan.targets[p.key], p.at, p.start, p.axes) for p in made.pieces]
 
 
-def _work(plan: Plan, piece: SourceRegion, shard: "LocalShard", to: FillTarget) -> FillJob | None:
+def _job(plan: Plan, piece: SourceRegion, shard: "LocalShard", to: FillTarget) -> FillJob | None:
     common = piece.within(shard.region)
     if common is None:
         return None
@@ -289,62 +290,69 @@ def _work(plan: Plan, piece: SourceRegion, shard: "LocalShard", to: FillTarget) 
     place = tuple(
         (held + start, held + end) for (held, _), (start, end) in zip(shard.at, at, strict=True)
     )
-    return FillJob(regions.part(plan.targets[piece.key], source), piece, to, place)
+    return FillJob(regions.region_read(plan.targets[piece.key], source), piece, to, place)
 
 
 Take = Callable[[FillJob, int, Tensor], None]
 
 
 def _run(
-    works: Mapping[str, FillJob],
+    jobs: Mapping[str, FillJob],
     fitted: memory.Memory,
     engine: Engine,
     take: Take,
     listener: Listener,
 ) -> int:
-    """Compute all works, and give each tile to `take`; gives the bytes read."""
-    from streammap.io.dtypes import to_torch
-
-    targets = {key: work.part.form for key, work in works.items()}
-    rows = {key: work.part.rows for key, work in works.items() if work.part.rows is not None}
-    slots = [(key, Slot(key, form.spec, 0)) for key, form in targets.items()]
-    choice = devices.choose(targets.values(), engine.device)
-    device = choice.device
+    """Compute all jobs, and give each tile to `take`; gives the bytes read."""
+    targets = {key: job.part.form for key, job in jobs.items()}
+    device = devices.choose(targets.values(), engine.device).device
     if device != "cpu" and engine.device == "auto":
         device = f"cuda:{torch.cuda.current_device()}"  # each process has one of its own
-
-    def write(job: schedule.Job, made: Made) -> None:
-        view = made.whole()
-        for place in job.places:
-            work = works[place.file]
-            dtype = to_torch(work.part.form.spec.dtype)
-            held = torch.frombuffer(view, dtype=dtype)
-            take(work, place.offset // dtype.itemsize, held)
-
-    sources = read_ahead.as_they_come(targets.values())
-    with torch_threads.torch_threads():
-        return threads.run(
-            schedule.bundles(targets, slots, fitted, rows=rows),
-            fitted,
-            write,
+    with torch_threads.torch_threads():  # also where all forms are copied: `take` calls kernels
+        return loop.run(
+            targets,
+            _ModuleFiller(jobs, take),
+            Resources(fitted, device, mapped=engine.reader == "mmap"),
             listener=listener,
-            mapped=engine.reader == "mmap",
-            device=device,
-            cancel=partial(read_ahead.cancel, sources),
+            rows={key: job.part.rows for key, job in jobs.items() if job.part.rows is not None},
         )
 
 
-def _fill(work: FillJob, offset: int, held: Tensor) -> None:
-    work.to.wrote(regions.put(work.part, offset, held, work.out()))
+@final
+class _ModuleFiller:
+    """The sink of a run that fills a module. Threads fill different elements: they share a lane."""
+
+    def __init__(self, jobs: Mapping[str, FillJob], take: Take) -> None:
+        self._jobs, self._take = jobs, take
+
+    def grid(self, key: str) -> None:
+        """Whole tiles: the larger a piece, the fewer calls."""
+
+    def lane(self) -> "_ModuleFiller":
+        return self
+
+    def write(self, part: Job, offset: int, piece: memoryview) -> None:
+        for place in part.places:
+            job = self._jobs[place.key]
+            dtype = to_torch(job.part.form.spec.dtype)
+            elements = torch.frombuffer(piece, dtype=dtype)
+            self._take(job, (place.offset + offset) // dtype.itemsize, elements)
+
+    def done(self, part: Job) -> None:
+        pass
 
 
-def _compare(work: FillJob, offset: int, held: Tensor) -> None:
+def _fill(job: FillJob, offset: int, elements: Tensor) -> None:
+    job.to.wrote(regions.copy_into(job.part, offset, elements, job.out()))
+
+
+def _compare(job: FillJob, offset: int, elements: Tensor) -> None:
     """Refuse a second key of a shared tensor that has other numbers."""
-    for source, target in regions.pairs(work.part, offset, held, work.out()):
-        there = source.to(dtype=target.dtype, device=target.device)
-        same = (there == target) | ((there != there) & (target != target))
+    for source, target in regions.overlaps(job.part, offset, elements, job.out()):
+        other = source.to(dtype=target.dtype, device=target.device)
+        same = (other == target) | ((other != other) & (target != target))
         if not bool(same.all()):
-            names = work.to.entry.names
+            names = job.to.entry.names
             raise PlanError(
                 f"{some(names)} are one tensor in the module, and differ in the checkpoint",
                 hint="make the module without tying: tie_word_embeddings=False in its config",
@@ -354,19 +362,19 @@ def _compare(work: FillJob, offset: int, held: Tensor) -> None:
 def _complete(
     pretrained: Pretrained,
     model: nn.Module,
-    destinations: Mapping[int, FillTarget],
-    wanted: LoadOptions,
+    targets: Mapping[int, FillTarget],
+    options: LoadOptions,
 ) -> None:
     """Give a model of transformers what no checkpoint holds, as from_pretrained does.
 
-    Only what is on the meta device: rotary frequencies, and a head that the checkpoint lacks.
+    Only tensors on the meta device: rotary frequencies, and a head that the checkpoint lacks.
     """
     left = [
         owner for owner in parameters.on_meta(model).values() if not parameters.is_sharded(owner)
     ]
     if not left:
         return
-    device = wanted.device or next((d.device for d in destinations.values()), None)
+    device = options.device or next((d.device for d in targets.values()), None)
     for owner in left:
         parameters.materialize(owner, device or torch.device("cpu"))
     made = {id(owner.tensor) for owner in left}

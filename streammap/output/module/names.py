@@ -1,8 +1,8 @@
 """Which tensors of a checkpoint make each parameter of a module, under the module's own names.
 
-A plain module has the names of its checkpoint. Models of transformers may have others on disk than
-at work: prefixes, gamma and beta, experts one by one. Its own renamings are asked, and its
-conversions are run on tensors without numbers (symbolic.py).
+A plain module has the names of its checkpoint. Models of transformers may have other names in
+memory than on disk: prefixes, gamma and beta, experts one by one. The library's own renamings are
+used, and its conversions are run on symbolic tensors (symbolic.py).
 """
 
 import copy
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """How a checkpoint's tensors and a module's fit together."""
+    """How the tensors of a checkpoint match those of a module."""
 
-    found: Mapping[str, Assembly]
+    assemblies: Mapping[str, Assembly]
     """Name in the module -> the tensors of the checkpoint that make it."""
     unexpected: tuple[str, ...]
-    """Keys that the module has no use for."""
+    """Keys that nothing in the module takes."""
 
 
 class Pretrained(Protocol):
-    """A model of transformers, as far as it is used here."""
+    """A model of transformers: the part of its interface that is used here."""
 
     base_model_prefix: str
     all_tied_weights_keys: Mapping[str, str]
@@ -47,7 +47,7 @@ class Pretrained(Protocol):
         ...
 
     def initialize_weights(self) -> None:
-        """Set what no checkpoint gave: all but tensors marked with _is_hf_initialized."""
+        """Initialise all tensors but those marked with _is_hf_initialized."""
         ...
 
     def _get_dtype_plan(self, dtype: "torch.dtype") -> "Mapping[str, torch.dtype]": ...
@@ -84,12 +84,14 @@ def match(
     pretrained = pretrained_of(model)
     if pretrained is not None:
         return _converted(pretrained, specs, expected)
-    found = {key: symbolic.whole(key, spec.shape) for key, spec in specs.items() if key in expected}
-    return Match(found, tuple(key for key in specs if key not in expected))
+    assemblies = {
+        key: symbolic.whole(key, spec.shape) for key, spec in specs.items() if key in expected
+    }
+    return Match(assemblies, tuple(key for key in specs if key not in expected))
 
 
 def pretrained_of(model: "torch.nn.Module") -> Pretrained | None:
-    """The model as one of transformers, where it is."""
+    """The model, if it is one of transformers."""
     library = sys.modules.get("transformers.modeling_utils")
     if library is None or not isinstance(model, library.PreTrainedModel):
         return None
@@ -99,7 +101,7 @@ def pretrained_of(model: "torch.nn.Module") -> Pretrained | None:
 def ignored(
     model: Pretrained, missing: Iterable[str], unexpected: Iterable[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What is missing and unexpected but for the names that the model's class does without."""
+    """Missing and unexpected names, without those that the model's class ignores."""
     extra = [
         pattern
         for ending, pattern in (
@@ -125,23 +127,23 @@ def _converted(
 ) -> Match:
     names = _Names(model, expected)
     waiting: dict[str, tuple[_Transform, list[str]]] = {}
-    found: dict[str, Assembly] = {}
+    assemblies: dict[str, Assembly] = {}
     unexpected: list[str] = []
     for key in sorted(specs, key=names.order):
         name, pattern, converter = names.renamed(key)
         if name not in expected:
             unexpected.append(key)
         elif converter is None:
-            found.setdefault(name, symbolic.whole(key, specs[key].shape))
+            assemblies.setdefault(name, symbolic.whole(key, specs[key].shape))
         else:
             made, sources = waiting.setdefault(name, (copy.deepcopy(converter), []))
             made.add_tensor(name, key, pattern, symbolic.whole(key, specs[key].shape))
             sources.append(key)
     for name, (converter, sources) in waiting.items():
-        found |= _moved(model, name, converter, sources)
+        assemblies |= _moved(model, name, converter, sources)
     # As from_pretrained does, so that save_pretrained writes the names that were read.
     model._weight_conversions = [made for made in names.transforms if made.was_used()]
-    return Match(found, tuple(unexpected))
+    return Match(assemblies, tuple(unexpected))
 
 
 @final
@@ -160,7 +162,7 @@ class _Names:
         self._known = {p: t for t in self._converters for p in t.source_patterns}
 
     def renamed(self, key: str) -> tuple[str, str, _Transform | None]:
-        """Name in the module, and the conversion with the pattern that it goes by."""
+        """Name in the module, and the pattern and conversion that apply."""
         where = (self._prefix, self._expected)
         name, pattern = self._rename(key, self._renamings, self._converters, *where)
         if name not in self._expected and key in self._expected:
@@ -171,7 +173,7 @@ class _Names:
 def _moved(
     model: Pretrained, name: str, converter: _Transform, sources: list[str]
 ) -> dict[str, Assembly]:
-    """What a conversion makes of its sources: one parameter, or several of one tensor."""
+    """What a conversion makes of its sources: one parameter or several."""
     try:
         made = converter.convert(name, model=model, config=model.config)
     except (UnmovedError, AttributeError, TypeError, ValueError) as error:
@@ -179,7 +181,7 @@ def _moved(
             f"{name}: transformers makes it of {sources[0]} by more than moving numbers: {error}",
             hint="save the result and use from_pretrained",
         ) from error
-    found: dict[str, Assembly] = {}
+    assemblies: dict[str, Assembly] = {}
     for key, value in made.items():
         one = value[0] if isinstance(value, list) else value
         if not isinstance(one, Assembly):
@@ -187,5 +189,5 @@ def _moved(
                 f"{name}: transformers makes {type(one).__name__} of {sources[0]}",
                 hint="save the result and use from_pretrained",
             )
-        found[key] = one
-    return found
+        assemblies[key] = one
+    return assemblies

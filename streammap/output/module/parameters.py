@@ -21,30 +21,30 @@ from streammap.output.module.dtensor import LocalShard
 
 @dataclass(frozen=True, slots=True)
 class TensorSlot:
-    """A module that has a tensor, and by which attribute."""
+    """Where a module holds a tensor."""
 
     module: nn.Module
     attribute: str
     is_parameter: bool
 
     def put(self, tensor: Tensor) -> None:
-        """Let it have another tensor."""
+        """Put another tensor there."""
         # Past nn.Module.__setattr__, which takes no tensor for a parameter, and FSDP's.
         tables: tuple[dict[str, Any], ...] = (self.module._parameters, self.module._buffers)
         tables[0 if self.is_parameter else 1][self.attribute] = tensor
 
     @property
     def tensor(self) -> Tensor:
-        """What it has."""
+        """The tensor that is there."""
         table = self.module._parameters if self.is_parameter else self.module._buffers
-        found = table[self.attribute]
-        assert found is not None
-        return found
+        tensor = table[self.attribute]
+        assert tensor is not None
+        return tensor
 
 
 @dataclass(eq=False, slots=True)
 class SharedTensor:
-    """A tensor of a module."""
+    """A tensor of a module, which several of its modules may share."""
 
     tensor: Tensor
     names: list[str] = field(default_factory=list)
@@ -83,13 +83,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def entries(model: nn.Module) -> dict[str, SharedTensor]:
-    """Name -> entry, for all parameters and persistent buffers.
+def shared_tensors(model: nn.Module) -> dict[str, SharedTensor]:
+    """Name -> tensor, for all parameters and persistent buffers.
 
     Raises:
         PlanError: FSDP1, whose parameters are flat.
     """
-    found: dict[str, SharedTensor] = {}
+    entries: dict[str, SharedTensor] = {}
     known: dict[int, SharedTensor] = {}
     for name, owner, tensor, is_persistent in _tensors(model):
         if not is_persistent:
@@ -105,14 +105,14 @@ def entries(model: nn.Module) -> dict[str, SharedTensor]:
             o.module is owner.module and o.attribute == owner.attribute for o in entry.owners
         ):
             entry.owners.append(owner)
-        found[name] = entry
-    return found
+        entries[name] = entry
+    return entries
 
 
 def tie(entry: SharedTensor, other: SharedTensor) -> None:
-    """Let two entries be one tensor again: `to_empty` parts what is tied.
+    """Make two tensors one again: `to_empty` separates tied ones.
 
-    Under FSDP they stay two, each with the numbers of both.
+    Under FSDP they stay two, with equal numbers.
     """
     sharded = (dtensor.as_dtensor(e.tensor) is not None for e in (entry, other))
     if entry is not other and not any(sharded):
@@ -130,24 +130,24 @@ def lost_buffers(model: nn.Module) -> dict[str, TensorSlot]:
 
 
 def on_meta(model: nn.Module) -> dict[str, TensorSlot]:
-    """What has no memory."""
+    """Tensors without memory."""
     return {name: owner for name, owner, tensor, _ in _tensors(model) if tensor.is_meta}
 
 
 def is_sharded(owner: TensorSlot) -> bool:
-    """Whether an owner's tensor is a DTensor."""
+    """Whether the tensor is a DTensor."""
     return dtensor.as_dtensor(owner.tensor) is not None
 
 
 def materialize(owner: TensorSlot, device: torch.device) -> None:
-    """Give an owner's tensor memory, with anything in it."""
+    """Give a tensor memory, uninitialised."""
     tensor = owner.tensor
     if tensor.is_meta:  # not yet, by another owner
         SharedTensor(tensor, owners=[owner]).replace(torch.empty_like(tensor, device=device))
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
-    """Move the buffers that no checkpoint holds to where all else is."""
+    """Move the buffers that no checkpoint holds to the device of everything else."""
     for _, owner, tensor, is_persistent in _tensors(model):
         if not is_persistent and not tensor.is_meta and not _is_same(tensor.device, device):
             owner.module._buffers[owner.attribute] = tensor.to(device)
@@ -168,7 +168,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, TensorSlot, Tensor, bool]]
 
 
 def reshard(model: nn.Module) -> None:
-    """Let FSDP2 put the shards in the place of parameters that a forward pass gathered."""
+    """Make FSDP2 reshard parameters that a forward pass gathered."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", None)
     if kind is None:
@@ -180,12 +180,12 @@ def reshard(model: nn.Module) -> None:
 
 @final
 class FillTarget:
-    """An entry while it is filled. Several threads may fill it."""
+    """A tensor of a module while it is filled. Several threads may fill it."""
 
     def __init__(
         self, entry: SharedTensor, *, dtype: torch.dtype | None, device: torch.device | None
     ) -> None:
-        """Its memory is taken when it is first asked for.
+        """Memory is allocated when `out` is first used.
 
         Args:
             dtype: What it becomes; None keeps it.
@@ -198,7 +198,7 @@ class FillTarget:
         now = dtensor.local(entry.tensor)
         self.dtype = dtype or now.dtype
         self.device = device or (_device_of(entry.tensor) if now.is_meta else now.device)
-        self.shards: tuple[LocalShard, ...] = dtensor.held(entry.tensor, name=entry.name)
+        self.shards: tuple[LocalShard, ...] = dtensor.local_shards(entry.tensor, name=entry.name)
         stays = now.dtype == self.dtype and _is_same(now.device, self.device)
         if not stays and not now.is_meta and dtensor.as_dtensor(entry.tensor) is not None:
             raise PlanError(
@@ -215,7 +215,7 @@ class FillTarget:
 
     @property
     def out(self) -> Tensor:
-        """What this process holds, to be written to."""
+        """What this process holds of the tensor, to be written to."""
         with self._lock:
             if self._out is None:
                 now = dtensor.local(self.entry.tensor)
@@ -226,7 +226,7 @@ class FillTarget:
             return self._out
 
     def wrote(self, n: int) -> None:
-        """Count elements; with the last ones the tensor is put in its place."""
+        """Count elements; the last ones put the tensor in its place."""
         with self._lock:
             self._left -= n
             is_whole = not self._left
@@ -234,17 +234,17 @@ class FillTarget:
             self.finish()
 
     def finish(self) -> None:
-        """Put what was filled in its place, if it isn't there already."""
+        """Put what was filled in its place, unless it was filled there."""
         out = self.out
         if self._stays:
             return
         self._stays = True
         sharded = dtensor.as_dtensor(self.entry.tensor)
-        self.entry.replace(out if sharded is None else dtensor.like(sharded, out))
+        self.entry.replace(out if sharded is None else dtensor.replace_local(sharded, out))
 
 
 def _device_of(tensor: Tensor) -> torch.device:
-    """Where a meta tensor is to be: with its mesh, or on the processor."""
+    """Where a meta tensor goes: to the device of its mesh, or the processor."""
     sharded = dtensor.as_dtensor(tensor)
     kind = "cpu" if sharded is None else sharded.device_mesh.device_type
     index = torch.cuda.current_device() if kind == "cuda" else None
@@ -257,7 +257,7 @@ def _is_same(a: torch.device, b: torch.device) -> bool:
 
 
 def refuse_lost(names: list[str]) -> None:
-    """Say which buffers nobody could fill.
+    """Refuse buffers that nothing could fill.
 
     Raises:
         PlanError: there are some.

@@ -1,8 +1,8 @@
-"""Tensors without numbers, that know which part of which source tensor each of their parts is.
+"""Symbolic tensors, which only know which part of which source tensor each of their parts is.
 
-transformers stacks, joins, cuts and turns tensors as it loads some models. Those functions of torch
-are run here on tensors that only keep places; what they give says how to fill a parameter from its
-sources, region by region. A function that does more than move numbers is refused.
+transformers stacks, concatenates, splits and transposes tensors as it loads some models. Here these
+torch functions run on symbolic tensors; the result says how to fill a parameter from its sources,
+region by region. A function that does more than move numbers is refused.
 
     torch.cat([a, b], dim=1)    pieces of `a` where they were, those of `b` behind them
 """
@@ -11,19 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar, final
 
-from streammap.engine.pullback import Range
-from streammap.engine.regions import Region
+from streammap.common.ranges import Range, Region
 
 _Item = TypeVar("_Item")
 
 
 class UnmovedError(Exception):
-    """A function that is no matter of places; its message names it."""
+    """A function that does more than move numbers; the message names it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceRegion:
-    """A region of a source tensor, and where it is in the whole."""
+    """A region of a source tensor, and where it is in the assembled one."""
 
     key: str
     at: Region
@@ -76,16 +75,16 @@ class Assembly:
         raise UnmovedError(f"Tensor.{name}")
 
     def __getitem__(self, index: object) -> "Assembly":
-        found, dim = self, 0
+        part, dim = self, 0
         for given in index if isinstance(index, tuple) else (index,):
             if isinstance(given, int):
-                found = found.narrow(dim, given, given + 1).squeeze(dim)
+                part = part.narrow(dim, given, given + 1).squeeze(dim)
                 continue
             if not isinstance(given, slice) or given.step not in (None, 1):
                 raise UnmovedError(f"indexing with {given!r}")
-            start, end, _ = given.indices(found.shape[dim])
-            found, dim = found.narrow(dim, start, max(start, end)), dim + 1
-        return found
+            start, end, _ = given.indices(part.shape[dim])
+            part, dim = part.narrow(dim, start, max(start, end)), dim + 1
+        return part
 
     @property
     def ndim(self) -> int:
@@ -110,9 +109,9 @@ class Assembly:
         whole[dim] = (start, end)
         pieces = []
         for piece in self.pieces:
-            found = piece.within(tuple(whole))
-            if found is not None:
-                at, source = found
+            common = piece.within(tuple(whole))
+            if common is not None:
+                at, source = common
                 pieces.append(SourceRegion(piece.key, at, tuple(a for a, _ in source), piece.axes))
         shape = (*self.shape[:dim], end - start, *self.shape[dim + 1 :])
         return Assembly(shape, tuple(pieces))
@@ -128,7 +127,7 @@ class Assembly:
         return Assembly(_less(self.shape, dim), tuple(pieces))
 
     def transpose(self, dim0: int, dim1: int) -> "Assembly":
-        """Two dimensions changed for one another."""
+        """Two dimensions swapped."""
         order = list(range(len(self.shape)))
         order[dim0], order[dim1] = order[dim1], order[dim0]
         pieces = [
@@ -195,14 +194,14 @@ def _split(part: Assembly, sizes: int | Sequence[int], dim: int = 0) -> tuple[As
     dim %= len(part.shape)
     n = part.shape[dim]
     if isinstance(sizes, int):
-        sizes = [min(sizes, n - at) for at in range(0, n, sizes)]
+        sizes = [min(sizes, n - start) for start in range(0, n, sizes)]
     if sum(sizes) != n:
         raise UnmovedError(f"torch.split of {n} units into {list(sizes)}")
-    found, at = [], 0
+    parts, start = [], 0
     for size in sizes:
-        found.append(part.narrow(dim, at, at + size))
-        at += size
-    return tuple(found)
+        parts.append(part.narrow(dim, start, start + size))
+        start += size
+    return tuple(parts)
 
 
 def _unbind(part: Assembly, dim: int = 0) -> tuple[Assembly, ...]:

@@ -23,6 +23,7 @@ from streammap.architectures import axis_sizes as axes
 from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
 from streammap.common.ranks import ALONE, Ranks
+from streammap.common.units import parse_size
 from streammap.engine.options import Engine
 from streammap.errors import PlanError
 from streammap.io.json_files import read_config
@@ -33,7 +34,6 @@ from streammap.operators.interpolate import Interpolate
 from streammap.operators.kinds import AxisSizes
 from streammap.operators.resize import Coalesce, Decoalesce, Direction
 from streammap.operators.resize_plan import fitting_level
-from streammap.output import layout
 from streammap.output import run as executor
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report
@@ -135,7 +135,7 @@ class _Mapper:
         place = self._output
         if place.exists() and place.samefile(self._source.plan.sources[0].path):
             raise PlanError(f"{place}: is the source itself", hint="save to another folder")
-        size = layout.parse_size(max_shard_size)
+        size = parse_size(max_shard_size)
         where = OutputOptions(
             place,
             size,

@@ -1,0 +1,31 @@
+"""Sizes as people write them: "5GB", "256MiB"."""
+
+import re
+from fractions import Fraction
+
+from streammap.errors import OutputError
+
+_MAX_NBYTES = 2**63 - 1
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "5GB" (10^9), "256MiB" (2^20) or a plain number.
+
+    Raises:
+        OutputError: not a size.
+    """
+    if isinstance(text, int):
+        nbytes = text
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+        if match is None or (match[3] and not match[2]):
+            raise OutputError(f"size {text!r}: expected one such as 5GB, 500MB or 256MiB")
+        units = _BINARY_UNITS if match[3] else _UNITS
+        nbytes = int(Fraction(match[1]) * units[match[2].upper()])
+    if nbytes > _MAX_NBYTES:
+        raise OutputError(f"size {str(text)[:40]!r}: expected one such as 5GB, 500MB or 256MiB")
+    if nbytes < 1:
+        raise OutputError(f"size {text!r}: expected more than nothing")
+    return nbytes
