@@ -20,7 +20,7 @@ from streammap.io.weight_files import INDEXES, is_weights
 
 @dataclass(frozen=True, slots=True)
 class SavedRecord:
-    """What a result's record says of its files; empty where there is none."""
+    """What a result's record says about its files; empty if there is no record."""
 
     content: Mapping[str, object]
     files: Mapping[str, int] = field(default_factory=dict)
@@ -38,19 +38,19 @@ class SavedRecord:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What is there."""
+    """A checkpoint with its problems."""
 
     checkpoint: Checkpoint
     findings: tuple[Finding, ...]
     n_unread: int
-    """Files that could not be read: their tensors are not missing, but unknown."""
+    """How many files could not be read: their tensors are unknown, not missing."""
 
 
 def read_record(path: Path) -> SavedRecord:
-    """The record at `path`; an empty one where there is none.
+    """The record at `path`; an empty one if there is none.
 
     Raises:
-        CheckpointError: it is no record.
+        CheckpointError: not a record.
     """
     if not path.is_file():
         return SavedRecord({})
@@ -70,10 +70,10 @@ def read_record(path: Path) -> SavedRecord:
 
 
 def survey(path: Path, record: SavedRecord) -> Survey:
-    """Read what is there, and list what is wrong with it.
+    """Open a checkpoint and list its problems.
 
     Raises:
-        CheckpointError: nothing is there.
+        CheckpointError: it does not exist.
     """
     if not path.exists():
         raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
@@ -96,7 +96,7 @@ def survey(path: Path, record: SavedRecord) -> Survey:
 
 
 def _survey_chunked(path: Path, record: SavedRecord) -> Survey:
-    """A folder of torch.distributed.checkpoint: it can be read by its metadata, or not at all."""
+    """A torch.distributed.checkpoint folder: without its metadata, nothing can be read."""
     try:
         checkpoint = open_checkpoint(path)
     except CheckpointError as error:
@@ -112,7 +112,7 @@ def _survey_chunked(path: Path, record: SavedRecord) -> Survey:
 def _names(
     storage: Storage, record: SavedRecord, problems: Problems
 ) -> tuple[list[str], Mapping[str, str] | None]:
-    """The files that belong to it by its record and its index, and the index."""
+    """The weight files, by the record and the index, and the index."""
     if storage.file is not None:
         return [storage.file], None
     index = next((name for name in INDEXES if storage.has(name)), None)
@@ -158,7 +158,7 @@ def _sizes(folder: Path, names: Iterable[str], record: SavedRecord) -> Iterator[
 
 
 def _beside(folder: Path, record: SavedRecord) -> Iterator[Finding]:
-    """config.json, tokenizer and the like: they may be edited, and must be there."""
+    """Side files: config.json, tokenizer and the like may be edited, but must exist."""
     for name, expected in record.files.items():
         if is_weights(Path(name).name):
             continue

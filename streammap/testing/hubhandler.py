@@ -102,9 +102,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def _route(self, method: str, path: str, body: bytes) -> None:
         for known, pattern, name in _ROUTES:
-            found = re.fullmatch(pattern, path)
-            if found and method in known:
-                parts = {key: unquote(value) for key, value in found.groupdict().items()}
+            match = re.fullmatch(pattern, path)
+            if match and method in known:
+                parts = {key: unquote(value) for key, value in match.groupdict().items()}
                 getattr(self, name)(body=body, **parts)
                 return
         raise RefusedError(404, "", f"no such page: {method} {path}")
@@ -159,12 +159,12 @@ class Handler(BaseHTTPRequestHandler):
         files = repo.commits[self._commit(repo, rev)]
         prefix = f"{path}/" if path else ""
         deep = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
-        found = [
+        entries = [
             blob.entry(name)
             for name, blob in files.items()
             if name.startswith(prefix) and (deep or "/" not in name[len(prefix) :])
         ]
-        self._json(found)
+        self._json(entries)
 
     def refs(self, *, body: bytes, id: str) -> None:
         """Branches."""
@@ -221,10 +221,10 @@ class Handler(BaseHTTPRequestHandler):
             if start >= blob.nbytes:
                 size = {"Content-Range": f"bytes */{blob.nbytes}"}
                 raise RefusedError(416, "", "Range Not Satisfiable", **size)
-        found = {**headers, "ETag": f'"{faults.etag or blob.etag}"', "Accept-Ranges": "bytes"}
+        fields = {**headers, "ETag": f'"{faults.etag or blob.etag}"', "Accept-Ranges": "bytes"}
         if status == 206:
-            found["Content-Range"] = f"bytes {start}-{end - 1}/{blob.nbytes}"
-        self._head(status, end - start, found)
+            fields["Content-Range"] = f"bytes {start}-{end - 1}/{blob.nbytes}"
+        self._head(status, end - start, fields)
         if self.command == "HEAD":
             return
         with self.hub.ledger.lock:
@@ -285,8 +285,8 @@ class Handler(BaseHTTPRequestHandler):
             apart = file["size"] > hubrepos.LFS_NBYTES or name.endswith(hubrepos.LFS_SUFFIXES)
             there = repo.files(rev).get(name)
             mode = "lfs" if apart else "regular"
-            found = {"path": name, "uploadMode": mode, "shouldIgnore": False}
-            files.append(found if there is None else {**found, "oid": there.etag})
+            entry = {"path": name, "uploadMode": mode, "shouldIgnore": False}
+            files.append(entry if there is None else {**entry, "oid": there.etag})
         self._json({"files": files})
 
     def batch(self, *, body: bytes, id: str) -> None:
@@ -308,10 +308,10 @@ class Handler(BaseHTTPRequestHandler):
             ledger.n_uploads += 1
             if most is not None and ledger.n_uploads > most:
                 raise RefusedError(403, "", "Forbidden")
-        found = hubrepos.blob("sent.bin", body)
-        if found.sha256 != oid:
-            raise RefusedError(400, "", f"expected {oid}, got {found.sha256}")
-        self.hub.repos[id].uploaded[oid] = found
+        stored = hubrepos.blob("sent.bin", body)
+        if stored.sha256 != oid:
+            raise RefusedError(400, "", f"expected {oid}, got {stored.sha256}")
+        self.hub.repos[id].uploaded[oid] = stored
         self._send(200, b"", {})
 
     def commit(self, *, body: bytes, id: str, rev: str) -> None:

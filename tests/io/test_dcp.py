@@ -90,6 +90,7 @@ def test_what_torch_saved_is_read(tmp_path: Path, nest: str | None) -> None:
     for key, x in state.items():
         assert _same(lazy.read(key), x.contiguous()), key
     (source,) = lazy.plan.sources
+    assert all(_same(source.tensor(key), x.contiguous()) for key, x in state.items())
     assert source.nest == nest
     beside = {None: {"optim", "step"}, "model": {"optim", "step"}, "state_dict": {"step"}}
     assert set(source.others) == beside.get(nest, set())

@@ -170,10 +170,10 @@ class Chunks:
 
     def _scratch(self) -> Buffer:
         """This thread's buffer."""
-        found: Buffer | None = vars(self._local).get("scratch")
-        if found is None:
-            found = self._local.scratch = Buffer(_SCRATCH_NBYTES)
-        return found
+        scratch: Buffer | None = vars(self._local).get("scratch")
+        if scratch is None:
+            scratch = self._local.scratch = Buffer(_SCRATCH_NBYTES)
+        return scratch
 
     def _place(self, key: str, chunk: Chunk) -> ChunkLocation:
         known = self._places.get((chunk.file, chunk.offset))

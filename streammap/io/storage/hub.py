@@ -146,12 +146,12 @@ class HubStorage:
         name = self._name
 
         def ask() -> _Listing:
-            found = api.model_info(name.repo, revision=name.revision, files_metadata=True)
+            info = api.model_info(name.repo, revision=name.revision, files_metadata=True)
             files = {}
-            for sibling in found.siblings or ():
+            for sibling in info.siblings or ():
                 version = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
                 files[sibling.rfilename] = Stat(sibling.size or 0, 0, version or "")
-            return _Listing(found.sha or name.revision, files)
+            return _Listing(info.sha or name.revision, files)
 
         return self._asked(ask)
 
@@ -162,9 +162,9 @@ class HubStorage:
             if self._name.given.startswith("hf://"):
                 raise
             message = f"{self._name.given}: no folder of that name here; as a model of the Hub: "
-            told = error.message.removeprefix(f"{self._name.repo}: ")
-            told = told.removeprefix(f"{self._name.given}: ")
-            raise CheckpointError(message + told, hint=error.hint) from error.__cause__
+            reason = error.message.removeprefix(f"{self._name.repo}: ")
+            reason = reason.removeprefix(f"{self._name.given}: ")
+            raise CheckpointError(message + reason, hint=error.hint) from error.__cause__
 
     def _cached_listing(self) -> _Listing:
         """The files of the revision that are in the cache."""

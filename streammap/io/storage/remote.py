@@ -128,15 +128,15 @@ class RemoteStorage:
         try:
             alone = {} if self.file is None else {self._root: self._fs.info(self._root)}
             try:
-                found = self._fs.find(self._folder, maxdepth=_MAX_DEPTH, detail=True)
+                listed = self._fs.find(self._folder, maxdepth=_MAX_DEPTH, detail=True)
             except Exception:
                 if not alone:
                     raise
-                found = {}  # a file may be readable where its folder can't be listed
+                listed = {}  # a file may be readable where its folder can't be listed
         except Exception as error:
             raise explained(self._url, error) from error
         base = len(self._folder.rstrip("/"))
-        return {str(path)[base:].lstrip("/"): info for path, info in {**found, **alone}.items()}
+        return {str(path)[base:].lstrip("/"): info for path, info in {**listed, **alone}.items()}
 
     @property
     def name(self) -> str:

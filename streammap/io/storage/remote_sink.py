@@ -48,11 +48,11 @@ class RemoteSink:
         def ask() -> Mapping[str, str]:
             self._fs.invalidate_cache()
             try:
-                found = self._fs.find(self._folder, detail=True)
+                infos = self._fs.find(self._folder, detail=True)
             except FileNotFoundError:
                 return {}
             base = len(self._folder.rstrip("/"))
-            return {str(path)[base:].lstrip("/"): _version(info) for path, info in found.items()}
+            return {str(path)[base:].lstrip("/"): _version(info) for path, info in infos.items()}
 
         return self._patiently(ask, self.label)
 
