@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from streammap.errors import CheckpointError
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
+from streammap.io.formats.safetensors_header import Slot
 from tests.support import tiny
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -375,3 +376,20 @@ def test_a_mutated_header_is_read_or_refused(data: st.DataObject) -> None:
     except CheckpointError:
         return
     assert all(slot.end <= len(content) for slot in slots)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides", "nbytes"),
+    [
+        ((2, 3), None, 24),
+        ((2, 3), (1, 2), 24),
+        ((2, 3), (10, 1), 52),
+        ((4, 3), (0, 0), 4),
+        ((0, 3), (1, 1), 0),
+        ((), (), 4),
+    ],
+)
+def test_a_slot_ends_where_its_last_element_does(
+    shape: tuple[int, ...], strides: tuple[int, ...] | None, nbytes: int
+) -> None:
+    assert Slot("a", TensorSpec("F32", shape), 10, strides).end == 10 + nbytes
