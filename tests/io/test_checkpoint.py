@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import pickle
 import subprocess
@@ -707,3 +708,18 @@ def test_an_unknown_architecture_is_no_hindrance_until_it_is_asked_for(tmp_path:
     tiny.assert_same(dict(found.tensors()), STATE)
     with pytest.raises(ArchitectureError, match="do not tell the architecture"):
         _ = found.sizes
+
+
+@given(st.permutations(range(3)), st.lists(st.integers(1, 40), min_size=3, max_size=3), st.data())
+def test_any_bytes_of_a_strided_tensor_are_read_row_by_row(
+    scratch: Path, order: list[int], shape: list[int], data: st.DataObject
+) -> None:
+    x = torch.arange(float(math.prod(shape))).view(shape).permute(order)
+    torch.save({"x": x}, scratch / "x.pth")
+    opened = open_checkpoint(scratch / "x.pth")
+    start, end = sorted(data.draw(st.integers(0, x.numel())) for _ in range(2))
+    room = memoryview(bytearray((end - start) * 4))
+    if room:
+        opened.read_into("x", start * 4, room, mapped=data.draw(st.booleans()))
+    assert bytes(room) == tiny.bits(x.contiguous())[start * 4 : end * 4]
+    opened.close()
