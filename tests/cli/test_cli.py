@@ -194,7 +194,7 @@ def test_usage_errors_exit_with_2(big: Path) -> None:
         (("--scheme", "schemes/L6-H6.json"), "is out of range, the large model has 4"),
         (("--scheme", "nowhere.json"), "nowhere.json: No such file"),
         (("--map", "nowhere.safetensors"), "no such map file"),
-        (("--width", 2, "--config", "nowhere.json"), "nowhere.json: No such file"),
+        (("--width", 2, "--config", "nowhere.json"), "nowhere.json: no such folder or file"),
         (("--width", 2, "--arch", "strange"), "no architecture 'strange'"),
         (("--width", 2, "--max-shard-size", "5 apples"), "size '5 apples'"),
     ],
