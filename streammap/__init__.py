@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         interpolate,
         load_into,
         open,
+        open_request,
         permute,
     )
     from streammap.common.ranks import Ranks
@@ -57,6 +58,7 @@ __all__ = [
     "interpolate",
     "load_into",
     "open",
+    "open_request",
     "permute",
     "progress",
     "verify",
@@ -72,6 +74,7 @@ _HOMES = {
         "interpolate",
         "load_into",
         "open",
+        "open_request",
         "permute",
     ),
     "output.module.load": ("LoadReport",),

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
     from streammap.output.module.load import LoadReport
+    from streammap.planning.request import Moved
 
 P = ParamSpec("P")
 
@@ -259,6 +260,35 @@ def open(
     with garbage.paused():
         plan = registry.open_source(source, config=config, arch=arch, stream=stream)
     return LazyCheckpoint(plan)
+
+
+def open_request(
+    request: PathLike | Mapping[str, object], *, sources: "Moved" = None
+) -> LazyCheckpoint:
+    """The checkpoint that a request tells of, planned.
+
+        open_request("small/streammap.json")                    # as it was recorded
+        open_request("small", sources={"/old/big": "/big"})     # its source has moved
+        open_request({"operator": "coalesce", "width": 2,
+                      "source": {"operator": "open", "path": "big"}})
+
+    Args:
+        request: The tree (see operators/request_json.py), a file with it, a result's streammap.json
+            or the result itself.
+        sources: Recorded path -> where that source is now; or where the only source is now.
+
+    Raises:
+        StreammapError: not a request, a source that is not there, an option that makes no sense.
+    """
+    from streammap.operators import request_json
+    from streammap.output import record
+    from streammap.planning import request as requests
+
+    with garbage.paused():
+        tree, maps = record.saved_request(request)
+        call = request_json.parse(tree)
+        moved = requests.moved(call, sources)
+        return LazyCheckpoint(registry.build(call, moved=moved, known=maps))
 
 
 def load_into(

@@ -34,7 +34,6 @@ from streammap.io.storage import disk
 from streammap.output import side_files
 from streammap.output.files import Output
 from streammap.planning import map_file, scheme
-from streammap.tools import replay
 from tests.architectures.test_labels import cases
 from tests.support import tiny, typed
 
@@ -581,7 +580,7 @@ def test_a_record_names_files_that_can_be(source: Path) -> None:
         told = [str(finding) for finding in verification.verify(source).findings]
         assert any("no name of a file of this folder" in one for one in told)
         with pytest.raises(StreammapError, match="File name too long"):
-            replay.open(source)
+            streammap.open_request(source)
     with pytest.raises(ArchitectureError, match="no architecture"):
         _ = streammap.open(source, arch="z" * 3000).plan.model
 

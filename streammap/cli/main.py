@@ -163,10 +163,10 @@ def apply(request: str, sources: tuple[str, ...], **options: Any) -> None:
 
     REQUEST is a JSON file, a result's streammap.json, or a result.
     """
+    from streammap import api
     from streammap.cli.operators import save
-    from streammap.tools import replay
 
-    save(replay.open(request, sources=moved_of(sources)), "apply", options)
+    save(api.open_request(request, sources=moved_of(sources)), "apply", options)
 
 
 @main.group(cls=_Plans, examples=("plan coalesce bert-base-uncased/ --width 2 --depth 2",))

@@ -16,10 +16,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from streammap.common.version import VERSION
-from streammap.errors import ArchitectureError, CheckpointError
+from streammap.errors import ArchitectureError, CheckpointError, PlanError
 from streammap.io import filenames
+from streammap.io.json_files import read_json
+from streammap.io.storage.local import LocalStorage
+from streammap.io.storage.resolve import PathLike
 from streammap.operators import request_json
 from streammap.output import fingerprint, side_files
+from streammap.planning import map_file
+from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import FORMAT, Plan
 
 NAME = filenames.RECORD
@@ -40,6 +45,39 @@ def path_beside(file: Path) -> Path:
 def path_of(output: Path) -> Path:
     """Where the record of a result is: in a folder, beside a file."""
     return output / NAME if output.is_dir() else path_beside(output)
+
+
+def saved_request(
+    source: PathLike | Mapping[str, object],
+) -> tuple[object, tuple[MapLevel, ...]]:
+    """The request of a result, of its record, or of a file or table with a request alone.
+
+    Returns:
+        The request as JSON, and the maps saved beside it, which it may name by their digests.
+
+    Raises:
+        PlanError: a record without a request.
+        CheckpointError: a file that can't be read.
+    """
+    if isinstance(source, Mapping):
+        return _request_in(source, "request"), ()
+    path = Path(source)
+    is_result = path.is_dir() or path.suffix != ".json"
+    file = path_of(path) if is_result else path
+    near = path if is_result else path.parent
+    maps = map_file.find(LocalStorage(near)) if near.exists() else ()
+    return _request_in(read_json(file), str(file)), maps
+
+
+def _request_in(content: Mapping[str, object], where: str) -> object:
+    if "operator" in content:
+        return content
+    if content.get("request") is None:
+        raise PlanError(
+            f"{where}: does not say how to make it again",
+            hint="it was written by an older version, or by other means than streammap's calls",
+        )
+    return content["request"]
 
 
 def encode(

@@ -1,13 +1,12 @@
 """A plan: a checkpoint that has not been written.
 
-It holds, for each key of the result, the Form that computes it, and beside that the config.json,
-the side files, what was done (`steps`) and what that promises. Its tensors can be read like those
-of a checkpoint, so operators take plans and give plans, and a chain of them is one plan.
+It holds, for each key of the result, the LinearForm that computes it, and beside that config.json,
+the side files, what was done (`steps`) and what that guarantees. It is data: the engine reads its
+tensors. Operators take plans and give plans, and a chain of them is one plan.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Literal, final
 
 from streammap.errors import some
@@ -44,7 +43,28 @@ class Step:
 
 
 @final
-@dataclass(frozen=True, eq=False)
+class Resolved:
+    """Models of a plan and of those made from it: each is resolved once, whatever was copied."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[object, object, str | None, Model]] = []
+
+    def of(self, plan: "Plan") -> "Model":
+        """The model of a plan."""
+        for targets, config, architecture, model in self._kept:
+            # By identity: plans are copied with other records, and rarely with other tensors.
+            is_same = targets is plan.targets and config is plan.config
+            if is_same and architecture == plan.architecture:
+                return model
+        from streammap.architectures import model as models
+
+        model = models.resolve(plan.specs, plan.config, name=plan.architecture)
+        self._kept = [(plan.targets, plan.config, plan.architecture, model), *self._kept[:3]]
+        return model
+
+
+@final
+@dataclass(frozen=True, eq=False, slots=True)
 class Plan:
     """A result, tensor by tensor, not written."""
 
@@ -63,6 +83,7 @@ class Plan:
     """The spec to read it by, where config.json doesn't tell."""
     request: OperatorCall | None = None
     """What was asked; None where it was made by other means than registry.py's calls."""
+    resolved: Resolved = field(default_factory=Resolved, repr=False)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
@@ -94,23 +115,18 @@ class Plan:
         ]
         return (*left, *(note for step in self.steps for note in step.notes))
 
-    @cached_property
+    @property
     def model(self) -> "Model":
-        """The plan as its architecture spec sees it.
+        """The plan as its architecture spec sees it; resolved once, also for copies of the plan.
 
         Raises:
             ArchitectureError, CheckpointError: no spec serves it, or it does not fit.
         """
-        from streammap.architectures import model
-
-        return model.resolve(self.specs, self.config, name=self.architecture)
+        return self.resolved.of(self)
 
     def with_request(self, request: OperatorCall | None) -> "Plan":
-        """The same plan with its record; what is known of its model stays."""
-        made = replace(self, request=request)
-        if "model" in self.__dict__:
-            made.__dict__["model"] = self.model
-        return made
+        """The same plan with its record."""
+        return replace(self, request=request)
 
 
 def from_checkpoint(

@@ -29,4 +29,4 @@ def test_old_imports_work_as_they_were_printed() -> None:
     )
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", code]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert said.stdout.split() == ["finish", "using", "open"]
+    assert said.stdout.split() == ["finish", "using", "open_request"]

@@ -17,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 from unittest import mock
 
+import streammap
 from streammap.analysis import inspection, verification
 from streammap.api import LazyCheckpoint
 from streammap.architectures import expression as expressions
@@ -41,7 +42,6 @@ from streammap.planning import (
     scheme,
 )
 from streammap.planning.maps import BlockMap
-from streammap.tools import replay
 from tests.architectures.test_labels import cases
 from tests.fuzz import mutate
 
@@ -444,7 +444,7 @@ def _record(data: bytes, folder: Path) -> None:
             request_json.parse(content.get("request") if isinstance(content, dict) else 0)
         )
     with _refused():
-        replay.open(path, sources=folder)
+        streammap.open_request(path, sources=folder)
 
 
 def _record_seeds() -> list[bytes]:

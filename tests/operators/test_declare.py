@@ -12,7 +12,6 @@ import streammap
 from streammap.cli.main import main
 from streammap.errors import PlanError
 from streammap.operators import registry
-from streammap.tools import replay
 from tests.operators.scale import Scale
 from tests.support import tiny
 from tests.support.typed import ok, run
@@ -99,7 +98,7 @@ def test_it_is_recorded_applied_and_verified(source: Path, tmp_path: Path) -> No
 def test_a_changed_tensor_is_found_by_recomputing(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     ok("scale", source, out, "--key", "*", "--by", 0.5, "--no-fsync")
-    other = replay.open(out).plan
+    other = streammap.open_request(out).plan
     assert other.steps[-1].options == {"key": "*", "by": 0.5}
     record = json.loads((out / "streammap.json").read_text())
     record["request"]["by"] = 0.25
@@ -130,7 +129,7 @@ def test_bad_options_are_refused(source: Path, options: dict[str, object], messa
         streammap.open(source).scale(**options)
     request = {"operator": "scale", "source": {"operator": "open", "path": str(source)}, **options}
     with pytest.raises(PlanError, match=message):
-        replay.open(request)
+        streammap.open_request(request)
 
 
 def test_wrong_usage_exits_with_2(source: Path, tmp_path: Path) -> None:
@@ -144,7 +143,9 @@ def test_an_unknown_operator_is_no_command_and_no_call(source: Path) -> None:
     with pytest.raises(AttributeError, match="no attribute 'scale'"):
         _ = streammap.open(source).scale
     with pytest.raises(PlanError, match="operator 'scale'"):
-        replay.open({"operator": "scale", "source": {"operator": "open", "path": str(source)}})
+        streammap.open_request(
+            {"operator": "scale", "source": {"operator": "open", "path": str(source)}}
+        )
 
 
 def test_a_name_is_taken_once() -> None:

@@ -10,7 +10,6 @@ import torch
 import streammap
 from streammap.errors import PlanError
 from streammap.operators import registry, request_json
-from streammap.tools import replay
 from tests.operators.mean import MeanOf
 from tests.support import tiny
 from tests.support.typed import ok, run
@@ -99,7 +98,7 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, object], message: 
         "others": [],
     }
     with pytest.raises(PlanError, match=message):
-        replay.open(request | change)
+        streammap.open_request(request | change)
 
 
 def test_what_is_no_checkpoint_is_refused(three: list[Path]) -> None:

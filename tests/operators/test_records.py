@@ -14,7 +14,6 @@ from streammap.errors import PlanError, SchemeError, StreammapError
 from streammap.operators import registry, request_json
 from streammap.operators.permute import Permute
 from streammap.planning.request import OperatorCall
-from streammap.tools import replay
 from tests.support import tiny
 from tests.support.typed import ok, run
 
@@ -55,7 +54,7 @@ CHAINS: dict[str, Callable[[Lazy], Lazy]] = {
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_result_is_made_again_from_its_record(name: str, big: Path, tmp_path: Path) -> None:
     CHAINS[name](streammap.open(big)).save(tmp_path / "out")
-    again = replay.open(tmp_path / "out")
+    again = streammap.open_request(tmp_path / "out")
     again.save(tmp_path / "again")
     assert tiny.tree(tmp_path / "again") == tiny.tree(tmp_path / "out")
 
@@ -89,7 +88,7 @@ def test_files_that_were_given_stand_in_the_record(big: Path, tmp_path: Path) ->
     config.unlink()
     (tmp_path / "small" / "streammap.map.safetensors").unlink()
     for name in ("small", "up", "saved"):
-        replay.open(tmp_path / name).save(tmp_path / f"{name}-again")
+        streammap.open_request(tmp_path / name).save(tmp_path / f"{name}-again")
         tiny.assert_same(tiny.written(tmp_path / f"{name}-again"), tiny.written(tmp_path / name))
 
 
@@ -101,12 +100,16 @@ def test_large_maps_are_named_by_digest_and_found_with_the_result(
     map_file = tmp_path / "small" / "streammap.map.safetensors"
     streammap.decoalesce(tmp_path / "small", tmp_path / "up", map=map_file)
     assert "sha256" in json.dumps(record(tmp_path / "up")["request"])
-    tiny.assert_same(dict(replay.open(tmp_path / "up").tensors()), tiny.written(tmp_path / "up"))
+    tiny.assert_same(
+        dict(streammap.open_request(tmp_path / "up").tensors()), tiny.written(tmp_path / "up")
+    )
     map_file.unlink()
-    tiny.assert_same(dict(replay.open(tmp_path / "up").tensors()), tiny.written(tmp_path / "up"))
+    tiny.assert_same(
+        dict(streammap.open_request(tmp_path / "up").tensors()), tiny.written(tmp_path / "up")
+    )
     (tmp_path / "up" / "streammap.map.safetensors").unlink()
     with pytest.raises(SchemeError, match="neither saved with the source nor with the result"):
-        replay.open(tmp_path / "up")
+        streammap.open_request(tmp_path / "up")
 
 
 def test_two_opens_of_one_folder_stay_two(big: Path) -> None:
@@ -116,7 +119,7 @@ def test_two_opens_of_one_folder_stay_two(big: Path) -> None:
         assert lazy.plan.request is not None
         tree = request_json.as_json(lazy.plan.request)
         assert tree is not None
-        again = replay.open(tree)
+        again = streammap.open_request(tree)
         assert len(again.plan.sources) == len(lazy.plan.sources)
 
 
@@ -137,10 +140,14 @@ def test_the_originals_front_records_too(front: str, big: Path, tmp_path: Path) 
         assert tree is not None
         deit.result.save(tmp_path / "out.safetensors")
         place = tiny.file(tmp_path / "request.json", json.dumps(tree))
-    replay.open(place).save(tmp_path / "again.safetensors")
+    streammap.open_request(place).save(tmp_path / "again.safetensors")
     expected = streammap.open(tmp_path / ("out" if front == "bert" else "out.safetensors"))
     tiny.assert_same(tiny.opened(tmp_path / "again.safetensors"), dict(expected.tensors()))
-    assert replay.open(place).config == streammap.open(place).config if front == "bert" else True
+    assert (
+        streammap.open_request(place).config == streammap.open(place).config
+        if front == "bert"
+        else True
+    )
 
 
 def test_a_source_may_be_elsewhere_now(big: Path, tmp_path: Path) -> None:
@@ -149,15 +156,15 @@ def test_a_source_may_be_elsewhere_now(big: Path, tmp_path: Path) -> None:
     ok("interpolate", other, big, tmp_path / "two", "--alpha", 0.5)
     moved = big.rename(tmp_path / "moved")
     with pytest.raises(StreammapError, match="big: no such folder or file"):
-        replay.open(tmp_path / "one")
+        streammap.open_request(tmp_path / "one")
     ok("apply", tmp_path / "one", tmp_path / "one-again", "--source", moved)
     ok("apply", tmp_path / "two", tmp_path / "two-again", "--source", f"{big}={moved}")
     for name in ("one", "two"):
         tiny.assert_same(tiny.written(tmp_path / f"{name}-again"), tiny.written(tmp_path / name))
     with pytest.raises(PlanError, match="which of 2 sources is it"):
-        replay.open(tmp_path / "two", sources=moved)
+        streammap.open_request(tmp_path / "two", sources=moved)
     with pytest.raises(PlanError, match="nowhere: no source of this result"):
-        replay.open(tmp_path / "two", sources={"nowhere": moved})
+        streammap.open_request(tmp_path / "two", sources={"nowhere": moved})
     assert run("apply", tmp_path / "two", "x", "--source", "a", "--source", "b").exit_code == 2
 
 
@@ -189,7 +196,7 @@ def test_what_other_means_made_has_no_request(big: Path, tmp_path: Path) -> None
     assert permuted.interpolate(big, alpha=0.5).plan.request is None
     permuted.save(tmp_path / "out")
     with pytest.raises(PlanError, match="does not say how to make it again"):
-        replay.open(tmp_path / "out")
+        streammap.open_request(tmp_path / "out")
 
 
 def test_a_tree_without_end_is_not_written_down(big: Path) -> None:
@@ -221,7 +228,7 @@ SOURCE = {"operator": "open", "path": "/nowhere"}
         ({"operator": "coalesce", "widht": 2, "source": "BIG"}, "unknown option 'widht'"),
         ({"operator": "coalesce", "rule": "r", "source": "BIG"}, "rule is 'r'"),
         ({"operator": "coalesce", "untie": 1, "source": "BIG"}, "untie is 1"),
-        ({"operator": "coalesce", "mlp": "x", "source": "BIG"}, "no request"),
+        ({"operator": "coalesce", "mlp": "x", "source": "BIG"}, "not a request"),
         ({"operator": "coalesce", "axes": [], "source": "BIG"}, "expected an object"),
         ({"operator": "configure", "source": "BIG"}, "configure: config is missing"),
         ({"operator": "interpolate", "alpha": "1", "source": "BIG", "target": "BIG"}, "alpha is"),
@@ -230,7 +237,7 @@ SOURCE = {"operator": "open", "path": "/nowhere"}
 def test_refusals(tree: object, message: str, big: Path) -> None:
     text = json.dumps(tree).replace('"BIG"', json.dumps({"operator": "open", "path": str(big)}))
     with pytest.raises(StreammapError, match=message):
-        replay.rebuilt(request_json.parse(json.loads(text)), None)
+        registry.build(request_json.parse(json.loads(text)))
 
 
 def test_ids_that_lie_and_trees_that_are_too_deep_are_refused() -> None:
@@ -274,6 +281,6 @@ def _calls(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 def test_any_tree_is_a_request_or_the_projects_own_error(tree: object) -> None:
     try:
         found: OperatorCall = request_json.parse(tree)
-        replay.rebuilt(found, None)
+        registry.build(found)
     except StreammapError:
         pass
