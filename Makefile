@@ -1,7 +1,9 @@
 # make demo   sets up and runs the main job on a real checkpoint
 # make test   sets up, then lint, types and tests
-# make check  lint and types only          make slow   the tests that take longer
-# make bench  prints all tables (an hour)    make clean  removes the environment
+# make check  lint, types, and the contract between packages; the rest of the tests is left out
+# make slow   the tests that take longer
+# make bench  prints all tables (an hour)
+# make clean  removes the environment
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,6 +21,7 @@ check: $(VENV)/ready
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_package.py
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

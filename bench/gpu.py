@@ -1,4 +1,4 @@
-"""Dense maps on a GPU beside the processor: 4096 and 8192 wide, and what the transfers cost.
+"""Dense maps on a GPU and on the processor: 4096 and 8192 wide, and what the transfers cost.
 
     python -m bench.gpu [--runs 5] [--folder DIR] [--quick] [--cpu-only]
 

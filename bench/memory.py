@@ -1,4 +1,4 @@
-"""What a run adds to its process beside torch, and what its plan says: over sizes and operations.
+"""What a run adds to its process on top of torch, and what its plan says: by size and operation.
 
     python -m bench.memory [--runs 5] [--folder DIR] [--quick] [--all] [--large-runs N] [--plot F]
 

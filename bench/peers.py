@@ -1,4 +1,4 @@
-"""streammap beside mergekit, and beside the original tools' way of computing.
+"""streammap compared with mergekit, and with the original tools' way of computing.
 
     python -m bench.peers [--runs 5] [--folder DIR] [--quick] [--no-mergekit]
 

@@ -1,4 +1,4 @@
-"""How fast a run is beside `cp`, beside the least any program does, and beside dense products.
+"""How fast a run is: compared with `cp`, with the least any program does, and with dense products.
 
     python -m bench.speed [--runs 5] [--folder DIR] [--quick] [--cold] [--size GB] [--dense-runs 1]
 

@@ -1,4 +1,4 @@
-"""A V-cycle beside plain training: a tiny GPT-2 learns the text of Python's standard library.
+"""A V-cycle and plain training: a tiny GPT-2 learns the text of Python's standard library.
 
     python -m bench.vcycle [--steps 160] [--alpha 0.5] [--trainer] [--plot FILE.svg] [--quick]
 

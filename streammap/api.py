@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast, final
 from streammap.common import declare, garbage
 from streammap.common.declare import Anything, declared, option, takes
 from streammap.common.events import Listener, nobody
+from streammap.common.units import format_nbytes
 from streammap.engine.options import MEMORY, Engine, Reader
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.resolve import PathLike
@@ -94,7 +95,7 @@ class LazyCheckpoint:
         steps = "".join(f" -> {step.operator}" for step in plan.steps)
         return (
             f"<LazyCheckpoint {names}{steps}: {len(plan.targets)} tensors, "
-            f"{plan.nbytes / 1e9:.3f} GB, {plan.promise[0]}>"
+            f"{format_nbytes(plan.nbytes)}, {plan.promise[0]}>"
         )
 
     def __getattr__(self, name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 
 from streammap.common.events import Event, Finished, Listener, Started, Wrote, nobody
 from streammap.common.ranks import rank
+from streammap.common.units import format_nbytes
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -51,7 +52,7 @@ class _Logged:
                 self._total, self._done = nbytes, resumed
                 self._began = self._told = now
                 self._logger.log(
-                    self._level, "streammap: %d tensors, %.3f GB", n_tensors, nbytes / 1e9
+                    self._level, "streammap: %d tensors, %s", n_tensors, format_nbytes(nbytes)
                 )
             case Wrote(key, nbytes):
                 self._done += nbytes
@@ -60,9 +61,9 @@ class _Logged:
                     percent = 100 * self._done / max(self._total, 1)
                     self._logger.log(
                         self._level,
-                        "streammap: %.0f %%, %.3f GB, %s",
+                        "streammap: %.0f %%, %s, %s",
                         percent,
-                        self._done / 1e9,
+                        format_nbytes(self._done),
                         key,
                     )
             case Finished():

@@ -2,7 +2,7 @@
 
     Switch(at=100, then=lambda saved: streammap.coalesce(saved, "small", width=2, depth=2))
 
-Needs transformers (`pip install 'streammap[transformers]'`).
+Needs transformers (`pip install accelerate transformers`).
 """
 
 from collections.abc import Callable

@@ -30,9 +30,9 @@ def test_a_logger_is_told(caplog: pytest.LogCaptureFixture) -> None:
         _run(streammap.progress.to_logger(logger, seconds=0.0))
     told = [record.getMessage() for record in caplog.records]
     assert told[:3] == [
-        "streammap: 2 tensors, 0.000 GB",
-        "streammap: 33 %, 0.000 GB, a",
-        "streammap: 100 %, 0.000 GB, b",
+        "streammap: 2 tensors, 3.00 kB",
+        "streammap: 33 %, 1.00 kB, a",
+        "streammap: 100 %, 3.00 kB, b",
     ]
     assert told[3].startswith("streammap: done in ")
     assert {record.name for record in caplog.records} == {"mine"}

@@ -1,11 +1,19 @@
 """The table of `streammap architectures`: the model types served, and what is exact for each."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from streammap.architectures import expression as expressions
 from streammap.architectures import registry
 from streammap.architectures.schema import Architecture
+from streammap.common import table
+from streammap.common.table import Column
+
+_COLUMNS = (
+    Column("model type", wraps=True),
+    Column("spec", wraps=True),
+    Column("growth that is exact", wraps=True),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +45,28 @@ class Listing:
         return {"architectures": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        width = max((len(row.model_type) for row in self.rows), default=0)
-        spec = max((len(row.spec) for row in self.rows), default=0)
-        lines = [f"{len(self.rows)} model types, {len({r.spec for r in self.rows})} specs", ""]
-        lines.append(f"{'model type':<{width}}  {'spec':<{spec}}  growth that is exact")
-        for row in self.rows:
-            more = [
-                *(["hidden to any size"] if row.any_size else []),
-                *(["zero-initialised layers"] if row.silent_layers else []),
-                *(["head size"] if row.head_size else []),
+        cells = [cells for row in self.rows for cells in _cells(row)]
+        return "\n".join(
+            [
+                f"{len(self.rows)} model types, {len({r.spec for r in self.rows})} specs",
+                "",
+                *table.table(_COLUMNS, cells),
+                "",
+                "Merging is approximate everywhere, except where the merged parts are equal.",
             ]
-            exact = ", ".join((*row.exact, *more)) or "none"
-            lines.append(f"{row.model_type:<{width}}  {row.spec:<{spec}}  {exact}")
-            lines += [f"{'':<{width}}  {'':<{spec}}  not: {caveat}" for caveat in row.caveats]
-        lines += ["", "Merging is approximate everywhere, except of units that are equal."]
-        return "\n".join(lines)
+        )
+
+
+def _cells(row: ArchitectureRow) -> Iterator[tuple[str, str, str]]:
+    growth = [
+        *row.exact,
+        *(["hidden to any size"] if row.any_size else []),
+        *(["zero-initialised layers"] if row.silent_layers else []),
+        *(["head size"] if row.head_size else []),
+    ]
+    yield row.model_type, row.spec, ", ".join(growth) or "none"
+    for caveat in row.caveats:
+        yield "", "", f"not: {caveat}"
 
 
 def listing() -> Listing:

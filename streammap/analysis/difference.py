@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from streammap.common import garbage
+from streammap.common import garbage, table
 from streammap.common import text as wording
 from streammap.common.events import Listener, nobody
+from streammap.common.table import Column
 from streammap.engine.options import Engine
+from streammap.errors import printable
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import registry
@@ -29,6 +31,11 @@ if TYPE_CHECKING:
     from streammap.analysis.scan import ScannedPiece
     from streammap.analysis.statistics import Scratch
 
+_COLUMNS = (
+    Column("tensor", wraps=True),
+    *(Column(title, align="right") for title in ("relative", "max", "mean")),
+    Column("differ", wraps=True),
+)
 Source = Plan | PathLike
 
 
@@ -108,29 +115,28 @@ class Difference:
 
     def text(self, *, limit: int | None) -> str:
         """A table of the `limit` worst tensors, what only one has, and totals."""
-        lines = [f"only in {self.names[0]}: {key}" for key in self.only[0][:limit]]
-        lines += [f"only in {self.names[1]}: {key}" for key in self.only[1][:limit]]
+        apart = [f"only in {self.names[0]}: {key}" for key in self.only[0][:limit]]
+        apart += [f"only in {self.names[1]}: {key}" for key in self.only[1][:limit]]
         for key, (a, b) in list(self.shapes.items())[:limit]:
-            lines.append(f"{key}: shape {list(a)} and {list(b)}")
+            apart.append(f"{key}: shape {list(a)} and {list(b)}")
+        lines = [printable(line) for line in apart]
         unequal = [tensor for tensor in self.tensors if not tensor.is_equal]
         shown = unequal[:limit]
         if shown:
-            width = max(len(tensor.key) for tensor in shown)
-            lines.append(f"{'tensor':<{width}}  {'relative':>9} {'max':>9} {'mean':>9}  differ")
-            lines += [_row(tensor, width) for tensor in shown]
+            lines += table.table(_COLUMNS, [_cells(tensor) for tensor in shown])
         lines += wording.more(len(shown), len(unequal))
         n_only = len(self.only[0]) + len(self.only[1])
-        apart = f"{len(self.shapes)} of other shapes, {n_only} in one only"
-        lines += [
-            f"tensors  {self.n_equal} equal, {len(unequal)} differ, {apart}",
-            f"read     {wording.moved(self.nbytes, self.seconds)}",
-        ]
-        return "\n".join(lines)
+        counts = (
+            f"{self.n_equal} equal, {len(unequal)} differ, {len(self.shapes)} of other shapes, "
+            f"{n_only} in one only"
+        )
+        totals = [("tensors", counts), ("read", wording.moved(self.nbytes, self.seconds))]
+        return "\n".join([*lines, *table.fields(totals)])
 
 
-def _row(tensor: TensorDifference, width: int) -> str:
+def _cells(tensor: TensorDifference) -> tuple[str, ...]:
     values = (tensor.relative, tensor.max, tensor.mean)
-    figures = " ".join(f"{'-' if value is None else f'{value:.2e}':>9}" for value in values)
+    numbers = ("-" if value is None else f"{value:.2e}" for value in values)
     n = math.prod(tensor.shape)
     unit = "" if tensor.max is not None else " bytes"
     notes = [f"{tensor.n_different} of {n}{unit}" if not unit else f"{tensor.n_different}{unit}"]
@@ -138,7 +144,7 @@ def _row(tensor: TensorDifference, width: int) -> str:
         notes.append(f"{tensor.n_odd} NaN or Inf in one only")
     if tensor.dtype != tensor.other_dtype:
         notes.append(f"{tensor.dtype} and {tensor.other_dtype}")
-    return f"{tensor.key:<{width}}  {figures}  {', '.join(notes)}"
+    return tensor.key, *numbers, ", ".join(notes)
 
 
 def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody) -> Difference:

@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+from streammap.common import table
 from streammap.common import text as wording
 from streammap.common.events import Listener, nobody
+from streammap.common.table import Column
+from streammap.common.units import format_count
 from streammap.engine.options import Engine
 from streammap.io.dtypes import TensorSpec
 from streammap.planning.plan import Plan
@@ -18,6 +21,14 @@ from streammap.planning.plan import Plan
 if TYPE_CHECKING:
     from streammap.analysis.scan import ScannedPiece
     from streammap.analysis.statistics import Scratch, TensorStats
+
+
+_COLUMNS = (
+    Column("tensor", wraps=True),
+    Column("dtype"),
+    *(Column(title, align="right") for title in ("min", "max", "mean", "rms")),
+    Column("flags", wraps=True),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,31 +117,29 @@ class Health:
     def text(self, *, limit: int | None) -> str:
         """A table of the first `limit` tensors, and totals."""
         shown = self.tensors[:limit]
-        width = max((len(t.key) for t in shown), default=6)
-        lines = [
-            f"{'tensor':<{width}}  dtype {'min':>10} {'max':>10} {'mean':>10} {'rms':>10}  flags"
-        ]
-        lines += [_row(tensor, width) for tensor in shown]
+        lines = table.table(_COLUMNS, [_cells(tensor) for tensor in shown])
         lines += wording.more(len(shown), len(self.tensors))
+        return "\n".join([*lines, "", *table.fields(self._totals())])
+
+    def _totals(self) -> list[tuple[str, str]]:
         total = self.totals
-        lines += [
-            "",
-            f"tensors  {len(self.tensors)}, {total['n_elements'] / 1e6:.1f} M numbers",
-            f"flags    in {sum(bool(t.flags) for t in self.tensors)} tensors",
-            f"finite   {total['n_nan']} NaN, {total['n_inf']} Inf",
-            f"range    {total['n_over_f16']} beyond float16, {total['n_subnormal']} subnormal",
-            f"zeros    {total['n_dead_rows']} dead rows, {total['n_constant']} constant tensors",
-            f"read     {wording.moved(self.nbytes, self.seconds)}",
+        pairs = [
+            ("tensors", f"{len(self.tensors)}, {format_count(total['n_elements'])} numbers"),
+            ("flags", f"in {sum(bool(t.flags) for t in self.tensors)} tensors"),
+            ("finite", f"{total['n_nan']} NaN, {total['n_inf']} Inf"),
+            ("range", f"{total['n_over_f16']} beyond float16, {total['n_subnormal']} subnormal"),
+            ("zeros", f"{total['n_dead_rows']} dead rows, {total['n_constant']} constant tensors"),
+            ("read", wording.moved(self.nbytes, self.seconds)),
         ]
         if self.n_unlooked:
-            lines.append(f"note     {self.n_unlooked} tensors of other dtypes: not measured")
-        return "\n".join(lines)
+            pairs.append(("note", f"{self.n_unlooked} tensors of other dtypes were not measured"))
+        return pairs
 
 
-def _row(tensor: TensorHealth, width: int) -> str:
+def _cells(tensor: TensorHealth) -> tuple[str, ...]:
     values = (tensor.minimum, tensor.maximum, tensor.mean, tensor.rms)
-    figures = " ".join(f"{'-' if value is None else f'{value:.3g}':>10}" for value in values)
-    return f"{tensor.key:<{width}}  {tensor.dtype:<5} {figures}  {', '.join(tensor.flags)}".rstrip()
+    numbers = ("-" if value is None else f"{value:.3g}" for value in values)
+    return tensor.key, tensor.dtype, *numbers, ", ".join(tensor.flags)
 
 
 def measure(plan: Plan, engine: Engine, *, listener: Listener = nobody) -> Health:

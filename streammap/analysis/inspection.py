@@ -1,13 +1,16 @@
 """Describe a checkpoint: spec, sizes, files, and how each key matched."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from streammap.architectures import quantization
 from streammap.architectures.key_pattern import INDEX
 from streammap.architectures.layer_kinds import LayerKind
 from streammap.architectures.model import Family
-from streammap.errors import ArchitectureError, CheckpointError
+from streammap.common import table
+from streammap.common.table import Column
+from streammap.common.units import format_count, format_nbytes
+from streammap.errors import ArchitectureError, CheckpointError, printable
 from streammap.planning.plan import Plan
 
 _AXES = {
@@ -17,6 +20,17 @@ _AXES = {
     "group": "groups",
     "frozen": "fixed sizes",
 }
+
+
+_COLUMNS = (
+    Column("tensors", wraps=True),
+    Column("number", align="right"),
+    Column("dtype"),
+    Column("shape", wraps=True),
+    Column("kind", colours={"unknown": "red"}),
+    Column("dimensions", wraps=True),
+    Column("rule of the spec", wraps=True, can_go=True),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,40 +81,34 @@ class Inspection:
 
     def __str__(self) -> str:
         files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
-        total = sum(self.files.values()) / 1e9
-        dtypes = ", ".join(f"{name} {nbytes / 1e9:.3f} GB" for name, nbytes in self.dtypes.items())
-        lines = [
-            f"{self.path}: {files}, {total:.3f} GB",
-            f"tensors       {self.n_tensors}, {self.n_parameters / 1e6:.1f} M values ({dtypes})",
-            f"architecture  {self.architecture or f'none ({self.problem})'}",
-        ]
+        total = format_nbytes(sum(self.files.values()))
+        title = printable(f"{self.path}: {files}, {total}")
+        rows = table.table(_COLUMNS, [_cells(pattern) for pattern in self.patterns])
+        return "\n".join([title, *table.fields(self._facts()), "", *rows])
+
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        dtypes = ", ".join(f"{name} {format_nbytes(n)}" for name, n in self.dtypes.items())
+        yield "tensors", f"{self.n_tensors}, {format_count(self.n_parameters)} values ({dtypes})"
+        yield "architecture", self.architecture or f"none ({self.problem})"
         if self.hint is not None:
-            lines.append(f"{'':<14}{self.hint}")
-        if self.sizes:
-            by_kind: dict[str, list[str]] = {}
-            for axis, size in self.sizes.items():
-                by_kind.setdefault(self.axes.get(axis, "frozen"), []).append(f"{axis} {size}")
-            for kind, axes in by_kind.items():
-                lines.append(f"{_AXES[kind]:<14}{', '.join(axes)}")
+            yield "", self.hint
+        by_kind: dict[str, list[str]] = {}
+        for axis, size in self.sizes.items():
+            by_kind.setdefault(self.axes.get(axis, "frozen"), []).append(f"{axis} {size}")
+        for kind, sizes in by_kind.items():
+            yield _AXES[kind], ", ".join(sizes)
         for axis, kinds in self.layer_kinds.items():
-            lines.append(f"{axis + ' kinds':<14}{'; '.join(kinds)}")
+            yield f"{axis} kinds", "; ".join(kinds)
         if self.architecture is not None:
-            lines.append(
-                f"head          {'tied to the embedding' if self.tied else 'none or its own'}"
-            )
+            yield "head", "tied to the embedding" if self.tied else "none, or one of its own"
         if self.n_saved_maps:
-            lines.append(
-                f"saved maps    {self.n_saved_maps}: `streammap decoalesce` needs no scheme"
-            )
-        lines.append("")
-        width = max((len(pattern.name) for pattern in self.patterns), default=0)
-        for pattern in self.patterns:
-            shape = str(list(pattern.shape))
-            lines.append(
-                f"{pattern.name:<{width}}  {pattern.n_tensors:>4}  {pattern.dtype:<5}"
-                f"{shape:<16}  {pattern.kind:<9} {pattern.dims:<32} {pattern.rule}"
-            )
-        return "\n".join(lines)
+            yield "saved maps", f"{self.n_saved_maps}: `streammap decoalesce` needs no scheme"
+
+
+def _cells(pattern: Pattern) -> tuple[str, ...]:
+    shape = str(list(pattern.shape))
+    number = str(pattern.n_tensors)
+    return pattern.name, number, pattern.dtype, shape, pattern.kind, pattern.dims, pattern.rule
 
 
 def inspect(plan: Plan) -> Inspection:

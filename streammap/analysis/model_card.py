@@ -1,4 +1,4 @@
-"""The model card of a result that is pushed: what it was made of, how, and what that promises."""
+"""The model card of a pushed result: what it was made of, how, and what is guaranteed."""
 
 import re
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from streammap.output import side_files
 from streammap.planning.plan import Plan
 
 PAPER = "2404.07999"
-_OF_PAPER = ("coalesce", "decoalesce", "interpolate")
-"""Operators that the paper introduced."""
+_OF_PAPER = frozenset({"coalesce", "decoalesce", "interpolate"})
+"""The operators that the paper describes."""
 _MAX_ROWS = 40
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _KEPT = re.compile(r"^(license|license_name|license_link|language): *(\S.*)$", re.MULTILINE)
@@ -30,15 +30,12 @@ def card(plan: Plan, engine: Engine, *, name: str) -> str:
     made = f"Made by streammap {VERSION} from {', '.join(map(_named, plan.sources))}"
     if _is_of_paper(plan):
         made += (
-            ", with the operators of *A Multi-Level Framework for Accelerating Training "
-            f"Transformer Models* (ICLR 2024, [arXiv:{PAPER}](https://arxiv.org/abs/{PAPER}))"
+            ", with the maps of *A Multi-Level Framework for Accelerating Training Transformer "
+            f"Models* (ICLR 2024, [arXiv:{PAPER}](https://arxiv.org/abs/{PAPER}))"
         )
-    lines += [f"{made}.", "", "## Steps", ""]
-    for step in plan.steps:
-        options = ", ".join(f"{k}: {v}" for k, v in step.options.items() if v not in (None, {}, ()))
-        lines.append(f"- {step.operator} ({options})" if options else f"- {step.operator}")
+    lines += [f"{made}.", "", *_steps(plan)]
     promise, reason = plan.promise
-    lines += ["", f"Promise: **{promise}** ({reason}).", "", *_formulas(plan, engine)]
+    lines += [f"Guarantee: **{promise}** ({reason}).", "", *_formulas(plan, engine)]
     lines += [f"- note: {note}" for note in side_files.notes(plan)]
     files = (
         "`streammap.json` has the exact sources, steps and checksums; the map that was used, where "
@@ -58,6 +55,20 @@ def card(plan: Plan, engine: Engine, *, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _is_of_paper(plan: Plan) -> bool:
+    return any(step.operator in _OF_PAPER for step in plan.steps)
+
+
+def _steps(plan: Plan) -> Iterator[str]:
+    if not plan.steps:
+        return
+    yield from ("## Steps", "")
+    for step in plan.steps:
+        options = ", ".join(f"{k}: {v}" for k, v in step.options.items() if v not in (None, {}, ()))
+        yield f"- {step.operator} ({options})" if options else f"- {step.operator}"
+    yield ""
+
+
 def _metadata(plan: Plan) -> Iterator[str]:
     yield "library_name: transformers"
     repos = list(dict.fromkeys(s.origin["repo"] for s in plan.sources if "repo" in s.origin))
@@ -68,12 +79,8 @@ def _metadata(plan: Plan) -> Iterator[str]:
         yield from _kept(plan.side)
     yield "tags:"
     operators = dict.fromkeys(step.operator for step in plan.steps)
-    paper = (f"arxiv:{PAPER}",) if _is_of_paper(plan) else ()
+    paper = [f"arxiv:{PAPER}"] if _is_of_paper(plan) else []
     yield from (f"- {tag}" for tag in ("streammap", *operators, *paper))
-
-
-def _is_of_paper(plan: Plan) -> bool:
-    return any(step.operator in _OF_PAPER for step in plan.steps)
 
 
 def _kept(side: Checkpoint) -> Iterator[str]:

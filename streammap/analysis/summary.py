@@ -5,11 +5,22 @@ from dataclasses import asdict, dataclass
 
 from streammap.architectures import axis_facts
 from streammap.architectures import key_pattern as pattern
+from streammap.common import table
+from streammap.common.table import Column
+from streammap.common.units import format_count, format_nbytes
 from streammap.engine.options import Engine
 from streammap.output import run, side_files
 from streammap.planning import exactness, graph
 from streammap.planning.graph import LinearForm, Term
 from streammap.planning.plan import Plan
+
+_COLUMNS = (
+    Column("tensors", wraps=True),
+    Column("number"),
+    Column("shape", wraps=True),
+    Column("guarantee", wraps=True, colours={"approximate": "yellow"}),
+    Column("formula", wraps=True, colours={"copied": "faint"}),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,19 +67,19 @@ class Summary:
         return asdict(self)
 
     def __str__(self) -> str:
-        lines = [_line(row, self.rows) for row in self.rows]
-        if self.sizes:
-            changes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items())
-            lines += ["", f"sizes    {changes}"]
-        lines += [
-            f"result   {self.n_tensors} tensors, {self.n_parameters / 1e6:.1f} M parameters",
-            f"reads    {self.nbytes_read / 1e9:.3f} GB, writes {self.nbytes_written / 1e9:.3f} GB",
-            f"memory   at most {self.peak_nbytes / 2**20:.0f} MiB on top of torch",
-            f"device   {self.device}, {self.n_threads} threads: {self.device_reason}",
-            f"promise  {self.promise}: {self.reason}",
+        read, written = format_nbytes(self.nbytes_read), format_nbytes(self.nbytes_written)
+        sizes = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in self.sizes.items())
+        totals = [
+            ("sizes", sizes or "as they were"),
+            ("result", f"{self.n_tensors} tensors, {format_count(self.n_parameters)} parameters"),
+            ("reads", f"{read}, writes {written}"),
+            ("memory", f"at most {self.peak_nbytes / 2**20:.0f} MiB on top of torch's own"),
+            ("device", f"{self.device}, {self.n_threads} threads: {self.device_reason}"),
+            ("guarantee", f"{self.promise}: {self.reason}"),
+            *(("note", note) for note in self.notes),
         ]
-        lines += [f"note     {note}" for note in self.notes]
-        return "\n".join(lines)
+        rows = table.table(_COLUMNS, [_cells(row) for row in self.rows])
+        return "\n".join([*rows, "", *table.fields(totals)])
 
 
 def summarize(plan: Plan, engine: Engine) -> Summary:
@@ -172,14 +183,11 @@ def _dim_name(d: int, rank: int) -> str:
     return ("rows", "columns")[d] if rank == 2 else f"dim {d}"
 
 
-def _line(row: PlanRow, rows: tuple[PlanRow, ...]) -> str:
-    width = max(len(other.pattern) for other in rows)
-    count = (
-        f"{row.n_before:>4} -> {row.n_after:<4}"
-        if row.n_before != row.n_after
-        else (f"{row.n_after:>4}        ")
-    )
-    shape = str(list(row.after))
-    if row.before != row.after:
-        shape = f"{list(row.before)} -> {shape}"
-    return f"{row.pattern:<{width}}  {count}  {shape:<30}  {row.promise:<12} {row.formula}"
+def _cells(row: PlanRow) -> tuple[str, ...]:
+    count = _arrow(row.n_before, row.n_after)
+    shape = _arrow(list(row.before), list(row.after))
+    return row.pattern, count, shape, row.promise, row.formula
+
+
+def _arrow(before: object, after: object) -> str:
+    return str(after) if before == after else f"{before} -> {after}"

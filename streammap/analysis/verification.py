@@ -18,6 +18,7 @@ from streammap.analysis.survey import SavedRecord, Survey
 from streammap.architectures import quantization
 from streammap.common.declare import make
 from streammap.common.events import Listener, nobody
+from streammap.common.units import format_nbytes
 from streammap.engine.options import Engine
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.io.problems import Finding
@@ -77,7 +78,7 @@ class Verification:
         checks = ", ".join(self.checks)
         tiles = f", {self.n_tiles} tiles recomputed" if self.n_tiles else ""
         verdict = "ok" if self.ok else f"{self.n_errors} errors"
-        total = f"{self.n_tensors} tensors, {self.nbytes / 1e9:.3f} GB in {self.seconds:.1f} s"
+        total = f"{self.n_tensors} tensors, {format_nbytes(self.nbytes)} in {self.seconds:.1f} s"
         lines += [f"checked  {checks}{tiles}", f"verdict  {verdict}: {total}"]
         return "\n".join(lines)
 

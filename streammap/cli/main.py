@@ -28,7 +28,7 @@ from streammap.cli.options import (
     source_options,
 )
 from streammap.common.version import VERSION
-from streammap.errors import StreammapError, printable_lines
+from streammap.errors import StreammapError
 from streammap.operators import registry
 
 _EXAMPLES = (
@@ -138,11 +138,11 @@ def inspect(
     if health:
         report = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
         text = report.text(limit=limit or None)
-        click.echo(json.dumps(report.as_json(), indent=2) if as_json else printable_lines(text))
+        click.echo(json.dumps(report.as_json(), indent=2) if as_json else text)
         return
     description = inspection.inspect(lazy.plan)
     text = str(description)
-    click.echo(json.dumps(description.as_json(), indent=2) if as_json else printable_lines(text))
+    click.echo(json.dumps(description.as_json(), indent=2) if as_json else text)
 
 
 def _saving(command: Any) -> Any:

@@ -16,8 +16,9 @@ from streammap.cli.options import (
     values_of,
 )
 from streammap.common.declare import make
+from streammap.common.units import format_nbytes
 from streammap.engine.options import Engine
-from streammap.errors import printable, printable_lines
+from streammap.errors import printable
 from streammap.operators import registry
 
 if TYPE_CHECKING:
@@ -134,8 +135,8 @@ def print_report(report: "Report", *, quiet: bool, as_json: bool) -> None:
         for note in report.notes:
             click.echo(printable(f"note       {note}"))
         if report.n_resumed:
-            gigabytes = report.nbytes_resumed / 1e9
-            click.echo(f"resumed    {report.n_resumed} tensors, {gigabytes:.3f} GB, were written")
+            size = format_nbytes(report.nbytes_resumed)
+            click.echo(f"resumed    {report.n_resumed} tensors, {size}, were written")
         click.echo(f"guarantee  {report.promise}: {report.reason}")
         click.echo(f"{report} -> {report.output}")
 
@@ -144,4 +145,4 @@ def print_plan(lazy: "LazyCheckpoint", values: dict[str, Any]) -> None:
     """What a run would do."""
     summary = lazy.summary(**values_of(Engine, values))
     content = json.dumps(summary.as_json(), indent=2) if values["as_json"] else str(summary)
-    click.echo(content if values["as_json"] else printable_lines(content))
+    click.echo(content)

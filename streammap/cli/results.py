@@ -103,6 +103,6 @@ def diff(
     if plot is not None:
         heatmap.save(report, Path(plot))
     if not quiet:
-        text = printable_lines(report.text(limit=limit or None))
+        text = report.text(limit=limit or None)
         click.echo(json.dumps(report.as_json(), indent=2) if as_json else text)
     ctx.exit(0 if report.is_equal else 1)

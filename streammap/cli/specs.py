@@ -7,51 +7,39 @@ from typing import TYPE_CHECKING
 
 import click
 
+from streammap.cli.help import Command, Group
+from streammap.cli.options import json_option, option
 from streammap.errors import ArchitectureError
 
 if TYPE_CHECKING:
     from streammap.tools.spec_proof.checks import ProofReport
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.command(cls=Command, examples=("architectures",))
+@json_option
 def architectures(as_json: bool) -> None:
-    r"""List the supported model types, and which growth is exact for each.
-
-    \b
-    Example:
-        streammap architectures
-    """
+    """List the supported model types, and which growth is exact for each."""
     from streammap.analysis import architectures_table
 
     table = architectures_table.listing()
     click.echo(json.dumps(table.as_json(), indent=2) if as_json else str(table))
 
 
-@click.group()
+@click.group(cls=Group, examples=("spec verify gpt2",))
 def spec() -> None:
-    r"""Write and test architecture specs.
-
-    \b
-    Example:
-        streammap spec verify gpt2
-    """
+    """Write and test architecture specs."""
 
 
-@spec.command()
+@spec.command(examples=("spec verify gpt2",))
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
-@click.option("--model", metavar="MODEL", help="Only this one of the spec's tiny models.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("--model", metavar="MODEL", help="Only this one of the spec's tiny models.")
+@json_option
 def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
-    r"""Test specs (names, or *.toml files) on tiny random models, by comparing outputs.
+    """Test specs (names, or *.toml files) on tiny random models, by comparing outputs.
 
     Each model under a spec's [proof] is made with random float64 weights, then permuted and doubled
     through files and from_pretrained. A spec without such a model fails.
-    Needs transformers: pip install 'streammap[transformers]'.
-
-    \b
-    Example:
-        streammap spec verify gpt2
+    Needs transformers: pip install transformers.
     """
     import tempfile
 
@@ -74,26 +62,22 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
         )
 
 
-@spec.command()
+@spec.command(examples=("spec infer bert-base-uncased/ > mine.toml",))
 @click.argument("source", metavar="CHECKPOINT")
-@click.option("--name", metavar="NAME", help="Name of the spec. [default: the model type]")
-@click.option(
+@option("--name", metavar="NAME", help="Name of the spec. [default: the model type]")
+@option(
     "--verify/--no-verify",
     "proves",
     default=True,
     show_default=True,
     help="Test it on a tiny model; the report goes to stderr.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@json_option
 def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
-    r"""Write a spec for an unsupported model type, by probing its model class.
+    """Write a spec for an unsupported model type, by probing its model class.
 
     Only transformers' own classes are used; no code of the checkpoint is run. CHECKPOINT is its
-    folder or its config.json. Needs transformers: pip install 'streammap[transformers]'.
-
-    \b
-    Example:
-        streammap spec infer bert-base-uncased/ > mine.toml
+    folder or its config.json. Needs transformers: pip install transformers.
     """
     from streammap.io.json_files import read_config
     from streammap.tools.spec_infer import infer as inference

@@ -1,10 +1,12 @@
 """Phrases that reports share."""
 
+from streammap.common.units import format_nbytes
+
 
 def moved(nbytes: int, seconds: float) -> str:
     """How many bytes were moved, in what time and at what rate."""
     rate = nbytes / 1e6 / max(seconds, 1e-9)
-    return f"{nbytes / 1e9:.3f} GB in {seconds:.1f} s ({rate:.0f} MB/s)"
+    return f"{format_nbytes(nbytes)} in {seconds:.1f} s ({rate:.0f} MB/s)"
 
 
 def more(n_shown: int, n: int) -> list[str]:

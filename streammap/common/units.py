@@ -1,4 +1,4 @@
-"""Sizes as people write them: "5GB", "256MiB"."""
+"""Sizes as people write and read them: "5GB", "256MiB"."""
 
 import re
 from fractions import Fraction
@@ -29,3 +29,21 @@ def parse_size(text: str | int) -> int:
     if nbytes < 1:
         raise OutputError(f"size {text!r}: expected more than nothing")
     return nbytes
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Bytes for people, three digits: "812 B", "1.46 MB", "141 GB" (of 1000 each)."""
+    if nbytes < 1000:
+        return f"{nbytes} B"
+    value = float(nbytes)
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 999.5 or unit == "TB":
+            break
+    digits = 2 if value < 9.995 else 1 if value < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+def format_count(n: int) -> str:
+    """A number of parameters for people: "812", "1.46 M", "141 G"."""
+    return format_nbytes(n).removesuffix("B").replace("k", "K").strip()

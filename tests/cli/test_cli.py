@@ -105,7 +105,7 @@ def test_plan_says_what_would_happen_and_writes_nothing(big: Path, tmp_path: Pat
     row = next(line for line in said.splitlines() if "intermediate.dense.weight" in line)
     assert re.search(r"4 -> 2 +\[12, 8\] -> \[6, 4\]", row)
     assert "rows: mean of 2, columns: sum of 2, layers: mean of 2" in row
-    assert "promise  approximate: coalesce: layers are merged" in said
+    assert "guarantee  approximate: coalesce: layers are merged" in said
     content = json.loads(ok("plan", "coalesce", big, "--width", 2, "--depth", 2, "--json"))
     assert content["sizes"]["layer"] == [4, 2]
     assert content["nbytes_read"] == sum(t.nbytes for t in tiny.bert(SIZES).values())
@@ -143,7 +143,7 @@ def test_a_v_cycle_by_command_and_by_call_gives_the_same(big: Path, tmp_path: Pa
 
 def test_the_report_is_the_last_line(big: Path, tmp_path: Path) -> None:
     said = ok("coalesce", big, tmp_path / "out", "--width", 2)
-    pattern = r"wrote 1 file, [\d.]+ GB in [\d.]+ s \(\d+ MB/s\), peak [\d.]+ GB -> .*out"
+    pattern = r"wrote 1 file, [\d.]+ kB in [\d.]+ s \(\d+ MB/s\), peak [\d.]+ [MG]B -> .*out"
     assert re.fullmatch(pattern, said.splitlines()[-1])
     assert ok("coalesce", big, tmp_path / "out2", "--width", 2, "--quiet") == ""
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import streammap
-from streammap.common import ranges
+from streammap.common import ranges, units
 from streammap.common.ranges import PIECE_NBYTES
 from streammap.common.units import parse_size
 from streammap.errors import CheckpointError, OutputError, PlanError
@@ -231,7 +231,7 @@ def test_a_report_says_what_was_written(source: Path, tmp_path: Path) -> None:
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert (report.nbytes_written, report.n_shards) == (written, 1)
     assert report.n_tensors == len(tiny.written(tmp_path / "out"))
-    assert str(report).startswith("wrote 1 file, 0.000 GB in ")
+    assert str(report).startswith(f"wrote 1 file, {units.format_nbytes(written)} in ")
 
 
 @pytest.mark.parametrize("n", [PIECE_NBYTES - 1, PIECE_NBYTES, PIECE_NBYTES + 1])
@@ -436,7 +436,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 ) -> None:
     free = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(OutputError, match=r"out: the result takes 0\.00 GB, 0\.00 GB are free"):
+    with pytest.raises(OutputError, match=r"out: the result takes [\d.]+ kB, 1\.00 kB are free"):
         _half(source).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -101,5 +101,5 @@ def test_a_scheme_of_other_sizes_is_refused(
 
 def test_without_transformers_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.utils.logging", None)
-    with pytest.raises(PlanError, match=r"pip install -U 'streammap\[transformers\]'"):
+    with pytest.raises(PlanError, match=r"pip install -U transformers"):
         testbench.main(None, as_json=True, echo=pytest.fail, sizes=TINY)

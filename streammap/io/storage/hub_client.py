@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
+from streammap.common.units import format_nbytes
 from streammap.common.version import VERSION
 from streammap.errors import CheckpointError
 from streammap.io.storage.retry import TransientError, patiently
@@ -142,8 +143,8 @@ class Client:
         free = shutil.disk_usage(folder).free
         if nbytes > free:
             raise CheckpointError(
-                f"{self.repo}: takes {nbytes / 1e9:.2f} GB of the Hub's cache, {free / 1e9:.2f} GB "
-                f"are free in {cache_folder()}",
+                f"{self.repo}: takes {format_nbytes(nbytes)} of the Hub's cache, "
+                f"{format_nbytes(free)} are free in {cache_folder()}",
                 hint="use --stream, which needs no disk, or set HF_HUB_CACHE to another disk",
             )
 

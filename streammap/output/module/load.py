@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from streammap.common import text, torch_threads
 from streammap.common.events import Finished, Listener, Started, nobody
 from streammap.common.ranges import Region
+from streammap.common.units import format_nbytes
 from streammap.engine import devices, loop, memory, regions
 from streammap.engine.loop import Resources
 from streammap.engine.options import Engine
@@ -61,7 +62,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         moved = text.moved(self.nbytes, self.seconds)
-        return f"filled {self.n_tensors} tensors, {moved}, peak {self.peak_nbytes / 1e9:.2f} GB"
+        return f"filled {self.n_tensors} tensors, {moved}, peak {format_nbytes(self.peak_nbytes)}"
 
 
 @dataclass(frozen=True, slots=True)
