@@ -23,13 +23,13 @@ from streammap.output.layout import Shard
 JOURNAL_SECONDS = 10.0
 """Time between two journal lines for shards that are not whole."""
 _N_AT_ONCE = 2
-"""Threads that write to a file: the kernel lets one, and another is there when it is done. Who
-waits there keeps a processor busy, so that the others wait here."""
+"""Threads that write to one file: the kernel admits one at a time, and the second is ready when it
+is done. Waiting in the kernel keeps a processor busy, so all others wait here."""
 
 
 @final
 class _Turns:
-    """Lets so many threads in: a semaphore as cheap as a lock, since it is asked for each write."""
+    """Admits a few threads: a semaphore as cheap as a lock, since each write takes it."""
 
     def __init__(self) -> None:
         self._free: SimpleQueue[None] = SimpleQueue()
@@ -45,7 +45,7 @@ class _Turns:
 
 @final
 class _File:
-    """A shard, how much of it there is, and who may write to it."""
+    """A shard: how much of it is written, and who may write to it."""
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
@@ -53,7 +53,7 @@ class _File:
         self.lock = threading.Lock()
         self.turns = _Turns()
         self.is_there = not shard.head
-        """Whether the file is there before it begins: an earlier run's, or a torch file."""
+        """Whether the file exists before its first write: an earlier run's, or a torch file."""
         self.has_begun = False
         self.waiting: list[int] = []
         """Tensors that are whole and not in the journal."""
@@ -65,13 +65,13 @@ class _File:
 
 
 @final
-class Writer:
-    """Writes bytes of the shards."""
+class ShardWriter:
+    """The shards of a run, as its sink."""
 
     def __init__(
         self, shards: Sequence[Shard], out: Output, journal: Journal, *, disk: Disk, fsync: bool
     ) -> None:
-        """Nothing is opened before its first bytes come."""
+        """No file is opened before its first bytes come."""
         self._out, self._journal, self._disk, self._fsync = out, journal, disk, fsync
         self._files = {shard.name: _File(shard) for shard in shards}
         self._slots = {
@@ -82,7 +82,7 @@ class Writer:
         """Key -> its file, and which of the file's tensors it is."""
         self._lock = threading.Lock()
         self._n_open = sum(1 for file in self._files.values() if file.digests.left_nbytes)
-        self._kept_at = time.monotonic()
+        self._journalled_at = time.monotonic()
         self.n_journalled = 0
         """Tensors that are durable."""
         self.journalled_nbytes = 0
@@ -90,7 +90,7 @@ class Writer:
 
     @property
     def left_nbytes(self) -> int:
-        """Bytes that are to be written."""
+        """Bytes that are still to be written."""
         return sum(file.digests.left_nbytes for file in self._files.values())
 
     def resume(self, crcs: Mapping[str, int]) -> None:
@@ -113,7 +113,7 @@ class Writer:
         self.n_resumed, self.resumed_nbytes = self.n_journalled, self.journalled_nbytes
 
     def missing(self) -> Iterator[str]:
-        """The tensors that are to be written, in the order of the files."""
+        """Keys of the tensors that are still to be written, in the order of the files."""
         for file in self._files.values():
             for i, slot in enumerate(file.shard.slots):
                 if not file.digests.is_whole(i):
@@ -148,14 +148,15 @@ class Writer:
                 if not file.digests.left_nbytes:
                     self._end(file)
 
-    def keep(self, *, at_once: bool = False) -> None:
-        """Journal what is whole by now, if it is time to."""
+    def checkpoint_journal(self, *, at_once: bool = False) -> None:
+        """Journal the tensors that are whole by now, if it is time to."""
         now = time.monotonic()
-        if not at_once and now - self._kept_at < JOURNAL_SECONDS:
+        if not at_once and now - self._journalled_at < JOURNAL_SECONDS:
             return
-        self._kept_at = now
+        self._journalled_at = now
         for name, file in self._files.items():
             with file.lock:
+                # Taken before the sync: only what was whole by then is surely on the disk after it.
                 taken = file.take_waiting()
                 descriptor = self._out.duplicate(name) if taken else None
             if descriptor is not None:
@@ -195,7 +196,7 @@ class Writer:
             self._n_open -= 1
             is_last = not self._n_open
         if is_last:
-            file.waiting = taken  # no line where all is put in place at once
+            file.waiting = taken  # no line: the result is about to be committed as a whole
         else:
             self._add(file, taken)
 
@@ -234,7 +235,7 @@ class _FileOffset(NamedTuple):
 class _Lane:
     """Writes one thread's parts, one after the other; one CRC serves all places of a part."""
 
-    def __init__(self, writer: Writer, out: Output) -> None:
+    def __init__(self, writer: ShardWriter, out: Output) -> None:
         self._writer, self._out = writer, out
         self._places: list[_FileOffset] = []
         self._crc = 0

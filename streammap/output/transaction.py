@@ -51,7 +51,7 @@ from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
 from streammap.output.ranks import coordination
 from streammap.output.ranks.coordination import Participant
-from streammap.output.shard_writer import Writer
+from streammap.output.shard_writer import ShardWriter
 from streammap.output.side_files import SideFile
 from streammap.output.work_folder import WorkFolder
 from streammap.planning.plan import Plan
@@ -239,9 +239,9 @@ class _Transaction:
             written=files.written_nbytes(self._work.files),
         )
 
-    def _new_writer(self, shards: Sequence[Shard]) -> Writer:
+    def _new_writer(self, shards: Sequence[Shard]) -> ShardWriter:
         fsync = self._options.fsync
-        return Writer(shards, self._out, self._journal, disk=self._disk, fsync=fsync)
+        return ShardWriter(shards, self._out, self._journal, disk=self._disk, fsync=fsync)
 
     def _placed(self, shards: Sequence[Shard], *, is_resumed: bool) -> Sequence[Shard]:
         """The shards; where a torch file's tensors are is up to torch, and known once it exists."""
@@ -256,12 +256,12 @@ class _Transaction:
         nbytes = sum(slot.spec.nbytes for shard in shards for slot in shard.slots)
         return Started(sum(len(shard.slots) for shard in shards), nbytes, resumed_nbytes)
 
-    def _compute(self, writer: Writer, listener: Listener) -> int:
+    def _compute(self, writer: ShardWriter, listener: Listener) -> int:
         """Write the tensors, and journal them where others wait for it; gives the bytes read."""
         plan, engine = self._plan, self._options.engine
 
         def journal_too(event: Event) -> None:
-            writer.keep()
+            writer.checkpoint_journal()
             listener(event)
 
         targets = {key: plan.targets[key] for key in writer.missing()}
@@ -269,12 +269,12 @@ class _Transaction:
         n_read = loop.run(targets, writer, resources, listener=journal_too)
         writer.finish()
         if self._options.ranks.world_size > 1:
-            writer.keep(at_once=True)
+            writer.checkpoint_journal(at_once=True)
         for source in plan.sources:
             source.check_unchanged()
         return n_read
 
-    def _all_whole(self) -> Writer:
+    def _all_whole(self) -> ShardWriter:
         """A writer that knows the CRCs of all shards, by the journals of all ranks.
 
         Raises:
@@ -354,7 +354,7 @@ class _Transaction:
     def _keep_durable(self, error: BaseException) -> None:
         writer, work, ranks = self._writer, self._work, self._options.ranks
         with contextlib.suppress(OSError, StreammapError):
-            writer.keep(at_once=True)
+            writer.checkpoint_journal(at_once=True)
         work.keep_on_exit = writer.n_journalled > 0 and self._are_sources_unchanged()
         if work.keep_on_exit:
             by = f" by rank {ranks.rank}" if ranks.world_size > 1 else ""

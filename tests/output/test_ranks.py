@@ -399,7 +399,7 @@ from streammap.common.ranks import Ranks
 
 big, out, dies, flag = sys.argv[1:]
 heartbeat.BEAT_SECONDS, heartbeat.GONE_SECONDS = 0.05, 0.5
-here, locate, n = Ranks.here(), shard_writer.Writer.locate, [0]
+here, locate, n = Ranks.here(), shard_writer.ShardWriter.locate, [0]
 
 def locate_or_die(self, places):  # called for each part
     n[0] += 1
@@ -408,7 +408,7 @@ def locate_or_die(self, places):  # called for each part
         os.kill(os.getpid(), signal.SIGKILL)
     return locate(self, places)
 
-shard_writer.Writer.locate = locate_or_die
+shard_writer.ShardWriter.locate = locate_or_die
 lazy = streammap.open(big).decoalesce(depth=2)
 lazy.save(out, max_shard_size="500", fsync=False, threads=1, ranks=True)
 """
