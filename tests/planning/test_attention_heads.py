@@ -162,7 +162,7 @@ def test_what_is_accepted_is_exact_and_what_is_refused_is_wrong(bench: Bench, se
         error = truth.difference(truth.outputs(folder, model), bench.expected(source, model))
         assert error > 1e-6
         assert "would come from heads that read kv heads" in refusal
-        assert "hint: group heads so that each keeps to its kv_heads" in refusal
+        assert "hint: group heads so that each keeps to its kv head" in refusal
         return
     assert lazy.promise[0] == "exact"
     assert bench.error(lazy, source, model) < 1e-10
