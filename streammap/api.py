@@ -311,14 +311,15 @@ def load_into(
     the checkpoint's, or for a model of transformers those that from_pretrained takes.
 
     Args:
-        device: Where all goes; by default where it is, and the processor (or the mesh's device) for
-            what is on the meta device.
-        dtype: What floating-point tensors become; by default they stay what they are.
-        strict: Whether names that are missing or left over, or buffers that nobody can fill, are an
-            error; else they are told in the report.
-        progress: Called with each event of events.py.
-        memory: What this may add to the process, beside the module.
-        threads: See options.py, as `reader`.
+        device: Where all tensors go. By default they stay where they are; those on the meta device
+            go to the CPU (or the mesh's device).
+        dtype: What floating-point tensors become. By default they keep their dtype.
+        strict: Whether missing or unexpected names, and buffers that can't be filled, are an error.
+            Otherwise the report lists them.
+        progress: Called with each progress event.
+        memory: Memory that this may add to the process, on top of the module.
+        threads: Threads that read and compute; None for one a processor, at most 8.
+        reader: How sources are read, "pread" or "mmap".
 
     Raises:
         PlanError: names, shapes or tensors that do not fit. Nothing was touched then.

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, final
+from typing import final
 
 from streammap.analysis import survey
 from streammap.analysis.survey import SavedRecord, Survey
 from streammap.architectures import quantization
-from streammap.common.declare import make
+from streammap.common.declare import Anything, declared, option, takes
 from streammap.common.events import Listener, nobody
 from streammap.common.units import format_nbytes
 from streammap.engine.options import Engine
@@ -83,24 +83,28 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(
-    path: PathLike,
-    *,
-    sources: Moved = None,
-    recompute: int = 0,
-    seed: int = 0,
-    progress: Listener = nobody,
-    **options: Any,
-) -> Verification:
-    """Check an output. Whatever is wrong is a finding, not an error.
+@final
+@declared
+class VerifyOptions(Engine):
+    """What to check, and what the pass may use."""
 
-    Args:
-        path: A folder or file.
-        sources: Where its sources are now: a path where there is one, else {old: new}.
-        recompute: How many random tiles to recompute from the sources, and compare.
-        seed: Which tiles these are.
-        progress: Called with each event of events.py.
-        options: What the pass may use, see options.py: memory, threads, reader.
+    sources: Moved = option(
+        default=None,
+        help="Where its sources are now: a path if there is one source, else {old: new}.",
+        kind=Anything(),
+    )
+    recompute: int = option(
+        default=0, help="Random tiles to compute again from the sources, and compare."
+    )
+    seed: int = option(default=0, help="Which tiles these are.")
+    progress: Listener = option(
+        default=nobody, help="Called with each progress event.", kind=Anything()
+    )
+
+
+@takes(VerifyOptions, n_first=1)
+def verify(path: PathLike, options: VerifyOptions) -> Verification:
+    """Check a result, a folder or a file. Whatever is wrong is a finding, not an error.
 
     Raises:
         CheckpointError: nothing is there, or its record is not valid.
@@ -110,8 +114,8 @@ def verify(
     place = Path(path)
     record = survey.read_record(records.path_of(place))
     seen = survey.survey(place, record)
-    expected, why = _expected(place, record, sources)
-    work = _Work(record, seen, expected, make(Engine, options, what="verify"))
+    expected, why = _expected(place, record, options.sources)
+    work = _Work(record, seen, expected, options)
     if record.is_there:
         work.checks.append("record")
     else:
@@ -123,8 +127,8 @@ def verify(
         work.skipped.append(f"plan: {why}")
     if not any(found.check in ("key", "file", "shape", "dtype") for found in work.findings):
         work.findings += _config(work.own, record, expected)
-    work.read(progress)
-    n_tiles = work.recompute(recompute, seed)
+    work.read(options.progress)
+    n_tiles = work.recompute(options.recompute, options.seed)
     return Verification(
         path=str(path),
         checks=tuple(work.checks),
