@@ -1,4 +1,4 @@
-"""transformers.Trainer: go from one model to the next in the middle of a training.
+"""transformers.Trainer: switch from one model to the next in the middle of training.
 
     Switch(at=100, then=lambda saved: streammap.coalesce(saved, "small", width=2, depth=2))
 

@@ -96,7 +96,7 @@ def _planned(name: str, values: dict[str, Any]) -> "LazyCheckpoint":
 
 
 def _run(name: str, values: dict[str, Any]) -> None:
-    push_of(values, values["output"])  # wrong usage is told before anything is opened
+    push_of(values, values["output"])  # wrong usage ends it before anything is opened
     save(_planned(name, values), name, values)
 
 

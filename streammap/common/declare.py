@@ -6,8 +6,8 @@
         by: float = option(help="The factor.")
 
 `check` reads the values when an object is made, `make` takes them by name, `encode` and `decode` go
-to JSON and back, `takes` makes a function whose keywords are a declaration's fields. What a value
-may be is told by its Kind, found from the annotation where none is given.
+to JSON and back, `takes` makes a function whose keywords are a declaration's fields. What a value may
+be is said by its Kind, which follows from the annotation where none is given.
 """
 
 import difflib
@@ -191,7 +191,7 @@ class Anything(Kind):
 @final
 @dataclass(frozen=True, slots=True)
 class Option:
-    """What is told of an option, beside its name, type and default."""
+    """What is known of an option, apart from its name, type and default."""
 
     help: str
     group: str

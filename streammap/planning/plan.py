@@ -102,8 +102,8 @@ class Plan:
             return "bit-exact", "nothing is changed"
         weakest = max(self.steps, key=lambda step: PROMISES.index(step.promise))
         alike = [step for step in self.steps if step.promise == weakest.promise]
-        told = alike[:1] if weakest.promise == "approximate" else alike
-        return weakest.promise, "; ".join(f"{step.operator}: {step.reason}" for step in told)
+        named = alike[:1] if weakest.promise == "approximate" else alike
+        return weakest.promise, "; ".join(f"{step.operator}: {step.reason}" for step in named)
 
     @property
     def notes(self) -> tuple[str, ...]:

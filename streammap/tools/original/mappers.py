@@ -107,10 +107,10 @@ class _Mapper:
         direction: Direction = "coalesce" if opt == "C" else "decoalesce"
         goal, wanted = self._goal(direction), self._target_sizes
         if goal is not None and wanted is not None and goal != wanted:
-            told = ", ".join(f"{k} {v} to {wanted[k]}" for k, v in goal.items())
+            change = ", ".join(f"{k} {v} to {wanted[k]}" for k, v in goal.items())
             raise PlanError(
                 f"--opt {opt}: the target is the {'larger' if opt == 'C' else 'smaller'} model "
-                f"({told})",
+                f"({change})",
                 hint="--opt C makes a model smaller, --opt D larger",
             )
         return self._resize(direction)
@@ -331,10 +331,10 @@ def _open_deit(path: Path, arch: str) -> LazyCheckpoint:
     found = api.open(path)
     if found.plan.config is None:
         found = api.open(path, config={"model_args": {"num_heads": n_heads}})
-    for axis, told in (("layer", n_layers), ("heads", n_heads)):
-        if found.sizes[axis] != told:
+    for axis, expected in (("layer", n_layers), ("heads", n_heads)):
+        if found.sizes[axis] != expected:
             raise PlanError(
-                f"{path}: {axis} is {found.sizes[axis]}, {arch} says {told}",
+                f"{path}: {axis} is {found.sizes[axis]}, {arch} says {expected}",
                 hint="give the arch of this checkpoint, such as L12-H12",
             )
     return found

@@ -166,14 +166,14 @@ def groups_for(sizes: Sizes, source: str | None) -> Scheme:
 
 
 def _check_groups(source: str, entry: str, groups: Groups | None, n_large: int) -> None:
-    told = "is missing"
+    problem = "is missing"
     if groups is not None:
         highest = max(member for group in groups for member in group)
         if len(groups) == n_large // 2 and highest < n_large:
             return
-        told = f"has {len(groups)} groups, the highest index is {highest}"
+        problem = f"has {len(groups)} groups, the highest index is {highest}"
     raise SchemeError(
-        f"{source}: {entry} {told}; the table is of {n_large} -> {n_large // 2}",
+        f"{source}: {entry} {problem}; the table is of {n_large} -> {n_large // 2}",
         hint=f"give {n_large // 2} groups of the indices 0 to {n_large - 1}, as schemes/L6-H6.json",
     )
 
