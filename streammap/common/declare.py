@@ -6,8 +6,8 @@
         by: float = option(help="The factor.")
 
 `check` reads the values when an object is made, `make` takes them by name, `encode` and `decode` go
-to JSON and back, `takes` makes a function whose keywords are a declaration's fields. What a value may
-be is said by its Kind, which follows from the annotation where none is given.
+to JSON and back, `takes` makes a function whose keywords are a declaration's fields. Its Kind
+says what a value may be; without one, it follows from the annotation.
 """
 
 import difflib
