@@ -97,7 +97,7 @@ if not TYPE_CHECKING:
         if name not in __all__:
             registry = sys.modules.get("streammap.operators.registry")
             if registry is not None and name.replace("_", "-") in registry.names():
-                return import_module("streammap.api").one_call(name.replace("_", "-"))
+                return getattr(import_module("streammap.api"), name)
             raise AttributeError(f"module 'streammap' has no attribute {name!r}")
         if name == "progress":
             return import_module("streammap.progress")

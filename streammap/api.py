@@ -10,6 +10,7 @@ Each operator of operators/registry.py is a method of LazyCheckpoint, and a func
 opens, plans and saves in one call. Their options are declared by the operators.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -364,26 +365,6 @@ class _CallOptions(SaveOptions):
     )
 
 
-@declared
-class _Coalesce(Coalesce, _CallOptions):
-    pass
-
-
-@declared
-class _Decoalesce(Decoalesce, _CallOptions):
-    pass
-
-
-@declared
-class _Interpolate(Interpolate, _CallOptions):
-    pass
-
-
-@declared
-class _Permute(Permute, _CallOptions):
-    pass
-
-
 def _one_call(
     operator: type[Operator], all_options: Callable[P, _CallOptions]
 ) -> Callable[Concatenate[PathLike, PathLike, P], Report]:
@@ -399,14 +380,40 @@ def _one_call(
     return takes(all_options, leads=operator)(call)
 
 
-coalesce = _one_call(Coalesce, _Coalesce)
-decoalesce = _one_call(Decoalesce, _Decoalesce)
-interpolate = _one_call(Interpolate, _Interpolate)
-permute = _one_call(Permute, _Permute)
+if TYPE_CHECKING:
+
+    @declared
+    class _Coalesce(Coalesce, _CallOptions):
+        pass
+
+    @declared
+    class _Decoalesce(Decoalesce, _CallOptions):
+        pass
+
+    @declared
+    class _Interpolate(Interpolate, _CallOptions):
+        pass
+
+    @declared
+    class _Permute(Permute, _CallOptions):
+        pass
+
+    coalesce = _one_call(Coalesce, _Coalesce)
+    decoalesce = _one_call(Decoalesce, _Decoalesce)
+    interpolate = _one_call(Interpolate, _Interpolate)
+    permute = _one_call(Permute, _Permute)
+
+else:
+
+    def __getattr__(name: str) -> Callable[..., Report]:
+        """Any operator as one call, made when it is first used."""
+        known = name.replace("_", "-")
+        if name.startswith("_") or known not in registry.names():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _made(registry.load(known))
 
 
-def one_call(name: str) -> Callable[..., Report]:
-    """The same for an operator that others registered."""
-    operator = registry.load(name)
+@functools.cache
+def _made(operator: type[Operator]) -> Callable[..., Report]:
     options: Any = declared(type(operator.__name__, (operator, _CallOptions), {}))
     return _one_call(operator, options)

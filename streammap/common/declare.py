@@ -10,7 +10,6 @@ to JSON and back, `takes` makes a function whose keywords are a declaration's fi
 says what a value may be; without one, it follows from the annotation.
 """
 
-import difflib
 import functools
 import inspect
 import math
@@ -363,6 +362,8 @@ def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, object], what: 
     """
     for name in given:
         if name not in known:
+            import difflib  # most calls have no use for it
+
             near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.8)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
             raise PlanError(f"{_in(what)}unknown option {shown(name)}", hint=hint)
