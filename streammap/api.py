@@ -27,7 +27,6 @@ from streammap.io.storage.resolve import PathLike
 from streammap.operators import registry
 from streammap.operators.declare import Operator
 from streammap.operators.interpolate import Interpolate
-from streammap.operators.permute import Permute
 from streammap.operators.resize import Coalesce, Decoalesce
 from streammap.output import destination
 from streammap.output.run import Report
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from streammap.analysis.difference import Difference
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
+    from streammap.operators.permute import Permute
     from streammap.output.module.load import LoadReport
     from streammap.planning.request import Moved
 
@@ -100,7 +100,7 @@ class LazyCheckpoint:
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Operators that were registered by others are methods too."""
+        """All operators are methods: those that are rarely used, and those of others, too."""
         known = name.replace("_", "-")
         if name.startswith("_") or known not in registry.names():
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -208,7 +208,8 @@ class LazyCheckpoint:
     coalesce = _method(Coalesce)
     decoalesce = _method(Decoalesce)
     interpolate = _method(Interpolate)
-    permute = _method(Permute)
+    if TYPE_CHECKING:  # __getattr__ has it, as it has the operators of others
+        permute = _method(Permute)
 
     @takes(SaveOptions)
     def save(self, output: PathLike, options: SaveOptions) -> Report:

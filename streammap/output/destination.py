@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from streammap.common.events import Listener
 from streammap.common.ranks import Ranks
@@ -12,13 +13,15 @@ from streammap.errors import OutputError
 from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
 from streammap.io.storage.base import Sink
-from streammap.io.storage.hub_sink import Push
 from streammap.io.storage.resolve import PathLike
 from streammap.output import config_check, run
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report
 from streammap.output.save_options import PushOptions, SaveOptions
 from streammap.planning.plan import Plan
+
+if TYPE_CHECKING:
+    from streammap.io.storage.hub_sink import Push
 
 Card = Callable[[Plan, Engine, str], str]
 """Makes the model card of a plan's result, for a repository of this name."""
@@ -46,7 +49,9 @@ def push(plan: Plan, repo: str, options: PushOptions, *, card: Card) -> Report:
     """
     _check_config(plan)
     where = _where(options, Path())
-    to = Push(repo, options.branch, options.private, options.message)
+    from streammap.io.storage.hub_sink import MESSAGE, Push
+
+    to = Push(repo, options.branch, options.private, options.message or MESSAGE)
     return _send(plan, _hub(plan, to, where, card), where, options.progress)
 
 
@@ -77,6 +82,8 @@ def _sink(plan: Plan, url: str, where: OutputOptions, card: Card) -> Sink:
             hint="write it to a folder, and copy that",
         )
     if url.startswith("hf://"):
+        from streammap.io.storage.hub_sink import Push
+
         name = hub_name.parse(url)
         return _hub(plan, Push(name.repo, name.revision), where, card)
     from streammap.io.storage.remote_sink import RemoteSink
@@ -84,7 +91,7 @@ def _sink(plan: Plan, url: str, where: OutputOptions, card: Card) -> Sink:
     return RemoteSink(url)
 
 
-def _hub(plan: Plan, to: Push, where: OutputOptions, card: Card) -> Sink:
+def _hub(plan: Plan, to: "Push", where: OutputOptions, card: Card) -> Sink:
     from streammap.io.storage.hub_sink import HubSink
 
     return HubSink(to, partial(card, plan, where.engine, to.repo))

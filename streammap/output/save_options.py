@@ -6,7 +6,6 @@ from streammap.common.declare import Anything, declared, option
 from streammap.common.events import Listener, nobody
 from streammap.common.ranks import Ranks
 from streammap.engine.options import Engine, Size
-from streammap.io.storage.hub_sink import MESSAGE
 
 MAX_SHARD_SIZE = "5GB"
 OUTPUT = "Output"
@@ -74,4 +73,4 @@ class PushOptions(SaveOptions):
         default=True, help="Whether a repository that is created is private.", kind=Anything()
     )
     branch: str = option(default="main", help="Branch; it is created when needed.")
-    message: str = option(default=MESSAGE, help="Message of the commits.")
+    message: str | None = option(default=None, help="Message of the commits.")
