@@ -290,6 +290,23 @@ def test_an_mlp_of_fixed_proportion_follows_the_hidden_size(make: Make, options:
     assert changed(source, source.coalesce(**options)) == {"embed": 4, "heads": 2, "mlp": 16}
 
 
+def test_heads_that_follow_take_their_kv_heads_along() -> None:
+    """Helium's hidden size is heads x head size, and two query heads share a kv head."""
+    shapes = decoder(1, dim=2) | mlp("model.layers.0.mlp", 10)
+    helium = {"model_type": "helium", "head_dim": 2, "num_hidden_layers": 1}
+    source = shown(shapes, {**DECODER, **helium})
+    grown = changed(source, source.decoalesce(hidden=2))
+    assert grown == {"embed": 16, "heads": 8, "kv_heads": 4}
+    small = changed(source, source.coalesce(hidden=2))
+    assert small == {"embed": 4, "heads": 2, "kv_heads": 1}
+
+
+def test_kv_heads_change_only_where_the_heads_could_not_share_them() -> None:
+    source = llama()
+    assert changed(source, source.coalesce(heads=2)) == {"heads": 2, "q_group": 1}
+    assert changed(source, source.coalesce(heads="=1")) == {"heads": 1, "kv_heads": 1, "q_group": 1}
+
+
 def test_what_has_a_size_of_its_own_stays() -> None:
     source = llama()
     assert changed(source, source.decoalesce(hidden=2)) == {"embed": 16}
