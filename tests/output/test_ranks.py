@@ -476,16 +476,6 @@ def blocks(language: str) -> list[str]:
     return [block.replace("\\\n", " ") for block in found]
 
 
-def test_the_page_has_python_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("big", "other"):
-        sizes = tiny.Sizes(heads=4 if name == "big" else 2, layers=2)
-        tiny.write(tmp_path / name, tiny.bert(sizes), tiny.bert_config(sizes))
-    for block in blocks("python"):
-        exec(compile(block, str(PAGE), "exec"), {})
-    assert (tmp_path / "blend" / "config.json").exists()
-
-
 def test_the_page_has_commands_that_are_some() -> None:
     lines = [line for block in blocks("console") + blocks("bash") for line in block.splitlines()]
     commands = [line.partition(" -m streammap ")[2] for line in lines if " -m streammap " in line]
