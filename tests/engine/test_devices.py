@@ -85,7 +85,7 @@ def test_a_gpu_that_is_not_there_is_refused(
 def test_the_plan_says_where_and_why(big: LazyCheckpoint) -> None:
     path = big.plan.sources[0].path
     said = ok("plan", "coalesce", path, "--width", 2, "--threads", 3)
-    assert "device   cpu, 3 threads: copies and sums: I/O-bound, a GPU would not help" in said
+    assert "device     cpu, 3 threads: copies and sums: I/O-bound, a GPU would not help" in said
 
 
 @pytest.mark.parametrize("what", OPERATIONS)

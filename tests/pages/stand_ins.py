@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -108,6 +109,8 @@ def bucket(folder: Path) -> Iterator[Environment]:
     server.start()
     try:
         host, port = server.get_host_and_port()
+        # All servers of a process share their buckets: forget those of other tests.
+        urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()
         yield {
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
             "AWS_ACCESS_KEY_ID": "test",
