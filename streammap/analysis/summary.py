@@ -1,7 +1,8 @@
 """What a plan would do, as text and as JSON: shapes, formulas in words, bytes, memory."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 
 from streammap.architectures import axis_facts
 from streammap.architectures import key_pattern as pattern
@@ -9,6 +10,7 @@ from streammap.common import table
 from streammap.common.table import Column
 from streammap.common.units import format_count, format_nbytes
 from streammap.engine.options import Engine
+from streammap.io.checkpoint import Checkpoint
 from streammap.output import run, side_files
 from streammap.planning import exactness, graph
 from streammap.planning.graph import LinearForm, Term
@@ -92,7 +94,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
     for key, form in plan.targets.items():
         after.setdefault(pattern.INDEX.sub("*", key), []).append(form)
     rows = []
-    axes = _axes_by_key(plan)
+    axes, names = _axes_by_key(plan), _names(plan.sources)
     first = {pattern.INDEX.sub("*", key): key for key in reversed(tuple(plan.targets))}
     for name, forms in after.items():
         form = forms[0]
@@ -105,7 +107,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
                 form.spec.dtype,
                 source_spec.shape,
                 form.spec.shape,
-                formula(form),
+                formula(form, names),
                 exactness.of_family(plan, axes.get(first[name], frozenset()), form),
             )
         )
@@ -140,39 +142,53 @@ def _axes_by_key(plan: Plan) -> dict[str, frozenset[str]]:
     }
 
 
-def formula(form: LinearForm) -> str:
-    """What a form computes, in words."""
+def formula(form: LinearForm, names: Mapping[int, str]) -> str:
+    """What a form computes, in words; `names` are its sources' by their identity."""
     if form.copied is not None:
         return "copied"
     blends = [[(c, f) for c, f in term.blend if not graph.is_constant(f)] for term in form.terms]
     terms = [Term(t.maps, tuple(b)) for t, b in zip(form.terms, blends, strict=True) if b]
-    several = len({id(load.source) for term in terms for _, load in term.blend}) > 1
-    words = " + ".join(_term_words(term, named=several) for term in terms)
+    several = len({id(ref.source) for term in terms for _, ref in term.blend}) > 1
+    words = " + ".join(_term_words(term, names if several else {}) for term in terms)
     has_offset = any(map(graph.is_constant, form.loads()))
     return f"{words}, of gains that count from 1" if has_offset else words
 
 
-def _term_words(term: Term, *, named: bool) -> str:
-    """One term: "rows: mean of 2, columns: sum of 2, layers: mean of 2"."""
+def _names(sources: Sequence[Checkpoint]) -> Mapping[int, str]:
+    """Names that tell sources apart, with as much of their paths as that takes."""
+    paths = {id(source): PurePath(source.address).parts for source in sources}
+    for n in range(1, max(map(len, paths.values()), default=0) + 1):
+        names = {key: "/".join(parts[-n:]) for key, parts in paths.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {id(source): f"{source.name} ({i})" for i, source in enumerate(sources, 1)}
+
+
+def _term_words(term: Term, names: Mapping[int, str]) -> str:
+    """One term: "rows: mean of 2, columns: sum of 2, layers: mean of 2".
+
+    Args:
+        names: Identity of a source -> its name; empty where there is one only.
+    """
     words = [
         f"{_dim_name(d, len(term.maps))}: {m.describe()}"
         for d, m in enumerate(term.maps)
         if m is not None
     ]
-    by_source: dict[str, list[float]] = {}
-    for coefficient, load in term.blend:
-        by_source.setdefault(load.source.name, []).append(coefficient)
+    by_source: dict[int, list[float]] = {}
+    for coefficient, ref in term.blend:
+        by_source.setdefault(id(ref.source), []).append(coefficient)
     parts = []
-    for name, coefficients in by_source.items():
+    for source, coefficients in by_source.items():
         total, n = sum(coefficients), len(coefficients)
         if n > 1:
             equal = all(abs(c * n - total) < 1e-9 for c in coefficients)
             words.append(f"layers: {'mean' if equal else 'weighted mean'} of {n}")
         factor = "" if abs(total - 1) < 1e-9 else f"{total:g} * "
-        parts.append(f"{factor}{name}" if named else factor.removesuffix(" * "))
+        parts.append(f"{factor}{names[source]}" if names else factor.removesuffix(" * "))
     head = " + ".join(part for part in parts if part)
     detail = ", ".join(dict.fromkeys(words))
-    if named:
+    if names:
         return f"{head} ({detail})" if detail else head
     return f"{head} * ({detail})" if head and detail else head or detail or "as it is"
 

@@ -104,7 +104,8 @@ def of_family(plan: Plan, axes: Container[str], form: LinearForm) -> Promise:
     for i, step in enumerate(plan.steps):
         if step.axes:
             guarantees |= {f"{i} {axis}": one for axis, one in step.axes.items() if axis in axes}
-        else:
+        elif form.copied is None:
+            # A step that is about no axis (a blend) leaves alone what it copies.
             guarantees[str(i)] = (step.promise, step.reason)
     weakest = worst(guarantees)[0]
     if weakest in ("bit-exact", "exact"):

@@ -581,7 +581,7 @@ def test_dropped_kv_heads_are_dropped_everywhere() -> None:
     options = small.plan.steps[-1].options["maps"]
     assert options == {"kv_heads": [2, 1, "selection"]}
     keys = [key for key in small.plan.targets if "k_proj" in key]
-    assert {formula(small.plan.targets[key]) for key in keys} == {"rows: selection"}
+    assert {formula(small.plan.targets[key], {}) for key in keys} == {"rows: selection"}
 
 
 def test_the_hidden_size_has_one_name_for_users() -> None:
