@@ -4,10 +4,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import final
+from typing import Any, final
 
 MOVED = {
     "streammap.making": "output.transaction",
@@ -19,7 +18,7 @@ MOVED = {
 
 
 @final
-class _Finder(MetaPathFinder):
+class _Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -27,11 +26,15 @@ class _Finder(MetaPathFinder):
         if fullname not in MOVED:
             return None
         is_package = any(name.startswith(f"{fullname}.") for name in MOVED)
-        return ModuleSpec(fullname, _Loader(), is_package=is_package)
+        loader: Any = _Loader()  # importlib.abc would cost as much as click
+        return ModuleSpec(fullname, loader, is_package=is_package)
 
 
 @final
-class _Loader(Loader):
+class _Loader:
+    def create_module(self, spec: ModuleSpec) -> None:
+        """The usual kind of module."""
+
     def exec_module(self, module: ModuleType) -> None:
         """Take over all names."""
         new = f"streammap.{MOVED[module.__name__]}"

@@ -4,23 +4,24 @@ What goes through `open_source` and `apply` can be made again by `build`, from i
 plan that was made by other means has no record: its `request` is None.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 from streammap.common import declare
 from streammap.errors import PlanError, SchemeError, some
-from streammap.io.checkpoint import Checkpoint, open_checkpoint
-from streammap.io.json_files import read_config
-from streammap.io.storage import resolve
 from streammap.operators.declare import Operator, PlanLike, inputs_of, settled
-from streammap.planning import map_file, plan
-from streammap.planning.map_file import MapLevel
-from streammap.planning.plan import Plan
-from streammap.planning.request import MapDigests, OperatorCall
+
+if TYPE_CHECKING:  # a list of commands needs none of what opens and plans
+    from streammap.io.checkpoint import Checkpoint
+    from streammap.planning.map_file import MapLevel
+    from streammap.planning.plan import Plan
+    from streammap.planning.request import OperatorCall
 
 _HERE = "streammap.operators."
 _OPERATORS: dict[str, tuple[str, str]] = {
@@ -101,6 +102,11 @@ def open_source(
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
+    from streammap.io.checkpoint import open_checkpoint
+    from streammap.io.json_files import read_config
+    from streammap.planning import plan
+    from streammap.planning.request import OperatorCall
+
     path = None if isinstance(config, Mapping) else config
     opened = open_checkpoint(source, config=path, stream=stream)
     if isinstance(config, Mapping):
@@ -122,6 +128,8 @@ def plan_of(source: PlanLike, *, stream: bool = False) -> Plan:
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
+    from streammap.planning.plan import Plan
+
     if isinstance(source, str | Path):
         return open_source(source, stream=stream)
     return source if isinstance(source, Plan) else source.plan
@@ -153,6 +161,8 @@ def _recorded(
     operator: Operator, plans: Mapping[str, Plan | tuple[Plan, ...]]
 ) -> OperatorCall | None:
     """The call that made a plan; None where one of its inputs has no record."""
+    from streammap.planning.request import OperatorCall
+
     inputs: dict[str, OperatorCall | tuple[OperatorCall, ...]] = {}
     for name, given in plans.items():
         requests = [one.request for one in (given if isinstance(given, tuple) else (given,))]
@@ -205,6 +215,10 @@ class _Builder:
         return apply(declare.decode(cls, options, what=call.operator, **plans), source)
 
     def _open(self, call: OperatorCall) -> Plan:
+        from streammap.io.storage import resolve
+        from streammap.planning import map_file
+        from streammap.planning.request import MapDigests
+
         path, arch = call.options.get("path"), call.options.get("arch")
         if not isinstance(path, str) or "\0" in path:
             raise PlanError(f"open: path is {path!r}, expected text")
@@ -227,6 +241,8 @@ class _Builder:
 
     def _with_maps(self, call: OperatorCall, near: tuple[MapLevel, ...]) -> Mapping[str, object]:
         """The call's options, with maps in the place of their digests."""
+        from streammap.planning.request import MapDigests
+
         maps = call.options.get("maps")
         if not isinstance(maps, MapDigests):
             return call.options
@@ -250,4 +266,6 @@ def _is_spec_file(arch: str) -> bool:
 
 def _levels(opened: Checkpoint) -> tuple[MapLevel, ...]:
     """The maps saved with a checkpoint."""
+    from streammap.planning import map_file
+
     return () if opened.place is None else map_file.find(opened.place)
