@@ -1,6 +1,5 @@
 """streammap: resize and blend transformer checkpoints without loading them."""
 
-import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -92,11 +91,9 @@ if not TYPE_CHECKING:
         """Import a name's module when it is first used: `streammap --help` needs none of them."""
         if name == "__version__":
             return import_module("streammap.common.version").VERSION
-        if f"streammap.{name}" in moved.MOVED:
-            return import_module(f"streammap.{name}")
         if name not in __all__:
-            registry = sys.modules.get("streammap.operators.registry")
-            if registry is not None and name.replace("_", "-") in registry.names():
+            registry = import_module("streammap.operators.registry")
+            if name.replace("_", "-") in registry.names():
                 return getattr(import_module("streammap.api"), name)
             raise AttributeError(f"module 'streammap' has no attribute {name!r}")
         if name == "progress":

@@ -18,13 +18,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast, final
 
 from streammap.common import declare, garbage
-from streammap.common.declare import Anything, declared, option, takes
+from streammap.common.declare import declared, option, takes
 from streammap.common.events import Listener, nobody
 from streammap.common.units import format_nbytes
-from streammap.engine.options import MEMORY, Engine, Reader
+from streammap.engine.options import MEMORY, Engine, Reader, RunOptions
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.resolve import PathLike
-from streammap.operators import registry
+from streammap.operators import calls, registry
 from streammap.operators.declare import Operator
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.resize import Coalesce, Decoalesce
@@ -45,15 +45,6 @@ if TYPE_CHECKING:
     from streammap.planning.request import Moved
 
 P = ParamSpec("P")
-
-
-@declared
-class _ScanOptions(Engine):
-    """What a pass over all tensors may use."""
-
-    progress: Listener = option(
-        default=nobody, help="Called with each progress event.", kind=Anything()
-    )
 
 
 def _method(
@@ -181,8 +172,8 @@ class LazyCheckpoint:
 
         return summarize(self.plan, options)
 
-    @takes(_ScanOptions, n_first=1)
-    def health(self, options: _ScanOptions) -> "Health":
+    @takes(RunOptions, n_first=1)
+    def health(self, options: RunOptions) -> "Health":
         """NaN, Inf, ranges, dead rows of each tensor, worst first; of a plan, what it would be.
 
         Raises:
@@ -203,7 +194,7 @@ class LazyCheckpoint:
             StreammapError: options that do not fit the model, see errors.py.
         """
         with garbage.paused():
-            return LazyCheckpoint(registry.apply(operator, self.plan, stream=stream))
+            return LazyCheckpoint(calls.apply(operator, self.plan, stream=stream))
 
     coalesce = _method(Coalesce)
     decoalesce = _method(Decoalesce)
@@ -261,7 +252,7 @@ def open(
         CheckpointError: nothing there, or a file that is not what it says.
     """
     with garbage.paused():
-        plan = registry.open_source(source, config=config, arch=arch, stream=stream)
+        plan = calls.open_source(source, config=config, arch=arch, stream=stream)
     return LazyCheckpoint(plan)
 
 
@@ -291,7 +282,7 @@ def open_request(
         tree, maps = record.saved_request(request)
         call = request_json.parse(tree)
         moved = requests.moved(call, sources)
-        return LazyCheckpoint(registry.build(call, moved=moved, known=maps))
+        return LazyCheckpoint(calls.build(call, moved=moved, known=maps))
 
 
 def load_into(
@@ -339,9 +330,9 @@ def load_into(
     return load.load(opened.plan, model, wanted, progress)
 
 
-@takes(_ScanOptions)
+@takes(RunOptions)
 def diff(
-    a: LazyCheckpoint | PathLike, b: LazyCheckpoint | PathLike, options: _ScanOptions
+    a: LazyCheckpoint | PathLike, b: LazyCheckpoint | PathLike, options: RunOptions
 ) -> "Difference":
     """Compare two checkpoints tensor by tensor: folders, files, opened or planned ones.
 

@@ -22,7 +22,7 @@ from streammap.engine.options import Engine
 from streammap.errors import printable
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.resolve import PathLike
-from streammap.operators import registry
+from streammap.operators import calls
 from streammap.planning.graph import LinearForm
 from streammap.planning.plan import Plan
 
@@ -165,7 +165,7 @@ def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody
 
     begun = perf_counter()
     with garbage.paused():
-        first, second = (x if isinstance(x, Plan) else registry.open_source(x) for x in (a, b))
+        first, second = map(calls.plan_of, (a, b))
     ours, theirs = first.targets, second.targets
     common = [key for key in ours if key in theirs]
     shapes = {

@@ -17,14 +17,14 @@ from streammap.analysis import survey
 from streammap.analysis.survey import SavedRecord, Survey
 from streammap.architectures import quantization
 from streammap.common.declare import Anything, declared, option, takes
-from streammap.common.events import Listener, nobody
+from streammap.common.events import Listener
 from streammap.common.units import format_nbytes
-from streammap.engine.options import Engine
+from streammap.engine.options import Engine, RunOptions
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError
 from streammap.io.problems import Finding
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
-from streammap.operators import registry, request_json
+from streammap.operators import calls, request_json
 from streammap.output import layout
 from streammap.output import record as records
 from streammap.planning import map_file, plan, request
@@ -85,7 +85,7 @@ class Verification:
 
 @final
 @declared
-class VerifyOptions(Engine):
+class VerifyOptions(RunOptions):
     """What to check, and what the pass may use."""
 
     sources: Moved = option(
@@ -97,9 +97,6 @@ class VerifyOptions(Engine):
         default=0, help="Random tiles to compute again from the sources, and compare."
     )
     seed: int = option(default=0, help="Which tiles these are.")
-    progress: Listener = option(
-        default=nobody, help="Called with each progress event.", kind=Anything()
-    )
 
 
 @takes(VerifyOptions, n_first=1)
@@ -194,7 +191,7 @@ def _expected(path: Path, record: SavedRecord, sources: Moved) -> tuple[Plan | N
     moved = request.moved(call, sources)  # a wrong --source is the user's error, no finding
     try:
         near = map_file.find(LocalStorage(path)) if path.exists() else ()
-        made = registry.build(call, moved=moved, known=near)
+        made = calls.build(call, moved=moved, known=near)
     except StreammapError as error:
         return None, error.message
     changed = _changed(made, record)

@@ -405,24 +405,19 @@ def takes(cls: Any, /, *, n_first: int = 2, leads: Any = None) -> Any:
     options = sorted(options_of(cls), key=lambda one: one.name not in names)
 
     def decorate(function: Callable[..., R]) -> Callable[..., R]:
-        def made(*first: Any) -> R:
-            *leading, values = first
-            return function(*leading, make(cls, values, what=call.__name__))
-
-        call = _by_name(made, function, options, n_first=n_first)
-        return call
+        return _by_name(function, cls, options, n_first=n_first)
 
     return decorate
 
 
 def _by_name(
-    made: Callable[..., R],
-    function: Callable[..., object],
+    function: Callable[..., R],
+    cls: Callable[..., object],
     options: Sequence[Declared],
     *,
     n_first: int,
 ) -> Callable[..., R]:
-    """`made(*first, {name: value})` as a function that takes the options by name.
+    """`function(*first, object of cls)` as a function that takes the options by name.
 
     Arguments of the declaration come after the very first parameter, before the others: source,
     target, output. Those that may be left out come last.
@@ -446,7 +441,7 @@ def _by_name(
             if parameter.name not in named:
                 raise TypeError(f"{call.__name__}() is missing {parameter.name!r}")
         leading = [named.pop(parameter.name) for parameter in first]
-        return made(*leading, named)
+        return function(*leading, make(cls, named, what=call.__name__))
 
     rest = [_parameter(one) for one in options if not one.about.positional]
     call.__signature__ = signature.replace(  # type: ignore[attr-defined]

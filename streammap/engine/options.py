@@ -3,13 +3,13 @@
 import re
 from typing import Any, Literal, final
 
-from streammap.common.declare import Kind, Whole, check, declared, option, shown
+from streammap.common.declare import Anything, Kind, Whole, check, declared, option, shown
+from streammap.common.events import Listener, nobody
 from streammap.common.units import parse_size
 from streammap.errors import OutputError, PlanError
 
 MEMORY = "256MiB"
 Reader = Literal["pread", "mmap"]
-READERS: tuple[Reader, ...] = ("pread", "mmap")
 RESOURCES = "Resources"
 """Heading of these options in help."""
 
@@ -74,3 +74,12 @@ class Engine:
     def n_threads(self) -> int | None:
         """Threads; None for one a processor, at most 8."""
         return self.threads
+
+
+@declared
+class RunOptions(Engine):
+    """What a run may use, and who hears of its progress."""
+
+    progress: Listener = option(
+        default=nobody, help="Called with each progress event.", kind=Anything()
+    )

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Union, final, runtime_checkable
 
-from streammap.common.declare import Form, Kind, shown
+from streammap.common.declare import Form, Kind, Table, Whole, shown
 from streammap.errors import PlanError
 from streammap.operators.declare import OfSource
 from streammap.planning import requests
@@ -73,7 +73,7 @@ class ManyAxes(Kind):
 
     def decode(self, value: Any, name: str) -> Mapping[str, AxisRequest]:
         """From its JSON form."""
-        return {str(axis): _decoded(r, str(axis)) for axis, r in _object(value, name).items()}
+        return {str(axis): _decoded(r, str(axis)) for axis, r in Table().parse(value, name).items()}
 
     def encode(self, value: Any) -> object:
         """Its JSON form."""
@@ -94,9 +94,9 @@ class SchemeOf(Kind):
         """From its content."""
         from streammap.planning import scheme
 
-        content = _object(value, name)
+        content = Table().parse(value, name)
         read = scheme.load_scheme(content)
-        axes = _object(content.get("axes", {}), "axes")
+        axes = Table().parse(content.get("axes", {}), "axes")
         return replace(
             read,
             spaces={axis: _decoded(content[axis], r.where) for axis, r in read.spaces.items()},
@@ -155,8 +155,10 @@ class Sizes(OfSource):
 
     def decode(self, value: Any, name: str) -> AxisSizes:
         """From axis -> size."""
-        table = _object(value, name)
-        return AxisSizes({axis: _size(size, f"{name}: {axis}") for axis, size in table.items()})
+        table = Table().parse(value, name)
+        return AxisSizes(
+            {axis: Whole().parse(size, f"{name}: {axis}") for axis, size in table.items()}
+        )
 
     def encode(self, value: Any) -> object:
         """Axis -> size."""
@@ -200,15 +202,3 @@ def _decoded(value: object, where: str) -> AxisRequest:
     if any(abs(sum(g["weights"]) - 1.0) > 1e-9 for g in groups):
         return read
     return replace(read, weights=tuple(tuple(float(w) for w in g["weights"]) for g in groups))
-
-
-def _object(value: object, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise PlanError(f"{where} is {shown(value)}, expected an object")
-    return value
-
-
-def _size(value: object, where: str) -> int:
-    if type(value) is not int or not 0 <= value < 2**40:
-        raise PlanError(f"{where} is {shown(value)}, expected a whole number")
-    return value

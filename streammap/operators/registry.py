@@ -1,27 +1,12 @@
-"""All operators by name, and the one gate through which a plan is made and recorded.
-
-What goes through `open_source` and `apply` can be made again by `build`, from its record alone. A
-plan that was made by other means has no record: its `request` is None.
-"""
-
-from __future__ import annotations
+"""All operators by name. They are imported when they are asked for."""
 
 import functools
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
 
-from streammap.common import declare
-from streammap.errors import PlanError, SchemeError, some
-from streammap.operators.declare import Operator, PlanLike, inputs_of, settled
-
-if TYPE_CHECKING:  # a list of commands needs none of what opens and plans
-    from streammap.io.checkpoint import Checkpoint
-    from streammap.planning.map_file import MapLevel
-    from streammap.planning.plan import Plan
-    from streammap.planning.request import OperatorCall
+from streammap.common.declare import shown
+from streammap.errors import PlanError
+from streammap.operators.declare import Operator
 
 _HERE = "streammap.operators."
 _OPERATORS: dict[str, tuple[str, str]] = {
@@ -72,7 +57,7 @@ def load(name: str) -> type[Operator]:
     if name in _OWN:
         return _OWN[name]
     if name not in _OPERATORS:
-        raise PlanError(f"no operator {declare.shown(name)}", hint=f"known: {', '.join(names())}")
+        raise PlanError(f"no operator {shown(name)}", hint=f"known: {', '.join(names())}")
     return _imported(_OPERATORS[name][0])
 
 
@@ -81,191 +66,3 @@ def _imported(home: str) -> type[Operator]:
     module, _, cls = home.partition(":")
     found: type[Operator] = getattr(import_module(_HERE + module), cls)
     return found
-
-
-def open_source(
-    source: str | Path,
-    *,
-    config: str | Path | Mapping[str, object] | None = None,
-    arch: str | None = None,
-    maps: tuple[MapLevel, ...] | None = None,
-    stream: bool = False,
-) -> Plan:
-    """A folder or file of weights, as it is.
-
-    Args:
-        config: config.json, where it is not beside the weights.
-        arch: The architecture spec's name or file, where config.json does not tell.
-        maps: The maps saved with it; None to look for them.
-        stream: Whether a model of the Hub is read as needed; no part of the record.
-
-    Raises:
-        CheckpointError: nothing there, or a file that is not what it says.
-    """
-    from streammap.io.checkpoint import open_checkpoint
-    from streammap.io.json_files import read_config
-    from streammap.planning import plan
-    from streammap.planning.request import OperatorCall
-
-    path = None if isinstance(config, Mapping) else config
-    opened = open_checkpoint(source, config=path, stream=stream)
-    if isinstance(config, Mapping):
-        opened = replace(opened, config=config, config_text=None)
-    levels = _levels(opened) if maps is None else maps
-    options: dict[str, object] = {"path": opened.address}
-    if config is not None:
-        options["config"] = dict(config if isinstance(config, Mapping) else read_config(config))
-    if arch is not None:
-        options["arch"] = str(Path(arch).absolute()) if _is_spec_file(arch) else arch
-    options["maps"] = levels
-    made = plan.from_checkpoint(opened, levels, architecture=arch)
-    return made.with_request(OperatorCall("open", options))
-
-
-def plan_of(source: PlanLike, *, stream: bool = False) -> Plan:
-    """The plan of what is opened or planned already, or of a checkpoint to open.
-
-    Raises:
-        CheckpointError: nothing there, or a file that is not what it says.
-    """
-    from streammap.planning.plan import Plan
-
-    if isinstance(source, str | Path):
-        return open_source(source, stream=stream)
-    return source if isinstance(source, Plan) else source.plan
-
-
-def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
-    """The plan that an operator makes of its source and its further inputs, with its record.
-
-    Args:
-        stream: Whether inputs that are opened here are read from the Hub as needed.
-
-    Raises:
-        StreammapError: an input that can't be opened, or options that do not fit the model.
-    """
-    plans: dict[str, Plan | tuple[Plan, ...]] = {}
-    for one in inputs_of(operator):
-        value = getattr(operator, one.name)
-        if isinstance(value, tuple):
-            plans[one.name] = tuple(plan_of(each, stream=stream) for each in value)
-        elif value is not None:
-            plans[one.name] = plan_of(value, stream=stream)
-    values = settled(operator, source)
-    operator = replace(operator, **values) if values else operator  # type: ignore[type-var]
-    made = operator.plan(source, **plans)
-    return made.with_request(_recorded(operator, {"source": source, **plans}))
-
-
-def _recorded(
-    operator: Operator, plans: Mapping[str, Plan | tuple[Plan, ...]]
-) -> OperatorCall | None:
-    """The call that made a plan; None where one of its inputs has no record."""
-    from streammap.planning.request import OperatorCall
-
-    inputs: dict[str, OperatorCall | tuple[OperatorCall, ...]] = {}
-    for name, given in plans.items():
-        requests = [one.request for one in (given if isinstance(given, tuple) else (given,))]
-        known = tuple(request for request in requests if request is not None)
-        if len(known) < len(requests):
-            return None
-        inputs[name] = known if isinstance(given, tuple) else known[0]
-    return OperatorCall(operator.name, declare.encode(operator), inputs)
-
-
-def build(
-    call: OperatorCall,
-    *,
-    moved: Mapping[str, str | Path] | None = None,
-    known: Iterable[MapLevel] = (),
-) -> Plan:
-    """The plan that a record tells of.
-
-    Args:
-        moved: Path of a source in the record -> where it is now.
-        known: Maps that a record may name by their digest only.
-
-    Raises:
-        StreammapError: a source is not there, or an option that makes no sense.
-    """
-    return _Builder(moved or {}, {level.digest: level for level in known}).plan(call)
-
-
-@final
-class _Builder:
-    """Opens each source once."""
-
-    def __init__(self, moved: Mapping[str, str | Path], known: Mapping[str, MapLevel]) -> None:
-        self._moved, self._known = moved, known
-        self._opened: dict[int, Plan] = {}
-
-    def plan(self, call: OperatorCall) -> Plan:
-        """The plan of one call."""
-        if call.operator == "open":
-            if id(call) not in self._opened:
-                self._opened[id(call)] = self._open(call)
-            return self._opened[id(call)]
-        cls = load(call.operator)
-        plans: dict[str, Any] = {
-            name: tuple(map(self.plan, calls)) if isinstance(calls, tuple) else self.plan(calls)
-            for name, calls in call.inputs.items()
-        }
-        source: Plan = plans.pop("source")
-        options = self._with_maps(call, source.levels)
-        return apply(declare.decode(cls, options, what=call.operator, **plans), source)
-
-    def _open(self, call: OperatorCall) -> Plan:
-        from streammap.io.storage import resolve
-        from streammap.planning import map_file
-        from streammap.planning.request import MapDigests
-
-        path, arch = call.options.get("path"), call.options.get("arch")
-        if not isinstance(path, str) or "\0" in path:
-            raise PlanError(f"open: path is {path!r}, expected text")
-        if arch is not None and not isinstance(arch, str):
-            raise PlanError(f"open: arch is {arch!r}, expected a name")
-        unknown = set(call.options) - {"path", "config", "arch", "maps"}
-        if unknown:
-            raise PlanError(f"open: unknown option {some(sorted(unknown))}")
-        config, place = call.options.get("config"), self._moved.get(path, path)
-        if config is not None and not isinstance(config, Mapping):
-            raise PlanError(f"open: config is {declare.shown(config)}, expected an object")
-        by_digest = isinstance(call.options.get("maps"), MapDigests)
-        try:
-            near = map_file.find(resolve.locate(place, stream=False)) if by_digest else ()
-        except OSError as error:
-            raise PlanError(f"open: {place}: {error.strerror}", hint="say where it is") from error
-        maps = self._with_maps(call, near).get("maps")
-        levels = maps if isinstance(maps, tuple) else None
-        return open_source(place, config=config, arch=arch, maps=levels)
-
-    def _with_maps(self, call: OperatorCall, near: tuple[MapLevel, ...]) -> Mapping[str, object]:
-        """The call's options, with maps in the place of their digests."""
-        from streammap.planning.request import MapDigests
-
-        maps = call.options.get("maps")
-        if not isinstance(maps, MapDigests):
-            return call.options
-        known = {**self._known, **{level.digest: level for level in near}}
-        missing = [digest for digest in maps.sha256 if digest not in known]
-        if missing:
-            raise SchemeError(
-                f"{call.operator}: the map with sha256 {missing[0][:16]} is neither saved with the "
-                "source nor with the result",
-                hint="put the map file that was used beside the source",
-            )
-        return {**call.options, "maps": tuple(known[digest] for digest in maps.sha256)}
-
-
-def _is_spec_file(arch: str) -> bool:
-    try:
-        return Path(arch).is_file()
-    except OSError:  # not a name that a file can have
-        return False
-
-
-def _levels(opened: Checkpoint) -> tuple[MapLevel, ...]:
-    """The maps saved with a checkpoint."""
-    from streammap.planning import map_file
-
-    return () if opened.place is None else map_file.find(opened.place)

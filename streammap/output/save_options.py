@@ -3,9 +3,8 @@
 from typing import Literal, final
 
 from streammap.common.declare import Anything, declared, option
-from streammap.common.events import Listener, nobody
 from streammap.common.ranks import Ranks
-from streammap.engine.options import Engine, Size
+from streammap.engine.options import RunOptions, Size
 
 MAX_SHARD_SIZE = "5GB"
 OUTPUT = "Output"
@@ -13,7 +12,7 @@ OUTPUT = "Output"
 
 
 @declared
-class SaveOptions(Engine):
+class SaveOptions(RunOptions):
     """How a result is written, and what the run may use."""
 
     max_shard_size: str | int = option(
@@ -47,9 +46,6 @@ class SaveOptions(Engine):
         help="Top-level entry of a dcp result's tensors: model.  [default: the source's]",
         group=OUTPUT,
         metavar="NAME",
-    )
-    progress: Listener = option(
-        default=nobody, help="Called with each progress event.", kind=Anything()
     )
     ranks: Ranks | bool = option(
         default=False,

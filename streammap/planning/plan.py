@@ -82,7 +82,7 @@ class Plan:
     architecture: str | None = None
     """The spec to read it by, where config.json doesn't tell."""
     request: OperatorCall | None = None
-    """What was asked; None where it was made by other means than registry.py's calls."""
+    """What was asked; None where it was made by other means than operators/calls.py."""
     resolved: Resolved = field(default_factory=Resolved, repr=False)
 
     @property

@@ -9,7 +9,7 @@ import torch
 
 import streammap
 from streammap.errors import PlanError
-from streammap.operators import registry, request_json
+from streammap.operators import calls, registry, request_json
 from tests.operators.mean import MeanOf
 from tests.support import tiny
 from tests.support.typed import ok, run
@@ -80,7 +80,7 @@ def test_a_source_that_is_used_twice_is_opened_once(three: list[Path]) -> None:
     assert content is not None
     parsed = request_json.parse(json.loads(json.dumps(content)))
     assert len(list(parsed.opens())) == 1
-    assert len(registry.build(parsed).sources) == 1
+    assert len(calls.build(parsed).sources) == 1
 
 
 @pytest.mark.parametrize(

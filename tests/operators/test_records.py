@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import streammap
 from streammap.errors import PlanError, SchemeError, StreammapError
-from streammap.operators import registry, request_json
+from streammap.operators import calls, registry, request_json
 from streammap.operators.permute import Permute
 from streammap.planning.request import OperatorCall
 from tests.support import tiny
@@ -237,7 +237,7 @@ SOURCE = {"operator": "open", "path": "/nowhere"}
 def test_refusals(tree: object, message: str, big: Path) -> None:
     text = json.dumps(tree).replace('"BIG"', json.dumps({"operator": "open", "path": str(big)}))
     with pytest.raises(StreammapError, match=message):
-        registry.build(request_json.parse(json.loads(text)))
+        calls.build(request_json.parse(json.loads(text)))
 
 
 def test_ids_that_lie_and_trees_that_are_too_deep_are_refused() -> None:
@@ -281,6 +281,6 @@ def _calls(inner: st.SearchStrategy[object]) -> st.SearchStrategy[object]:
 def test_any_tree_is_a_request_or_the_projects_own_error(tree: object) -> None:
     try:
         found: OperatorCall = request_json.parse(tree)
-        registry.build(found)
+        calls.build(found)
     except StreammapError:
         pass

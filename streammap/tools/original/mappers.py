@@ -28,7 +28,7 @@ from streammap.engine.options import Engine
 from streammap.errors import PlanError
 from streammap.io.json_files import read_config
 from streammap.io.storage.resolve import PathLike
-from streammap.operators import registry
+from streammap.operators import calls
 from streammap.operators.configure import Configure
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.kinds import AxisSizes
@@ -89,7 +89,7 @@ class _Mapper:
         if target.sizes != self._result.sizes and self._source.sizes == self._result.sizes:
             target = self._source
         blend = Interpolate(target=target, alpha=alpha)
-        self._result = LazyCheckpoint(registry.apply(blend, self._result.plan))
+        self._result = LazyCheckpoint(calls.apply(blend, self._result.plan))
         return self
 
     def take(self, groups: Scheme) -> None:
@@ -160,7 +160,7 @@ class _Mapper:
             target=None if sizes is None else AxisSizes(sizes),
             rule=self._rule,
         )
-        plan = registry.apply(operator, self._result.plan)
+        plan = calls.apply(operator, self._result.plan)
         self._result = LazyCheckpoint(plan if sizes is not wanted else self._as_target(plan))
         return self
 
@@ -168,7 +168,7 @@ class _Mapper:
         """With the target's config.json, as the original saves it, where it fits the tensors."""
         if self._target_config is None:
             return plan
-        changed = registry.apply(Configure(config=self._target_config), plan)
+        changed = calls.apply(Configure(config=self._target_config), plan)
         return changed if changed.model.tied == plan.model.tied else plan
 
     def _goal(self, direction: Direction) -> Mapping[str, int] | None:
