@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammap.common.events import Listener
-from streammap.common.ranks import Ranks
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
 from streammap.io import filenames
@@ -35,7 +34,7 @@ def save(plan: Plan, output: PathLike, options: SaveOptions, *, card: Card) -> R
         PlanError: a config.json that transformers would refuse.
     """
     _check_config(plan)
-    where = _where(options, resolve.local_path(output))
+    where = OutputOptions(resolve.local_path(output), options)
     if resolve.is_url(output):
         return _send(plan, _sink(plan, str(output), where, card), where, options.progress)
     return run.run(plan, where, options.progress)
@@ -48,25 +47,11 @@ def push(plan: Plan, repo: str, options: PushOptions, *, card: Card) -> Report:
         OutputError: no token, no right to write; a branch with a model, without `overwrite`.
     """
     _check_config(plan)
-    where = _where(options, Path())
+    where = OutputOptions(Path(), options)
     from streammap.io.storage.hub_sink import MESSAGE, Push
 
     to = Push(repo, options.branch, options.private, options.message or MESSAGE)
     return _send(plan, _hub(plan, to, where, card), where, options.progress)
-
-
-def _where(options: SaveOptions, path: Path) -> OutputOptions:
-    return OutputOptions(
-        path,
-        options.max_shard_nbytes,
-        options.overwrite,
-        options.fsync,
-        options,
-        restart=options.restart,
-        format=options.format,
-        nest=options.nest,
-        ranks=Ranks.of(options.ranks),
-    )
 
 
 def _check_config(plan: Plan) -> None:
@@ -76,9 +61,9 @@ def _check_config(plan: Plan) -> None:
 
 def _sink(plan: Plan, url: str, where: OutputOptions, card: Card) -> Sink:
     """Where a URL leads."""
-    if where.format != "safetensors" and not url.endswith(filenames.WEIGHTS):
+    if where.save.format != "safetensors" and not url.endswith(filenames.WEIGHTS):
         raise OutputError(
-            f"{url}: a folder of format {where.format} is written on this machine only",
+            f"{url}: a folder of format {where.save.format} is written on this machine only",
             hint="write it to a folder, and copy that",
         )
     if url.startswith("hf://"):
@@ -94,7 +79,7 @@ def _sink(plan: Plan, url: str, where: OutputOptions, card: Card) -> Sink:
 def _hub(plan: Plan, to: "Push", where: OutputOptions, card: Card) -> Sink:
     from streammap.io.storage.hub_sink import HubSink
 
-    return HubSink(to, partial(card, plan, where.engine, to.repo))
+    return HubSink(to, partial(card, plan, where.save, to.repo))
 
 
 def _send(plan: Plan, sink: Sink, where: OutputOptions, progress: Listener) -> Report:

@@ -1,16 +1,12 @@
-"""Options of a run: destination, sharding, durability, resources."""
+"""Where a run writes to, beside the options that its user gave."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from streammap.common.ranks import ALONE, Ranks
-from streammap.engine.options import Engine
+from streammap.common.ranks import Ranks
 from streammap.io import filenames
 from streammap.output import record
-
-Format = Literal["safetensors", "dcp"]
-FORMATS: tuple[Format, ...] = ("safetensors", "dcp")
+from streammap.output.save_options import SaveOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,30 +15,25 @@ class OutputOptions:
 
     path: Path
     """A folder, or a file that ends in .safetensors, .pth, .pt or .bin."""
-    max_shard_nbytes: int
-    overwrite: bool
-    fsync: bool
-    engine: Engine
+    save: SaveOptions
     may_replace_sources: bool = False
     """Whether the output may be the folder of a source; its files are replaced at the end."""
-    restart: bool = False
-    """Whether to discard the unfinished work of an earlier run."""
-    ranks: Ranks = ALONE
-    """This process's rank among those that write the result together."""
-    format: Format = "safetensors"
-    nest: str | None = None
-    """Entry of a DCP result that its tensors stand under; "" for none, None for the source's."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process's rank among those that write the result together."""
+        return Ranks.of(self.save.ranks)
 
     @property
     def is_file(self) -> bool:
         """Whether the result is one file instead of a folder."""
         is_named = self.path.suffix == ".safetensors" or self.is_torch
-        return is_named and self.format == "safetensors"
+        return is_named and self.save.format == "safetensors"
 
     @property
     def is_torch(self) -> bool:
         """Whether that file is one of torch's."""
-        return self.path.suffix in filenames.TORCH and self.format == "safetensors"
+        return self.path.suffix in filenames.TORCH and self.save.format == "safetensors"
 
     @property
     def single(self) -> str | None:

@@ -113,7 +113,7 @@ def run(
     """
     started, cpu_started = time.perf_counter(), time.process_time()
     ranks = options.ranks
-    fitted, choice = fit(plan, options.engine, ranks), device(plan, options.engine, ranks)
+    fitted, choice = fit(plan, options.save, ranks), device(plan, options.save, ranks)
     label = str(options.path) if sink is None else sink.label
     shards = _arranged(plan, options, sink)
     try:
@@ -154,12 +154,12 @@ def run(
 
 
 def _arranged(plan: Plan, options: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:
-    if options.format == "dcp":
+    if options.save.format == "dcp":
         from streammap.output import dcp_writer
 
-        return dcp_writer.arrange(plan.specs, max_shard_nbytes=options.max_shard_nbytes)
+        return dcp_writer.arrange(plan.specs, max_shard_nbytes=options.save.max_shard_nbytes)
     single = options.single if sink is None else sink.file
-    return layout.arrange(plan.specs, max_shard_nbytes=options.max_shard_nbytes, single=single)
+    return layout.arrange(plan.specs, max_shard_nbytes=options.save.max_shard_nbytes, single=single)
 
 
 def peak_nbytes() -> int:

@@ -29,7 +29,6 @@ from streammap.engine import loop
 from streammap.engine.devices import DeviceChoice
 from streammap.engine.loop import Resources
 from streammap.engine.memory import Memory
-from streammap.engine.options import Engine
 from streammap.errors import CheckpointError, OutputError, StreammapError
 from streammap.io.storage import disk as disks
 from streammap.output import (
@@ -51,6 +50,7 @@ from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
 from streammap.output.ranks import coordination
 from streammap.output.ranks.coordination import Participant
+from streammap.output.save_options import SaveOptions
 from streammap.output.shard_writer import ShardWriter
 from streammap.output.side_files import SideFile
 from streammap.output.work_folder import WorkFolder
@@ -106,9 +106,9 @@ def run(
     request = fingerprint.of_result(
         plan,
         shards,
-        max_shard_nbytes=options.max_shard_nbytes,
+        max_shard_nbytes=options.save.max_shard_nbytes,
         version=VERSION,
-        nest=options.nest,
+        nest=options.save.nest,
     )
     work = WorkFolder(path)
     return _Transaction(plan, options, shards, side, resources, request, work).run(listener)
@@ -124,7 +124,7 @@ def finish(path: str | Path) -> bool:
         OutputError: a file of it is missing, or another run is at work there.
     """
     place = Path(path)
-    options = OutputOptions(place, 1, True, True, Engine())
+    options = OutputOptions(place, SaveOptions())
     work = WorkFolder(work_folder.path_for(place, is_file=options.is_file))
     if not work.is_marked:
         return False
@@ -157,8 +157,8 @@ class _Transaction:
         self._keys = shard_writer.keys(shards)
         self._disk, ranks = disks.current(), options.ranks
         log = work.path / journal.name_of(ranks.rank, ranks.world_size)
-        self._journal = Journal(log, request, disk=self._disk, fsync=options.fsync)
-        self._out = Output(work.files, options.folder, disk=self._disk, fsync=options.fsync)
+        self._journal = Journal(log, request, disk=self._disk, fsync=options.save.fsync)
+        self._out = Output(work.files, options.folder, disk=self._disk, fsync=options.save.fsync)
         self._writer = self._new_writer(())
 
     def run(self, listener: Listener) -> RunResult:
@@ -185,7 +185,7 @@ class _Transaction:
         """Look at what is there; gives the commit that an earlier run began."""
         # A second look, now that the folder is locked: another run may have ended meanwhile.
         _check_place(self._plan, self._options, self._work.path)
-        if self._options.restart:
+        if self._options.save.restart:
             self._work.start_over()
         if not self._work.is_marked:
             return None
@@ -240,7 +240,7 @@ class _Transaction:
         )
 
     def _new_writer(self, shards: Sequence[Shard]) -> ShardWriter:
-        fsync = self._options.fsync
+        fsync = self._options.save.fsync
         return ShardWriter(shards, self._out, self._journal, disk=self._disk, fsync=fsync)
 
     def _placed(self, shards: Sequence[Shard], *, is_resumed: bool) -> Sequence[Shard]:
@@ -258,14 +258,14 @@ class _Transaction:
 
     def _compute(self, writer: ShardWriter, listener: Listener) -> int:
         """Write the tensors, and journal them where others wait for it; gives the bytes read."""
-        plan, engine = self._plan, self._options.engine
+        plan, reader = self._plan, self._options.save.reader
 
         def journal_too(event: Event) -> None:
             writer.checkpoint_journal()
             listener(event)
 
         targets = {key: plan.targets[key] for key in writer.missing()}
-        resources = Resources(self._memory, self._choice.device, mapped=engine.reader == "mmap")
+        resources = Resources(self._memory, self._choice.device, mapped=reader == "mmap")
         n_read = loop.run(targets, writer, resources, listener=journal_too)
         writer.finish()
         if self._options.ranks.world_size > 1:
@@ -305,18 +305,18 @@ class _Transaction:
         sizes = out.sizes([*shards, *out.names])
         out.add_parts(options.record, record.encode(self._plan, sizes, self._writer.tensors()))
         names = (*out.names, *shards) if options.is_file else commit.in_order([*shards, *out.names])
-        written = Commit(names, options.overwrite)
-        commit.begin(self._work, self._request, written, disk=self._disk, fsync=options.fsync)
+        written = Commit(names, options.save.overwrite)
+        commit.begin(self._work, self._request, written, disk=self._disk, fsync=options.save.fsync)
         self._state, self._work.keep_on_exit = State.COMMITTING, True
         return written
 
     def _index(self) -> Iterator[SideFile]:
         """Which shard has what."""
-        if self._options.format == "dcp":
+        if self._options.save.format == "dcp":
             from streammap.io.formats import dcp_metadata
             from streammap.output import dcp_writer
 
-            nest = _nest(self._plan) if self._options.nest is None else self._options.nest
+            nest = _nest(self._plan) if self._options.save.nest is None else self._options.save.nest
             yield SideFile(dcp_metadata.METADATA, dcp_writer.metadata(self._shards, nest))
         elif len(self._shards) > 1:
             yield SideFile(layout.INDEX, layout.index(self._shards))
@@ -324,7 +324,7 @@ class _Transaction:
     def _commit(self, written: Commit) -> None:
         options, stale = self._options, commit.stale(self._options.single)
         commit.finish(
-            self._work, options.folder, written, stale, disk=self._disk, fsync=options.fsync
+            self._work, options.folder, written, stale, disk=self._disk, fsync=options.save.fsync
         )
         self._work.keep_on_exit = False
         self._state = State.DONE
@@ -395,11 +395,11 @@ class _Transaction:
 
 def _check_place(plan: Plan, options: OutputOptions, work: Path) -> None:
     sources = [] if options.may_replace_sources else [p for s in plan.sources for p in s.paths]
-    resumes_commit = not options.restart and WorkFolder(work).is_marked
+    resumes_commit = not options.save.restart and WorkFolder(work).is_marked
     files.check_place(
         options.path,
         single=options.single,
-        overwrite=options.overwrite or resumes_commit,
+        overwrite=options.save.overwrite or resumes_commit,
         sources=sources,
     )
 

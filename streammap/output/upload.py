@@ -74,11 +74,11 @@ def run(
     """
     side = tuple(side_files.collect(plan, single=sink.file))  # refused before anything is sent
     request = fingerprint.of_result(
-        plan, shards, max_shard_nbytes=options.max_shard_nbytes, version=VERSION
+        plan, shards, max_shard_nbytes=options.save.max_shard_nbytes, version=VERSION
     )
     named = {"content": request.content, "formulas": request.formulas, "to": sink.label}
     sent = _Sent(options.path / _SENT, json.loads(json.dumps(named)))
-    if options.restart:
+    if options.save.restart:
         sent.forget()
     sent.load()
     existing = sink.names()
@@ -101,7 +101,7 @@ def _check_place(
     others = [name for name in names if name not in sent.files and not sink.is_harmless(name)]
     if not others:
         return
-    if not options.overwrite and not sent.is_resumed:
+    if not options.save.overwrite and not sent.is_resumed:
         raise OutputError(f"{sink.label}: already exists", hint="pass --overwrite to replace it")
     stale = (
         name
@@ -164,7 +164,8 @@ class _Upload:
             return _whole(shard)  # an earlier run has written it, and ended before it was sent
         targets = {slot.key: self._plan.targets[slot.key] for slot in shard.slots}
         part = replace(self._plan, targets=targets, levels=(), request=None)
-        options = replace(self._options, path=path, overwrite=True, restart=False)
+        save = replace(self._options.save, overwrite=True, restart=False)
+        options = replace(self._options, path=path, save=save)
 
         def relay(event: Event) -> None:
             if isinstance(event, Wrote):

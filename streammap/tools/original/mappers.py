@@ -15,16 +15,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self, final
+from typing import Self, final
 
 from streammap import api
 from streammap.api import LazyCheckpoint
 from streammap.architectures import axis_sizes as axes
-from streammap.common.declare import make
-from streammap.common.events import Listener, nobody
-from streammap.common.ranks import ALONE, Ranks
-from streammap.common.units import parse_size
-from streammap.engine.options import Engine
+from streammap.common.declare import takes
 from streammap.errors import PlanError
 from streammap.io.json_files import read_config
 from streammap.io.storage.resolve import PathLike
@@ -37,7 +33,7 @@ from streammap.operators.resize_plan import fitting_level
 from streammap.output import run as executor
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report
-from streammap.output.save_options import MAX_SHARD_SIZE
+from streammap.output.save_options import SaveOptions
 from streammap.planning import requests, scheme
 from streammap.planning.plan import Plan
 from streammap.planning.requests import Groups
@@ -115,15 +111,8 @@ class _Mapper:
             )
         return self._resize(direction)
 
-    def save(
-        self,
-        *,
-        progress: Listener = nobody,
-        max_shard_size: str | int = MAX_SHARD_SIZE,
-        restart: bool = False,
-        ranks: Ranks = ALONE,
-        **options: Any,
-    ) -> Report:
+    @takes(SaveOptions, n_first=1)
+    def save(self, options: SaveOptions) -> Report:
         """Write the result to the save folder, replacing what is there, as the original does.
 
         Raises:
@@ -135,18 +124,8 @@ class _Mapper:
         place = self._output
         if place.exists() and place.samefile(self._source.plan.sources[0].path):
             raise PlanError(f"{place}: is the source itself", hint="save to another folder")
-        size = parse_size(max_shard_size)
-        where = OutputOptions(
-            place,
-            size,
-            overwrite=True,
-            fsync=True,
-            engine=make(Engine, options),
-            may_replace_sources=True,
-            restart=restart,
-            ranks=ranks,
-        )
-        return executor.run(self._result.plan, where, progress)
+        where = OutputOptions(place, replace(options, overwrite=True), may_replace_sources=True)
+        return executor.run(self._result.plan, where, options.progress)
 
     def _resize(self, direction: Direction) -> Self:
         model = self._result.plan.model
