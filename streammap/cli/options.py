@@ -1,6 +1,6 @@
 """Options of commands: those that are declared, and those that only a command line has."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING
 from typing import Any, TypeVar
 
@@ -8,17 +8,28 @@ import click
 
 from streammap.cli.help import HUB, SOURCE, Option
 from streammap.common.declare import Declared, Whole, flag_of, options_of
+from streammap.engine.options import Engine
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-ERROR_CODE = "streammap.error_code"
-"""Key in `ctx.meta`: the command's exit code on error (default 1)."""
+_READING = ("memory", "threads")
 _PUSH = ("push_to_hub", "branch", "public", "commit_message")
 _TYPES: dict[str, Any] = {"text": str, "many": str, "int": int, "float": float}
 
 
-def parameters(cls: Callable[..., object], *, prefix: str = "") -> list[click.Parameter]:
-    """Arguments and options of a declaration; `prefix` keeps their names apart from others."""
-    made = [_parameter(one, prefix) for one in options_of(cls) if one.kind.form != "object"]
+def parameters(
+    cls: Callable[..., object], *, prefix: str = "", only: Container[str] | None = None
+) -> list[click.Parameter]:
+    """Arguments and options of a declaration.
+
+    Args:
+        prefix: Keeps their names apart from others.
+        only: Names of those that are wanted; None for all.
+    """
+    made = [
+        _parameter(one, prefix)
+        for one in options_of(cls)
+        if one.kind.form != "object" and (only is None or one.name in only)
+    ]
     return sorted(made, key=lambda parameter: isinstance(parameter, click.Option))
 
 
@@ -170,15 +181,12 @@ def push_of(options: Mapping[str, Any], output: str | None) -> dict[str, Any] | 
 
 def reading_options(command: Command) -> Command:
     """What a pass that only reads may use."""
-    from streammap.engine.options import Engine
-
-    memory, threads = parameters(Engine)[:2]
-    return adds(memory, threads)(command)
+    return adds(*parameters(Engine, only=_READING))(command)
 
 
 def reading_of(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that `reading_options` gives."""
-    return {"memory": options["memory"], "threads": options["threads"]}
+    return {name: options[name] for name in _READING}
 
 
 def limit_option(command: Command) -> Command:

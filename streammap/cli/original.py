@@ -8,6 +8,7 @@ from streammap.cli.help import Command
 from streammap.cli.operators import listener, print_report
 from streammap.cli.options import adds, as_json, no_ranks, option, parameters, quiet, values_of
 from streammap.engine.options import Engine
+from streammap.output.save_options import SaveOptions
 
 _RULES = ("exact", "reference")
 _GROUPINGS = ("stacked", "adjacent")
@@ -75,12 +76,13 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
     show_default=True,
     help="exact: keep the function instead of the original's numbers.",
 )
-@option(
-    "--restart",
-    is_flag=True,
-    help="Start over: discard an interrupted run's work instead of resuming it.",
+@adds(
+    *parameters(SaveOptions, only=("restart",)),
+    *parameters(Engine),
+    no_ranks(),
+    quiet(),
+    as_json(),
 )
-@adds(*parameters(Engine), no_ranks(), quiet(), as_json())
 def map_(restart: bool, no_ranks: bool, quiet: bool, as_json: bool, **options: Any) -> None:
     """Run the original map tools' command line, flag by flag."""
     from streammap.common.ranks import ALONE, Ranks

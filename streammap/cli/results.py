@@ -1,4 +1,4 @@
-"""Commands that read results: `verify`, `diff`."""
+"""Commands that read checkpoints and results: `inspect`, `verify`, `diff`."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-from streammap.cli.help import Command
+from streammap.cli.help import ERROR_CODE, Command
 from streammap.cli.options import (
-    ERROR_CODE,
     json_option,
     limit_option,
     moved_of,
@@ -16,8 +15,44 @@ from streammap.cli.options import (
     option,
     reading_of,
     reading_options,
+    source_options,
 )
 from streammap.errors import printable_lines
+
+
+@click.command(
+    cls=Command,
+    examples=("inspect bert-base-uncased/", "inspect bert-base-uncased/ --health"),
+)
+@click.argument("source", metavar="SRC")
+@source_options
+@option("--health", is_flag=True, help="Read all values: NaN, Inf, ranges, dead rows.")
+@limit_option
+@reading_options
+@json_option
+def inspect(
+    source: str,
+    config: str | None,
+    arch: str | None,
+    stream: bool,
+    health: bool,
+    limit: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Describe a checkpoint: its architecture, sizes, files and tensors."""
+    from streammap import api, progress
+    from streammap.analysis import inspection
+
+    lazy = api.open(source, config=config, arch=arch, stream=stream)
+    if health:
+        report = lazy.health(progress=progress.bar("health", quiet=False), **reading_of(options))
+        text = report.text(limit=limit or None)
+        click.echo(json.dumps(report.as_json(), indent=2) if as_json else text)
+        return
+    description = inspection.inspect(lazy.plan)
+    text = str(description)
+    click.echo(json.dumps(description.as_json(), indent=2) if as_json else text)
 
 
 @click.command(cls=Command, examples=("verify small/ --recompute 100",))

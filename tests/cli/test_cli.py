@@ -12,6 +12,7 @@ import torch
 
 import streammap
 from streammap.cli.main import main
+from streammap.operators import registry
 from tests.support import tiny
 from tests.support.typed import ok, run
 
@@ -55,6 +56,29 @@ def test_each_command_has_help_with_an_example_of_itself(name: str, command: cli
     for parameter in command.params:
         if isinstance(parameter, click.Option):
             assert parameter.help, f"{name} {parameter.name}: no help"
+
+
+def test_the_list_of_commands_has_the_first_line_of_each() -> None:
+    said = " ".join(ok("--help").split())
+    context = click.Context(main)
+    operators = registry.commands()
+    for name in main.list_commands(context):
+        command = main.get_command(context, name)
+        assert command is not None
+        if name in operators:
+            assert f" {name} {operators[name]}" in said
+        else:
+            assert f" {name} {(command.help or '').splitlines()[0]}" in said
+
+
+def test_help_imports_no_command() -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from streammap.cli.main import main;"
+        "CliRunner().invoke(main, ['--help']);"
+        "print(*sorted(m for m in sys.modules if m.startswith('streammap.cli.')))"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["streammap.cli.help", "streammap.cli.main"]
 
 
 def test_help_imports_nothing_heavy() -> None:
