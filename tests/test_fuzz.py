@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streammap.architectures import axis_sizes
+from streammap.architectures import limits
 from streammap.errors import CheckpointError, SchemeError, StreammapError
 from streammap.io.checkpoint import open_checkpoint
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
@@ -160,7 +160,7 @@ def test_a_request_is_within_its_bounds_or_refused(value: object) -> None:
         return
     given = [found.factor, found.size, found.groups]
     assert sum(one is not None for one in given) == 1
-    assert all(1 <= one <= axis_sizes.MAX_SIZE for one in (found.factor, found.size) if one)
+    assert all(1 <= one <= limits.MAX_SIZE for one in (found.factor, found.size) if one)
     for group in found.groups or ():
         assert len(set(group)) == len(group) > 0
         assert all(0 <= member <= 1_000_000 for member in group)

@@ -7,14 +7,11 @@ from streammap.architectures import expression as expressions
 from streammap.architectures import key_pattern
 from streammap.architectures.config_fields import field_value
 from streammap.architectures.expression import Expression, InexactDivisionError
+from streammap.architectures.limits import MAX_LAYERS, MAX_SIZE
 from streammap.architectures.schema import Architecture, Axis
 from streammap.errors import ArchitectureError, CheckpointError, some
 from streammap.io.dtypes import TensorSpec
 
-MAX_SIZE = 2**40
-"""Of any axis: far above any model's, far below where sizes of tensors overflow."""
-MAX_LAYERS = 10_000
-"""Of one stack; the deepest models have some hundred."""
 _MAX_WORD = 80
 
 

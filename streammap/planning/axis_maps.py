@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streammap.architectures import axis_facts, axis_words
-from streammap.architectures.axis_sizes import MAX_LAYERS, MAX_SIZE
+from streammap.architectures.limits import MAX_LAYERS, MAX_SIZE
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Architecture
 from streammap.errors import PlanError, SchemeError, some

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from streammap.architectures.axis_sizes import MAX_SIZE
+from streammap.architectures.limits import MAX_SIZE
 from streammap.common import strict_json
 from streammap.errors import SchemeError, some
 
