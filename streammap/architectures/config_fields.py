@@ -43,11 +43,15 @@ def delete_field(config: dict[str, object], path: str) -> None:
 def holds(condition: str, config: Mapping[str, object]) -> bool:
     """Whether a spec's condition holds: "field", "field == value", "field != value".
 
+    "field == null" holds for a field that is null or not there, "field == absent" for the latter.
+
     Raises:
         ArchitectureError: another form.
     """
     for operator in ("==", "!="):
         field, is_there, value = (part.strip() for part in condition.partition(operator))
+        if is_there and value == "absent":
+            return _has(config, field) == (operator == "!=")
         if is_there:
             other = field_value(config, value)
             expected = value if other is None else _text(other)
@@ -61,6 +65,13 @@ def layer_condition(condition: str) -> tuple[str, str, str] | None:
     """(list, axis, value) of "list[axis] == value"; None for any other condition."""
     match = _LAYER.fullmatch(condition)
     return None if match is None else (match[1], match[2], match[3])
+
+
+def _has(config: Mapping[str, object], path: str) -> bool:
+    """Whether there is such an entry, be it null."""
+    above, _, last = path.rpartition(".")
+    table = field_value(config, above) if above else config
+    return isinstance(table, Mapping) and last in table
 
 
 def _value(value: object, parts: list[str]) -> object:

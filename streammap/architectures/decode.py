@@ -137,6 +137,19 @@ def string(value: object, where: str) -> str:
     return value
 
 
+def whole_number(value: object, where: str) -> int:
+    """A whole number, or its digits."""
+    try:
+        number = int(value) if isinstance(value, str) else value
+    except ValueError:
+        number = value
+    if isinstance(number, bool) or not isinstance(number, int) or abs(number) > _MAX_NUMBER:
+        raise ArchitectureError(
+            f"{where}: expected a whole number up to {_MAX_NUMBER}, found {value!r}"
+        )
+    return number
+
+
 def _flag(value: object, where: str) -> bool:
     if not isinstance(value, bool):
         raise ArchitectureError(f"{where}: expected true or false, found {value!r}")

@@ -5,25 +5,27 @@ number is in a list of numbers, on which side of a count it is. Layers of one ki
 tensors.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 
-from streammap.architectures import config_fields
-from streammap.architectures.schema import Depth
+from streammap.architectures import config_fields, layer_rules
+from streammap.architectures.schema import Depth, Numbers
 from streammap.errors import PlanError, printable
 
 LayerKind = tuple[str, ...]
-_MAX_UNROLLED = 100_000
 _MAX_WORD = 80
 
 
 def kinds(depth: Depth, config: Mapping[str, object], n_layers: int) -> tuple[LayerKind, ...]:
     """The kind of each layer."""
-    numbers = {
-        field: frozenset(n for n in listed if isinstance(n, int))
-        for field in depth.index_lists
-        if isinstance(listed := config_fields.field_value(config, field), list)
-    }
-    return tuple(_kind(depth, config, i, numbers) for i in range(n_layers))
+    facts = [
+        *_listed(depth, config, n_layers),
+        *_counted(depth, config, n_layers),
+        *_periodic(depth, config, n_layers),
+    ]
+    if depth.first:
+        facts.append(["first" if i == 0 else "later" for i in range(n_layers)])
+    return tuple(tuple(words[i] for words in facts if words[i]) for i in range(n_layers))
 
 
 def follow(
@@ -48,57 +50,106 @@ def follow(
             f"of the kind of {n_before - 1}",
             hint=f"give groups of which the last begins with {n_before - 1}",
         )
-    _follow_entries(depth, config, sources)
+    before = copy.deepcopy(config)
+    _follow_lists(depth, before, config, sources, n_before)
+    _follow_numbers(depth, before, config, sources, n_before)
+    _follow_tables(depth, config, sources)
     _follow_counts(depth, config, sources, what)
+    _follow_runs(depth, config, len(sources), what, n_before)
+    notes = list(layer_rules.follow_inputs(depth, before, config, sources, n_before))
     for period in depth.periods:
         # Loaders work the kind out from a layer's number, so that a layer may only move to a number
         # of the same kind.
         for i, j in enumerate(sources):
             if _in_period(period, config, i) != _in_period(period, config, j):
+                name = layer_rules.field_of(period[0], config)
                 raise PlanError(
-                    f"{what} {i} would come from {j}, but config.json's {period[0]} "
-                    f"({config_fields.field_value(config, period[0])}) makes them two kinds",
-                    hint=f"take groups that keep a layer's place in the period of {period[0]}",
+                    f"{what} {i} would come from {j}, but config.json's {name} "
+                    f"({layer_rules.number(period[0], config)}) makes them two kinds",
+                    hint=f"take groups that keep a layer's place in the period of {name}",
                 )
     there = [f for f in depth.delete if config_fields.field_value(config, f) is not None]
     for field in there:
         config_fields.delete_field(config, field)
-    return tuple(f"config.json: {f} is removed, it names layers by number" for f in there)
+    notes += (f"config.json: {f} is removed, it names layers by number" for f in there)
+    return tuple(notes)
 
 
-def _follow_entries(depth: Depth, config: dict[str, object], sources: Sequence[int]) -> None:
-    """Fields with an entry for each layer, or with layers by number: entries go with the layers."""
-    for field in depth.lists:
-        # What loaders assume for a missing list need not hold after the change: it is written out.
-        old = _listed(depth, config, field, 1 + max(sources))
-        if isinstance(old, list) and len(old) > max(sources):
-            config_fields.set_field(config, field, [old[j] for j in sources])
+def _follow_lists(
+    depth: Depth,
+    before: Mapping[str, object],
+    config: dict[str, object],
+    sources: Sequence[int],
+    n_before: int,
+) -> None:
+    """Fields with an entry for each layer: entries go with the layers.
+
+    What loaders make of a missing list need not hold after the change: it is written out.
+    """
+    for field in (*depth.lists, *depth.patterns):
+        layer_rules.check(depth, before, field)
+        old = layer_rules.entries(depth, before, field, n_before)
+        if old is not None and len(old) > max(sources):
+            new: list[object] = [old[j] for j in sources]
+            config_fields.set_field(config, field, [[new, 1]] if field in depth.patterns else new)
+
+
+def _follow_numbers(
+    depth: Depth,
+    before: Mapping[str, object],
+    config: dict[str, object],
+    sources: Sequence[int],
+    n_before: int,
+) -> None:
+    """Fields that name layers by number."""
     for field in depth.index_lists:
-        old = config_fields.field_value(config, field)
-        if isinstance(old, list):
-            numbers = frozenset(n for n in old if isinstance(n, int))
-            new: list[object] = [i for i, j in enumerate(sources) if j in numbers]
-            config_fields.set_field(config, field, new)
+        layer_rules.check(depth, before, field)
+        old = layer_rules.numbers(depth, before, field, n_before)
+        if old is not None:
+            named = frozenset(old)
+            config_fields.set_field(config, field, [i for i, j in enumerate(sources) if j in named])
+    for field in depth.marks:
+        marks = layer_rules.numbers(depth, before, field, n_before)
+        if marks is not None:
+            config_fields.set_field(config, field, _moved(marks, sources, field, n_before))
+
+
+def _moved(marks: Sequence[int], sources: Sequence[int], field: str, n_before: int) -> list[int]:
+    """Where the outputs of some layers are to be read: behind the last layer made of each."""
+    moved = [
+        # Marks beyond the stack are never reached, and stay beyond it.
+        max((i for i, j in enumerate(sources) if j <= mark), default=-1)
+        if mark < n_before
+        else mark - n_before + len(sources)
+        for mark in marks
+    ]
+    if len(set(moved)) < len(set(marks)) or -1 in moved:
+        raise PlanError(
+            f"config.json's {field} ({list(marks)}) names layers whose outputs are read, and they "
+            f"would be layers {moved}",
+            hint="take groups that keep these layers apart, and keep one up to each of them",
+        )
+    return moved
+
+
+def _follow_tables(depth: Depth, config: dict[str, object], sources: Sequence[int]) -> None:
     for field in depth.tables:
         old = config_fields.field_value(config, field)
         if isinstance(old, Mapping):
             new_table = {str(i): old[str(j)] for i, j in enumerate(sources) if str(j) in old}
             config_fields.set_field(config, field, new_table)
-    for field in depth.patterns:
-        old = unrolled(config_fields.field_value(config, field))
-        if len(old) > max(sources):
-            config_fields.set_field(config, field, [[[old[j] for j in sources], 1]])
 
 
 def _follow_counts(
     depth: Depth, config: dict[str, object], sources: Sequence[int], what: str
 ) -> None:
     """Fields that count leading layers, or name the last one that leads."""
-    for field in depth.prefix_counts:
-        old = config_fields.field_value(config, field)
-        if isinstance(old, int) and old > 0:
-            new_count = _leading([j < old for j in sources], field, what)
-            config_fields.set_field(config, field, new_count)
+    for counts in depth.prefix_counts:
+        count, field = layer_rules.number(counts, config), layer_rules.field_of(counts, config)
+        if count is not None and field is not None and count > 0:
+            new_count = _leading([j < count for j in sources], field, what)
+            if new_count != count:
+                config_fields.set_field(config, field, new_count)
     for field in depth.last_index:
         old = config_fields.field_value(config, field)
         if isinstance(old, int) and old >= 0:
@@ -106,69 +157,73 @@ def _follow_counts(
             config_fields.set_field(config, field, new_count - 1)
 
 
-def _listed(depth: Depth, config: Mapping[str, object], field: str, n_layers: int) -> object:
-    """A per-layer list of config.json, or what loaders make of its absence."""
-    entries = config_fields.field_value(config, field)
-    pattern = depth.default.get(field, ())
-    if entries is None and pattern:
-        return [pattern[i % len(pattern)] for i in range(n_layers)]
-    return entries
+def _follow_runs(
+    depth: Depth, config: dict[str, object], n_after: int, what: str, n_before: int
+) -> None:
+    """How often layers are run in all: each as often as before."""
+    n_runs, field = layer_rules.number(depth.runs, config), layer_rules.field_of(depth.runs, config)
+    if n_runs is None or field is None:
+        return
+    if n_runs % n_before:
+        raise PlanError(
+            f"config.json's {field} is {n_runs}, no multiple of the {n_before} of {what}: they "
+            "are run unequally often, or never",
+            hint=f"resize the widths only, or a model whose {field} is a multiple",
+        )
+    config_fields.set_field(config, field, n_runs // n_before * n_after)
 
 
-def unrolled(value: object) -> list[object]:
-    """[[["global", "local"], 6]] -> the entries one by one."""
-    unrolled_entries: list[object] = []
-    for item in value if isinstance(value, list) else []:
-        match item:
-            case [list(entries), int(times)] if 0 <= times * len(entries) <= _MAX_UNROLLED:
-                unrolled_entries += entries * times
-        if len(unrolled_entries) > _MAX_UNROLLED:
-            raise PlanError(
-                f"config.json: a pattern of more than {_MAX_UNROLLED} layers",
-                hint="is this config.json the checkpoint's own?",
-            )
-    return unrolled_entries
+def _listed(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[list[str]]:
+    """Of each list, its word for each layer; "" where it has none."""
+    facts = []
+    for field in (*depth.lists, *depth.patterns):
+        listed = layer_rules.entries(depth, config, field, n_layers)
+        if listed is not None:
+            words = [f"{field} {printable(str(entry)[:_MAX_WORD])}" for entry in listed[:n_layers]]
+            facts.append([*words, *[""] * (n_layers - len(words))])
+    for field in depth.index_lists:
+        numbers = layer_rules.numbers(depth, config, field, n_layers)
+        if numbers is not None:
+            named = frozenset(numbers)
+            facts.append([f"{'in' if i in named else 'not in'} {field}" for i in range(n_layers)])
+    return facts
 
 
-def _kind(
-    depth: Depth, config: Mapping[str, object], i: int, numbers: Mapping[str, frozenset[int]]
-) -> LayerKind:
-    words = []
-    for field in depth.lists:
-        listed, pattern = config_fields.field_value(config, field), depth.default.get(field, ())
-        if isinstance(listed, list) and i < len(listed):
-            words.append(f"{field} {printable(str(listed[i])[:_MAX_WORD])}")
-        elif listed is None and pattern:
-            words.append(f"{field} {pattern[i % len(pattern)]}")
-    for field, listed_numbers in numbers.items():
-        words.append(f"{'in' if i in listed_numbers else 'not in'} {field}")
-    for field, rest in (
-        *((f, 0) for f in depth.prefix_counts),
-        *((f, 1) for f in depth.last_index),
-    ):
-        count = config_fields.field_value(config, field)
-        if isinstance(count, int) and count >= 0:
-            words.append(f"{'before' if i < count + rest else 'after'} {field} {count}")
-    words += (
-        f"{'at' if _in_period(period, config, i) else 'off'} {period[0]}"
-        for period in depth.periods
-        if isinstance(config_fields.field_value(config, period[0]), int)
+def _counted(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[list[str]]:
+    """Of each count, on which side of it a layer is."""
+    ends: tuple[tuple[Numbers, int], ...] = (
+        *((counts, 0) for counts in depth.prefix_counts),
+        *(((field,), 1) for field in depth.last_index),
     )
-    if depth.first:
-        words.append("first" if i == 0 else "later")
-    return tuple(words)
+    facts = []
+    for counts, rest in ends:
+        count, field = layer_rules.number(counts, config), layer_rules.field_of(counts, config)
+        if count is not None and field is not None and count >= 0:
+            facts.append(
+                [
+                    f"{'before' if i < count + rest else 'after'} {field} {count}"
+                    for i in range(n_layers)
+                ]
+            )
+    return facts
 
 
-def _in_period(period: tuple[str, ...], config: Mapping[str, object], i: int) -> bool:
-    every = config_fields.field_value(config, period[0])
-    if not isinstance(every, int) or every < 1:
+def _periodic(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[list[str]]:
+    """Of each period, whether a layer is at it."""
+    return [
+        [f"{'at' if _in_period(period, config, i) else 'off'} {field}" for i in range(n_layers)]
+        for period in depth.periods
+        if layer_rules.number(period[0], config) is not None
+        and (field := layer_rules.field_of(period[0], config)) is not None
+    ]
+
+
+def _in_period(period: tuple[Numbers, ...], config: Mapping[str, object], i: int) -> bool:
+    every = layer_rules.number(period[0], config)
+    if every is None or every < 1:
         return True
-    offset: object = 0
-    if len(period) > 1:
-        last = period[1].rpartition(".")[2]
-        literal = last.removeprefix("-").isdecimal()
-        offset = int(last) if literal else config_fields.field_value(config, period[1])
-    return (i - (offset if isinstance(offset, int) else 0)) % every == 0
+    offset = layer_rules.number(period[1], config) if len(period) > 1 else 0
+    return (i - (offset or 0)) % every == 0
 
 
 def _leading(flags: Sequence[bool], field: str, what: str) -> int:

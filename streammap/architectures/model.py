@@ -12,6 +12,7 @@ from streammap.architectures import (
     config_fields,
     key_pattern,
     layer_kinds,
+    layer_rules,
     quantization,
     registry,
 )
@@ -141,7 +142,7 @@ def resolve(
     quantization.check(specs, config or {})
     spec = find(specs, config, name)
     sizes = axis_sizes.read(spec, config or {}, specs)
-    families = _families(spec, specs, config or {})
+    families = _families(spec, specs, config or {}, sizes)
     heads = tuple(
         tied for head in spec.heads if (tied := _tied(head, specs, config or {})) is not None
     )
@@ -183,9 +184,19 @@ def find(
 
 
 def _families(
-    spec: Architecture, specs: Mapping[str, TensorSpec], config: Mapping[str, object]
+    spec: Architecture,
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, object],
+    sizes: Mapping[str, int],
 ) -> tuple[Family, ...]:
     """Match every key. Candidates are found once per key shape, so the cost is linear in keys."""
+    conditions = {condition for rule in spec.rules for condition in rule.when}
+    listed = {
+        (c.axis, c.field): layer_rules.entries(
+            spec.depth.get(c.axis, Depth()), config, c.field, sizes.get(c.axis, 0)
+        )
+        for c in conditions
+    }
     candidates: dict[str, tuple[TensorRule, ...]] = {}
     groups: dict[tuple[int, str], tuple[TensorRule, dict[tuple[int, ...], str], int]] = {}
     unknown = []
@@ -196,7 +207,7 @@ def _families(
         matches = [
             (rule, values)
             for rule in candidates[shape]
-            if (values := rule.pattern.match(key)) is not None and _applies(rule, values, config)
+            if (values := rule.pattern.match(key)) is not None and _applies(rule, values, listed)
         ]
         if not matches:
             unknown.append(key)
@@ -219,14 +230,19 @@ def _families(
     )
 
 
-def _applies(rule: TensorRule, values: Mapping[str, int], config: Mapping[str, object]) -> bool:
-    """Whether the layer of a key is one that the rule is for."""
+def _applies(
+    rule: TensorRule,
+    values: Mapping[str, int],
+    listed: Mapping[tuple[str, str], list[object] | None],
+) -> bool:
+    """Whether the layer of a key is one that the rule is for.
+
+    Args:
+        listed: Axis and list of a condition -> its entries.
+    """
     for condition in rule.when:
-        listed = config_fields.field_value(config, condition.field)
-        at = values.get(condition.axis)
-        same = False
-        if isinstance(listed, list) and at is not None and at < len(listed):
-            same = str(listed[at]) == condition.value
+        entries, at = listed[condition.axis, condition.field] or [], values.get(condition.axis)
+        same = at is not None and at < len(entries) and str(entries[at]) == condition.value
         if same == condition.negated:
             return False
     return True

@@ -29,6 +29,7 @@ _MERGED = (
     "rope",
     "config",
     "caveat",
+    "numbered",
 )
 _STACKED = ("modules", "tensors", "buffers", "drop")
 _INHERITED = ("constraints", "required", "include", "same_axis")
@@ -197,6 +198,7 @@ def _joined(
         experts={axis: value for scope in scopes for axis, value in scope.experts.items()},
         rope={axis: value for scope in scopes for axis, value in scope.rope.items()},
         depth={axis: value for one in tables for axis, value in one.depth.items()},
+        numbered={axis: value for one in tables for axis, value in one.numbered.items()},
         config=fields,
         caveats={axis: text for one in tables for axis, text in one.caveat.items() if text},
     )

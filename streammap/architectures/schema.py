@@ -39,6 +39,12 @@ AxisSources = Annotated[tuple[str | Expression, ...], "sources"]
 """Config fields ("a.b" is nested) and expressions; the first that is there counts."""
 Constraint = Annotated[tuple[str, Expression, Expression], "constraint"]
 """Its text, its left side, its right side."""
+Numbers = Annotated[tuple[str | int, ...], "numbers"]
+"""Config fields and numbers, from one of them or a list; the first that is there counts."""
+Entry = Annotated[str | int, "entry"]
+"""An entry of a per-layer list."""
+Holds = Annotated[bool, "conditions"]
+"""Whether one of some conditions on config.json holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +181,45 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerRule:
+    """What loaders make of a per-layer list that config.json lacks: an entry of `derived`.
+
+    It holds at the layers that all of `every`, `before`, `layers` and `where` allow.
+    """
+
+    list: ConfigField
+    """The list: one entry a layer, or numbers of layers."""
+    when: Holds = True
+    """Whether the rule is for this config.json."""
+    every: Numbers = ()
+    """At every n-th layer,"""
+    offset: Numbers = (0,)
+    """counted from this one."""
+    before: Numbers = ()
+    """At so many leading layers."""
+    layers: Numbers = ()
+    """At these layers."""
+    where: ConfigField | None = None
+    """Where another list has an entry that is true, or names the layer; everywhere without it."""
+    last: bool = False
+    """And at the last layer, even if the list says otherwise."""
+    yes: Entry = ""
+    """The entry of a layer where it holds."""
+    no: Entry = ""
+    """The entry of any other layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbered:
+    """Layers that compute by their number: an entry of [numbered]."""
+
+    first: Numbers
+    """So many leading layers do; of a list, as many as it has entries."""
+    why: str
+    """What the number is for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Depth:
     """What config.json says of single layers of one depth axis."""
 
@@ -182,12 +227,18 @@ class Depth:
     """One entry a layer."""
     index_lists: tuple[ConfigField, ...] = ()
     """Numbers of layers."""
-    prefix_counts: tuple[ConfigField, ...] = ()
+    marks: tuple[ConfigField, ...] = ()
+    """Numbers of layers whose outputs are read, each by tensors of its own."""
+    derived: tuple[LayerRule, ...] = ()
+    """What loaders make of missing lists; of rules for one list the first counts."""
+    prefix_counts: tuple[Numbers, ...] = ()
     """How many leading layers are of another kind."""
     last_index: tuple[ConfigField, ...] = ()
     """The last layer of another kind."""
-    periods: tuple[tuple[ConfigField, ...], ...] = ()
-    """Every n-th layer: the field of n and, where there is one, of the offset (or "-1")."""
+    periods: tuple[tuple[Numbers, ...], ...] = ()
+    """Every n-th layer: n and, where there is one, the offset."""
+    runs: Numbers = ()
+    """How often layers are run in all; each equally often."""
     tail: ConfigField | None = None
     """How many further layers come after the stack."""
     first: bool = False
@@ -200,8 +251,6 @@ class Depth:
     """Tables by layer number."""
     patterns: tuple[ConfigField, ...] = ()
     """[[["global", "local"], 6]]: entries, and how often they repeat."""
-    default: Mapping[ConfigField, tuple[str, ...]] = field(default_factory=dict)
-    """Per-layer list -> what loaders repeat where it is missing."""
     ones: KeyPatterns = ()
     """Tensors that are 1 in a zero-initialised layer."""
 
@@ -270,6 +319,8 @@ class Architecture:
     """Axis of the head size -> its rotary positions."""
     depth: Mapping[str, Depth]
     """Depth axis -> what config.json says of its layers."""
+    numbered: Mapping[str, Numbered]
+    """Depth axis -> which of its layers compute by their number."""
     config: Mapping[str, Expression]
     caveats: Mapping[str, str]
     """Axis -> why a change of it is never exact."""

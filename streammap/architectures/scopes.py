@@ -8,7 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from streammap.architectures import config_fields
-from streammap.architectures.decode import Decoder, Tables, as_list, as_table, string
+from streammap.architectures.decode import (
+    Decoder,
+    Tables,
+    as_list,
+    as_table,
+    string,
+    whole_number,
+)
 from streammap.architectures.expression import Expression, Number, parse_expression, scoped
 from streammap.architectures.key_pattern import KeyPattern, compile_patterns
 from streammap.architectures.schema import (
@@ -22,14 +29,18 @@ from streammap.architectures.schema import (
     Constraint,
     Depth,
     DimSpec,
+    Entry,
     Experts,
     Factor,
+    Holds,
     KeyPatterns,
     LayerCondition,
     LMHead,
     ModulePatterns,
     Norm,
     NormChoices,
+    Numbered,
+    Numbers,
     OwnName,
     Role,
     Rope,
@@ -82,6 +93,7 @@ class ScopeTables:
     depth: Mapping[OwnName, Depth] = field(default_factory=dict)
     config: Mapping[ConfigField, Expression] = field(default_factory=dict)
     caveat: Mapping[OwnName, str | None] = field(default_factory=dict)
+    numbered: Mapping[OwnName, Numbered] = field(default_factory=dict)
 
 
 class SpecScope:
@@ -124,6 +136,9 @@ class SpecScope:
                 KeyPatterns: self._patterns,
                 ModulePatterns: lambda value, where: self._patterns(value, where, end=".*"),
                 NormChoices: self._norm_choices,
+                Numbers: self._numbers,
+                Entry: _entry,
+                Holds: self._holds,
             },
         )
         known = {name: tables[name] for name in ScopeTables.__dataclass_fields__ if name in tables}
@@ -283,6 +298,19 @@ class SpecScope:
             for text in (string(text, where) for text in texts)
         )
 
+    def _numbers(self, value: object, where: str) -> Numbers:
+        entries = value if isinstance(value, list) else [value]
+        return tuple(
+            self._path + entry
+            if isinstance(entry, str) and not entry.removeprefix("-").isdecimal()
+            else whole_number(entry, where)
+            for entry in entries
+        )
+
+    def _holds(self, value: object, where: str) -> Holds:
+        conditions = as_list(value, where)
+        return any(config_fields.holds(string(c, where), self._config) for c in conditions)
+
     def _patterns(self, value: object, where: str, *, end: str = "") -> KeyPatterns:
         texts = [value] if isinstance(value, str) else as_list(value, where)
         return tuple(p for text in texts for p in self._compiled(string(text, where) + end))
@@ -296,3 +324,7 @@ class SpecScope:
             return compile_patterns(text, self._variables, scope=self._scope)
         variables = {**self._variables, " prefix": self._prefixes}
         return compile_patterns("{ prefix}" + text, variables, scope=self._scope)
+
+
+def _entry(value: object, where: str) -> Entry:
+    return value if isinstance(value, str) else whole_number(value, where)

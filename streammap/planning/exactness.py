@@ -9,7 +9,7 @@ approximate       another function; only training tells how near it is
 import math
 from collections.abc import Container, Mapping
 
-from streammap.architectures import axis_words
+from streammap.architectures import axis_words, layer_rules
 from streammap.architectures.axis_facts import normed_axes
 from streammap.architectures.model import Model
 from streammap.planning import maps
@@ -49,8 +49,7 @@ def of_axes(
     guarantees: dict[str, Guarantee] = {}
     for axis, m in layers.items():
         if not m.is_identity:
-            is_silent = axis in silent and axis not in spec.caveats
-            guarantees[axis] = _of_layers(model, axis, m, grows=grows, silent=is_silent)
+            guarantees[axis] = _of_layers(model, axis, m, grows=grows, silent=silent.get(axis))
     for axis, m in chosen.items():
         if m.is_identity:
             continue
@@ -128,13 +127,33 @@ def _keeps_bits(form: LinearForm) -> bool:
     return all(math.frexp(abs(value))[0] in (0.0, 0.5) for value in set(values))
 
 
-def _of_layers(model: Model, axis: str, m: AxisMap, *, grows: bool, silent: bool) -> Guarantee:
-    layers = axis_words.units_of(model.architecture, axis)
-    if silent:
+def _of_layers(
+    model: Model, axis: str, m: AxisMap, *, grows: bool, silent: frozenset[int] | None
+) -> Guarantee:
+    layers, spec = axis_words.units_of(model.architecture, axis), model.architecture
+    if silent is not None:
+        if axis in spec.caveats:
+            return "approximate", f"{axis_words.shown(spec, axis)}: {spec.caveats[axis]}"
+        moved = _moved(model, axis, m, silent)
+        if moved is not None:
+            i, j = moved
+            why = spec.numbered[axis].why
+            return "approximate", f"{axis_words.shown(spec, axis)} {j} becomes {i}: {why}"
         return "bit-exact", f"new {layers} are zero-initialised (identity)"
     if grows:
         return "approximate", "copied layers are run twice: depth growth by copying is not exact"
     return "approximate", _merged(layers, m)
+
+
+def _moved(model: Model, axis: str, m: AxisMap, silent: frozenset[int]) -> tuple[int, int] | None:
+    """The first layer that computes by its number and gets another: (new, old)."""
+    numbered = model.architecture.numbered.get(axis)
+    first = None if numbered is None else layer_rules.number(numbered.first, model.config)
+    for i in range(m.n_out if first else 0):
+        for j, _ in () if i in silent else m.members(i):
+            if i != j < (first or 0):
+                return i, j
+    return None
 
 
 def _merged(units: str, m: AxisMap) -> str:

@@ -86,7 +86,10 @@ class Remapping:
         self, plan: Plan, model: Model, change: AxisChange, sizes: Mapping[str, int]
     ) -> None:
         self._plan, self._model, self._change, self._sizes = plan, model, change, sizes
-        stacked = {name: maps.pair_of(m) for name, m in change.layers.items()}
+        stacked = {
+            name: _stacked(m, change.silent.get(name, frozenset()))
+            for name, m in change.layers.items()
+        }
         pairs = {**stacked, **change.pairs}
         self._maps = DimMaps(model.architecture, pairs, model.sizes, sizes)
         self._tied = () if change.untie else model.tied_heads
@@ -398,6 +401,14 @@ class Remapping:
             if role == "out" and tied.feeds(key, self._last):
                 return "in"
         return role
+
+
+def _stacked(m: AxisMap, silent: frozenset[int]) -> MapPair:
+    """The maps of a dimension that counts layers. Who reads it reads no zero-initialised ones."""
+    if not silent:
+        return maps.pair_of(m)
+    kept = (() if i in silent else m.members(i) for i in range(m.n_out))
+    return MapPair(maps.without_zeros(m), maps.BlockMap(tuple(kept), m.n_in))
 
 
 def is_gain(key: str) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from streammap.architectures import config_fields, layer_kinds
+from streammap.architectures import config_fields, layer_rules
 from streammap.architectures.key_pattern import INDEX
 from streammap.common import optional
 from streammap.errors import ArchitectureError
@@ -280,7 +280,7 @@ class Workbench:
             if not isinstance(value, int):
                 continue
             for leaf, entries in self.lists(scope).items():
-                spread = layer_kinds.unrolled(entries) or entries
+                spread = layer_rules.unrolled(entries) or entries
                 if len(spread) == old:
                     longer = [spread[i % old] for i in range(value)]
                     more[config_changes.joined(scope, leaf)] = (
