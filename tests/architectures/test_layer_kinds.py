@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from streammap.architectures import layer_kinds
-from streammap.architectures.schema import Depth
+from streammap.architectures.schema import Depth, LayerRule, Numbers
 from streammap.errors import PlanError
 
 Config = dict[str, object]
@@ -46,12 +47,150 @@ def test_a_list_that_is_none_is_left_alone(value: object) -> None:
     assert followed(Depth(lists=("types",)), {}, [0, 0]) == {}
 
 
-def test_a_missing_list_is_its_default_repeated() -> None:
-    depth = Depth(lists=("types",), default={"types": ("s", "s", "f")})
-    assert layer_kinds.kinds(depth, {}, 4) == tuple((f"types {t}",) for t in "ssfs")
-    # The loader would make "ssfs" of four layers again: other layers need the list itself.
-    assert followed(depth, {}, [0, 1, 2, 2, 3]) == {"types": ["s", "s", "f", "f", "s"]}
+# Lists that are derived.
+
+
+SLIDING = LayerRule("types", every=("pattern", 3), offset=(-1,), yes="f", no="s")
+WINDOWS = LayerRule("types", before=("full", 2), yes="f", no="s")
+
+
+@pytest.mark.parametrize("missing", [{}, {"types": None}, {"types": []}])
+def test_a_missing_list_is_derived_and_written_out(missing: Config) -> None:
+    depth = Depth(lists=("types",), derived=(SLIDING,))
+    assert layer_kinds.kinds(depth, missing, 4) == tuple((f"types {t}",) for t in "ssfs")
+    # The loader would make "ssfss" of five layers: other layers need the list itself.
+    assert followed(depth, missing, [0, 1, 2, 2, 3]) == {"types": ["s", "s", "f", "f", "s"]}
     assert followed(depth, {"types": ["a", "b"]}, [1, 1]) == {"types": ["b", "b"]}
+
+
+def test_a_period_is_removed_where_its_list_says_something_else_now() -> None:
+    depth, config = Depth(lists=("types",), derived=(SLIDING,)), {"pattern": 2}
+    kept: Config = {"types": list("sfsf"), "pattern": 2}
+    assert followed(depth, dict(config), [0, 1, 2, 3]) == kept
+    found: Config = dict(config)
+    notes = layer_kinds.follow(depth, found, [0, 0, 1, 1], what="layer", n_before=2)
+    assert found == {"types": list("ssff")}
+    assert notes == ("config.json: pattern is removed, types says what it said",)
+    # It said nothing before.
+    found = {"types": list("ffff"), "pattern": 2}
+    assert not layer_kinds.follow(depth, found, [0, 0], what="layer", n_before=4)
+    assert found == {"types": ["f", "f"], "pattern": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "sources", "after"),
+    [
+        ({"full": 1}, [0, 0, 1, 2], {"full": 2, "types": list("ffss")}),
+        ({}, [0, 1, 1, 2], {"full": 3, "types": list("fffs")}),
+        ({"full": 9}, [0, 1, 2, 2], {"full": 9, "types": list("ffff")}),
+        ({"full": 3}, [0, 0, 1, 1, 2, 2], {"full": 6, "types": list("ffffff")}),
+        ({"full": 1}, [2, 1, 0], {"types": list("ssf")}),
+    ],
+)
+def test_a_count_agrees_with_the_list_derived_from_it_or_goes(
+    config: Config, sources: list[int], after: Config
+) -> None:
+    assert followed(Depth(lists=("types",), derived=(WINDOWS,)), config, sources) == after
+
+
+def test_a_count_that_makes_no_difference_stays() -> None:
+    rule = LayerRule("types", before=("full",), yes="f", no="f")
+    depth = Depth(lists=("types",), derived=(rule,))
+    assert followed(depth, {"full": 1}, [1, 0]) == {"full": 1, "types": ["f", "f"]}
+
+
+def test_a_list_may_be_derived_from_another_one() -> None:
+    rope = LayerRule("rope", every=(2,), offset=(-1,), yes=0, no=1)
+    depth = Depth(
+        lists=("types", "rope"),
+        derived=(LayerRule("types", where="rope", yes="chunked", no="full"), rope),
+    )
+    assert layer_kinds.kinds(depth, {}, 2) == (
+        ("types chunked", "rope 1"),
+        ("types full", "rope 0"),
+    )
+    assert followed(depth, {}, [0, 0, 1]) == {
+        "types": ["chunked", "chunked", "full"],
+        "rope": [1, 1, 0],
+    }
+    assert followed(depth, {"rope": [0, 0]}, [0, 1]) == {"types": ["full"] * 2, "rope": [0, 0]}
+    by_number = Depth(
+        lists=("types",),
+        index_lists=("full",),
+        derived=(LayerRule("types", where="full", yes="f", no="c"),),
+    )
+    assert followed(by_number, {"full": [1]}, [0, 1, 1]) == {"full": [1, 2], "types": list("cff")}
+    assert followed(by_number, {}, [0, 1]) == {"types": ["f", "f"]}
+
+
+def test_numbers_of_layers_are_derived_too_but_an_empty_list_of_them_stands() -> None:
+    rule = LayerRule("moe", every=("step", 1), offset=(-1,))
+    depth = Depth(index_lists=("moe",), derived=(rule,))
+    assert followed(depth, {"step": 2}, [0, 1, 1]) == {"moe": [1, 2]}
+    assert followed(depth, {"moe": [], "step": 2}, [0, 1]) == {"moe": [], "step": 2}
+    literal = Depth(index_lists=("moe",), derived=(LayerRule("moe", layers=(1, 3)),))
+    assert followed(literal, {}, [0, 1, 1, 2, 3]) == {"moe": [1, 2, 4]}
+
+
+def test_the_last_layer_may_be_of_a_kind_that_its_entry_does_not_say() -> None:
+    rule = LayerRule("types", every=(2,), offset=(-1,), last=True, yes="f", no="s")
+    depth = Depth(lists=("types",), last=True, derived=(rule,))
+    assert followed(depth, {}, [0, 1, 2]) == {"types": ["s", "f", "f"]}
+    assert followed(depth, {"types": ["s", "s", "s"]}, [0, 1, 2]) == {"types": ["s", "s", "f"]}
+
+
+@pytest.mark.parametrize("value", ["LLLG", 0, -1, 1.5])
+def test_a_list_that_cannot_be_derived_is_refused_when_layers_change(value: object) -> None:
+    depth = Depth(lists=("types",), derived=(SLIDING,))
+    assert layer_kinds.kinds(depth, {"pattern": value}, 2) == ((), ())
+    with pytest.raises(
+        PlanError, match=r"no types, and pattern \(.*\) can't say it.*\n.*types into"
+    ):
+        followed(depth, {"pattern": value}, [0, 1])
+
+
+def test_a_rule_for_another_config_does_not_count() -> None:
+    depth = Depth(lists=("types",), derived=(replace(SLIDING, when=False), WINDOWS))
+    assert followed(depth, {}, [0, 1, 2]) == {"types": ["f", "f", "s"]}
+
+
+# Layers whose outputs are read.
+
+
+@pytest.mark.parametrize(
+    ("sources", "marks"),
+    [
+        ([0, 1, 2, 3], [0, 2]),
+        ([0, 0, 1, 1, 2, 2, 3], [1, 5]),
+        ([0, 1, 3], [0, 1]),
+        ([0, 1, 2, 3, 0, 1, 2, 3], [4, 6]),
+    ],
+)
+def test_a_mark_follows_to_the_last_layer_made_of_its_own(
+    sources: list[int], marks: list[int]
+) -> None:
+    assert followed(Depth(marks=("marks",)), {"marks": [0, 2]}, sources) == {"marks": marks}
+
+
+def test_marks_must_stay_apart() -> None:
+    with pytest.raises(PlanError, match=r"marks \(\[0, 1\]\).*would be layers \[0, 0\]\n  hint: "):
+        followed(Depth(marks=("marks",)), {"marks": [0, 1]}, [0, 2])
+    with pytest.raises(PlanError, match=r"would be layers \[-1\]"):
+        followed(Depth(marks=("marks",)), {"marks": [0]}, [1, 2])
+    assert followed(Depth(marks=("marks",)), {"marks": [5]}, [0, 1, 1]) == {"marks": [6]}
+
+
+# Layers that are run several times.
+
+
+def test_layers_are_run_as_often_as_before() -> None:
+    depth = Depth(runs=("runs", 12))
+    assert followed(depth, {"runs": 6}, [0, 0, 1, 1]) == {"runs": 12}
+    assert followed(depth, {"runs": 6}, [1]) == {"runs": 3}
+    assert followed(depth, {}, [0, 0]) == {"runs": 24}
+    for n_runs in (5, 1):
+        with pytest.raises(PlanError, match=rf"runs is {n_runs}, no multiple of the 2 of layer"):
+            followed(depth, {"runs": n_runs}, [0, 1, 1])
 
 
 # Numbers of layers.
@@ -68,7 +207,7 @@ def test_an_index_list_names_the_layers_that_come_from_named_ones() -> None:
 
 
 def test_a_prefix_count_counts_the_leading_layers_of_its_kind() -> None:
-    depth = Depth(prefix_counts=("first",))
+    depth = Depth(prefix_counts=(("first",),))
     config: Config = {"first": 2}
     assert layer_kinds.kinds(depth, config, 3) == (("before first 2",),) * 2 + (("after first 2",),)
     assert followed(depth, config, [0, 0, 1, 1, 2, 2]) == {"first": 4}
@@ -88,7 +227,9 @@ def test_a_last_index_is_that_of_the_last_layer_of_its_kind() -> None:
 
 
 @pytest.mark.parametrize(
-    "depth", [Depth(prefix_counts=("first",)), Depth(last_index=("first",))], ids=["count", "last"]
+    "depth",
+    [Depth(prefix_counts=(("first",),)), Depth(last_index=("first",))],
+    ids=["count", "last"],
 )
 def test_layers_of_the_leading_kind_must_lead(depth: Depth) -> None:
     expected = r"first counts leading layers of layer, and they would not lead\n  hint: "
@@ -102,25 +243,26 @@ def test_layers_of_the_leading_kind_must_lead(depth: Depth) -> None:
 @pytest.mark.parametrize(
     ("period", "config", "at"),
     [
-        (("every",), {"every": 2}, [0, 2, 4]),
-        (("every", "start"), {"every": 2, "start": 1}, [1, 3, 5]),
-        (("every", "-1"), {"every": 3}, [2, 5]),
-        (("every", "1"), {"every": 3}, [1, 4]),
-        (("text.every", "text.-1"), {"text": {"every": 2}}, [1, 3, 5]),
-        (("every", "start"), {"every": 4}, [0, 4]),
-        (("every",), {"every": 1}, [0, 1, 2, 3, 4, 5]),
+        ((("every",),), {"every": 2}, [0, 2, 4]),
+        ((("every",), ("start",)), {"every": 2, "start": 1}, [1, 3, 5]),
+        ((("every",), (-1,)), {"every": 3}, [2, 5]),
+        ((("every",), (1,)), {"every": 3}, [1, 4]),
+        ((("text.every",), (-1,)), {"text": {"every": 2}}, [1, 3, 5]),
+        ((("every",), ("start",)), {"every": 4}, [0, 4]),
+        ((("every", 3), ("start", 2)), {}, [2, 5]),
+        ((("every",),), {"every": 1}, [0, 1, 2, 3, 4, 5]),
     ],
 )
 def test_a_period_says_every_nth_layer(
-    period: tuple[str, ...], config: Config, at: list[int]
+    period: tuple[Numbers, ...], config: Config, at: list[int]
 ) -> None:
     kinds = layer_kinds.kinds(Depth(periods=(period,)), config, 6)
     assert [i for i, kind in enumerate(kinds) if kind[0].startswith("at ")] == at
-    assert set(kinds) <= {(f"at {period[0]}",), (f"off {period[0]}",)}
+    assert set(kinds) <= {(f"at {period[0][0]}",), (f"off {period[0][0]}",)}
 
 
 def test_layers_must_keep_their_place_in_a_period() -> None:
-    depth = Depth(periods=(("every", "-1"),))
+    depth = Depth(periods=((("every",), (-1,)),))
     config: Config = {"every": 2}
     assert followed(depth, config, [0, 1, 0, 1]) == config
     assert followed(depth, config, [2, 3]) == config
@@ -133,7 +275,7 @@ def test_layers_must_keep_their_place_in_a_period() -> None:
 
 
 def test_without_a_period_there_is_nothing_to_keep() -> None:
-    depth = Depth(periods=(("every",),))
+    depth = Depth(periods=((("every",),),))
     for config in ({}, {"every": None}, {"every": 0}, {"every": 1}):
         assert followed(depth, dict(config), [3, 0, 0]) == config
 
@@ -206,7 +348,7 @@ def test_a_layer_is_of_the_kind_of_its_source(
     depth = Depth(
         lists=("types",),
         index_lists=("dense",),
-        prefix_counts=("first",),
+        prefix_counts=(("first",),),
         last_index=("last",),
         tables=("per_layer",),
     )
@@ -228,7 +370,7 @@ def test_a_layer_is_of_the_kind_of_its_source(
 
 
 def test_kinds_after_a_change_of_layers_in_order_are_kinds_before() -> None:
-    depth = Depth(lists=("types",), index_lists=("dense",), periods=(("every",),))
+    depth = Depth(lists=("types",), index_lists=("dense",), periods=((("every",),),))
     config: Config = {"types": ["a", "b", "a", "b"], "dense": [1], "every": 2}
     before = layer_kinds.kinds(depth, config, 4)
     sources = [0, 1, 2, 1, 0, 3]

@@ -10,7 +10,7 @@ from streammap.architectures import config_fields, model, registry
 from streammap.architectures.expression import Name, Number, Operation
 from streammap.architectures.key_pattern import first_match
 from streammap.architectures.model import Model
-from streammap.architectures.schema import Architecture, TensorRule
+from streammap.architectures.schema import Architecture, LayerRule, Numbered, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, PlanError
 from streammap.io.dtypes import TensorSpec
 
@@ -574,14 +574,48 @@ def test_a_depth_table_says_what_config_says_of_layers() -> None:
     text = BASE.replace(
         'lists = ["types"]',
         'lists = ["types"]\nindex_lists = ["a"]\nprefix_counts = ["b"]\nlast_index = ["c"]\n'
-        'periods = [["d", "-1"], ["e"]]\ntables = ["f"]\npatterns = ["g"]\nfirst = true\n'
-        'delete = ["h"]\ndefault = {types = ["s", "f"]}',
+        'periods = [["d", "-1"], [["e", 8], 4]]\ntables = ["f"]\npatterns = ["g"]\n'
+        'first = true\ndelete = ["h"]\nmarks = ["m"]\nruns = ["r", 12]',
     )
     (depth,) = parsed(text).depth.values()
-    assert (depth.index_lists, depth.prefix_counts, depth.last_index) == (("a",), ("b",), ("c",))
-    assert (depth.periods, depth.tables, depth.patterns) == ((("d", "-1"), ("e",)), ("f",), ("g",))
+    assert (depth.index_lists, depth.last_index) == (("a",), ("c",))
+    assert depth.prefix_counts == (("b",),)
+    assert depth.periods == ((("d",), (-1,)), (("e", 8), (4,)))
+    assert (depth.tables, depth.patterns, depth.marks) == (("f",), ("g",), ("m",))
     assert (depth.first, depth.delete, depth.tail) == (True, ("h",), "extra")
-    assert depth.default == {"types": ("s", "f")}
+    assert depth.runs == ("r", 12)
+
+
+DERIVED = """[[depth.layer.derived]]
+list = "types"
+when = ["model_type == other", "window"]
+every = ["pattern", 4]
+offset = -1
+yes = {"window == absent" = "full", "window == null" = "none", default = "slides"}
+no = 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "when", "yes"),
+    [
+        ({}, False, "full"),
+        ({"model_type": "other"}, True, "full"),
+        ({"window": None}, False, "none"),
+        ({"window": 8}, True, "slides"),
+    ],
+)
+def test_a_rule_for_a_missing_list_depends_on_config(config: Config, when: bool, yes: str) -> None:
+    (depth,) = parsed(BASE + DERIVED, config).depth.values()
+    rule = LayerRule("types", when, ("pattern", 4), (-1,), yes=yes, no=1)
+    assert depth.derived == (rule,)
+
+
+def test_numbered_layers_have_a_reason() -> None:
+    text = '[numbered.layer]\nfirst = {scaled = ["n", 3], default = 0}\nwhy = "it is scaled"\n'
+    assert parsed(BASE + text).numbered == {"layer": Numbered((0,), "it is scaled")}
+    scaled = parsed(BASE + text, {"scaled": True}).numbered["layer"]
+    assert scaled.first == ("n", 3)
 
 
 def test_a_size_of_nothing_is_a_size() -> None:
@@ -609,6 +643,9 @@ def test_a_size_of_nothing_is_a_size() -> None:
         ("[experts]\ntop = 1", r"experts: unknown entry 'top'\n  hint: known: multiply, g"),
         ("[depth.other]\nlist = []", r"depth\.other: unknown entry 'list'\n  hint: known: lis"),
         ("[depth.other]\nlists = 3", r"depth\.other\.lists: expected a list, found 3"),
+        ("[depth.other]\nruns = 1.5", r"depth\.other\.runs: expected a whole number.*1\.5"),
+        ("[[depth.other.derived]]\nyes = 1", r"depth\.other\.derived\.list: no entry"),
+        ("[numbered.layer]\nfirst = 1", r"numbered\.layer\.why: no entry"),
         ("[depth.other]\nperiods = 3", r"depth\.other\.periods: expected a list, found 3"),
         ("[[include]]\nspec = 'llama'\nas = 'x'\nat = 'y'", r"include: unknown entry 'at'\n"),
         ("[[include]]\nas = 'x'", r"include\.spec: no entry"),
