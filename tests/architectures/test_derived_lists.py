@@ -79,12 +79,12 @@ def spec_of(raw: Mapping[str, object]) -> Architecture:
 def draws(model: TinyModel) -> Iterator[tuple[dict[str, object], dict[str, int], Architecture]]:
     """Variants of a config.json, the layers of each depth axis, and the spec for it."""
     rng = random.Random(model.name)
-    for _ in range(N_DRAWS):
+    for i in range(N_DRAWS):
         raw: dict[str, object] = {"model_type": model.model_type, **copy.deepcopy(model.config)}
         spec = spec_of(raw)
         n_layers: dict[str, int] = {}
         for axis in spec.depth_axes:
-            n_layers[axis] = rng.choice(N_LAYERS)
+            n_layers[axis] = N_LAYERS[(i + len(n_layers)) % len(N_LAYERS)]
             config_fields.set_field(raw, spec.axes[axis].fields[0], n_layers[axis])
             depth = spec.depth.get(axis, Depth())
             for rule in depth.derived:
