@@ -28,6 +28,7 @@ _MERGED = (
     "experts",
     "rope",
     "config",
+    "written",
     "caveat",
 )
 _STACKED = ("modules", "tensors", "buffers", "drop")
@@ -198,6 +199,7 @@ def _joined(
         rope={axis: value for scope in scopes for axis, value in scope.rope.items()},
         depth={axis: value for one in tables for axis, value in one.depth.items()},
         config=fields,
+        written={axis: value for one in tables for axis, value in one.written.items()},
         caveats={axis: text for one in tables for axis, text in one.caveat.items() if text},
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from streammap.architectures import registry
 from streammap.errors import PlanError, StreammapError, some
 from streammap.io.dtypes import TensorSpec
+from streammap.io.problems import Finding
 from streammap.output import class_trial
 from streammap.output.class_trial import Given, Library, Shape, Verdict
 from streammap.output.save_options import ClassCheck
@@ -43,9 +44,9 @@ def check(plan: Plan, when: ClassCheck) -> None:
         PlanError: with the tensor, the planned shape and the class's, or the class's own reason;
             with "always" also where there is no class to ask.
     """
-    source, result = _sides(plan)
-    if when == "never" or result is None:
+    if when == "never" or plan.config is None:
         return
+    source, result = source_of(plan), given(plan.config, plan.specs)
     library = class_trial.library_of(result[0])
     if when == "always":
         verdict = ask(source, result)
@@ -74,6 +75,39 @@ def ask(source: Given | None, result: Given) -> Verdict | None:
     if library in sys.modules and len(result[1]) <= _MANY_TENSORS:
         return class_trial.compare(source, result)
     return _ask_apart(source, result)
+
+
+def findings(
+    own: Plan, config: Mapping[str, object], expected: Plan | None
+) -> list[Finding] | None:
+    """What the class of a saved result has against it; None where it can't be asked.
+
+    Args:
+        own: The result as it is.
+        config: Its config.json.
+        expected: The plan that it was made by, whose source may have the same faults.
+    """
+    source = None if expected is None else source_of(expected)
+    verdict = ask(source, given(config, own.specs))
+    if verdict is None:
+        return None
+    if verdict.refusal:
+        message = f"{verdict.class_name} can't be built: {verdict.refusal}"
+        return [Finding("error", "class", message, file="config.json")]
+    files = own.sources[0].file_of
+    return [
+        Finding(
+            # A tensor more or less may be meant: the source that could tell may be out of reach.
+            "note" if source is None and None in (found, made) else "error",
+            "class",
+            difference(found, made, verdict.class_name),
+            key,
+            files.get(key),
+            found,
+            made,
+        )
+        for key, (found, made) in verdict.wrong.items()
+    ]
 
 
 def why_not(config: Mapping[str, object]) -> str:
@@ -106,14 +140,12 @@ def difference(found: Shape | None, made: Shape | None, class_name: str) -> str:
     return f"shape {list(found)}, {class_name} of its config.json has {list(made)}"
 
 
-def _sides(plan: Plan) -> tuple[Given | None, Given | None]:
-    """The source whose config.json the result's is made of, and the result."""
-    if plan.config is None:
-        return None, None
-    side, result = plan.side, given(plan.config, plan.specs)
+def source_of(plan: Plan) -> Given | None:
+    """The source whose config.json the result's is made of."""
+    side = plan.side
     if side is None or side.config is None:
-        return None, result
-    return given(side.config, {key: slot.spec for key, slot in side.slots.items()}), result
+        return None
+    return given(side.config, {key: slot.spec for key, slot in side.slots.items()})
 
 
 def given(config: Mapping[str, object], specs: Mapping[str, TensorSpec]) -> Given:

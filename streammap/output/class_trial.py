@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Literal, Protocol, cast
 
-from streammap.architectures.key_pattern import INDEX
+from streammap.architectures import key_pattern
 from streammap.common import optional
 
 Shape = tuple[int, ...]
@@ -94,8 +94,12 @@ def compare(source: Given | None, result: Given) -> Verdict | None:
     before = trial(*source)
     if before is None or before.refusal:
         return None
-    known = {INDEX.sub("*", key) for key in before.wrong}
-    wrong = {key: pair for key, pair in verdict.wrong.items() if INDEX.sub("*", key) not in known}
+    known = {key_pattern.INDEX.sub("*", key) for key in before.wrong}
+    wrong = {
+        key: pair
+        for key, pair in verdict.wrong.items()
+        if key_pattern.INDEX.sub("*", key) not in known
+    }
     return Verdict(verdict.class_name, verdict.refusal, wrong)
 
 
@@ -167,14 +171,14 @@ def _transformers(config: Mapping[str, object], shapes: Shapes) -> Verdict:
         return Verdict(name, _told(error))
     made = {key: tuple(x.shape) for key, x in net.state_dict().items()}
     wrong: dict[str, tuple[Shape | None, Shape | None]] = {}
-    for key in sorted(map(str, found["missing_keys"])):
+    for key in map(str, found["missing_keys"]):
         wrong[key] = (None, made.get(key, ()))
-    for key in sorted(map(str, found["unexpected_keys"])):
+    for key in map(str, found["unexpected_keys"]):
         wrong[key] = (shapes.get(key), None)
     for entry in found["mismatched_keys"]:
         key, before, after = cast("tuple[str, Sequence[int], Sequence[int]]", entry)
         wrong[key] = (tuple(before), tuple(after))
-    return Verdict(name, "", wrong)
+    return Verdict(name, "", {key: wrong[key] for key in sorted(wrong, key=key_pattern.natural)})
 
 
 def _net_class(config: Mapping[str, object], finished: object) -> _NetClass:
@@ -202,9 +206,7 @@ def _timm(config: Mapping[str, object], shapes: Shapes) -> Verdict:
     create: Callable[[str], _Net] = timm.create_model
     try:
         with _config_folder(config) as folder, torch.device("meta"):
-            made = {
-                k: tuple(x.shape) for k, x in create(f"local-dir:{folder}").state_dict().items()
-            }
+            net = create(f"local-dir:{folder}")
     except Exception as error:  # whatever a class raises that can't be built
         return Verdict(name, _told(error))
     made = {key: tuple(x.shape) for key, x in net.state_dict().items()}
