@@ -19,6 +19,13 @@ def field_value(config: Mapping[str, object], path: str) -> object:
     return _value(config, path.split("."))
 
 
+def is_null(config: Mapping[str, object], path: str) -> bool:
+    """Whether config.json has a field, and it is null."""
+    above, _, name = path.rpartition(".")
+    table = field_value(config, above) if above else config
+    return isinstance(table, Mapping) and name in table and table[name] is None
+
+
 def set_field(config: dict[str, object], path: str, value: object) -> None:
     """Set a field, in each entry that a "*" stands for. `config` is changed.
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from streammap.architectures import axis_sizes, layer_kinds
-from streammap.architectures.config_fields import field_value, set_field
+from streammap.architectures.config_fields import field_value, is_null, set_field
 from streammap.architectures.expression import (
     MEASURES,
     Expression,
@@ -96,7 +96,9 @@ def _write_out(
             f"config.json can't say that {name} is {after[name]}: it has no field for it",
             hint="change the axes that it is computed from by the same factor",
         )
-    set_field(changed, axis.fields[0], after[name])
+    # Null stands where the class looks for the size: "as usual".
+    null = (field for field in axis.fields if is_null(config, field))
+    set_field(changed, next(null, axis.fields[0]), after[name])
 
 
 def _write_told(

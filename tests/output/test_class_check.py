@@ -209,4 +209,5 @@ def test_the_class_is_content_with_good_results_and_with_no_others(
     for change in ({wrong: (shapes[wrong][0] + 1, *shapes[wrong][1:])}, {wrong: None}):
         others = {k: shape for k, shape in {**shapes, **change}.items() if shape is not None}
         verdict = class_check.ask(source, (config, others))
-        assert verdict is None or not verdict.ok, (wrong, change)
+        assert verdict is not None
+        assert not verdict.ok, (wrong, change)
