@@ -3,6 +3,7 @@
     record    streammap.json: files, sizes, CRC-32 of each tensor as it was written
     plan      rebuilt from the record's request: keys, dtypes, shapes, offsets, config.json
     sources   NaN and Inf that they do not have; random tiles recomputed
+    class     keys and shapes of the class that config.json names, where its library is installed
 
 Without a record, only the structure is checked, and that all numbers are finite.
 """
@@ -25,7 +26,7 @@ from streammap.io.problems import Finding
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, request_json
-from streammap.output import layout
+from streammap.output import class_check, layout
 from streammap.output import record as records
 from streammap.planning import map_file, plan, request
 from streammap.planning.plan import Plan
@@ -38,7 +39,7 @@ class Verification:
 
     path: str
     checks: tuple[str, ...]
-    """What was checked: structure, record, crc32, plan, finite, tiles."""
+    """What was checked: structure, record, plan, class, crc32, finite, tiles."""
     skipped: tuple[str, ...]
     """What could not be checked, and why."""
     findings: tuple[Finding, ...]
@@ -97,6 +98,11 @@ class VerifyOptions(RunOptions):
         default=0, help="Random tiles to compute again from the sources, and compare."
     )
     seed: int = option(default=0, help="Which tiles these are.")
+    class_check: bool = option(
+        default=True,
+        help="Whether the class in transformers or timm is asked if it would load the result.",
+        off="Do not ask the class in transformers or timm if it would load the result.",
+    )
 
 
 @takes(VerifyOptions, n_first=1)
@@ -124,6 +130,8 @@ def verify(path: PathLike, options: VerifyOptions) -> Verification:
         work.skipped.append(f"plan: {why}")
     if not any(found.check in ("key", "file", "shape", "dtype") for found in work.findings):
         work.findings += _config(work.own, record, expected)
+        if options.class_check:
+            work.ask_class()
     work.read(options.progress)
     n_tiles = work.recompute(options.recompute, options.seed)
     return Verification(
@@ -151,6 +159,17 @@ class _Work:
         self.skipped: list[str] = []
         arch = None if expected is None else expected.architecture
         self.own = plan.from_checkpoint(seen.checkpoint, (), architecture=arch)
+
+    def ask_class(self) -> None:
+        """Whether the class of config.json would load the tensors."""
+        if self.own.config is None or quantization.is_quantized(self.own.specs, self.own.config):
+            return
+        found = class_check.findings(self.own, self.own.config, self.expected)
+        if found is None:
+            self.skipped.append(f"class: {class_check.why_not(self.own.config)}")
+        else:
+            self.checks.append("class")
+            self.findings += found
 
     def read(self, progress: Listener) -> None:
         """All bytes: CRCs, NaN and Inf."""

@@ -4,11 +4,13 @@ A path is dotted: "a.b" is b inside a, "a.*.b" the b of the first entry of a tha
 the last item of a list.
 """
 
+import fnmatch
 import re
 from collections.abc import Mapping
 
 from streammap.errors import ArchitectureError, PlanError
 
+_MAX_TEXT = 200
 _LAYER = re.compile(r"\s*([\w.]+)\[(\w+)\]\s*==\s*(\S+)\s*")
 
 
@@ -17,8 +19,17 @@ def field_value(config: Mapping[str, object], path: str) -> object:
     return _value(config, path.split("."))
 
 
+def is_null(config: Mapping[str, object], path: str) -> bool:
+    """Whether config.json has a field, and it is null."""
+    above, _, name = path.rpartition(".")
+    table = field_value(config, above) if above else config
+    return isinstance(table, Mapping) and name in table and table[name] is None
+
+
 def set_field(config: dict[str, object], path: str, value: object) -> None:
     """Set a field, in each entry that a "*" stands for. `config` is changed.
+
+    A table on the way that is not there, or null, is made.
 
     Raises:
         PlanError: a part of the path is not a table.
@@ -41,7 +52,7 @@ def delete_field(config: dict[str, object], path: str) -> None:
 
 
 def holds(condition: str, config: Mapping[str, object]) -> bool:
-    """Whether a spec's condition holds: "field", "field == value", "field != value".
+    """Whether a spec's condition holds: "field", with "== value", "!= value" or "~ glob" after it.
 
     "field == null" holds for a field that is null or not there, "field == absent" for the latter.
 
@@ -56,6 +67,9 @@ def holds(condition: str, config: Mapping[str, object]) -> bool:
             other = field_value(config, value)
             expected = value if other is None else _text(other)
             return (_text(field_value(config, field)) == expected) == (operator == "==")
+    field, is_glob, glob = (part.strip() for part in condition.partition("~"))
+    if is_glob:
+        return fnmatch.fnmatchcase(_text(field_value(config, field))[:_MAX_TEXT], glob)
     if not re.fullmatch(r"[\w.*-]+", condition.strip()):
         raise ArchitectureError(f"condition {condition!r}: expected 'field', or 'field == value'")
     return bool(field_value(config, condition.strip()))
@@ -96,7 +110,9 @@ def _tables(config: dict[str, object], parts: list[str]) -> list[dict[str, objec
         for table in tables:
             if isinstance(table, list):
                 raise PlanError(f"config.json: {part} of a list can't be written")
-            values = list(table.values()) if part == "*" else [table.setdefault(part, {})]
+            if part != "*" and table.get(part) is None:
+                table[part] = {}
+            values = list(table.values()) if part == "*" else [table[part]]
             for value in values:
                 if isinstance(value, dict | list):
                     inner.append(value)

@@ -28,6 +28,7 @@ _MERGED = (
     "experts",
     "rope",
     "config",
+    "written",
     "caveat",
     "numbered",
 )
@@ -200,6 +201,7 @@ def _joined(
         depth={axis: value for one in tables for axis, value in one.depth.items()},
         numbered={axis: value for one in tables for axis, value in one.numbered.items()},
         config=fields,
+        written={axis: value for one in tables for axis, value in one.written.items()},
         caveats={axis: text for one in tables for axis, text in one.caveat.items() if text},
     )
 

@@ -22,6 +22,12 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_texts(_folder())))
 
 
+def is_shipped(name: str) -> bool:
+    """Whether a spec, by name or by its file, is one of this project's: none of a user's own."""
+    own = Path(_folder() or os.devnull) / f"{name}.toml"
+    return not name.endswith(".toml") and not own.is_file()
+
+
 def load(name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
     """A spec by name, or by its file (*.toml), as it stands for a config.json.
 

@@ -37,6 +37,8 @@ NormChoices = Annotated[tuple[tuple[KeyPattern, ...], ...], "one module of sever
 """Patterns for each of some modules, of which the first that is there counts."""
 AxisSources = Annotated[tuple[str | Expression, ...], "sources"]
 """Config fields ("a.b" is nested) and expressions; the first that is there counts."""
+WrittenValue = Annotated[bool | Expression, "written"]
+"""What a field is set to: a flag, a size, or "ratio(a, b)"."""
 Constraint = Annotated[tuple[str, Expression, Expression], "constraint"]
 """Its text, its left side, its right side."""
 Numbers = Annotated[tuple[str | int, ...], "numbers"]
@@ -322,6 +324,8 @@ class Architecture:
     numbered: Mapping[str, Numbered]
     """Depth axis -> which of its layers compute by their number."""
     config: Mapping[str, Expression]
+    written: Mapping[str, Mapping[str, WrittenValue]]
+    """Axis that config.json has no field for -> the fields that say its size once it changes."""
     caveats: Mapping[str, str]
     """Axis -> why a change of it is never exact."""
 

@@ -46,6 +46,7 @@ from streammap.architectures.schema import (
     Rope,
     Space,
     TensorRule,
+    WrittenValue,
 )
 from streammap.errors import ArchitectureError
 
@@ -92,6 +93,7 @@ class ScopeTables:
     rope: Rope | None = None
     depth: Mapping[OwnName, Depth] = field(default_factory=dict)
     config: Mapping[ConfigField, Expression] = field(default_factory=dict)
+    written: Mapping[OwnName, Mapping[ConfigField, WrittenValue]] = field(default_factory=dict)
     caveat: Mapping[OwnName, str | None] = field(default_factory=dict)
     numbered: Mapping[OwnName, Numbered] = field(default_factory=dict)
 
@@ -133,6 +135,7 @@ class SpecScope:
                 Factor: self._factor,
                 Constraint: self._constraint,
                 AxisSources: self._sources,
+                WrittenValue: self._written,
                 KeyPatterns: self._patterns,
                 ModulePatterns: lambda value, where: self._patterns(value, where, end=".*"),
                 NormChoices: self._norm_choices,
@@ -279,6 +282,9 @@ class SpecScope:
                 f"{where}: expected an exponent up to {_MAX_EXPONENT}, found {exponent!r}"
             )
         return Factor(self._expression(body, where), value)
+
+    def _written(self, value: object, where: str) -> WrittenValue:
+        return value if isinstance(value, bool) else self._expression(value, where)
 
     def _constraint(self, text: object, where: str) -> Constraint:
         whole = string(text, where)

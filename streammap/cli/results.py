@@ -68,6 +68,11 @@ def inspect(
     help="Random tiles to compute again from the sources.",
 )
 @option("--seed", type=int, default=0, show_default=True, help="Which tiles these are.")
+@option(
+    "--no-class-check",
+    is_flag=True,
+    help="Do not ask the class in transformers or timm if it would load the result.",
+)
 @option("--quiet", "-q", is_flag=True, help="Only the exit code.")
 @reading_options
 @json_option
@@ -79,6 +84,7 @@ def verify(
     sources: tuple[str, ...],
     n_tiles: int,
     seed: int,
+    no_class_check: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -95,6 +101,7 @@ def verify(
         sources=moved_of(sources),
         recompute=n_tiles,
         seed=seed,
+        class_check=not no_class_check,
         progress=progress.bar("verify", quiet=quiet),
         **reading_of(options),
     )

@@ -14,7 +14,8 @@ class Finding:
 
     level: Literal["error", "note"]
     check: str
-    """file, size, index, key, place, dtype, shape, offset, crc32, config, finite, tile, source."""
+    """file, size, index, key, place, dtype, shape, offset, crc32, config, class, finite, tile, or
+    source."""
     message: str
     key: str | None = None
     file: str | None = None

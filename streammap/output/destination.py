@@ -13,7 +13,7 @@ from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
 from streammap.io.storage.base import Sink
 from streammap.io.storage.resolve import PathLike
-from streammap.output import config_check, run
+from streammap.output import class_check, run
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report
 from streammap.output.save_options import PushOptions, SaveOptions
@@ -31,9 +31,9 @@ def save(plan: Plan, output: PathLike, options: SaveOptions, *, card: Card) -> R
 
     Raises:
         OutputError: the output exists or can't be written, or the memory is too little.
-        PlanError: a config.json that transformers would refuse.
+        PlanError: a result that its class in transformers or timm would not load.
     """
-    _check_config(plan)
+    class_check.check(plan, options.class_check)
     where = OutputOptions(resolve.local_path(output), options)
     if resolve.is_url(output):
         return _send(plan, _sink(plan, str(output), where, card), where, options.progress)
@@ -45,18 +45,14 @@ def push(plan: Plan, repo: str, options: PushOptions, *, card: Card) -> Report:
 
     Raises:
         OutputError: no token, no right to write; a branch with a model, without `overwrite`.
+        PlanError: a result that its class in transformers or timm would not load.
     """
-    _check_config(plan)
+    class_check.check(plan, options.class_check)
     where = OutputOptions(Path(), options)
     from streammap.io.storage.hub_sink import MESSAGE, Push
 
     to = Push(repo, options.branch, options.private, options.message or MESSAGE)
     return _send(plan, _hub(plan, to, where, card), where, options.progress)
-
-
-def _check_config(plan: Plan) -> None:
-    before = None if plan.side is None else plan.side.config
-    config_check.check(before, plan.config, nbytes=plan.nbytes)
 
 
 def _sink(plan: Plan, url: str, where: OutputOptions, card: Card) -> Sink:

@@ -7,6 +7,7 @@ from streammap.common.ranks import Ranks
 from streammap.engine.options import RunOptions, Size
 
 MAX_SHARD_SIZE = "5GB"
+ClassCheck = Literal["auto", "always", "never"]
 OUTPUT = "Output"
 """Heading of these options in help."""
 
@@ -46,6 +47,12 @@ class SaveOptions(RunOptions):
         help="Top-level entry of a dcp result's tensors: model.  [default: the source's]",
         group=OUTPUT,
         metavar="NAME",
+    )
+    class_check: ClassCheck = option(
+        default="auto",
+        help="Whether the result's class in transformers or timm is asked before the run if it "
+        "would load it; auto: where that takes little time.",
+        group=OUTPUT,
     )
     ranks: Ranks | bool = option(
         default=False,

@@ -1,15 +1,17 @@
 """config.json of a result: sizes, lists of layers, and further fields of a change.
 
 Each field that gave a size gives the new one; a size that an expression gave ("4 * hidden size") is
-written out where it no longer holds; all other fields stay as they are.
+written out where it no longer holds; a size that the tensors gave is written where the model's
+class looks for it (a spec's [written]); all other fields stay as they are.
 """
 
 import contextlib
 import copy
+import math
 from collections.abc import Mapping, Sequence
 
 from streammap.architectures import axis_sizes, layer_kinds
-from streammap.architectures.config_fields import field_value, set_field
+from streammap.architectures.config_fields import field_value, is_null, set_field
 from streammap.architectures.expression import (
     MEASURES,
     Expression,
@@ -50,6 +52,8 @@ def rewritten(
             set_field(changed, origin, after[name])
     for name in spec.axes:
         _write_out(spec, name, config, changed, after)
+        if name in after and after[name] != model.sizes.get(name):
+            _write_told(spec, name, config, changed, after)
     for field, expression in spec.config.items():
         if field_value(config, field) is None:
             continue
@@ -92,7 +96,40 @@ def _write_out(
             f"config.json can't say that {name} is {after[name]}: it has no field for it",
             hint="change the axes that it is computed from by the same factor",
         )
-    set_field(changed, axis.fields[0], after[name])
+    # Null stands where the class looks for the size: "as usual".
+    null = (field for field in axis.fields if is_null(config, field))
+    set_field(changed, next(null, axis.fields[0]), after[name])
+
+
+def _write_told(
+    spec: Architecture,
+    name: str,
+    config: Mapping[str, object],
+    changed: dict[str, object],
+    after: Mapping[str, int],
+) -> None:
+    """Write the fields that say a changed size, where no field of config.json held it."""
+    if isinstance(axis_sizes.axis_origin(spec.axes[name], config), str):
+        return
+    for field, told in spec.written.get(name, {}).items():
+        match told:
+            case bool():
+                set_field(changed, field, told)
+            case FunctionCall("ratio", (part, whole)):
+                ratio = _ratio(after[part], after[whole], field_value(config, field))
+                set_field(changed, field, ratio)
+            case _:
+                set_field(changed, field, axis_sizes.evaluate_axis(spec, told, after, {}))
+
+
+def _ratio(part: int, whole: int, before: object) -> int | float:
+    """A number whose product with `whole`, cut off, is `part`: the one before if it is one."""
+    if isinstance(before, int | float) and int(whole * before) == part:
+        return before
+    ratio = part / whole
+    while int(whole * ratio) < part:
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
 
 
 def is_measured(expression: Expression) -> bool:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from streammap.architectures import axis_words, key_pattern
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Depth
-from streammap.errors import PlanError, some
+from streammap.errors import PlanError, StreammapError, some
 from streammap.planning import config_json
 from streammap.planning.graph import LinearForm
 from streammap.planning.map_file import MapLevel
@@ -142,7 +142,13 @@ def _check_sizes(result: Plan, sizes: Mapping[str, int]) -> None:
     The result is resolved once more, as a loader would: a spec that rewrites too little, or maps a
     tensor to another shape than its dimensions say, is caught here and not by the user.
     """
-    resolved = result.model.sizes
+    try:
+        resolved = result.model.sizes
+    except StreammapError as error:
+        raise PlanError(
+            f"the result would not fit its config.json: {error.message}",
+            hint="ask for other sizes: this model's class has other tensors at these",
+        ) from error
     wrong = [name for name, size in sizes.items() if resolved.get(name) != size]
     if wrong:
         name = wrong[0]
