@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from streammap.architectures import (
+    adapters,
     axis_sizes,
     config_fields,
     key_pattern,
@@ -136,9 +137,10 @@ def resolve(
     Raises:
         ArchitectureError: no spec serves it.
         CheckpointError: a key that no rule knows, a missing tensor, a shape that does not fit, a
-            quantised checkpoint.
+            quantised checkpoint, an adapter that is not merged.
     """
     quantization.check(specs, config or {})
+    adapters.check(specs.keys())
     spec = find(specs, config, name)
     sizes = axis_sizes.read(spec, config or {}, specs)
     families = _families(spec, specs, config or {})
@@ -212,7 +214,7 @@ def _families(
         entry = groups.setdefault((id(rule), name), (rule, {}, len(tensor.shape)))
         entry[1][tuple(values[index] for index in rule.pattern.indices)] = key
     if unknown:
-        _refuse_unknown(spec, unknown)
+        _refuse_unknown(spec, unknown, specs)
     return tuple(
         Family(rule, name, members, _dims(rule, name, rank))
         for (_, name), (rule, members, rank) in groups.items()
@@ -256,7 +258,7 @@ def _dims(rule: TensorRule, name: str, rank: int) -> tuple[DimSpec, ...]:
     return dims
 
 
-def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
+def _refuse_unknown(spec: Architecture, unknown: list[str], keys: Iterable[str]) -> None:
     rendered = {key_pattern.sample(rule.pattern): rule.pattern.text for rule in spec.rules}
     import difflib
 
@@ -264,11 +266,26 @@ def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
         key_pattern.INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3
     )
     nearest = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
+    prefix = _wrapper(spec, unknown[0])
+    hint = "is this the right architecture? --arch names another"
+    if prefix and all(key.startswith(prefix) for key in keys):
+        hint = f"every key begins with {prefix}: save the state dict of the module inside of it"
     raise CheckpointError(
         f"{unknown[0]}: no rule of {spec.name}.toml knows this tensor "
         f"({len(unknown)} such: {some(unknown)}){nearest}",
-        hint="is this the right architecture? --arch names another",
+        hint=hint,
     )
+
+
+def _wrapper(spec: Architecture, unknown: str) -> str:
+    """The beginning of a key without which a rule would know it; "" where that is not so."""
+    *modules, _ = unknown.split(".")
+    for n in range(1, len(modules) + 1):
+        prefix = ".".join((*modules[:n], ""))
+        inner = unknown.removeprefix(prefix)
+        if any(rule.pattern.match(inner) is not None for rule in spec.rules):
+            return prefix
+    return ""
 
 
 def _tied(
