@@ -17,12 +17,13 @@ from streammap.architectures import (
     registry,
 )
 from streammap.architectures.expression import Expression, Name
-from streammap.architectures.key_pattern import KeyPattern, first_match
+from streammap.architectures.key_pattern import Identity, KeyPattern, first_match
 from streammap.architectures.schema import Architecture, Depth, DimSpec, LMHead, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, printable, some
 from streammap.io.dtypes import TensorSpec
 
 _MAX_NAME = 80
+_OLD_ENDINGS = {"gamma": "weight", "beta": "bias"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +48,21 @@ class Family:
         for index, value in zip(self.indices, values, strict=True):
             key = key.replace(f"{{{index}}}", str(value))
         return key
+
+    @property
+    def identity(self) -> Identity:
+        """What the tensors are, however their checkpoint spells their keys.
+
+        Two checkpoints of one spec have equal families where the identities are equal.
+        """
+        scope, text, indices, names = self.rule.pattern.identity(next(iter(self.members.values())))
+        return scope, self.with_new_ending(text), indices, names
+
+    def with_new_ending(self, key: str) -> str:
+        """A key, or a pattern of keys; of a norm, with today's names for gamma and beta."""
+        module, _, end = key.rpartition(".")
+        is_old = self.rule.kind == "norm" and end in _OLD_ENDINGS
+        return f"{module}.{_OLD_ENDINGS[end]}" if is_old else key
 
     def index_expression(self, index: str) -> Expression:
         """What an index counts: an axis, or an expression of its own."""
@@ -242,8 +258,9 @@ def _family_name(key: str, rule: TensorRule) -> str:
     assert match is not None
     name = key
     # From the end, so that the places of those before stay right.
-    for at in sorted(range(len(indices)), key=lambda at: -match.start(at + 1)):
-        name = f"{name[: match.start(at + 1)]}{{{indices[at]}}}{name[match.end(at + 1) :]}"
+    for at in sorted(range(len(indices)), key=lambda at: -match.start(f"i{at}")):
+        start, end = match.span(f"i{at}")
+        name = f"{name[:start]}{{{indices[at]}}}{name[end:]}"
     return name
 
 
@@ -371,7 +388,7 @@ def _unmet(model: Model) -> Iterable[str]:
     for required in model.architecture.required:
         by_text.setdefault(required.text, []).append(required)
     for patterns in by_text.values():
-        keys = (next(iter(family.members.values())) for family in model.families)
+        keys = (f.with_new_ending(next(iter(f.members.values()))) for f in model.families)
         if not any(first_match(patterns, key) is not None for key in keys):
             yield key_pattern.sample(patterns[0])
 

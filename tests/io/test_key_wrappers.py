@@ -136,7 +136,7 @@ def test_two_keys_of_one_tensor_are_refused_and_named(tmp_path: Path, form: str)
         in_dcp(tmp_path, state)
     else:
         save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="are both a.weight, without _orig_mod") as error:
+    with pytest.raises(CheckpointError, match=r"are both a\.weight, without _orig_mod") as error:
         streammap.open(tmp_path)
     assert "_orig_mod.a.weight" in error.value.message.partition("are both")[0]
 
