@@ -10,10 +10,11 @@ from typing import ClassVar
 from streammap.common.declare import Real
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
 from streammap.operators.declare import Input, Operator, PlanLike, argument, declared, option
-from streammap.planning import config_difference, graph, pairing, planner
-from streammap.planning.config_difference import FieldDifference
+from streammap.planning import graph, planner
 from streammap.planning.graph import LinearForm
-from streammap.planning.pairing import Pairing
+from streammap.planning.matching import config_difference, pairing
+from streammap.planning.matching.config_difference import FieldDifference
+from streammap.planning.matching.pairing import Pairing
 from streammap.planning.plan import Plan, Promise, Step
 
 

@@ -11,7 +11,8 @@ from streammap.architectures import registry
 from streammap.architectures.model import Family, Model
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.formats.safetensors_header import Slot
-from streammap.planning import pairing, plan
+from streammap.planning import plan
+from streammap.planning.matching import pairing
 from streammap.planning.plan import Plan
 from tests.architectures.test_labels import cases, lazy
 
