@@ -211,7 +211,7 @@ def _names(pairs: Pairing, kept: list[str], added: list[str]) -> list[str]:
             "the result has the target's names"
         )
     if pairs.copies:
-        notes.append(f"{some(pairs.copies)}: the source's copy of a tied tensor is not used")
+        notes.append(f"{some(list(pairs.copies))}: the source's copy of a tied tensor is not used")
     if kept:
         notes.append(f"{some(kept)} (of {len(kept)}): only the target has them; not blended")
     if added:

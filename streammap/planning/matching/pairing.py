@@ -29,8 +29,8 @@ class Pairing:
     """Key of the first -> key of the same tensor in the second, where that is another key."""
     only: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     """Keys of tensors that only the first has, and only the second."""
-    copies: tuple[str, ...] = ()
-    """Keys of the second whose tensor the first has once, under the name of what it is tied to."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Key of a further copy of a tied tensor in the second -> the first's key of that tensor."""
 
     def other(self, key: str) -> str:
         """The second's key of a tensor that both have."""
@@ -56,12 +56,12 @@ def pair(first: Plan, second: Plan) -> Pairing:
         if original is not None and (other := renamed.get(original, original)) in second.targets:
             renamed[key] = other
     back = {other: key for key, other in renamed.items()}
-    copies = [
-        key
+    copies = {
+        key: own
         for key in here
         if (original := _original(models[1], key, second.targets)) is not None
-        and back.get(original, original) in first.targets
-    ]
+        and (own := back.get(original, original)) in first.targets
+    }
     for key, other in _ends(models, there, here):
         if key not in renamed and other not in copies:
             renamed[key] = other
@@ -70,7 +70,7 @@ def pair(first: Plan, second: Plan) -> Pairing:
         tuple(key for key in there if key not in renamed),
         tuple(key for key in here if key not in taken),
     )
-    return Pairing(renamed, only, tuple(copies))
+    return Pairing(renamed, only, copies)
 
 
 def same_spec(first: Plan, second: Plan) -> tuple[Model, Model] | None:
