@@ -4,13 +4,14 @@
     mean       mean of |a - b|
     relative   ||a - b|| / ||a||, Euclidean norms, summed in float64; infinite where a is all 0
 
+Tensors are paired as blends pair them: by what the spec says they are, where keys differ.
 Equal bits are equal, NaN too. Pairs with a NaN or Inf are in none of the figures; they are counted
 (n_odd) unless both are NaN, or the same Inf.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls
 from streammap.planning.graph import LinearForm
+from streammap.planning.matching import pairing
 from streammap.planning.plan import Plan
 
 if TYPE_CHECKING:
@@ -80,6 +82,11 @@ class Difference:
     nbytes: int
     """Read of both."""
     seconds: float
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Key of the first -> key of the same tensor in the second, where that is another key.
+
+    A copy of a tied tensor that only the second has is compared under its own key.
+    """
 
     @property
     def is_equal(self) -> bool:
@@ -108,6 +115,7 @@ class Difference:
             "shapes": {key: [list(a), list(b)] for key, (a, b) in self.shapes.items()},
             "nbytes": self.nbytes,
             "seconds": self.seconds,
+            "renamed": dict(self.renamed),
         }
 
     def __str__(self) -> str:
@@ -130,7 +138,11 @@ class Difference:
             f"{self.n_equal} equal, {len(unequal)} differ, {len(self.shapes)} of other shapes, "
             f"{n_only} in one only"
         )
-        totals = [("tensors", counts), ("read", wording.moved(self.nbytes, self.seconds))]
+        totals = [("tensors", counts)]
+        if self.renamed:
+            key, other = next(iter(self.renamed.items()))
+            totals.append(("names", f"{len(self.renamed)} differ: {key} is {other} there"))
+        totals.append(("read", wording.moved(self.nbytes, self.seconds)))
         return "\n".join([*lines, *table.fields(totals)])
 
 
@@ -166,14 +178,20 @@ def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody
     begun = perf_counter()
     with garbage.paused():
         first, second = map(calls.plan_of, (a, b))
+        matched = pairing.pair(first, second)
     ours, theirs = first.targets, second.targets
-    common = [key for key in ours if key in theirs]
-    shapes = {
-        key: (ours[key].spec.shape, theirs[key].spec.shape)
-        for key in common
-        if ours[key].spec.shape != theirs[key].spec.shape
+    both = {
+        key: (form, other)
+        for key, form in ours.items()
+        if (other := theirs.get(matched.other(key))) is not None
     }
-    pairs = {key: (ours[key], theirs[key]) for key in common if key not in shapes}
+    both |= {key: (ours[own], theirs[key]) for key, own in matched.copies.items()}
+    shapes = {
+        key: (x.spec.shape, y.spec.shape)
+        for key, (x, y) in both.items()
+        if x.spec.shape != y.spec.shape
+    }
+    pairs = {key: pair for key, pair in both.items() if key not in shapes}
     stats = {key: PairStats() for key in pairs}
     drivers: dict[str, LinearForm] = {}
     others: dict[str, LinearForm] = {}
@@ -208,13 +226,11 @@ def compare(a: Source, b: Source, engine: Engine, *, listener: Listener = nobody
     return Difference(
         names=(_name(a), _name(b)),
         tensors=tuple(tensors),
-        only=(
-            tuple(key for key in ours if key not in theirs),
-            tuple(key for key in theirs if key not in ours),
-        ),
+        only=matched.only,
         shapes=shapes,
         nbytes=sum(form.spec.nbytes for form in (*drivers.values(), *others.values())),
         seconds=perf_counter() - begun,
+        renamed=matched.renamed,
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
-from streammap.architectures import quantization
+from streammap.architectures import adapters, quantization
 from streammap.architectures.key_pattern import INDEX
 from streammap.architectures.layer_kinds import LayerKind
 from streammap.architectures.model import Family
@@ -74,6 +74,8 @@ class Inspection:
     layer_kinds: Mapping[str, tuple[str, ...]]
     """Depth axis -> its kinds of layers, "0-2: before first_k_dense_replace 3"."""
     patterns: tuple[Pattern, ...]
+    wrappers: tuple[str, ...] = ()
+    """What wrappers wrote into the keys of its files: "_orig_mod. (torch.compile)"."""
 
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
@@ -101,6 +103,8 @@ class Inspection:
             yield f"{axis} kinds", "; ".join(kinds)
         if self.architecture is not None:
             yield "head", "tied to the embedding" if self.tied else "none, or one of its own"
+        if self.wrappers:
+            yield "wrappers", f"{' and '.join(self.wrappers)}: left out of the keys"
         if self.n_saved_maps:
             yield "saved maps", f"{self.n_saved_maps}: `streammap decoalesce` needs no scheme"
 
@@ -131,7 +135,8 @@ def inspect(plan: Plan) -> Inspection:
     except ArchitectureError as error:
         problem, hint = error.message, error.hint
     except CheckpointError as error:
-        if not quantization.is_quantized(plan.specs, plan.config or {}):
+        quantized = quantization.is_quantized(plan.specs, plan.config or {})
+        if not quantized and not adapters.has_adapter(plan.specs.keys()):
             raise
         problem, hint = error.message, error.hint
     if architecture is None:
@@ -154,6 +159,7 @@ def inspect(plan: Plan) -> Inspection:
         axes=axes,
         layer_kinds=layer_kinds,
         patterns=patterns,
+        wrappers=plan.sources[0].wrappers,
     )
 
 

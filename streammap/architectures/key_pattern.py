@@ -1,7 +1,7 @@
 """Key patterns: "{L}attention.{p:query|key}.weight".
 
-    {name}       one of the alternatives of the spec's [vars], or an index when it has none
-    {name:a|b}   one of the alternatives a, b
+    {name}       one of the spellings that the spec's [vars] list, or an index when it has none
+    {name:a|b}   one of the names a, b, which are different tensors
     {name@size}  an index that counts to the expression `size`
     {name=last}  an index, only where it is the last
     *            anything
@@ -12,7 +12,7 @@ A variable whose alternatives hold indices makes several patterns of one text.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 from streammap.architectures.expression import Expression, parse_expression
@@ -21,7 +21,7 @@ from streammap.errors import ArchitectureError
 INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 """A part of a key that is a number: a layer, an expert."""
 _PIECE = re.compile(r"(\{[^{}]*\}|\*)")
-_LITERAL = re.compile(r"(?<=[.|:])\d+(?=[\\|)]|$)")
+_LITERAL = re.compile(r"(?<=[.|:(])\d+(?=[\\|)]|$)")
 _NUMBER = "0|[1-9][0-9]{0,8}"
 _MAX_LENGTH = 4096
 _MAX_PATTERNS = 256
@@ -32,6 +32,8 @@ _MAX_WAYS = 10_000_000
 """Of matching one key: a regular expression may try them all."""
 _STAR_WAYS = 1000
 _INDEX_WAYS = 9
+Identity = tuple[str, str, tuple[str, ...], tuple[str, ...]]
+"""Scope and text of a pattern, its indices, and which of the names in its braces a key has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ class KeyPattern:
     last: tuple[str, ...]
     """Indices of which only the last counts."""
     sample: str
+    scope: str = ""
+    """What the names of its indices begin with."""
 
     @cached_property
     def regex(self) -> re.Pattern[str]:
@@ -65,7 +69,18 @@ class KeyPattern:
         groups = self.regex.fullmatch(key)
         if groups is None:
             return None
-        return {name: int(value) for name, value in zip(self.indices, groups.groups(), strict=True)}
+        return {name: int(groups[f"i{at}"]) for at, name in enumerate(self.indices)}
+
+    def identity(self, key: str) -> Identity:
+        """What `key` is, however the variables of the text are spelled in it; it must match.
+
+        Patterns of one text have equal identities for the same tensor, but for its indices.
+        """
+        groups = self.regex.fullmatch(key)
+        assert groups is not None
+        numbers = self.regex.groupindex.values()
+        chosen = (text or "" for at, text in enumerate(groups.groups(), 1) if at not in numbers)
+        return self.scope, self.text, self.indices, tuple(chosen)
 
 
 def natural(key: str) -> tuple[tuple[int, int | str], ...]:
@@ -167,7 +182,8 @@ class _Part:
     """The number of ways it can match the beginning of a text."""
 
 
-_STAR = _Part(".*", "*", _STAR_WAYS)
+# Groups with a name are indices, and those without one tell tensors of one pattern apart.
+_STAR = _Part("(.*)", "*", _STAR_WAYS)
 
 
 def _compiled(
@@ -203,7 +219,9 @@ def _compiled(
             if which:
                 last.append(name)
     joined = _joined(parts, whole)
-    return KeyPattern(whole, joined.regex, tuple(indices), counts, tuple(last), joined.sample)
+    return KeyPattern(
+        whole, joined.regex, tuple(indices), counts, tuple(last), joined.sample, scope
+    )
 
 
 def _literal(text: str, whole: str) -> _Part:
@@ -239,7 +257,8 @@ def _alternatives(
         raise _endless(whole)
     name, colon, choices = piece[1:-1].partition(":")
     if colon:
-        return _either([_Part(re.escape(choice), choice) for choice in choices.split("|")])
+        either = _either([_Part(re.escape(choice), choice) for choice in choices.split("|")])
+        return replace(either, regex=f"({either.regex.removeprefix('(?:')}")
     parts = []
     for alternative in variables[name]:
         inner = []

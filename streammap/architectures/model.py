@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from streammap.architectures import (
+    adapters,
     axis_sizes,
     config_fields,
     key_pattern,
@@ -17,12 +18,13 @@ from streammap.architectures import (
     registry,
 )
 from streammap.architectures.expression import Expression, Name
-from streammap.architectures.key_pattern import KeyPattern, first_match
+from streammap.architectures.key_pattern import Identity, KeyPattern, first_match
 from streammap.architectures.schema import Architecture, Depth, DimSpec, LMHead, TensorRule
 from streammap.errors import ArchitectureError, CheckpointError, printable, some
 from streammap.io.dtypes import TensorSpec
 
 _MAX_NAME = 80
+_OLD_ENDINGS = {"gamma": "weight", "beta": "bias"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +49,21 @@ class Family:
         for index, value in zip(self.indices, values, strict=True):
             key = key.replace(f"{{{index}}}", str(value))
         return key
+
+    @property
+    def identity(self) -> Identity:
+        """What the tensors are, however their checkpoint spells their keys.
+
+        Two checkpoints of one spec have equal families where the identities are equal.
+        """
+        scope, text, indices, names = self.rule.pattern.identity(next(iter(self.members.values())))
+        return scope, self.with_new_ending(text), indices, names
+
+    def with_new_ending(self, key: str) -> str:
+        """A key, or a pattern of keys; of a norm, with today's names for gamma and beta."""
+        module, _, end = key.rpartition(".")
+        is_old = self.rule.kind == "norm" and end in _OLD_ENDINGS
+        return f"{module}.{_OLD_ENDINGS[end]}" if is_old else key
 
     def index_expression(self, index: str) -> Expression:
         """What an index counts: an axis, or an expression of its own."""
@@ -137,9 +154,10 @@ def resolve(
     Raises:
         ArchitectureError: no spec serves it.
         CheckpointError: a key that no rule knows, a missing tensor, a shape that does not fit, a
-            quantised checkpoint.
+            quantised checkpoint, an adapter that is not merged.
     """
     quantization.check(specs, config or {})
+    adapters.check(specs.keys())
     spec = find(specs, config, name)
     sizes = axis_sizes.read(spec, config or {}, specs)
     families = _families(spec, specs, config or {}, sizes)
@@ -223,7 +241,7 @@ def _families(
         entry = groups.setdefault((id(rule), name), (rule, {}, len(tensor.shape)))
         entry[1][tuple(values[index] for index in rule.pattern.indices)] = key
     if unknown:
-        _refuse_unknown(spec, unknown)
+        _refuse_unknown(spec, unknown, specs)
     return tuple(
         Family(rule, name, members, _dims(rule, name, rank))
         for (_, name), (rule, members, rank) in groups.items()
@@ -256,8 +274,9 @@ def _family_name(key: str, rule: TensorRule) -> str:
     assert match is not None
     name = key
     # From the end, so that the places of those before stay right.
-    for at in sorted(range(len(indices)), key=lambda at: -match.start(at + 1)):
-        name = f"{name[: match.start(at + 1)]}{{{indices[at]}}}{name[match.end(at + 1) :]}"
+    for at in sorted(range(len(indices)), key=lambda at: -match.start(f"i{at}")):
+        start, end = match.span(f"i{at}")
+        name = f"{name[:start]}{{{indices[at]}}}{name[end:]}"
     return name
 
 
@@ -272,7 +291,7 @@ def _dims(rule: TensorRule, name: str, rank: int) -> tuple[DimSpec, ...]:
     return dims
 
 
-def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
+def _refuse_unknown(spec: Architecture, unknown: list[str], keys: Iterable[str]) -> None:
     rendered = {key_pattern.sample(rule.pattern): rule.pattern.text for rule in spec.rules}
     import difflib
 
@@ -280,11 +299,26 @@ def _refuse_unknown(spec: Architecture, unknown: list[str]) -> None:
         key_pattern.INDEX.sub("0", unknown[0]), rendered, n=2, cutoff=0.3
     )
     nearest = f"; nearest are {' and '.join(rendered[text] for text in near)}" if near else ""
+    prefix = _wrapper(spec, unknown[0])
+    hint = "is this the right architecture? --arch names another"
+    if prefix and all(key.startswith(prefix) for key in keys):
+        hint = f"every key begins with {prefix}: save the state dict of the module inside of it"
     raise CheckpointError(
         f"{unknown[0]}: no rule of {spec.name}.toml knows this tensor "
         f"({len(unknown)} such: {some(unknown)}){nearest}",
-        hint="is this the right architecture? --arch names another",
+        hint=hint,
     )
+
+
+def _wrapper(spec: Architecture, unknown: str) -> str:
+    """The beginning of a key without which a rule would know it; "" where that is not so."""
+    *modules, _ = unknown.split(".")
+    for n in range(1, len(modules) + 1):
+        prefix = ".".join((*modules[:n], ""))
+        inner = unknown.removeprefix(prefix)
+        if any(rule.pattern.match(inner) is not None for rule in spec.rules):
+            return prefix
+    return ""
 
 
 def _tied(
@@ -370,7 +404,7 @@ def _unmet(model: Model) -> Iterable[str]:
     for required in model.architecture.required:
         by_text.setdefault(required.text, []).append(required)
     for patterns in by_text.values():
-        keys = (next(iter(family.members.values())) for family in model.families)
+        keys = (f.with_new_ending(next(iter(f.members.values()))) for f in model.families)
         if not any(first_match(patterns, key) is not None for key in keys):
             yield key_pattern.sample(patterns[0])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from streammap.errors import CheckpointError
-from streammap.io import json_files, safe_open, weight_files
+from streammap.io import json_files, key_wrappers, safe_open, weight_files
 from streammap.io.dtypes import TensorSpec
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.problems import Finding, Problems, Strict
@@ -72,6 +72,8 @@ class Checkpoint:
     """The entry of a torch file that its state dict is nested under."""
     others: tuple[str, ...] = ()
     """Other entries of a torch file; they are not read."""
+    wrappers: tuple[str, ...] = ()
+    """What wrappers wrote into the keys of its files, and is left out of its own."""
     place: Storage | None = None
     """Where the files are; None for a checkpoint without files."""
     _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
@@ -259,6 +261,17 @@ def open_files(
     if weight_map is not None:
         read = {content.name for content in contents}
         weight_files.check_index(weight_map, file_of, read, problems)
+    names_of = key_wrappers.unwrap(slots.keys())
+    clashes = [
+        Finding(
+            "error", "key", f"it and {other} are both {plain}, without {_listed(names_of)}", key
+        )
+        for other, key, plain in names_of.clashes
+    ]
+    problems.report(clashes, hint="keep one of the two tensors")
+    if names_of.plain:
+        slots = {names_of.key(k): replace(slot, key=names_of.key(k)) for k, slot in slots.items()}
+        file_of = {names_of.key(key): name for key, name in file_of.items()}
     opened = {content.name: storage.open(content.name, content.stat) for content in contents}
     return Checkpoint(
         path,
@@ -268,6 +281,7 @@ def open_files(
         None,
         nest=contents[-1].nest if contents else None,
         others=contents[-1].others if contents else (),
+        wrappers=names_of.wrappers,
         place=storage,
         _opened=opened,
         reader=FileTensors(slots, file_of, opened),
@@ -288,7 +302,13 @@ def _open_chunked(storage: Storage, folder: Path) -> Checkpoint:
         )
     metadata = dcp_metadata.read(folder)
     chosen = dcp_chunks.select(metadata, folder=str(folder))
-    tensors = {key: metadata.tensors[name] for key, name in chosen.keys.items()}
+    names_of = key_wrappers.unwrap(chosen.keys.keys())
+    for other, key, plain in names_of.clashes:
+        raise CheckpointError(
+            f"{folder}: {key} and {other} are both {plain}, without {_listed(names_of)}",
+            hint="keep one of the two tensors",
+        )
+    tensors = {names_of.key(key): metadata.tensors[name] for key, name in chosen.keys.items()}
     digest = hashlib.sha256((folder / dcp_metadata.METADATA).read_bytes()).hexdigest()
     files: list[SourceFile] = []
     opened: dict[str, LocalFile] = {}
@@ -306,10 +326,15 @@ def _open_chunked(storage: Storage, folder: Path) -> Checkpoint:
         None,
         nest=chosen.nest,
         others=chosen.others,
+        wrappers=names_of.wrappers,
         place=storage,
         _opened=dict(opened),
         reader=dcp_chunks.Chunks(tensors, opened),
     )
+
+
+def _listed(keys: key_wrappers.PlainKeys) -> str:
+    return " and ".join(keys.wrappers)
 
 
 def _find_config(

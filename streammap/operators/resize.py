@@ -3,6 +3,7 @@
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from streammap.common.declare import Real, Whole
@@ -97,12 +98,16 @@ class Decoalesce(Resize):
         target = self.target_sizes
         if target is None and blend_with is not None:
             target = blend_with.model.sizes
+        # Of two models, --untie is for each whose head is tied.
+        unties_other = self.untie and blend_with is not None and blend_with.model.tied
+        growth = replace(self, untie=False) if unties_other and not source.model.tied else self
         grown = resize_plan.plan(
-            self, source, target, grows=True, head_dim=self.head_dim, new_layers=self.new_layers
+            growth, source, target, grows=True, head_dim=self.head_dim, new_layers=self.new_layers
         )
         if blend_with is None:
             return grown
         from streammap.operators.interpolate import Interpolate
 
         alpha = 0.5 if self.alpha is None else self.alpha
-        return Interpolate(target=blend_with, alpha=alpha).plan(grown, target=blend_with)
+        blend = Interpolate(target=blend_with, alpha=alpha, untie=unties_other)
+        return blend.plan(grown, target=blend_with)

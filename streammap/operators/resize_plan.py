@@ -313,11 +313,8 @@ class _Task:
                 hint="leave it out: the head has a tensor of its own",
             )
         hidden = model.architecture.spaces.get("hidden", ())
-        if op.untie and not all(tied.head.head for tied in model.tied_heads):
-            raise PlanError(
-                f"{model.name}: --untie, but this head has no tensor of its own",
-                hint="leave --untie out: the norm before the head is compensated",
-            )
+        if op.untie:
+            planner.check_untie(model)
         if op.rule == "reference" or op.untie or not any(axis in chosen for axis in hidden):
             return
         for tied in model.tied_heads:

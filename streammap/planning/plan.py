@@ -113,7 +113,12 @@ class Plan:
             for source in self.sources
             if source.others
         ]
-        return (*left, *(note for step in self.steps for note in step.notes))
+        wrapped = [
+            f"{source.name}: {' and '.join(source.wrappers)} is left out of its keys"
+            for source in self.sources
+            if source.wrappers
+        ]
+        return (*left, *wrapped, *(note for step in self.steps for note in step.notes))
 
     @property
     def model(self) -> "Model":

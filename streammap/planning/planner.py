@@ -88,6 +88,31 @@ def remap(
     return result
 
 
+def untie(plan: Plan) -> Plan:
+    """The plan with a tensor of its own for each tied head; no step is added.
+
+    Raises:
+        PlanError: a head that can't have one.
+    """
+    check_untie(plan.model)
+    change = AxisChange({}, {}, {}, "exact", 1.0, untie=True)
+    step = Step("untie", {}, "bit-exact", "the head has a tensor of its own")
+    return replace(remap(plan, change, step), steps=plan.steps)
+
+
+def check_untie(model: Model) -> None:
+    """Refuse a head that can't have a tensor of its own.
+
+    Raises:
+        PlanError: its model calls the embedding itself.
+    """
+    if not all(tied.head.head for tied in model.tied_heads):
+        raise PlanError(
+            f"{model.name}: --untie, but this head has no tensor of its own",
+            hint="leave --untie out: the norm before the head is compensated",
+        )
+
+
 def _check_count(work: Remapping, model: Model) -> None:
     """Refuse a result of more tensors than could be planned: layers times experts grow fast."""
     n_tensors = sum(work.count(family) for family in model.families)

@@ -229,7 +229,7 @@ def _samples(pattern: KeyPattern) -> Iterator[str]:
 
 
 def _expanded(regex: str) -> Iterator[str]:
-    found = re.search(r"\(\?:([^()]*)\)", regex)
+    found = re.search(r"\((?:\?:)?([^()]*)\)", regex)
     if found is None:
         yield regex.replace("\\", "")
         return
