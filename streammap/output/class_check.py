@@ -59,8 +59,16 @@ def check(plan: Plan, when: ClassCheck) -> None:
         return
     else:
         verdict = ask(source, result)
+    if verdict is not None and len(plan.sources) > 1:
+        verdict = _without_surplus(verdict)
     if verdict is not None and not verdict.ok:
         raise PlanError(told(verdict, library or "its library"), hint=_HINT)
+
+
+def _without_surplus(verdict: Verdict) -> Verdict:
+    """A blend keeps what only one of its checkpoints has: loaders leave out what they don't know."""
+    wrong = {key: pair for key, pair in verdict.wrong.items() if pair[1] is not None}
+    return Verdict(verdict.class_name, verdict.refusal, wrong)
 
 
 def ask(source: Given | None, result: Given) -> Verdict | None:

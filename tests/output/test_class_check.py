@@ -1,4 +1,4 @@
-"""A result that its class in transformers or timm would not load is refused before it is written."""
+"""A result that its class (of transformers, timm) would not load is refused before it is written."""
 
 import json
 import subprocess
@@ -201,7 +201,8 @@ def test_the_class_is_content_with_good_results_and_with_no_others(
     tiny_models.build(model, tmp_path)
     plan = streammap.open(tmp_path, arch=arch).decoalesce(width=2).plan
     assert plan.config is not None
-    source, (config, shapes) = class_check.source_of(plan), class_check.given(plan.config, plan.specs)
+    source = class_check.source_of(plan)
+    config, shapes = class_check.given(plan.config, plan.specs)
     verdict = class_check.ask(source, (config, shapes))
     assert verdict is not None
     assert verdict.ok, class_check.told(verdict, "transformers")

@@ -41,6 +41,7 @@ class Shown:
     name = "shown"
     files = ()
     others = ()
+    wrappers = ()
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         self._specs = specs
