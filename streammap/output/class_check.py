@@ -66,7 +66,7 @@ def check(plan: Plan, when: ClassCheck) -> None:
 
 
 def _without_surplus(verdict: Verdict) -> Verdict:
-    """A blend keeps what only one of its checkpoints has: loaders leave out what they don't know."""
+    """A blend keeps what only one of its sources has: loaders leave out what they do not know."""
     wrong = {key: pair for key, pair in verdict.wrong.items() if pair[1] is not None}
     return Verdict(verdict.class_name, verdict.refusal, wrong)
 

@@ -1,4 +1,4 @@
-"""A result that its class (of transformers, timm) would not load is refused before it is written."""
+"""A result that its class in transformers or timm would not load is refused before writing."""
 
 import json
 import subprocess
