@@ -9,12 +9,15 @@ library, which must find each key it wants and no other:
     permutation  every width axis in random order, experts too: the same outputs
     shrink       twice the width and depth, and half of that in other groups: both of them run
     promises     other growth with a guarantee (experts, head size, layers): the same outputs
+    missing      config.json without the lists that loaders derive: layers come and go as with them
 
 Outputs are compared number by number where they are logits. Hidden states, of a model without a
 head, have a width that is resized: there the sorted numbers of a position are compared, each of the
 source's as often as it was copied.
 """
 
+import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,9 +36,11 @@ from streammap.operators.kinds import RequestLike
 from streammap.operators.permute import Permute
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
-from streammap.tools.spec_proof import tiny_models
+from streammap.tools.spec_proof import missing_lists, tiny_models
 
-CheckName = Literal["source", "growth", "round trip", "permutation", "shrink", "promises"]
+CheckName = Literal[
+    "source", "growth", "round trip", "permutation", "shrink", "promises", "missing"
+]
 CHECKS: tuple[CheckName, ...] = (
     "source",
     "growth",
@@ -43,6 +48,7 @@ CHECKS: tuple[CheckName, ...] = (
     "permutation",
     "shrink",
     "promises",
+    "missing",
 )
 TOLERANCE = 1e-9
 """Largest relative difference of outputs that are called the same."""
@@ -131,6 +137,7 @@ def prove(model: TinyModel, arch: str, scratch: Path) -> ProofReport:
             _check("permutation", work.permutation),
             _check("shrink", work.shrink),
             _check("promises", work.promises),
+            _check("missing", work.missing),
         ]
     return ProofReport(model.name, tuple(results))
 
@@ -209,7 +216,7 @@ class _Proof:
             "head_dim": {"head_dim": head_dim},
             "untie": {**self._widths("stacked"), "untie": True},
         }
-        for way in _WAYS if self._axes("depth") else ():
+        for way in (*_WAYS, _every_other_doubled) if self._axes("depth") else ():
             asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
         errors, wrong = [0.0], []
         for name, options in asked.items():
@@ -225,6 +232,50 @@ class _Proof:
                     wrong.append(f"{name}: {error:.1e}, though it is called {lazy.promise[0]}")
         if wrong:
             raise _WrongError(max(errors), ", ".join(wrong))
+        return max(errors)
+
+    def missing(self) -> float | None:
+        """Other depths of the model, from a config.json without the lists that loaders derive."""
+        errors = [
+            self._as_with_lists(name)
+            for name, config in missing_lists.variants(self._source)
+            if self._make_variant(name, config)
+        ]
+        return max(errors, default=None)
+
+    def _make_variant(self, name: str, config: Mapping[str, object]) -> bool:
+        """Write the model with another config.json that says the same; whether it is taken."""
+        folder = self._scratch / name
+        shutil.copytree(self._scratch / "source", folder, dirs_exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        try:
+            found = tiny_models.outputs(folder, self._model)
+        except Exception:
+            if name == missing_lists.WITHOUT:
+                raise
+            return False
+        if any(not torch.equal(x, self._expected[output]) for output, x in found.items()):
+            raise PlanError(f"{name}: the spec derives the same lists, and its library others")
+        return True
+
+    def _as_with_lists(self, name: str) -> float:
+        """The largest difference between results of the model with and without its lists."""
+        some = self._layers(_every_other_doubled)
+        asked: dict[str, Callable[[LazyCheckpoint], LazyCheckpoint]] = {
+            "zero-initialised layers": lambda lazy: lazy.decoalesce(axes=some, new_layers="zero"),
+            "copied layers": lambda lazy: lazy.decoalesce(axes=some),
+            "layers left out": lambda lazy: lazy.coalesce(axes=self._layers(_all_but_one)),
+        }
+        errors = [0.0]
+        for what, make in asked.items():
+            try:
+                expected = self._run(make(self._source), "resized")
+            except StreammapError:
+                continue  # Refused with its lists, for its kinds of layers.
+            found = self._run(make(self._open(name)), "resized")
+            errors += (_relative(x, expected[output]) for output, x in found.items())
+            if max(errors) > 0.0:
+                raise _WrongError(max(errors), f"{name}: {what} give another model")
         return max(errors)
 
     def shrink(self) -> float | None:
@@ -347,6 +398,16 @@ def _doubled(n: int) -> RequestLike:
 def _doubled_but_first(n: int) -> RequestLike:
     # Where the first layer has other tensors than the rest, it can't stand in a second place.
     return {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
+
+
+def _every_other_doubled(n: int) -> RequestLike:
+    # Layers behind the first new one get numbers of other kinds.
+    starts = [i + i // 2 for i in range(n + 1)]
+    return {"groups": [list(range(starts[i], starts[i + 1])) for i in range(n)]}
+
+
+def _all_but_one(n: int) -> RequestLike:
+    return {"groups": [[i] for i in range(n) if i != 1 or n == 1]}
 
 
 _Way = Callable[[int], RequestLike]

@@ -221,7 +221,10 @@ def _inputs(net: _Net) -> dict[str, Tensor]:
         inputs["input_features"] = torch.randn(_BATCH, config.num_mel_bins, n_frames)
     if "input_values" in takes:
         inputs["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(config.conv_stride))
-    if "image_grid_thw" in takes:
+    if "grid_thw" in takes:
+        patches = _patches(config, torch.empty(0, 0))
+        inputs |= {"hidden_states": patches["pixel_values"], "grid_thw": patches["image_grid_thw"]}
+    elif "image_grid_thw" in takes:
         inputs |= _patches(config, inputs["input_ids"])
     elif "pixel_values" in takes:
         inputs |= _images(config, inputs.get("input_ids"), takes)
@@ -231,9 +234,11 @@ def _inputs(net: _Net) -> dict[str, Tensor]:
 def _named(result: Mapping[str, object]) -> dict[str, Tensor]:
     """The numbers of an answer; channels come last in all of them."""
     tensors = {k: x for k, x in result.items() if isinstance(x, Tensor) and x.is_floating_point()}
-    maps = result.get("feature_maps")
+    maps, deep = result.get("feature_maps"), result.get("deepstack_features")
     for i, x in enumerate(maps if isinstance(maps, tuple) else ()):
         tensors[f"feature_maps.{i}"] = x.movedim(1, -1)
+    for i, x in enumerate(deep if isinstance(deep, list) else ()):
+        tensors[f"deepstack_features.{i}"] = x
     return tensors
 
 
@@ -256,14 +261,15 @@ def _images(config: _Config, ids: Tensor | None, takes: Mapping[str, object]) ->
 
 def _patches(config: _Config, ids: Tensor) -> dict[str, Tensor]:
     """Images as Qwen's models take them: flat patches, and the grid that they form."""
-    vision = config.vision_config
+    vision: _Config = getattr(config, "vision_config", config)
     n_places, side = 4, 2 * vision.spatial_merge_size
-    ids[:, 1 : 1 + n_places] = config.image_token_id
+    place: int = getattr(config, "image_token_id", -1)
+    ids[:, 1 : 1 + n_places] = place
     size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
         "pixel_values": torch.randn(_BATCH * side * side, size),
         "image_grid_thw": torch.tensor([[1, side, side]] * _BATCH),
-        "mm_token_type_ids": (ids == config.image_token_id).int(),
+        "mm_token_type_ids": (ids == place).int(),
     }
 
 
