@@ -29,7 +29,13 @@ def kinds(depth: Depth, config: Mapping[str, object], n_layers: int) -> tuple[La
 
 
 def follow(
-    depth: Depth, config: dict[str, object], sources: Sequence[int], *, what: str, n_before: int
+    depth: Depth,
+    config: dict[str, object],
+    sources: Sequence[int],
+    *,
+    what: str,
+    n_before: int,
+    members: Sequence[Sequence[int]] = (),
 ) -> tuple[str, ...]:
     """Rewrite config.json for layers that come from others. `config` is changed.
 
@@ -37,6 +43,8 @@ def follow(
         sources: For each layer of the result, the source layer that it takes after.
         what: The axis, for messages.
         n_before: Layers of the source.
+        members: For each layer of the result, all source layers that it is made of, where these
+            are more.
 
     Returns:
         Notes for the user.
@@ -53,6 +61,7 @@ def follow(
     before = copy.deepcopy(config)
     _follow_lists(depth, before, config, sources, n_before)
     _follow_numbers(depth, before, config, sources, n_before)
+    _follow_marks(depth, before, config, members or [[j] for j in sources], n_before)
     _follow_tables(depth, config, sources)
     _follow_counts(depth, config, sources, what)
     _follow_runs(depth, config, len(sources), what, n_before)
@@ -108,28 +117,39 @@ def _follow_numbers(
         if old is not None:
             named = frozenset(old)
             config_fields.set_field(config, field, [i for i, j in enumerate(sources) if j in named])
+
+
+def _follow_marks(
+    depth: Depth,
+    before: Mapping[str, object],
+    config: dict[str, object],
+    members: Sequence[Sequence[int]],
+    n_before: int,
+) -> None:
+    """Fields that name layers whose outputs are read: behind the layers that come from each."""
+    places: dict[int, int] = {}
+    for i, row in enumerate(members):
+        # A zero-initialised layer right behind its original gives the same; one elsewhere does not.
+        places |= {j: i for j in row if places.get(j, i - 1) == i - 1}
     for field in depth.marks:
         marks = layer_rules.numbers(depth, before, field, n_before)
-        if marks is not None:
-            config_fields.set_field(config, field, _moved(marks, sources, field, n_before))
-
-
-def _moved(marks: Sequence[int], sources: Sequence[int], field: str, n_before: int) -> list[int]:
-    """Where the outputs of some layers are to be read: behind the last layer made of each."""
-    moved = [
-        # Marks beyond the stack are never reached, and stay beyond it.
-        max((i for i, j in enumerate(sources) if j <= mark), default=-1)
-        if mark < n_before
-        else mark - n_before + len(sources)
-        for mark in marks
-    ]
-    if len(set(moved)) < len(set(marks)) or -1 in moved:
-        raise PlanError(
-            f"config.json's {field} ({list(marks)}) names layers whose outputs are read, and they "
-            f"would be layers {moved}",
-            hint="take groups that keep these layers apart, and keep one up to each of them",
-        )
-    return moved
+        if marks is None:
+            continue
+        # A layer that is left out gives what the one before it gives. Marks beyond the stack are
+        # never reached, and stay beyond it.
+        moved = [
+            places.get(max((j for j in places if j <= mark), default=-1), -1)
+            if mark < n_before
+            else mark - n_before + len(members)
+            for mark in marks
+        ]
+        if len(set(moved)) < len(set(marks)) or -1 in moved:
+            raise PlanError(
+                f"config.json's {field} ({marks}) names layers whose outputs are read, and they "
+                f"would be layers {moved}",
+                hint="take groups that keep these layers apart, and keep one up to each of them",
+            )
+        config_fields.set_field(config, field, moved)
 
 
 def _follow_tables(depth: Depth, config: dict[str, object], sources: Sequence[int]) -> None:

@@ -30,6 +30,7 @@ def rewritten(
     after: Mapping[str, int],
     *,
     sources: Mapping[str, Sequence[int]],
+    members: Mapping[str, Sequence[Sequence[int]]],
     fields: Mapping[str, object],
 ) -> tuple[dict[str, object], tuple[str, ...]]:
     """config.json for new sizes, and notes for the user.
@@ -37,6 +38,7 @@ def rewritten(
     Args:
         after: Axis -> size in the result.
         sources: Depth axis -> for each layer of the result, the source layer that it takes after.
+        members: Depth axis -> for each layer of the result, all source layers that it is made of.
         fields: Further fields to set.
 
     Raises:
@@ -65,7 +67,12 @@ def rewritten(
         depth = spec.depth.get(name)
         if depth is not None:
             notes += layer_kinds.follow(
-                depth, changed, layers, what=name, n_before=model.sizes[name]
+                depth,
+                changed,
+                layers,
+                what=name,
+                n_before=model.sizes[name],
+                members=members[name],
             )
     for field, given in fields.items():
         set_field(changed, field, given)

@@ -65,9 +65,13 @@ def remap(
     config = None
     if plan.config is not None:
         sources = {name: _sources(m, model, name) for name, m in change.layers.items()}
+        members = {
+            name: [[j for j, _ in m.members(i)] for i in range(m.n_out)]
+            for name, m in change.layers.items()
+        }
         fields |= _tails(model, change)
         config, more = config_json.rewritten(
-            plan.config, model, sizes, sources=sources, fields=fields
+            plan.config, model, sizes, sources=sources, members=members, fields=fields
         )
         notes += more
     sized = dict(plan.sized)

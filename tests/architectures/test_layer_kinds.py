@@ -163,13 +163,26 @@ def test_a_rule_for_another_config_does_not_count() -> None:
         ([0, 1, 2, 3], [0, 2]),
         ([0, 0, 1, 1, 2, 2, 3], [1, 5]),
         ([0, 1, 3], [0, 1]),
-        ([0, 1, 2, 3, 0, 1, 2, 3], [4, 6]),
+        ([0, 1, 2, 3, 0, 1, 2, 3], [0, 2]),
     ],
 )
-def test_a_mark_follows_to_the_last_layer_made_of_its_own(
+def test_a_mark_follows_to_the_last_layer_in_a_row_made_of_its_own(
     sources: list[int], marks: list[int]
 ) -> None:
     assert followed(Depth(marks=("marks",)), {"marks": [0, 2]}, sources) == {"marks": marks}
+
+
+def test_a_mark_follows_a_layer_that_is_merged_into_another() -> None:
+    config: Config = {"marks": [3, 4]}
+    layer_kinds.follow(
+        Depth(marks=("marks",)),
+        config,
+        [0, 1, 2],
+        what="layer",
+        n_before=6,
+        members=[[0, 3], [1, 4], [2, 5]],
+    )
+    assert config == {"marks": [0, 1]}
 
 
 def test_marks_must_stay_apart() -> None:

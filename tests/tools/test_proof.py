@@ -74,6 +74,62 @@ def test_each_quick_model_is_there() -> None:
     assert set(QUICK) <= found
 
 
+def with_images() -> list[object]:
+    return [
+        pytest.param(model, id=model.name)
+        for arch in registry.names()
+        for model in registry.tiny_models(arch)
+        if "vision_config" in model.config and "text_config" in model.config
+    ]
+
+
+@pytest.mark.parametrize("model", with_images())
+def test_vision_language_models_are_run_with_images(tmp_path: Path, model: TinyModel) -> None:
+    assert not model.shapes_only
+    tiny_models.build(model, tmp_path)
+    before = tiny_models.outputs(tmp_path, model)
+    weights = load_file(tmp_path / "model.safetensors")
+    (first,) = (
+        k for k in weights if k.endswith(("patch_embedding.weight", "patch_embed.proj.weight"))
+    )
+    save_file({**weights, first: 2 * weights[first]}, tmp_path / "model.safetensors")
+    after = tiny_models.outputs(tmp_path, model)
+    for name, x in before.items():
+        assert "image_embeds" in before or not torch.equal(after[name], x), name
+
+
+def test_lists_that_are_derived_otherwise_are_found(tmp_path: Path) -> None:
+    """A spec that derives other lists than transformers does would promise what doesn't hold."""
+    model = TinyModel(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        {
+            **TINY,
+            "num_hidden_layers": 3,
+            "num_key_value_heads": 2,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "sliding_window": 4,
+        },
+    )
+    found = {}
+    for name, before in (("right", "max_window_layers"), ("wrong", "num_hidden_layers")):
+        spec = tmp_path / f"{name}.toml"
+        spec.write_text(
+            'schema = 1\nextends = "llama"\nmodel_types = ["qwen3"]\n'
+            '[[depth.layer.derived]]\nlist = "layer_types"\n'
+            f'before = "{before}"\nyes = "full_attention"\nno = "sliding_attention"\n'
+        )
+        (found[name],) = (
+            check
+            for check in checks.prove(model, str(spec), tmp_path / name).checks
+            if check.name == "missing"
+        )
+    assert (found["right"].passed, found["right"].error) == (True, 0.0)
+    # The lists of the file are not those that this spec derives: nothing to compare.
+    assert found["wrong"].error is None
+
+
 GPT2 = """[[proof.models]]
 name = "gpt2"
 class = "GPT2LMHeadModel"
