@@ -142,7 +142,7 @@ def follow_inputs(
             field = field_of(inputs, config)
             if field is not None and config_fields.field_value(config, field) is not None:
                 config_fields.delete_field(config, field)
-                notes.append(f"config.json: {field} is removed, {rule.list} says what it said")
+                notes.append(f"config.json: {field} is removed, {rule.list} lists the layers now")
     return tuple(notes)
 
 

@@ -70,7 +70,7 @@ def test_a_period_is_removed_where_its_list_says_something_else_now() -> None:
     found: Config = dict(config)
     notes = layer_kinds.follow(depth, found, [0, 0, 1, 1], what="layer", n_before=2)
     assert found == {"types": list("ssff")}
-    assert notes == ("config.json: pattern is removed, types says what it said",)
+    assert notes == ("config.json: pattern is removed, types lists the layers now",)
     # It said nothing before.
     found = {"types": list("ffff"), "pattern": 2}
     assert not layer_kinds.follow(depth, found, [0, 0], what="layer", n_before=4)
