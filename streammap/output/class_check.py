@@ -101,6 +101,8 @@ def findings(
     verdict = ask(source, given(config, own.specs))
     if verdict is None:
         return None
+    if expected is not None and len(expected.sources) > 1:
+        verdict = _without_surplus(verdict)
     if verdict.refusal:
         message = f"{verdict.class_name} can't be built: {verdict.refusal}"
         return [Finding("error", "class", message, file="config.json")]
@@ -165,9 +167,7 @@ def given(config: Mapping[str, object], specs: Mapping[str, TensorSpec]) -> Give
 
 def _is_ready(library: Library, config: Mapping[str, object], tensors: Sized) -> bool:
     """Whether a class can be asked in this process."""
-    return (
-        library in sys.modules and len(tensors) <= _MANY_TENSORS and _largest(config) <= _LARGEST
-    )
+    return library in sys.modules and len(tensors) <= _MANY_TENSORS and _largest(config) <= _LARGEST
 
 
 def _largest(value: object) -> int:

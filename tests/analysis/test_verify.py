@@ -358,7 +358,9 @@ def test_dense_maps_are_compared_to_rounding(big: Path, tmp_path: Path) -> None:
 
 def test_the_command(out: Path) -> None:
     said = ok("verify", out, "--recompute", 5)
-    assert "checked  structure, record, plan, class, crc32, finite, tiles, 5 tiles recomputed" in said
+    assert (
+        "checked  structure, record, plan, class, crc32, finite, tiles, 5 tiles recomputed" in said
+    )
     assert "verdict  ok: " in said
     overwrite(out, KEY, bytes([content_of(out, KEY)[0] ^ 1]))
     result = run("verify", out)
