@@ -213,7 +213,8 @@ class LazyCheckpoint:
         Raises:
             OutputError: the output exists, is a source's own folder, or has too little room; or
                 the memory is too little.
-            PlanError: a config.json that transformers, where it is installed, would refuse.
+            PlanError: a result that its class in transformers or timm, where that was asked
+                (`class_check`), would not load.
         """
         return destination.save(self.plan, output, options, card=_card)
 

@@ -130,7 +130,7 @@ def verify(path: PathLike, options: VerifyOptions) -> Verification:
         work.skipped.append(f"plan: {why}")
     if not any(found.check in ("key", "file", "shape", "dtype") for found in work.findings):
         work.findings += _config(work.own, record, expected)
-        if options.class_check:
+        if options.class_check and not any(f.level == "error" for f in work.findings):
             work.ask_class()
     work.read(options.progress)
     n_tiles = work.recompute(options.recompute, options.seed)

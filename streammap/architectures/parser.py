@@ -176,6 +176,11 @@ def _joined(
         fields |= {path: Name(axis) for path in there[:1]}
     if not any(axis.kind == "depth" for axis in axes.values()):
         raise ArchitectureError("expected an axis of kind depth")
+    for axis_name in (name for one in tables for name in one.written):
+        if axis_name not in axes:
+            raise ArchitectureError(
+                f"written.{axis_name}: unknown axis", hint=f"known: {', '.join(axes)}"
+            )
     spaces: dict[str, tuple[str, ...]] = {}
     for one in tables:
         for space, members in one.spaces.items():

@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from pathlib import Path
 
 from streammap.architectures import registry
@@ -28,6 +28,8 @@ _LARGE_NBYTES = 10**10
 """Larger results take longer to write than a library takes to import."""
 _MANY_TENSORS = 5_000
 """A model of more is not built in this process: its modules would take some of a run's memory."""
+_LARGEST = 10**7
+"""A config.json with a larger number is nobody's: what a class makes of it is kept apart."""
 _MOST_SECONDS = 120.0
 _HINT = "ask for sizes that it accepts; --class-check never writes the result all the same"
 
@@ -80,7 +82,7 @@ def ask(source: Given | None, result: Given) -> Verdict | None:
     library = class_trial.library_of(result[0])
     if library is None or not class_trial.is_installed(library):
         return None
-    if library in sys.modules and len(result[1]) <= _MANY_TENSORS:
+    if _is_ready(library, *result):
         return class_trial.compare(source, result)
     return _ask_apart(source, result)
 
@@ -99,6 +101,8 @@ def findings(
     verdict = ask(source, given(config, own.specs))
     if verdict is None:
         return None
+    if expected is not None and len(expected.sources) > 1:
+        verdict = _without_surplus(verdict)
     if verdict.refusal:
         message = f"{verdict.class_name} can't be built: {verdict.refusal}"
         return [Finding("error", "class", message, file="config.json")]
@@ -161,8 +165,22 @@ def given(config: Mapping[str, object], specs: Mapping[str, TensorSpec]) -> Give
     return config, {key: spec.shape for key, spec in specs.items()}
 
 
+def _is_ready(library: Library, config: Mapping[str, object], tensors: Sized) -> bool:
+    """Whether a class can be asked in this process."""
+    return library in sys.modules and len(tensors) <= _MANY_TENSORS and _largest(config) <= _LARGEST
+
+
+def _largest(value: object) -> int:
+    """The largest whole number in a config.json."""
+    if isinstance(value, Mapping):
+        return max(map(_largest, value.values()), default=0)
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
+    return value if type(value) is int else 0
+
+
 def _is_worth_it(plan: Plan, library: Library) -> bool:
-    if library in sys.modules and len(plan.targets) <= _MANY_TENSORS:
+    if plan.config is not None and _is_ready(library, plan.config, plan.targets):
         return True
     return plan.nbytes >= _LARGE_NBYTES or not _is_proved(plan)
 

@@ -123,20 +123,20 @@ def _write_told(
             case bool():
                 set_field(changed, field, told)
             case FunctionCall("ratio", (part, whole)):
-                ratio = _ratio(after[part], after[whole], field_value(config, field))
-                set_field(changed, field, ratio)
+                before = field_value(config, field)
+                set_field(changed, field, ratio(after[part], after[whole], before))
             case _:
                 set_field(changed, field, axis_sizes.evaluate_axis(spec, told, after, {}))
 
 
-def _ratio(part: int, whole: int, before: object) -> int | float:
+def ratio(part: int, whole: int, before: object) -> int | float:
     """A number whose product with `whole`, cut off, is `part`: the one before if it is one."""
     if isinstance(before, int | float) and int(whole * before) == part:
         return before
-    ratio = part / whole
-    while int(whole * ratio) < part:
-        ratio = math.nextafter(ratio, math.inf)
-    return ratio
+    quotient = part / whole
+    while int(whole * quotient) < part:
+        quotient = math.nextafter(quotient, math.inf)
+    return quotient
 
 
 def is_measured(expression: Expression) -> bool:

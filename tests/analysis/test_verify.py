@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers  # noqa: F401  # classes are asked in this process, and not in one each time
 from safetensors.torch import load_file, save_file
 
 import streammap
@@ -84,7 +85,7 @@ def test_a_whole_result_is_ok(out: Path) -> None:
     found = streammap.verify(out, recompute=20)
     assert found.ok
     assert found.findings == ()
-    assert found.checks == ("structure", "record", "plan", "crc32", "finite", "tiles")
+    assert found.checks == ("structure", "record", "plan", "class", "crc32", "finite", "tiles")
     assert found.n_tiles == 20
     assert found.n_tensors == len(tiny.bert(tiny.Sizes(heads=2, layers=2)))
 
@@ -300,7 +301,7 @@ def test_sources_elsewhere_gone_or_changed(big: Path, out: Path, tmp_path: Path)
 def test_a_checkpoint_from_elsewhere(big: Path, tmp_path: Path) -> None:
     found = streammap.verify(big)
     assert found.ok
-    assert found.checks == ("structure", "finite")
+    assert found.checks == ("structure", "class", "finite")
     assert found.skipped == ("record, plan: there is no record of how it was made",)
     state = tiny.bert(SIZES)
     state[KEY][0, 0] = math.nan
@@ -357,7 +358,9 @@ def test_dense_maps_are_compared_to_rounding(big: Path, tmp_path: Path) -> None:
 
 def test_the_command(out: Path) -> None:
     said = ok("verify", out, "--recompute", 5)
-    assert "checked  structure, record, plan, crc32, finite, tiles, 5 tiles recomputed" in said
+    assert (
+        "checked  structure, record, plan, class, crc32, finite, tiles, 5 tiles recomputed" in said
+    )
     assert "verdict  ok: " in said
     overwrite(out, KEY, bytes([content_of(out, KEY)[0] ^ 1]))
     result = run("verify", out)

@@ -723,6 +723,8 @@ def test_an_axis_defined_by_itself_is_refused() -> None:
         MINIMAL.replace("[axis_kind]", 'a = "=shape(h.0.up.weight, x)"\n[axis_kind]'),
         f'{MINIMAL}[constraints]\nrules = ["embed == nothing"]',
         MINIMAL.replace("-> embed", "-> q") + '[alias]\nq = "nothing"',
+        f'{MINIMAL}[written.nothing]\nfield = "embed"',
+        f"{MINIMAL}[written.embed]\nfield = 3",
     ],
     ids=itertools.count(),
 )

@@ -173,6 +173,22 @@ def test_verify_needs_no_source_to_ask_the_class(llama: Path) -> None:
     save_file({**state, "more": torch.ones(1)}, out / "model.safetensors", {"format": "pt"})
 
 
+def test_a_blend_may_hold_what_its_class_leaves_out(llama: Path) -> None:
+    other = llama.parent / "other"
+    other.mkdir()
+    (other / "config.json").write_bytes((llama / "config.json").read_bytes())
+    state = load_file(llama / "model.safetensors")
+    state.pop("lm_head.weight")
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    (other / "config.json").write_text(
+        json.dumps({**config, "architectures": ["LlamaModel"], "tie_word_embeddings": False})
+    )
+    out = llama.parent / "out"
+    streammap.open(llama).interpolate(other, alpha=0.5).save(out)
+    assert verification.verify(out).ok
+
+
 @pytest.mark.parametrize("when", ["auto", "always"])
 def test_an_unchanged_checkpoint_is_asked_about_only_on_request(
     llama: Path, when: ClassCheck

@@ -16,6 +16,7 @@ head, have a width that is resized: there the sorted numbers of a position are c
 source's as often as it was copied.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from streammap import api
 from streammap.api import LazyCheckpoint
-from streammap.architectures import registry
+from streammap.architectures import config_fields, registry
 from streammap.architectures.schema import AxisKind, TinyModel
 from streammap.errors import ArchitectureError, PlanError, StreammapError, some
 from streammap.operators.kinds import RequestLike
@@ -196,9 +197,17 @@ class _Proof:
         error = max(wrong.values(), default=0.0)
         if error > (_ROUNDING if self._rounds() else 0.0):
             raise _WrongError(error, f"{some(sorted(wrong))} differ from the source")
-        if merged.config != self._source.config:
+        if self._kept(merged.config) != self._kept(self._source.config):
             raise PlanError("the merged model has another config.json than the source")
         return error
+
+    def _kept(self, config: Mapping[str, object] | None) -> dict[str, object]:
+        """config.json without the fields that say a size in other words once it has changed."""
+        kept = copy.deepcopy(dict(config or {}))
+        for fields in self._source.plan.model.architecture.written.values():
+            for field in fields:
+                config_fields.delete_field(kept, field)
+        return kept
 
     def permutation(self) -> float | None:
         """Every width, and the experts, in random order."""
