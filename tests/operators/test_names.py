@@ -384,8 +384,8 @@ def test_an_embedding_that_old_files_store_four_times(
     tiny.write(often, state, json.loads((often / "config.json").read_text()))
     mean = (tiny.written(once)[shared] + state[shared]) / 2
     for source, target in ((once, often), (often, once)):
-        ok("interpolate", source, target, tmp_path / target.name / "out", "--alpha", 0.5)
-        got = tiny.written(tmp_path / target.name / "out")
+        ok("interpolate", source, target, tmp_path / f"to_{target.name}", "--alpha", 0.5)
+        got = tiny.written(tmp_path / f"to_{target.name}")
         assert got.keys() == tiny.written(target).keys()
         for key in (shared, *copies) if target is often else (shared,):
             torch.testing.assert_close(got[key], mean)
