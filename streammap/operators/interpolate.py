@@ -25,7 +25,7 @@ class Interpolate(Operator):
     examples: ClassVar[tuple[str, ...]] = ("interpolate grown/ big/ out/ --alpha 0.5",)
 
     target: PlanLike = argument(
-        help="The other checkpoint; files and dtypes of the result are its own.",
+        help="The other checkpoint; the result has its names, dtypes, config.json and files.",
         kind=Input(),
         metavar="TGT",
         kw_only=False,
