@@ -3,7 +3,7 @@
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ class Interpolate(Operator):
     examples: ClassVar[tuple[str, ...]] = ("interpolate grown/ big/ out/ --alpha 0.5",)
 
     target: PlanLike = argument(
-        help="The other checkpoint; files and dtypes of the result are its own.",
+        help="The other checkpoint; the result has its names, dtypes, config.json and files.",
         kind=Input(),
         metavar="TGT",
         kw_only=False,
@@ -36,7 +36,6 @@ class Interpolate(Operator):
         kind=Real(0.0, 1.0, hint="give --alpha 0.5"),
         metavar="A",
     )
-
     untie: bool = option(
         default=False,
         help="Give a tied head a tensor of its own, where only one of the two has that.",
@@ -55,46 +54,36 @@ class Interpolate(Operator):
         _check_models(source, target)
         pairs = pairing.pair(target, source)
         kept, added = _extras(source, target, pairs)
-        promise, reason = self._promise()
         fields = _config_differences(source, target)
         if fields:
             notes.append(f"config.json is the target's; it differs: {'; '.join(map(str, fields))}")
-            if self.alpha == 1.0:
-                promise, reason = "approximate", f"the source had another {fields[0].name}"
-        notes += _names(pairs, kept, added)
-        options: dict[str, object] = {
-            "alpha": self.alpha,
-            **({"untie": True} if self.untie else {}),
-        }
-        blended = _blend(source, target, self.alpha, pairs)
-        mixed = {
-            (other.spec.dtype, form.spec.dtype)
-            for key, form in target.targets.items()
-            if (other := source.targets.get(pairs.other(key))) is not None
-            and other.spec.dtype != form.spec.dtype
-        }
-        notes += [f"source {a} and target {b}: the result is {b}" for a, b in sorted(mixed)]
-        new = pairing.respelled(pairs, source.model, added) if added else {}
+        notes += [*_names(pairs, kept, added), *_dtypes(source, target, pairs)]
+        targets = _blend(source, target, self.alpha, pairs)
+        if added:
+            names = pairing.respelled(pairs, source.model, added)
+            targets |= {name: source.targets[key] for key, name in names.items()}
         return replace(
             target,
-            targets={**blended, **{name: source.targets[key] for key, name in new.items()}},
+            targets=targets,
             config=_config(source, target, kept, added),
             sources=tuple(dict.fromkeys((*source.sources, *target.sources))),
-            steps=(
-                *source.steps,
-                *target.steps,
-                Step(self.name, options, promise, reason, tuple(notes)),
-            ),
+            steps=(*source.steps, *target.steps, self._step(fields, notes)),
             levels=source.levels or target.levels,
             request=None,
         )
 
-    def _promise(self) -> tuple[Promise, str]:
+    def _step(self, fields: Sequence[FieldDifference], notes: Sequence[str]) -> Step:
+        promise: Promise = "bit-exact"
         if self.alpha == 0.0:
-            return "bit-exact", "alpha 0 is the target"
-        if self.alpha == 1.0:
-            return "bit-exact", "alpha 1 is the source"
-        return "approximate", "the mean of two models' weights is a third model"
+            reason = "alpha 0 is the target"
+        elif self.alpha == 1.0 and fields:
+            promise, reason = "approximate", f"the source has another {fields[0].name}"
+        elif self.alpha == 1.0:
+            reason = "alpha 1 is the source"
+        else:
+            promise, reason = "approximate", "the mean of two models' weights is a third model"
+        options = {"alpha": self.alpha, **({"untie": True} if self.untie else {})}
+        return Step(self.name, options, promise, reason, tuple(notes))
 
 
 def _untied(source: Plan, target: Plan, notes: list[str]) -> tuple[Plan, Plan]:
@@ -108,15 +97,12 @@ def _untied(source: Plan, target: Plan, notes: list[str]) -> tuple[Plan, Plan]:
             "--untie, but no head is tied to the embedding",
             hint="leave it out: the heads have tensors of their own",
         )
-    both = []
-    for name, one in (("source", source), ("target", target)):
-        if not one.model.tied:
-            both.append(one)
-            continue
-        untied = planner.untie(one)
-        notes.append(f"the {name}'s tied head gets a tensor of its own")
-        both.append(untied)
-    return both[0], both[1]
+    both = {"source": source, "target": target}
+    for name, one in both.items():
+        if one.model.tied:
+            both[name], more = planner.untie(one)
+            notes += [f"the {name}'s tied head gets a tensor of its own", *more]
+    return both["source"], both["target"]
 
 
 def _check_models(source: Plan, target: Plan) -> None:
@@ -217,6 +203,17 @@ def _names(pairs: Pairing, kept: list[str], added: list[str]) -> list[str]:
     if added:
         notes.append(f"{some(added)} (of {len(added)}): only the source has them; not blended")
     return notes
+
+
+def _dtypes(source: Plan, target: Plan, pairs: Pairing) -> list[str]:
+    """Notes on dtypes that differ."""
+    mixed = {
+        (other.spec.dtype, form.spec.dtype)
+        for key, form in target.targets.items()
+        if (other := source.targets.get(pairs.other(key))) is not None
+        and other.spec.dtype != form.spec.dtype
+    }
+    return [f"source {a} and target {b}: the result is {b}" for a, b in sorted(mixed)]
 
 
 def _config_differences(source: Plan, target: Plan) -> tuple[FieldDifference, ...]:

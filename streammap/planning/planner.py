@@ -92,8 +92,8 @@ def remap(
     return result
 
 
-def untie(plan: Plan) -> Plan:
-    """The plan with a tensor of its own for each tied head; no step is added.
+def untie(plan: Plan) -> tuple[Plan, tuple[str, ...]]:
+    """The plan with a tensor of its own for each tied head, and notes; no step is added.
 
     Raises:
         PlanError: a head that can't have one.
@@ -101,7 +101,8 @@ def untie(plan: Plan) -> Plan:
     check_untie(plan.model)
     change = AxisChange({}, {}, {}, "exact", 1.0, untie=True)
     step = Step("untie", {}, "bit-exact", "the head has a tensor of its own")
-    return replace(remap(plan, change, step), steps=plan.steps)
+    untied = remap(plan, change, step)
+    return replace(untied, steps=plan.steps), untied.steps[-1].notes
 
 
 def check_untie(model: Model) -> None:

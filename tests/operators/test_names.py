@@ -351,3 +351,43 @@ def test_diff_compares_what_is_one_tensor(tmp_path: Path) -> None:
     tiny.write(two, state, json.loads((two / "config.json").read_text()))
     (worst, *_) = streammap.diff(one, two).tensors
     assert (worst.key, worst.n_different) == ("lm_head.weight", 1)
+
+
+T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+BART = {
+    "vocab_size": 32,
+    "d_model": 16,
+    "max_position_embeddings": 20,
+    **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
+    **{f"{side}_attention_heads": 4 for side in ("encoder", "decoder")},
+    **{f"{side}_ffn_dim": 24 for side in ("encoder", "decoder")},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "base"),
+    [
+        ("T5ForConditionalGeneration", T5, ""),
+        ("BartForConditionalGeneration", BART, "model."),
+    ],
+)
+def test_an_embedding_that_old_files_store_four_times(
+    tmp_path: Path, name: str, config: Mapping[str, object], base: str
+) -> None:
+    once = save(tmp_path / "once", build(name, config, seed=1))
+    often = save(tmp_path / "often", build(name, config, seed=2))
+    state = tiny.written(often)
+    shared = f"{base}shared.weight"
+    ends = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+    copies = ["lm_head.weight", *(f"{base}{end}" for end in ends)]
+    state |= {key: state[shared].clone() for key in copies}
+    tiny.write(often, state, json.loads((often / "config.json").read_text()))
+    mean = (tiny.written(once)[shared] + state[shared]) / 2
+    for source, target in ((once, often), (often, once)):
+        ok("interpolate", source, target, tmp_path / f"to_{target.name}", "--alpha", 0.5)
+        got = tiny.written(tmp_path / f"to_{target.name}")
+        assert got.keys() == tiny.written(target).keys()
+        for key in (shared, *copies) if target is often else (shared,):
+            torch.testing.assert_close(got[key], mean)
+    assert streammap.diff(often, often).is_equal
+    assert {d.key for d in streammap.diff(once, often).tensors} == state.keys()

@@ -8,7 +8,7 @@ Equal keys are one tensor. Of the others, those are one that the spec knows as o
 with equal indices. Without a spec that serves both, keys are all there is.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from streammap.architectures.key_pattern import Identity
@@ -52,16 +52,17 @@ def pair(first: Plan, second: Plan) -> Pairing:
     here = [key for key in right if key not in taken]
     # A key of `there` may be a copy of a tensor that `second` has under one name only, or none.
     for key in there:
-        original = _original(models[0], key, first.targets)
-        if original is not None and (other := renamed.get(original, original)) in second.targets:
-            renamed[key] = other
+        for original in _originals(models[0], key, first.targets):
+            if (other := renamed.get(original, original)) in second.targets:
+                renamed[key] = other
+                break
     back = {other: key for key, other in renamed.items()}
-    copies = {
-        key: own
-        for key in here
-        if (original := _original(models[1], key, second.targets)) is not None
-        and (own := back.get(original, original)) in first.targets
-    }
+    copies: dict[str, str] = {}
+    for key in here:
+        for original in _originals(models[1], key, second.targets):
+            if (own := back.get(original, original)) in first.targets:
+                copies[key] = own
+                break
     for key, other in _ends(models, there, here):
         if key not in renamed and other not in copies:
             renamed[key] = other
@@ -159,16 +160,15 @@ def _identities(
     return found
 
 
-def _original(model: Model, key: str, keys: Iterable[str]) -> str | None:
-    """The tensor that `key` is tied to, in its own checkpoint."""
-    for tied in model.tied_heads:
-        if tied.is_head(key):
-            return next((other for other in keys if tied.is_embedding(other)), None)
-        for end, other in tied.head.copies.items():
-            whole = key.removesuffix(end) + other
-            if key.endswith(end) and whole in keys:
-                return whole
-    return None
+def _originals(model: Model, key: str, keys: Collection[str]) -> Iterator[str]:
+    """The tensors of its own checkpoint that `key` is tied to."""
+    if any(tied.is_head(key) for tied in model.tied_heads):
+        yield from (k for k in keys if any(tied.is_embedding(k) for tied in model.tied_heads))
+    for head in model.architecture.heads:
+        for end, other in head.copies.items():
+            original = key.removesuffix(end) + other
+            if key.endswith(end) and original in keys:
+                yield original
 
 
 def _ends(
