@@ -447,9 +447,17 @@ def changes(before: LazyCheckpoint, after: LazyCheckpoint) -> dict[str, tuple[ob
     }
 
 
+def said_once_changed(lazy: LazyCheckpoint) -> set[str]:
+    """Fields that a config.json need not have, and that say a size once it changes."""
+    written = lazy.plan.model.architecture.written.values()
+    return {field for fields in written for field in fields}
+
+
 def check_widths(small: LazyCheckpoint, large: LazyCheckpoint) -> None:
     """All widths of `large` are twice those of `small`, and all else is the same."""
     for field, (value, other) in changes(small, large).items():
+        if None in (value, other) and field in said_once_changed(small):
+            continue
         assert isinstance(value, int), field
         assert isinstance(other, int), field
         assert other == 2 * value, field
@@ -477,7 +485,7 @@ def test_twice_the_width_and_back_is_the_source(name: str) -> None:
     check_widths(source, grown)
     merged = grown.coalesce()
     assert merged.plan.specs == source.plan.specs
-    assert merged.config == source.config
+    assert set(changes(source, merged)) <= said_once_changed(source)
 
 
 @each_case
