@@ -21,7 +21,7 @@ from streammap.common.declare import Anything, declared, option, takes
 from streammap.common.events import Listener
 from streammap.common.units import format_nbytes
 from streammap.engine.options import Engine, RunOptions
-from streammap.errors import ArchitectureError, CheckpointError, StreammapError
+from streammap.errors import ArchitectureError, CheckpointError, StreammapError, redacted
 from streammap.io.problems import Finding
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
@@ -135,7 +135,7 @@ def verify(path: PathLike, options: VerifyOptions) -> Verification:
     work.read(options.progress)
     n_tiles = work.recompute(options.recompute, options.seed)
     return Verification(
-        path=str(path),
+        path=redacted(str(path)),
         checks=tuple(work.checks),
         skipped=tuple(work.skipped),
         findings=tuple(work.findings),
@@ -227,7 +227,7 @@ def _changed(made: Plan, record: SavedRecord) -> str | None:
         if isinstance(files, list) and files != now:
             old = {f["name"]: f for f in files if isinstance(f, dict) and "name" in f}
             wrong = next((f for f in now if old.get(f["name"]) != f), now[0])
-            return f"{source.path}: {wrong['name']} has changed since"
+            return f"{source.label}: {wrong['name']} has changed since"
     return None
 
 

@@ -90,9 +90,11 @@ def load(source: str | Path) -> tuple[MapLevel, ...]:
         SchemeError: there is no map file, or it is broken.
         CheckpointError: it can't be fetched.
     """
-    if not resolve.is_elsewhere(source) and not resolve.local_path(source).exists():
-        raise SchemeError(f"{source}: no such map file", hint="check the path")
-    storage = resolve.locate(source, stream=False)
+    try:
+        storage = resolve.locate(source, stream=False)
+    except CheckpointError as error:
+        message = error.message.replace("no such folder or file", "no such map file")
+        raise SchemeError(message, hint=error.hint) from error
     if storage.file is not None:
         return _load(storage, storage.file)
     levels = find(storage)
