@@ -36,6 +36,7 @@ from streammap.output import (
     commit,
     fingerprint,
     layout,
+    place,
     record,
     side_files,
     transaction,
@@ -73,6 +74,9 @@ def run(
         CheckpointError: a source changed, or can't be read.
     """
     side = tuple(side_files.collect(plan, single=sink.file))  # refused before anything is sent
+    folder = sink.label if sink.file is None else sink.label.rpartition("/")[0]
+    names = [*(shard.name for shard in shards), *(file.name for file in side)]
+    place.check_urls(plan, folder, names)
     request = fingerprint.of_result(
         plan, shards, max_shard_nbytes=options.save.max_shard_nbytes, version=VERSION
     )
