@@ -2,15 +2,17 @@
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import final
 
 from streammap.common.ranges import PIECE_NBYTES
+from streammap.engine import crc32
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import safe_open, weight_files
 from streammap.io.storage.disk import Disk
-from streammap.output import work_folder
+from streammap.output import checksums, work_folder
+from streammap.output.checksums import Known, Written
 from streammap.output.layout import Shard
 from streammap.output.work_folder import RESTART
 
@@ -30,7 +32,7 @@ class Output:
         self._pwrite = disk.pwrite
         self._descriptors: dict[str, int] = {}
         self._piece = memoryview(bytearray(PIECE_NBYTES))
-        self.names: list[str] = []
+        self.written: dict[str, Written] = {}
         """The side files that were added."""
 
     def __enter__(self) -> "Output":
@@ -159,25 +161,29 @@ class Output:
     def add_parts(self, name: str, parts: Iterable[bytes]) -> None:
         """Write a side file part by part."""
         self._begin_side(name)
-        offset = 0
+        offset = crc = 0
         for part in parts:
             self.write_at(name, offset, memoryview(part))
-            offset += len(part)
-        self.close(name)
+            offset, crc = offset + len(part), crc32.crc32(part, crc)
+        self._end_side(name, Written(offset, crc))
 
     def copy(self, name: str, path: Path) -> None:
         """Copy a file."""
         self._begin_side(name)
         source = safe_open.open_file(path)
         try:
-            self._copy(name, source, os.fstat(source).st_size)
+            written = self._copy(name, source, os.fstat(source).st_size)
         finally:
             os.close(source)
-        self.close(name)
+        self._end_side(name, written)
 
-    def sizes(self, names: Sequence[str]) -> Mapping[str, int]:
-        """The files' sizes."""
-        return {name: (self._files / name).stat().st_size for name in names}
+    def of_shard(self, name: str, known: Known) -> Written:
+        """Size and CRC of a shard that is whole.
+
+        Args:
+            known: Its tensors, and their CRCs.
+        """
+        return checksums.of_file(self._files / name, known)
 
     def _reserve(self, name: str, nbytes: int) -> None:
         try:
@@ -186,8 +192,8 @@ class Output:
             message = f"{self._named / name}: {error.strerror} for {nbytes} bytes"
             raise OutputError(message, hint=NO_ROOM) from error
 
-    def _copy(self, name: str, source: int, nbytes: int) -> None:
-        offset = 0
+    def _copy(self, name: str, source: int, nbytes: int) -> Written:
+        offset = crc = 0
         while offset < nbytes:
             piece = self._piece[: min(PIECE_NBYTES, nbytes - offset)]
             n_read = self._disk.pread(source, piece, offset)
@@ -197,12 +203,16 @@ class Output:
                     hint="is another program writing the source?",
                 )
             self.write_at(name, offset, piece[:n_read])
-            offset += n_read
+            offset, crc = offset + n_read, crc32.crc32(piece[:n_read], crc)
+        return Written(offset, crc)
 
     def _begin_side(self, name: str) -> None:
         work_folder.make((self._files / name).parent, [])
         self._open(name, _NEW)
-        self.names.append(name)
+
+    def _end_side(self, name: str, written: Written) -> None:
+        self.close(name)
+        self.written[name] = written
 
     def _open(self, name: str, flags: int) -> None:
         try:

@@ -305,9 +305,11 @@ class _Transaction:
                 out.copy(file.name, file.path)
             else:
                 out.add(file.name, file.read())
-        sizes = out.sizes([*shards, *out.names])
-        out.add_parts(options.record, record.encode(self._plan, sizes, self._writer.tensors()))
-        names = (*out.names, *shards) if options.is_file else commit.in_order([*shards, *out.names])
+        side, writer = tuple(out.written), self._writer
+        files = {name: out.of_shard(name, writer.of_shard(name)) for name in shards} | out.written
+        out.add_parts(options.record, record.encode(self._plan, files, writer.tensors()))
+        side = (*side, options.record)
+        names = (*side, *shards) if options.is_file else commit.in_order([*shards, *side])
         written = Commit(names, options.save.overwrite)
         commit.begin(self._work, self._request, written, disk=self._disk, fsync=options.save.fsync)
         self._state, self._work.keep_on_exit = State.COMMITTING, True

@@ -42,11 +42,21 @@ def locate(source: str | Path, *, stream: bool) -> Storage:
         from streammap.io.storage.remote import RemoteStorage
 
         return RemoteStorage(text)
+    return LocalStorage(here(source))
+
+
+def here(source: str | Path) -> Path:
+    """The path of a folder or file of this machine.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    check_name(os.fspath(source))
     path = local_path(source)
     try:
         path.absolute()
         if path.exists():
-            return LocalStorage(path)
+            return path
     except OSError as error:  # too long for a name; relative to a folder that was removed
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
     raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
