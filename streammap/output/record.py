@@ -23,6 +23,7 @@ from streammap.common.version import VERSION
 from streammap.engine import crc32
 from streammap.errors import ArchitectureError, CheckpointError, PlanError
 from streammap.io import filenames, json_files, safe_open
+from streammap.io.storage import resolve
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import request_json
@@ -70,11 +71,11 @@ def saved_request(
     """
     if isinstance(source, Mapping):
         return _request_in(source, "request"), ()
-    path = Path(source)
+    path = resolve.here(source)
     is_result = path.is_dir() or path.suffix != ".json"
     file = path_of(path) if is_result else path
     near = path if is_result else path.parent
-    maps = map_file.find(LocalStorage(near)) if near.exists() else ()
+    maps = map_file.find(LocalStorage(near))
     return _request_in(read(file), str(file)), maps
 
 

@@ -179,7 +179,7 @@ def test_no_flip_in_a_commit_gives_another_result(big: Path, tmp_path: Path) -> 
     expected = tiny.tree(_saved(big, tmp_path / "whole"))
     out = tmp_path / "out"
     with (
-        disk.using(faults.fail_at(1, kinds=frozenset(("replace",)), names="model-*")),
+        disk.using(faults.fail_at(3, kinds=frozenset(("rename",)))),
         pytest.raises(OutputError),
     ):
         streammap.open(big).coalesce(width=2).save(out, threads=1, **SAVED)
