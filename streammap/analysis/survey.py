@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from streammap.engine.checksums import Written
 from streammap.errors import CheckpointError
 from streammap.io import safe_open, weight_files
 from streammap.io.checkpoint import Checkpoint, open_checkpoint, open_files
@@ -18,7 +19,6 @@ from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalStorage
 from streammap.io.weight_files import INDEXES, is_weights
 from streammap.output import record as records
-from streammap.output.checksums import Written
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def read_record(path: Path) -> SavedRecord:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str):
             raise CheckpointError(f"{path}: tensors: {key}: no file", hint="remove the file")
         places[str(key)] = entry["file"]
-        if isinstance(entry.get("crc32"), str):
+        if _crc(entry.get("crc32")) is not None:
             crcs[str(key)] = entry["crc32"]
     written = {
         str(name): Written(n, _crc(sums.get(name))) for name, n in files.items() if type(n) is int

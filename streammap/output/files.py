@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import final
 
 from streammap.common.ranges import PIECE_NBYTES
-from streammap.engine import crc32
+from streammap.engine import checksums, crc32
+from streammap.engine.checksums import Known, Written
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import safe_open, weight_files
 from streammap.io.storage.disk import Disk
-from streammap.output import checksums, work_folder
-from streammap.output.checksums import Known, Written
+from streammap.output import work_folder
 from streammap.output.layout import Shard
 from streammap.output.work_folder import RESTART
 

@@ -20,15 +20,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from streammap.common.version import VERSION
-from streammap.engine import crc32
+from streammap.engine import checksums, crc32
+from streammap.engine.checksums import Written
 from streammap.errors import ArchitectureError, CheckpointError, PlanError
 from streammap.io import filenames, json_files, safe_open
 from streammap.io.storage import resolve
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import request_json
-from streammap.output import checksums, fingerprint, side_files
-from streammap.output.checksums import Written
+from streammap.output import fingerprint, side_files
 from streammap.planning import map_file
 from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import FORMAT, Plan

@@ -26,6 +26,7 @@ from typing import Any, final
 from streammap.common.events import Event, Listener, Started, Wrote
 from streammap.common.version import VERSION
 from streammap.engine import crc32
+from streammap.engine.checksums import Written
 from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.errors import CheckpointError, OutputError
@@ -42,7 +43,6 @@ from streammap.output import (
     transaction,
     work_folder,
 )
-from streammap.output.checksums import Written
 from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
 from streammap.output.side_files import SideFile

@@ -7,6 +7,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -355,6 +356,49 @@ def test_the_library_of_the_format_reads_each_file(out: Path) -> None:
         streammap.verify(out)
     assert {*seen} >= {f.name for f in out.glob("*.safetensors")}
     assert "streammap.map.safetensors" in seen
+
+
+def test_the_library_of_the_format_disagrees(
+    out: Path, big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        """Says that each tensor is a number."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> "Other":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def keys(self) -> list[str]:
+            keys: list[str] = self.file.keys()
+            return [*keys, "more"]
+
+        def get_slice(self, key: str) -> "Other":
+            return self
+
+        def get_dtype(self) -> str:
+            return "F32"
+
+        def get_shape(self) -> list[int]:
+            return []
+
+    original = safetensors.safe_open
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda p, framework: Other(original(p, framework))
+    )
+    told = [str(f) for f in errors(out)]
+    assert any(f"{KEY}: the safetensors library reads ('F32', ()), not F32" in t for t in told)
+    assert any("the safetensors library reads" in t and "tensors, not" in t for t in told)
+
+
+def test_files_with_the_keys_of_wrappers_are_read_by_the_library(tmp_path: Path) -> None:
+    state = {f"_orig_mod.{key}": tensor for key, tensor in tiny.bert(SIZES).items()}
+    wrapped = tiny.write(tmp_path / "wrapped", state, tiny.bert_config(SIZES))
+    assert errors(wrapped) == []
 
 
 @pytest.mark.parametrize(

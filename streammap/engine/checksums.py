@@ -1,4 +1,4 @@
-"""CRC-32 of files: of a whole one, and what a record says of the files of a result.
+"""CRC-32 of whole files, as records have them.
 
 Of weights the CRC of each tensor is known, so that only the bytes between them are read.
 """
@@ -33,7 +33,7 @@ def of_file(path: Path, known: Known = ()) -> Written:
     """Size and CRC of a file.
 
     Args:
-        known: Its tensors; they are not read.
+        known: Its tensors in the order of their bytes; these are not read.
 
     Raises:
         CheckpointError: it can't be read.
@@ -42,9 +42,9 @@ def of_file(path: Path, known: Known = ()) -> Written:
     try:
         nbytes = os.fstat(descriptor).st_size
         crc = end = 0
-        for slot, tensor_crc in sorted(known, key=lambda one: one[0].start):
+        for slot, tensor_crc in known:
             if slot.start < end or slot.strides is not None or slot.end > nbytes:
-                continue  # tensors that share bytes: these are read
+                continue  # its bytes are read: tensors may share some, or stand in another order
             crc = _read(descriptor, end, slot.start, crc)
             crc, end = crc32.joined(crc, tensor_crc, slot.spec.nbytes), slot.end
         return Written(nbytes, _read(descriptor, end, nbytes, crc))
