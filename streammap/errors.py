@@ -8,6 +8,7 @@ StreammapError
 └── OutputError         the result can't be written there
 """
 
+import re
 from collections.abc import Sequence
 
 _MOST_LETTERS = 2_000
@@ -19,8 +20,8 @@ class StreammapError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         """Keep `message` (where: what is, what was expected) and `hint` (a thing to do)."""
-        self.message = _shortened(printable(message))
-        self.hint = None if hint is None else _shortened(printable(hint))
+        self.message = _shown(message)
+        self.hint = None if hint is None else _shown(hint)
         super().__init__(self.message)
 
     def __str__(self) -> str:
@@ -64,6 +65,41 @@ def printable(text: str) -> str:
 def printable_lines(text: str) -> str:
     """`text` of several lines, each as `printable` has it."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+_PASSWORDS = re.compile(
+    # user:password@, where the password may hold any letter, but a port is none; and what stands
+    # alone before the @ of a web address, which is a token. abfs://container@account is a name.
+    r"(?<=://)(?:[^\s/:@]*:(?!\d{1,5}(?:[/?#]|$))[^\s@'\"]*@(?:[^\s/@'\"]*@)*)"
+    r"|(?<=http://)[^\s/@]*@|(?<=https://)[^\s/@]*@"
+)
+_QUERIES = re.compile(r"(?<=://)([^\s'\"<>?]*)\?[^\s'\"<>]*?(?=[:,;.)\]}]*(?:[\s'\"<>]|$))")
+_NAMED = re.compile(
+    r"(?i)(?<![\w-])((?:x-(?:amz|goog|ms)-[\w-]+|awsaccesskeyid|(?:secret_?)?access_?key(?:_id)?|"
+    r"(?:(?:access|auth|api|hub|session|security)[_-]?)?token|signature|sig|credentials?|"
+    r"(?:client_?)?secret|account_?key|api_?key|sas(?:_token)?|password|passwd|pwd)"
+    r"(?:=|['\"]\s*[:=]\s*['\"]))[^\s&;,'\"<>)}]+"
+)
+_TOKENS = re.compile(r"\bhf_(?=[A-Za-z]*[0-9A-Z])[A-Za-z0-9]{8,}|(?<=Bearer )\S+|(?<=Basic )\S{8,}")
+
+
+def redacted(text: str) -> str:
+    """A location, or a text with locations in it, without what must not be passed on.
+
+    Left out are the password (and user) of a URL and all of its query, which is where presigned
+    URLs have their signature; elsewhere in a text the values of parameters that are secret by their
+    name, and tokens of the Hub. A location stays one: `https://me:pw@host/a?sig=x` becomes
+    `https://host/a`.
+    """
+    if "://" in text:
+        text = _QUERIES.sub(r"\1", _PASSWORDS.sub("", text))
+    if "=" in text or "'" in text or '"' in text:
+        text = _NAMED.sub(r"\1***", text)
+    return _TOKENS.sub("***", text)
+
+
+def _shown(text: str) -> str:
+    return _shortened(printable(redacted(text)))
 
 
 def _shortened(text: str) -> str:

@@ -20,7 +20,7 @@ from streammap.common import text as wording
 from streammap.common.events import Listener, nobody
 from streammap.common.table import Column
 from streammap.engine.options import Engine
-from streammap.errors import printable
+from streammap.errors import printable, redacted
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls
@@ -252,6 +252,6 @@ def _difference(key: str, a: TensorSpec, b: TensorSpec, sums: "PairStats") -> Te
 
 def _name(source: Source) -> str:
     if not isinstance(source, Plan):
-        return str(source)
+        return redacted(str(source))
     path = str(source.sources[0].path)
     return f"plan from {path}" if source.steps else path

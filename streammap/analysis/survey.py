@@ -3,10 +3,12 @@
 `open_checkpoint` refuses at the first problem; this lists them all, and gives what is left.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from streammap.engine.checksums import Written
 from streammap.errors import CheckpointError
 from streammap.io import safe_open, weight_files
 from streammap.io.checkpoint import Checkpoint, open_checkpoint, open_files
@@ -16,6 +18,7 @@ from streammap.io.problems import Collected, Finding, Problems
 from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalStorage
 from streammap.io.weight_files import INDEXES, is_weights
+from streammap.output import record as records
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +26,14 @@ class SavedRecord:
     """What a result's record says about its files; empty if there is no record."""
 
     content: Mapping[str, object]
-    files: Mapping[str, int] = field(default_factory=dict)
-    """File -> its size."""
+    files: Mapping[str, Written] = field(default_factory=dict)
+    """File -> its size and CRC."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Key -> its file."""
     crcs: Mapping[str, str] = field(default_factory=dict)
     """Key -> CRC-32, 8 hex digits."""
+    is_changed: bool = False
+    """Whether the record itself is not what was written."""
 
     @property
     def is_there(self) -> bool:
@@ -52,21 +57,32 @@ def read_record(path: Path) -> SavedRecord:
     Raises:
         CheckpointError: not a record.
     """
-    if not path.is_file():
+    if not path.exists():
         return SavedRecord({})
-    content = read_json(path)
+    content, is_changed = records.read_any(path)
     files, tensors = content.get("files", {}), content.get("tensors", {})
-    if not isinstance(files, Mapping) or not isinstance(tensors, Mapping):
+    sums = content.get("crc32", {})
+    if not all(isinstance(table, Mapping) for table in (files, tensors, sums)):
         raise CheckpointError(f"{path}: files and tensors are no tables", hint="remove the file")
+    assert isinstance(files, Mapping)
+    assert isinstance(tensors, Mapping)
+    assert isinstance(sums, Mapping)
     places, crcs = {}, {}
     for key, entry in tensors.items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get("file"), str):
             raise CheckpointError(f"{path}: tensors: {key}: no file", hint="remove the file")
         places[str(key)] = entry["file"]
-        if isinstance(entry.get("crc32"), str):
+        if _crc(entry.get("crc32")) is not None:
             crcs[str(key)] = entry["crc32"]
-    sizes = {str(name): n for name, n in files.items() if type(n) is int}
-    return SavedRecord(content, sizes, places, crcs)
+    written = {
+        str(name): Written(n, _crc(sums.get(name))) for name, n in files.items() if type(n) is int
+    }
+    return SavedRecord(content, written, places, crcs, is_changed)
+
+
+def _crc(text: object) -> int | None:
+    is_one = isinstance(text, str) and re.fullmatch("[0-9a-f]{8}", text) is not None
+    return int(str(text), 16) if is_one else None
 
 
 def survey(path: Path, record: SavedRecord) -> Survey:
@@ -86,7 +102,6 @@ def survey(path: Path, record: SavedRecord) -> Survey:
     findings = problems.findings
     findings += _sizes(storage.folder, names, record)
     findings += _recorded(record, checkpoint.file_of, n_unread)
-    findings += _beside(storage.folder, record)
     if path.is_dir() and storage.has("config.json"):
         try:
             checkpoint = replace(checkpoint, config=read_json(path / "config.json"))
@@ -117,7 +132,7 @@ def _names(
         return [storage.file], None
     index = next((name for name in INDEXES if storage.has(name)), None)
     weight_map = None if index is None else weight_files.read_index(storage, index, problems)
-    wanted = {name for name in record.files if is_weights(name)}
+    wanted = {name for name in record.files if is_weights(name) and "/" not in name}
     wanted |= {*record.places.values(), *(weight_map or {}).values()}
     safe = {name for name in wanted if safe_open.is_plain_name(name) and name[:1] != "."}
     message = "no name of a file of this folder"
@@ -149,27 +164,12 @@ def _weights(storage: Storage) -> list[str]:
 
 def _sizes(folder: Path, names: Iterable[str], record: SavedRecord) -> Iterator[Finding]:
     for name in names:
-        expected, file = record.files.get(name), folder / name
-        if expected is None or not file.is_file() or file.stat().st_size == expected:
+        written, file = record.files.get(name), folder / name
+        if written is None or not file.is_file() or file.stat().st_size == written.nbytes:
             continue
         size = file.stat().st_size
-        message = f"{size} bytes, {expected} were written"
-        yield Finding("error", "size", message, file=name, found=size, expected=expected)
-
-
-def _beside(folder: Path, record: SavedRecord) -> Iterator[Finding]:
-    """Side files: config.json, tokenizer and the like may be edited, but must exist."""
-    for name, expected in record.files.items():
-        if is_weights(Path(name).name):
-            continue
-        parts = Path(name).parts
-        if ".." in parts or Path(name).is_absolute() or "\0" in name:
-            yield Finding("error", "file", "no name of a file of this folder", file=name)
-        elif not (folder / name).is_file():
-            yield Finding("error", "file", "missing", file=name, expected=expected)
-        elif (size := (folder / name).stat().st_size) != expected:
-            message = f"{size} bytes, {expected} were written"
-            yield Finding("note", "size", message, None, name, size, expected)
+        message = f"{size} bytes, {written.nbytes} were written"
+        yield Finding("error", "size", message, file=name, found=size, expected=written.nbytes)
 
 
 def _recorded(record: SavedRecord, file_of: Mapping[str, str], n_unread: int) -> Iterator[Finding]:

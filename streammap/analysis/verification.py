@@ -1,6 +1,6 @@
 """Verify an output against its record, its plan and its sources; report all that is wrong.
 
-    record    streammap.json: files, sizes, CRC-32 of each tensor as it was written
+    record    streammap.json: files, sizes, CRC-32 of each file and each tensor as it was written
     plan      rebuilt from the record's request: keys, dtypes, shapes, offsets, config.json
     sources   NaN and Inf that they do not have; random tiles recomputed
     class     keys and shapes of the class that config.json names, where its library is installed
@@ -8,21 +8,22 @@
 Without a record, only the structure is checked, and that all numbers are finite.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import final
 
-from streammap.analysis import survey
+from streammap.analysis import result_files, survey
 from streammap.analysis.survey import SavedRecord, Survey
 from streammap.architectures import quantization
-from streammap.common.declare import Anything, declared, option, takes
+from streammap.common.declare import Anything, Names, declared, option, takes
 from streammap.common.events import Listener
 from streammap.common.units import format_nbytes
 from streammap.engine.options import Engine, RunOptions
-from streammap.errors import ArchitectureError, CheckpointError, StreammapError
+from streammap.errors import ArchitectureError, CheckpointError, StreammapError, redacted
 from streammap.io.problems import Finding
+from streammap.io.storage import resolve
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, request_json
@@ -103,6 +104,12 @@ class VerifyOptions(RunOptions):
         help="Whether the class in transformers or timm is asked if it would load the result.",
         off="Do not ask the class in transformers or timm if it would load the result.",
     )
+    edited: Sequence[str] = option(
+        default=(),
+        help="A file that was changed on purpose, such as README.md: no error.",
+        kind=Names(),
+        metavar="NAME",
+    )
 
 
 @takes(VerifyOptions, n_first=1)
@@ -114,13 +121,16 @@ def verify(path: PathLike, options: VerifyOptions) -> Verification:
         PlanError: `sources` that the record does not have.
     """
     begun = perf_counter()
-    place = Path(path)
+    place = resolve.here(path)
     record = survey.read_record(records.path_of(place))
     seen = survey.survey(place, record)
     expected, why = _expected(place, record, options.sources)
     work = _Work(record, seen, expected, options)
+    folder = place if place.is_dir() else place.parent
+    work.findings += result_files.check(folder, seen, record, options.edited)
     if record.is_there:
         work.checks.append("record")
+        work.findings += _own(record, records.path_of(place))
     else:
         work.skipped.append("record, plan: there is no record of how it was made")
     if expected is not None:
@@ -135,7 +145,7 @@ def verify(path: PathLike, options: VerifyOptions) -> Verification:
     work.read(options.progress)
     n_tiles = work.recompute(options.recompute, options.seed)
     return Verification(
-        path=str(path),
+        path=redacted(str(path)),
         checks=tuple(work.checks),
         skipped=tuple(work.skipped),
         findings=tuple(work.findings),
@@ -176,6 +186,8 @@ class _Work:
         from streammap.analysis import reread
 
         readings = reread.read(self.own, self.engine, progress)
+        if self.record.crcs and all(f.crc is None for f in self.record.files.values()):
+            self.skipped.append("crc32 of files: the record has none of files, only of tensors")
         if self.record.crcs:
             self.checks.append("crc32")
             self.findings += reread.compare_crcs(readings, self.record, self.own)
@@ -202,12 +214,29 @@ class _Work:
         return done
 
 
+def _own(record: SavedRecord, path: Path) -> Iterator[Finding]:
+    if record.is_changed:
+        message = "changed since it was written: its own checksum is another"
+        yield Finding("error", "record", message, file=path.name)
+
+
 def _expected(path: Path, record: SavedRecord, sources: Moved) -> tuple[Plan | None, str]:
     """The plan rebuilt, or why it can't be."""
     if record.content.get("request") is None:
         return None, "the record does not say how it was made"
-    call = request_json.parse(record.content["request"])
+    try:
+        call = request_json.parse(record.content["request"])
+    except StreammapError as error:
+        if not record.is_changed:
+            raise
+        return None, error.message
     moved = request.moved(call, sources)  # a wrong --source is the user's error, no finding
+    far = [one for one in request.paths_of(call) if one not in moved and resolve.is_elsewhere(one)]
+    if far:
+        return None, (
+            f"its source {far[0]} is on another machine, which a record alone does not make us "
+            "ask; --source names it again to read it"
+        )
     try:
         near = map_file.find(LocalStorage(path)) if path.exists() else ()
         made = calls.build(call, moved=moved, known=near)
@@ -227,7 +256,7 @@ def _changed(made: Plan, record: SavedRecord) -> str | None:
         if isinstance(files, list) and files != now:
             old = {f["name"]: f for f in files if isinstance(f, dict) and "name" in f}
             wrong = next((f for f in now if old.get(f["name"]) != f), now[0])
-            return f"{source.path}: {wrong['name']} has changed since"
+            return f"{source.label}: {wrong['name']} has changed since"
     return None
 
 

@@ -39,6 +39,8 @@ _MAX_EXTENDS = 8
 _MAX_NESTED = 16
 _MAX_NAMES = 200
 MAX_LETTERS = 1_000_000
+_MAX_DOTS = 200
+"""In a line: what a dotted key takes grows with the square of its parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,10 @@ def read(text: str, *, name: str) -> Tables:
     """
     if len(text) > MAX_LETTERS:
         raise ArchitectureError(f"{name}.toml: more than {MAX_LETTERS} letters")
+    if any(line.count(".") > _MAX_DOTS for line in text.split("\n")):
+        raise ArchitectureError(
+            f"{name}.toml: more than {_MAX_DOTS} dots in a line", hint="write shorter keys"
+        )
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:

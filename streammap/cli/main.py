@@ -7,13 +7,14 @@ wrong usage. A command's module is imported when the command is asked for: help 
 import contextlib
 import signal
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
 
 from streammap.cli.help import ERROR_CODE, Group
 from streammap.common.version import VERSION
-from streammap.errors import StreammapError
+from streammap.errors import StreammapError, redacted
 from streammap.operators import registry
 
 _EXAMPLES = (
@@ -110,12 +111,13 @@ class _Main(_Operators):
         with contextlib.suppress(ValueError):  # not in the main thread, as in tests
             signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
+            _check_current_folder()
             return super().invoke(ctx)
         except StreammapError as error:
             if ctx.params.get("show_traceback"):
                 import traceback
 
-                traceback.print_exc()
+                click.echo(redacted(traceback.format_exc()), err=True)
             from streammap.common.ranks import is_relayed
 
             if not is_relayed(error.message):
@@ -127,9 +129,19 @@ class _Main(_Operators):
             ctx.exit(130)
 
 
+def _check_current_folder() -> None:
+    """Refuse to work in a folder that was removed: libraries end the process there."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise StreammapError(
+            f"the current folder: {error.strerror}", hint="change to a folder that is there"
+        ) from error
+
+
 def _notes(error: BaseException) -> list[str]:
     """What a run says about what it leaves."""
-    return getattr(error, "__notes__", [])
+    return [redacted(note) for note in getattr(error, "__notes__", [])]
 
 
 @click.group(

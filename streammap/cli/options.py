@@ -9,6 +9,7 @@ import click
 from streammap.cli.help import HUB, SOURCE, Option
 from streammap.common.declare import Declared, Whole, flag_of, options_of
 from streammap.engine.options import Engine
+from streammap.errors import redacted
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _READING = ("memory", "threads")
@@ -215,15 +216,19 @@ def moved_options(command: Command) -> Command:
 
 def moved_of(sources: Sequence[str]) -> dict[str, str] | str | None:
     """The sources that `moved_options` gives."""
-    if len(sources) == 1 and "=" not in sources[0]:
+    pairs = [_pair(text) for text in sources]
+    if len(pairs) == 1 and not pairs[0][0]:
         return sources[0]
-    moved = {}
-    for text in sources:
-        old, equals, new = text.partition("=")
-        if not equals or not old or not new:
-            raise click.UsageError(f"--source {text}: expected OLD=NEW")
-        moved[old] = new
-    return moved or None
+    for (old, new), text in zip(pairs, sources, strict=True):
+        if not old or not new:
+            raise click.UsageError(f"--source {redacted(text)}: expected OLD=NEW")
+    return dict(pairs) or None
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """OLD and NEW; an equals sign in the query of a URL parts nothing."""
+    old, equals, new = text.partition("=")
+    return (old, new) if equals and "?" not in old else ("", text)
 
 
 def json_option(command: Command) -> Command:

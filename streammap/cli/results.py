@@ -73,6 +73,12 @@ def inspect(
     is_flag=True,
     help="Do not ask the class in transformers or timm if it would load the result.",
 )
+@option(
+    "--edited",
+    multiple=True,
+    metavar="NAME",
+    help="A file that was changed on purpose, such as README.md: no error.",
+)
 @option("--quiet", "-q", is_flag=True, help="Only the exit code.")
 @reading_options
 @json_option
@@ -85,6 +91,7 @@ def verify(
     n_tiles: int,
     seed: int,
     no_class_check: bool,
+    edited: tuple[str, ...],
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -102,6 +109,7 @@ def verify(
         recompute=n_tiles,
         seed=seed,
         class_check=not no_class_check,
+        edited=edited,
         progress=progress.bar("verify", quiet=quiet),
         **reading_of(options),
     )

@@ -16,6 +16,7 @@ import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import PurePath
 from typing import (
     Any,
     Concatenate,
@@ -42,6 +43,7 @@ Form = Literal["text", "int", "float", "flag", "choice", "many", "object"]
 _MAX_SHOWN = 40
 _MAX_WHOLE = 2**40
 _KEY = "option"
+_NAMED = "_named"
 
 
 class Kind:
@@ -51,6 +53,8 @@ class Kind:
     choices: tuple[str, ...] = ()
     in_json: bool = True
     """Whether records hold it."""
+    from_file: bool = False
+    """Whether a text or path as its value names what is read for it."""
 
     def parse(self, value: Any, name: str) -> Any:
         """The value as the code uses it, from Python or a command line.
@@ -288,10 +292,19 @@ def check(self: object) -> None:
     Raises:
         StreammapError: a value that is not of its option's kind.
     """
+    named = []
     for one in options_of(type(self)):
         value = getattr(self, one.name)
         if value is not one.default:
             object.__setattr__(self, one.name, one.kind.parse(value, one.name))
+            named += [value] * (one.kind.from_file and isinstance(value, str | PurePath))
+    vars(self)[_NAMED] = tuple(named)
+
+
+def named_files(self: object) -> tuple[str | PurePath, ...]:
+    """What was named for the options whose values are read from files."""
+    named: tuple[str | PurePath, ...] = vars(self).get(_NAMED, ())
+    return named
 
 
 def make(cls: Callable[..., D], values: Mapping[str, Any], *, what: str = "") -> D:
@@ -351,7 +364,9 @@ def decode(cls: Callable[..., D], content: Mapping[str, Any], *, what: str, **mo
 
 def part(cls: Callable[..., D], whole: object) -> D:
     """The options of `cls` alone, of an object whose class declares more."""
-    return cls(**{one.name: getattr(whole, one.name) for one in options_of(cls)})
+    made = cls(**{one.name: getattr(whole, one.name) for one in options_of(cls)})
+    vars(made)[_NAMED] = named_files(whole)
+    return made
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Mapping[str, object], what: str) -> None:

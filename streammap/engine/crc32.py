@@ -36,6 +36,11 @@ def shifted(crc: int, nbytes: int) -> int:
     return shifted_here(crc, nbytes) if _combine is None else _combine(crc, 0, nbytes)
 
 
+def joined(crc: int, other: int, nbytes: int) -> int:
+    """The CRC of bytes of CRC `crc`, followed by `nbytes` bytes of CRC `other`."""
+    return shifted(crc, nbytes) ^ other
+
+
 def shifted_here(crc: int, nbytes: int) -> int:
     """The same where zlib-ng is not installed."""
     place = 0

@@ -58,7 +58,7 @@ class Checkpoint:
     """An opened source."""
 
     path: Path
-    """The folder or file as given; only a name, if it is not on this machine."""
+    """The folder or file as given; the storage's own name, if it is not on this machine."""
     files: tuple[SourceFile, ...]
     slots: Mapping[str, Slot]
     """In the order of files and bytes."""
@@ -204,7 +204,7 @@ def open_checkpoint(
     """
     try:
         storage = resolve.locate(path, stream=stream)
-        opened = _open(storage, resolve.local_path(path))
+        opened = _open(storage, resolve.local_path(str(storage) if storage.origin else path))
         content, text = _find_config(storage, config)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error

@@ -4,9 +4,10 @@ What goes through `open_source` and `apply` can be made again by `build`, from i
 plan that was made by other means has no record: its `request` is None.
 """
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, final
 
 from streammap.common import declare
@@ -52,6 +53,8 @@ def open_source(
         options["arch"] = str(Path(arch).absolute()) if _is_spec_file(arch) else arch
     options["maps"] = levels
     made = plan.from_checkpoint(opened, levels, architecture=arch)
+    named = [path, arch if arch is not None and _is_spec_file(arch) else None]
+    made = replace(made, named=_here(one for one in named if one is not None))
     return made.with_request(OperatorCall("open", options))
 
 
@@ -82,9 +85,16 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
             plans[one.name] = tuple(plan_of(each, stream=stream) for each in value)
         elif value is not None:
             plans[one.name] = plan_of(value, stream=stream)
-    values = settled(operator, source)
+    values, named = settled(operator, source), _here(declare.named_files(operator))
     operator = replace(operator, **values) if values else operator  # type: ignore[type-var]
     made = operator.plan(source, **plans)
+    inputs = [
+        one for given in plans.values() for one in (given if isinstance(given, tuple) else (given,))
+    ]
+    named = tuple(
+        dict.fromkeys((*named, *(path for one in (source, *inputs) for path in one.named)))
+    )
+    made = replace(made, named=named)
     return made.with_request(_recorded(operator, {"source": source, **plans}))
 
 
@@ -179,6 +189,12 @@ class _Builder:
                 hint="put the map file that was used beside the source",
             )
         return {**call.options, "maps": tuple(known[digest] for digest in maps.sha256)}
+
+
+def _here(named: Iterable[str | PurePath]) -> tuple[Path, ...]:
+    """The files of this machine among those that were named."""
+    texts = [os.fspath(one) for one in named]
+    return tuple(resolve.local_path(text) for text in texts if not resolve.is_elsewhere(text))
 
 
 def _is_spec_file(arch: str) -> bool:

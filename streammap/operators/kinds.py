@@ -84,6 +84,8 @@ class ManyAxes(Kind):
 class SchemeOf(Kind):
     """A scheme: a file, or its content."""
 
+    from_file = True
+
     def parse(self, value: Any, name: str) -> "Scheme":
         """The scheme, read."""
         from streammap.planning import scheme
@@ -116,6 +118,8 @@ class SchemeOf(Kind):
 class Maps(Kind):
     """A map file, or a folder that holds one; a record holds the maps themselves."""
 
+    from_file = True
+
     def parse(self, value: Any, name: str) -> "tuple[MapLevel, ...]":
         """The maps, read."""
         from streammap.planning import map_file
@@ -132,6 +136,8 @@ class Maps(Kind):
 @final
 class Sizes(OfSource):
     """Sizes of the result: config.json, or an opened checkpoint."""
+
+    from_file = True
 
     def parse(self, value: Any, name: str) -> "AxisSizes | Mapping[str, object]":
         """The sizes of a checkpoint, or the content of a config.json."""

@@ -2,35 +2,54 @@
 
     commit.json, ranks/launch.json, ranks/R.json, and sent.json of an upload
 
-The lines of a journal have the same form. What is bound to a request begins with its
+The lines of a journal have the same form. Each ends with its CRC-32, so that a damaged one is never
+believed. What is bound to a request begins with its
 `Fingerprint.head`.
 """
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from streammap.common import strict_json
+from streammap.engine import crc32
 from streammap.io.storage import disk as disks
 from streammap.io.storage.disk import Disk
 from streammap.output import work_folder
 
 _MAX_NBYTES = 100_000_000
+_SUM = "crc32"
+_SEAL = re.compile(rb',?"crc32":"[0-9a-f]{8}"\}\s*\Z')
+_MOST_SEAL = 100
+"""Bytes."""
 
 
 def encode(content: Mapping[str, object]) -> bytes:
-    """One line."""
-    return (json.dumps(content, separators=(",", ":")) + "\n").encode()
+    """One line, which ends with the CRC-32 of what stands before it."""
+    text = json.dumps(content, separators=(",", ":")).removesuffix("}")
+    between = "," if content else ""
+    return f'{text}{between}"{_SUM}":"{crc32.crc32(text.encode()):08x}"}}\n'.encode()
 
 
 def parse(text: bytes) -> dict[str, object] | None:
-    """The object of a line, or of a file; None where it is not a JSON object."""
+    """The object of a line, or of a file, without its CRC; None where it is not as it was written.
+
+    Those of version 0.1 have no CRC.
+    """
     try:
         content = strict_json.loads(text)
     except ValueError:
         return None
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        return None
+    if _SUM not in content:
+        return content
+    written, seal = content.pop(_SUM), _SEAL.search(text, max(0, len(text) - _MOST_SEAL))
+    if seal is None or written != f"{crc32.crc32(memoryview(text)[: seal.start()]):08x}":
+        return None
+    return content
 
 
 def read(path: Path) -> dict[str, object] | None:

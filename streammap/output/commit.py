@@ -64,6 +64,12 @@ def stale(single: str | None) -> Stale:
     return ((glob.escape(single),), tuple(map(glob.escape, beside)))
 
 
+def stale_names(output: Path, single: str | None) -> list[str]:
+    """The files that are there and would be removed, where an earlier result is replaced."""
+    patterns = [pattern for group in stale(single) for pattern in group]
+    return [path.name for pattern in patterns for path in output.glob(pattern)]
+
+
 def begin(
     work: WorkFolder, request: Fingerprint, commit: Commit, *, disk: Disk, fsync: bool
 ) -> None:

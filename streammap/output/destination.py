@@ -1,5 +1,6 @@
 """Where a result goes: a folder or file of this machine, a URL, or a repository of the Hub."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from streammap.common.events import Listener
 from streammap.engine.options import Engine
-from streammap.errors import OutputError
+from streammap.errors import CheckpointError, OutputError
 from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
 from streammap.io.storage.base import Sink
@@ -33,6 +34,7 @@ def save(plan: Plan, output: PathLike, options: SaveOptions, *, card: Card) -> R
         OutputError: the output exists or can't be written, or the memory is too little.
         PlanError: a result that its class in transformers or timm would not load.
     """
+    _check_name(output)
     class_check.check(plan, options.class_check)
     where = OutputOptions(resolve.local_path(output), options)
     if resolve.is_url(output):
@@ -53,6 +55,13 @@ def push(plan: Plan, repo: str, options: PushOptions, *, card: Card) -> Report:
 
     to = Push(repo, options.branch, options.private, options.message or MESSAGE)
     return _send(plan, _hub(plan, to, where, card), where, options.progress)
+
+
+def _check_name(output: PathLike) -> None:
+    try:
+        resolve.check_name(os.fspath(output))
+    except CheckpointError as error:
+        raise OutputError(error.message, hint=error.hint) from error
 
 
 def _sink(plan: Plan, url: str, where: OutputOptions, card: Card) -> Sink:

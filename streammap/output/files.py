@@ -1,23 +1,22 @@
-"""A result's files as they are written in its work folder, and checks before the first byte."""
+"""A result's files as they are written in its work folder."""
 
 import contextlib
 import os
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import final
 
 from streammap.common.ranges import PIECE_NBYTES
-from streammap.common.units import format_nbytes
+from streammap.engine import checksums, crc32
+from streammap.engine.checksums import Known, Written
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import safe_open, weight_files
 from streammap.io.storage.disk import Disk
-from streammap.output import record, work_folder
+from streammap.output import work_folder
 from streammap.output.layout import Shard
-from streammap.output.work_folder import RESTART, SUFFIX
-from streammap.planning import map_file
+from streammap.output.work_folder import RESTART
 
-_NO_ROOM = "free disk space, or write elsewhere"
+NO_ROOM = "free disk space, or write elsewhere"
 _NEW = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
 _EXISTING = os.O_RDWR | os.O_NOFOLLOW
 
@@ -33,7 +32,7 @@ class Output:
         self._pwrite = disk.pwrite
         self._descriptors: dict[str, int] = {}
         self._piece = memoryview(bytearray(PIECE_NBYTES))
-        self.names: list[str] = []
+        self.written: dict[str, Written] = {}
         """The side files that were added."""
 
     def __enter__(self) -> "Output":
@@ -136,7 +135,7 @@ class Output:
                 done += self._pwrite(descriptor, view[done:end], offset + done)
             except OSError as error:
                 message = f"{self._named / name}: {error.strerror} at byte {offset + done}"
-                raise OutputError(message, hint=_NO_ROOM) from error
+                raise OutputError(message, hint=NO_ROOM) from error
         if self._fsync and done:
             # Begins to write these pages back, so that fsync has little left to wait for.
             os.posix_fadvise(descriptor, offset, done, os.POSIX_FADV_DONTNEED)
@@ -162,35 +161,39 @@ class Output:
     def add_parts(self, name: str, parts: Iterable[bytes]) -> None:
         """Write a side file part by part."""
         self._begin_side(name)
-        offset = 0
+        offset = crc = 0
         for part in parts:
             self.write_at(name, offset, memoryview(part))
-            offset += len(part)
-        self.close(name)
+            offset, crc = offset + len(part), crc32.crc32(part, crc)
+        self._end_side(name, Written(offset, crc))
 
     def copy(self, name: str, path: Path) -> None:
         """Copy a file."""
         self._begin_side(name)
         source = safe_open.open_file(path)
         try:
-            self._copy(name, source, os.fstat(source).st_size)
+            written = self._copy(name, source, os.fstat(source).st_size)
         finally:
             os.close(source)
-        self.close(name)
+        self._end_side(name, written)
 
-    def sizes(self, names: Sequence[str]) -> Mapping[str, int]:
-        """The files' sizes."""
-        return {name: (self._files / name).stat().st_size for name in names}
+    def of_shard(self, name: str, known: Known) -> Written:
+        """Size and CRC of a shard that is whole.
+
+        Args:
+            known: Its tensors, and their CRCs.
+        """
+        return checksums.of_file(self._files / name, known)
 
     def _reserve(self, name: str, nbytes: int) -> None:
         try:
             self._disk.allocate(self._descriptors[name], nbytes)
         except OSError as error:
             message = f"{self._named / name}: {error.strerror} for {nbytes} bytes"
-            raise OutputError(message, hint=_NO_ROOM) from error
+            raise OutputError(message, hint=NO_ROOM) from error
 
-    def _copy(self, name: str, source: int, nbytes: int) -> None:
-        offset = 0
+    def _copy(self, name: str, source: int, nbytes: int) -> Written:
+        offset = crc = 0
         while offset < nbytes:
             piece = self._piece[: min(PIECE_NBYTES, nbytes - offset)]
             n_read = self._disk.pread(source, piece, offset)
@@ -200,92 +203,19 @@ class Output:
                     hint="is another program writing the source?",
                 )
             self.write_at(name, offset, piece[:n_read])
-            offset += n_read
+            offset, crc = offset + n_read, crc32.crc32(piece[:n_read], crc)
+        return Written(offset, crc)
 
     def _begin_side(self, name: str) -> None:
         work_folder.make((self._files / name).parent, [])
         self._open(name, _NEW)
-        self.names.append(name)
+
+    def _end_side(self, name: str, written: Written) -> None:
+        self.close(name)
+        self.written[name] = written
 
     def _open(self, name: str, flags: int) -> None:
         try:
             self._descriptors[name] = self._disk.open(self._files / name, flags)
         except OSError as error:
             raise OutputError(f"{self._named / name}: {error.strerror}") from error
-
-
-def check_place(
-    path: Path, *, single: str | None, overwrite: bool, sources: Sequence[Path]
-) -> None:
-    """Refuse an output that shouldn't be written, before anything is.
-
-    Args:
-        path: A folder, or the file that the result is.
-        single: That file's name; None for a folder.
-        sources: Folders and files that are read and must stay.
-
-    Raises:
-        OutputError: it already exists, or it is a source.
-    """
-    is_file = single is not None
-    for source in sources:
-        if path.exists() and source.exists() and path.samefile(source):
-            raise OutputError(f"{path}: is the source itself", hint="write to another place")
-        if not is_file and source.is_file() and path.exists() and path.samefile(source.parent):
-            raise OutputError(f"{path}: is the folder of the source", hint="write to another place")
-    if path.exists() and is_file != path.is_file():
-        what = "a file" if is_file else "a folder"
-        raise OutputError(f"{path}: not {what}", hint="write to another place")
-    results = [path]
-    if is_file:
-        results += [map_file.beside(path), record.path_beside(path)]
-    for result in results:
-        if not overwrite and result.exists() and (is_file or _holds_files(result)):
-            raise OutputError(f"{result}: already exists", hint="pass --overwrite to replace it")
-
-
-def _holds_files(folder: Path) -> bool:
-    """Whether there is anything but an unfinished run, which is resumed or refused later."""
-    return any(entry.name != SUFFIX for entry in folder.iterdir())
-
-
-def check_names(output: Path, names: Iterable[str]) -> None:
-    """Refuse a place in which a folder has the name of a file of the result.
-
-    Raises:
-        OutputError: naming the folder.
-    """
-    for name in names:
-        if (output / name).is_dir():
-            raise OutputError(
-                f"{output / name}: a folder is in the place of a file", hint="remove it"
-            )
-
-
-def check_room(path: Path, *, needed: int, written: int) -> None:
-    """Refuse a disk that is too small, before the first byte.
-
-    Args:
-        needed: Bytes that the result takes.
-        written: Bytes of it that an earlier run has written.
-
-    Raises:
-        OutputError: it is.
-    """
-    existing = path
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed - written:
-        part = f" ({format_nbytes(written)} of it are written)" if written else ""
-        raise OutputError(
-            f"{path}: the result takes {format_nbytes(needed)}{part}, "
-            f"{format_nbytes(free)} are free",
-            hint=_NO_ROOM,
-        )
-
-
-def written_nbytes(files: Path) -> int:
-    """Bytes that the files of a folder take on the disk."""
-    stats = [path.stat() for path in files.rglob("*") if path.is_file() and not path.is_symlink()]
-    return sum(min(status.st_blocks * 512, status.st_size) for status in stats)

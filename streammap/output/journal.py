@@ -1,7 +1,9 @@
 """Which tensors of an unfinished result are durable: a file of JSON lines that only grows.
 
-    {"streammap_journal": 1, "digest": "ab12...", "request": {"sources": [...], ...}}
-    {"tensors": {"h.0.ln_1.weight": "cbf43926", ...}}        key -> CRC-32 of its bytes
+    {"streammap_journal": 1, "digest": "ab12...", "request": {...}, "crc32": "..."}
+    {"tensors": {"h.0.ln_1.weight": "cbf43926", ...}, "crc32": "..."}
+
+A line has the CRC-32 of each tensor's bytes, and ends with its own, of the line before it.
 
 A tensor stands in it once all its bytes are written (and, with fsync, are on the disk). The first
 line is bound to the request, see fingerprint.py. Each of several writers has a file of its own,

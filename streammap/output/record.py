@@ -5,20 +5,26 @@
     {
       "streammap": "0.1", "format": 1, "digest": ..., "steps": [...], "sources": [...], ...
       "files": {"model.safetensors": 4096, "config.json": 512},            name -> bytes
-      "tensors": {"wte.weight": {"file": "model.safetensors", "crc32": "cbf43926"}}
+      "crc32": {"model.safetensors": "414fa339", "config.json": "..."},
+      "tensors": {"wte.weight": {"file": "model.safetensors", "crc32": "cbf43926"}},
+      "own_crc32": "..."                                                   of all bytes before
     }
 
-It is written piece by piece: a result may have a hundred thousand tensors.
+A record that lists checksums ends with its own; those of version 0.1 have neither. It is written
+piece by piece: a result may have a hundred thousand tensors.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from streammap.common.version import VERSION
+from streammap.engine import checksums, crc32
+from streammap.engine.checksums import Written
 from streammap.errors import ArchitectureError, CheckpointError, PlanError
-from streammap.io import filenames
-from streammap.io.json_files import read_json
+from streammap.io import filenames, json_files, safe_open
+from streammap.io.storage import resolve
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import request_json
@@ -30,6 +36,10 @@ from streammap.planning.plan import FORMAT, Plan
 NAME = filenames.RECORD
 SUFFIX = f".{NAME}"
 _PIECE = 1000
+_FILES, _OWN = "crc32", "own_crc32"
+_MOST_SEAL = 100
+"""Bytes."""
+_SEAL = re.compile(rb',\n  "own_crc32": "([0-9a-f]{8})"\n}\n\Z')
 
 
 def name_for(single: str | None) -> str:
@@ -61,12 +71,44 @@ def saved_request(
     """
     if isinstance(source, Mapping):
         return _request_in(source, "request"), ()
-    path = Path(source)
+    path = resolve.here(source)
     is_result = path.is_dir() or path.suffix != ".json"
     file = path_of(path) if is_result else path
     near = path if is_result else path.parent
-    maps = map_file.find(LocalStorage(near)) if near.exists() else ()
-    return _request_in(read_json(file), str(file)), maps
+    maps = map_file.find(LocalStorage(near))
+    return _request_in(read(file), str(file)), maps
+
+
+def read(path: Path) -> Mapping[str, object]:
+    """A record as it was written, or another file with a request.
+
+    Raises:
+        CheckpointError: it can't be read, or was changed since.
+    """
+    content, is_changed = read_any(path)
+    if is_changed:
+        raise CheckpointError(
+            f"{path}: changed since it was written: its checksum is another",
+            hint="copy it again from where it was made; a request of your own goes into a file of "
+            "its own",
+        )
+    return content
+
+
+def read_any(path: Path) -> tuple[Mapping[str, object], bool]:
+    """A record, and whether it was changed since it was written.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    text = safe_open.content(path, limit=json_files.MAX_JSON_NBYTES)
+    content = json_files.parse_json(text, str(path))
+    if not {_FILES, _OWN} & content.keys():
+        return content, False
+    seal = _SEAL.search(text, max(0, len(text) - _MOST_SEAL))
+    return content, seal is None or int(seal[1], 16) != crc32.crc32(
+        memoryview(text)[: seal.start()]
+    )
 
 
 def _request_in(content: Mapping[str, object], where: str) -> object:
@@ -81,15 +123,26 @@ def _request_in(content: Mapping[str, object], where: str) -> object:
 
 
 def encode(
-    plan: Plan, files: Mapping[str, int], tensors: Iterable[tuple[str, str, int]]
+    plan: Plan, files: Mapping[str, Written], tensors: Iterable[tuple[str, str, int]]
 ) -> Iterator[bytes]:
     """A record, in pieces.
 
     Args:
-        files: Name -> bytes of each other file of the result.
+        files: Each other file of the result.
         tensors: (key, file, CRC-32) of each tensor.
     """
-    content = {**_provenance(plan), "files": dict(sorted(files.items()))}
+    crc = 0
+    for piece in _body(plan, files, tensors):
+        crc = crc32.crc32(piece, crc)
+        yield piece
+    yield f',\n  "{_OWN}": "{crc:08x}"\n}}\n'.encode()
+
+
+def _body(
+    plan: Plan, files: Mapping[str, Written], tensors: Iterable[tuple[str, str, int]]
+) -> Iterator[bytes]:
+    """All but the record's own checksum."""
+    content = {**_provenance(plan), **checksums.as_json(files)}
     text = json.dumps(content, indent=2, ensure_ascii=False).removesuffix("\n}")
     yield _bytes(f'{text},\n  "tensors": {{')
     lines: list[str] = []
@@ -101,7 +154,7 @@ def encode(
         if len(lines) == _PIECE:
             yield _bytes("".join(lines))
             lines.clear()
-    yield _bytes("".join((*lines, "\n  }\n}\n" if between != "\n" else "}\n}\n")))
+    yield _bytes("".join((*lines, "\n  }" if between != "\n" else "}")))
 
 
 def _provenance(plan: Plan) -> dict[str, object]:

@@ -15,6 +15,7 @@ from typing import NamedTuple, final
 from streammap.engine import crc32
 from streammap.engine.crc32 import FileDigests
 from streammap.engine.schedule import Job, TensorOffset
+from streammap.io.formats.safetensors_header import Slot
 from streammap.io.storage.disk import Disk
 from streammap.output.files import Output
 from streammap.output.journal import Journal
@@ -179,6 +180,11 @@ class ShardWriter:
         for name, file in self._files.items():
             for i, slot in enumerate(file.shard.slots):
                 yield slot.key, name, file.digests.crc(i)
+
+    def of_shard(self, name: str) -> Iterator[tuple[Slot, int]]:
+        """The tensors of a shard that is whole, and their CRCs."""
+        file = self._files[name]
+        return ((slot, file.digests.crc(i)) for i, slot in enumerate(file.shard.slots))
 
     def _begin(self, file: _File) -> None:
         if file.has_begun:

@@ -33,10 +33,10 @@ from streammap.errors import CheckpointError, OutputError, StreammapError
 from streammap.io.storage import disk as disks
 from streammap.output import (
     commit,
-    files,
     fingerprint,
     journal,
     layout,
+    place,
     record,
     shard_writer,
     side_files,
@@ -102,7 +102,10 @@ def run(
     side = tuple(side_files.collect(plan, single=options.single))
     _check_place(plan, options, path)
     names = [*(s.name for s in shards), *(file.name for file in side), options.record]
-    files.check_names(options.folder, names)
+    place.check_names(options.folder, names)
+    if not options.may_replace_sources:
+        names += commit.stale_names(options.folder, options.single)
+        place.check_sources(plan, options.folder, names, side=side)
     request = fingerprint.of_result(
         plan,
         shards,
@@ -123,9 +126,9 @@ def finish(path: str | Path) -> bool:
     Raises:
         OutputError: a file of it is missing, or another run is at work there.
     """
-    place = Path(path)
-    options = OutputOptions(place, SaveOptions())
-    work = WorkFolder(work_folder.path_for(place, is_file=options.is_file))
+    output = Path(path)
+    options = OutputOptions(output, SaveOptions())
+    work = WorkFolder(work_folder.path_for(output, is_file=options.is_file))
     if not work.is_marked:
         return False
     with work:
@@ -233,10 +236,10 @@ class _Transaction:
     def _make_room(self, crcs: Mapping[str, int]) -> None:
         if not crcs:
             self._work.start_over()  # nothing that an earlier run left is of use
-        files.check_room(
+        place.check_room(
             self._options.path,
             needed=sum(shard.nbytes for shard in self._shards),
-            written=files.written_nbytes(self._work.files),
+            written=place.written_nbytes(self._work.files),
         )
 
     def _new_writer(self, shards: Sequence[Shard]) -> ShardWriter:
@@ -302,9 +305,11 @@ class _Transaction:
                 out.copy(file.name, file.path)
             else:
                 out.add(file.name, file.read())
-        sizes = out.sizes([*shards, *out.names])
-        out.add_parts(options.record, record.encode(self._plan, sizes, self._writer.tensors()))
-        names = (*out.names, *shards) if options.is_file else commit.in_order([*shards, *out.names])
+        side, writer = tuple(out.written), self._writer
+        files = {name: out.of_shard(name, writer.of_shard(name)) for name in shards} | out.written
+        out.add_parts(options.record, record.encode(self._plan, files, writer.tensors()))
+        side = (*side, options.record)
+        names = (*side, *shards) if options.is_file else commit.in_order([*shards, *side])
         written = Commit(names, options.save.overwrite)
         commit.begin(self._work, self._request, written, disk=self._disk, fsync=options.save.fsync)
         self._state, self._work.keep_on_exit = State.COMMITTING, True
@@ -396,7 +401,7 @@ class _Transaction:
 def _check_place(plan: Plan, options: OutputOptions, work: Path) -> None:
     sources = [] if options.may_replace_sources else [p for s in plan.sources for p in s.paths]
     resumes_commit = not options.save.restart and WorkFolder(work).is_marked
-    files.check_place(
+    place.check_place(
         options.path,
         single=options.single,
         overwrite=options.save.overwrite or resumes_commit,

@@ -6,7 +6,7 @@ written, the last one is sent: at most two shards are here at a time. `sent.json
 sent:
 
     {"request": {...}, "files": {"model-00001-of-00002.safetensors":
-        {"nbytes": 4096, "version": "...", "tensors": {"wte.weight": "cbf43926"}}}}
+        {"nbytes": 4096, "crc32": "...", "version": "...", "tensors": {"wte.weight": "cbf43926"}}}}
 
 Shards come first, then side files, the index and config.json last: before that nothing there looks
 like a model. A source tensor that several shards need is read for each of them.
@@ -25,10 +25,11 @@ from typing import Any, final
 
 from streammap.common.events import Event, Listener, Started, Wrote
 from streammap.common.version import VERSION
+from streammap.engine import crc32
+from streammap.engine.checksums import Written
 from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
-from streammap.errors import OutputError
-from streammap.io.json_files import read_json
+from streammap.errors import CheckpointError, OutputError
 from streammap.io.storage import disk as disks
 from streammap.io.storage.base import Sink
 from streammap.output import (
@@ -36,6 +37,7 @@ from streammap.output import (
     commit,
     fingerprint,
     layout,
+    place,
     record,
     side_files,
     transaction,
@@ -73,6 +75,9 @@ def run(
         CheckpointError: a source changed, or can't be read.
     """
     side = tuple(side_files.collect(plan, single=sink.file))  # refused before anything is sent
+    folder = sink.label if sink.file is None else sink.label.rpartition("/")[0]
+    names = [*(shard.name for shard in shards), *(file.name for file in side)]
+    place.check_urls(plan, folder, names)
     request = fingerprint.of_result(
         plan, shards, max_shard_nbytes=options.save.max_shard_nbytes, version=VERSION
     )
@@ -175,11 +180,14 @@ class _Upload:
 
     def _send(self, name: str) -> None:
         path = self._options.path / name
-        written = read_json(record.path_beside(path))
+        try:
+            written = record.read(record.path_beside(path))
+        except CheckpointError as error:
+            raise OutputError(error.message, hint=work_folder.RESTART) from error
         tensors = {key: entry["crc32"] for key, entry in _table(written["tensors"]).items()}
-        nbytes = path.stat().st_size
+        about = {"nbytes": path.stat().st_size, "crc32": _table(written["crc32"]).get(name)}
         version = self._sink.put(name, path)
-        self._sent.add(name, nbytes, version, tensors)
+        self._sent.add(name, {**about, "version": version, "tensors": tensors})
         path.unlink()
         record.path_beside(path).unlink()
 
@@ -191,14 +199,16 @@ class _Upload:
             if len(self._shards) > 1:
                 small[layout.INDEX] = layout.index(self._shards)
             small |= dict(sink.extras())
-        sizes = {shard.name: self._sent.nbytes(shard.name) for shard in self._shards}
-        sizes |= {name: len(content) for name, content in small.items()}
+        files = {shard.name: self._sent.written(shard.name) for shard in self._shards}
+        files |= {
+            name: Written(len(content), crc32.crc32(content)) for name, content in small.items()
+        }
         tensors = (
             (slot.key, shard.name, int(self._sent.crc(shard.name, slot.key), 16))
             for shard in self._shards
             for slot in shard.slots
         )
-        small[record.name_for(single)] = b"".join(record.encode(self._plan, sizes, tensors))
+        small[record.name_for(single)] = b"".join(record.encode(self._plan, files, tensors))
         sink.put_all({name: small[name] for name in commit.in_order(tuple(small))})
 
 
@@ -252,16 +262,16 @@ class _Sent:
         """Forget files that are missing by now, or have changed; they are sent again."""
         self.files = {n: f for n, f in self.files.items() if existing.get(n) == f["version"]}
 
-    def add(self, name: str, nbytes: int, version: str, tensors: Mapping[str, str]) -> None:
+    def add(self, name: str, about: dict[str, Any]) -> None:
         """Add a file that was sent."""
-        self.files[name] = {"nbytes": nbytes, "version": version, "tensors": dict(tensors)}
+        self.files[name] = about
         self._write()
 
-    def nbytes(self, name: str) -> int:
-        """A file's size."""
-        nbytes = self.files[name]["nbytes"]
-        assert isinstance(nbytes, int)
-        return nbytes
+    def written(self, name: str) -> Written:
+        """A file's size and CRC."""
+        about = self.files[name]
+        crc = about.get("crc32")  # an earlier version's list has none
+        return Written(int(about["nbytes"]), None if crc is None else int(crc, 16))
 
     def crc(self, name: str, key: str) -> str:
         """A tensor's CRC-32, in hexadecimal."""

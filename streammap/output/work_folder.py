@@ -28,6 +28,7 @@ JOURNALS = "journal*.jsonl"
 RESTART = "pass --restart to start over"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of file systems without locks."""
+_N_TRIES = 10
 
 
 def path_for(output: Path, *, is_file: bool) -> Path:
@@ -192,8 +193,11 @@ def is_free(path: Path) -> bool:
     return True
 
 
-def make(folder: Path, made: list[Path]) -> None:
+def make(folder: Path, made: list[Path], *, n_tries: int = _N_TRIES) -> None:
     """Make a folder and the missing ones above it, and append each to `made`.
+
+    Args:
+        n_tries: How often it is tried again where others remove folders.
 
     Raises:
         OutputError: it can't be made, or something else has its name.
@@ -209,8 +213,12 @@ def make(folder: Path, made: list[Path]) -> None:
         except FileExistsError:
             if not path.is_dir() or path.is_symlink():
                 raise OutputError(f"{path}: not a folder", hint="remove it") from None
-        except FileNotFoundError:
-            make(folder, made)  # another run removed the one above
+        except FileNotFoundError as error:
+            # Another run removed the one above; or nothing can be made there: in /proc, or in a
+            # folder that is removed and still is the current one.
+            if not n_tries:
+                raise OutputError(f"{path}: {error.strerror}", hint="write elsewhere") from error
+            make(folder, made, n_tries=n_tries - 1)
             return
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}", hint="check the path") from error

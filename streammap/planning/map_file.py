@@ -3,22 +3,30 @@
 `streammap.map.safetensors` holds the levels of a chain, largest model first. Level i has, for each
 axis, its merging map F (small x large): as non-zeros ("i.heads.places" [n, 2] and "i.heads.values"
 [n], over blocks of metadata's "block" units), or as a matrix ("i.heads.matrix"). The names of axes
-are the architecture spec's. A file of the original tools is read too (`MapMatrix.bin`, with
-embed_F, qk_F, v_F, inter_F and R): its axes become "embed", "qk", "v", "mlp" and "layer".
+are the architecture spec's. The format's own library writes and reads it, and a CRC-32 of all that
+it says is in its metadata: a damaged map is refused.
+
+A file of the original tools is read too (`MapMatrix.bin`, with embed_F, qk_F, v_F, inter_F and R):
+its axes become "embed", "qk", "v", "mlp" and "layer".
 """
 
 import hashlib
 import itertools
 import json
+import os
 import struct
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from streammap.common import strict_json
 from streammap.errors import CheckpointError, SchemeError
-from streammap.io.dtypes import TensorSpec
+from streammap.io import safe_open
+from streammap.io.dtypes import TensorSpec, to_torch
 from streammap.io.formats import safetensors_header
+from streammap.io.formats.safetensors_header import Slot
 from streammap.io.storage import resolve
 from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalFile
@@ -28,12 +36,12 @@ from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from streammap.io.checkpoint import Checkpoint
-
 SUFFIX = ".map.safetensors"
 NAME = f"streammap{SUFFIX}"
 ORIGINAL = "MapMatrix.bin"
 NAMES = (NAME, ORIGINAL)
+_ABOUT = "streammap"
+"""Entry of the header's metadata."""
 _ORIGINAL_AXES = {"embed_F": "embed", "qk_F": "qk", "v_F": "v", "inter_F": "mlp"}
 _MAX_NBYTES = 8 * 2**30
 _MAX_UNITS = 2**40
@@ -90,9 +98,11 @@ def load(source: str | Path) -> tuple[MapLevel, ...]:
         SchemeError: there is no map file, or it is broken.
         CheckpointError: it can't be fetched.
     """
-    if not resolve.is_elsewhere(source) and not resolve.local_path(source).exists():
-        raise SchemeError(f"{source}: no such map file", hint="check the path")
-    storage = resolve.locate(source, stream=False)
+    try:
+        storage = resolve.locate(source, stream=False)
+    except CheckpointError as error:
+        message = error.message.replace("no such folder or file", "no such map file")
+        raise SchemeError(message, hint=error.hint) from error
     if storage.file is not None:
         return _load(storage, storage.file)
     levels = find(storage)
@@ -124,9 +134,8 @@ def _load_path(path: Path) -> tuple[MapLevel, ...]:
 
 def encode(levels: tuple[MapLevel, ...]) -> bytes:
     """The bytes of a map file."""
-    specs: list[tuple[str, TensorSpec]] = []
-    chunks: list[bytes] = []
-    about = []
+    parts: list[tuple[str, TensorSpec, bytes]] = []
+    levels_: list[object] = []
     for i, level in enumerate(levels):
         axes: dict[str, dict[str, int]] = {}
         for name, axis_map in sorted(level.merging.items()):
@@ -134,13 +143,33 @@ def encode(levels: tuple[MapLevel, ...]) -> bytes:
             if isinstance(axis_map, BlockMap):
                 axes[name]["block"] = axis_map.block
             for suffix, spec, content in _tensors_of(axis_map):
-                specs.append((f"{i}.{name}.{suffix}", spec))
-                chunks.append(content)
+                parts.append((f"{i}.{name}.{suffix}", spec, content))
         sizes = {name: list(pair) for name, pair in sorted(level.sizes.items())}
         entry: dict[str, object] = {"axes": axes, "sizes": sizes}
-        about.append({**entry, "filled": sorted(level.filled)} if level.filled else entry)
-    text = {"format": "pt", "streammap": json.dumps({"version": 1, "levels": about})}
-    return safetensors_header.encode(specs, text) + b"".join(chunks)
+        levels_.append({**entry, "filled": sorted(level.filled)} if level.filled else entry)
+    about: dict[str, object] = {"version": 1, "levels": levels_}
+    about["crc32"] = _sum(about, parts)
+    from safetensors.torch import save
+
+    tensors = {key: _tensor(spec, content) for key, spec, content in parts}
+    return save(tensors, {_ABOUT: json.dumps(about)})
+
+
+def _sum(about: Mapping[str, object], parts: Iterable[tuple[str, TensorSpec, bytes]]) -> str:
+    """CRC-32 of all that a map file says, however it is laid out."""
+    crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
+    for key, spec, content in sorted(parts, key=lambda part: part[0]):
+        crc = zlib.crc32(content, zlib.crc32(f"{key} {spec} ".encode(), crc))
+    return f"{crc:08x}"
+
+
+def _tensor(spec: TensorSpec, content: bytes) -> "Tensor":
+    import torch
+
+    dtype = to_torch(spec.dtype)
+    if not content:
+        return torch.empty(spec.shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(spec.shape)
 
 
 def _tensors_of(axis_map: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
@@ -166,16 +195,14 @@ def _content_of(axis_map: AxisMap) -> bytes:
 
 
 def _load_ours(path: Path) -> tuple[MapLevel, ...]:
-    from streammap.io.checkpoint import open_checkpoint
+    slots, text = safetensors_header.read(path)  # within bounds; the library takes any header
+    import safetensors
 
-    _, text = safetensors_header.read(path)
     try:
-        about = json.loads(json.loads(text)["__metadata__"]["streammap"])
-        if about["version"] != 1:
-            raise SchemeError(f"{path.name}: version {about['version']}, expected 1")
-        tensors = open_checkpoint(path)
-        levels = tuple(_level(tensors, i, entry) for i, entry in enumerate(about["levels"]))
-        tensors.close()
+        about = strict_json.loads(json.loads(text)["__metadata__"][_ABOUT].encode())
+        entries = _checked(path, slots, about)
+        with safetensors.safe_open(path, framework="pt") as tensors:
+            return tuple(_level(tensors, i, entry) for i, entry in enumerate(entries))
     except (
         KeyError,
         TypeError,
@@ -184,27 +211,58 @@ def _load_ours(path: Path) -> tuple[MapLevel, ...]:
         AttributeError,
         OverflowError,
         RecursionError,
+        safetensors.SafetensorError,
     ) as error:
         raise SchemeError(
             f"{path.name}: not a map file of streammap: {type(error).__name__} {error}",
             hint="remove the file, and give a scheme",
         ) from error
-    return levels
 
 
-def _level(
-    tensors: "Checkpoint", i: int, entry: Mapping[str, Mapping[str, Mapping[str, int]]]
-) -> MapLevel:
+def _checked(path: Path, slots: Sequence[Slot], about: Any) -> Any:
+    """The levels' entries of a map file that is what was written.
+
+    Raises:
+        SchemeError: another version, or a file that was damaged.
+    """
+    if about["version"] != 1:
+        raise SchemeError(f"{path.name}: version {about['version']}, expected 1")
+    unknown = [name for name in about if name not in ("version", "levels", "crc32")]
+    if unknown:
+        raise ValueError(f"unknown entry {unknown[0]!r}")
+    if "crc32" not in about:  # of version 0.1, or made by hand
+        return about["levels"]
+    written = about.pop("crc32")
+    with os.fdopen(safe_open.open_file(path), "rb") as file:
+        parts = ((slot.key, slot.spec, _bytes_of(file, slot)) for slot in slots)
+        found = _sum(about, parts)
+    if found != written:
+        raise SchemeError(
+            f"{path.name}: damaged: crc32 {found}, {str(written)[:8]} was written",
+            hint="copy the file again from where it was made, or give a scheme",
+        )
+    return about["levels"]
+
+
+def _bytes_of(file: BinaryIO, slot: Slot) -> bytes:
+    file.seek(slot.start)
+    return file.read(slot.spec.nbytes)
+
+
+def _level(tensors: Any, i: int, entry: Mapping[str, Mapping[str, Mapping[str, int]]]) -> MapLevel:
     merging: dict[str, AxisMap] = {}
+    keys = set(tensors.keys())
     for name, axis in entry["axes"].items():
         small, large = _count(axis["small"]), _count(axis["large"])
-        if f"{i}.{name}.matrix" in tensors.slots:
-            merging[name] = DenseMap(_matrix(tensors.tensor(f"{i}.{name}.matrix"), small, large))
+        if f"{i}.{name}.matrix" in keys:
+            merging[name] = DenseMap(
+                _matrix(tensors.get_tensor(f"{i}.{name}.matrix"), small, large)
+            )
             continue
         block = _count(axis["block"])
         if small % block or large % block:
             raise ValueError(f"blocks of {block} in {small} and {large}")
-        places, values = (tensors.tensor(f"{i}.{name}.{part}") for part in ("places", "values"))
+        places, values = (tensors.get_tensor(f"{i}.{name}.{part}") for part in ("places", "values"))
         merging[name] = _block_map(places, values, small // block, large // block, block)
     sizes = {name: (_count(a), _count(b)) for name, (a, b) in entry["sizes"].items()}
     filled: object = entry.get("filled", [])

@@ -7,6 +7,7 @@ tensors. Operators take plans and give plans, and a chain of them is one plan.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
 from streammap.errors import some
@@ -81,6 +82,9 @@ class Plan:
     """Axis -> its size in the side files' model and in the result, where they differ."""
     architecture: str | None = None
     """The spec to read it by, where config.json doesn't tell."""
+    named: tuple[Path, ...] = ()
+    """Files of this machine that were read beside the sources: schemes, maps, configs, specs; or
+    the folders that they are in."""
     request: OperatorCall | None = None
     """What was asked; None where it was made by other means than operators/calls.py."""
     resolved: Resolved = field(default_factory=Resolved, repr=False)

@@ -15,6 +15,7 @@ from pathlib import Path
 from streammap.architectures import schema
 from streammap.common import strict_json
 from streammap.errors import SchemeError
+from streammap.io.storage import resolve
 from streammap.planning import requests
 from streammap.planning.requests import AxisRequest, Groups
 
@@ -69,6 +70,7 @@ def load_scheme(source: str | Path | Mapping[str, object] | Scheme) -> Scheme:
         return _parse(source, "scheme")
     path = Path(source)
     try:
+        resolve.check_name(str(source))
         with path.open("rb") as file:  # a pipe is fine: the user has named it
             text = file.read(_MAX_NBYTES + 1)
         if len(text) > _MAX_NBYTES:

@@ -7,8 +7,10 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import safetensors
 import torch
 import transformers  # noqa: F401  # classes are asked in this process, and not in one each time
 from safetensors.torch import load_file, save_file
@@ -17,6 +19,7 @@ import streammap
 from streammap.errors import CheckpointError, PlanError
 from streammap.io.formats import safetensors_header
 from streammap.io.problems import Finding
+from streammap.io.storage import resolve
 from tests.engine.test_memory import MIB, write_gpt2
 from tests.support import tiny
 from tests.support.typed import ok, run
@@ -25,20 +28,38 @@ SIZES = tiny.Sizes(heads=4, layers=4)
 INDEX = "model.safetensors.index.json"
 
 
-def recorded(output: Path) -> Path:
-    """Put sizes and CRCs into a result's record, as a run does."""
+def recorded(output: Path, *, sums: bool = True) -> Path:
+    """Put sizes and CRCs into a result's record, as a run does.
+
+    Args:
+        sums: Whether with checksums of files, and its own, which version 0.1 did not write.
+    """
     single = not output.is_dir()
     record = output.with_suffix(".streammap.json") if single else output / "streammap.json"
     content = json.loads(record.read_text()) if record.is_file() else {}
     files, tensors = {}, {}
     for file in [output] if single else sorted(output.glob("model*.safetensors")):
-        files[file.name] = file.stat().st_size
         whole = file.read_bytes()
         for slot in safetensors_header.read(file)[0]:
             crc = zlib.crc32(whole[slot.start : slot.end])
             tensors[slot.key] = {"file": file.name, "crc32": f"{crc:08x}"}
-    record.write_text(json.dumps({**content, "files": files, "tensors": tensors}))
+    for file in [output] if single else sorted(set(output.iterdir()) - {record}):
+        files[file.name] = file.read_bytes()
+    content["files"] = {name: len(data) for name, data in files.items()}
+    content["crc32"] = {name: f"{zlib.crc32(data):08x}" for name, data in files.items()}
+    sealed(record, {**content, "tensors": tensors}, sums=sums)
     return output
+
+
+def sealed(record: Path, content: dict[str, object], *, sums: bool = True) -> None:
+    """Write a record as a run does, or as version 0.1 did."""
+    left = () if sums else ("crc32",)
+    content = {name: v for name, v in content.items() if name not in ("own_crc32", *left)}
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if sums:
+        text = text.removesuffix("\n}")
+        text += f',\n  "own_crc32": "{zlib.crc32(text.encode()):08x}"\n}}'
+    record.write_text(f"{text}\n")
 
 
 @pytest.fixture
@@ -102,7 +123,7 @@ def test_one_flipped_bit(bit: int, out: Path) -> None:
 
 def test_a_flipped_bit_is_found_by_computing_again_without_crcs(out: Path) -> None:
     content = json.loads((out / "streammap.json").read_text())
-    (out / "streammap.json").write_text(json.dumps(content | {"tensors": {}}))
+    sealed(out / "streammap.json", content | {"tensors": {}}, sums=False)
     overwrite(out, KEY, bytes([content_of(out, KEY)[5] ^ 1]), at=5)
     assert errors(out) == []
     found = errors(out, recompute=400)
@@ -126,7 +147,8 @@ def test_a_stale_index(out: Path) -> None:
     index["weight_map"][KEY] = next(n for n in names if n != index["weight_map"][KEY])
     del index["weight_map"]["pooler.dense.bias"]
     (out / INDEX).write_text(json.dumps(index))
-    found = errors(out)
+    assert {f.check for f in errors(out)} == {"index", "size"}
+    found = errors(out, edited=[INDEX])
     assert {f.check for f in found} == {"index"}
     assert found[0].key == KEY
     assert found[0].expected == index["weight_map"][KEY]
@@ -231,7 +253,8 @@ def test_changed_sizes_in_the_config(
     (out / "config.json").write_text(json.dumps({**config, field: value}))
     if not with_sources:
         big.rename(big.with_name("gone"))
-    found = errors(out)
+    assert {f.check for f in errors(out)} in ({"config", "crc32"}, {"config", "size"})
+    found = errors(out, edited=("config.json",))
     assert {f.check for f in found} == {"config"}
     if with_sources:
         assert (found[0].found, found[0].expected) == (value, config[field])
@@ -240,26 +263,168 @@ def test_changed_sizes_in_the_config(
         assert told in [f.message for f in found]
 
 
-def test_an_edited_field_of_the_config_is_a_note(out: Path) -> None:
+def test_an_edited_field_of_the_config(out: Path) -> None:
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "note": "mine"}))
-    found = streammap.verify(out)
+    (found,) = errors(out)
+    assert (found.check, found.file) == ("size", "config.json")
+    assert found.message.endswith("were written (if that is meant: --edited config.json)")
+    told = run("verify", out, "--edited", "config.json")
+    assert told.exit_code == 0
+    assert "note     config.json: note is 'mine', planned None\n" in told.stdout
+    content = json.loads((out / "streammap.json").read_text())
+    sealed(out / "streammap.json", content, sums=False)
+    found_before = streammap.verify(out)
+    assert found_before.ok
+    assert [f.level for f in found_before.findings] == ["note", "note"]
+    assert any("the record has none of files" in why for why in found_before.skipped)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "1_Pooling/config.json", "README.md"])
+def test_files_beside_the_weights_must_be_what_was_written(
+    name: str, big: Path, tmp_path: Path
+) -> None:
+    (big / name).parent.mkdir(exist_ok=True)
+    tiny.file(big / name, "{}")
+    out = tmp_path / "out"
+    streammap.coalesce(big, out, width=2)
+    assert streammap.verify(out).findings == ()
+    (out / name).write_text("{ ")
+    (found,) = errors(out)
+    assert (found.check, found.file) == ("crc32", name)
+    assert (found.found, found.expected) == (f"{zlib.crc32(b'{ '):08x}", f"{zlib.crc32(b'{}'):08x}")
+    (out / name).write_text('{"a": 1}')
+    (found,) = errors(out)
+    assert (found.check, found.found, found.expected) == ("size", 8, 2)
+    assert errors(out, edited=[name]) == []
+    (out / name).unlink()
+    (found,) = errors(out, edited=[name])
+    assert (found.check, found.file, found.message) == ("file", name, "missing")
+
+
+def test_weights_in_a_folder_inside_are_files_like_others(big: Path, tmp_path: Path) -> None:
+    (big / "2_Dense").mkdir()
+    save_file({"x": torch.ones(2)}, big / "2_Dense" / "model.safetensors")
+    out = tmp_path / "out"
+    streammap.coalesce(big, out, width=2)
+    assert streammap.verify(out).findings == ()
+    save_file({"x": torch.zeros(2)}, out / "2_Dense" / "model.safetensors")
+    (found,) = errors(out)
+    assert (found.check, found.file) == ("crc32", "2_Dense/model.safetensors")
+
+
+def test_a_record_that_was_changed(out: Path, tmp_path: Path) -> None:
+    record = out / "streammap.json"
+    text = record.read_text()
+    for changed in (text + " ", text.replace('": 2', '": 4', 1), json.dumps(json.loads(text))):
+        record.write_text(changed)
+        (found,) = [f for f in errors(out) if f.check == "record"]
+        assert "changed since it was written" in found.message
+        told = run("apply", record, tmp_path / "again")
+        assert told.exit_code == 1
+        assert "changed since it was written" in told.stderr
+        assert not (tmp_path / "again").exists()
+
+
+def test_names_of_a_record_that_no_file_can_have(out: Path) -> None:
+    content = json.loads((out / "streammap.json").read_text())
+    names = ("x" * 300, "y/" * 3000 + "z", "a\0b", "/etc/passwd", "../x", "a//b")
+    for name in names:
+        files = {**content["files"], name: 1, f"{name}.safetensors": 1}
+        sealed(out / "streammap.json", {**content, "files": files})
+        assert "no name of a file of this folder" in [f.message for f in errors(out)]
+
+
+def test_the_library_of_the_format_reads_each_file(out: Path) -> None:
+    """A header that this project's own reader takes, and the library does not."""
+    file = shard_of(out, KEY)
+    whole = file.read_bytes()
+    n = int.from_bytes(whole[:8], "little")
+    head = json.loads(whole[8 : 8 + n])
+    head["__metadata__"] = {"format": "pt", "x": ""}
+    text = json.dumps(head).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + n :])
+    assert errors(recorded(out)) == []
+    seen: list[str] = []
+    original = safetensors.safe_open
+
+    def spy(path: Path, framework: str) -> object:
+        seen.append(Path(path).name)
+        return original(path, framework=framework)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(safetensors, "safe_open", spy)
+        streammap.verify(out)
+    assert {*seen} >= {f.name for f in out.glob("*.safetensors")}
+    assert "streammap.map.safetensors" in seen
+
+
+def test_the_library_of_the_format_disagrees(
+    out: Path, big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        """Says that each tensor is a number."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> "Other":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def keys(self) -> list[str]:
+            keys: list[str] = self.file.keys()
+            return [*keys, "more"]
+
+        def get_slice(self, key: str) -> "Other":
+            return self
+
+        def get_dtype(self) -> str:
+            return "F32"
+
+        def get_shape(self) -> list[int]:
+            return []
+
+    original = safetensors.safe_open
+    monkeypatch.setattr(
+        safetensors, "safe_open", lambda p, framework: Other(original(p, framework))
+    )
+    told = [str(f) for f in errors(out)]
+    assert any(f"{KEY}: the safetensors library reads ('F32', ()), not F32" in t for t in told)
+    assert any("the safetensors library reads" in t and "tensors, not" in t for t in told)
+
+
+def test_files_with_the_keys_of_wrappers_are_read_by_the_library(tmp_path: Path) -> None:
+    state = {f"_orig_mod.{key}": tensor for key, tensor in tiny.bert(SIZES).items()}
+    wrapped = tiny.write(tmp_path / "wrapped", state, tiny.bert_config(SIZES))
+    assert errors(wrapped) == []
+
+
+@pytest.mark.parametrize(
+    "place", ["hf://org/name@0123", "org/name", "s3://bucket/big", "http://127.0.0.1:9/big"]
+)
+def test_a_record_alone_reaches_no_other_machine(
+    place: str, big: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = json.loads((out / "streammap.json").read_text())
+    content["request"]["source"]["path"] = place
+    sealed(out / "streammap.json", content)
+    monkeypatch.setattr(resolve, "locate", _no_locate)
+    monkeypatch.setattr("streammap.io.storage.remote.RemoteStorage.__init__", _no_locate)
+    monkeypatch.setattr("streammap.io.storage.hub.HubStorage.__init__", _no_locate)
+    found = streammap.verify(out, recompute=1)
     assert found.ok
-    assert [str(f) for f in found.findings] == [
-        "note     config.json: note is 'mine', planned None"
-    ]
+    (told,) = [why for why in found.skipped if why.startswith("plan: ")]
+    assert place in told
+    assert "--source" in told
+    monkeypatch.undo()
+    assert "plan" in streammap.verify(out, sources={place: big}).checks
 
 
-def test_files_beside_the_weights_must_be_there(big: Path, tmp_path: Path) -> None:
-    tiny.file(big / "tokenizer.json", "{}")
-    streammap.coalesce(big, tmp_path / "out", width=2)
-    assert streammap.verify(tmp_path / "out").findings == ()
-    (tmp_path / "out" / "tokenizer.json").write_text('{"a": 1}')
-    (found,) = streammap.verify(tmp_path / "out").findings
-    assert (found.level, found.check, found.found, found.expected) == ("note", "size", 8, 2)
-    (tmp_path / "out" / "tokenizer.json").unlink()
-    (found,) = errors(tmp_path / "out")
-    assert (found.check, found.file, found.message) == ("file", "tokenizer.json", "missing")
+def _no_locate(*_: object, **__: object) -> None:
+    raise AssertionError("asked for it")
 
 
 def test_a_run_records_what_is_verified(big: Path, tmp_path: Path) -> None:
@@ -275,9 +440,13 @@ def test_all_that_is_wrong_is_listed(out: Path) -> None:
     save_file({"x": torch.ones(2)}, out / "model-00099-of-00099.safetensors")
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "vocab_size": 12}))
-    assert {f.check for f in errors(out)} == {"crc32", "file"}  # and what to trust is not known
+    assert {f.check for f in errors(out)} == {
+        "crc32",
+        "file",
+        "size",
+    }  # and what to trust is not known
     (out / "model-00099-of-00099.safetensors").unlink()
-    assert {f.check for f in errors(out)} == {"crc32", "config"}
+    assert {f.check for f in errors(out)} == {"crc32", "config", "size"}
 
 
 def test_sources_elsewhere_gone_or_changed(big: Path, out: Path, tmp_path: Path) -> None:

@@ -261,6 +261,11 @@ def test_a_result_is_verified_against_the_hub(hub: HubServer, tmp_path: Path) ->
     streammap.open("org/bert", stream=True).coalesce(width=2).save(tmp_path / "out")
     found = streammap.verify(tmp_path / "out")
     assert found.ok
+    assert "plan" not in found.checks
+    (told,) = found.skipped
+    assert "is on another machine" in told
+    found = streammap.verify(tmp_path / "out", sources="org/bert")
+    assert found.ok
     assert "plan" in found.checks
     assert not found.skipped
 

@@ -15,7 +15,7 @@ import streammap
 from streammap.errors import OutputError
 from streammap.io.storage import disk
 from streammap.io.storage.disk import LocalDisk
-from streammap.output import journal, transaction
+from streammap.output import bound_json, journal, transaction
 from streammap.output.fingerprint import Fingerprint
 from streammap.output.journal import Journal
 from streammap.testing import faults
@@ -24,7 +24,14 @@ from tests.support import tiny
 REQUEST = Fingerprint({"steps": [{"operator": "coalesce", "width": 2}], "files": {"a": 4}}, "00")
 KEYS = frozenset({"a", "b", "ä"})
 HEAD = journal.first_line(REQUEST)
-GOOD = b'{"tensors":{"a":"00000001"}}\n'
+
+
+def line(key: str, crc: str) -> bytes:
+    """A journal's line."""
+    return bound_json.encode({"tensors": {key: crc}})
+
+
+GOOD = line("a", "00000001")
 
 
 def read(tmp_path: Path, content: bytes, name: str = journal.NAME) -> dict[str, int]:
@@ -54,7 +61,7 @@ def test_several_journals_are_read_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("n", range(0, len(HEAD + GOOD), 7))
 def test_a_torn_end_does_not_count(tmp_path: Path, n: int) -> None:
     assert read(tmp_path, (HEAD + GOOD)[:n]) == {}
-    assert read(tmp_path, HEAD + GOOD + GOOD.replace(b'"a"', b'"b"')[: n % len(GOOD)]) == {"a": 1}
+    assert read(tmp_path, HEAD + GOOD + line("b", "00000001")[: n % len(GOOD)]) == {"a": 1}
     assert read(tmp_path, HEAD + GOOD + b"\0\0\0\n") == {"a": 1}
 
 
@@ -64,9 +71,7 @@ def test_a_torn_end_is_written_over(tmp_path: Path) -> None:
         written = Journal(tmp_path / journal.NAME, REQUEST, disk=LocalDisk(), fsync=True)
         written.add({"b": 2})
         written.close()
-        assert (tmp_path / journal.NAME).read_bytes() == HEAD + GOOD + GOOD.replace(
-            b'"a":"00000001"', b'"b":"00000002"'
-        )
+        assert (tmp_path / journal.NAME).read_bytes() == HEAD + GOOD + line("b", "00000002")
 
 
 def test_a_line_that_could_not_be_written_is_written_over(tmp_path: Path) -> None:
@@ -86,9 +91,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "no object": (b"[1, 2]\n", "its first line is not that of a journal"),
     "another file": (b'{"model_type": "bert"}\n', "its first line is not that of a journal"),
     "a later format": (
-        HEAD.replace(b'"streammap_journal":1', b'"streammap_journal":2'),
+        bound_json.encode(REQUEST.head(streammap_journal=2)),
         "format 2, expected 1",
     ),
+    "another CRC": (HEAD + GOOD.replace(b"1", b"2", 1) + GOOD, "line 2 is not that of a journal"),
     "a line within": (HEAD + b"{torn\n" + GOOD, "line 2 is not that of a journal"),
     "another table": (HEAD + b'{"shards":{}}\n' + GOOD, "line 2 is not that of a journal"),
     "no table": (HEAD + b'{"tensors":["a"]}\n', "line 2 is not that of a journal"),
@@ -100,7 +106,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "a number": (HEAD + b'{"tensors":{"a":1}}\n', "'a' with '1' is not a tensor of this"),
     "too short": (HEAD + b'{"tensors":{"a":"1"}}\n', "'a' with '1' is not a tensor of this"),
     "no hex": (HEAD + b'{"tensors":{"a":"0000000G"}}\n', "'a' with '0000000G' is not a tensor"),
-    "two minds": (HEAD + GOOD + GOOD.replace(b"1", b"2"), "'a' with '00000002' is not a tensor"),
+    "two minds": (HEAD + GOOD + line("a", "00000002"), "'a' with '00000002' is not a tensor"),
     "huge": (HEAD + GOOD * 50_000, "bytes, at most"),
     "deep": (HEAD + b'{"tensors":' * 50_000 + b"\n" + GOOD, "line 2 is not that of a journal"),
 }
@@ -276,7 +282,8 @@ def test_a_mark_names_files_of_the_result_only(
     out = marked(stopped, tmp_path)
     mark = out / ".streammap-run" / "commit.json"
     content = json.loads(mark.read_text())
-    mark.write_text(json.dumps({**content, "files": [*content["files"], name]}))
+    del content["crc32"]
+    mark.write_bytes(bound_json.encode({**content, "files": [*content["files"], name]}))
     with pytest.raises(OutputError, match="names that can't be files of a result"):
         streammap.open(stopped[0]).save(out, max_shard_size=600)
 

@@ -2,6 +2,7 @@
 
 import json
 import uuid
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,8 @@ def test_a_result_is_pushed_shard_by_shard(hub: HubServer, tmp_path: Path, spool
         json.loads((p / "streammap.json").read_text()) for p in (pushed, tmp_path / "local")
     )
     assert one["files"].pop("README.md") == len(card.encode())
+    assert one["crc32"].pop("README.md") == f"{zlib.crc32(card.encode()):08x}"
+    assert one.pop("own_crc32") != other.pop("own_crc32")
     assert one == other
     same_but_for_origin(pushed, tmp_path / "local")
     commit = hub.repos["org/bert"].branches["main"]

@@ -416,7 +416,7 @@ def test_a_dtype_that_torch_lacks_is_refused(tmp_path: Path) -> None:
         ("0.heads.values", TensorSpec("F6_E2M3", (4,))),
     ]
     tiny.file(tmp_path / map_file.NAME, safetensors_header.encode(specs, about) + bytes(35))
-    with pytest.raises(SchemeError, match="torch has no dtype F6_E2M3"):
+    with pytest.raises(SchemeError, match="F6_E2M3"):
         map_file.load(tmp_path)
 
 

@@ -4,7 +4,6 @@ Drivers and credentials are fsspec's: AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIAL
 configuration files (~/.config/fsspec). Reads are ranges; nothing touches the disk.
 """
 
-import importlib
 import posixpath
 import threading
 from collections.abc import Collection, Mapping
@@ -13,22 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
-from streammap.errors import CheckpointError
+from streammap.errors import CheckpointError, redacted
+from streammap.io.storage import drivers
 from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes
+from streammap.io.storage.drivers import Info
 from streammap.io.storage.prefetch import AheadFile
 from streammap.io.storage.retry import RetryPolicy, TransientError
 
-_PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "http": "fsspec aiohttp",
-    "https": "fsspec aiohttp",
-}
-"""Scheme of a URL -> what to install for it."""
 _VERSIONS = (
     "ETag",
     "etag",
@@ -42,55 +32,6 @@ _VERSIONS = (
     "created",
 )
 """What drivers call a file's version."""
-_MAX_DEPTH = 4
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """Fsspec's file system of a URL, and the path in it.
-
-    Raises:
-        CheckpointError: an unknown kind of URL, or a driver that is not installed.
-    """
-    try:
-        core = importlib.import_module("fsspec.core")
-        fs, path = core.url_to_fs(url)
-    except ImportError as error:
-        raise CheckpointError(f"{url}: {error}", hint=_install(url)) from error
-    except ValueError as error:
-        raise CheckpointError(f"{url}: {error}", hint="check the URL") from error
-    except OSError as error:
-        raise explained(url, error) from error
-    return fs, str(path).rstrip("/")
-
-
-def explained(url: str, error: Exception) -> CheckpointError:
-    """An error of a driver as one of ours."""
-    if isinstance(error, FileNotFoundError):
-        return CheckpointError(f"{url}: no such folder or file", hint="check the URL")
-    if isinstance(error, PermissionError) or "redential" in f"{type(error).__name__} {error}":
-        return CheckpointError(
-            f"{url}: access denied ({first_line(error)})",
-            hint="check the credentials: AWS_PROFILE, GOOGLE_APPLICATION_CREDENTIALS, or "
-            "~/.config/fsspec",
-        )
-    return CheckpointError(f"{url}: {first_line(error)}", hint="check the URL and the network")
-
-
-def is_lasting(error: Exception) -> bool:
-    """Whether a retry would fail too."""
-    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
-    return isinstance(error, kinds) or "redential" in f"{type(error).__name__} {error}"
-
-
-def _install(url: str) -> str:
-    scheme = url.partition("://")[0].rpartition("::")[2]
-    return f"pip install {_PACKAGES.get(scheme, 'fsspec')}"
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message; its class, if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 @final
@@ -106,37 +47,37 @@ class RemoteStorage:
         Raises:
             CheckpointError: it does not exist, or can't be reached.
         """
-        self._url = url.rstrip("/")
+        self._given = url
+        self._url = redacted(url).rstrip("/")
+        """For people and records: nobody who reads them gets a password or a signature."""
         self._cancelled = threading.Event()
-        self._fs, self._root = filesystem(url)
-        try:
-            self._fs.invalidate_cache()
-            is_file = bool(self._fs.isfile(self._root))
-        except Exception as error:  # drivers raise all kinds of errors
-            raise explained(url, error) from error
-        self.file = posixpath.basename(self._root) if is_file else None
-        self._folder = posixpath.dirname(self._root) if is_file else self._root
-        if not self._infos:
+        self._fs, self._root = drivers.filesystem(url)
+        is_file = drivers.asked(self._look, self._url, url)
+        self.file = posixpath.basename(self._url) if is_file else None
+        if not self._files:
             raise CheckpointError(f"{url}: no such folder or file", hint="check the URL")
 
     def __str__(self) -> str:
         return self._url
 
+    def _look(self) -> bool:
+        self._fs.invalidate_cache()
+        return drivers.is_file(self._fs, self._root)
+
     @cached_property
-    def _infos(self) -> Mapping[str, Mapping[str, Any]]:
-        """Relative name -> the driver's description of the file."""
+    def _files(self) -> dict[str, tuple[str, Info]]:
+        """Relative name -> the driver's path and description of the file."""
+        return drivers.asked(self._list, self._url, self._given)
+
+    def _list(self) -> dict[str, tuple[str, Info]]:
+        if self.file is None:
+            return drivers.listed(self._fs, self._root)
+        alone = {self.file: (self._root, self._fs.info(self._root))}
         try:
-            alone = {} if self.file is None else {self._root: self._fs.info(self._root)}
-            try:
-                listed = self._fs.find(self._folder, maxdepth=_MAX_DEPTH, detail=True)
-            except Exception:
-                if not alone:
-                    raise
-                listed = {}  # a file may be readable where its folder can't be listed
-        except Exception as error:
-            raise explained(self._url, error) from error
-        base = len(self._folder.rstrip("/"))
-        return {str(path)[base:].lstrip("/"): info for path, info in {**listed, **alone}.items()}
+            beside = drivers.listed(self._fs, posixpath.dirname(self._root.partition("?")[0]))
+        except Exception:  # a file may be readable where its folder can't be listed
+            beside = {}
+        return {**beside, **alone}
 
     @property
     def name(self) -> str:
@@ -160,19 +101,32 @@ class RemoteStorage:
 
     def has(self, name: str) -> bool:
         """Whether there is such a file."""
-        return name in self._infos
+        return name in self._files
 
     def names(self) -> Collection[str]:
         """All files of the folder and of those inside."""
-        return self._infos
+        return self._files.keys()
 
     def path(self, name: str) -> Path | None:
         """None: never on this machine."""
         return None
 
     def stat(self, name: str) -> Stat:
-        """Its size and version."""
-        return stat_of(self._infos[name])
+        """Its size and version.
+
+        Raises:
+            CheckpointError: the driver does not know them.
+        """
+        path, info = self._files[name]
+        if info.get("size") is None:  # a web server's list has names alone
+            info = drivers.asked(lambda: self._fs.info(path), self.where(name), self._given)
+            self._files[name] = path, info
+        if info.get("size") is None:
+            raise CheckpointError(
+                f"{self.where(name)}: the server does not say how large it is",
+                hint="download it, and name the folder",
+            )
+        return stat_of(info)
 
     def read(self, name: str, *, limit: int) -> bytes:
         """All of a small file."""
@@ -183,8 +137,9 @@ class RemoteStorage:
 
     def peek(self, name: str) -> OpenFile:
         """The file."""
-        path = f"{self._folder}/{name}"
-        return RemoteFile(self._fs, path, self.where(name), self.stat(name), self._cancelled)
+        stat, (path, _) = self.stat(name), self._files[name]
+        where = self.where(name)
+        return RemoteFile(self._fs, path, where, stat, self._cancelled, given=self._given)
 
     def open(self, name: str, stat: Stat) -> OpenFile:
         """The file; its bytes can be prefetched."""
@@ -195,7 +150,7 @@ class RemoteStorage:
         self._cancelled.clear()
 
 
-def stat_of(info: Mapping[str, Any]) -> Stat:
+def stat_of(info: Info) -> Stat:
     """Size and version of a file, from its driver's description."""
     value = next((info[key] for key in _VERSIONS if info.get(key)), "unknown")
     # A listing may give a number where a query for one file gives a date.
@@ -208,10 +163,23 @@ class RemoteFile(OpenFile):
     """A file that is read by ranges. Nothing is kept."""
 
     def __init__(
-        self, fs: Any, path: str, where: str, stat: Stat, cancelled: threading.Event
+        self,
+        fs: Any,
+        path: str,
+        where: str,
+        stat: Stat,
+        cancelled: threading.Event,
+        *,
+        given: str = "",
     ) -> None:
-        """Connect to nothing yet."""
-        self._fs, self._path, self._where = fs, path, where
+        """Connect to nothing yet.
+
+        Args:
+            path: The driver's.
+            where: What messages call it.
+            given: The URL that it was opened by, which may have secrets.
+        """
+        self._fs, self._path, self._where, self._given = fs, path, where, given
         self._stat, self._cancelled = stat, cancelled
 
     def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
@@ -227,11 +195,17 @@ class RemoteFile(OpenFile):
                     self._path, start=offset + n_done, end=offset + len(view)
                 )
             except Exception as error:
-                if is_lasting(error):
-                    raise explained(self._where, error) from error
-                reason = f"no answer ({first_line(error)})"
+                failure = drivers.explained(self._where, error, self._given)
+                if drivers.is_lasting(error):
+                    raise failure from error
+                reason = f"no answer ({failure.message.removeprefix(f'{self._where}: ')})"
                 patience.wait(TransientError(reason), f" at byte {offset + n_done}")
                 continue
+            if len(content) == self._stat.nbytes > len(view) - n_done:
+                raise CheckpointError(
+                    f"{self._where}: the server sends whole files, expected one that sends parts",
+                    hint="download the folder, and name it",
+                )
             if not content or len(content) > len(view) - n_done:
                 raise CheckpointError(
                     f"{self._where}: {len(content)} bytes came from byte {offset + n_done} on, "
@@ -249,11 +223,12 @@ class RemoteFile(OpenFile):
         Raises:
             CheckpointError: it was written to since it was opened.
         """
-        try:
+
+        def ask() -> Stat:
             self._fs.invalidate_cache()
-            stat = stat_of(self._fs.info(self._path))
-        except Exception as error:
-            raise explained(self._where, error) from error
+            return stat_of(self._fs.info(self._path))
+
+        stat = drivers.asked(ask, self._where, self._given)
         if stat != self._stat:
             raise CheckpointError(
                 f"{self._where}: {stat.nbytes} bytes, version {stat.version}; it had "

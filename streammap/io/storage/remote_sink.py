@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, final
 
-from streammap.errors import CheckpointError, OutputError
+from streammap.errors import CheckpointError, OutputError, redacted
 from streammap.io import filenames
-from streammap.io.storage import remote
+from streammap.io.storage import drivers, remote
 from streammap.io.storage.retry import TransientError, patiently
 
 _ATOMIC = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "memory"}
@@ -31,12 +31,13 @@ class RemoteSink:
         Raises:
             OutputError: no driver for the URL, or it is not installed.
         """
-        self.label = url.rstrip("/")
+        self._given = url
+        self.label = redacted(url).rstrip("/")
         self.file = (
             posixpath.basename(self.label) if self.label.endswith(filenames.WEIGHTS) else None
         )
         try:
-            self._fs, root = remote.filesystem(url)
+            self._fs, root = drivers.filesystem(url)
         except CheckpointError as error:
             raise OutputError(error.message, hint=error.hint) from error
         self._folder = posixpath.dirname(root) if self.file else root
@@ -104,9 +105,10 @@ class RemoteSink:
 
     def _patiently(self, do: Callable[[], _Result], where: str) -> _Result:
         def explain(error: Exception) -> CheckpointError | TransientError:
-            if remote.is_lasting(error):
-                return remote.explained(where, error)
-            return TransientError(f"not sent ({remote.first_line(error)})")
+            failure = drivers.explained(where, error, self._given)
+            if drivers.is_lasting(error):
+                return failure
+            return TransientError(f"not sent ({failure.message.removeprefix(f'{where}: ')})")
 
         try:
             return patiently(do, explain, where=where, cancelled=threading.Event())
