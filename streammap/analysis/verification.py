@@ -33,6 +33,9 @@ from streammap.planning import map_file, plan, request
 from streammap.planning.plan import Plan
 from streammap.planning.request import Moved
 
+_CHECKS = ("structure", "record", "plan", "class", "crc32", "finite", "tiles")
+"""In the order in which they are told."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verification:
@@ -140,13 +143,13 @@ def verify(path: PathLike, options: VerifyOptions) -> Verification:
         work.skipped.append(f"plan: {why}")
     if not any(found.check in ("key", "file", "shape", "dtype") for found in work.findings):
         work.findings += _config(work.own, record, expected)
-        if options.class_check and not any(f.level == "error" for f in work.findings):
-            work.ask_class()
     work.read(options.progress)
     n_tiles = work.recompute(options.recompute, options.seed)
+    if options.class_check and not any(found.level == "error" for found in work.findings):
+        work.ask_class()  # the last: it takes seconds, and says nothing of what is damaged
     return Verification(
         path=redacted(str(path)),
-        checks=tuple(work.checks),
+        checks=tuple(check for check in _CHECKS if check in work.checks),
         skipped=tuple(work.skipped),
         findings=tuple(work.findings),
         n_tensors=len(work.own.targets),

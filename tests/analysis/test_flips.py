@@ -56,7 +56,7 @@ def flips(folder: Path, n: int, *, seed: int = 0) -> Iterator[tuple[Path, int]]:
 
 def is_found(out: Path) -> bool:
     try:
-        return not streammap.verify(out).ok
+        return not streammap.verify(out, class_check=False).ok
     except CheckpointError:  # a record that can't even be read
         return True
 
@@ -79,7 +79,7 @@ def test_every_flip_in_a_result_is_found(n: int, small: Path) -> None:
             missed.append((path.name, bit))
         flip(path, bit)
     assert missed == []
-    assert streammap.verify(small).ok
+    assert streammap.verify(small, class_check=False).ok
 
 
 @pytest.mark.parametrize("form", ["x.safetensors", "x.pth", "dcp"])
@@ -90,7 +90,7 @@ def test_every_flip_in_other_forms_of_a_result_is_found(
     options: dict[str, Any] = {"format": "dcp"} if form == "dcp" else {}
     streammap.open(big).coalesce(width=2).save(out, **options)
     folder = out if form == "dcp" else out.parent
-    assert streammap.verify(out).findings == ()
+    assert streammap.verify(out, class_check=False).findings == ()
     missed = []
     for path, bit in flips(folder, 40, seed=1):
         flip(path, bit)

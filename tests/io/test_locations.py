@@ -157,8 +157,8 @@ def test_no_secret_of_a_source_is_written_or_printed(
         typed.ok("inspect", url, "--json", *config),
         typed.ok("interpolate", url, big, tmp_path / "blend", "--alpha", 0.5, "--json", *config),
         typed.run("diff", big, url, "--json").output,
-        typed.ok("verify", out, "--json"),
-        typed.ok("verify", out, "--source", url, "--recompute", 2),
+        typed.ok("verify", out, "--json", "--no-class-check"),
+        typed.ok("verify", out, "--source", url, "--recompute", 2, "--no-class-check"),
         repr(streammap.open(url).plan),
         typed.run("coalesce", big, url).output,
         typed.run("verify", out, "--source", f"{url}=", "--source", "b").output,
@@ -175,7 +175,11 @@ def test_no_secret_of_a_source_is_written_or_printed(
     (source,) = json.loads((out / "streammap.json").read_text())["sources"]
     assert source["url"] == f"http://{host}/big/model.safetensors"
     assert source["name"] == "model.safetensors"
-    assert streammap.verify(out, sources=url).checks[:3] == ("structure", "record", "plan")
+    assert streammap.verify(out, sources=url, class_check=False).checks[:3] == (
+        "structure",
+        "record",
+        "plan",
+    )
 
 
 def typed_files(folder: Path) -> Iterator[bytes]:
