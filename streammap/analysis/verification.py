@@ -225,7 +225,7 @@ def _expected(path: Path, record: SavedRecord, sources: Moved) -> tuple[Plan | N
     if record.content.get("request") is None:
         return None, "the record does not say how it was made"
     try:
-        call = request_json.parse(record.content["request"])
+        call = request_json.parse(record.content["request"], recorded=True)
     except StreammapError as error:
         if not record.is_changed:
             raise

@@ -72,6 +72,10 @@ class Kind:
         """The value for JSON; `decode` gives it back."""
         return value
 
+    def upgrade(self, value: object) -> object:
+        """JSON of a record, which an earlier version may have written, as `encode` gives it now."""
+        return value
+
 
 @final
 class Whole(Kind):

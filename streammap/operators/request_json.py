@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
+from streammap.common.declare import options_of
 from streammap.errors import PlanError, SchemeError
 from streammap.operators import registry
 from streammap.operators.declare import Input, inputs_of
@@ -41,14 +42,17 @@ def as_json(call: OperatorCall) -> dict[str, object] | None:
     return _encoded(call, numbers)
 
 
-def parse(content: object) -> OperatorCall:
+def parse(content: object, *, recorded: bool = False) -> OperatorCall:
     """A tree from JSON that may be anything.
+
+    Args:
+        recorded: Whether it stands in a record, which an earlier version may have written.
 
     Raises:
         PlanError: not a valid request.
         SchemeError: maps that are not a valid map file.
     """
-    return _Parser().call(content, "request", 0)
+    return _Parser(recorded).call(content, "request", 0)
 
 
 def _is_short(call: OperatorCall) -> bool:
@@ -107,9 +111,9 @@ def _unpacked(text: str) -> tuple[MapLevel, ...]:
 class _Parser:
     """Knows the opened sources that it has met."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorded: bool) -> None:
         self._opened: dict[int, OperatorCall] = {}
-        self._n = 0
+        self._n, self._recorded = 0, recorded
 
     def call(self, content: object, where: str, depth: int) -> OperatorCall:
         """One call with its inputs."""
@@ -134,6 +138,12 @@ class _Parser:
             for name, value in content.items()
             if name not in ("operator", "id", *inputs) and (name, value) != ("maps", None)
         }
+        if self._recorded and operator != "open":
+            kinds = {one.json: one.kind for one in options_of(registry.load(operator))}
+            options = {
+                name: kinds[name].upgrade(value) if name in kinds else value
+                for name, value in options.items()
+            }
         made = OperatorCall(operator, options, inputs)
         number = content.get("id")
         if operator != "open" or type(number) is not int:

@@ -24,7 +24,7 @@ class Coalesce(Resize):
 
     examples: ClassVar[tuple[str, ...]] = (
         "coalesce bert-base-uncased/ small/ --width 2 --depth 2",
-        "coalesce llama/ small/ --kv-heads '=1' --kv-merge first",
+        "coalesce llama/ small/ --kv-heads to:1 --kv-merge first",
         "coalesce gpt2/ small/ --layers '[[0, 1], [2, 3], [11]]'",
     )
 
@@ -49,7 +49,7 @@ class Decoalesce(Resize):
 
     examples: ClassVar[tuple[str, ...]] = (
         "decoalesce small/ grown/ --blend-with bert-base-uncased/ --alpha 0.5",
-        "decoalesce llama/ wide/ --hidden '=5120' --mlp 2",
+        "decoalesce llama/ wide/ --hidden to:5120 --mlp 2",
         "decoalesce llama/ deep/ --layers 2 --new-layers zero",
     )
 

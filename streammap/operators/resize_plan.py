@@ -16,7 +16,7 @@ from streammap.architectures import axis_facts, axis_words
 from streammap.architectures.model import Model
 from streammap.errors import PlanError
 from streammap.operators.resize_options import Resize
-from streammap.planning import coupled_axes, exactness, maps, planner
+from streammap.planning import coupled_axes, exactness, maps, planner, requests
 from streammap.planning.axis_maps import ResizeRequest
 from streammap.planning.compensation import compensate
 from streammap.planning.head_dim import HeadSize
@@ -79,8 +79,7 @@ class _Task:
         saved = self.source.levels if op.levels is None else op.levels
         explicit = (
             op.groups is not None
-            or op.width is not None
-            or op.depth is not None
+            or op.widths is not None
             or bool(op.by_name)
             or bool(op.by_axis)
             or self.head_dim is not None
@@ -154,10 +153,8 @@ class _Task:
     def _requests(self) -> tuple[AxisRequest | None, dict[str, AxisRequest]]:
         """The request on all widths, and those on single axes."""
         op, groups = self.op, self.op.groups
-        width = None if op.width is None else AxisRequest(factor=op.width)
+        width = op.widths
         by_name, by_axis = dict(op.by_name), dict(op.by_axis)
-        if op.depth is not None:
-            by_name["layers"] = AxisRequest(factor=op.depth)
         if groups is not None:
             by_name |= groups.spaces
             by_axis |= groups.axes
@@ -166,13 +163,13 @@ class _Task:
                 width = AxisRequest(groups=groups.width, where="width_scheme")
             if groups.depth is not None:
                 by_name["layers"] = AxisRequest(groups=groups.depth, where="depth_scheme")
-        requests: dict[str, AxisRequest] = {}
+        asked: dict[str, AxisRequest] = {}
         for name, request in by_name.items():
             axes = self._axes_of(name)
             for axis in axes:
                 # Of several axes that a name stands for, those that follow another one do so.
                 if len(axes) == 1 or not axis_facts.must_follow(self.model, axis):
-                    requests[axis] = request
+                    asked[axis] = request
         spec = self.model.architecture
         for name, request in by_axis.items():
             axis = axis_words.axis_named(spec, name)
@@ -181,8 +178,20 @@ class _Task:
                 raise PlanError(
                     f"{self.model.name} has no axis {name!r}", hint=f"its axes are {known}"
                 )
-            requests[axis] = request
-        return width, requests
+            asked[axis] = request
+        self._check_bare(width, asked)
+        return width, asked
+
+    def _check_bare(self, width: AxisRequest | None, asked: Mapping[str, AxisRequest]) -> None:
+        """Refuse numbers that may have been meant as sizes."""
+        spec, sizes = self.model.architecture, self.model.sizes
+        hidden = [axis for axis in spec.spaces.get("hidden", ()) if sizes.get(axis)]
+        for_all = {axis: width for axis in hidden[:1] if width is not None}
+        for axis, request in (*for_all.items(), *asked.items()):
+            # --width and --depth take factors alone; sizes are asked for axis by axis.
+            by = {"--width": "--hidden to:", "--depth": "--layers to:"}.get(request.where, "to:")
+            units = axis_words.units_of(spec, axis)
+            requests.check_bare(request, sizes[axis], units, grows=self.grows, size=by)
 
     def _axes_of(self, name: str) -> list[str]:
         """The axes of the model that an option such as --mlp is about."""

@@ -113,7 +113,7 @@ class AxisRequests:
         if factor == 1:
             return None
         units = self.units(axis)
-        size = f"a size such as ={max(1, large // factor)}, or give groups"
+        size = f"a size such as to:{max(1, large // factor)}, or give groups"
         requests.divided(large, factor, units, instead=size)
         parts = self._parts(axis, large, factor, grouping)
         check_parts(self._spec, axis, parts, MAX_PARTS)
