@@ -115,7 +115,9 @@ def _planned(name: str, values: dict[str, Any]) -> "LazyCheckpoint":
 
 
 def _run(name: str, values: dict[str, Any]) -> None:
-    push_of(values, values["output"])  # wrong usage ends it before anything is opened
+    # Wrong usage ends it before anything is opened.
+    push_of(values, values["output"])
+    make(SaveOptions, values_of(SaveOptions, values))
     save(_planned(name, values), name, values)
 
 

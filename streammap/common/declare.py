@@ -73,7 +73,10 @@ class Kind:
         return value
 
     def upgrade(self, value: object) -> object:
-        """JSON of a record, which an earlier version may have written, as `encode` gives it now."""
+        """JSON of a record, which an earlier version may have written, as `encode` gives it now.
+
+        None stands for an option that the record does not have.
+        """
         return value
 
 

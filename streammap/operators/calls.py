@@ -87,6 +87,7 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
             plans[one.name] = plan_of(value, stream=stream)
     values, named = settled(operator, source), _here(declare.named_files(operator))
     operator = replace(operator, **values) if values else operator  # type: ignore[type-var]
+    operator = operator.completed(source, **plans)
     made = operator.plan(source, **plans)
     inputs = [
         one for given in plans.values() for one in (given if isinstance(given, tuple) else (given,))

@@ -73,6 +73,10 @@ class Operator(ABC):
         """Name the operator after its class."""
         cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
 
+    def completed(self, source: "Plan", *more: Any, **inputs: Any) -> "Operator":
+        """The operator with what it finds for itself, which its record has to hold."""
+        return self
+
     @abstractmethod
     def plan(self, source: "Plan", *more: Any, **inputs: Any) -> "Plan":
         """The plan of the result. A subclass names its own inputs, as keywords.

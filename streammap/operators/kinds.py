@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Union, final, runtime_checkable
 
-from streammap.common.declare import Form, Kind, Table, Whole, shown
+from streammap.common.declare import Choice, Form, Kind, Table, Whole, shown
 from streammap.errors import PlanError
 from streammap.operators.declare import OfSource
 from streammap.planning import requests
@@ -83,6 +83,24 @@ class Factor(Kind):
     def upgrade(self, value: object) -> object:
         """As it was meant: a number alone is a factor in records."""
         return requests.explicit(value)
+
+
+@final
+class GroupingOf(Kind):
+    """Which units make a group; "usual" is what records of earlier versions mean by nothing."""
+
+    form: Form = "choice"
+    choices = requests.GROUPINGS
+
+    def parse(self, value: Any, name: str) -> str:
+        """One of the words."""
+        return (
+            requests.USUAL if value == requests.USUAL else Choice(*self.choices).parse(value, name)
+        )
+
+    def upgrade(self, value: object) -> object:
+        """Records were made with the usual grouping where they name none."""
+        return requests.USUAL if value is None else value
 
 
 @final

@@ -17,6 +17,7 @@ import base64
 import binascii
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
@@ -104,7 +105,7 @@ def _unpacked(text: str) -> tuple[MapLevel, ...]:
     with tempfile.NamedTemporaryFile(suffix=map_file.SUFFIX) as file:
         file.write(content)
         file.flush()
-        return map_file.load(Path(file.name))
+        return tuple(replace(level, where="") for level in map_file.load(Path(file.name)))
 
 
 @final
@@ -139,11 +140,10 @@ class _Parser:
             if name not in ("operator", "id", *inputs) and (name, value) != ("maps", None)
         }
         if self._recorded and operator != "open":
-            kinds = {one.json: one.kind for one in options_of(registry.load(operator))}
-            options = {
-                name: kinds[name].upgrade(value) if name in kinds else value
-                for name, value in options.items()
-            }
+            for one in options_of(registry.load(operator)):
+                value = one.kind.upgrade(options.get(one.json))
+                if value is not None:
+                    options[one.json] = value
         made = OperatorCall(operator, options, inputs)
         number = content.get("id")
         if operator != "open" or type(number) is not int:

@@ -8,6 +8,7 @@ from streammap.operators.declare import Operator, check, declared, option
 from streammap.operators.kinds import (
     AxisSizes,
     Factor,
+    GroupingOf,
     ManyAxes,
     Maps,
     MapsLike,
@@ -90,10 +91,12 @@ class Resize(Operator):
         metavar="CONFIG",
         json="sizes",
     )
-    grouping: Grouping = option(
-        default="stacked",
-        help="Members of a group: i with i + n/K (stacked), or neighbours (adjacent).",
+    grouping: Grouping | None = option(
+        default=None,
+        help="Members of a group: i with i + n/K (stacked), or neighbours (adjacent).  "
+        "[default: stacked; neighbours for a number of layers]",
         group=HOW,
+        kind=GroupingOf(),
     )
     kv_merge: Literal["mean", "first"] = option(
         default="mean", help="What merged kv heads become.", group=HOW
@@ -145,6 +148,11 @@ class Resize(Operator):
     def by_axis(self) -> Mapping[str, AxisRequest]:
         """Axis of the architecture spec -> what was asked for."""
         return cast("Mapping[str, AxisRequest]", self.axes or {})
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether sizes or groups are asked for; a target's sizes are not."""
+        return bool(self.groups or self.widths or self.by_name or self.by_axis)
 
     @property
     def target_sizes(self) -> Mapping[str, int] | None:

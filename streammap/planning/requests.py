@@ -25,6 +25,8 @@ Groups = tuple[tuple[int, ...], ...]
 Weights = tuple[tuple[float, ...], ...]
 Grouping = Literal["stacked", "adjacent"]
 GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
+USUAL = "usual"
+"""A request without a grouping: factors and widths are stacked, numbers of layers neighbours."""
 MAX_BARE = 8
 """Largest factor that a number alone may be: `--layers 12` is a model's size more often than a
 factor, and would give 72 layers for 6 without a word."""

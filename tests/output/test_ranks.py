@@ -29,7 +29,7 @@ from tests.support import tiny, typed
 from tests.support.typed import ok
 
 SIZES = tiny.Sizes(heads=4, layers=8)
-SMALL = "500"
+SMALL = "500B"
 Outcome = streammap.Report | StreammapError
 
 
@@ -410,7 +410,7 @@ def locate_or_die(self, places):  # called for each part
 
 shard_writer.ShardWriter.locate = locate_or_die
 lazy = streammap.open(big).decoalesce(depth=2)
-lazy.save(out, max_shard_size="500", fsync=False, threads=1, ranks=True)
+lazy.save(out, max_shard_size="500B", fsync=False, threads=1, ranks=True)
 """
 """One rank kills itself in the middle, where `flag` is not there."""
 
@@ -496,7 +496,7 @@ SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wai
 @pytest.mark.slow
 def test_the_pages_batch_script_runs(tmp_path: Path, big: Path) -> None:
     (script,) = [block for block in blocks("bash") if "#SBATCH" in block]
-    script = script.replace("/shared", str(tmp_path)).replace("1GB", "500")
+    script = script.replace("/shared", str(tmp_path)).replace("1GB", "500B")
     for name, content in (("srun", SRUN_OF_TESTS), ("python", f'exec {sys.executable} "$@"')):
         tiny.file(tmp_path / name, f"#!/bin/bash\n{content}").chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
