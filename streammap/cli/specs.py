@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from streammap.cli.help import Command, Group
-from streammap.cli.options import json_option, option
+from streammap.cli.options import ARCH, PATH, json_option, option
 from streammap.errors import ArchitectureError
 
 if TYPE_CHECKING:
@@ -31,10 +31,11 @@ def spec() -> None:
 
 
 @spec.command(examples=("spec verify gpt2",))
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=ARCH)
 @option("--model", metavar="MODEL", help="Only this one of the spec's tiny models.")
 @json_option
-def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
+@click.pass_context
+def verify(ctx: click.Context, /, names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Test specs (names, or *.toml files) on tiny random models, by comparing outputs.
 
     Each model under a spec's [proof] is made with random float64 weights, then permuted and doubled
@@ -55,6 +56,8 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"reports": [asdict(report) for report in reports]}, indent=2))
     failed = [report.model for report in reports if not report.passed]
+    if failed and as_json:
+        ctx.exit(1)  # the reports say what fails
     if failed:
         raise ArchitectureError(
             f"{len(failed)} of {len(reports)} models fail: {', '.join(failed)}",
@@ -63,7 +66,7 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
 
 
 @spec.command(examples=("spec infer bert-base-uncased/ > mine.toml",))
-@click.argument("source", metavar="CHECKPOINT")
+@click.argument("source", metavar="CHECKPOINT", type=PATH)
 @option("--name", metavar="NAME", help="Name of the spec. [default: the model type]")
 @option(
     "--verify/--no-verify",

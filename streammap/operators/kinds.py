@@ -94,9 +94,13 @@ class GroupingOf(Kind):
 
     def parse(self, value: Any, name: str) -> str:
         """One of the words."""
-        return (
-            requests.USUAL if value == requests.USUAL else Choice(*self.choices).parse(value, name)
-        )
+        if value == requests.USUAL:
+            return requests.USUAL
+        return Choice(*self.choices).parse(value, name)
+
+    def encode(self, value: Any) -> object:
+        """As records have it."""
+        return None if value == requests.USUAL else value
 
     def upgrade(self, value: object) -> object:
         """Records were made with the usual grouping where they name none."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from streammap.common.declare import Real, Whole
 from streammap.errors import PlanError
-from streammap.operators.declare import Input, PlanLike, declared, option
+from streammap.operators.declare import EXTRAPOLATION, Input, PlanLike, declared, option
 from streammap.operators.resize_options import HOW, Resize
 
 if TYPE_CHECKING:  # help texts need the declarations alone
@@ -78,7 +78,7 @@ class Decoalesce(Resize):
         default=None,
         help="Weight of the grown model in the blend.  [default: 0.5]",
         group=BLEND,
-        kind=Real(0.0, 1.0, hint="give --alpha 0.5"),
+        kind=Real(0.0, 1.0, hint=EXTRAPOLATION),
         metavar="A",
     )
 

@@ -220,10 +220,13 @@ class _Task:
         """Refuse numbers that may have been meant as sizes."""
         spec, sizes = self.model.architecture, self.model.sizes
         hidden = [axis for axis in spec.spaces.get("hidden", ()) if sizes.get(axis)]
-        for_all = {axis: width for axis in hidden[:1] if width is not None}
-        for axis, request in (*for_all.items(), *asked.items()):
-            # --width and --depth take factors alone; sizes are asked for axis by axis.
-            by = {"--width": "--hidden to:", "--depth": "--layers to:"}.get(request.where, "to:")
+        # --width and --depth take factors alone; sizes are asked for axis by axis.
+        if width is not None and hidden:
+            units, most = axis_words.units_of(spec, hidden[0]), requests.MAX_BARE_WIDTH
+            own, by, grows = sizes[hidden[0]], "--hidden to:", self.grows
+            requests.check_bare(width, own, units, grows=grows, size=by, most=most)
+        for axis, request in asked.items():
+            by = "--layers to:" if request.where == "--depth" else "to:"
             units = axis_words.units_of(spec, axis)
             requests.check_bare(request, sizes[axis], units, grows=self.grows, size=by)
 

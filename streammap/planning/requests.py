@@ -30,6 +30,8 @@ USUAL = "usual"
 MAX_BARE = 8
 """Largest factor that a number alone may be: `--layers 12` is a model's size more often than a
 factor, and would give 72 layers for 6 without a word."""
+MAX_BARE_WIDTH = 16
+"""The same of all widths together: no model is 16 wide."""
 MAX_PARTS = 200_000
 """Of one map: each takes time and memory to plan."""
 _MAX_INDEX = 1_000_000
@@ -111,19 +113,28 @@ def parse_factor(value: object, where: str, *, instead: str) -> AxisRequest:
     return request
 
 
-def check_bare(request: AxisRequest, own: int, units: str, *, grows: bool, size: str) -> None:
+def check_bare(
+    request: AxisRequest,
+    own: int,
+    units: str,
+    *,
+    grows: bool,
+    size: str = "to:",
+    most: int = MAX_BARE,
+) -> None:
     """Refuse a number alone that is too large to be a factor beyond doubt.
 
     Args:
         own: The axis' size in the source.
         units: What is counted: "layers".
         size: How a size is spelled: "to:", or "--layers to:" where another option takes it.
+        most: The largest number that is a factor beyond doubt.
 
     Raises:
         SchemeError: with both readings, what each would give, and how it is written.
     """
     n = request.factor
-    if n is None or not request.is_bare or n <= MAX_BARE:
+    if n is None or not request.is_bare or n <= most:
         return
     result = f"{own * n if grows else own / n:.12g}"
     how = f"{n} times" if grows else f"1/{n} of"

@@ -7,8 +7,9 @@ import pytest
 
 import streammap
 from streammap.errors import PlanError
+from streammap.planning.requests import Grouping
 from tests.support import tiny
-from tests.support.typed import ok, run
+from tests.support.typed import Options, ok, run
 
 SIZES = tiny.Sizes(heads=4, layers=4)
 MAP = "streammap.map.safetensors"
@@ -53,7 +54,7 @@ def test_a_blend_without_a_map_is_refused_and_told_where_one_is(
 
 @pytest.mark.parametrize("sizes", [{"width": 2, "depth": 2}, {"heads": 2}, {"layers": "to:4"}])
 def test_sizes_alone_do_not_say_which_units_are_blended(
-    sizes: dict[str, object], big: Path, small: Path, tmp_path: Path
+    sizes: Options, big: Path, small: Path, tmp_path: Path
 ) -> None:
     model = trained(small, tmp_path / "trained")
     with pytest.raises(PlanError, match=f"hint: give --map {small}"):
@@ -62,7 +63,7 @@ def test_sizes_alone_do_not_say_which_units_are_blended(
 
 @pytest.mark.parametrize("grouping", ["stacked", "adjacent"])
 def test_an_explicit_grouping_is_taken_for_layers_too(
-    grouping: str, big: Path, tmp_path: Path
+    grouping: Grouping, big: Path, tmp_path: Path
 ) -> None:
     small = tmp_path / grouping
     streammap.open(big).coalesce(width=2, depth=2, grouping=grouping).save(small)

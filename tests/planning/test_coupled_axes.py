@@ -512,7 +512,7 @@ REFUSED: tuple[tuple[Make, Direction, Options, str], ...] = (
     (bert, "decoalesce", {"layers": 2, "new_layers": "zero"}, "after the residual addition"),
     (llama, "decoalesce", {"mlp": 2, "new_layers": "zero"}, "no layers are added"),
     (llama, "coalesce", {"layers": 2, "new_layers": "zero"}, "unknown option 'new_layers'"),
-    (llama, "decoalesce", {}, "nothing says how to decoalesce"),
+    (llama, "decoalesce", {}, "no target size given, and no map to grow by"),
     (
         llama,
         "decoalesce",
@@ -656,7 +656,7 @@ AMBIGUOUS: tuple[tuple[tuple[str, ...], Options, str], ...] = (
     ),
     (("--axis", "mlp=24"), {"axes": {"mlp": 24}}, "mlp 24 can be read in two ways: 24 MLP neurons"),
     (("--depth", "9"), {"depth": 9}, "hint: give --layers to:9 for 9 layers, x9 for 36"),
-    (("--width", "16"), {"width": 16}, "hint: give --hidden to:16 for 16 hidden units, x16 for"),
+    (("--width", "32"), {"width": 32}, "hint: give --hidden to:32 for 32 hidden units, x32 for"),
 )
 
 
