@@ -56,7 +56,7 @@ def told(source: Plan, target: Sizes) -> tuple[str, str]:
 
 def _searched(source: Plan, target: Sizes) -> Searched | None:
     """What is found for an opened checkpoint; a chain has the maps that it was made by."""
-    if source.steps or len(source.sources) != 1:
+    if source.steps or len(source.sources) != 1 or source.sources[0].place is None:
         return None
     model, axes = source.model, source.model.architecture.axes
 

@@ -42,6 +42,7 @@ class Shown:
     files = ()
     others = ()
     wrappers = ()
+    place = None
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         self._specs = specs
