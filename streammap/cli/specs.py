@@ -9,7 +9,7 @@ import click
 
 from streammap.cli.help import Command, Group
 from streammap.cli.options import ARCH, PATH, json_option, option
-from streammap.errors import ArchitectureError
+from streammap.errors import ArchitectureError, printable
 
 if TYPE_CHECKING:
     from streammap.tools.spec_proof.checks import ProofReport
@@ -56,13 +56,15 @@ def verify(ctx: click.Context, /, names: tuple[str, ...], model: str | None, as_
     if as_json:
         click.echo(json.dumps({"reports": [asdict(report) for report in reports]}, indent=2))
     failed = [report.model for report in reports if not report.passed]
-    if failed and as_json:
-        ctx.exit(1)  # the reports say what fails
     if failed:
-        raise ArchitectureError(
+        error = ArchitectureError(
             f"{len(failed)} of {len(reports)} models fail: {', '.join(failed)}",
             hint="the messages name the axis; correct its dimensions or roles in the spec",
         )
+        if not as_json:
+            raise error
+        click.echo(f"error: {error}", err=True)  # stdout has its one object: the reports
+        ctx.exit(1)
 
 
 @spec.command(examples=("spec infer bert-base-uncased/ > mine.toml",))
@@ -76,11 +78,15 @@ def verify(ctx: click.Context, /, names: tuple[str, ...], model: str | None, as_
     help="Test it on a tiny model; the report goes to stderr.",
 )
 @json_option
-def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
+@click.pass_context
+def infer(
+    ctx: click.Context, /, source: str, name: str | None, proves: bool, as_json: bool
+) -> None:
     """Write a spec for an unsupported model type, by probing its model class.
 
     Only transformers' own classes are used; no code of the checkpoint is run. CHECKPOINT is its
-    folder or its config.json. Needs transformers: pip install transformers.
+    folder or its config.json. Exit code 1: the spec fails its test, and its first line says so.
+    Needs transformers: pip install transformers.
     """
     from streammap.io.json_files import read_config
     from streammap.tools.spec_infer import infer as inference
@@ -96,23 +102,32 @@ def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
             file = Path(folder) / f"{name or inferred.model_type}.toml"
             file.write_text(inferred.toml)
             reports = list(checks.verify(str(file), scratch=Path(folder) / "models"))
+    failures = [_failure(report) for report in reports if not report.passed]
+    toml = "".join([*(f"# FAILED: {line}\n" for line in failures), inferred.toml])
     if as_json:
         report_json = {
             "model_type": inferred.model_type,
-            "toml": inferred.toml,
+            "toml": toml,
             "unresolved": list(inferred.unresolved),
             "n_probes": inferred.n_probes,
             "seconds": inferred.seconds,
             "reports": [asdict(report) for report in reports],
         }
         click.echo(json.dumps(report_json, indent=2))
-        return
-    click.echo(inferred.toml)
+        ctx.exit(1 if failures else 0)
+    click.echo(toml)
     click.echo(f"{inferred.n_probes} probes in {inferred.seconds:.1f} s", err=True)
     for line in inferred.unresolved:
         click.echo(f"not resolved: {line}", err=True)
     for report in reports:
         click.echo(_lines_of(report), err=True)
+    ctx.exit(1 if failures else 0)
+
+
+def _failure(report: "ProofReport") -> str:
+    """What of a model fails first, in one line."""
+    check = next(check for check in report.checks if not check.passed)
+    return printable(f"{report.model}: {check.name}: {check.message or check.error}")
 
 
 def _lines_of(report: "ProofReport") -> str:
