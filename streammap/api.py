@@ -107,8 +107,12 @@ class LazyCheckpoint:
         return tuple(self.plan.targets)
 
     def spec(self, key: str) -> TensorSpec:
-        """Dtype and shape of a tensor."""
-        return self.plan.targets[key].spec
+        """Dtype and shape of a tensor.
+
+        Raises:
+            PlanError: there is none of this name.
+        """
+        return self.plan.form(key).spec
 
     def read(
         self,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from streammap.analysis.difference import Difference, TensorDifference
+from streammap.analysis.difference import LAYER, Difference, TensorDifference
 from streammap.architectures import key_pattern
 from streammap.errors import OutputError
 
@@ -290,7 +290,7 @@ def _rows(difference: Difference) -> tuple[list[_Row], str]:
     """Rows of layers first, in the order of keys, and what their names begin with."""
     cells_of: dict[str, dict[int, _Cell]] = {}
     for cell in sorted(_cells(difference), key=lambda cell: key_pattern.natural(cell.key)):
-        layer = re.search(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", cell.key)
+        layer = LAYER.search(cell.key)
         name = cell.key
         if layer is not None:
             rest = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", cell.key[layer.end() :])

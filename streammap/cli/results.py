@@ -124,6 +124,7 @@ def verify(
 @click.command(cls=Command, examples=("diff big/ blended/ --plot blended.svg",))
 @click.argument("a", metavar="A", type=PATH)
 @click.argument("b", metavar="B", type=PATH)
+@option("--layers", is_flag=True, help="Print a line for each layer, not for each tensor.")
 @option("--plot", metavar="FILE.svg", type=PATH, help="Draw the relative differences.")
 @option("--overwrite", is_flag=True, help="Replace a picture that already exists.")
 @option("--quiet", "-q", is_flag=True, help="Only the exit code.")
@@ -136,6 +137,7 @@ def diff(
     /,
     a: str,
     b: str,
+    layers: bool,
     plot: str | None,
     overwrite: bool,
     quiet: bool,
@@ -158,6 +160,6 @@ def diff(
     if plot is not None:
         heatmap.save(report, Path(plot))
     if not quiet:
-        text = report.text(limit=limit or None)
+        text = report.text(limit=limit or None, by_layer=layers)
         click.echo(json.dumps(report.as_json(), indent=2) if as_json else text)
     ctx.exit(0 if report.is_equal else 1)

@@ -94,7 +94,7 @@ class Resize(Operator):
     grouping: Grouping | None = option(
         default=None,
         help="Members of a group: i with i + n/K (stacked), or neighbours (adjacent).  "
-        "[default: stacked; neighbours for a number of layers]",
+        "[default: stacked; adjacent where --layers gives a size]",
         group=HOW,
         kind=GroupingOf(),
     )

@@ -228,6 +228,25 @@ def test_long_names_stay_on_the_page(tmp_path: Path) -> None:
             assert "name/first" in title.text
 
 
+def test_layers_are_summed_up(tmp_path: Path) -> None:
+    big = tiny.write(tmp_path / "big", tiny.bert(SIZES), tiny.bert_config(SIZES))
+    state = tiny.bert(SIZES)
+    state["encoder.layer.2.output.dense.weight"] *= 1.5
+    state["pooler.dense.bias"] *= 2.0
+    other = tiny.write(tmp_path / "other", state, tiny.bert_config(SIZES))
+    found = run("diff", big, other, "--layers")
+    assert found.exit_code == 1
+    lines = [" ".join(line.split()) for line in found.stdout.splitlines()]
+    assert lines[0] == "layer differ mean relative largest of tensor"
+    assert lines[1] == "0 0 of 16 0 0"
+    assert lines[3] == "2 1 of 16 3.12e-02 5.00e-01 encoder.layer.2.output.dense.weight"
+    assert lines[5] == "- 1 of 7 1.43e-01 1.00e+00 pooler.dense.bias"
+    layers = json.loads(run("diff", big, other, "--json").stdout)["layers"]
+    assert [layer["layer"] for layer in layers] == [0, 1, 2, 3, None]
+    assert layers[2]["worst"] == "encoder.layer.2.output.dense.weight"
+    assert layers[2]["n_different"] == 1
+
+
 def test_what_only_one_has_is_drawn_hatched(tmp_path: Path) -> None:
     a = {f"m.{i}.w": torch.ones(2) for i in range(4)}
     b = {f"m.{i}.w": torch.ones(2) for i in range(6)} | {"m.3.w": torch.ones(3)}
