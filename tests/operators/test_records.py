@@ -298,3 +298,32 @@ def test_any_tree_is_a_request_or_the_projects_own_error(tree: object) -> None:
         calls.build(found)
     except StreammapError:
         pass
+
+
+def test_a_result_of_a_spec_of_ones_own_says_which_it_was(tmp_path: Path) -> None:
+    spec = tiny.file(
+        tmp_path / "mine.toml", 'schema = 1\nextends = "bert"\nmodel_types = ["mine"]\n'
+    )
+    config = {**tiny.bert_config(SIZES), "model_type": "mine"}
+    mine = tiny.write(tmp_path / "mine", tiny.bert(SIZES), config)
+    ok("coalesce", mine, tmp_path / "small", "--width", 2, "--arch", spec)
+    found = run("plan", "coalesce", tmp_path / "small", "--depth", 2)
+    assert found.exit_code == 1
+    assert f"hint: its record says that it was made with --arch {spec}: give that" in found.stderr
+    ok("plan", "coalesce", tmp_path / "small", "--depth", 2, "--arch", spec)
+    spec.unlink()
+    assert "spec infer" in run("plan", "coalesce", tmp_path / "small", "--depth", 2).stderr
+
+
+def test_names_that_are_near_are_told(big: Path) -> None:
+    lazy = streammap.open(big)
+    for read in (lazy.read, lazy.spec):
+        with pytest.raises(
+            PlanError, match=r"no tensor 'pooler.dense.weigth'\n.*pooler.dense.weight"
+        ):
+            read("pooler.dense.weigth")
+    assert len(repr(lazy.plan)) < 200
+    assert (
+        "hint: did you mean bert? there are "
+        in run("plan", "coalesce", big, "--arch", "brt").stderr
+    )
