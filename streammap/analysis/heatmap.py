@@ -1,4 +1,4 @@
-"""A picture of relative differences: layers from left to right, kinds of tensors as rows. SVG text.
+"""A picture of relative differences: layers from left to right, parameter groups as rows. SVG.
 
 The scale is logarithmic, from the smallest to the largest difference, in whole decades. Grey is
 equal bit by bit; red has NaN or Inf that the other lacks; hatched is in one of them only, or of
