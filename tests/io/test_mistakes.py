@@ -57,6 +57,13 @@ def test_verify_and_inspect_tell_it_too(big: Path) -> None:
         assert "a Git LFS pointer" in found.output
 
 
+def test_a_tokenizer_that_is_a_pointer_is_not_copied_as_one(big: Path, tmp_path: Path) -> None:
+    (big / "tokenizer.json").write_text(POINTER)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: a Git LFS pointer"):
+        streammap.coalesce(big, tmp_path / "out", width=2)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("content", ["", "version", POINTER + "x" * 2000])
 def test_what_is_no_pointer_is_not_told_as_one(content: str, big: Path) -> None:
     (big / "config.json").write_text(content)
