@@ -27,7 +27,7 @@ _HATCHES = (
 )
 _ROW, _TOP, _SPAN = 20, 96, 860
 _MIN_CELL, _MAX_CELL, _NUMBER_CELL = 6.0, 52.0, 36.0
-_LETTER, _TITLE_LETTER = 6.7, 8.2
+_LETTER, _TITLE_LETTER = 6.7, 9.0
 """Width of a letter of 12 px, and of 14 px in bold, about."""
 SUFFIX = ".svg"
 _MAX_ROWS = 400
