@@ -14,7 +14,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import final
@@ -110,7 +110,10 @@ def collect(plan: Plan, *, single: str | None = None) -> Iterator[SideFile]:
     if single is None:
         for file in of_source(plan.side):
             if 0 < file.nbytes < lfs_pointer.MAX_NBYTES:
-                lfs_pointer.refuse(file.read(), file.name)
+                content = file.read()
+                lfs_pointer.refuse(content, file.name)
+                if file.path is None:
+                    file = replace(file, content=content)  # fetched once
             yield _resized(file, plan.sized)
     if plan.levels:
         name = map_file.NAME if single is None else map_file.beside(Path(single)).name

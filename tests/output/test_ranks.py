@@ -456,7 +456,7 @@ def test_no_run_begins_while_a_rank_of_an_earlier_launch_writes(
 
 def test_only_rank_0_prints(tmp_path: Path, big: Path, whole: dict[str, bytes]) -> None:
     arguments = ("-m", "streammap", "decoalesce", big, tmp_path / "out", "--depth=2", "--no-fsync")
-    options = ("--max-shard-size=500", "--json")
+    options = ("--max-shard-size=500B", "--json")
     processes = [rank_process(rank, 2, *arguments, *options) for rank in range(2)]
     said = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
@@ -511,7 +511,7 @@ def test_the_pages_batch_script_runs(tmp_path: Path, big: Path) -> None:
 
 # With torchrun itself.
 
-DEPTH = ("--depth=2", "--max-shard-size=500", "--no-fsync")
+DEPTH = ("--depth=2", "--max-shard-size=500B", "--no-fsync")
 
 
 def torchrun(n: int, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
@@ -534,7 +534,7 @@ def test_torchrun_makes_what_one_process_makes(tmp_path: Path, big: Path, n: int
 @pytest.mark.slow
 def test_four_processes_do_each_operation_as_one_does(tmp_path: Path, big: Path) -> None:
     small, grown, blend = (tmp_path / name for name in ("small", "grown", "blend"))
-    options = ("--max-shard-size=500", "--no-fsync")
+    options = ("--max-shard-size=500B", "--no-fsync")
     for out, words in (
         (small, ("coalesce", big, small, "--width=2", "--depth=2")),
         (grown, ("decoalesce", small, grown, "--blend-with", big, "--alpha=0.25")),
