@@ -33,6 +33,7 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/ready: pyproject.toml constraints.txt
+	@echo "setting up $(VENV): this takes a minute or two, and downloads torch"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,demo,remote-test]'
 	touch $@

@@ -1,5 +1,6 @@
 """Curves over the cost of training: as a table, and as an SVG file; used by bench.vcycle."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
@@ -35,6 +36,14 @@ def as_text(curves: Sequence[Curve]) -> str:
     )
 
 
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, four to eight of them: steps of 1, 2 or 5 x 10^k."""
+    decade = 10.0 ** math.floor(math.log10((high - low) / 8))
+    step = next(decade * n for n in (1, 2, 5, 10) if (high - low) / (decade * n) <= 8)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [step * i for i in range(first, last + 1)]
+
+
 def svg(title: str, curves: Sequence[Curve]) -> str:
     """The picture's text."""
     right = max(x for curve in curves for x, _ in curve.points) or 1.0
@@ -52,15 +61,17 @@ def svg(title: str, curves: Sequence[Curve]) -> str:
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{_LEFT}" y="20">{escape(title)}</text>',
     ]
-    for i in range(6):
-        y = low + (high - low) * i / 5
-        x = right * i / 5
-        (_, ty), (tx, _) = at(0, y), at(x, low)
+    for y in ticks(low, high):
+        _, ty = at(0, y)
         lines += [
             f'<path d="M {_LEFT} {ty:.1f} h {_WIDTH}" stroke="#ddd"/>',
-            f'<text x="{_LEFT - 8}" y="{ty + 4:.1f}" text-anchor="end">{y:.2f}</text>',
-            f'<text x="{tx:.1f}" y="{_TOP + _HEIGHT + 20}" text-anchor="middle">{x:.0f}</text>',
+            f'<text x="{_LEFT - 8}" y="{ty + 4:.1f}" text-anchor="end">{y:.4g}</text>',
         ]
+    for x in ticks(0.0, right):
+        tx, _ = at(x, low)
+        lines.append(
+            f'<text x="{tx:.1f}" y="{_TOP + _HEIGHT + 20}" text-anchor="middle">{x:.4g}</text>'
+        )
     for i, curve in enumerate(curves):
         colour = _COLOURS[i % len(_COLOURS)]
         path = " L ".join(f"{x:.1f} {y:.1f}" for x, y in (at(*p) for p in curve.points))

@@ -120,7 +120,9 @@ def command(case: Case, scale: float, folder: Path, large_runs: int | None) -> C
 def add(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     parser.add_argument("--all", action="store_true", help="every combination")
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="draw the table, too")
+    parser.add_argument(
+        "--plot", type=plot.svg_path, metavar="FILE.svg", help="draw the table, too"
+    )
     parser.add_argument("--large-runs", type=int, metavar="N", help="runs of cases of 3 GB or more")
 
 

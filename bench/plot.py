@@ -1,7 +1,9 @@
 """A bar chart as an SVG file, by hand; prints nothing, used by bench.memory --plot."""
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from xml.sax.saxutils import escape
 
 _LEFT, _WIDTH, _ROW, _TOP = 330, 420, 20, 44
@@ -14,6 +16,14 @@ class Bar:
     name: str
     value: float
     mark: float
+
+
+def svg_path(text: str) -> Path:
+    """Where a picture goes, for argparse: only SVG is written."""
+    path = Path(text)
+    if path.suffix.lower() != ".svg" or not path.parent.is_dir():
+        raise ArgumentTypeError(f"{text}: expected FILE.svg in a folder that exists")
+    return path
 
 
 def svg(title: str, bars: Sequence[Bar]) -> str:

@@ -30,6 +30,7 @@ import streammap
 from bench import curves, harness
 from bench.curves import Curve
 from bench.harness import Options
+from bench.plot import svg_path
 
 CONTEXT, BATCH, N_HELD_OUT = 128, 16, 24
 LEARNING_RATE, N_WARMUP = 2e-3, 20
@@ -253,7 +254,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=160, help="steps of the large model alone")
     parser.add_argument("--alpha", type=float, default=0.5, help="part of the small model")
     parser.add_argument("--trainer", action="store_true", help="train with transformers.Trainer")
-    parser.add_argument("--plot", type=Path, help="draw the curves (SVG)")
+    parser.add_argument("--plot", type=svg_path, help="draw the curves (SVG)")
 
 
 def model_of(width: int, layers: int) -> GPT2LMHeadModel:

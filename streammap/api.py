@@ -107,8 +107,12 @@ class LazyCheckpoint:
         return tuple(self.plan.targets)
 
     def spec(self, key: str) -> TensorSpec:
-        """Dtype and shape of a tensor."""
-        return self.plan.targets[key].spec
+        """Dtype and shape of a tensor.
+
+        Raises:
+            PlanError: there is none of this name.
+        """
+        return self.plan.form(key).spec
 
     def read(
         self,
@@ -275,13 +279,11 @@ def open_request(
     Raises:
         StreammapError: not a request, a source that is not there, an option that makes no sense.
     """
-    from streammap.operators import request_json
     from streammap.output import record
     from streammap.planning import request as requests
 
     with garbage.paused():
-        tree, maps = record.saved_request(request)
-        call = request_json.parse(tree)
+        call, maps = record.saved_request(request)
         moved = requests.moved(call, sources)
         return LazyCheckpoint(calls.build(call, moved=moved, known=maps))
 

@@ -92,6 +92,7 @@ class ProgressBar:
                     return
                 from tqdm import tqdm
 
+                _open.add(self)
                 self._bar = tqdm(
                     total=nbytes,
                     initial=resumed,
@@ -108,6 +109,16 @@ class ProgressBar:
 
     def close(self) -> None:
         """Remove the bar."""
+        _open.discard(self)
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+_open: set[ProgressBar] = set()
+
+
+def close_bars() -> None:
+    """Remove the bars of runs that ended in an error, so that a message begins a line."""
+    for shown in tuple(_open):
+        shown.close()

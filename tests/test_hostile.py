@@ -400,7 +400,7 @@ def test_a_result_of_too_many_tensors_is_refused_quickly(
     monkeypatch.setattr("streammap.planning.planner._MAX_TENSORS", 1000)
     source.decoalesce(layers=2)
     with pytest.raises(PlanError, match="would have about 6407 tensors, at most 1000 are planned"):
-        source.decoalesce(layers=100)
+        source.decoalesce(layers="x100")
 
 
 def test_a_scheme_without_an_end_is_refused_quickly(monkeypatch: pytest.MonkeyPatch) -> None:

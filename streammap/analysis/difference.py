@@ -10,6 +10,7 @@ Equal bits are equal, NaN too. Pairs with a NaN or Inf are in none of the figure
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -38,6 +39,14 @@ _COLUMNS = (
     *(Column(title, align="right") for title in ("relative", "max", "mean")),
     Column("differ", wraps=True),
 )
+_LAYER_COLUMNS = (
+    Column("layer", align="right"),
+    Column("differ"),
+    *(Column(title, align="right") for title in ("mean relative", "largest")),
+    Column("of tensor", wraps=True),
+)
+LAYER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
+"""The first number of a key: which layer it is in."""
 Source = Plan | PathLike
 
 
@@ -66,6 +75,29 @@ class TensorDifference:
         """The larger, the worse."""
         unlike = self.dtype != self.other_dtype
         return self.n_odd > 0, self.relative or 0.0, self.max or 0.0, self.n_different, unlike
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDifference:
+    """The tensors of one layer that both have, in one shape."""
+
+    layer: int | None
+    """None for those in no layer."""
+    n_tensors: int
+    n_different: int
+    relative: float
+    """Mean of their relative differences."""
+    worst: TensorDifference
+
+    def as_json(self) -> dict[str, object]:
+        """All fields by name."""
+        return {
+            "layer": self.layer,
+            "n_tensors": self.n_tensors,
+            "n_different": self.n_different,
+            "relative": "inf" if self.relative == math.inf else self.relative,
+            "worst": self.worst.key,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +130,26 @@ class Difference:
         """Tensors that are equal bit by bit."""
         return sum(tensor.is_equal for tensor in self.tensors)
 
+    @property
+    def layers(self) -> tuple[LayerDifference, ...]:
+        """Layer by layer, in order; those in no layer last."""
+        by_layer: dict[int | None, list[TensorDifference]] = {}
+        for tensor in self.tensors:
+            found = LAYER.search(tensor.key)
+            by_layer.setdefault(None if found is None else int(found[0]), []).append(tensor)
+        return tuple(
+            LayerDifference(
+                layer,
+                len(held),
+                sum(not tensor.is_equal for tensor in held),
+                sum(tensor.relative or 0.0 for tensor in held) / len(held),
+                held[0],
+            )
+            for layer, held in sorted(
+                by_layer.items(), key=lambda one: math.inf if one[0] is None else one[0]
+            )
+        )
+
     def as_json(self) -> dict[str, object]:
         """All fields by name; an infinite relative difference is the text "inf"."""
         found = [asdict(tensor) for tensor in self.tensors]
@@ -110,6 +162,7 @@ class Difference:
             "equal": self.is_equal,
             "n_equal": self.n_equal,
             "tensors": found,
+            "layers": [layer.as_json() for layer in self.layers],
             "only_a": list(self.only[0]),
             "only_b": list(self.only[1]),
             "shapes": {key: [list(a), list(b)] for key, (a, b) in self.shapes.items()},
@@ -121,8 +174,12 @@ class Difference:
     def __str__(self) -> str:
         return self.text(limit=None)
 
-    def text(self, *, limit: int | None) -> str:
-        """A table of the `limit` worst tensors, what only one has, and totals."""
+    def text(self, *, limit: int | None, by_layer: bool = False) -> str:
+        """A table of the `limit` worst tensors, what only one has, and totals.
+
+        Args:
+            by_layer: A table of all layers instead.
+        """
         apart = [f"only in {self.names[0]}: {key}" for key in self.only[0][:limit]]
         apart += [f"only in {self.names[1]}: {key}" for key in self.only[1][:limit]]
         for key, (a, b) in list(self.shapes.items())[:limit]:
@@ -130,9 +187,12 @@ class Difference:
         lines = [printable(line) for line in apart]
         unequal = [tensor for tensor in self.tensors if not tensor.is_equal]
         shown = unequal[:limit]
-        if shown:
+        if by_layer:
+            lines += table.table(_LAYER_COLUMNS, [_layer_cells(layer) for layer in self.layers])
+        elif shown:
             lines += table.table(_COLUMNS, [_cells(tensor) for tensor in shown])
-        lines += wording.more(len(shown), len(unequal))
+        if not by_layer:
+            lines += wording.more(len(shown), len(unequal))
         n_only = len(self.only[0]) + len(self.only[1])
         counts = (
             f"{self.n_equal} equal, {len(unequal)} differ, {len(self.shapes)} of other shapes, "
@@ -144,6 +204,16 @@ class Difference:
             totals.append(("names", f"{len(self.renamed)} differ: {key} is {other} there"))
         totals.append(("read", wording.moved(self.nbytes, self.seconds)))
         return "\n".join([*lines, *table.fields(totals)])
+
+
+def _layer_cells(layer: LayerDifference) -> tuple[str, ...]:
+    worst = layer.worst
+    differ = f"{layer.n_different} of {layer.n_tensors}"
+    if worst.is_equal:
+        return ("-" if layer.layer is None else str(layer.layer), differ, "0", "0", "")
+    largest = "-" if worst.relative is None else f"{worst.relative:.2e}"
+    name = "-" if layer.layer is None else str(layer.layer)
+    return name, differ, f"{layer.relative:.2e}", largest, printable(worst.key)
 
 
 def _cells(tensor: TensorDifference) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ _MERGED = (
 )
 _STACKED = ("modules", "tensors", "buffers", "drop")
 _INHERITED = ("constraints", "required", "include", "same_axis")
-_OWN = ("schema", "extends", "model_types", "detect", "proof", "depth")
+_OWN = ("schema", "extends", "model_types", "detect", "proof", "proved", "depth")
 _MAX_EXTENDS = 8
 _MAX_NESTED = 16
 _MAX_NAMES = 200
@@ -68,6 +68,8 @@ class WholeTables:
     model_types: tuple[str, ...]
     include: tuple[Include, ...] = ()
     same_axis: Mapping[str, str] = field(default_factory=dict)
+    proved: Mapping[str, object] = field(default_factory=dict)
+    """Config field -> its value in the model that the spec was tested on."""
 
 
 def read(text: str, *, name: str) -> Tables:
@@ -192,6 +194,7 @@ def _joined(
         for space, members in one.spaces.items():
             known = (axis for axis in members if axis in axes)
             spaces[space] = tuple(dict.fromkeys((*spaces.get(space, ()), *known)))
+    untested = _untested(whole.proved, config)
     aliases = {alias: value for one in tables for alias, value in one.alias.items()}
     _check_aliases(aliases)
     return Architecture(
@@ -213,8 +216,27 @@ def _joined(
         numbered={axis: value for one in tables for axis, value in one.numbered.items()},
         config=fields,
         written={axis: value for one in tables for axis, value in one.written.items()},
-        caveats={axis: text for one in tables for axis, text in one.caveat.items() if text},
+        caveats={
+            **dict.fromkeys(axes if untested else (), untested),
+            **{axis: text for one in tables for axis, text in one.caveat.items() if text},
+        },
     )
+
+
+def _untested(proved: Mapping[str, object], config: Mapping[str, object]) -> str:
+    """The switch of config.json that is not as in the model that a spec was tested on; "" if none.
+
+    Of numbers only 0, 1 and more are told apart: two experts a token are as four, and not as one.
+    """
+    for name, value in proved.items():
+        own = config_fields.field_value(config, name)
+        if own is not None and _kind_of(own) != _kind_of(value):
+            return f"the spec was tested with {name} {value}, config.json has {str(own)[:40]}"
+    return ""
+
+
+def _kind_of(value: object) -> object:
+    return min(value, 2) if type(value) is int else value
 
 
 def _check_aliases(aliases: Mapping[str, Expression]) -> None:

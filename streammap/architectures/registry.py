@@ -138,8 +138,12 @@ def _tables(name: str) -> Tables:
 def _read(folder: str, name: str) -> Tables:
     texts = _texts(folder)
     if name not in texts:
+        import difflib  # most calls have no use for it
+
+        near = difflib.get_close_matches(name, texts, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
         raise ArchitectureError(
-            f"no architecture {name!r}", hint=f"there are {', '.join(sorted(texts))}"
+            f"no architecture {name!r}", hint=f"{meant}there are {', '.join(sorted(texts))}"
         )
     return parser.read(texts[name], name=name)
 

@@ -1,11 +1,13 @@
 """The command line: each command a thin skin on one call of the library.
 
-Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused or failed, 2
-wrong usage. A command's module is imported when the command is asked for: help needs none.
+Results go to stdout, progress and errors to stderr; with --json an error is the JSON object on
+stdout, too. Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted. A command's
+module is imported when the command is asked for: help needs none.
 """
 
 import contextlib
 import signal
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,7 @@ class _Main(_Operators):
         """Run the command."""
         with contextlib.suppress(ValueError):  # not in the main thread, as in tests
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+        as_json = "--json" in ctx.args
         try:
             _check_current_folder()
             return super().invoke(ctx)
@@ -120,12 +123,24 @@ class _Main(_Operators):
                 click.echo(redacted(traceback.format_exc()), err=True)
             from streammap.common.ranks import is_relayed
 
+            code = ctx.meta.get(ERROR_CODE, 1)
             if not is_relayed(error.message):
+                _end_bars()
                 click.echo("\n".join([f"error: {error}", *_notes(error)]), err=True)
-            ctx.exit(ctx.meta.get(ERROR_CODE, 1))
+                if as_json:
+                    _print_error(error, error.message, error.hint, code)
+            ctx.exit(code)
+        except click.UsageError as error:
+            if as_json:
+                _print_error(error, error.format_message(), None, error.exit_code)
+            raise
         except KeyboardInterrupt as error:
             notes = _notes(error) or ["nothing was written"]
+            if sys.stderr.isatty():
+                click.echo(err=True)  # the terminal has echoed ^C behind the bar
             click.echo(f"interrupted: {'; '.join(notes)}", err=True)
+            if as_json:
+                _print_error(error, "interrupted", None, 130)
             ctx.exit(130)
 
 
@@ -137,6 +152,30 @@ def _check_current_folder() -> None:
         raise StreammapError(
             f"the current folder: {error.strerror}", hint="change to a folder that is there"
         ) from error
+
+
+def _end_bars() -> None:
+    """Take away the progress bar of a run that failed; most commands have imported none."""
+    progress = sys.modules.get("streammap.progress")
+    if progress is not None:
+        progress.close_bars()
+
+
+def _print_error(error: BaseException, message: str, hint: str | None, code: int) -> None:
+    """An error as the one JSON object on stdout; under a launcher the first process's alone."""
+    import json
+
+    from streammap.common.ranks import rank
+
+    if not rank():
+        about = {
+            "kind": type(error).__name__,
+            "message": redacted(message),
+            "hint": hint,
+            "notes": _notes(error),
+            "exit_code": code,
+        }
+        click.echo(json.dumps({"error": about}, indent=2))
 
 
 def _notes(error: BaseException) -> list[str]:

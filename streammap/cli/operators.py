@@ -8,6 +8,7 @@ import click
 
 from streammap.cli.help import OUTPUT, Command, Option
 from streammap.cli.options import (
+    PATH,
     adds,
     as_json,
     moved_of,
@@ -21,8 +22,10 @@ from streammap.cli.options import (
 from streammap.common.declare import make
 from streammap.common.units import format_nbytes
 from streammap.engine.options import Engine
-from streammap.errors import printable
+from streammap.errors import OutputError, printable
+from streammap.io.storage import resolve
 from streammap.operators import registry
+from streammap.operators.declare import inputs_of
 from streammap.output.save_options import SaveOptions
 
 if TYPE_CHECKING:
@@ -59,7 +62,7 @@ def plan_command(name: str) -> Command:
     own = parameters(cls, prefix=_PREFIX)
     return Command(
         name,
-        callback=lambda **values: print_plan(_planned(name, values), values),
+        callback=lambda **values: _plan(name, values),
         params=[
             *_places(own),
             *_options(own),
@@ -76,8 +79,8 @@ def plan_command(name: str) -> Command:
 @click.command(
     cls=Command, examples=("apply small/streammap.json again/", "apply recipe.json out/")
 )
-@click.argument("request", metavar="REQUEST")
-@click.argument("output", metavar="[OUT]", required=False)
+@click.argument("request", metavar="REQUEST", type=PATH)
+@click.argument("output", metavar="[OUT]", required=False, type=PATH)
 @moved_options
 @adds(*parameters(SaveOptions), *output_parameters())
 def apply(request: str, sources: tuple[str, ...], **options: Any) -> None:
@@ -93,11 +96,13 @@ def apply(request: str, sources: tuple[str, ...], **options: Any) -> None:
 def _places(own: Sequence[click.Parameter]) -> list[click.Parameter]:
     """SRC, further inputs, OUT: by --output where there may be any number of inputs."""
     inputs = [parameter for parameter in own if isinstance(parameter, click.Argument)]
-    output: click.Parameter = click.Argument(["output"], metavar="[OUT]", required=False)
+    output: click.Parameter = click.Argument(["output"], metavar="[OUT]", required=False, type=PATH)
     if any(parameter.nargs == -1 for parameter in inputs):
         # The last of many inputs can't be told from OUT, and must not be taken for it.
-        output = Option(["--output", "-o"], metavar="OUT", group=OUTPUT, help="Where to write.")
-    return [click.Argument(["source"], metavar="SRC"), *inputs, output]
+        output = Option(
+            ["--output", "-o"], type=PATH, metavar="OUT", group=OUTPUT, help="Where to write."
+        )
+    return [click.Argument(["source"], metavar="SRC", type=PATH), *inputs, output]
 
 
 def _options(own: Sequence[click.Parameter]) -> list[click.Parameter]:
@@ -114,8 +119,41 @@ def _planned(name: str, values: dict[str, Any]) -> "LazyCheckpoint":
     return lazy.apply(operator, stream=stream)
 
 
+def _check_output(name: str, output: str | None) -> None:
+    """Refuse a checkpoint that stands in OUT's place, behind others that are read.
+
+    Raises:
+        OutputError: naming the places.
+    """
+    cls = registry.load(name)
+    places = [one for one in inputs_of(cls) if one.about.positional]
+    if output is None or not places or resolve.is_elsewhere(output):
+        return
+    place = resolve.local_path(output)
+    if (place / "config.json").is_file() or place.is_file():
+        read = " and ".join(("SRC", *(one.about.metavar for one in places)))
+        raise OutputError(
+            f"{output}: already exists; {name} reads {read}, and writes to OUT, which stands last",
+            hint="name another OUT, or pass --overwrite to replace it",
+        )
+
+
+def _plan(name: str, values: dict[str, Any]) -> None:
+    output = values["output"]
+    _check_output(name, output)
+    print_plan(_planned(name, values), values)
+    if output is not None and not values["as_json"]:
+        exists = not resolve.is_elsewhere(output) and resolve.local_path(output).exists()
+        told = f"{output}: already exists, a run needs --overwrite" if exists else output
+        click.echo(printable(f"output     {told}"))
+
+
 def _run(name: str, values: dict[str, Any]) -> None:
-    push_of(values, values["output"])  # wrong usage ends it before anything is opened
+    # Wrong usage ends it before anything is opened.
+    push_of(values, values["output"])
+    if not values["overwrite"]:
+        _check_output(name, values["output"])
+    make(SaveOptions, values_of(SaveOptions, values))
     save(_planned(name, values), name, values)
 
 

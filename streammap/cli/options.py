@@ -5,16 +5,57 @@ from dataclasses import MISSING
 from typing import Any, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from streammap.cli.help import HUB, SOURCE, Option
-from streammap.common.declare import Declared, Whole, flag_of, options_of
+from streammap.common.declare import Declared, Kind, Whole, flag_of, options_of
 from streammap.engine.options import Engine
-from streammap.errors import redacted
+from streammap.errors import StreammapError, redacted
+from streammap.operators.declare import Input
+from streammap.operators.kinds import Factor
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _READING = ("memory", "threads")
 _PUSH = ("push_to_hub", "branch", "public", "commit_message")
 _TYPES: dict[str, Any] = {"text": str, "many": str, "int": int, "float": float}
+PATH = click.Path(readable=False)
+"""Text that may be a file or folder here, which shells complete; nothing is checked."""
+
+
+class _ArchName(click.ParamType[str]):
+    """A spec: one of those that are known, or a file."""
+
+    name = "arch"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Names that begin so, then files."""
+        from streammap.architectures import registry
+
+        known = [name for name in registry.names() if name.startswith(incomplete)]
+        return [*map(CompletionItem, known), CompletionItem(incomplete, type="file")]
+
+
+ARCH = _ArchName()
+
+
+class _Factor(click.ParamType[str]):
+    """A factor; what is none is wrong usage, as a number is that is no number."""
+
+    name = "factor"
+
+    def __init__(self, kind: Factor, option: str) -> None:
+        """`option` is the option's name."""
+        self._kind, self._option = kind, option
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The text as it stands."""
+        try:
+            self._kind.parse(value, self._option)
+        except StreammapError as error:
+            self.fail(str(error), param, ctx)
+        return value
 
 
 def parameters(
@@ -55,11 +96,16 @@ def _parameter(one: Declared, prefix: str) -> click.Parameter:
             metavar=about.metavar or one.name.upper(),
             required=one.is_required,
             nargs=-1 if form == "many" else 1,
+            type=PATH if _is_path(one.kind) else None,
         )
     names, help_ = [flag_of(one), prefix + one.name], about.off or about.help
     if form == "flag":
         return Option(names, is_flag=True, help=help_, group=about.group)
     typed = click.Choice(one.kind.choices) if form == "choice" else _TYPES[form]
+    if _is_path(one.kind):
+        typed = PATH
+    if isinstance(one.kind, Factor):
+        typed = _Factor(one.kind, one.name)
     if isinstance(one.kind, Whole):
         typed = click.IntRange(min=one.kind.least)
     has_default = one.default not in (MISSING, None, ())
@@ -73,6 +119,11 @@ def _parameter(one: Declared, prefix: str) -> click.Parameter:
         help=help_,
         group=about.group,
     )
+
+
+def _is_path(kind: Kind) -> bool:
+    """Whether a value may be a file or folder, whose name shells complete."""
+    return kind.from_file or isinstance(kind, Input)
 
 
 def option(*args: Any, group: str = "Other", **kwargs: Any) -> Callable[[Command], Command]:
@@ -101,12 +152,14 @@ def source_parameters() -> list[click.Parameter]:
     return [
         Option(
             ["--arch"],
+            type=ARCH,
             metavar="NAME",
             group=SOURCE,
             help="Architecture spec of SRC (name or .toml file), where config.json is not enough.",
         ),
         Option(
             ["--config"],
+            type=PATH,
             metavar="FILE",
             group=SOURCE,
             help="config.json of SRC, where it is not beside the weights.",
@@ -157,7 +210,7 @@ def quiet() -> Option:
 
 def as_json() -> Option:
     """--json."""
-    return Option(["--json", "as_json"], is_flag=True, help="Print one JSON object.")
+    return Option(["--json", "as_json"], is_flag=True, help="Print one JSON object, of errors too.")
 
 
 def push_of(options: Mapping[str, Any], output: str | None) -> dict[str, Any] | None:

@@ -6,7 +6,16 @@ import click
 
 from streammap.cli.help import Command
 from streammap.cli.operators import listener, print_report
-from streammap.cli.options import adds, as_json, no_ranks, option, parameters, quiet, values_of
+from streammap.cli.options import (
+    PATH,
+    adds,
+    as_json,
+    no_ranks,
+    option,
+    parameters,
+    quiet,
+    values_of,
+)
 from streammap.engine.options import Engine
 from streammap.output.save_options import SaveOptions
 
@@ -53,10 +62,10 @@ def scheme(heads: int | None, layers: int | None, width: int, depth: int, groupi
     required=True,
     help="Coalesce, decoalesce or interpolate.",
 )
-@option("--src-dir", required=True, metavar="DIR", help="Folder of the source.")
-@option("--tgt-dir", metavar="DIR", help="Folder of the target.")
-@option("--save-dir", required=True, metavar="DIR", help="Folder of the result.")
-@option("--config", metavar="FILE", help="The scheme, JSON.")
+@option("--src-dir", type=PATH, required=True, metavar="DIR", help="Folder of the source.")
+@option("--tgt-dir", type=PATH, metavar="DIR", help="Folder of the target.")
+@option("--save-dir", type=PATH, required=True, metavar="DIR", help="Folder of the result.")
+@option("--config", type=PATH, metavar="FILE", help="The scheme, JSON.")
 @option(
     "--alpha", type=float, default=0.0, show_default=True, help="Weight of the source in the blend."
 )

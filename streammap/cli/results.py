@@ -8,6 +8,7 @@ import click
 
 from streammap.cli.help import ERROR_CODE, Command
 from streammap.cli.options import (
+    PATH,
     json_option,
     limit_option,
     moved_of,
@@ -24,7 +25,7 @@ from streammap.errors import printable_lines
     cls=Command,
     examples=("inspect bert-base-uncased/", "inspect bert-base-uncased/ --health"),
 )
-@click.argument("source", metavar="SRC")
+@click.argument("source", metavar="SRC", type=PATH)
 @source_options
 @option("--health", is_flag=True, help="Read all values: NaN, Inf, ranges, dead rows.")
 @limit_option
@@ -56,7 +57,7 @@ def inspect(
 
 
 @click.command(cls=Command, examples=("verify small/ --recompute 100",))
-@click.argument("output", metavar="OUT")
+@click.argument("output", metavar="OUT", type=PATH)
 @moved_options
 @option(
     "--recompute",
@@ -121,9 +122,11 @@ def verify(
 
 
 @click.command(cls=Command, examples=("diff big/ blended/ --plot blended.svg",))
-@click.argument("a", metavar="A")
-@click.argument("b", metavar="B")
-@option("--plot", metavar="FILE.svg", help="Draw the relative differences.")
+@click.argument("a", metavar="A", type=PATH)
+@click.argument("b", metavar="B", type=PATH)
+@option("--layers", is_flag=True, help="Print a line for each layer, not for each tensor.")
+@option("--plot", metavar="FILE.svg", type=PATH, help="Draw the relative differences.")
+@option("--overwrite", is_flag=True, help="Replace a picture that already exists.")
 @option("--quiet", "-q", is_flag=True, help="Only the exit code.")
 @limit_option
 @reading_options
@@ -134,7 +137,9 @@ def diff(
     /,
     a: str,
     b: str,
+    layers: bool,
     plot: str | None,
+    overwrite: bool,
     quiet: bool,
     limit: int,
     as_json: bool,
@@ -149,10 +154,12 @@ def diff(
     from streammap.analysis import heatmap
 
     ctx.meta[ERROR_CODE] = 2
+    if plot is not None:
+        heatmap.check_path(Path(plot), overwrite=overwrite)
     report = api.diff(a, b, progress=progress.bar("diff", quiet=quiet), **reading_of(options))
     if plot is not None:
         heatmap.save(report, Path(plot))
     if not quiet:
-        text = report.text(limit=limit or None)
+        text = report.text(limit=limit or None, by_layer=layers)
         click.echo(json.dumps(report.as_json(), indent=2) if as_json else text)
     ctx.exit(0 if report.is_equal else 1)

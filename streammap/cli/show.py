@@ -5,11 +5,11 @@ from pathlib import Path
 import click
 
 from streammap.cli.help import Command
-from streammap.cli.options import json_option, option
+from streammap.cli.options import PATH, json_option, option
 
 
 @click.command(cls=Command, examples=("testbench",))
-@option("--scheme", metavar="FILE", help="Groups of heads and layers; default L6-H6.")
+@option("--scheme", type=PATH, metavar="FILE", help="Groups of heads and layers; default L6-H6.")
 @json_option
 def testbench(scheme: str | None, as_json: bool) -> None:
     """Print the original's table of function differences, for both rules.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import click
 
 from streammap.cli.help import Command, Group
-from streammap.cli.options import json_option, option
-from streammap.errors import ArchitectureError
+from streammap.cli.options import ARCH, PATH, json_option, option
+from streammap.errors import ArchitectureError, printable
 
 if TYPE_CHECKING:
     from streammap.tools.spec_proof.checks import ProofReport
@@ -31,10 +31,11 @@ def spec() -> None:
 
 
 @spec.command(examples=("spec verify gpt2",))
-@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.argument("names", metavar="NAME...", nargs=-1, required=True, type=ARCH)
 @option("--model", metavar="MODEL", help="Only this one of the spec's tiny models.")
 @json_option
-def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
+@click.pass_context
+def verify(ctx: click.Context, /, names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     """Test specs (names, or *.toml files) on tiny random models, by comparing outputs.
 
     Each model under a spec's [proof] is made with random float64 weights, then permuted and doubled
@@ -56,14 +57,18 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
         click.echo(json.dumps({"reports": [asdict(report) for report in reports]}, indent=2))
     failed = [report.model for report in reports if not report.passed]
     if failed:
-        raise ArchitectureError(
+        error = ArchitectureError(
             f"{len(failed)} of {len(reports)} models fail: {', '.join(failed)}",
             hint="the messages name the axis; correct its dimensions or roles in the spec",
         )
+        if not as_json:
+            raise error
+        click.echo(f"error: {error}", err=True)  # stdout has its one object: the reports
+        ctx.exit(1)
 
 
 @spec.command(examples=("spec infer bert-base-uncased/ > mine.toml",))
-@click.argument("source", metavar="CHECKPOINT")
+@click.argument("source", metavar="CHECKPOINT", type=PATH)
 @option("--name", metavar="NAME", help="Name of the spec. [default: the model type]")
 @option(
     "--verify/--no-verify",
@@ -73,11 +78,15 @@ def verify(names: tuple[str, ...], model: str | None, as_json: bool) -> None:
     help="Test it on a tiny model; the report goes to stderr.",
 )
 @json_option
-def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
+@click.pass_context
+def infer(
+    ctx: click.Context, /, source: str, name: str | None, proves: bool, as_json: bool
+) -> None:
     """Write a spec for an unsupported model type, by probing its model class.
 
     Only transformers' own classes are used; no code of the checkpoint is run. CHECKPOINT is its
-    folder or its config.json. Needs transformers: pip install transformers.
+    folder or its config.json. Exit code 1: the spec fails its test, and its first line says so.
+    Needs transformers: pip install transformers.
     """
     from streammap.io.json_files import read_config
     from streammap.tools.spec_infer import infer as inference
@@ -93,23 +102,32 @@ def infer(source: str, name: str | None, proves: bool, as_json: bool) -> None:
             file = Path(folder) / f"{name or inferred.model_type}.toml"
             file.write_text(inferred.toml)
             reports = list(checks.verify(str(file), scratch=Path(folder) / "models"))
+    failures = [_failure(report) for report in reports if not report.passed]
+    toml = "".join([*(f"# FAILED: {line}\n" for line in failures), inferred.toml])
     if as_json:
         report_json = {
             "model_type": inferred.model_type,
-            "toml": inferred.toml,
+            "toml": toml,
             "unresolved": list(inferred.unresolved),
             "n_probes": inferred.n_probes,
             "seconds": inferred.seconds,
             "reports": [asdict(report) for report in reports],
         }
         click.echo(json.dumps(report_json, indent=2))
-        return
-    click.echo(inferred.toml)
+        ctx.exit(1 if failures else 0)
+    click.echo(toml)
     click.echo(f"{inferred.n_probes} probes in {inferred.seconds:.1f} s", err=True)
     for line in inferred.unresolved:
         click.echo(f"not resolved: {line}", err=True)
     for report in reports:
         click.echo(_lines_of(report), err=True)
+    ctx.exit(1 if failures else 0)
+
+
+def _failure(report: "ProofReport") -> str:
+    """What of a model fails first, in one line."""
+    check = next(check for check in report.checks if not check.passed)
+    return printable(f"{report.model}: {check.name}: {check.message or check.error}")
 
 
 def _lines_of(report: "ProofReport") -> str:

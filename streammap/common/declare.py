@@ -69,7 +69,14 @@ class Kind:
         return self.parse(value, name)
 
     def encode(self, value: Any) -> object:
-        """The value for JSON; `decode` gives it back."""
+        """The value for JSON; `decode` gives it back. None is left out, as a default is."""
+        return value
+
+    def upgrade(self, value: object) -> object:
+        """JSON of a record, which an earlier version may have written, as `encode` gives it now.
+
+        None stands for an option that the record does not have.
+        """
         return value
 
 
@@ -335,7 +342,9 @@ def encode(self: object) -> dict[str, object]:
     for one in options_of(type(self)):
         value = getattr(self, one.name)
         if one.kind.in_json and (one.is_required or value != one.default):
-            values[one.json] = one.kind.encode(value)
+            encoded = one.kind.encode(value)
+            if encoded is not None:
+                values[one.json] = encoded
     return values
 
 

@@ -36,7 +36,7 @@ def read_tensor(
         PlanError: an `out` of another shape or given with a dtype or device; not a region.
         CheckpointError: a source can't be read.
     """
-    form = plan.targets[key]
+    form = plan.form(key)
     wanted = regions.parse(() if region is None else region, form.spec.shape, key=key)
     shape = tuple(end - start for start, end in wanted)
     if out is None:
@@ -57,6 +57,8 @@ class LazyState(Mapping[str, Tensor]):
         self._plan = plan
 
     def __getitem__(self, key: str) -> Tensor:
+        if key not in self:
+            raise KeyError(key)
         return read_tensor(self._plan, key)
 
     def __contains__(self, key: object) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from streammap.common import strict_json
 from streammap.errors import CheckpointError
-from streammap.io import safe_open
+from streammap.io import lfs_pointer, safe_open
 from streammap.io.storage import resolve
 from streammap.io.storage.base import Storage
 
@@ -27,6 +27,7 @@ def parse_json(text: bytes, where: str) -> Mapping[str, object]:
     Raises:
         CheckpointError: not JSON, or not an object.
     """
+    lfs_pointer.refuse(text, where)
     try:
         content = strict_json.loads(text)
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streammap.errors import CheckpointError, some
-from streammap.io import filenames, json_files, safe_open
+from streammap.io import filenames, json_files, lfs_pointer, safe_open
 from streammap.io.formats import safetensors_header
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.problems import Finding, Problems, Strict
@@ -178,6 +178,7 @@ def _read_file(storage: Storage, name: str, problems: Problems) -> WeightFile | 
         missing = Finding("error", "file", "missing", file=name)
         problems.report([missing], hint="download the missing shard")
         return None
+    lfs_pointer.refuse_file(storage, name)
     if name.endswith(filenames.TORCH):
         return _read_torch_file(storage, name, path)
     if not name.endswith(".safetensors"):

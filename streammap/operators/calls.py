@@ -4,6 +4,7 @@ What goes through `open_source` and `apply` can be made again by `build`, from i
 plan that was made by other means has no record: its `request` is None.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -11,7 +12,8 @@ from pathlib import Path, PurePath
 from typing import Any, final
 
 from streammap.common import declare
-from streammap.errors import PlanError, SchemeError, some
+from streammap.errors import ArchitectureError, CheckpointError, PlanError, SchemeError, some
+from streammap.io import filenames, json_files
 from streammap.io.checkpoint import Checkpoint, open_checkpoint
 from streammap.io.storage import resolve
 from streammap.operators import registry
@@ -87,7 +89,15 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
             plans[one.name] = plan_of(value, stream=stream)
     values, named = settled(operator, source), _here(declare.named_files(operator))
     operator = replace(operator, **values) if values else operator  # type: ignore[type-var]
-    made = operator.plan(source, **plans)
+    try:
+        operator = operator.completed(source, **plans)
+        made = operator.plan(source, **plans)
+    except ArchitectureError as error:
+        arch = _recorded_arch(source)
+        if arch is None:
+            raise
+        hint = f"its record says that it was made with --arch {arch}: give that again"
+        raise ArchitectureError(error.message, hint=hint) from error
     inputs = [
         one for given in plans.values() for one in (given if isinstance(given, tuple) else (given,))
     ]
@@ -195,6 +205,21 @@ def _here(named: Iterable[str | PurePath]) -> tuple[Path, ...]:
     """The files of this machine among those that were named."""
     texts = [os.fspath(one) for one in named]
     return tuple(resolve.local_path(text) for text in texts if not resolve.is_elsewhere(text))
+
+
+def _recorded_arch(source: Plan) -> str | None:
+    """The spec file that an opened result was made by, if its record names one."""
+    place = source.sources[0].place if len(source.sources) == 1 else None
+    if place is None or source.architecture is not None or not place.has(filenames.RECORD):
+        return None
+    with contextlib.suppress(CheckpointError):
+        call = json_files.read_stored(place, filenames.RECORD)[0].get("request")
+        while isinstance(call, Mapping):
+            arch = call.get("arch")
+            if isinstance(arch, str) and _is_spec_file(arch):
+                return arch
+            call = call.get("source")
+    return None
 
 
 def _is_spec_file(arch: str) -> bool:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.planning.plan import Plan
 
 __all__ = [
+    "EXTRAPOLATION",
     "HasPlan",
     "Input",
     "Operator",
@@ -46,6 +47,13 @@ __all__ = [
     "inputs_of",
     "option",
 ]
+
+
+EXTRAPOLATION = (
+    "give --alpha 0.5; weights beyond a model (task arithmetic) are no blend: mergekit's "
+    "task_arithmetic makes them"
+)
+"""Hint for an alpha outside 0 to 1."""
 
 
 class HasPlan(Protocol):
@@ -72,6 +80,10 @@ class Operator(ABC):
     def __init_subclass__(cls) -> None:
         """Name the operator after its class."""
         cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", cls.__name__).lower()
+
+    def completed(self, source: "Plan", *more: Any, **inputs: Any) -> "Operator":
+        """The operator with what it finds for itself, which its record has to hold."""
+        return self
 
     @abstractmethod
     def plan(self, source: "Plan", *more: Any, **inputs: Any) -> "Plan":

@@ -9,7 +9,15 @@ from typing import ClassVar
 
 from streammap.common.declare import Real
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
-from streammap.operators.declare import Input, Operator, PlanLike, argument, declared, option
+from streammap.operators.declare import (
+    EXTRAPOLATION,
+    Input,
+    Operator,
+    PlanLike,
+    argument,
+    declared,
+    option,
+)
 from streammap.planning import graph, planner
 from streammap.planning.graph import LinearForm
 from streammap.planning.matching import config_difference, pairing
@@ -33,7 +41,7 @@ class Interpolate(Operator):
     alpha: float = option(
         help="Weight of SRC in the result, 0 to 1.",
         group="Blend",
-        kind=Real(0.0, 1.0, hint="give --alpha 0.5"),
+        kind=Real(0.0, 1.0, hint=EXTRAPOLATION),
         metavar="A",
     )
     untie: bool = option(

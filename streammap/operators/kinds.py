@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Union, final, runtime_checkable
 
-from streammap.common.declare import Form, Kind, Table, Whole, shown
+from streammap.common.declare import Choice, Form, Kind, Table, Whole, shown
 from streammap.errors import PlanError
 from streammap.operators.declare import OfSource
 from streammap.planning import requests
@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.planning.scheme import Scheme
 
 RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[str, object] | AxisRequest
-"""A factor, "=SIZE", groups, or a table of these: see planning/requests.py."""
+"""A factor, "to:SIZE", groups, or a table of these: see planning/requests.py."""
 SchemeLike = Union[str, Path, Mapping[str, object], "Scheme"]  # not imported here
 MapsLike = Union[str, Path, "tuple[MapLevel, ...]"]
 
@@ -59,6 +59,53 @@ class OneAxis(Kind):
         """Its JSON form."""
         return _encoded(value)
 
+    def upgrade(self, value: object) -> object:
+        """As it was meant: a number alone is a factor in records."""
+        return requests.explicit(value)
+
+
+@final
+class Factor(Kind):
+    """A factor on several axes together."""
+
+    def __init__(self, *, instead: str) -> None:
+        """`instead` is what asks for a size, for messages."""
+        self._instead = instead
+
+    def parse(self, value: Any, name: str) -> AxisRequest:
+        """From any form that a user may give."""
+        return requests.parse_factor(value, f"--{name}", instead=self._instead)
+
+    def encode(self, value: Any) -> object:
+        """Its JSON form."""
+        return _encoded(value)
+
+    def upgrade(self, value: object) -> object:
+        """As it was meant: a number alone is a factor in records."""
+        return requests.explicit(value)
+
+
+@final
+class GroupingOf(Kind):
+    """Which units make a group; "usual" is what records of earlier versions mean by nothing."""
+
+    form: Form = "choice"
+    choices = requests.GROUPINGS
+
+    def parse(self, value: Any, name: str) -> str:
+        """One of the words."""
+        if value == requests.USUAL:
+            return requests.USUAL
+        return Choice(*self.choices).parse(value, name)
+
+    def encode(self, value: Any) -> object:
+        """As records have it."""
+        return None if value == requests.USUAL else value
+
+    def upgrade(self, value: object) -> object:
+        """Records were made with the usual grouping where they name none."""
+        return requests.USUAL if value is None else value
+
 
 @final
 class ManyAxes(Kind):
@@ -78,6 +125,10 @@ class ManyAxes(Kind):
     def encode(self, value: Any) -> object:
         """Its JSON form."""
         return {axis: _encoded(request) for axis, request in value.items()}
+
+    def upgrade(self, value: object) -> object:
+        """As it was meant: a number alone is a factor in records."""
+        return _upgraded(value, value)
 
 
 @final
@@ -112,6 +163,14 @@ class SchemeOf(Kind):
         if value.axes:
             content["axes"] = {axis: _encoded(request) for axis, request in value.axes.items()}
         return content | {name: [] for name in value.unused}
+
+    def upgrade(self, value: object) -> object:
+        """As it was meant: a number alone is a factor in records."""
+        from streammap.planning import scheme
+
+        if isinstance(value, Mapping) and "axes" in value:
+            value = {**value, "axes": _upgraded(value["axes"], value["axes"])}
+        return _upgraded(value, scheme.SPACES)
 
 
 @final
@@ -194,7 +253,14 @@ def _encoded(request: AxisRequest) -> object:
     number = request.factor if request.factor is not None else request.size
     if request.grouping is not None:
         return {what: number, "grouping": request.grouping}
-    return number if what == "factor" else f"={number}"
+    return requests.explicit(number) if what == "factor" else f"={number}"
+
+
+def _upgraded(table: object, names: Any) -> object:
+    """A table of a record, whose entries of these names are requests."""
+    if not isinstance(table, Mapping):
+        return table
+    return {k: requests.explicit(v) if k in names else v for k, v in table.items()}
 
 
 def _decoded(value: object, where: str) -> AxisRequest:

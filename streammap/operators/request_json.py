@@ -17,9 +17,11 @@ import base64
 import binascii
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, final
 
+from streammap.common.declare import options_of
 from streammap.errors import PlanError, SchemeError
 from streammap.operators import registry
 from streammap.operators.declare import Input, inputs_of
@@ -41,14 +43,17 @@ def as_json(call: OperatorCall) -> dict[str, object] | None:
     return _encoded(call, numbers)
 
 
-def parse(content: object) -> OperatorCall:
+def parse(content: object, *, recorded: bool = False) -> OperatorCall:
     """A tree from JSON that may be anything.
+
+    Args:
+        recorded: Whether it stands in a record, which an earlier version may have written.
 
     Raises:
         PlanError: not a valid request.
         SchemeError: maps that are not a valid map file.
     """
-    return _Parser().call(content, "request", 0)
+    return _Parser(recorded).call(content, "request", 0)
 
 
 def _is_short(call: OperatorCall) -> bool:
@@ -100,16 +105,16 @@ def _unpacked(text: str) -> tuple[MapLevel, ...]:
     with tempfile.NamedTemporaryFile(suffix=map_file.SUFFIX) as file:
         file.write(content)
         file.flush()
-        return map_file.load(Path(file.name))
+        return tuple(replace(level, where="") for level in map_file.load(Path(file.name)))
 
 
 @final
 class _Parser:
     """Knows the opened sources that it has met."""
 
-    def __init__(self) -> None:
+    def __init__(self, recorded: bool) -> None:
         self._opened: dict[int, OperatorCall] = {}
-        self._n = 0
+        self._n, self._recorded = 0, recorded
 
     def call(self, content: object, where: str, depth: int) -> OperatorCall:
         """One call with its inputs."""
@@ -134,6 +139,11 @@ class _Parser:
             for name, value in content.items()
             if name not in ("operator", "id", *inputs) and (name, value) != ("maps", None)
         }
+        if self._recorded and operator != "open":
+            for one in options_of(registry.load(operator)):
+                value = one.kind.upgrade(options.get(one.json))
+                if value is not None:
+                    options[one.json] = value
         made = OperatorCall(operator, options, inputs)
         number = content.get("id")
         if operator != "open" or type(number) is not int:

@@ -3,12 +3,13 @@
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from streammap.common.declare import Real, Whole
 from streammap.errors import PlanError
-from streammap.operators.declare import Input, PlanLike, declared, option
+from streammap.operators.declare import EXTRAPOLATION, Input, PlanLike, declared, option
 from streammap.operators.resize_options import HOW, Resize
 
 if TYPE_CHECKING:  # help texts need the declarations alone
@@ -24,7 +25,7 @@ class Coalesce(Resize):
 
     examples: ClassVar[tuple[str, ...]] = (
         "coalesce bert-base-uncased/ small/ --width 2 --depth 2",
-        "coalesce llama/ small/ --kv-heads '=1' --kv-merge first",
+        "coalesce llama/ small/ --kv-heads to:1 --kv-merge first",
         "coalesce gpt2/ small/ --layers '[[0, 1], [2, 3], [11]]'",
     )
 
@@ -44,12 +45,13 @@ class Coalesce(Resize):
 class Decoalesce(Resize):
     """Grow: heads, neurons and layers are copied; widening is function-preserving.
 
-    Without sizes or groups, the map saved when SRC was made is used.
+    Without sizes or groups, the map saved when SRC was made is used: beside SRC, in the folder
+    above, or in the folder that config.json says the model was loaded from.
     """
 
     examples: ClassVar[tuple[str, ...]] = (
         "decoalesce small/ grown/ --blend-with bert-base-uncased/ --alpha 0.5",
-        "decoalesce llama/ wide/ --hidden '=5120' --mlp 2",
+        "decoalesce llama/ wide/ --hidden to:5120 --mlp 2",
         "decoalesce llama/ deep/ --layers 2 --new-layers zero",
     )
 
@@ -76,7 +78,7 @@ class Decoalesce(Resize):
         default=None,
         help="Weight of the grown model in the blend.  [default: 0.5]",
         group=BLEND,
-        kind=Real(0.0, 1.0, hint="give --alpha 0.5"),
+        kind=Real(0.0, 1.0, hint=EXTRAPOLATION),
         metavar="A",
     )
 
@@ -85,6 +87,20 @@ class Decoalesce(Resize):
         super().__post_init__()
         if self.alpha is not None and self.blend_with is None:
             raise PlanError("--alpha needs --blend-with BIG", hint="give both, or neither")
+
+    def completed(self, source: "Plan", *, blend_with: "Plan | None" = None) -> "Decoalesce":
+        """With the map that is not beside the source, but where a trainer leaves it."""
+        from streammap.operators import map_lookup
+
+        if self.head_dim is not None:
+            return self
+        return map_lookup.completed(self, source, self._target(blend_with))
+
+    def _target(self, blend_with: "Plan | None") -> Mapping[str, int] | None:
+        """Sizes that the result must have."""
+        if self.target_sizes is None and blend_with is not None:
+            return blend_with.model.sizes
+        return self.target_sizes
 
     def plan(self, source: "Plan", *, blend_with: "Plan | None" = None) -> "Plan":
         """The larger model, blended where a checkpoint is given for it: it has its sizes then.
@@ -95,14 +111,17 @@ class Decoalesce(Resize):
         """
         from streammap.operators import resize_plan
 
-        target = self.target_sizes
-        if target is None and blend_with is not None:
-            target = blend_with.model.sizes
         # Of two models, --untie is for each whose head is tied.
         unties_other = self.untie and blend_with is not None and blend_with.model.tied
         growth = replace(self, untie=False) if unties_other and not source.model.tied else self
         grown = resize_plan.plan(
-            growth, source, target, grows=True, head_dim=self.head_dim, new_layers=self.new_layers
+            growth,
+            source,
+            self._target(blend_with),
+            grows=True,
+            head_dim=self.head_dim,
+            new_layers=self.new_layers,
+            blends=blend_with is not None,
         )
         if blend_with is None:
             return grown

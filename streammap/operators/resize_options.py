@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
-from streammap.common.declare import Whole
 from streammap.errors import PlanError
 from streammap.operators.declare import Operator, check, declared, option
 from streammap.operators.kinds import (
     AxisSizes,
+    Factor,
+    GroupingOf,
     ManyAxes,
     Maps,
     MapsLike,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:  # help texts need the declarations alone
 
 AXES = ("hidden", "heads", "kv_heads", "mlp", "experts", "layers")
 """What can be asked for by an option of its own."""
-_SIZE = "What to resize (R: a factor 2, a size =768, or groups [[0, 1], [2, 3]])"
+_SIZE = "What to resize (R: a factor 2 or x2, a size to:768, or groups [[0, 1], [2, 3]])"
 HOW = "How"
 
 
@@ -39,18 +40,18 @@ def _axis(what: str) -> Any:
 class Resize(Operator):
     """What both directions share."""
 
-    width: int | None = option(
+    width: int | str | None = option(
         default=None,
         help="Factor on all widths: hidden size, heads, kv heads, MLP.",
         group=_SIZE,
-        kind=Whole(least=1),
+        kind=Factor(instead="--hidden to:N, --mlp to:N ..."),
         metavar="K",
     )
-    depth: int | None = option(
+    depth: int | str | None = option(
         default=None,
         help="Factor on the number of layers.",
         group=_SIZE,
-        kind=Whole(least=1),
+        kind=Factor(instead="--layers to:N"),
         metavar="K",
     )
     hidden: RequestLike | None = _axis("Hidden size")
@@ -61,7 +62,7 @@ class Resize(Operator):
     layers: RequestLike | None = _axis("Layers")
     axes: Mapping[str, RequestLike] | Sequence[str] | None = option(
         default=None,
-        help="Any axis that `inspect` lists: moe_mlp=2, moe_mlp==768, moe_mlp=[[0,1],...].",
+        help="Any axis that `inspect` lists: moe_mlp=2, moe_mlp=to:768, moe_mlp=[[0,1],...].",
         group=_SIZE,
         kind=ManyAxes(),
         metavar="NAME=R",
@@ -90,10 +91,12 @@ class Resize(Operator):
         metavar="CONFIG",
         json="sizes",
     )
-    grouping: Grouping = option(
-        default="stacked",
-        help="Members of a group: i with i + n/K (stacked), or neighbours (adjacent).",
+    grouping: Grouping | None = option(
+        default=None,
+        help="Members of a group: i with i + n/K (stacked), or neighbours (adjacent).  "
+        "[default: stacked; adjacent where --layers gives a size]",
         group=HOW,
+        kind=GroupingOf(),
     )
     kv_merge: Literal["mean", "first"] = option(
         default="mean", help="What merged kv heads become.", group=HOW
@@ -114,6 +117,8 @@ class Resize(Operator):
         ways = [*(["a scheme"] if self.scheme else []), *given]
         if self.scheme is not None and given:
             raise PlanError(f"both a scheme and {given[0]}", hint="give one of the two")
+        if self.depth is not None and self.layers is not None:
+            raise PlanError("both --depth and --layers", hint="give one of the two")
         if self.map is not None and ways:
             raise PlanError(f"both a map file and {ways[0]}", hint="give one of the two")
 
@@ -128,15 +133,26 @@ class Resize(Operator):
         return cast("tuple[MapLevel, ...] | None", self.map)
 
     @property
+    def widths(self) -> AxisRequest | None:
+        """What was asked for all widths together."""
+        return cast("AxisRequest | None", self.width)
+
+    @property
     def by_name(self) -> Mapping[str, AxisRequest]:
         """hidden, heads, kv_heads, mlp, experts, layers -> what was asked for."""
         asked = {name: getattr(self, name) for name in AXES}
+        asked["layers"] = self.depth if self.layers is None else self.layers
         return {name: request for name, request in asked.items() if request is not None}
 
     @property
     def by_axis(self) -> Mapping[str, AxisRequest]:
         """Axis of the architecture spec -> what was asked for."""
         return cast("Mapping[str, AxisRequest]", self.axes or {})
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether sizes or groups are asked for; a target's sizes are not."""
+        return bool(self.groups or self.widths or self.by_name or self.by_axis)
 
     @property
     def target_sizes(self) -> Mapping[str, int] | None:

@@ -15,15 +15,16 @@ from typing import Literal, final
 from streammap.architectures import axis_facts, axis_words
 from streammap.architectures.model import Model
 from streammap.errors import PlanError
+from streammap.operators import map_lookup
 from streammap.operators.resize_options import Resize
-from streammap.planning import coupled_axes, exactness, maps, planner
+from streammap.planning import coupled_axes, exactness, maps, planner, requests
 from streammap.planning.axis_maps import ResizeRequest
 from streammap.planning.compensation import compensate
 from streammap.planning.head_dim import HeadSize
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.plan import Plan, Step
-from streammap.planning.requests import AxisRequest
+from streammap.planning.requests import GROUPINGS, AxisRequest
 from streammap.planning.tensor_maps import AxisChange
 
 NewLayers = Literal["copy", "zero"]
@@ -39,6 +40,7 @@ def plan(
     grows: bool,
     head_dim: int | None = None,
     new_layers: NewLayers = "copy",
+    blends: bool = False,
 ) -> Plan:
     """The resized plan.
 
@@ -47,12 +49,13 @@ def plan(
         grows: Whether groups are copied (decoalesce) or merged (coalesce).
         head_dim: New size of a head, larger than before.
         new_layers: Whether added layers are copies, which run twice, or zero-initialised.
+        blends: Whether the result is blended with the target, unit by unit.
 
     Raises:
         SchemeError: groups that do not fit the model.
         PlanError: nothing to do, or a request that makes no sense.
     """
-    task = _Task(op, source, source.model, target, grows, head_dim, new_layers)
+    task = _Task(op, source, source.model, target, grows, head_dim, new_layers, blends)
     level, notes = task.level()
     return task.apply(level, notes)
 
@@ -69,6 +72,7 @@ class _Task:
     grows: bool
     head_dim: int | None
     new_layers: NewLayers
+    blends: bool
 
     def level(self) -> tuple[MapLevel, list[str]]:
         """The maps to use, and notes on where they come from.
@@ -77,38 +81,62 @@ class _Task:
         """
         op, model = self.op, self.model
         saved = self.source.levels if op.levels is None else op.levels
-        explicit = (
-            op.groups is not None
-            or op.width is not None
-            or op.depth is not None
-            or bool(op.by_name)
-            or bool(op.by_axis)
-            or self.head_dim is not None
-            or op.untie
-        )
-        fitting = fitting_level(saved, model, self.target, grows=self.grows)
+        only_unties = op.untie and self.target is None
+        explicit = op.is_explicit or self.head_dim is not None or only_unties
+        fitting = map_lookup.fitting_level(saved, model, self.target, grows=self.grows)
         if explicit and op.levels is None:
             known = {} if fitting is None else {n: pair[0] for n, pair in fitting.sizes.items()}
-            level, notes = self._requested_level(known)
+            level, notes = self._unguessed_level(known)
             if fitting is not None and level.merging and fitting.digest != level.digest:
                 notes.append("the map saved with the source is another one; it is not used")
             return level, notes
         if fitting is not None:
-            return fitting, ["the map saved with the source is used"]
+            given = fitting.where or "the request"
+            of = "saved with the source" if op.levels is None else f"of {given}"
+            return fitting, [f"the map {of} is used"]
         if op.levels is not None:
             raise PlanError(
                 f"the map file has {len(saved)} maps, none {self._from_to()}",
                 hint="give the map that was saved when this model was made",
             )
         if self.target is not None:
-            return self._requested_level({})
+            return self._unguessed_level({})
+        sizes = "--width K and --depth K, or one axis such as --mlp K, or --scheme FILE"
+        if not self.grows:
+            raise PlanError("no target size given", hint=f"give {sizes}")
+        looked, near = map_lookup.told(self.source, self.target)
         raise PlanError(
-            f"nothing says how to {op.name}: "
-            + (
-                "no map is saved with the source" if self.grows else "no size and no group is given"
-            ),
-            hint="give --width K and --depth K, or one axis such as --mlp K, or --scheme FILE",
+            f"no target size given, and no map to grow by: looked in {looked}",
+            hint=f"give {near}, or {sizes}",
         )
+
+    def _unguessed_level(self, known: Mapping[str, int]) -> tuple[MapLevel, list[str]]:
+        """Maps from requests, if these say all; which units were merged is not to be guessed.
+
+        Raises:
+            PlanError: a blend with the model that this one is taken to be made from, by one of
+                several maps.
+        """
+        level, notes = self._requested_level(known)
+        if not self.grows or self.target is None or self.op.grouping is not None:
+            return level, notes
+        ways = [replace(self.op, grouping=grouping) for grouping in GROUPINGS]
+        made = {replace(self, op=op)._requested_level(known)[0].digest for op in ways}
+        if len(made) == 1:
+            return level, notes
+        looked, near = map_lookup.told(self.source, self.target)
+        if self.blends:
+            raise PlanError(
+                "nothing says which units of the large model each unit stands for: no map in "
+                f"{looked}",
+                hint=f"give {near}, or how it was made: --scheme FILE, --grouping stacked or "
+                "--grouping adjacent",
+            )
+        guess = (
+            f"no map in {looked}: the usual groups are taken; if the source was made from a larger "
+            f"model, give {near}, or --grouping"
+        )
+        return level, [*notes, guess]
 
     def _requested_level(self, known: Mapping[str, int]) -> tuple[MapLevel, list[str]]:
         """Maps from requests; `known` are sizes of a large model that this one was made from."""
@@ -125,7 +153,12 @@ class _Task:
             if width is not None and not self._differs("heads"):
                 width = None
         request = ResizeRequest(
-            requested, width, op.grouping, op.kv_merge, known, self.target or {}
+            requested,
+            width,
+            next((grouping for grouping in GROUPINGS if grouping == op.grouping), None),
+            op.kv_merge,
+            known,
+            self.target or {},
         )
         merging, more_notes = coupled_axes.merging_maps(model, request, grows=self.grows)
         if groups is not None and self.target is None and width is None and not requested:
@@ -154,10 +187,8 @@ class _Task:
     def _requests(self) -> tuple[AxisRequest | None, dict[str, AxisRequest]]:
         """The request on all widths, and those on single axes."""
         op, groups = self.op, self.op.groups
-        width = None if op.width is None else AxisRequest(factor=op.width)
+        width = op.widths
         by_name, by_axis = dict(op.by_name), dict(op.by_axis)
-        if op.depth is not None:
-            by_name["layers"] = AxisRequest(factor=op.depth)
         if groups is not None:
             by_name |= groups.spaces
             by_axis |= groups.axes
@@ -166,13 +197,13 @@ class _Task:
                 width = AxisRequest(groups=groups.width, where="width_scheme")
             if groups.depth is not None:
                 by_name["layers"] = AxisRequest(groups=groups.depth, where="depth_scheme")
-        requests: dict[str, AxisRequest] = {}
+        asked: dict[str, AxisRequest] = {}
         for name, request in by_name.items():
             axes = self._axes_of(name)
             for axis in axes:
                 # Of several axes that a name stands for, those that follow another one do so.
                 if len(axes) == 1 or not axis_facts.must_follow(self.model, axis):
-                    requests[axis] = request
+                    asked[axis] = request
         spec = self.model.architecture
         for name, request in by_axis.items():
             axis = axis_words.axis_named(spec, name)
@@ -181,8 +212,23 @@ class _Task:
                 raise PlanError(
                     f"{self.model.name} has no axis {name!r}", hint=f"its axes are {known}"
                 )
-            requests[axis] = request
-        return width, requests
+            asked[axis] = request
+        self._check_bare(width, asked)
+        return width, asked
+
+    def _check_bare(self, width: AxisRequest | None, asked: Mapping[str, AxisRequest]) -> None:
+        """Refuse numbers that may have been meant as sizes."""
+        spec, sizes = self.model.architecture, self.model.sizes
+        hidden = [axis for axis in spec.spaces.get("hidden", ()) if sizes.get(axis)]
+        # --width and --depth take factors alone; sizes are asked for axis by axis.
+        if width is not None and hidden:
+            units, most = axis_words.units_of(spec, hidden[0]), requests.MAX_BARE_WIDTH
+            own, by, grows = sizes[hidden[0]], "--hidden to:", self.grows
+            requests.check_bare(width, own, units, grows=grows, size=by, most=most)
+        for axis, request in asked.items():
+            by = "--layers to:" if request.where == "--depth" else "to:"
+            units = axis_words.units_of(spec, axis)
+            requests.check_bare(request, sizes[axis], units, grows=self.grows, size=by)
 
     def _axes_of(self, name: str) -> list[str]:
         """The axes of the model that an option such as --mlp is about."""
@@ -339,32 +385,6 @@ class _Task:
             "untie": (self.op.untie, False),
         }
         return options | {name: value for name, (value, usual) in rare.items() if value != usual}
-
-
-def fitting_level(
-    levels: tuple[MapLevel, ...],
-    model: Model,
-    target: Mapping[str, int] | None,
-    *,
-    grows: bool,
-) -> MapLevel | None:
-    """The last level whose large (or small) side is this model."""
-    side = 1 if grows else 0
-    for level in reversed(levels):
-        fits = True
-        for axis, pair in level.sizes.items():
-            own = model.sizes.get(axis, _alias_size(model, axis))
-            fits = fits and pair[side] == own
-            if target is not None and axis in target:
-                fits = fits and pair[1 - side] == target[axis]
-        if fits:
-            return level
-    return None
-
-
-def _alias_size(model: Model, name: str) -> int | None:
-    alias = model.architecture.aliases.get(name)
-    return None if alias is None else model.size(alias)
 
 
 def _sizes(

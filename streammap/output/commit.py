@@ -108,6 +108,11 @@ def read(work: WorkFolder, request: Fingerprint | None) -> Commit:
     return Commit(names, replaces)
 
 
+def discard(output: Path, stale: Stale, disk: Disk) -> None:
+    """Remove what of a result is in place already, whose other files are given up."""
+    _remove_stale(output, stale, set(), disk=disk, fsync=False)
+
+
 def finish(
     work: WorkFolder, output: Path, commit: Commit, stale: Stale, *, disk: Disk, fsync: bool
 ) -> None:

@@ -32,6 +32,7 @@ from streammap.output import fingerprint, side_files
 from streammap.planning import map_file
 from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import FORMAT, Plan
+from streammap.planning.request import OperatorCall
 
 NAME = filenames.RECORD
 SUFFIX = f".{NAME}"
@@ -59,14 +60,14 @@ def path_of(output: Path) -> Path:
 
 def saved_request(
     source: PathLike | Mapping[str, object],
-) -> tuple[object, tuple[MapLevel, ...]]:
+) -> tuple[OperatorCall, tuple[MapLevel, ...]]:
     """The request of a result, of its record, or of a file or table with a request alone.
 
     Returns:
-        The request as JSON, and the maps saved beside it, which it may name by their digests.
+        The request, and the maps saved beside it, which it may name by their digests.
 
     Raises:
-        PlanError: a record without a request.
+        PlanError: a record without a request, or a request that is not valid.
         CheckpointError: a file that can't be read.
     """
     if isinstance(source, Mapping):
@@ -111,15 +112,15 @@ def read_any(path: Path) -> tuple[Mapping[str, object], bool]:
     )
 
 
-def _request_in(content: Mapping[str, object], where: str) -> object:
+def _request_in(content: Mapping[str, object], where: str) -> OperatorCall:
     if "operator" in content:
-        return content
+        return request_json.parse(content)
     if content.get("request") is None:
         raise PlanError(
             f"{where}: does not say how to make it again",
             hint="it was written by an older version, or by other means than streammap's calls",
         )
-    return content["request"]
+    return request_json.parse(content["request"], recorded=True)
 
 
 def encode(

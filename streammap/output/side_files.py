@@ -14,14 +14,14 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import final
 from weakref import WeakKeyDictionary
 
 from streammap.errors import CheckpointError, OutputError, some
-from streammap.io import filenames, json_files, safe_open
+from streammap.io import filenames, json_files, lfs_pointer, safe_open
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.storage.base import Storage
 from streammap.planning import map_file
@@ -103,11 +103,17 @@ def collect(plan: Plan, *, single: str | None = None) -> Iterator[SideFile]:
             is written.
 
     Raises:
-        CheckpointError: a link that leads out of the source's folder; not a regular file.
+        CheckpointError: a link that leads out of the source's folder; not a regular file; a Git LFS
+            pointer.
         OutputError: a side file that can't follow the new sizes.
     """
     if single is None:
         for file in of_source(plan.side):
+            if 0 < file.nbytes < lfs_pointer.MAX_NBYTES:
+                content = file.read()
+                lfs_pointer.refuse(content, file.name)
+                if file.path is None:
+                    file = replace(file, content=content)  # fetched once
             yield _resized(file, plan.sized)
     if plan.levels:
         name = map_file.NAME if single is None else map_file.beside(Path(single)).name

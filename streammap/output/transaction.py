@@ -189,6 +189,9 @@ class _Transaction:
         # A second look, now that the folder is locked: another run may have ended meanwhile.
         _check_place(self._plan, self._options, self._work.path)
         if self._options.save.restart:
+            if self._work.is_marked:
+                # What is in place is half of a result: none that could be kept.
+                commit.discard(self._options.folder, commit.stale(self._options.single), self._disk)
             self._work.start_over()
         if not self._work.is_marked:
             return None
@@ -400,11 +403,11 @@ class _Transaction:
 
 def _check_place(plan: Plan, options: OutputOptions, work: Path) -> None:
     sources = [] if options.may_replace_sources else [p for s in plan.sources for p in s.paths]
-    resumes_commit = not options.save.restart and WorkFolder(work).is_marked
+    is_half = WorkFolder(work).is_marked
     place.check_place(
         options.path,
         single=options.single,
-        overwrite=options.save.overwrite or resumes_commit,
+        overwrite=options.save.overwrite or is_half,
         sources=sources,
     )
 

@@ -112,13 +112,15 @@ def misplaced(names: HeadSharing, of_heads: AxisMap, of_kv: AxisMap) -> str | No
         return f"{n_heads} {names.heads} can't share {n_kv} {names.kv} evenly"
     after = n_heads // n_kv
     for i in range(n_heads):
-        read = {j // names.group for j, _ in of_heads.members(i)}
+        members = [j for j, _ in of_heads.members(i)]
+        read = {j // names.group for j in members}
         there = {j for j, _ in of_kv.members(i // after)}
         if not read <= there:
             return (
                 f"{names.heads} {i} would come from heads that read {names.kv} "
                 f"{some(sorted(read))}, but its own, {i // after}, comes from "
-                f"{some(sorted(there)) or 'none'}"
+                f"{some(sorted(there)) or 'none'} (it is made of {names.heads} "
+                f"{some(members)} of the source, and reads {names.kv} {i // after} of the result)"
             )
     return None
 

@@ -29,13 +29,19 @@ class ResizeRequest:
     """Axis -> its request."""
     width: AxisRequest | None
     """The request on all widths together: a factor, or groups of heads."""
-    grouping: Grouping
+    grouping: Grouping | None
+    """What was asked for; None for the usual one."""
     kv_merge: KvMerge
     known: Mapping[str, int]
     """Axis -> size of the large model that this one was made from, for groups that leave out its
     last units."""
     wanted: Mapping[str, int]
     """Axis -> size that the result must have; empty without a target."""
+
+    @property
+    def usual(self) -> Grouping:
+        """The grouping of factors and widths."""
+        return self.grouping or "stacked"
 
 
 def check_parts(spec: Architecture, axis: str, n: int, most: int) -> None:
@@ -75,7 +81,7 @@ class AxisRequests:
             size = own * request.factor if request.factor is not None else request.size or 0
             check_parts(self._spec, axis, size if self._grows else own, MAX_LAYERS)
         if request.factor is not None:
-            grouping = request.grouping or self._asked.grouping
+            grouping = request.grouping or self._asked.usual
             large = own * request.factor if self._grows else own
             check_parts(self._spec, axis, large, MAX_SIZE)
             return self._uniform(axis, large, request.factor, grouping)
@@ -113,7 +119,7 @@ class AxisRequests:
         if factor == 1:
             return None
         units = self.units(axis)
-        size = f"a size such as ={max(1, large // factor)}, or give groups"
+        size = f"a size such as to:{max(1, large // factor)}, or give groups"
         requests.divided(large, factor, units, instead=size)
         parts = self._parts(axis, large, factor, grouping)
         check_parts(self._spec, axis, parts, MAX_PARTS)
@@ -145,10 +151,12 @@ class AxisRequests:
                 f"{own} {self.units(axis)} can't become {size} this way",
                 hint="coalesce makes a model smaller, decoalesce larger",
             )
-        if large % small == 0 and self._spec.axes[axis].kind != "depth":
-            return self._uniform(axis, large, large // small, grouping or self._asked.grouping)
+        is_depth = self._spec.axes[axis].kind == "depth"
+        grouping = grouping or self._asked.grouping
+        if large % small == 0 and not (is_depth and grouping is None):
+            return self._uniform(axis, large, large // small, grouping or self._asked.usual)
         check_parts(self._spec, axis, large, MAX_PARTS)
-        if not self._grows or self._spec.axes[axis].kind == "depth":
+        if not self._grows or is_depth:
             return maps.merging(requests.near_even(large, small), large)
         if axis in axis_facts.normed_axes(self._model):
             # A norm sees how often each channel is copied: copy all equally, leave the rest zero,

@@ -168,7 +168,7 @@ class _Planning:
             n_kv = self._kv_for(heads, kv, n_heads)
         else:
             n_kv = self._target(kv, wanted_kv)
-        grouping = next((r.grouping for r in given if r.grouping), self._asked.grouping)
+        grouping = next((r.grouping for r in given if r.grouping), self._asked.usual)
         self._put_counts(heads, kv, HeadCounts(n_heads, n_kv), grouping)
 
     def _put_counts(self, heads: str, kv: str, result: HeadCounts, grouping: Grouping) -> None:
@@ -350,7 +350,7 @@ class _Planning:
             # Query heads never follow alone: their kv heads are planned with them.
             n_heads = own * after // before
             counts = HeadCounts(n_heads, self._kv_for(axis, kv, n_heads))
-            self._put_counts(axis, kv, counts, self._asked.grouping)
+            self._put_counts(axis, kv, counts, self._asked.usual)
             self._note_following(axis, leader, n_heads)
             return
         m = self.maps[leader]

@@ -17,7 +17,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -56,6 +56,8 @@ class MapLevel:
     """Axis or alias -> F (small x large)."""
     filled: frozenset[str] = frozenset()
     """Axes whose unmapped new units are zero, for which norms are compensated."""
+    where: str = field(default="", compare=False)
+    """The file that it was read from, for messages."""
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
@@ -121,8 +123,10 @@ def _load(storage: Storage, name: str) -> tuple[MapLevel, ...]:
         with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
             path = Path(folder) / name
             path.write_bytes(storage.read(name, limit=_MAX_NBYTES))
-            return _load_path(path)
-    return _load_path(path)
+            levels = _load_path(path)
+    else:
+        levels = _load_path(path)
+    return tuple(replace(level, where=storage.where(name)) for level in levels)
 
 
 def _load_path(path: Path) -> tuple[MapLevel, ...]:

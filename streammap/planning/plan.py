@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
-from streammap.errors import some
+from streammap.errors import PlanError, some
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
 from streammap.planning import graph
@@ -65,7 +65,7 @@ class Resolved:
 
 
 @final
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, repr=False)
 class Plan:
     """A result, tensor by tensor, not written."""
 
@@ -88,6 +88,26 @@ class Plan:
     request: OperatorCall | None = None
     """What was asked; None where it was made by other means than operators/calls.py."""
     resolved: Resolved = field(default_factory=Resolved, repr=False)
+
+    def __repr__(self) -> str:
+        """In short: what is whole takes millions of letters."""
+        names = ", ".join(source.name for source in self.sources)
+        return f"<Plan of {len(self.targets)} tensors of {names}, {len(self.steps)} steps>"
+
+    def form(self, key: str) -> LinearForm:
+        """How a tensor is computed.
+
+        Raises:
+            PlanError: there is none of this name.
+        """
+        if key not in self.targets:
+            import difflib  # most calls have no use for it
+
+            near = difflib.get_close_matches(str(key), self.targets, n=1)
+            told = near[0] if near else some(list(self.targets))
+            hint = f"did you mean {told}?" if near else f"there are {told}"
+            raise PlanError(f"no tensor {str(key)[:200]!r}", hint=hint)
+        return self.targets[key]
 
     @property
     def specs(self) -> dict[str, TensorSpec]:

@@ -1,13 +1,14 @@
 """The request on one axis: a factor, a new size, or groups.
 
-    2                                         a factor, put together by the grouping asked for
-    "=768"                                    a new size
+    2, "x2"                                   a factor, put together by the grouping asked for
+    "to:768"                                  a new size ("=768" is the same)
     [[0, 6], [1, 7], ...]                     groups: entry i lists the units of the large model
                                               that unit i of the small one stands for
     {"factor": 2, "grouping": "adjacent"}     a factor with a grouping of its own
     {"groups": [{"members": [0, 6], "weights": [0.7, 0.3]}, ...]}     weighted members
 
-Each may stand on the command line, in a scheme file, and in Python.
+Each may stand on the command line, in a scheme file, and in Python. A number alone is a factor up
+to MAX_BARE; a larger one may be meant as a size, so it is refused with both readings.
 """
 
 import itertools
@@ -24,6 +25,13 @@ Groups = tuple[tuple[int, ...], ...]
 Weights = tuple[tuple[float, ...], ...]
 Grouping = Literal["stacked", "adjacent"]
 GROUPINGS: tuple[Grouping, ...] = ("stacked", "adjacent")
+USUAL = "usual"
+"""A request without a grouping: factors and widths are stacked, numbers of layers neighbours."""
+MAX_BARE = 8
+"""Largest factor that a number alone may be: `--layers 12` is a model's size more often than a
+factor, and would give 72 layers for 6 without a word."""
+MAX_BARE_WIDTH = 16
+"""The same of all widths together: no model is 16 wide."""
 MAX_PARTS = 200_000
 """Of one map: each takes time and memory to plan."""
 _MAX_INDEX = 1_000_000
@@ -44,6 +52,8 @@ class AxisRequest:
     """Which units a factor groups; None for the grouping of the whole request."""
     where: str = field(default="", compare=False)
     """Where it was given ("--mlp"), for messages."""
+    is_bare: bool = field(default=False, compare=False)
+    """Whether the factor is a number alone, which may have been meant as a size."""
 
 
 def parse_request(value: object, where: str) -> AxisRequest:
@@ -64,12 +74,13 @@ def _request(value: object, where: str) -> AxisRequest:
         if value < 1:
             raise SchemeError(f"{where} is {value}, expected 1 or more")
         _check_size(value, where)
-        return AxisRequest(factor=value)
+        return AxisRequest(factor=value, is_bare=True)
     if isinstance(value, str):
-        size = value.removeprefix("=")
-        if value.startswith("=") and re.fullmatch(r"0*[1-9][0-9]{0,12}", size) is not None:
-            _check_size(int(size), where)
-            return AxisRequest(size=int(size))
+        spelled = re.fullmatch(r"(=|to:|x)0*([1-9][0-9]{0,12})", value)
+        if spelled is not None:
+            number = int(spelled[2])
+            _check_size(number, where)
+            return AxisRequest(factor=number) if spelled[1] == "x" else AxisRequest(size=number)
     if isinstance(value, list | tuple):
         groups, weights = parse_groups(value, where)
         return AxisRequest(groups=groups, weights=weights)
@@ -77,7 +88,60 @@ def _request(value: object, where: str) -> AxisRequest:
         return _of_table(value, where)
     raise SchemeError(
         f"{where}: {str(value)[:60]!r} is not a request",
-        hint="give a factor such as 2, a size such as =768, or groups such as [[0, 1], [2, 3]]",
+        hint="give a factor such as 2 or x2, a size such as to:768, or groups such as "
+        "[[0, 1], [2, 3]]",
+    )
+
+
+def parse_factor(value: object, where: str, *, instead: str) -> AxisRequest:
+    """Parse a factor on several axes together.
+
+    Args:
+        instead: How a size is asked for, for messages.
+
+    Raises:
+        SchemeError: not a factor.
+    """
+    request = None
+    if isinstance(value, int | str | AxisRequest) and not isinstance(value, bool):
+        request = parse_request(value, where)
+    if request is None or request.factor is None or request.grouping is not None:
+        raise SchemeError(
+            f"{where} is {str(value)[:60]!r}, expected a factor such as 2 or x2",
+            hint=f"a size is asked for by {instead}",
+        )
+    return request
+
+
+def check_bare(
+    request: AxisRequest,
+    own: int,
+    units: str,
+    *,
+    grows: bool,
+    size: str = "to:",
+    most: int = MAX_BARE,
+) -> None:
+    """Refuse a number alone that is too large to be a factor beyond doubt.
+
+    Args:
+        own: The axis' size in the source.
+        units: What is counted: "layers".
+        size: How a size is spelled: "to:", or "--layers to:" where another option takes it.
+        most: The largest number that is a factor beyond doubt.
+
+    Raises:
+        SchemeError: with both readings, what each would give, and how it is written.
+    """
+    n = request.factor
+    if n is None or not request.is_bare or n <= most:
+        return
+    result = f"{own * n if grows else own / n:.12g}"
+    how = f"{n} times" if grows else f"1/{n} of"
+    raise SchemeError(
+        f"{request.where} {n} can be read in two ways: {n} {units}, or {how} the {own} {units}, "
+        f"which is {result}",
+        hint=f"give {size}{n} for {n} {units}, x{n} for {result}",
     )
 
 
@@ -99,6 +163,11 @@ def parse_groups(value: object, where: str) -> tuple[Groups, Weights | None]:
         tuple(1.0 / len(members) for _ in members) if weights is None else weights
         for members, weights in pairs
     )
+
+
+def explicit(value: object) -> object:
+    """A request of a record, where a number alone is a factor whatever its size."""
+    return f"x{value}" if type(value) is int and value > MAX_BARE else value
 
 
 def _of_text(text: str, where: str) -> object:

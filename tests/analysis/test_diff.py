@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -192,11 +193,76 @@ def test_the_picture(tmp_path: Path) -> None:
     assert {"output.dense.weight", "pooler.dense.bias", "layer", "1e0", "equal"} <= set(texts)
     titles = {title.text for title in drawn.iterfind(".//title", space)}
     assert len(titles) == len(state)
-    assert "encoder.layer.2.output.dense.weight: 5e-1" in titles
+    assert "encoder.layer.2.output.dense.weight: 5.0e-1" in titles
     assert "encoder.layer.3.output.dense.weight: NaN" in titles
     assert "encoder.layer.0.output.dense.weight: =" in titles
-    found = run("diff", big, other, "--plot", tmp_path / "no" / "d.svg")
-    assert (found.exit_code, found.stdout) == (2, "")
+
+
+def test_a_place_for_the_picture_is_checked_before_anything_is_read(tmp_path: Path) -> None:
+    taken = tiny.file(tmp_path / "taken.svg", "mine")
+    for plot, message in (
+        (tmp_path / "no" / "d.svg", "no is no folder"),
+        (tmp_path / "d.png", "pictures are SVG, the ending is .png"),
+        (tmp_path / "d", "pictures are SVG, the ending is missing"),
+        (taken, "already exists"),
+    ):
+        found = run("diff", tmp_path / "nowhere" / "a", tmp_path / "nowhere" / "b", "--plot", plot)
+        assert (found.exit_code, found.stdout) == (2, "")
+        assert message in found.stderr
+    assert taken.read_text() == "mine"
+    one = tiny.write(tmp_path / "one", {"x": torch.ones(2)}, None)
+    assert run("diff", one, one, "--plot", taken, "--overwrite").exit_code == 0
+    assert taken.read_text().startswith("<svg")
+
+
+def test_long_names_stay_on_the_page(tmp_path: Path) -> None:
+    names = ("/models/" + "a-very-long-name/" * 12 + "first", "short", "x" * 300)
+    for pair in ((names[0], names[1]), (names[0], names[2]), (names[1], names[0])):
+        found = replace(differences(tmp_path, {"a": torch.ones(1)}, {"a": torch.zeros(1)}))
+        drawn = ET.fromstring(heatmap.svg(replace(found, names=pair)))
+        (title,) = (t for t in drawn.iter("{http://www.w3.org/2000/svg}text") if t.get("y") == "26")
+        assert title.text is not None
+        width = float(drawn.get("width", "0"))
+        assert 16 + 9 * len(title.text) <= width <= 700
+        if names[1] in pair:
+            assert "short" in title.text
+            assert "name/first" in title.text
+
+
+def test_layers_are_summed_up(tmp_path: Path) -> None:
+    big = tiny.write(tmp_path / "big", tiny.bert(SIZES), tiny.bert_config(SIZES))
+    state = tiny.bert(SIZES)
+    state["encoder.layer.2.output.dense.weight"] *= 1.5
+    state["pooler.dense.bias"] *= 2.0
+    other = tiny.write(tmp_path / "other", state, tiny.bert_config(SIZES))
+    found = run("diff", big, other, "--layers")
+    assert found.exit_code == 1
+    lines = [" ".join(line.split()) for line in found.stdout.splitlines()]
+    assert lines[0] == "layer differ mean relative largest of tensor"
+    assert lines[1] == "0 0 of 16 0 0"
+    assert lines[3] == "2 1 of 16 3.12e-02 5.00e-01 encoder.layer.2.output.dense.weight"
+    assert lines[5] == "- 1 of 7 1.43e-01 1.00e+00 pooler.dense.bias"
+    layers = json.loads(run("diff", big, other, "--json").stdout)["layers"]
+    assert [layer["layer"] for layer in layers] == [0, 1, 2, 3, None]
+    assert layers[2]["worst"] == "encoder.layer.2.output.dense.weight"
+    assert layers[2]["n_different"] == 1
+
+
+def test_what_only_one_has_is_drawn_hatched(tmp_path: Path) -> None:
+    a = {f"m.{i}.w": torch.ones(2) for i in range(4)}
+    b = {f"m.{i}.w": torch.ones(2) for i in range(6)} | {"m.3.w": torch.ones(3)}
+    drawn = ET.fromstring(heatmap.svg(differences(tmp_path, a, b)))
+    told = {
+        rect[0].text: rect.get("fill")
+        for rect in drawn.iter("{http://www.w3.org/2000/svg}rect")
+        if len(rect)
+    }
+    assert len(told) == 6
+    hatched = sorted(text for text, fill in told.items() if text and fill == "url(#apart)")
+    assert hatched[0] == "m.3.w: shape [2] and [3]"
+    assert hatched[1].startswith("m.4.w: only in ")
+    assert hatched[1].endswith("b.safetensors")
+    assert "not in both" in "".join(drawn.itertext())
 
 
 def test_pictures_of_few_and_of_many(tmp_path: Path) -> None:

@@ -715,3 +715,25 @@ def test_a_path_reaches_inside_tables_and_lists() -> None:
     }
     with pytest.raises(PlanError, match=r"config\.json: new is 3, expected a table"):
         config_fields.set_field({"new": 3}, "new.inner", 5)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({}, ""),
+        ({"n_group": 1, "top": 2, "tied": True, "act": "gelu"}, ""),
+        ({"top": 8}, ""),
+        ({"n_group": 4}, "the spec was tested with n_group 1, config.json has 4"),
+        ({"top": 1}, "the spec was tested with top 2, config.json has 1"),
+        ({"tied": False}, "the spec was tested with tied True, config.json has False"),
+        ({"act": "relu"}, "the spec was tested with act gelu, config.json has relu"),
+    ],
+)
+def test_a_spec_promises_nothing_with_other_switches_than_it_was_tested_with(
+    config: dict[str, object], told: str
+) -> None:
+    facts = '\n[proved]\nn_group = 1\ntop = 2\ntied = true\nact = "gelu"\n'
+    spec = registry.parse(BASE + facts, name="mine", config=config)
+    found = set(spec.caveats.values()) - {"base says so"}
+    assert found == ({told} if told else set())
+    assert not told or spec.caveats.keys() == spec.axes.keys()

@@ -1,14 +1,19 @@
 """Each command as a user types it."""
 
+import contextlib
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import click
 import pytest
 import torch
+from click.shell_completion import get_completion_class
 
 import streammap
 from streammap.cli.main import main
@@ -212,7 +217,7 @@ def test_usage_errors_exit_with_2(big: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "nothing says how to coalesce"),
+        ((), "no target size given"),
         (("--width", 3), "4 heads do not divide into groups of 3"),
         (("--width", 2, "--scheme", "schemes/L6-H6.json"), "both a scheme and --width"),
         (("--scheme", "schemes/L6-H6.json"), "is out of range, the large model has 4"),
@@ -238,6 +243,140 @@ def test_blending_another_model_is_refused(big: Path, tmp_path: Path) -> None:
     for alpha in ("nan", 1.5, -0.1):
         said = refused("interpolate", big, big, tmp_path / "out", f"--alpha={alpha}")
         assert "expected 0 to 1" in said
+        assert "mergekit's task_arithmetic" in said
+
+
+def test_a_third_checkpoint_is_not_taken_for_a_place_to_write(big: Path, tmp_path: Path) -> None:
+    third = tiny.write(tmp_path / "third", tiny.bert(SIZES, seed=3), tiny.bert_config(SIZES))
+    before = tiny.tree(third)
+    for command in (("plan", "interpolate"), ("interpolate",)):
+        said = refused(*command, big, big, third, "--alpha", 0.5)
+        assert f"{third}: already exists; interpolate reads SRC and TGT, and writes to OUT" in said
+    assert tiny.tree(third) == before
+    said = ok("plan", "interpolate", big, big, tmp_path / "out", "--alpha", 0.5)
+    assert said.splitlines()[-1] == f"output     {tmp_path / 'out'}"
+    said = ok("plan", "coalesce", big, third, "--width", 2)
+    assert said.splitlines()[-1].endswith("third: already exists, a run needs --overwrite")
+    assert "output" not in json.loads(ok("plan", "coalesce", big, third, "--width", 2, "--json"))
+    ok("interpolate", big, big, third, "--alpha", 0.5, "--overwrite")
+
+
+def test_an_error_is_the_json_object_that_a_script_reads(big: Path, tmp_path: Path) -> None:
+    for code, words in (
+        (1, ("coalesce", big, tmp_path / "out", "--width", 3, "--json")),
+        (1, ("plan", "coalesce", big, "--layers", 48, "--json")),
+        (1, ("inspect", tmp_path / "nowhere", "--json")),
+        (1, ("verify", tmp_path / "nowhere", "--json")),
+        (2, ("diff", big, tmp_path / "nowhere", "--json")),
+        (1, ("spec", "verify", "strange", "--json")),
+        (1, ("apply", tmp_path / "nowhere.json", tmp_path / "out", "--json")),
+        (2, ("coalesce", big, tmp_path / "out", "--width", "wide", "--json")),
+        (2, ("diff", big, "--json")),
+    ):
+        found = run(*words)
+        assert found.exit_code == code, words
+        error = json.loads(found.stdout)["error"]
+        assert error["exit_code"] == code
+        assert error["message"]
+        assert error["message"].splitlines()[0] in found.stderr
+        assert error["hint"] is None or error["hint"] in found.stderr
+        assert error["kind"]
+        plain = run(*words[:-1])
+        assert (plain.exit_code, plain.stdout) == (code, "")
+
+
+_INTERRUPTED = """
+import sys
+from streammap.cli import operators
+from streammap.cli.main import main
+from streammap.common.events import Started, Wrote
+
+how = sys.argv.pop()
+
+def save(lazy, title, values):
+    bar = operators.listener(title, quiet=False)
+    bar(Started(1, 100, 0))
+    bar(Wrote("x", 50))
+    if how == "stop":
+        raise KeyboardInterrupt
+    raise operators.OutputError("the disk is full")
+
+operators.save = save
+main()
+"""
+
+
+@pytest.mark.parametrize(("how", "message"), [("stop", "interrupted: "), ("fail", "error: ")])
+def test_a_message_begins_a_line_behind_a_bar(big: Path, how: str, message: str) -> None:
+    theirs, ours = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))
+    words = ["coalesce", str(big), str(big.parent / "out"), "--width=2", how]
+    command = [sys.executable, "-c", _INTERRUPTED, *words]
+    process = subprocess.Popen(command, stderr=ours, stdout=subprocess.DEVNULL)
+    os.close(ours)
+    said = b""
+    with contextlib.suppress(OSError):  # what a terminal says when its last user is gone
+        while piece := os.read(theirs, 4096):
+            said += piece
+    os.close(theirs)
+    assert process.wait() == (130 if how == "stop" else 1)
+    assert b"coalesce:" in said
+    before, found, _ = said.decode().partition(message)
+    assert found
+    last = before.rpartition("\n")[2].rpartition("\r")[2]
+    assert last.strip() == "", before
+
+
+def completions(*words: str, shell: str = "bash") -> list[str]:
+    """What a shell offers for the last word."""
+    typed = ["streammap", *words]
+    env = {"COMP_WORDS": " ".join(typed), "COMP_CWORD": str(len(words))}
+    complete = get_completion_class(shell)
+    assert complete is not None
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in env.items():
+            patched.setenv(name, value)
+        made = complete(main, {}, "streammap", "_STREAMMAP_COMPLETE")
+        return made.complete().splitlines()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("coalesce",),
+        ("coalesce", "big"),
+        ("coalesce", "big", "out", "--scheme"),
+        ("decoalesce", "big", "out", "--map"),
+        ("decoalesce", "big", "out", "--target"),
+        ("decoalesce", "big", "out", "--blend-with"),
+        ("coalesce", "big", "out", "--config"),
+        ("coalesce", "big", "out", "--arch"),
+        ("interpolate", "a"),
+        ("plan", "coalesce"),
+        ("inspect",),
+        ("verify",),
+        ("diff", "a"),
+        ("diff", "a", "b", "--plot"),
+        ("apply",),
+        ("map", "--src-dir"),
+        ("spec", "verify"),
+        ("spec", "infer"),
+        ("testbench", "--scheme"),
+    ],
+)
+def test_shells_complete_files_where_files_go(words: tuple[str, ...]) -> None:
+    assert completions(*words, "so") == ["file,so"]
+
+
+def test_shells_complete_names_of_specs() -> None:
+    assert completions("inspect", "big", "--arch", "gpt") == [
+        "plain,gpt2",
+        "plain,gpt_bigcode",
+        "plain,gpt_neo",
+        "plain,gpt_neox",
+        "plain,gpt_oss",
+        "file,gpt",
+    ]
 
 
 def test_a_missing_and_a_surplus_tensor_are_named(big: Path, tmp_path: Path) -> None:

@@ -68,10 +68,10 @@ def test_verify_fails_where_there_is_nothing_to_verify(
     spec = tmp_path / "mine.toml"
     spec.write_text('schema = 1\nmodel_types = ["mine"]\nextends = "llama"\n')
     result = typed.run("spec", "verify", spec, *flags)
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, "reports" in result.stdout) == (1, False)
     assert "no model under [proof]" in result.stderr
     result = typed.run("spec", "verify", "gpt2", "--model", "nothing", *flags)
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, "reports" in result.stdout) == (1, False)
     assert "gpt2: no model 'nothing' under [proof]" in result.stderr
     assert typed.run("spec", "verify", *flags).exit_code == 2
 
@@ -96,6 +96,33 @@ def test_infer_writes_a_spec_that_its_own_proof_passes(tmp_path: Path) -> None:
     spec = tmp_path / "openai-gpt.toml"
     spec.write_text(found["toml"])
     assert registry.load(str(spec)).model_types == ("openai-gpt",)
+    assert registry.load(str(spec), config).caveats == {}
+    other = registry.load(str(spec), {**config, "afn": "relu"})
+    told = "the spec was tested with afn gelu, config.json has relu"
+    assert other.caveats == dict.fromkeys(other.axes, told)
+
+
+def test_infer_fails_where_its_proof_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    from streammap.tools.spec_proof import checks
+    from streammap.tools.spec_proof.checks import Check, ProofReport
+
+    place = tmp_path / "config.json"
+    sizes = {"n_embd": 48, "n_head": 6, "n_layer": 3, "n_positions": 32, "vocab_size": 97}
+    place.write_text(json.dumps({"model_type": "openai-gpt", **sizes}))
+    wrong = Check("growth", passed=False, error=0.5, message="heads: 5.0e-01\nmore")
+    report = ProofReport("openai-gpt", (wrong,))
+    monkeypatch.setattr(checks, "verify", lambda *_, **__: (report,))
+    first = "# FAILED: openai-gpt: growth: heads: 5.0e-01"
+    found = typed.run("spec", "infer", place)
+    assert found.exit_code == 1
+    assert found.stdout.startswith(first)
+    assert "schema = 1" in found.stdout
+    assert "openai-gpt: FAILED" in found.stderr
+    found = typed.run("spec", "infer", place, "--json")
+    assert found.exit_code == 1
+    assert json.loads(found.stdout)["toml"].startswith(first)
+    assert typed.run("spec", "infer", place, "--no-verify").exit_code == 0
 
 
 def test_infer_runs_no_code_of_a_checkpoint(tmp_path: Path) -> None:

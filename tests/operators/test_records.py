@@ -59,6 +59,20 @@ def test_a_result_is_made_again_from_its_record(name: str, big: Path, tmp_path: 
     assert tiny.tree(tmp_path / "again") == tiny.tree(tmp_path / "out")
 
 
+def test_a_number_alone_of_a_record_is_the_factor_that_it_was(big: Path, tmp_path: Path) -> None:
+    """Earlier versions took any number for a factor, and wrote it down so."""
+    source = streammap.open(big)
+    source.decoalesce(mlp="x12", axes={"embed": 2}, layers="x9").save(tmp_path / "out")
+    content = record(tmp_path / "out")
+    text = json.dumps(content).replace('"x12"', "12").replace('"x9"', "9")
+    (tmp_path / "out" / "streammap.json").write_text(text)
+    assert text != json.dumps(content)
+    again = streammap.open_request(tmp_path / "out")
+    tiny.assert_same(dict(again.tensors()), tiny.written(tmp_path / "out"))
+    with pytest.raises(SchemeError, match="two ways"):
+        streammap.open_request(json.loads(text)["request"])
+
+
 def test_the_record_is_text_to_read(big: Path, tmp_path: Path) -> None:
     scheme = tiny.file(tmp_path / "s.json", '{"width_scheme": [[0, 2], [1, 3]]}')
     ok("coalesce", big, tmp_path / "out", "--scheme", scheme, "--rule", "reference")
@@ -224,7 +238,7 @@ SOURCE = {"operator": "open", "path": "/nowhere"}
         ({"operator": "open", "path": "x", "maps": "%"}, "not packed as expected"),
         ({"operator": "open", "path": "x", "maps": 3}, "expected packed maps"),
         ({"operator": "open", "path": "/nowhere"}, "no such folder or file"),
-        ({"operator": "coalesce", "width": "2", "source": "BIG"}, "width is '2'"),
+        ({"operator": "coalesce", "width": "=2", "source": "BIG"}, "width is '=2'"),
         ({"operator": "coalesce", "widht": 2, "source": "BIG"}, "unknown option 'widht'"),
         ({"operator": "coalesce", "rule": "r", "source": "BIG"}, "rule is 'r'"),
         ({"operator": "coalesce", "untie": 1, "source": "BIG"}, "untie is 1"),
@@ -284,3 +298,32 @@ def test_any_tree_is_a_request_or_the_projects_own_error(tree: object) -> None:
         calls.build(found)
     except StreammapError:
         pass
+
+
+def test_a_result_of_a_spec_of_ones_own_says_which_it_was(tmp_path: Path) -> None:
+    spec = tiny.file(
+        tmp_path / "mine.toml", 'schema = 1\nextends = "bert"\nmodel_types = ["mine"]\n'
+    )
+    config = {**tiny.bert_config(SIZES), "model_type": "mine"}
+    mine = tiny.write(tmp_path / "mine", tiny.bert(SIZES), config)
+    ok("coalesce", mine, tmp_path / "small", "--width", 2, "--arch", spec)
+    found = run("plan", "coalesce", tmp_path / "small", "--depth", 2)
+    assert found.exit_code == 1
+    assert f"hint: its record says that it was made with --arch {spec}: give that" in found.stderr
+    ok("plan", "coalesce", tmp_path / "small", "--depth", 2, "--arch", spec)
+    spec.unlink()
+    assert "spec infer" in run("plan", "coalesce", tmp_path / "small", "--depth", 2).stderr
+
+
+def test_names_that_are_near_are_told(big: Path) -> None:
+    lazy = streammap.open(big)
+    for read in (lazy.read, lazy.spec):
+        with pytest.raises(
+            PlanError, match=r"no tensor 'pooler.dense.weigth'\n.*pooler.dense.weight"
+        ):
+            read("pooler.dense.weigth")
+    assert len(repr(lazy.plan)) < 200
+    assert (
+        "hint: did you mean bert? there are "
+        in run("plan", "coalesce", big, "--arch", "brt").stderr
+    )

@@ -293,10 +293,11 @@ def test_a_mark_of_another_request_is_refused(stopped: tuple[Path, Path], tmp_pa
     lazy = streammap.open(stopped[0])
     with pytest.raises(OutputError, match="max_shard_size 600 is now 700"):
         lazy.save(out, max_shard_size=700)
-    with pytest.raises(OutputError, match="already exists"):
-        lazy.save(out, max_shard_size=700, restart=True)
-    lazy.save(out, max_shard_size=700, restart=True, overwrite=True)
-    tiny.assert_same(tiny.written(out), tiny.written(stopped[0]))
+    shutil.copytree(out, tmp_path / "again")
+    for place, overwrite in ((out, False), (tmp_path / "again", True)):
+        lazy.save(place, max_shard_size=700, restart=True, overwrite=overwrite)
+        tiny.assert_same(tiny.written(place), tiny.written(stopped[0]))
+        assert streammap.verify(place).ok
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"streammap_commit": 9}'])
@@ -305,8 +306,13 @@ def test_a_damaged_mark_is_refused(
 ) -> None:
     out = marked(stopped, tmp_path)
     (out / ".streammap-run" / "commit.json").write_text(content)
-    with pytest.raises(OutputError, match=r"commit\.json: not one that this version wrote"):
+    with pytest.raises(
+        OutputError, match=r"commit\.json: not one that this version wrote"
+    ) as error:
         streammap.open(stopped[0]).save(out, max_shard_size=600)
+    assert error.value.hint == "pass --restart to start over"
+    streammap.open(stopped[0]).save(out, max_shard_size=5000, restart=True)
+    assert streammap.verify(out).ok
 
 
 def test_a_file_that_a_mark_names_and_nobody_has_is_told(

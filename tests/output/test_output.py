@@ -23,6 +23,7 @@ from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.output import fingerprint, layout
 from tests.support import tiny
+from tests.support.typed import run
 
 SIZES = tiny.Sizes()
 SPECS = {
@@ -140,8 +141,8 @@ def test_a_layout_holds_each_tensor_once_and_its_files_are_whole(
     [
         (1, 1),
         (12345, 12345),
-        ("1", 1),
-        ("12345", 12345),
+        ("1B", 1),
+        ("65536", 65536),
         ("100B", 100),
         ("5GB", 5_000_000_000),
         ("5gb", 5_000_000_000),
@@ -188,7 +189,22 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
-@pytest.mark.parametrize("text", [0, -1, "0", "0GB", "0.1", "0.0001KB"])
+@pytest.mark.parametrize("text", ["5", "500", "10", "0.5", " 65535 "])
+def test_a_small_number_without_a_unit_is_refused(text: str) -> None:
+    n = text.strip()
+    hint = f"hint: give {n}GB or {n}MB; {n}B if bytes are meant"
+    with pytest.raises(OutputError, match=rf"has no unit, and would be {n} bytes\n  {hint}"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("option", ["--max-shard-size", "--memory"])
+def test_a_unit_that_was_forgotten_is_asked_for_before_anything_is_read(option: str) -> None:
+    found = run("coalesce", "nowhere/at/all", "out", "--width", "2", option, "5")
+    assert found.exit_code == 1
+    assert "size '5' has no unit" in found.stderr
+
+
+@pytest.mark.parametrize("text", [0, -1, "0", "0GB", "0.1B", "0.0001KB"])
 def test_a_size_of_nothing_is_refused(text: str | int) -> None:
     with pytest.raises(OutputError, match="expected more than nothing"):
         parse_size(text)

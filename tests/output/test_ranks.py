@@ -29,7 +29,7 @@ from tests.support import tiny, typed
 from tests.support.typed import ok
 
 SIZES = tiny.Sizes(heads=4, layers=8)
-SMALL = "500"
+SMALL = "500B"
 Outcome = streammap.Report | StreammapError
 
 
@@ -410,7 +410,7 @@ def locate_or_die(self, places):  # called for each part
 
 shard_writer.ShardWriter.locate = locate_or_die
 lazy = streammap.open(big).decoalesce(depth=2)
-lazy.save(out, max_shard_size="500", fsync=False, threads=1, ranks=True)
+lazy.save(out, max_shard_size="500B", fsync=False, threads=1, ranks=True)
 """
 """One rank kills itself in the middle, where `flag` is not there."""
 
@@ -456,7 +456,7 @@ def test_no_run_begins_while_a_rank_of_an_earlier_launch_writes(
 
 def test_only_rank_0_prints(tmp_path: Path, big: Path, whole: dict[str, bytes]) -> None:
     arguments = ("-m", "streammap", "decoalesce", big, tmp_path / "out", "--depth=2", "--no-fsync")
-    options = ("--max-shard-size=500", "--json")
+    options = ("--max-shard-size=500B", "--json")
     processes = [rank_process(rank, 2, *arguments, *options) for rank in range(2)]
     said = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
@@ -496,7 +496,7 @@ SLURM_PROCID=1 SLURM_LOCALID=1 "$@" & SLURM_PROCID=0 SLURM_LOCALID=0 "$@" && wai
 @pytest.mark.slow
 def test_the_pages_batch_script_runs(tmp_path: Path, big: Path) -> None:
     (script,) = [block for block in blocks("bash") if "#SBATCH" in block]
-    script = script.replace("/shared", str(tmp_path)).replace("1GB", "500")
+    script = script.replace("/shared", str(tmp_path)).replace("1GB", "500B")
     for name, content in (("srun", SRUN_OF_TESTS), ("python", f'exec {sys.executable} "$@"')):
         tiny.file(tmp_path / name, f"#!/bin/bash\n{content}").chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "1"}
@@ -511,7 +511,7 @@ def test_the_pages_batch_script_runs(tmp_path: Path, big: Path) -> None:
 
 # With torchrun itself.
 
-DEPTH = ("--depth=2", "--max-shard-size=500", "--no-fsync")
+DEPTH = ("--depth=2", "--max-shard-size=500B", "--no-fsync")
 
 
 def torchrun(n: int, *arguments: object, restarts: int = 0) -> subprocess.CompletedProcess[str]:
@@ -534,7 +534,7 @@ def test_torchrun_makes_what_one_process_makes(tmp_path: Path, big: Path, n: int
 @pytest.mark.slow
 def test_four_processes_do_each_operation_as_one_does(tmp_path: Path, big: Path) -> None:
     small, grown, blend = (tmp_path / name for name in ("small", "grown", "blend"))
-    options = ("--max-shard-size=500", "--no-fsync")
+    options = ("--max-shard-size=500B", "--no-fsync")
     for out, words in (
         (small, ("coalesce", big, small, "--width=2", "--depth=2")),
         (grown, ("decoalesce", small, grown, "--blend-with", big, "--alpha=0.25")),

@@ -21,7 +21,7 @@ from streammap.planning.axis_maps import KvMerge
 from streammap.planning.graph import TensorSource
 from streammap.planning.plan import Plan
 from tests.support import tiny
-from tests.support.typed import Options, ok
+from tests.support.typed import Options, ok, run
 
 Shapes = dict[str, tuple[int, ...]]
 Make = Callable[[], LazyCheckpoint]
@@ -42,6 +42,7 @@ class Shown:
     files = ()
     others = ()
     wrappers = ()
+    place = None
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         self._specs = specs
@@ -512,7 +513,7 @@ REFUSED: tuple[tuple[Make, Direction, Options, str], ...] = (
     (bert, "decoalesce", {"layers": 2, "new_layers": "zero"}, "after the residual addition"),
     (llama, "decoalesce", {"mlp": 2, "new_layers": "zero"}, "no layers are added"),
     (llama, "coalesce", {"layers": 2, "new_layers": "zero"}, "unknown option 'new_layers'"),
-    (llama, "decoalesce", {}, "nothing says how to decoalesce"),
+    (llama, "decoalesce", {}, "no target size given, and no map to grow by"),
     (
         llama,
         "decoalesce",
@@ -600,7 +601,11 @@ FORMS: tuple[tuple[tuple[str, ...], Options, Mapping[str, object]], ...] = (
     (("--layers", "2", "--mlp", "3"), {"layers": 2, "mlp": 3}, {"layers": "2", "mlp": 3}),
     (("--axis", "mlp=2"), {"axes": {"mlp": 2}}, {"axes": {"mlp": {"factor": 2}}}),
     (("--axis", "mlp==6"), {"axes": {"mlp": "=6"}}, {"axes": {"mlp": "=6"}}),
+    (("--axis", "mlp=to:6"), {"axes": {"mlp": "to:6"}}, {"axes": {"mlp": {"size": 6}}}),
+    (("--hidden", "to:4"), {"hidden": "to:4"}, {"hidden": "to:4"}),
+    (("--mlp", "x3"), {"mlp": "x3"}, {"mlp": "x3"}),
     (("--width", "2"), {"width": 2}, {"width": 2}),
+    (("--width", "x2"), {"width": "x2"}, {"width": {"factor": 2}}),
     (
         ("--heads", '{"factor": 2, "grouping": "adjacent"}'),
         {"heads": {"factor": 2, "grouping": "adjacent"}},
@@ -631,6 +636,64 @@ def test_each_way_to_write_a_request_gives_the_same_plan(
     out = tmp_path / "small"
     ok("coalesce", folder, out, *typed, "--quiet")
     tiny.assert_same(tiny.written(out), dict(plans[0].tensors()))
+
+
+AMBIGUOUS: tuple[tuple[tuple[str, ...], Options, str], ...] = (
+    (
+        ("--layers", "48"),
+        {"layers": 48},
+        (
+            "--layers 48 can be read in two ways: 48 layers, or 48 times the 4 layers, which is 192"
+            "\n  hint: give to:48 for 48 layers, x48 for 192"
+        ),
+    ),
+    (
+        ("--hidden", "80"),
+        {"hidden": "80"},
+        (
+            "--hidden 80 can be read in two ways: 80 hidden units, or 80 times the 8 hidden units, "
+            "which is 640\n  hint: give to:80 for 80 hidden units, x80 for 640"
+        ),
+    ),
+    (("--axis", "mlp=24"), {"axes": {"mlp": 24}}, "mlp 24 can be read in two ways: 24 MLP neurons"),
+    (("--depth", "9"), {"depth": 9}, "hint: give --layers to:9 for 9 layers, x9 for 36"),
+    (("--width", "32"), {"width": 32}, "hint: give --hidden to:32 for 32 hidden units, x32 for"),
+)
+
+
+@pytest.mark.parametrize(
+    ("typed", "options", "told"), AMBIGUOUS, ids=[a[2][:12] for a in AMBIGUOUS]
+)
+def test_a_number_that_may_be_a_size_is_refused_wherever_it_stands(
+    tmp_path: Path, typed: tuple[str, ...], options: Options, told: str
+) -> None:
+    sizes = tiny.Sizes()
+    folder = tiny.write(tmp_path / "small", tiny.bert(sizes), tiny.bert_config(sizes))
+    source = streammap.open(folder)
+    with pytest.raises(SchemeError) as error:
+        source.decoalesce(**options)
+    assert told in str(error.value)
+    found = run("plan", "decoalesce", folder, *typed)
+    assert found.exit_code == 1
+    assert told in found.stderr
+    call = {
+        "operator": "decoalesce",
+        **options,
+        "source": {"operator": "open", "path": str(folder)},
+    }
+    with pytest.raises(SchemeError) as error:
+        streammap.open_request(call)
+    assert told in str(error.value)
+
+
+def test_a_factor_where_only_factors_go_refuses_a_size() -> None:
+    expected = (
+        r"--depth is 'to:8', expected a factor such as 2 or x2\n  hint: a size is asked for by "
+    )
+    with pytest.raises(SchemeError, match=expected + "--layers to:N"):
+        llama().decoalesce(depth="to:8")
+    with pytest.raises(PlanError, match="both --depth and --layers"):
+        llama().decoalesce(depth=2, layers=3)
 
 
 def test_an_axis_of_a_mixture_can_be_typed() -> None:

@@ -485,7 +485,7 @@ def test_the_saved_map_leads_back_up_like_the_scheme(tmp_path: Path) -> None:
 def test_the_map_of_another_folder_can_be_named(tmp_path: Path) -> None:
     streammap.coalesce(_bert(tmp_path / "big", BIG), tmp_path / "small", scheme=SCHEME)
     trained = streammap.open(_bert(tmp_path / "trained", SMALL, seed=7))
-    with pytest.raises(PlanError, match="nothing says how to decoalesce"):
+    with pytest.raises(PlanError, match="no target size given, and no map to grow by"):
         trained.decoalesce()
     expected = dict(trained.decoalesce(scheme=SCHEME).tensors())
     for place in (tmp_path / "small", tmp_path / "small" / map_file.NAME):
@@ -546,7 +546,7 @@ def test_two_levels_in_one_pass_are_the_two_passes(tmp_path: Path) -> None:
 def test_a_saved_map_of_another_model_is_not_used(tmp_path: Path) -> None:
     source = _bert(tmp_path / "0", tiny.Sizes(heads=3, layers=3))
     tiny.file(source / map_file.NAME, map_file.encode(LEVELS))
-    with pytest.raises(PlanError, match="nothing says how to decoalesce"):
+    with pytest.raises(PlanError, match="no target size given, and no map to grow by"):
         streammap.open(source).decoalesce()
 
 

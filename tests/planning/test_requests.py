@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,9 @@ HINT = r"\n  hint: .*"
         (" 3 ", AxisRequest(factor=3)),
         ("=768", AxisRequest(size=768)),
         (" =1", AxisRequest(size=1)),
+        ("to:768", AxisRequest(size=768)),
+        ("x2", AxisRequest(factor=2)),
+        (" x048", AxisRequest(factor=48)),
         ([[0, 2], [1, 3]], AxisRequest(groups=PAIRS)),
         (((0, 2), (1, 3)), AxisRequest(groups=PAIRS)),
         ("[[0, 2], [1, 3]]", AxisRequest(groups=PAIRS)),
@@ -66,7 +70,10 @@ def test_a_weight_may_be_zero() -> None:
         (-2, "mlp is -2, expected 1 or more"),
         ("-2", "mlp is -2, expected 1 or more"),
         *(
-            (value, rf"mlp: '.*' is not a request{HINT}a factor such as 2, a size such as =768")
+            (
+                value,
+                rf"mlp: '.*' is not a request{HINT}a factor such as 2 or x2, a size such as to:768",
+            )
             for value in (
                 None,
                 True,
@@ -81,6 +88,15 @@ def test_a_weight_may_be_zero() -> None:
                 "=٣",
                 "==7",
                 "2x",
+                "x",
+                "x0",
+                "x-2",
+                "x1.5",
+                "to:",
+                "to: 7",
+                "to:0",
+                "to:=7",
+                "to:x7",
                 "9" * 13,
                 "=" + "9" * 5_000,
             )
@@ -172,6 +188,47 @@ def test_a_table_in_the_place_of_members_is_refused() -> None:
         inner = {"members": inner, "weights": [1]}
     with pytest.raises(SchemeError, match=r"heads\[0\]"):
         requests.parse_groups([inner], "heads")
+
+
+# Numbers that may be sizes.
+
+
+@pytest.mark.parametrize(
+    ("value", "grows", "expected"),
+    [
+        (
+            12,
+            True,
+            (
+                "--layers 12 can be read in two ways: 12 layers, or 12 times the 64 layers, which "
+                "is 768\n  hint: give to:12 for 12 layers, x12 for 768"
+            ),
+        ),
+        (
+            "32",
+            False,
+            (
+                "--layers 32 can be read in two ways: 32 layers, or 1/32 of the 64 layers, which "
+                "is 2\n  hint: give to:32 for 32 layers, x32 for 2"
+            ),
+        ),
+        (9, True, "9 layers, or 9 times the 64 layers, which is 576"),
+        (8, True, None),
+        ("8", False, None),
+        ("x12", True, None),
+        ("to:12", True, None),
+        ({"factor": 12}, True, None),
+        ([[0]], True, None),
+    ],
+)
+def test_a_number_alone_is_a_factor_up_to_8_and_ambiguous_above(
+    value: object, grows: bool, expected: str | None
+) -> None:
+    request = requests.parse_request(value, "--layers")
+    with contextlib.ExitStack() as refused:
+        if expected is not None:
+            refused.enter_context(pytest.raises(SchemeError, match=re.escape(expected)))
+        requests.check_bare(request, 64, "layers", grows=grows, size="to:")
 
 
 # Groups from sizes.

@@ -16,12 +16,13 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar, final
 
 from streammap.errors import CheckpointError
-from streammap.io.storage import hub_client
+from streammap.io.storage import hub_client, nearby
 from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes
 from streammap.io.storage.hub_file import CachedFile, Downloads, RangeFile
 from streammap.io.storage.hub_name import HubName
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.prefetch import AheadFile
+from streammap.io.storage.retry import TransientError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -156,15 +157,25 @@ class HubStorage:
         return self._asked(ask)
 
     def _asked(self, ask: Callable[[], _Result]) -> _Result:
+        given = self._name.given
+        path = None if given.startswith("hf://") else Path(given)
+        # With a folder here of the owner's name it is a path with a typing error, most likely.
+        is_near = path is not None and path.parent.is_dir()
         try:
-            return self._client.patiently(ask, self._name.given)
-        except CheckpointError as error:
-            if self._name.given.startswith("hf://"):
+            return ask() if is_near else self._client.patiently(ask, given, needs_name=True)
+        except Exception as error:
+            found = self._client.explained(error) if is_near else error
+            if path is None or not isinstance(found, CheckpointError | TransientError):
                 raise
-            message = f"{self._name.given}: no folder of that name here; as a model of the Hub: "
-            reason = error.message.removeprefix(f"{self._name.repo}: ")
-            reason = reason.removeprefix(f"{self._name.given}: ")
-            raise CheckpointError(message + reason, hint=error.hint) from error.__cause__
+            reason = found.message if isinstance(found, CheckpointError) else found.reason
+            reason = reason.removeprefix(f"{self._name.repo}: ").removeprefix(f"{given}: ")
+            hint = found.hint if isinstance(found, CheckpointError) else None
+            told = f"{given}: no folder of that name here"
+            if is_near:
+                told = f"{given}: no such folder or file in {path.parent}"
+                hint = nearby.hint(path, instead=hint)
+            cause = error.__cause__ if error is found else error
+            raise CheckpointError(f"{told}; as a model of the Hub: {reason}", hint=hint) from cause
 
     def _cached_listing(self) -> _Listing:
         """The files of the revision that are in the cache."""

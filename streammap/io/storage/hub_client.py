@@ -6,6 +6,7 @@ The client's own session, headers, tokens and cache are used, through its public
 import importlib
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -168,13 +169,26 @@ class Client:
         except Exception as error:  # the client's and its transport's are many
             raise self.explained(error) from error
 
-    def patiently(self, ask: Callable[[], _Result], where: str) -> _Result:
+    def patiently(
+        self, ask: Callable[[], _Result], where: str, *, needs_name: bool = False
+    ) -> _Result:
         """The result of `ask`, retried while its errors are transient.
+
+        Args:
+            needs_name: Whether to give up at once where the Hub's own name is not known: nothing
+                was fetched yet, and a machine without a network gets none by waiting.
 
         Raises:
             CheckpointError: it failed for good.
         """
-        return patiently(ask, self.explained, where=where, cancelled=self.cancelled)
+
+        def explained(error: Exception) -> CheckpointError | TransientError:
+            found = self.explained(error)
+            if needs_name and isinstance(found, TransientError) and _is_unnamed(error):
+                return self._error(found.reason, hint="check the network, or the path")
+            return found
+
+        return patiently(ask, explained, where=where, cancelled=self.cancelled)
 
     def explained(self, error: Exception) -> CheckpointError | TransientError:
         """An error of the client as one of ours."""
@@ -281,6 +295,15 @@ def _is_transport(error: Exception) -> bool:
     """Whether a connection failed. By class name: the client has changed its transport before."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"TransportError", "ConnectionError", "TimeoutError", "StreamError"})
+
+
+def _is_unnamed(error: BaseException | None) -> bool:
+    """Whether it came of a host name that nobody knows."""
+    while error is not None:
+        if isinstance(error, socket.gaierror) or "name resolution" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from streammap.errors import CheckpointError
-from streammap.io.storage import hub_name
+from streammap.io.storage import hub_name, nearby
 from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalStorage
 
@@ -59,7 +59,7 @@ def here(source: str | Path) -> Path:
             return path
     except OSError as error:  # too long for a name; relative to a folder that was removed
         raise CheckpointError(f"{path}: {error.strerror}", hint="check the path") from error
-    raise CheckpointError(f"{path}: no such folder or file", hint="check the path")
+    raise CheckpointError(f"{path}: no such folder or file", hint=nearby.hint(path))
 
 
 def check_name(text: str) -> None:

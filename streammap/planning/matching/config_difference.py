@@ -89,11 +89,14 @@ def differences(
             continue
         if parts[-1] == "rope_theta" and {mine, other} <= {None, _THETA}:
             continue
-        if not any(
-            fnmatch.fnmatchcase(part, text) for part in parts for text in _SILENT
-        ) and not any(fnmatch.fnmatchcase(name, text) for text in sizes):
+        if not is_silent(name) and not any(fnmatch.fnmatchcase(name, text) for text in sizes):
             found.append(FieldDifference(name, mine, other))
     return tuple(found)
+
+
+def is_silent(name: str) -> bool:
+    """Whether a field, by its path, says nothing of the function."""
+    return any(fnmatch.fnmatchcase(part, text) for part in name.split(".") for text in _SILENT)
 
 
 def _sizes(spec: Architecture | None) -> tuple[str, ...]:

@@ -28,8 +28,8 @@ from streammap.operators import calls
 from streammap.operators.configure import Configure
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.kinds import AxisSizes
+from streammap.operators.map_lookup import fitting_level
 from streammap.operators.resize import Coalesce, Decoalesce, Direction
-from streammap.operators.resize_plan import fitting_level
 from streammap.output import run as executor
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report

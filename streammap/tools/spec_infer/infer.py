@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from streammap.tools.spec_infer import module_roles, shrink, solve
+from streammap.tools.spec_infer import facts, module_roles, shrink, solve
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_infer.write_rules import SpecRules, toml_value
@@ -65,6 +65,6 @@ def infer(config: Mapping[str, object], *, name: str) -> Inferred:
     ]
     notes = [f"# Not explained: {line}." for line in unresolved]
     notes += [f"# Kept as it is: {line}." for line in kept]
-    toml = "\n".join([*notes, *tables, *proof])
+    toml = "\n".join([*notes, *tables, facts.proved(naming), *proof])
     seconds = time.perf_counter() - start
     return Inferred(toml, bench.model_type, unresolved, bench.n_probes, seconds)
