@@ -122,16 +122,19 @@ def test_a_header_of_one_changed_value_is_read_whole_or_refused(
 def test_an_index_is_read_as_its_shards_are_or_refused(
     scratch: Path, weight_map: dict[str, object]
 ) -> None:
-    for name, key in (("1", "a"), ("2", "b")):
+    true = {"a": "1.safetensors", "b": "2.safetensors"}
+    for key, name in true.items():
         content = safetensors_header.encode([(key, TensorSpec("U8", (1,)))], {}) + b"\0"
-        tiny.file(scratch / f"{name}.safetensors", content)
+        tiny.file(scratch / name, content)
     tiny.write_index(scratch, weight_map)
+    named = set(weight_map.values())
     try:
         found = open_checkpoint(scratch)
     except CheckpointError:
-        assert weight_map not in ({"a": "1.safetensors"}, {"b": "2.safetensors"})
+        assert not named or not named <= set(true.values()) or "a\n" in weight_map
         return
-    assert found.file_of == weight_map
+    assert found.file_of == {key: name for key, name in true.items() if name in named}
+    assert found.notes or found.file_of == weight_map
 
 
 NUMBERS = st.integers(-2, 12) | st.sampled_from((2**40, 2**63, 10**30)) | st.floats() | st.none()

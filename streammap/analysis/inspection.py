@@ -76,6 +76,8 @@ class Inspection:
     patterns: tuple[Pattern, ...]
     wrappers: tuple[str, ...] = ()
     """What wrappers wrote into the keys of its files: "_orig_mod. (torch.compile)"."""
+    notes: tuple[str, ...] = ()
+    """What is odd about its files, and keeps no loader from reading it."""
 
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
@@ -105,6 +107,8 @@ class Inspection:
             yield "head", "tied to the embedding" if self.tied else "none, or one of its own"
         if self.wrappers:
             yield "wrappers", f"{' and '.join(self.wrappers)}: left out of the keys"
+        for note in self.notes:
+            yield "note", printable(note)
         if self.n_saved_maps:
             yield "saved maps", f"{self.n_saved_maps}: `streammap decoalesce` needs no scheme"
 
@@ -160,6 +164,7 @@ def inspect(plan: Plan) -> Inspection:
         layer_kinds=layer_kinds,
         patterns=patterns,
         wrappers=plan.sources[0].wrappers,
+        notes=plan.sources[0].notes,
     )
 
 

@@ -2,6 +2,7 @@
 
     folder   model.safetensors | model.safetensors.index.json + shards | *.safetensors (one)
              pytorch_model.bin | pytorch_model.bin.index.json + shards
+             a whole set of numbered shards (NAME-00001-of-00003.safetensors ...)
              .metadata + *.distcp (torch.distributed.checkpoint)
     file     *.safetensors | *.pth, *.pt, *.bin (a state dict, or one under "model"/"state_dict")
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, final
 
 from streammap.errors import CheckpointError
-from streammap.io import json_files, key_wrappers, safe_open, weight_files
+from streammap.io import json_files, key_wrappers, model_files, safe_open, weight_files
 from streammap.io.dtypes import TensorSpec
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.problems import Finding, Problems, Strict
@@ -74,6 +75,8 @@ class Checkpoint:
     """Other entries of a torch file; they are not read."""
     wrappers: tuple[str, ...] = ()
     """What wrappers wrote into the keys of its files, and is left out of its own."""
+    notes: tuple[str, ...] = ()
+    """What was wrong with its files, and does not keep loaders from reading it."""
     place: Storage | None = None
     """Where the files are; None for a checkpoint without files."""
     _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
@@ -224,8 +227,10 @@ def _open(storage: Storage, path: Path) -> Checkpoint:
                 f"{storage}: torch.distributed.checkpoint folders can only be read on this machine",
                 hint="download the folder first",
             )
-    names, weight_map = weight_files.find_weight_files(storage)
-    return open_files(storage, path, names, weight_map, problems=Strict(storage))
+    problems = Strict(storage)
+    names, weight_map = model_files.choose(storage, problems)
+    opened = open_files(storage, path, names, weight_map, problems=problems)
+    return replace(opened, notes=tuple(problems.notes))
 
 
 def open_files(
@@ -254,7 +259,8 @@ def open_files(
             for slot in content.slots
             if slot.key in slots
         ]
-        problems.report(repeated, hint="keep one of the two files")
+        hint = "download both again; if one of the files is the whole model, name that one"
+        problems.report(repeated, hint=hint)
         for slot in content.slots:
             slots.setdefault(slot.key, slot)
             file_of.setdefault(slot.key, content.name)

@@ -26,9 +26,13 @@ class Finding:
         """All fields by name."""
         return asdict(self)
 
+    @property
+    def place(self) -> str:
+        """What it is about, before its message: "model.safetensors: lm_head.weight: "."""
+        return "".join(f"{part}: " for part in (self.file, self.key) if part is not None)
+
     def __str__(self) -> str:
-        where = ": ".join(part for part in (self.file, self.key) if part is not None)
-        return f"{self.level:<8} {where}{': ' if where else ''}{self.message}"
+        return f"{self.level:<8} {self.place}{self.message}"
 
 
 class Problems(Protocol):
@@ -36,6 +40,10 @@ class Problems(Protocol):
 
     def report(self, findings: Sequence[Finding], *, hint: str) -> None:
         """Take problems of one kind; none is fine."""
+        ...
+
+    def tolerate(self, findings: Sequence[Finding]) -> None:
+        """Take problems of one kind that loaders cope with; none is fine."""
         ...
 
     def failed(self, check: str, error: CheckpointError, *, file: str) -> None:
@@ -46,9 +54,11 @@ class Problems(Protocol):
 @final
 @dataclass(frozen=True, slots=True)
 class Strict:
-    """The first problem is an error."""
+    """The first problem is an error, but for those that loaders cope with."""
 
     storage: Storage
+    notes: list[str] = field(default_factory=list)
+    """One for each kind of what was tolerated."""
 
     def report(self, findings: Sequence[Finding], *, hint: str) -> None:
         """See Problems.
@@ -61,8 +71,12 @@ class Strict:
         first = findings[0]
         place = str(self.storage) if first.file is None else self.storage.where(first.file)
         where = place if first.key is None else f"{place}: {first.key}"
-        count = f" ({len(findings)} such)" if len(findings) > 1 else ""
-        raise CheckpointError(f"{where}: {first.message}{count}", hint=hint)
+        raise CheckpointError(f"{where}: {first.message}{_count(findings)}", hint=hint)
+
+    def tolerate(self, findings: Sequence[Finding]) -> None:
+        """See Problems."""
+        if findings:
+            self.notes.append(f"{findings[0].place}{findings[0].message}{_count(findings)}")
 
     def failed(self, check: str, error: CheckpointError, *, file: str) -> None:
         """See Problems.
@@ -84,7 +98,15 @@ class Collected:
         """See Problems."""
         self.findings.extend(findings)
 
+    def tolerate(self, findings: Sequence[Finding]) -> None:
+        """See Problems."""
+        self.findings.extend(findings)
+
     def failed(self, check: str, error: CheckpointError, *, file: str) -> None:
         """See Problems."""
         message = error.message.removeprefix(f"{file}: ")
         self.findings.append(Finding("error", check, message, file=file))
+
+
+def _count(findings: Sequence[Finding]) -> str:
+    return f" ({len(findings)} such)" if len(findings) > 1 else ""

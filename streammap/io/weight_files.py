@@ -1,4 +1,4 @@
-"""Finds the weight files of a folder, and reads their headers.
+"""The weight files of a folder: their names, their index and their headers.
 
 An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "model-...-of-..."}}
 """
@@ -13,7 +13,7 @@ from streammap.errors import CheckpointError, some
 from streammap.io import filenames, json_files, lfs_pointer, safe_open
 from streammap.io.formats import safetensors_header
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.problems import Finding, Problems, Strict
+from streammap.io.problems import Finding, Problems
 from streammap.io.storage.base import Stat, Storage
 
 if TYPE_CHECKING:
@@ -22,47 +22,16 @@ if TYPE_CHECKING:
 _NO_WEIGHTS = ("training_args.bin", "MapMatrix.bin", "optimizer.pt", "scheduler.pt")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
-_AGAIN = "download the index and shards again"
+_AGAIN = "download the index again"
+ADAPTER_CONFIG = "adapter_config.json"
 DCP_METADATA, DCP_SUFFIX = ".metadata", ".distcp"
 """Names in a folder of torch.distributed.checkpoint: the table of chunks, and files of chunks."""
 
 
-def find_weight_files(storage: Storage) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    """The weight files of a folder, and its index if it has one.
-
-    Raises:
-        CheckpointError: no weight files, several without an index, or a broken index.
-    """
-    if storage.has(f"{filenames.WORK_SUFFIX}/{filenames.COMMIT_MARK}"):
-        raise CheckpointError(
-            f"{storage}: a run was stopped while it put its result here",
-            hint="run the same command again to finish it",
-        )
-    for single, index in zip(SINGLES, INDEXES, strict=True):
-        has_single, has_index = storage.has(single), storage.has(index)
-        if has_single and has_index:
-            raise CheckpointError(
-                f"{storage}: has {single} and {index}, which may differ",
-                hint="remove the stale one, or name the file",
-            )
-        if has_single:
-            return (single,), None
-        if has_index:
-            weight_map = read_index(storage, index, Strict(storage)) or {}
-            return tuple(sorted(set(weight_map.values()))), weight_map
-    names = [name for name in storage.names() if "/" not in name and is_weights(name)]
-    loose = [name for name in names if name.endswith(".safetensors")] or names
-    if len(loose) == 1:
-        return (loose[0],), None
-    if loose:
-        raise CheckpointError(
-            f"{storage}: {len(loose)} weight files and no index: {some(sorted(loose))}",
-            hint=f"name one of them, {storage.where(sorted(loose)[0])}",
-        )
-    raise CheckpointError(
-        f"{storage}: no weights: expected one of {', '.join((*SINGLES, *INDEXES))}",
-        hint="name a checkpoint folder, a .safetensors or a .pth file",
-    )
+def weights_of(storage: Storage) -> list[str]:
+    """The weight files of a folder itself, without adapters."""
+    names = (name for name in storage.names() if "/" not in name)
+    return sorted(name for name in names if is_weights(name) and not is_adapter(name))
 
 
 def is_weights(name: str) -> bool:
@@ -72,6 +41,11 @@ def is_weights(name: str) -> bool:
     return name.endswith(filenames.WEIGHTS)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a file is a part of an adapter, which loaders put on a model."""
+    return name == ADAPTER_CONFIG or name.startswith("adapter_model.")
+
+
 def read_index(storage: Storage, name: str, problems: Problems) -> dict[str, str] | None:
     """Key -> file, as an index has it; None if it can't be read."""
     try:
@@ -79,7 +53,7 @@ def read_index(storage: Storage, name: str, problems: Problems) -> dict[str, str
     except CheckpointError as error:
         problems.failed("index", error, file=name)
         return None
-    files = {key: file for key, file in weight_map.items() if _is_file_name(file)}
+    files = {key: plain for key, file in weight_map.items() if (plain := _plain(file))}
     strange = [
         f"{key} is said to be in {file!r}, expected a file of the same folder"
         for key, file in weight_map.items()
@@ -87,7 +61,8 @@ def read_index(storage: Storage, name: str, problems: Problems) -> dict[str, str
     ]
     problems.report(
         [Finding("error", "index", message, file=name) for message in strange],
-        hint="do not use this checkpoint: a wrong index can point anywhere",
+        hint="put the shards beside the index, and let it name them without a folder; if you do "
+        "not know where it comes from, do not use this checkpoint",
     )
     return files
 
@@ -96,14 +71,18 @@ def _weight_map(storage: Storage, name: str) -> dict[str, str]:
     """The table of an index, with values unchecked."""
     weight_map = json_files.read_stored(storage, name)[0].get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{storage.where(name)}: no weight_map", hint=_AGAIN)
+        raise CheckpointError(
+            f"{storage.where(name)}: no weight_map", hint="download the index again"
+        )
     for key in weight_map:
         safetensors_header.check_key(name, key)
     return weight_map
 
 
-def _is_file_name(file: object) -> bool:
-    return isinstance(file, str) and safe_open.is_plain_name(file)
+def _plain(file: object) -> str | None:
+    """The name of a file of the index's own folder; None for all else."""
+    name = file.removeprefix("./") if isinstance(file, str) else ""
+    return name if safe_open.is_plain_name(name) else None
 
 
 def check_index(
@@ -112,7 +91,7 @@ def check_index(
     read: Collection[str],
     problems: Problems,
 ) -> None:
-    """Compare an index with the files.
+    """Compare an index with the files. Loaders read whole files, whatever it says of single keys.
 
     Args:
         weight_map: Key -> file, as the index has it.
@@ -120,20 +99,21 @@ def check_index(
         read: The files that could be read.
         problems: Takes each difference.
     """
-    wrong = []
+    wrong: dict[bool, list[Finding]] = {True: [], False: []}
     for key, name in weight_map.items():
         actual = file_of.get(key)
         if actual == name or (actual is None and name not in read):
             continue
         place = "no shard has it" if actual is None else f"it is in {actual}"
         message = f"the index says {name}, {place}"
-        wrong.append(Finding("error", "index", message, key, actual, found=actual, expected=name))
-    problems.report(wrong, hint=_AGAIN)
+        found = Finding("error", "index", message, key, actual, found=actual, expected=name)
+        wrong[actual is None].append(found)
+    for alike in wrong.values():
+        problems.tolerate(alike)
     surplus = [key for key in file_of if key not in weight_map]
     if surplus:
         message = f"the index lacks {len(surplus)} tensors that the files have: {some(surplus)}"
-        finding = Finding("error", "index", message, found=len(surplus), expected=0)
-        problems.report([finding], hint=_AGAIN)
+        problems.tolerate([Finding("error", "index", message, found=len(surplus), expected=0)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
-from streammap.errors import PlanError, some
+from streammap.errors import CheckpointError, PlanError, some
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
 from streammap.planning import graph
@@ -132,6 +132,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user might not expect; side_files.notes adds what concerns side files."""
+        odd = [f"{source.name}: {note}" for source in self.sources for note in source.notes]
         left = [
             f"{source.name}: {some(source.others, limit=5)} beside the state dict: left out"
             for source in self.sources
@@ -142,7 +143,8 @@ class Plan:
             for source in self.sources
             if source.wrappers
         ]
-        return (*left, *wrapped, *(note for step in self.steps for note in step.notes))
+        told = (note for step in self.steps for note in step.notes)
+        return tuple(dict.fromkeys((*odd, *left, *wrapped, *told)))
 
     @property
     def model(self) -> "Model":
@@ -151,7 +153,13 @@ class Plan:
         Raises:
             ArchitectureError, CheckpointError: no spec serves it, or it does not fit.
         """
-        return self.resolved.of(self)
+        try:
+            return self.resolved.of(self)
+        except CheckpointError as error:
+            for source in self.sources:
+                for note in source.notes:  # a tensor that a shard lacks, say, may be the cause
+                    error.add_note(f"{source.name}: {note}")
+            raise
 
     def with_request(self, request: OperatorCall | None) -> "Plan":
         """The same plan with its record."""

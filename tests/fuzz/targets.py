@@ -174,13 +174,18 @@ def _index_seeds() -> list[bytes]:
     a, b = {"header": {"a": entry}, "nbytes": 8}, {"header": {"b": entry}, "nbytes": 8}
     index = {"json": {"metadata": {}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}}
     config = {"json": {"model_type": "bert"}}
-    name = "model.safetensors.index.json"
+    name, first = "model.safetensors.index.json", "model-00001-of-00002.safetensors"
+    second = "model-00002-of-00002.safetensors"
+    lora = {"json": {"peft_type": "LORA", "base_model_name_or_path": "x"}}
     found: list[object] = [
         {name: index, "a.safetensors": a, "b.safetensors": b, "config.json": config},
         {name: index, "a.safetensors": a, "b.safetensors": ["link", "/dev/zero"]},
         {name: index, "a.safetensors": a, "b.safetensors": ["pipe"]},
         {"model.safetensors": a, "config.json": ["folder"]},
         {"model.safetensors": ["link", "self"]},
+        {first: a, second: b, "config.json": config},
+        {name: index, first: a, second: b, "a.safetensors": a},
+        {"adapter_config.json": lora, "adapter_model.safetensors": a},
     ]
     return [json.dumps(one).encode() for one in found]
 
