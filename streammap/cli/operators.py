@@ -198,7 +198,10 @@ def print_report(report: "Report", *, quiet: bool, as_json: bool) -> None:
 
 
 def print_plan(lazy: "LazyCheckpoint", values: dict[str, Any]) -> None:
-    """What a run would do."""
+    """What a run would do; it is refused where the run would be."""
+    from streammap.output import destination
+
+    destination.check(lazy.plan, values["output"])
     summary = lazy.summary(**values_of(Engine, values))
     content = json.dumps(summary.as_json(), indent=2) if values["as_json"] else str(summary)
     click.echo(content)

@@ -14,7 +14,7 @@ from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
 from streammap.io.storage.base import Sink
 from streammap.io.storage.resolve import PathLike
-from streammap.output import class_check, run
+from streammap.output import class_check, files, run, side_files
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report
 from streammap.output.save_options import PushOptions, SaveOptions
@@ -40,6 +40,21 @@ def save(plan: Plan, output: PathLike, options: SaveOptions, *, card: Card) -> R
     if resolve.is_url(output):
         return _send(plan, _sink(plan, str(output), where, card), where, options.progress)
     return run.run(plan, where, options.progress)
+
+
+def check(plan: Plan, output: PathLike | None) -> None:
+    """Refuse what a run would refuse of the files beside the weights; nothing is written.
+
+    Args:
+        output: Where the result would go; None for a folder that is not chosen yet.
+
+    Raises:
+        CheckpointError, OutputError: see `side_files.collect`; a folder in the place of a file.
+    """
+    where = OutputOptions(resolve.local_path(output or ""), SaveOptions())
+    names = [file.name for file in side_files.collect(plan, single=where.single)]
+    if output and not resolve.is_url(output):
+        files.check_names(where.folder, names)
 
 
 def push(plan: Plan, repo: str, options: PushOptions, *, card: Card) -> Report:

@@ -1,63 +1,38 @@
 """The files beside the weights: config.json, the map, and those of the source's folder.
 
-Of a source's folder, on this machine or elsewhere, everything is taken but its weights, training
-state, other checkpoints in folders of their own, and what streammap writes itself. All files are
-copied byte for byte, but sentence-transformers' pooling, which follows the hidden size.
+Of a source's folder, on this machine or elsewhere, all is taken that belongs to the model, see
+folder_files.py. Adapters, further weights, and files that are too large are left out with a note.
+Files are copied byte for byte, but sentence-transformers' pooling, which follows the hidden size.
 
-On this machine links are followed inside the folder (and inside a Hub cache), not out of it. How
-many files there are and how large is bounded. From elsewhere, weights in folders inside and files
-too large to hold in memory are left out; `notes` says which.
+On this machine links are followed inside the folder (and inside a Hub cache), not out of it.
 """
 
+import contextlib
 import fnmatch
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import final
 from weakref import WeakKeyDictionary
 
 from streammap.errors import CheckpointError, OutputError, some
-from streammap.io import filenames, json_files, lfs_pointer, safe_open
+from streammap.io import json_files, lfs_pointer, safe_open
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.storage.base import Storage
+from streammap.output import folder_files
+from streammap.output.folder_files import Fate
 from streammap.planning import map_file
 from streammap.planning.plan import Plan
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
-_EXPORTS = ("*.onnx", "*.onnx_data", "*.gguf")
-_LOGS = ("events.out.tfevents.*",)
-SKIPPED = (
-    *_WEIGHTS,
-    *_EXPORTS,
-    *_LOGS,
-    "*.npz",
-    "*.distcp",
-    "*.ot",
-    "*.tflite",
-    "*.index.json",
-    "config.json",
-    "streammap.*",
-    "*.streammap.json",
-    ".*",
-    "trainer_state.json",
-)
-SKIPPED_INSIDE = (".*", *_EXPORTS, *_LOGS)
-SKIPPED_FOLDERS = (
-    ".*",
-    "onnx",
-    "openvino",
-    "coreml",
-    "runs",
-    "checkpoint-*",
-    "global_step*",
-    "__pycache__",
-)
+_WHY: Mapping[Fate, str] = {
+    "adapter": "an adapter (LoRA), not copied: it fits the weights of the source only",
+    "weights": "further weights, not copied: the model is read from others",
+    "large": "large, not copied",
+}
 _POOLED = ("word_embedding_dimension", "embedding_dimension")
-_MAX_DEPTH = 3
 MAX_FETCHED_NBYTES = 100_000_000
 """A file that is fetched is held in memory for a moment, after all tensors are written."""
 _MAX_NBYTES = 1_000_000_000
@@ -129,20 +104,35 @@ def of_source(side: Checkpoint | None) -> Iterator[SideFile]:
         CheckpointError: see `collect`.
     """
     if side is None or side.place is None or side.place.file is not None:
-        return iter(())
-    if not side.is_local:
-        return (file for file in _elsewhere(side, side.place) if file.nbytes <= MAX_FETCHED_NBYTES)
-    return _here(side.path, side.place)
+        return
+    n_files = total = 0
+    for file in _listed(side, side.place):
+        if file.nbytes > _most_nbytes(side):
+            continue
+        n_files, total = n_files + 1, total + file.nbytes
+        if n_files > _MAX_FILES or total > _MAX_TOTAL_NBYTES:
+            raise CheckpointError(
+                f"{side.place}: {n_files} files beside the weights, {total} bytes, at most "
+                f"{_MAX_FILES} and {_MAX_TOTAL_NBYTES} are copied",
+                hint="move what is not part of the model out of the folder",
+            )
+        yield file
 
 
 def notes(plan: Plan) -> tuple[str, ...]:
     """What a user of the plan's result might not expect, side files included."""
     side = plan.side
-    if side is None or side.is_local or side.place is None or side.place.file is not None:
+    if side is None or side.place is None or side.place.file is not None:
         return plan.notes
-    large = [file.name for file in _elsewhere(side, side.place) if file.nbytes > MAX_FETCHED_NBYTES]
-    left = (f"{side.name}: {some(large)}: large, not copied",) if large else ()
-    return (*left, *plan.notes)
+    left: dict[Fate, list[str]] = {"adapter": [], "weights": [], "large": []}
+    with contextlib.suppress(CheckpointError):  # `collect` says it, where files are copied
+        for name, fate in folder_files.sorted_out(side, side.place):
+            if fate in left:
+                left[fate].append(name)
+        limit = _most_nbytes(side)
+        left["large"] = [f.name for f in _listed(side, side.place) if f.nbytes > limit]
+    told = [f"{side.name}: {some(names)}: {_WHY[fate]}" for fate, names in left.items() if names]
+    return (*told, *plan.notes)
 
 
 def as_text(content: Mapping[str, object]) -> bytes:
@@ -162,86 +152,38 @@ def _config(plan: Plan, config: Mapping[str, object]) -> bytes:
     return as_text(config)
 
 
-_listed: WeakKeyDictionary[Checkpoint, tuple[SideFile, ...]] = WeakKeyDictionary()
+def _most_nbytes(side: Checkpoint) -> int:
+    return _MAX_NBYTES if side.is_local else MAX_FETCHED_NBYTES
 
 
-def _elsewhere(side: Checkpoint, storage: Storage) -> tuple[SideFile, ...]:
-    """The files of a folder that is not on this machine, however large; listed once."""
-    if side not in _listed:
-        takes = cache(partial(_is_part_of_model, storage))
-        _listed[side] = tuple(
-            SideFile(name, storage=storage, nbytes=storage.stat(name).nbytes)
-            for name in sorted(storage.names())
-            if not _is_skipped(name, storage, (*SKIPPED_INSIDE, *_WEIGHTS))
-            and all(map(takes, _above(name)))
+_known: WeakKeyDictionary[Checkpoint, tuple[SideFile, ...]] = WeakKeyDictionary()
+
+
+def _listed(side: Checkpoint, storage: Storage) -> Iterable[SideFile]:
+    """The files that belong to the model, however large; elsewhere they are listed once."""
+    names = (
+        _showable(name, storage)
+        for name, fate in folder_files.sorted_out(side, storage)
+        if fate == "own"
+    )
+    if side.is_local:
+        checked = ((name, *_checked(side.path, side.path / name)) for name in names)
+        return (SideFile(name, path=path, nbytes=nbytes) for name, path, nbytes in checked)
+    if side not in _known:
+        _known[side] = tuple(
+            SideFile(name, storage=storage, nbytes=storage.stat(name).nbytes) for name in names
         )
-    return _listed[side]
+    return _known[side]
 
 
-def _here(root: Path, storage: Storage) -> Iterator[SideFile]:
-    """The files of a folder of this machine, within bounds."""
-    n_files = total = 0
-    for name in _names(root, storage, ""):
-        if _is_skipped(name, storage, SKIPPED_INSIDE):
-            continue
-        path, nbytes = _checked(root, root / name)
-        n_files, total = n_files + 1, total + nbytes
-        if n_files > _MAX_FILES or total > _MAX_TOTAL_NBYTES:
-            raise CheckpointError(
-                f"{root}: {n_files} files beside the weights, {total} bytes, at most "
-                f"{_MAX_FILES} and {_MAX_TOTAL_NBYTES} are copied",
-                hint="move what is not part of the model out of the folder",
-            )
-        yield SideFile(name, path=path, nbytes=nbytes)
-
-
-def _names(root: Path, storage: Storage, folder: str) -> Iterator[str]:
-    """The files in a folder of this machine and in those inside that belong to the model."""
-    for entry in sorted((root / folder).iterdir()):
-        name = entry.relative_to(root).as_posix()
-        if not entry.is_dir():
-            yield name
-        elif not entry.is_symlink() and _is_part_of_model(storage, name):
-            yield from _names(root, storage, name)
-
-
-def _is_skipped(name: str, storage: Storage, inside: Sequence[str]) -> bool:
-    """Whether a file is left out by its name.
-
-    Args:
-        inside: The patterns for files that are not at the top.
-
-    Raises:
-        CheckpointError: a name that no file of a result should have.
-    """
-    if _matches(PurePosixPath(name).name, inside if "/" in name else SKIPPED):
-        return True
+def _showable(name: str, storage: Storage) -> str:
+    """The name, if a file of a result may have it."""
     if not name.isprintable() or name.startswith("/"):
         raise CheckpointError(
             f"{storage}: {name!r}: a file name with letters that can't be shown, or a whole path",
             hint="rename the file, or remove it from the folder",
         )
-    return False
-
-
-def _above(name: str) -> Iterator[str]:
-    """The folders that a file is in, the outermost first."""
-    return (str(folder) for folder in reversed(PurePosixPath(name).parents[:-1]))
-
-
-def _is_part_of_model(storage: Storage, folder: str) -> bool:
-    """Whether a folder is not another format, a run, or another checkpoint."""
-    path = PurePosixPath(folder)
-    if len(path.parts) > _MAX_DEPTH or _matches(path.name, SKIPPED_FOLDERS):
-        return False
-    if storage.has(f"{folder}/{filenames.RECORD}"):
-        return False
-    config = f"{folder}/config.json"
-    return not storage.has(config) or "model_type" not in json_files.read_stored(storage, config)[0]
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    return name
 
 
 def _checked(root: Path, entry: Path) -> tuple[Path, int]:
@@ -258,10 +200,9 @@ def _checked(root: Path, entry: Path) -> tuple[Path, int]:
         raise CheckpointError(f"{entry}: {error.strerror}", hint="remove the link") from error
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{entry}: not a regular file", hint="remove it from the folder")
-    if status.st_size > _MAX_NBYTES:
+    if not os.access(real, os.R_OK):
         raise CheckpointError(
-            f"{entry}: {status.st_size} bytes, at most {_MAX_NBYTES} for a file beside the weights",
-            hint="move it out of the folder",
+            f"{entry}: Permission denied", hint="make it readable, or move it out of the folder"
         )
     return real, status.st_size
 

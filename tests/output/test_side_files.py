@@ -1,8 +1,9 @@
 """One walk finds the files beside the weights, on this machine and elsewhere."""
 
 import json
+import os
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from streammap.io.storage.remote import RemoteStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.output import side_files
 from tests.support import tiny
+from tests.support.typed import ok, run
 
 SIZES = tiny.Sizes()
 TAKEN = {
@@ -35,7 +37,7 @@ LEFT_OUT = {
     "other/inside/vocab.txt": "x",
     "result/streammap.json": "{}",
     "result/vocab.txt": "x",
-    "onnx/model.json": "x",
+    "3_Dense/.hidden": "x",
 }
 
 
@@ -64,16 +66,104 @@ def test_the_rules_are_the_same_everywhere(source: Path, url: str) -> None:
         assert found == {name: text.encode() for name, text in TAKEN.items()}, place
 
 
-def test_weights_inside_are_copied_from_this_machine_only(source: Path, url: str) -> None:
-    """The weights of a dense module, which are small; elsewhere nobody knows how large they are."""
-    (source / "2_Dense").mkdir()
-    (source / "2_Dense" / "model.safetensors").write_bytes(b"weights")
+def test_the_weights_of_a_module_are_copied_with_it(source: Path, url: str) -> None:
+    """sentence-transformers' modules have a configuration beside their weights."""
+    module = {"2_Dense/model.safetensors": "weights", "2_Dense/config.json": "{}"}
+    _put(source, url, module)
+    for place in (source, url):
+        taken = {f.name for f in side_files.of_source(open_checkpoint(place))}
+        assert taken == {*TAKEN, *module}
+
+
+def _put(source: Path, url: str, files: Mapping[str, str]) -> None:
     fs, root = fsspec.core.url_to_fs(url)
-    fs.pipe_file(f"{root}/2_Dense/model.safetensors", b"weights")
-    here, there = (
-        {f.name for f in side_files.of_source(open_checkpoint(place))} for place in (source, url)
-    )
-    assert here - there == {"2_Dense/model.safetensors"}
+    for name, text in files.items():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(text)
+        fs.pipe_file(f"{root}/{name}", text.encode())
+
+
+FORMS = {
+    "original/consolidated.00.pth": "weights",
+    "original/params.json": "{}",
+    "original/config.json": "{}",
+    "metal/model.bin": "weights",
+    "fp16/model.safetensors": "weights",
+    "fp16/model.safetensors.index.json": "{}",
+    "openvino/openvino_model.xml": "x",
+    "gguf/model-q4.gguf": "x",
+    "pytorch_model.bin": "weights",
+    "model.fp16.safetensors": "weights",
+    "tf_model.h5": "weights",
+    "flax_model.msgpack": "weights",
+    "consolidated.safetensors": "weights",
+}
+
+
+def test_further_weights_are_left_out_with_one_note(source: Path, url: str, tmp_path: Path) -> None:
+    """They hold the source's weights, and no loader of the result would read them."""
+    _put(source, url, FORMS)
+    out = tmp_path / "out"
+    places: tuple[PathLike, ...] = (source, url)
+    for n, place in enumerate(places):
+        lazy = streammap.open(place).coalesce(width=2)
+        assert {f.name for f in side_files.of_source(lazy.plan.side)} == set(TAKEN)
+        (note,) = lazy.save(out / str(n)).notes
+        assert note.endswith(" more: further weights, not copied: the model is read from others")
+        assert note.startswith("source: consolidated.safetensors, flax_model.msgpack, ")
+        tree = tiny.tree(out / str(n))
+        assert not FORMS.keys() & tree.keys()
+
+
+def test_an_adapter_is_left_out_with_a_note(source: Path, url: str, tmp_path: Path) -> None:
+    """With its config alone, from_pretrained would look for its weights."""
+    adapter = {"adapter_config.json": "{}", "adapter_model.safetensors": "weights"}
+    _put(source, url, {**adapter, **{f"second/{name}": text for name, text in adapter.items()}})
+    places: tuple[PathLike, ...] = (source, url)
+    for n, place in enumerate(places):
+        big = streammap.open(place)
+        for m, result in enumerate((big.coalesce(width=2), big, big.interpolate(big, alpha=0.5))):
+            note = (
+                "source: adapter_config.json, adapter_model.safetensors, second/: an adapter "
+                "(LoRA), not copied: it fits the weights of the source only"
+            )
+            assert note in result.summary().notes
+            out = tmp_path / f"{n}-{m}"
+            assert note in result.save(out).notes
+            assert not [name for name in tiny.tree(out) if "adapter" in name]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda source: (source / "x.json").symlink_to("/etc/hostname"), "a link out of the"),
+        (lambda source: (source / "x.json").symlink_to("nothing"), "No such file"),
+        (lambda source: os.mkfifo(source / "x.json"), "not a regular file"),
+        (lambda source: (source / "a\nb.json").touch(), "a file name with letters that can't"),
+        (lambda source: (source / "other" / "config.json").write_text("{"), "not JSON"),
+    ],
+    ids=range(5),
+)
+def test_plan_refuses_the_side_files_that_the_run_refuses(
+    source: Path, tmp_path: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(source)
+    planned = run("plan", "coalesce", source, "--width", 2)
+    done = run("coalesce", source, tmp_path / "out", "--width", 2)
+    assert planned.exit_code == done.exit_code == 1
+    assert message in planned.stderr
+    assert planned.stderr == done.stderr
+    assert not (tmp_path / "out").exists()
+    ok("plan", "coalesce", source, tmp_path / "out.safetensors", "--width", 2)  # has none beside it
+
+
+def test_plan_refuses_a_module_that_can_not_follow(source: Path, tmp_path: Path) -> None:
+    module = source / "2_Dense"
+    module.mkdir()
+    (module / "config.json").write_text('{"in_features": 8, "out_features": 5}')
+    expected = "2_Dense/config.json: a dense module that reads 8 features; the model will have 4"
+    assert expected in run("plan", "coalesce", source, "--width", 2).stderr
+    ok("plan", "coalesce", source, "--mlp", 2)
 
 
 def test_a_result_has_the_same_side_files_from_everywhere(
@@ -87,6 +177,15 @@ def test_a_result_has_the_same_side_files_from_everywhere(
         trees.append({k: v for k, v in tiny.tree(out).items() if k != "streammap.json"})
     assert trees[0] == trees[1]
     assert json.loads(trees[0]["1_Pooling/config.json"]) == {"word_embedding_dimension": 4}
+
+
+def test_a_file_that_is_too_large_is_noted_on_this_machine_too(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_files, "_MAX_NBYTES", 5)
+    lazy = streammap.open(source)
+    assert lazy.summary().notes == ("source: 1_Pooling/config.json, vocab.txt: large, not copied",)
+    assert [f.name for f in side_files.of_source(lazy.plan.side)] == ["a/b/c/deep.txt"]
 
 
 def test_a_file_that_is_too_large_to_fetch_is_noted(
