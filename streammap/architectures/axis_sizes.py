@@ -77,7 +77,9 @@ def evaluate_axis(
             raise ArchitectureError(f"{spec.name}.toml: no axis {name!r}")
         return sizes[name]
 
-    return expressions.evaluate(expression, value_of, lambda f, a: _called(f, a, value_of, specs))
+    return expressions.evaluate(
+        expression, value_of, lambda f, a: _called(f, a, value_of, specs, {})
+    )
 
 
 class _Sizes:
@@ -131,7 +133,7 @@ class _Sizes:
 
     def _evaluate(self, expression: Expression) -> int:
         return expressions.evaluate(
-            expression, self.size, lambda f, a: _called(f, a, self.size, self._specs)
+            expression, self.size, lambda f, a: _called(f, a, self.size, self._specs, self._config)
         )
 
 
@@ -140,7 +142,11 @@ def _called(
     arguments: tuple[str, ...],
     value_of: Callable[[str], int],
     specs: Mapping[str, TensorSpec],
+    config: Mapping[str, object],
 ) -> int:
+    if function == "entries":
+        listed = field_value(config, arguments[0])
+        return len(listed) if isinstance(listed, list) else 1
     if function == "shape":
         if len(arguments) != 2 or not arguments[1].isdecimal():
             raise ArchitectureError(
@@ -159,7 +165,9 @@ def _called(
     if function == "swiglu8" and len(arguments) == 2:
         # DINOv2's gated MLP: two thirds of the plain one's size, rounded up to a multiple of 8.
         return (value_of(arguments[0]) * value_of(arguments[1]) * 2 // 3 + 7) // 8 * 8
-    raise ArchitectureError(f"no function {function!r}", hint="there are shape, count and swiglu8")
+    raise ArchitectureError(
+        f"no function {function!r}", hint="there are shape, count, entries and swiglu8"
+    )
 
 
 def _size(value: object, field: str) -> int:

@@ -50,7 +50,7 @@ class FunctionCall:
 
 Expression = Name | Number | Operation | FunctionCall
 
-MEASURES = ("shape", "count")
+MEASURES = ("shape", "count", "entries")
 """Functions whose arguments are keys."""
 _TOKEN = re.compile(r"\s*(?:(\d+)|([A-Za-z_][\w.]*)(\([^()]*\))?|([-+*/()]))")
 
@@ -170,7 +170,7 @@ def names(tree: Expression) -> Iterator[str]:
         case Operation(_, left, right):
             yield from names(left)
             yield from names(right)
-        case FunctionCall(_, arguments):
+        case FunctionCall(function, arguments) if function not in MEASURES:
             yield from (part for part in arguments if part.isidentifier())
         case _:
             pass

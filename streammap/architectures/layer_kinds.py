@@ -150,6 +150,36 @@ def _follow_marks(
                 hint="take groups that keep these layers apart, and keep one up to each of them",
             )
         config_fields.set_field(config, field, moved)
+    for states in depth.states:
+        _follow_states(states, before, config, places, n_before=n_before, n_after=len(members))
+
+
+def _follow_states(
+    states: Numbers,
+    before: Mapping[str, object],
+    config: dict[str, object],
+    places: Mapping[int, int],
+    *,
+    n_before: int,
+    n_after: int,
+) -> None:
+    """A field that says which hidden states are read: they are those behind the same layers."""
+
+    def moved(state: object) -> object:
+        if isinstance(state, list):
+            return [moved(one) for one in state]
+        if not isinstance(state, int):
+            return state
+        n_run = state + n_before + 1 if state < 0 else state
+        last = max((j for j in places if j < n_run), default=-1)
+        n_behind = n_after if n_run >= n_before else places.get(last, -1) + 1
+        return n_behind - n_after - 1 if state < 0 else n_behind
+
+    given = (config_fields.field_value(before, s) if isinstance(s, str) else s for s in states)
+    old = next((one for one in given if one is not None), None)
+    field = layer_rules.field_of(states, before)
+    if field is not None and moved(old) != old:
+        config_fields.set_field(config, field, moved(old))
 
 
 def _follow_tables(depth: Depth, config: dict[str, object], sources: Sequence[int]) -> None:

@@ -159,6 +159,11 @@ def resolve(
     quantization.check(specs, config or {})
     adapters.check(specs.keys())
     spec = find(specs, config, name)
+    if spec.unserved:
+        raise ArchitectureError(
+            f"config.json: {spec.unserved}, which no spec can say",
+            hint="it can't be resized; interpolate, diff and inspect --health need no spec",
+        )
     sizes = axis_sizes.read(spec, config or {}, specs)
     families = _families(spec, specs, config or {}, sizes)
     heads = tuple(

@@ -33,7 +33,7 @@ _MERGED = (
     "numbered",
 )
 _STACKED = ("modules", "tensors", "buffers", "drop")
-_INHERITED = ("constraints", "required", "include", "same_axis")
+_INHERITED = ("constraints", "required", "include", "same_axis", "unserved")
 _OWN = ("schema", "extends", "model_types", "detect", "proof", "proved", "depth")
 _MAX_EXTENDS = 8
 _MAX_NESTED = 16
@@ -216,6 +216,7 @@ def _joined(
         numbered={axis: value for one in tables for axis, value in one.numbered.items()},
         config=fields,
         written={axis: value for one in tables for axis, value in one.written.items()},
+        unserved=next((one.unserved for one in tables if one.unserved), ""),
         caveats={
             **dict.fromkeys(axes if untested else (), untested),
             **{axis: text for one in tables for axis, text in one.caveat.items() if text},

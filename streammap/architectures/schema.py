@@ -231,6 +231,8 @@ class Depth:
     """Numbers of layers."""
     marks: tuple[ConfigField, ...] = ()
     """Numbers of layers whose outputs are read, each by tensors of its own."""
+    states: tuple[Numbers, ...] = ()
+    """Numbers of hidden states that are read: 0 before the layers, -1 after the last."""
     derived: tuple[LayerRule, ...] = ()
     """What loaders make of missing lists; of rules for one list the first counts."""
     prefix_counts: tuple[Numbers, ...] = ()
@@ -328,6 +330,8 @@ class Architecture:
     """Axis that config.json has no field for -> the fields that say its size once it changes."""
     caveats: Mapping[str, str]
     """Axis -> why a change of it is never exact."""
+    unserved: str
+    """Why a model of this config.json is not served, though its model_type is; "" where it is."""
 
     @property
     def depth_axes(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ One MapLevel (a merging map F for each axis) serves both directions:
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, final
 
@@ -200,10 +200,11 @@ class _Task:
         asked: dict[str, AxisRequest] = {}
         for name, request in by_name.items():
             axes = self._axes_of(name)
-            for axis in axes:
-                # Of several axes that a name stands for, those that follow another one do so.
-                if len(axes) == 1 or not axis_facts.must_follow(self.model, axis):
-                    asked[axis] = request
+            # Of several axes that a name stands for, those that follow another one do so.
+            alone = [axis for axis in axes if not axis_facts.must_follow(self.model, axis)]
+            chosen = axes if len(axes) == 1 else alone
+            self._check_one_size(name, request, [axis for axis in chosen if axis not in by_axis])
+            asked |= dict.fromkeys(chosen, request)
         spec = self.model.architecture
         for name, request in by_axis.items():
             axis = axis_words.axis_named(spec, name)
@@ -229,6 +230,23 @@ class _Task:
             by = "--layers to:" if request.where == "--depth" else "to:"
             units = axis_words.units_of(spec, axis)
             requests.check_bare(request, sizes[axis], units, grows=self.grows, size=by)
+
+    def _check_one_size(self, name: str, request: AxisRequest, axes: Sequence[str]) -> None:
+        """Refuse one size, or one list of groups, for axes that are not of one size.
+
+        Raises:
+            PlanError: naming the axes, and how to ask for one of them.
+        """
+        sizes = {axis: self.model.sizes[axis] for axis in axes}
+        if request.factor is not None or len(set(sizes.values())) < 2:
+            return
+        flag, first = f"--{name.replace('_', '-')}", axes[0]
+        what = "groups" if request.size is None else f"={request.size}"
+        each = " and ".join(f"{axis} ({size})" for axis, size in sizes.items())
+        raise PlanError(
+            f"{flag} {what}: it stands for axes of several sizes here, {each}",
+            hint=f"say which one: --axis {first}={what}, or one --axis for each of them",
+        )
 
     def _axes_of(self, name: str) -> list[str]:
         """The axes of the model that an option such as --mlp is about."""

@@ -43,14 +43,16 @@ def save(plan: Plan, output: PathLike, options: SaveOptions, *, card: Card) -> R
 
 
 def check(plan: Plan, output: PathLike | None) -> None:
-    """Refuse what a run would refuse of the files beside the weights; nothing is written.
+    """Refuse what a run would refuse of the result's class and of the files beside the weights.
 
     Args:
         output: Where the result would go; None for a folder that is not chosen yet.
 
     Raises:
+        PlanError: a result that its class in transformers or timm would not load.
         CheckpointError, OutputError: see `side_files.collect`; a folder in the place of a file.
     """
+    class_check.check(plan, "auto")
     where = OutputOptions(resolve.local_path(output or ""), SaveOptions())
     names = [file.name for file in side_files.collect(plan, single=where.single)]
     if output and not resolve.is_url(output):

@@ -169,7 +169,10 @@ class Plan:
 def from_checkpoint(
     checkpoint: Checkpoint, levels: tuple[MapLevel, ...], *, architecture: str | None = None
 ) -> Plan:
-    """The plan that changes nothing."""
+    """The plan that changes nothing; what quantisation left beside plain weights is left out."""
+    from streammap.architectures import quantization
+
+    checkpoint = quantization.without_leftovers(checkpoint)
     targets = {key: graph.load(checkpoint, key) for key in checkpoint.slots}
     return Plan(
         targets,

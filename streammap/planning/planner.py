@@ -51,10 +51,9 @@ def remap(
     targets: dict[str, LinearForm] = {}
     notes = list(step.notes)
     for family in model.families:
-        if family.rule.kind == "drop":
-            notes.append(f"{family.name} ({len(family.members)}): dropped, loaders don't use it")
-        else:
+        if family.rule.kind != "drop":
             targets.update(work.family(family))
+    notes += _dropped(model)
     fields = dict(change.fields)
     if change.untie:
         targets.update(work.untied(targets))
@@ -90,6 +89,17 @@ def remap(
     )
     _check_sizes(result, sizes)
     return result
+
+
+def _dropped(model: Model) -> list[str]:
+    """Notes on tensors that are not in the result: one for all that differ in numbers only."""
+    counts: dict[str, int] = {}
+    for family in model.families:
+        if family.rule.kind == "drop":
+            for key in family.members.values():
+                name = key_pattern.INDEX.sub("*", key)
+                counts[name] = counts.get(name, 0) + 1
+    return [f"{name} ({n}): dropped, loaders don't use it" for name, n in counts.items()]
 
 
 def untie(plan: Plan) -> tuple[Plan, tuple[str, ...]]:

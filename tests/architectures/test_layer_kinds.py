@@ -158,6 +158,24 @@ def test_a_rule_for_another_config_does_not_count() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sources", "given", "states"),
+    [
+        ([0, 1, 2, 3], [-2, 0, 4], [-2, 0, 4]),
+        ([0, 0, 1, 1, 2, 2, 3, 3], [-2, 1, -1, 0], [-3, 2, -1, 0]),
+        ([0, 1, 2, 3, 0, 1, 2, 3], [-2, -1], [-6, -1]),
+        ([0, 3], [-2, 3, -1], [-2, 1, -1]),
+        ([0, 0, 1, 1, 2, 2, 3, 3], -2, -3),
+        ([0, 0, 1, 1, 2, 2, 3, 3], None, -3),
+        ([0, 0, 1, 1, 2, 2, 3, 3], "x", "x"),
+    ],
+)
+def test_the_same_hidden_states_are_read(sources: list[int], given: object, states: object) -> None:
+    depth = Depth(states=(("states", -2),))
+    config = {} if given is None else {"states": given}
+    assert followed(depth, config, sources) == {"states": states}
+
+
+@pytest.mark.parametrize(
     ("sources", "marks"),
     [
         ([0, 1, 2, 3], [0, 2]),

@@ -43,6 +43,7 @@ class Shown:
     others = ()
     wrappers = ()
     place = None
+    notes = ()
 
     def __init__(self, specs: Mapping[str, TensorSpec]) -> None:
         self._specs = specs
@@ -539,8 +540,9 @@ def test_what_is_refused_says_why_and_what_to_do(
 
 @pytest.mark.parametrize("how", [{"quant_method": "gptq"}, {}])
 def test_quantised_models_are_refused(how: Mapping[str, object]) -> None:
-    with pytest.raises(CheckpointError, match="quantised weights can't be resized") as refusal:
-        llama(quantization_config=how).decoalesce(mlp=2)
+    config = {**config_of(llama()), "quantization_config": how}
+    with pytest.raises(CheckpointError, match=r"is quantised .* can't be resized") as refusal:
+        shown(shapes_of(llama()), config, dtype="I8").decoalesce(mlp=2)
     assert refusal.value.hint is not None
     assert "dequantise" in refusal.value.hint
 
