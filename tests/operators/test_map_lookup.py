@@ -182,6 +182,7 @@ def test_a_record_without_a_grouping_is_made_again_as_it_was(
     model = trained(small, tmp_path / "trained")
     streammap.open(model).decoalesce(target=big / "config.json").save(tmp_path / "out")
     content = json.loads((tmp_path / "out" / "streammap.json").read_text())
+    del content["crc32"], content["own_crc32"]  # those of version 0.1 have neither
     request = content["request"]
     assert "grouping" not in request
     blended = {**request, "source": request["source"]}

@@ -64,6 +64,7 @@ def test_a_number_alone_of_a_record_is_the_factor_that_it_was(big: Path, tmp_pat
     source = streammap.open(big)
     source.decoalesce(mlp="x12", axes={"embed": 2}, layers="x9").save(tmp_path / "out")
     content = record(tmp_path / "out")
+    del content["crc32"], content["own_crc32"]  # those of version 0.1 have neither
     text = json.dumps(content).replace('"x12"', "12").replace('"x9"', "9")
     (tmp_path / "out" / "streammap.json").write_text(text)
     assert text != json.dumps(content)
