@@ -14,7 +14,7 @@ from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
 from streammap.io.storage.base import Sink
 from streammap.io.storage.resolve import PathLike
-from streammap.output import class_check, files, run, side_files
+from streammap.output import class_check, place, run, side_files
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report
 from streammap.output.save_options import PushOptions, SaveOptions
@@ -56,7 +56,7 @@ def check(plan: Plan, output: PathLike | None) -> None:
     where = OutputOptions(resolve.local_path(output or ""), SaveOptions())
     names = [file.name for file in side_files.collect(plan, single=where.single)]
     if output and not resolve.is_url(output):
-        files.check_names(where.folder, names)
+        place.check_names(where.folder, names)
 
 
 def push(plan: Plan, repo: str, options: PushOptions, *, card: Card) -> Report:
