@@ -343,12 +343,20 @@ def _tied(
     if not any(first_match(head.embed, key) is not None for key in specs):
         return None
     has_tensor = any(first_match(head.head, key) is not None for key in specs)
-    if not has_tensor:
-        return TiedHead(head, norm)
     flag = config_fields.field_value(config, f"{head.path}tie_word_embeddings")
     if flag is None:
-        flag = config.get("tie_word_embeddings", head.tied)
-    return TiedHead(head, norm) if flag is not False else None
+        flag = config.get("tie_word_embeddings", head.tied if has_tensor else None)
+    # A head without a key of its own reads the embedding itself, whatever the flag says.
+    if flag is not False or not head.head:
+        return TiedHead(head, norm)
+    if not has_tensor and classes:
+        raise CheckpointError(
+            f"{key_pattern.sample(head.head[0])}: missing, and config.json says that the head is "
+            f"not tied to the embedding ({head.path}tie_word_embeddings false)",
+            hint="a head of another name belongs under [head] of the spec; a file that lacks it "
+            'because it is tied needs "tie_word_embeddings": true in config.json',
+        )
+    return None
 
 
 def _check_shapes(model: Model, specs: Mapping[str, TensorSpec]) -> None:

@@ -390,13 +390,28 @@ def test_a_tied_head_is_found() -> None:
     assert _resolve(shapes, BERT_CONFIG).tied
     assert not _resolve(shapes, {**BERT_CONFIG, "tie_word_embeddings": False}).tied
     del shapes["cls.predictions.decoder.weight"]
-    assert _resolve(shapes, {**BERT_CONFIG, "tie_word_embeddings": False}).tied
+    assert _resolve(shapes, BERT_CONFIG).tied
     for key in [key for key in shapes if key.startswith("cls.")]:
         del shapes[key]
     assert not _resolve(shapes, BERT_CONFIG).tied
     gpt2 = _shapes(GPT2)
     assert _resolve(gpt2, GPT2_CONFIG).tied
     assert not _resolve(gpt2, {**GPT2_CONFIG, "architectures": ["GPT2ForTokenClassification"]}).tied
+
+
+def test_a_head_that_config_json_unties_and_no_tensor_holds_is_refused() -> None:
+    shapes = _shapes(BERT)
+    del shapes["cls.predictions.decoder.weight"]
+    untied = {**BERT_CONFIG, "tie_word_embeddings": False}
+    with pytest.raises(
+        CheckpointError, match=r"decoder\.weight: missing.*tie_word_embeddings false"
+    ):
+        _resolve(shapes, untied)
+    # The encoder alone has no head, whatever config.json says of one.
+    encoder = {key: x for key, x in shapes.items() if not key.startswith("cls.")}
+    assert not _resolve(encoder, {**untied, "architectures": ["BertModel"]}).tied
+    gpt2 = {**GPT2_CONFIG, "tie_word_embeddings": False}
+    assert not _resolve(_shapes(GPT2), {**gpt2, "architectures": ["GPT2Model"]}).tied
 
 
 @pytest.mark.parametrize("n", [1, 2, 101])
