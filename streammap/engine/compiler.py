@@ -15,13 +15,13 @@ from dataclasses import replace
 from typing import final
 
 from streammap.common.ranges import Range
-from streammap.engine import pullback
+from streammap.engine import group_sums, pullback
 from streammap.engine.memory import N_PLACES
 from streammap.engine.program import OUT, WORK, Op, Program, Strip, View, contiguous
 from streammap.engine.pullback import Pullback
 from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
 from streammap.io.dtypes import DTYPE_BITS
-from streammap.planning import graph, group_sums
+from streammap.planning import graph
 from streammap.planning.graph import TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap
 from streammap.planning.segments import Segment

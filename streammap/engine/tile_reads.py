@@ -12,10 +12,10 @@ from functools import cached_property
 from typing import final
 
 from streammap.common.ranges import Range, Tile
-from streammap.engine import pullback
+from streammap.engine import group_sums, pullback
 from streammap.engine.pullback import Pullback
 from streammap.io.dtypes import DTYPE_BITS
-from streammap.planning import graph, group_sums
+from streammap.planning import graph
 from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap
 

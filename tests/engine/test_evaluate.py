@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from streammap.common import ranges
-from streammap.engine import compiler, evaluate, memory, schedule, tile_reads, tiles, worker
+from streammap.engine import (
+    compiler,
+    evaluate,
+    group_sums,
+    memory,
+    schedule,
+    tile_reads,
+    tiles,
+    worker,
+)
 from streammap.engine.compiler import Programs
 from streammap.engine.memory import Limits, Memory
 from streammap.engine.program import OUT, WORK, Op, Program, View
@@ -24,7 +33,7 @@ from streammap.engine.worker import Worker
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS, FLOATS, FROM_TORCH, TensorSpec, to_torch
-from streammap.planning import graph, group_sums, maps
+from streammap.planning import graph, maps
 from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 from streammap.planning.segments import Row
