@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from streammap.architectures import axis_sizes
 from streammap.architectures import expression as expressions
 from streammap.architectures.model import Family, Model
+from streammap.architectures.schema import Architecture
 
 
 def must_follow(model: Model, axis: str) -> bool:
@@ -18,6 +19,11 @@ def must_follow(model: Model, axis: str) -> bool:
         and not isinstance(origin, str)
         and any(name in model.sizes for name in expressions.names(origin))
     )
+
+
+def is_expert(spec: Architecture, axis: str) -> bool:
+    """Whether an axis counts experts."""
+    return axis in spec.axes and spec.axes[axis].kind == "expert"
 
 
 def normed_axes(model: Model) -> frozenset[str]:

@@ -73,6 +73,9 @@ class Norm:
     """Modules that are norms without that offset."""
     eps: tuple[ConfigField, ...] = ()
     """Its epsilon."""
+    near_zero: tuple[str, ...] = ()
+    """Modules whose inputs may be so small that the epsilon counts: where they share it with
+    others, it stays."""
     post: bool = False
     """Whether it stands after the residual addition."""
     mean: bool = False
@@ -159,12 +162,17 @@ class LMHead:
 class Experts:
     """What config.json says of a mixture of experts."""
 
+    top_k: tuple[ConfigField, ...] = ()
+    """How many experts a token takes."""
+    gates: Literal["softmax", "renormalised", "own"] = "softmax"
+    """What the chosen experts are weighted by: their shares among all, the same made to add up to
+    1, or a function of each one's own score."""
     multiply: tuple[ConfigField, ...] = ()
-    """They grow with the number of experts: top_k, groups."""
+    """Counts of groups, which grow with the number of experts."""
     groups: ConfigField | None = None
     """In how many consecutive groups the experts lie."""
     inexact: str | None = None
-    """Why copies of experts change the function; None where they don't."""
+    """Why copies of experts change the function, whatever is chosen; None where that decides."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,6 +191,7 @@ class SpecScope:
         norm = self.tables.norm
         for generation, text, value in self._stacked("modules"):
             own = replace(norm, offset=0.0) if text in norm.plain else norm
+            own = replace(own, near_zero=tuple(name for name in norm.near_zero if name == text))
             for words, when in self._choices(value, text):
                 for end, kind, dims in self._module(text, words):
                     its_norm = own if kind == "norm" else None

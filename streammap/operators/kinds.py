@@ -1,9 +1,10 @@
 """Kinds of options that operators on axes share: requests, schemes, map files, sizes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Union, final, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, cast, final, runtime_checkable
 
 from streammap.common.declare import Choice, Form, Kind, Table, Whole, shown
 from streammap.errors import PlanError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # help texts need the declarations alone
 RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[str, object] | AxisRequest
 """A factor, "to:SIZE", groups, or a table of these: see planning/requests.py."""
 SchemeLike = Union[str, Path, Mapping[str, object], "Scheme"]  # not imported here
+TopK = Literal["keep", "scale"] | int
 MapsLike = Union[str, Path, "tuple[MapLevel, ...]"]
 
 
@@ -105,6 +107,22 @@ class GroupingOf(Kind):
     def upgrade(self, value: object) -> object:
         """Records were made with the usual grouping where they name none."""
         return requests.USUAL if value is None else value
+
+
+@final
+class TopKOf(Kind):
+    """What becomes of the number of experts that a token takes."""
+
+    def parse(self, value: Any, name: str) -> TopK:
+        """keep, scale, or a number: 4 or "=4"."""
+        if value in ("keep", "scale"):
+            return cast("TopK", value)
+        text = str(value).removeprefix("=")
+        if not isinstance(value, bool) and re.fullmatch(r"0*[1-9][0-9]{0,6}", text):
+            return int(text)
+        raise PlanError(
+            f"{name} is {shown(value)}, expected keep, scale or =N", hint="give --top-k keep"
+        )
 
 
 @final

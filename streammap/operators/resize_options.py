@@ -18,6 +18,8 @@ from streammap.operators.kinds import (
     SchemeOf,
     Sizes,
     TargetLike,
+    TopK,
+    TopKOf,
 )
 from streammap.planning.requests import AxisRequest, Grouping
 
@@ -105,6 +107,14 @@ class Resize(Operator):
         default="exact",
         help="exact keeps the function where it can; reference has the original tools' numbers.",
         group=HOW,
+    )
+    top_k: TopK | str | None = option(
+        default=None,
+        help="Experts that a token takes, where their number changes: keep, scale or =N. Merging "
+        "and copying scale, a selection keeps.",
+        group=HOW,
+        kind=TopKOf(),
+        metavar="N",
     )
     untie: bool = option(default=False, help="Give a tied head a tensor of its own.", group=HOW)
 

@@ -10,7 +10,7 @@ Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, final
+from typing import Literal, cast, final
 
 from streammap.architectures import axis_facts, axis_words
 from streammap.architectures.model import Model
@@ -20,6 +20,7 @@ from streammap.operators.resize_options import Resize
 from streammap.planning import coupled_axes, exactness, maps, planner, requests
 from streammap.planning.axis_maps import ResizeRequest
 from streammap.planning.compensation import compensate
+from streammap.planning.experts import TopK
 from streammap.planning.head_dim import HeadSize
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap
@@ -272,13 +273,20 @@ class _Task:
         op, model, source = self.op, self.model, self.source
         chosen = {n: maps.growing(m) if self.grows else m for n, m in level.merging.items()}
         layers = {n: chosen.pop(n) for n in model.architecture.depth_axes if n in chosen}
-        head_size = None if self.head_dim is None else HeadSize.of(model, self.head_dim)
+        head_size = self._head_size(level, chosen)
+        pair_of = maps.pair_of_growth if self.grows else maps.pair_of
+        pairs = {n: pair_of(level.merging[n]) for n, m in chosen.items() if not m.is_identity}
         compensation = compensate(
-            model, chosen, grows=self.grows, filled=level.filled, rule=op.rule
+            model,
+            chosen,
+            pairs,
+            grows=self.grows,
+            filled=level.filled,
+            rule=op.rule,
+            top_k=self._top_k(chosen),
         )
         if head_size is not None:
             compensation = head_size.added_to(compensation)
-        pairs = {name: maps.pair_of(m) for name, m in chosen.items() if not m.is_identity}
         pairs |= compensation.pairs
         sizes = _sizes(model, chosen, layers)
         if head_size is not None:
@@ -301,7 +309,14 @@ class _Task:
         reference = factor if op.rule == "reference" else None
         promise, reason = exactness.of_all(model, by_axis, reference=reference, untie=op.untie)
         options = self._options({**chosen, **layers})
-        step = Step(op.name, options, promise, reason, (*notes, *compensation.notes), by_axis)
+        notes += compensation.notes
+        twins = exactness.twins(model, chosen, pairs) if self.grows and not self.blends else ()
+        if twins:
+            notes.append(
+                f"copies ({', '.join(twins)}) have equal gradients: they stay equal in training "
+                "until a blend (--blend-with), unequal weights of groups or dropout tell them apart"
+            )
+        step = Step(op.name, options, promise, reason, tuple(notes), by_axis)
         change = AxisChange(
             pairs,
             layers,
@@ -315,14 +330,41 @@ class _Task:
             op.untie,
         )
         kept = replace(level, filled=frozenset(compensation.fills) or level.filled)
+        if head_size is not None and self.head_dim is not None:
+            kept = replace(kept, merging={**kept.merging, head_size.axis: head_size.merging})
         if zeroed:
             # On the way back zero-initialised layers are left out, not averaged in.
             without = {axis: _without(kept.merging[axis], new) for axis, new in zeroed.items()}
             kept = replace(kept, merging={**kept.merging, **without})
         levels = source.levels
-        if level.merging and kept.digest not in {one.digest for one in source.levels}:
+        if kept.merging and kept.digest not in {one.digest for one in source.levels}:
             levels = (*levels, kept)
-        return planner.remap(source, change, step, levels=levels)
+        result = planner.remap(source, change, step, levels=levels)
+        rounded = None if promise == "approximate" else exactness.rounding(result.targets)
+        if rounded is None:
+            return result
+        *before, last = result.steps
+        last = replace(last, notes=(*last.notes, rounded))
+        return replace(result, steps=(*before, last))
+
+    def _head_size(self, level: MapLevel, chosen: dict[str, AxisMap]) -> HeadSize | None:
+        """The change of the head size; its map is taken out of `chosen`."""
+        if self.head_dim is not None:
+            return HeadSize.grown(self.model, self.head_dim)
+        axis = next((axis for axis in self.model.architecture.rope if axis in level.merging), None)
+        m = None if axis is None else chosen.pop(axis)
+        return HeadSize.mapped(self.model, m) if isinstance(m, BlockMap) else None
+
+    def _top_k(self, chosen: Mapping[str, AxisMap]) -> TopK | None:
+        """What is asked of the number of experts that a token takes."""
+        asked = cast("TopK | None", self.op.top_k)
+        spec = self.model.architecture
+        if asked is not None and not any(axis_facts.is_expert(spec, n) for n in chosen):
+            raise PlanError(
+                "--top-k, but the number of experts does not change",
+                hint="give --experts too, or leave it out",
+            )
+        return asked
 
     def _check_target(self, sizes: Mapping[str, int]) -> None:
         """Refuse sizes that are not the target's."""
@@ -340,13 +382,10 @@ class _Task:
             return {}
         if not layers:
             raise PlanError("--new-layers zero, but no layers are added", hint="give --layers K")
-        post = next(
-            (f for f in self.model.families if f.rule.norm is not None and f.rule.norm.post),
-            None,
-        )
+        post = _post_norm(self.model)
         if post is not None:
             raise PlanError(
-                f"{post.name} stands after the residual addition (post-LN): a zero-initialised "
+                f"{post} stands after the residual addition (post-LN): a zero-initialised "
                 "layer still normalises, so it is no identity there",
                 hint="leave --new-layers zero out: layers are copied then",
             )
@@ -400,9 +439,19 @@ class _Task:
             "head_dim": (self.head_dim, None),
             "kv_merge": (self.op.kv_merge, "mean"),
             "new_layers": (self.new_layers, "copy"),
+            "top_k": (self.op.top_k, None),
             "untie": (self.op.untie, False),
         }
         return options | {name: value for name, (value, usual) in rare.items() if value != usual}
+
+
+def _post_norm(model: Model) -> str | None:
+    """The name of a norm behind the residual addition; None where there is none."""
+    named = [(family.name, family.rule.norm) for family in model.families]
+    if model.architecture.weightless:
+        # A norm without weights is in no file.
+        named += [(rule.pattern.text, rule.norm) for rule in model.architecture.rules]
+    return next((name for name, norm in named if norm is not None and norm.post), None)
 
 
 def _sizes(

@@ -90,7 +90,22 @@ class AxisRequests:
         assert request.groups is not None
         n_large = self.n_large(axis, request.groups, request.where or axis)
         self.tell_left(axis, request.groups, n_large)
-        return maps.merging(request.groups, n_large, weights=request.weights)
+        m = maps.merging(request.groups, n_large, weights=request.weights)
+        if self._grows and maps.is_uneven(m):
+            self._check_shares(axis)
+        return m
+
+    def _check_shares(self, axis: str) -> None:
+        """Refuse weights of copies that no weight reads by shares: they would change nothing."""
+        kv = {shared.kv for shared in self._spec.shared_heads}
+        if self._spec.axes[axis].kind == "width" and axis not in kv:
+            return
+        raise PlanError(
+            f"{self.units(axis)}: weights of groups say how those who read the copies share them, "
+            f"and no weight reads {self.units(axis)}",
+            hint="leave the weights out when growing; MLP neurons, heads and hidden units have "
+            "them",
+        )
 
     def n_large(self, axis: str, groups: Sequence[Sequence[int]], where: str) -> int:
         """The large model's size of an axis that groups are given for.

@@ -235,6 +235,8 @@ class _Planning:
         The kv heads shrink with the heads as far as they divide: 12 heads with 3 kv heads become 6
         with 3, and 4 with 1.
         """
+        if self._follows(kv, heads):
+            return n_heads
         own_heads, own_kv = self._own[heads], self._own[kv]
         origin = axis_sizes.axis_origin(self._spec.axes[kv], self._model.config)
         fixed = origin is not None and not isinstance(origin, str) and own_kv != own_heads

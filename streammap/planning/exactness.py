@@ -2,24 +2,30 @@
 
 bit-exact         the outputs are the same numbers
 exact             the same in real arithmetic; floating point rounds a little differently
-exact up to eps   the same but for the epsilon of norms
+exact up to eps   the same but for the epsilon of norms, by the relative error that the reason says
 approximate       another function; only training tells how near it is
+
+All but the first are promises in real arithmetic: factors that are no powers of two, and sums, are
+rounded, which counts in 16 bits.
 """
 
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 
-from streammap.architectures import axis_words, layer_rules
-from streammap.architectures.axis_facts import normed_axes
+from streammap.architectures import axis_facts, axis_words, layer_rules
 from streammap.architectures.model import Model
-from streammap.planning import maps
-from streammap.planning.compensation import Compensation, copies_are_exact
+from streammap.errors import some
+from streammap.planning import experts, graph, maps
+from streammap.planning.compensation import Compensation, eps_words
 from streammap.planning.graph import LinearForm
 from streammap.planning.head_dim import HeadSize
-from streammap.planning.maps import AxisMap, BlockMap
+from streammap.planning.maps import AxisMap, BlockMap, MapPair
 from streammap.planning.plan import PROMISES, Plan, Promise
 
 Guarantee = tuple[Promise, str]
+_DTYPES = {"BF16": ("bfloat16", 9), "F16": ("float16", 12)}
+"""Dtype -> its name, and n for a usual rounding error of 2^-n."""
+_N_SHOWN = 3
 
 
 def worst(guarantees: Mapping[str, Guarantee]) -> Guarantee:
@@ -45,7 +51,7 @@ def of_axes(
         chosen: Width or expert axis -> the map of its producers.
         silent: Depth axis -> zero-initialised layers of the result.
     """
-    spec, normed = model.architecture, normed_axes(model)
+    spec, normed = model.architecture, axis_facts.normed_axes(model)
     guarantees: dict[str, Guarantee] = {}
     for axis, m in layers.items():
         if not m.is_identity:
@@ -57,11 +63,15 @@ def of_axes(
         if caveat is not None:
             guarantees[axis] = "approximate", f"{shown}: {caveat}"
         elif axis in fills.fills and grows:
-            if axis in fills.inexact_eps:
-                guarantees[axis] = "exact up to eps", f"{shown}: other norms share the epsilon"
+            error = fills.eps_errors.get(axis)
+            if error is not None:
+                why = f"{shown}: other norms share the epsilon, {eps_words(error)}"
+                guarantees[axis] = "exact up to eps", why
             else:
                 units = axis_words.units_of(spec, axis)
                 guarantees[axis] = "exact", f"new {units} are zero, norms are compensated"
+        elif axis_facts.is_expert(spec, axis) and grows and not _is_permutation(m):
+            guarantees[axis] = _of_experts(model, axis, m, fills.fields)
         else:
             guarantees[axis] = _of_units(model, axis, m, grows=grows, normed=axis in normed)
     if head_size is not None:
@@ -110,21 +120,6 @@ def of_family(plan: Plan, axes: Container[str], form: LinearForm) -> Promise:
     if weakest in ("bit-exact", "exact"):
         return "bit-exact" if _keeps_bits(form) else "exact"
     return weakest
-
-
-def _keeps_bits(form: LinearForm) -> bool:
-    """Whether each number of the result is one of the source's times a power of two, or 0."""
-    if len(form.terms) != 1 or len(form.terms[0].blend) != 1:
-        return False
-    values = [form.terms[0].blend[0][0]]
-    for m in form.terms[0].maps:
-        if isinstance(m, BlockMap):
-            if m.longest > 1:
-                return False
-            values += (value for row in m.rows for _, value in row)
-        elif m is not None:
-            return False
-    return all(math.frexp(abs(value))[0] in (0.0, 0.5) for value in set(values))
 
 
 def _of_layers(
@@ -184,13 +179,7 @@ def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool)
         return "approximate", _merged(units, m)
     # From here on each unit is copied at least once, and the weights that read the copies are
     # divided by their number: the sums that readers compute stay. What is left to ask is who else
-    # sees the copies: routers that choose among experts, norms that average over the axis.
-    axes = model.architecture.axes
-    if axis in axes and axes[axis].kind == "expert":
-        why = copies_are_exact(model, axis, m)
-        if why is not None:
-            return "approximate", f"{axis}: {why}"
-        return "exact", "experts are copied, and the router picks as many more"
+    # sees the copies: norms that average over the axis.
     empty = any(not row for row in m.rows)
     if normed and (len(uses) != 1 or empty):
         shown = axis_words.shown(model.architecture, axis)
@@ -206,13 +195,106 @@ def _of_units(model: Model, axis: str, m: AxisMap, *, grows: bool, normed: bool)
     return "exact", "each unit is copied equally often, the weights that read it are divided"
 
 
-def _is_permutation(m: BlockMap) -> bool:
+def _of_experts(model: Model, axis: str, m: AxisMap, fields: Mapping[str, object]) -> Guarantee:
+    why = experts.inexact(model, axis, m, fields)
+    if why is not None:
+        return "approximate", f"{axis}: {why}"
+    if experts.takes_one(model, axis, fields):
+        return "exact", "experts are copied, and the router takes one of them"
+    return "exact", "experts are copied, and the router picks as many more"
+
+
+def _is_permutation(m: AxisMap) -> bool:
     """Whether units only change places."""
-    return len(m.rows) == m.n_in_blocks and sorted(
-        (row[0] if len(row) == 1 else (-1, 0.0)) for row in m.rows
-    ) == [(i, 1.0) for i in range(m.n_in_blocks)]
+    return (
+        isinstance(m, BlockMap)
+        and len(m.rows) == m.n_in_blocks
+        and sorted((row[0] if len(row) == 1 else (-1, 0.0)) for row in m.rows)
+        == [(i, 1.0) for i in range(m.n_in_blocks)]
+    )
 
 
 def is_even(m: BlockMap) -> bool:
     """Whether every unit is copied, and as often as the others."""
     return len(set(m.uses)) == 1 and all(m.rows)
+
+
+def twins(
+    model: Model, chosen: Mapping[str, AxisMap], pairs: Mapping[str, MapPair]
+) -> tuple[str, ...]:
+    """What is copied so that training can't tell the copies apart: units of the axes, in words.
+
+    Copies have equal gradients where those who read them have equal shares in each. Not so kv
+    heads: their copies are read by other query heads.
+    """
+    spec = model.architecture
+    kv = {shared.kv for shared in spec.shared_heads}
+    return tuple(
+        axis_words.units_of(spec, axis)
+        for axis, m in chosen.items()
+        if isinstance(m, BlockMap)
+        and axis in spec.axes
+        and axis not in kv
+        and max(m.uses, default=0) > 1
+        and not (isinstance(into := pairs[axis].into, BlockMap) and _tells_apart(m, into))
+    )
+
+
+def _tells_apart(m: BlockMap, into: BlockMap) -> bool:
+    """Whether no two copies of a unit have equal shares in their readers."""
+    shares = [dict(row) for row in maps.reblocked(into, m.block).rows] if m.block else []
+    seen: set[tuple[int, float]] = set()
+    for i, row in enumerate(m.rows):
+        for j, _ in row:
+            share = shares[i].get(j, 0.0)
+            if (j, share) in seen:
+                return False
+            seen.add((j, share))
+    return True
+
+
+def _keeps_bits(form: LinearForm) -> bool:
+    """Whether each number of the result is one of the source's times a power of two, or 0."""
+    return not any(_rounded_by(form))
+
+
+def rounding(targets: Mapping[str, LinearForm]) -> str | None:
+    """What rounding to 16 bits does to a result, in a line; None where nothing is in 16 bits."""
+    by_dtype: dict[str, list[LinearForm]] = {}
+    for form in targets.values():
+        if form.spec.dtype in _DTYPES:
+            by_dtype.setdefault(form.spec.dtype, []).append(form)
+    lines = []
+    for dtype, forms in by_dtype.items():
+        name, digits = _DTYPES[dtype]
+        causes = [tuple(_rounded_by(form)) for form in forms]
+        n_rounded = sum(map(bool, causes))
+        if not n_rounded:
+            lines.append(f"{name}: no weight is rounded, all factors are powers of two")
+            continue
+        shown = some(list(dict.fromkeys(c for one in causes for c in one)), limit=_N_SHOWN)
+        lines.append(
+            f"{name}: {n_rounded} of {len(forms)} tensors are rounded, a weight by about "
+            f"2^-{digits} of itself: {shown}"
+        )
+    return "; ".join(lines) or None
+
+
+def _rounded_by(form: LinearForm) -> Iterator[str]:
+    """Why numbers of a form are rounded."""
+    if any(map(graph.is_constant, form.loads())):
+        yield "norms store their gain less a constant"
+    elif len(form.terms) > 1 or any(len(term.blend) > 1 for term in form.terms):
+        yield "several tensors are added up"
+    for term in form.terms:
+        factors = {value for value, ref in term.blend if not graph.is_constant(ref)}
+        for m in term.maps:
+            if isinstance(m, BlockMap):
+                if m.longest > 1:
+                    yield "several units are added up"
+                factors |= {value for row in m.rows for _, value in row}
+            elif m is not None:
+                yield "a dense matrix"
+        for factor in sorted(factors):
+            if math.frexp(abs(factor))[0] not in (0.0, 0.5):
+                yield f"factor {factor:.4g}"

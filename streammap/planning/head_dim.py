@@ -12,54 +12,47 @@ Source: Gesmundo & Maile, arXiv:2308.06103 (scale); the rule for theta by equati
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streammap.architectures.config_fields import field_value
-from streammap.architectures.key_pattern import first_match
+from streammap.architectures.key_pattern import KeyPattern, first_match
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Rope
 from streammap.errors import PlanError
 from streammap.planning import maps
-from streammap.planning.compensation import Compensation
+from streammap.planning.compensation import FIXED_EPS, Compensation, eps_error, eps_words
 from streammap.planning.maps import BlockMap
 from streammap.planning.plan import Promise
 from streammap.planning.requests import MAX_PARTS
 
 _EXACT_TYPES = ("default", "llama3", "yarn")
+_INSTEAD = "grow the number of heads instead: --heads"
 
 
 @dataclass(frozen=True, slots=True)
 class HeadSize:
-    """A growth of the head size."""
+    """A growth of the head size, or the way back."""
 
     axis: str
-    size: int
     map: BlockMap
+    """Channels of a head of the result from those of the source."""
     rope: Rope
     theta: tuple[tuple[str, float], ...]
     """Config field -> new value."""
-    has_norms: bool
+    norm_eps: float | None
+    """The epsilon of norms over a head; None where there are none."""
+    caveat: str | None
+    """Why the growth is not exact in this architecture; None where it is."""
 
     @staticmethod
-    def of(model: Model, size: int) -> "HeadSize":
+    def grown(model: Model, size: int) -> "HeadSize":
         """The growth of a model's heads to `size`.
 
         Raises:
             PlanError: this architecture's positions don't allow it.
         """
-        spec = model.architecture
-        name = model.name
-        if not spec.rope:
-            raise PlanError(
-                f"{name}: the head size can't grow, its heads don't rotate as a whole",
-                hint="grow the number of heads instead: --heads",
-            )
-        axis, rope = next(iter(spec.rope.items()))
-        if "." in axis:
-            raise PlanError(
-                f"{name}: the head size of an included model can't grow",
-                hint="grow the number of its heads instead: --heads",
-            )
+        axis, rope = _rope(model)
         old = model.sizes[axis]
         if size > MAX_PARTS:
             raise PlanError(
@@ -70,13 +63,23 @@ class HeadSize:
                 f"{axis}: from {old} to {size}, expected an even size above {old}",
                 hint=f"take {2 * old}, or another even number above {old}",
             )
+        return HeadSize.mapped(model, _map(old, size, rope.layout))
+
+    @staticmethod
+    def mapped(model: Model, m: BlockMap) -> "HeadSize":
+        """The change of a model's heads by a map: such a growth, or the way back from it.
+
+        Raises:
+            PlanError: this architecture's positions don't allow it.
+        """
+        axis, rope = _rope(model)
         # Where only a part of the head rotates, the channels after it would move; where frequencies
         # follow from more than theta (dynamic, longrope), no new theta gives the old ones back.
         partial = field_value(model.config, "partial_rotary_factor")
         if isinstance(partial, float) and partial < 1:
             raise PlanError(
                 f"partial_rotary_factor {partial}: only heads that rotate as a whole can grow",
-                hint="grow the number of heads instead: --heads",
+                hint=_INSTEAD,
             )
         kind = _rope_type(model)
         if kind not in _EXACT_TYPES:
@@ -85,7 +88,7 @@ class HeadSize:
                 hint=f"head-size growth is for {', '.join(_EXACT_TYPES)}",
             )
         theta = [
-            (f, _theta(f, value, size / old))
+            (f, _theta(f, value, m.n_out / m.n_in))
             for f in rope.theta
             if isinstance(value := field_value(model.config, f), int | float)
         ]
@@ -96,20 +99,40 @@ class HeadSize:
         # What scales the scores: the gain of a norm over the head, else the query projection, which
         # a fused qkv tensor does not have on its own.
         keys = [key for family in model.families for key in family.members.values()]
-        norms = (*rope.query_norm, *rope.key_norm)
-        normed = any(first_match(norms, key) is not None for key in keys)
-        if not normed and not any(first_match(rope.query, key) is not None for key in keys):
+        eps = _eps(model, (*rope.query_norm, *rope.key_norm))
+        if eps is None and not any(first_match(rope.query, key) is not None for key in keys):
             raise PlanError(
-                f"{name}: the queries have no tensor of their own here, which could be scaled",
-                hint="grow the number of heads instead: --heads",
+                f"{model.name}: the queries have no tensor of their own here, which could be "
+                "scaled",
+                hint=_INSTEAD,
             )
-        return HeadSize(axis, size, _map(old, size, rope.layout), rope, tuple(theta), normed)
+        caveat = model.architecture.caveats.get(axis)
+        return HeadSize(axis, m, rope, tuple(theta), eps, caveat)
+
+    @property
+    def merging(self) -> BlockMap:
+        """The map that leads back from a growth."""
+        back = maps.transposed(self.map)
+        assert isinstance(back, BlockMap)
+        return back
+
+    @property
+    def size(self) -> int:
+        """The new size of a head."""
+        return self.map.n_out
 
     @property
     def promise(self) -> tuple[Promise, str]:
         """The guarantee of the growth, with the reason."""
-        if self.has_norms:
-            return "exact up to eps", f"{self.axis}: norms over a head share their epsilon"
+        if self.size < self.map.n_in:
+            dropped = f"{self.map.n_in - self.size} of {self.map.n_in} channels of a head"
+            return "approximate", f"{dropped} are dropped"
+        if self.caveat is not None:
+            return "approximate", f"{self.axis}: {self.caveat}"
+        if self.norm_eps is not None:
+            error = eps_words(eps_error(self.norm_eps, self.size / self.map.n_in))
+            reason = f"{self.axis}: norms over a head share their epsilon, {error}"
+            return "exact up to eps", reason
         return "exact", f"{self.axis}: new rotary pairs are zero, theta and scores follow"
 
     def added_to(self, other: Compensation) -> Compensation:
@@ -118,7 +141,7 @@ class HeadSize:
         factors = list(other.factors)
         # Scores are divided by sqrt(d') now, not by sqrt(d): the queries make up for it.
         scale = math.sqrt(ratio) if self.rope.scores == "head_dim" else 1.0
-        if self.has_norms:
+        if self.norm_eps is not None:
             # The norm undoes any factor on what it reads, so that gains take it. It divides by the
             # root of a mean over d' channels of which d are not zero: too little by sqrt(d / d').
             factors.append((self.rope.query_norm, scale / math.sqrt(ratio)))
@@ -133,11 +156,37 @@ class HeadSize:
         )
 
 
+def _rope(model: Model) -> tuple[str, Rope]:
+    """The axis of the head size, and its rotary positions."""
+    if not model.architecture.rope:
+        raise PlanError(
+            f"{model.name}: the head size can't grow, its heads don't rotate as a whole",
+            hint=_INSTEAD,
+        )
+    axis, rope = next(iter(model.architecture.rope.items()))
+    if "." in axis:
+        raise PlanError(
+            f"{model.name}: the head size of an included model can't grow", hint=_INSTEAD
+        )
+    return axis, rope
+
+
+def _eps(model: Model, patterns: Sequence[KeyPattern]) -> float | None:
+    """The epsilon of the norms that some keys belong to; None where none is there."""
+    for family in model.families:
+        if any(first_match(patterns, key) is not None for key in family.members.values()):
+            fields = family.rule.norm.eps if family.rule.norm is not None else ()
+            values = [v for f in fields if isinstance(v := field_value(model.config, f), float)]
+            return max(values, default=FIXED_EPS)
+    return None
+
+
 def _theta(field: str, value: float, ratio: float) -> float:
     """The rope theta with which old frequencies keep their values."""
     try:
         if value > 0 and math.isfinite(theta := math.pow(value, ratio)):
-            return theta
+            # Back to the number that was written by hand, if it was one.
+            return theta if ratio > 1 else float(f"{theta:.14g}")
     except OverflowError:
         pass
     raise PlanError(

@@ -233,6 +233,28 @@ def pair_of(m: AxisMap) -> MapPair:
     return MapPair(without_zeros(m), transposed(row_normalized(transposed(m))))
 
 
+def pair_of_growth(m: AxisMap) -> MapPair:
+    """The maps of a growth by a merging map: copies, which readers share by the weights of a group.
+
+    Any shares that add up to 1 keep what a reader computes; unequal ones tell the copies apart, so
+    that training does too. Where a unit is in several groups, all count alike.
+    """
+    grown = growing(m)
+    plain = pair_of(grown)
+    if isinstance(m, DenseMap) or not is_uneven(m) or any(use > 1 for use in m.uses):
+        return plain
+    shares = tuple(
+        tuple((j, value / total) for j, value in row) if (total := sum(v for _, v in row)) else row
+        for row in m.rows
+    )
+    return MapPair(plain.out, without_zeros(transposed(BlockMap(shares, m.n_in_blocks, m.block))))
+
+
+def is_uneven(m: BlockMap) -> bool:
+    """Whether members of a group have different weights."""
+    return any(value != row[0][1] for row in m.rows for _, value in row)
+
+
 @overload
 def without_zeros(m: BlockMap) -> BlockMap: ...
 @overload

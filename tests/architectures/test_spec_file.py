@@ -640,7 +640,7 @@ def test_a_size_of_nothing_is_a_size() -> None:
             "[rope]\ntheta = ['t']\nlayout = 'x'",
             r"rope\.layout: 'x' is not one of half, interleaved",
         ),
-        ("[experts]\ntop = 1", r"experts: unknown entry 'top'\n  hint: known: multiply, g"),
+        ("[experts]\ntop = 1", r"experts: unknown entry 'top'\n  hint: known: top_k, g"),
         ("[depth.other]\nlist = []", r"depth\.other: unknown entry 'list'\n  hint: known: lis"),
         ("[depth.other]\nlists = 3", r"depth\.other\.lists: expected a list, found 3"),
         ("[depth.other]\nruns = 1.5", r"depth\.other\.runs: expected a whole number.*1\.5"),

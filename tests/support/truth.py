@@ -122,3 +122,11 @@ def state_of(folder: Path) -> tiny.State:
 def opened(folder: Path) -> LazyCheckpoint:
     """A folder, opened by streammap."""
     return streammap.open(folder)
+
+
+def replaced(model: TinyModel, **changes: object) -> TinyModel:
+    """The model with other fields in its config, and a name that says so."""
+    if not changes:
+        return model
+    name = "-".join((model.name, *(f"{key}={value}" for key, value in changes.items())))
+    return replace(model, name=name, config={**model.config, **changes})

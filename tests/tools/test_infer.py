@@ -250,7 +250,7 @@ def test_norms_are_known_by_what_they_do() -> None:
 
 
 def test_experts_kept_apart_in_files_are_an_index() -> None:
-    assert table("mixtral", "experts") == {"multiply": ["num_experts_per_tok"]}
+    assert table("mixtral", "experts") == {"top_k": ["num_experts_per_tok"]}
 
 
 def test_layers_of_two_kinds() -> None:

@@ -11,6 +11,8 @@ from streammap.tools.spec_infer.write_rules import SpecRules, toml_key, toml_val
 
 PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
 """Fields that must grow with the number of experts."""
+_GROUPS = re.compile(r"group$")
+"""Those of them that count groups."""
 INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
 """Lists of layer numbers."""
 
@@ -118,7 +120,11 @@ class SpecTables:
         if "expert" not in self._m.kinds.values():
             return ""
         fields = [n for n in self._m.fields if PER_TOKEN.search(n.rpartition(".")[2])]
-        lines = ["[experts]", f"multiply = {toml_value(fields)}"] if fields else []
+        groups = [name for name in fields if _GROUPS.search(name)]
+        top_k = [name for name in fields if name not in groups]
+        lines = ["[experts]"] if fields else []
+        lines += [f"top_k = {toml_value(top_k)}"] if top_k else []
+        lines += [f"multiply = {toml_value(groups)}"] if groups else []
         lines += [f'groups = "{n}"' for n in fields if n.rpartition(".")[2] == "n_group"]
         return "\n".join([*lines, ""])
 
