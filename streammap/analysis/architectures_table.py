@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from streammap.architectures import axis_facts, axis_sizes, registry
 from streammap.architectures import expression as expressions
-from streammap.architectures import registry
+from streammap.architectures.model import Family, Model
 from streammap.architectures.schema import Architecture
 from streammap.common import table
 from streammap.common.table import Column
+from streammap.planning import compensation, experts, maps, requests
 
 _COLUMNS = (
     Column("model type", wraps=True),
@@ -80,29 +82,67 @@ def listing() -> Listing:
 
 
 def _row(model_type: str, name: str) -> ArchitectureRow:
-    tiny = _tiny_config(model_type, name)
-    spec = registry.load(name, tiny)
-    norms = [rule.norm for rule in spec.rules if rule.norm is not None]
+    model = _virtual(model_type, name)
+    spec = model.architecture
+    norms = [family.rule.norm for family in model.families if family.rule.norm is not None]
     is_post = any(norm.post for norm in norms)
     caveats = dict(spec.caveats)
-    for axis, experts in spec.experts.items():
-        if experts.inexact is not None:
-            caveats.setdefault(axis, experts.inexact)
+    for axis in spec.experts:
+        why = _inexact_experts(model, axis)
+        if why is not None:
+            caveats.setdefault(axis, why)
     spoilt = _coupled(spec, set(caveats))
     exact = tuple(
         space.replace("_", " ")
         for space, axes in spec.spaces.items()
-        if any(_can_grow(spec, axis) and axis not in spoilt for axis in axes)
+        if any(_can_grow(model, axis) and axis not in spoilt for axis in axes)
     )
+    hidden = spec.spaces.get("hidden", ())
     return ArchitectureRow(
         model_type,
         name,
         exact,
-        any_size="hidden" in exact and not is_post,
+        any_size="hidden" in exact and any(_any_size(model, axis) for axis in hidden),
         silent_layers=not is_post and not set(spec.depth_axes) & set(caveats),
-        head_size=bool(spec.rope),
+        head_size=any(_can_widen(spec, axis) for axis in spec.rope),
         caveats=tuple(f"{axis}: {why}" for axis, why in caveats.items()),
     )
+
+
+def _virtual(model_type: str, name: str) -> Model:
+    """A model of this type with all tensors that its spec knows."""
+    config = _tiny_config(model_type, name)
+    spec = registry.load(name, config)
+    families = (Family(rule, rule.pattern.text, {}, rule.dims) for rule in spec.rules)
+    return Model(spec, config, axis_sizes.of_config(spec, config), tuple(families), ())
+
+
+def _inexact_experts(model: Model, axis: str) -> str | None:
+    """Why twice the experts are another function; None where they aren't, or there are none."""
+    n = model.sizes.get(axis, 0)
+    if not n:
+        return None
+    twice = maps.growing(maps.merging(requests.cyclic(2 * n, n), 2 * n))
+    fields = experts.follow(model, axis, twice, grows=True, asked=None).fields
+    return experts.inexact(model, axis, twice, fields)
+
+
+def _any_size(model: Model, axis: str) -> bool:
+    """Whether a hidden size can grow to any size of whole heads."""
+    spec = model.architecture
+    of_heads = {*spec.spaces.get("heads", ()), *spec.spaces.get("kv_heads", ())}
+    # Heads that follow are copied unevenly then, which a norm over all of them would see.
+    normed = of_heads & axis_facts.normed_axes(model)
+    return compensation.can_fill(model, axis) and not normed & _coupled(spec, {axis})
+
+
+def _can_widen(spec: Architecture, head_dim: str) -> bool:
+    """Whether a head size can grow by itself, and the function stays."""
+    fixed = any(
+        head_dim in {*expressions.names(left), *expressions.names(right)}
+        for _, left, right in spec.constraints
+    )
+    return "." not in head_dim and not fixed and head_dim not in spec.caveats
 
 
 def _coupled(spec: Architecture, axes: set[str]) -> set[str]:
@@ -116,10 +156,17 @@ def _coupled(spec: Architecture, axes: set[str]) -> set[str]:
     return coupled
 
 
-def _can_grow(spec: Architecture, axis: str) -> bool:
-    return spec.axes[axis].kind in ("width", "expert") and not (
-        spec.axes[axis].kind == "expert" and axis not in spec.experts
-    )
+def _can_grow(model: Model, axis: str) -> bool:
+    """Whether an axis is there, and is one that grows by itself."""
+    spec = model.architecture
+    about = spec.axes[axis]
+    if model.sizes.get(axis) == 0:
+        return False
+    if about.kind == "expert":
+        return axis in spec.experts
+    # Kv heads without a field of their own are the query heads.
+    is_own = isinstance(axis_sizes.axis_origin(about, model.config), str)
+    return about.kind == "width" and (is_own or axis not in spec.spaces.get("kv_heads", ()))
 
 
 def _tiny_config(model_type: str, name: str) -> Mapping[str, object]:
