@@ -126,7 +126,8 @@ class Session:
         assert "Traceback (most recent call last)" not in said, where
         assert code == 0 or (code == 1 and set(command.output) - {"..."}), where
         if command.output:
-            extra = _INTERRUPTED if command.output[0].startswith("resumed") else ()
+            is_resumed = any(line.startswith("resumed") for line in command.output)
+            extra = _INTERRUPTED if is_resumed else ()
             assert pattern(command.output, *extra).fullmatch(alike(said, *extra)), where
 
     def _shell(self, line: str) -> tuple[int, str]:

@@ -40,6 +40,9 @@ def readme_models(folder: Path) -> Iterator[Environment]:
         "openai-community/gpt2": transformers.GPT2Config(
             n_embd=16, n_layer=12, n_head=4, vocab_size=97, bos_token_id=1, eos_token_id=2
         ),
+        "mistralai/Mixtral-8x7B-v0.1": transformers.MixtralConfig(
+            **_LLAMA, num_local_experts=8, num_experts_per_tok=2
+        ),
         "deepseek-ai/DeepSeek-V2-Lite": transformers.DeepseekV2Config(
             **{**_LLAMA, "num_key_value_heads": 8},
             first_k_dense_replace=1,
