@@ -233,19 +233,20 @@ class _Task:
             requests.check_bare(request, sizes[axis], units, grows=self.grows, size=by)
 
     def _check_one_size(self, name: str, request: AxisRequest, axes: Sequence[str]) -> None:
-        """Refuse one size, or one list of groups, for axes that are not of one size.
+        """Refuse one size, or one list of groups, for towers that are not of one size.
 
         Raises:
-            PlanError: naming the axes, and how to ask for one of them.
+            PlanError: naming their axes, and how to ask for one of them.
         """
         sizes = {axis: self.model.sizes[axis] for axis in axes}
-        if request.factor is not None or len(set(sizes.values())) < 2:
+        n_towers = len({axis.rpartition(".")[0] for axis in axes})
+        if request.factor is not None or n_towers < 2 or len(set(sizes.values())) < 2:
             return
         flag, first = f"--{name.replace('_', '-')}", axes[0]
         what = "groups" if request.size is None else f"={request.size}"
         each = " and ".join(f"{axis} ({size})" for axis, size in sizes.items())
         raise PlanError(
-            f"{flag} {what}: it stands for axes of several sizes here, {each}",
+            f"{flag} {what}: it stands for several towers of several sizes, {each}",
             hint=f"say which one: --axis {first}={what}, or one --axis for each of them",
         )
 

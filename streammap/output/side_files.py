@@ -1,7 +1,7 @@
 """The files beside the weights: config.json, the map, and those of the source's folder.
 
 Of a source's folder, on this machine or elsewhere, all is taken that belongs to the model, see
-folder_files.py. Adapters, further weights, and files that are too large are left out with a note.
+io/folder_files.py. Adapters, further weights, and files that are too large are left out with a note.
 Files are copied byte for byte, but sentence-transformers' pooling, which follows the hidden size.
 
 On this machine links are followed inside the folder (and inside a Hub cache), not out of it.
@@ -19,11 +19,10 @@ from typing import final
 from weakref import WeakKeyDictionary
 
 from streammap.errors import CheckpointError, OutputError, some
-from streammap.io import json_files, lfs_pointer, safe_open
+from streammap.io import folder_files, json_files, lfs_pointer, safe_open
 from streammap.io.checkpoint import Checkpoint
+from streammap.io.folder_files import Fate
 from streammap.io.storage.base import Storage
-from streammap.output import folder_files
-from streammap.output.folder_files import Fate
 from streammap.planning import map_file
 from streammap.planning.plan import Plan
 
