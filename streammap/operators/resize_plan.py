@@ -244,9 +244,9 @@ class _Task:
             return
         flag, first = f"--{name.replace('_', '-')}", axes[0]
         what = "groups" if request.size is None else f"={request.size}"
-        each = " and ".join(f"{axis} ({size})" for axis, size in sizes.items())
+        each = ", ".join(f"{axis} is {size}" for axis, size in sizes.items())
         raise PlanError(
-            f"{flag} {what}: it stands for several towers of several sizes, {each}",
+            f"{flag} {what}: the model's towers differ in it: {each}",
             hint=f"say which one: --axis {first}={what}, or one --axis for each of them",
         )
 

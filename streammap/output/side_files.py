@@ -1,8 +1,8 @@
 """The files beside the weights: config.json, the map, and those of the source's folder.
 
-Of a source's folder, on this machine or elsewhere, all is taken that belongs to the model, see
-io/folder_files.py. Adapters, further weights, and files that are too large are left out with a note.
-Files are copied byte for byte, but sentence-transformers' pooling, which follows the hidden size.
+Of a source's folder, on this machine or elsewhere, all is taken that belongs to the model (see
+io/folder_files.py). Adapters, further weights and what is too large are left out with a note. Files
+are copied byte for byte, but sentence-transformers' pooling, which follows the hidden size.
 
 On this machine links are followed inside the folder (and inside a Hub cache), not out of it.
 """

@@ -121,10 +121,8 @@ def test_one_size_for_towers_of_several_sizes_is_refused_with_a_hint_that_works(
     size = own * 2 if direction == "decoalesce" else own // 2
     refused = run("plan", direction, source, f"--{flag}", f"={size}")
     assert refused.exit_code == 1
-    each = f"text.{axis} ({own}) and vision.{axis} ({sizes[f'vision.{axis}']})"
-    assert (
-        f"--{flag} ={size}: it stands for several towers of several sizes, {each}" in refused.stderr
-    )
+    each = f"text.{axis} is {own}, vision.{axis} is {sizes[f'vision.{axis}']}"
+    assert f"--{flag} ={size}: the model's towers differ in it: {each}" in refused.stderr
     hint = f"--axis text.{axis}=={size}"
     assert f"say which one: {hint}," in refused.stderr
     said = ok("plan", direction, source, *hint.split())
@@ -137,7 +135,7 @@ def test_groups_for_towers_of_several_sizes_are_refused(tmp_path: Path) -> None:
     source = _llava(tmp_path / "src")
     groups = json.dumps([[i, i + 40] for i in range(40)])
     refused = run("plan", "coalesce", source, "--mlp", groups)
-    assert "--mlp groups: it stands for several towers of several sizes" in refused.stderr
+    assert "--mlp groups: the model's towers differ in it: " in refused.stderr
     said = ok("plan", "coalesce", source, "--axis", f"vision.mlp={groups}")
     assert "vision.mlp 80 -> 40" in said
 
