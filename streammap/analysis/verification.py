@@ -27,8 +27,9 @@ from streammap.io.storage import resolve
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, request_json
-from streammap.output import class_check, layout
+from streammap.output import layout
 from streammap.output import record as records
+from streammap.output.loading import class_check
 from streammap.planning import map_file, plan, request
 from streammap.planning.plan import Plan
 from streammap.planning.request import Moved

@@ -18,8 +18,17 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 _READING = ("memory", "threads")
 _PUSH = ("push_to_hub", "branch", "public", "commit_message")
 _TYPES: dict[str, Any] = {"text": str, "many": str, "int": int, "float": float}
-PATH = click.Path(readable=False)
-"""Text that may be a file or folder here, which shells complete; nothing is checked."""
+
+
+class _Path(click.Path):
+    """Text that may be a file or folder here, which shells complete; nothing is checked."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The text as it is: what opens it says what is wrong."""
+        return value
+
+
+PATH = _Path()
 
 
 class _ArchName(click.ParamType[str]):

@@ -54,7 +54,10 @@ def load_config(source: str | Path) -> tuple[Mapping[str, object], bytes]:
         CheckpointError: as `read_json`.
     """
     storage = resolve.locate(source, stream=False)
-    return read_stored(storage, storage.file or "config.json")
+    name = storage.file or "config.json"
+    if storage.origin and not storage.has(name):
+        raise CheckpointError(f"{storage.where(name)}: no such file", hint="check the name")
+    return read_stored(storage, name)
 
 
 def read_config(source: str | Path) -> Mapping[str, object]:

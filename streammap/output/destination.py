@@ -14,7 +14,8 @@ from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
 from streammap.io.storage.base import Sink
 from streammap.io.storage.resolve import PathLike
-from streammap.output import class_check, place, run, side_files
+from streammap.output import place, run, side_files
+from streammap.output.loading import class_check
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report
 from streammap.output.save_options import PushOptions, SaveOptions

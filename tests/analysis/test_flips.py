@@ -100,12 +100,13 @@ def test_every_flip_in_other_forms_of_a_result_is_found(
     assert missed == []
 
 
-def test_no_flip_in_a_map_gives_another_one(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [37, pytest.param(1, marks=pytest.mark.slow)])
+def test_no_flip_in_a_map_gives_another_one(step: int, small: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.map.safetensors"
     path.write_bytes((small / map_file.NAME).read_bytes())
     whole = [level.digest for level in map_file.load(path)]
-    n_refused = 0
-    for bit in range(8 * path.stat().st_size):
+    bits, n_refused = range(0, 8 * path.stat().st_size, step), 0
+    for bit in bits:
         flip(path, bit)
         try:
             found = [level.digest for level in map_file.load(path)]
@@ -114,7 +115,7 @@ def test_no_flip_in_a_map_gives_another_one(small: Path, tmp_path: Path) -> None
         else:
             assert found == whole, bit
         flip(path, bit)
-    assert n_refused == 8 * path.stat().st_size
+    assert n_refused == len(bits)
 
 
 def test_a_damaged_map_grows_nothing(small: Path, big: Path, tmp_path: Path) -> None:
@@ -159,12 +160,14 @@ def test_no_flip_in_a_journal_gives_other_weights(big: Path, tmp_path: Path) -> 
     work = tiny.tree(stopped(big, out))
     assert work["journal.jsonl"].count(b"\n") >= 2
     chance, n_refused = random.Random(0), 0
-    for _ in range(60):
+    head = work["journal.jsonl"].index(b"\n")
+    for n in range(60):
         for name, content in work.items():
             (out / ".streammap-run" / name).parent.mkdir(parents=True, exist_ok=True)
             (out / ".streammap-run" / name).write_bytes(content)
         journal = out / ".streammap-run" / "journal.jsonl"
-        flip(journal, chance.randrange(8 * len(work["journal.jsonl"])))
+        first = 8 * head if n % 3 else 0  # the lines of tensors are a small part
+        flip(journal, chance.randrange(first, 8 * len(work["journal.jsonl"])))
         try:
             streammap.open(big).coalesce(width=2).save(out, **SAVED)
         except StreammapError as error:
@@ -172,7 +175,7 @@ def test_no_flip_in_a_journal_gives_other_weights(big: Path, tmp_path: Path) -> 
             streammap.open(big).coalesce(width=2).save(out, restart=True, **SAVED)
         assert tiny.tree(out) == expected
         shutil.rmtree(out)
-    assert n_refused > 30
+    assert n_refused > 5
 
 
 def test_no_flip_in_a_commit_gives_another_result(big: Path, tmp_path: Path) -> None:

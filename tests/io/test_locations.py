@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
 import streammap
@@ -208,7 +210,10 @@ def test_an_unfinished_run_has_no_secret_and_another_signature_resumes_it(
     report.save(tmp_path / "out", max_shard_size=500)
 
 
-def test_no_secret_of_a_place_for_results_is_told(big: Path, tmp_path: Path) -> None:
+def test_no_secret_of_a_place_for_results_is_told(
+    big: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "WAITS_SECONDS", (0.01,) * 6)
     for place in (
         f"ftp://me:{PASSWORD}@127.0.0.1:1/out",
         f"http://127.0.0.1:1/out?sig={SIGNATURE}",
@@ -228,6 +233,13 @@ def test_a_web_server_that_lists_folders_is_a_folder(host: str, big: Path) -> No
         assert place.stat("tokenizer.json").nbytes == 2
     lazy = streammap.open(f"http://me:{PASSWORD}@{host}/big")
     tiny.assert_same(dict(lazy.tensors()), tiny.bert(SIZES))
+
+
+def test_a_folder_elsewhere_without_a_config(big: Path) -> None:
+    root = f"memory://{uuid.uuid4().hex}"
+    fsspec.filesystem("memory").pipe_file(f"{root}/a.txt", b"a")
+    told = refused("coalesce", big, big.parent / "out", "--width", 2, "--config", root)
+    assert f"{root}/config.json: no such file" in told
 
 
 def test_a_web_server_can_not_name_files_elsewhere() -> None:

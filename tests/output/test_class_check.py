@@ -15,7 +15,7 @@ from streammap import LazyCheckpoint, PlanError
 from streammap.analysis import verification
 from streammap.architectures import registry
 from streammap.architectures.schema import TinyModel
-from streammap.output import class_check, class_trial
+from streammap.output.loading import class_check, class_trial
 from streammap.output.save_options import ClassCheck
 from streammap.tools.spec_proof import tiny_models
 
@@ -81,7 +81,7 @@ def test_a_spec_of_ones_own_is_held_against_the_class_by_another_process(llama: 
 
 def test_a_small_result_of_a_shipped_spec_does_not_wait_for_transformers(llama: Path) -> None:
     code = (
-        "import sys, streammap; from streammap.output import class_check\n"
+        "import sys, streammap; from streammap.output.loading import class_check\n"
         "class_check._ask_apart = None  # nobody may call it\n"
         f"streammap.open({str(llama)!r}).decoalesce(width=2).save({str(llama.parent / 'o')!r})\n"
         "sys.exit('transformers' in sys.modules)"

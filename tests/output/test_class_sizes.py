@@ -18,7 +18,7 @@ from streammap import LazyCheckpoint, StreammapError
 from streammap.architectures import registry
 from streammap.architectures.schema import TinyModel
 from streammap.errors import PlanError
-from streammap.output import class_check, class_trial
+from streammap.output.loading import class_check, class_trial
 from streammap.tools.spec_infer.probe import Workbench
 
 pytest.importorskip("transformers")

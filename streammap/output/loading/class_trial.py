@@ -1,6 +1,6 @@
 """What a model's own class says of a checkpoint, without its weights: "loaded" on the meta device.
 
-    python -P -m streammap.output.class_trial
+    python -P -m streammap.output.loading.class_trial
         {"source": [config, shapes], "result": [config, shapes]} on stdin -> a verdict on stdout
 
 transformers' loader does it itself, so that renamings, tied and ignored tensors count as they do

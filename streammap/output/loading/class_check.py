@@ -19,8 +19,8 @@ from streammap.architectures import registry
 from streammap.errors import PlanError, StreammapError, some
 from streammap.io.dtypes import TensorSpec
 from streammap.io.problems import Finding
-from streammap.output import class_trial
-from streammap.output.class_trial import Given, Library, Shape, Verdict
+from streammap.output.loading import class_trial
+from streammap.output.loading.class_trial import Given, Library, Shape, Verdict
 from streammap.output.save_options import ClassCheck
 from streammap.planning.plan import Plan
 
@@ -202,7 +202,7 @@ def _ask_apart(source: Given | None, result: Given) -> Verdict | None:
     try:
         done = subprocess.run(
             # Not from the current folder: that may be a checkpoint's, with any code in it.
-            [sys.executable, "-P", "-m", "streammap.output.class_trial"],
+            [sys.executable, "-P", "-m", "streammap.output.loading.class_trial"],
             input=json.dumps({"source": source, "result": result}),
             capture_output=True,
             text=True,

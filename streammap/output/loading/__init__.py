@@ -1,0 +1,1 @@
+"""Whether the class that config.json names would load a result."""
