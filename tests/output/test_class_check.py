@@ -109,8 +109,10 @@ def test_a_config_that_its_class_refuses_is_refused(
 
 def test_what_the_source_has_wrong_is_no_fault_of_the_result(llama: Path) -> None:
     state = load_file(llama / "model.safetensors")
-    head = state.pop("lm_head.weight", None)
-    assert head is not None
+    del state["lm_head.weight"]
+    config = json.loads((llama / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]  # its head is missing
+    (llama / "config.json").write_text(json.dumps(config))
     state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
     save_file(state, llama / "model.safetensors", metadata={"format": "pt"})
     streammap.open(llama).decoalesce(width=2, depth=2).save(llama.parent / "out")
