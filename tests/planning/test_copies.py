@@ -168,7 +168,12 @@ def test_the_plan_says_which_copies_stay_equal(bench: Bench) -> None:
         {"kv_heads": 2},
         {"hidden": "=72"},
         {"layers": 2},
-        {"width": 2, "blend_with": bench.saved(lazy.decoalesce(width=2)), "alpha": 0.5},
+        {
+            "width": 2,
+            "grouping": "stacked",
+            "blend_with": bench.saved(lazy.decoalesce(width=2)),
+            "alpha": 0.5,
+        },
     )
     for one in options:
         assert not twins(lazy.decoalesce(**one)), one
