@@ -21,8 +21,9 @@ from streammap.common import declare, garbage
 from streammap.common.declare import declared, option, takes
 from streammap.common.events import Listener, nobody
 from streammap.common.units import format_nbytes
-from streammap.engine.options import MEMORY, Engine, Reader, RunOptions
+from streammap.engine.options import MEMORY, Engine, RunOptions
 from streammap.io.dtypes import TensorSpec
+from streammap.io.storage.base import Reader
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, registry
 from streammap.operators.declare import Operator
@@ -295,7 +296,7 @@ def load_into(
     progress: Listener = nobody,
     memory: str | int = MEMORY,
     threads: int | None = None,
-    reader: Reader = "pread",
+    reader: Reader = "auto",
 ) -> "LoadReport":
     """Fill a module in place with a checkpoint's tensors, computed as they are put there.
 
@@ -312,7 +313,7 @@ def load_into(
         progress: Called with each progress event.
         memory: Memory that this may add to the process, on top of the module.
         threads: Threads that read and compute; None for one a processor, at most 8.
-        reader: How sources are read, "pread" or "mmap".
+        reader: How files of this machine are read: "pread", "mmap", or "auto".
 
     Raises:
         PlanError: names, shapes or tensors that do not fit. Nothing was touched then.

@@ -20,13 +20,15 @@ from streammap.io.dtypes import TensorSpec
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.problems import Finding, Problems, Strict
 from streammap.io.storage import resolve
-from streammap.io.storage.base import Network, OpenFile, Stat, Storage
+from streammap.io.storage.base import Network, OpenFile, Reader, Reading, Stat, Storage
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.prefetch import AheadFile, Window
 from streammap.io.tensor_readers import FileTensors, TensorReader
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammap.io.storage.mapping import MappedPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,16 +138,29 @@ class Checkpoint:
         """The opened file that holds `key`."""
         return self._opened[self.file_of[key]]
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.
-
-        Args:
-            mapped: Whether to read through a mapping.
 
         Raises:
             CheckpointError: the file ends before, or can't be read.
         """
-        self.reader.read_into(key, start, view, mapped=mapped)
+        self.reader.read_into(key, start, view)
+
+    def in_place(self, key: str, start: int, end: int, reader: Reader) -> "MappedPart | None":
+        """Bytes `start` to `end` of a tensor, mapped; None if they are to be read into a buffer.
+
+        Raises:
+            CheckpointError: the file can't be opened.
+        """
+        return self.reader.in_place(key, start, end, reader)
+
+    def readings(self, reader: Reader) -> tuple[Reading, ...]:
+        """How its files are read, each way once.
+
+        Raises:
+            CheckpointError: one can't be opened.
+        """
+        return tuple(dict.fromkeys(file.reading(reader) for file in self._opened.values()))
 
     def tensor(self, key: str) -> "Tensor":
         """A whole tensor, where possible a view of the file's mapping. Do not write to it."""

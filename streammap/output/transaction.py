@@ -258,14 +258,14 @@ class _Transaction:
 
     def _compute(self, writer: ShardWriter, listener: Listener) -> int:
         """Write the tensors, and journal them where others wait for it; gives the bytes read."""
-        plan, reader = self._plan, self._options.save.reader
+        plan = self._plan
 
         def journal_too(event: Event) -> None:
             writer.checkpoint_journal()
             listener(event)
 
         targets = {key: plan.targets[key] for key in writer.missing()}
-        resources = Resources(self._memory, self._choice.device, mapped=reader == "mmap")
+        resources = Resources(self._memory, self._choice.device, reader=self._options.save.reader)
         n_read = loop.run(targets, writer, resources, listener=journal_too)
         writer.finish()
         if self._options.ranks.world_size > 1:

@@ -79,11 +79,13 @@ class Held:
         x = self.tensors[key]
         return TensorSpec(FROM_TORCH[str(x.dtype).removeprefix("torch.")], tuple(x.shape))
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         content = tiny.bits(self.tensors[key])
-        assert not mapped
         assert 0 <= start < start + len(view) <= len(content)
         view[:] = content[start : start + len(view)]
+
+    def in_place(self, key: str, start: int, end: int, reader: str) -> None:
+        """Held tensors are read."""
 
 
 @dataclass(frozen=True)

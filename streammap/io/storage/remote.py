@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
+from streammap.common import own
 from streammap.errors import CheckpointError
 from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes
 from streammap.io.storage.prefetch import AheadFile
@@ -107,7 +108,7 @@ class RemoteStorage:
             CheckpointError: it does not exist, or can't be reached.
         """
         self._url = url.rstrip("/")
-        self._cancelled = threading.Event()
+        self._cancelled = own.Event()
         self._fs, self._root = filesystem(url)
         try:
             self._fs.invalidate_cache()
@@ -214,7 +215,7 @@ class RemoteFile(OpenFile):
         self._fs, self._path, self._where = fs, path, where
         self._stat, self._cancelled = stat, cancelled
 
-    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the file's bytes from `offset` on.
 
         Raises:
