@@ -22,13 +22,12 @@ from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS
 from streammap.io.storage.base import Reader
+from streammap.io.storage.mapping import MappedPart
 from streammap.planning.graph import TensorRef
 from streammap.planning.maps import DenseMap
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from streammap.io.storage.mapping import MappedPart
 
 Call = Callable[[], object]
 Calls = list[Call | None]
@@ -43,24 +42,25 @@ _MAX_BOUND = 256
 
 @final
 class _Place:
-    """A part of a source: bytes that were read into a buffer, or that lie in a mapping."""
+    """A part of a source: bytes that were read into a buffer, or that are mapped."""
 
     def __init__(self, nbytes: int) -> None:
-        self.buffer = Buffer(nbytes)
-        self.mapped: MappedPart | None = None
+        self.buffer, self.mapped = Buffer(nbytes), MappedPart(nbytes)
         self.held: object = None
         """What it holds."""
 
+    @property
+    def is_mapped(self) -> bool:
+        return self.mapped.is_open
+
     def typed(self, dtype: str) -> "Tensor":
         """All of it as a one-dimensional tensor."""
-        return (self.mapped or self.buffer).typed(dtype)
+        return (self.mapped if self.is_mapped else self.buffer).typed(dtype)
 
     def let_go(self) -> None:
         """Hold nothing any more."""
         self.held = None
-        if self.mapped is not None:
-            self.mapped.release()
-            self.mapped = None
+        self.mapped.close()
 
 
 @final
@@ -154,21 +154,27 @@ class Worker:
         return self._whole(job, grid)
 
     def _copied(self, job: Copy, grid: int | None) -> Iterator[Piece]:
-        """Read and given piece by piece, so that a piece is written from the cache."""
-        load, cuts = job.source, iter([(0, job.nbytes)])
+        """Read and given piece by piece, so that a piece is written from the cache.
+
+        A mapping holds several pieces: as much as a tile.
+        """
+        load, place, cuts, n = job.source, self._places[0], [(0, job.nbytes)], 1
         if grid is not None:
-            cuts = ranges.pieces(grid, job.nbytes, min(PIECE_NBYTES, self._memory.tile_nbytes))
-        for start, end in cuts:
-            self.n_read += end - start
-            mapped = self._in_place(load, job.start + start, job.start + end)
-            if mapped is None:
+            step = min(PIECE_NBYTES, self._memory.tile_nbytes)
+            cuts, n = list(ranges.pieces(grid, job.nbytes, step)), self._memory.tile_nbytes // step
+        self.n_read += job.nbytes
+        for run in (cuts[i : i + n] for i in range(0, len(cuts), n)):
+            first = run[0][0]
+            is_mapped = self._map(place, load, job.start + first, job.start + run[-1][1])
+            for start, end in run:
+                if is_mapped:
+                    yield start, place.mapped.view[start - first : end - first]
+                    continue
                 view = self._out.view[: end - start]
                 load.source.read_into(load.key, job.start + start, view)
                 yield start, view
-            else:
-                yield start, mapped.view
-                mapped.check()
-                mapped.release()
+            place.mapped.check()
+            place.mapped.close()
 
     def _whole(self, job: Compute, grid: int | None) -> Iterator[Piece]:
         """Computed in one go; given in pieces, if there is a grid."""
@@ -255,15 +261,13 @@ class Worker:
                 read()
                 continue
             call = calls[i]
-            if any(v.place >= 0 and self._places[numbers[v.place]].mapped for v in op.sources):
+            if any(v.place >= 0 and self._places[numbers[v.place]].is_mapped for v in op.sources):
                 call = self._bind(op, numbers)  # for this tile: the next one lies elsewhere
             elif call is None:
                 call = calls[i] = self._bind(op, numbers)
             call()
         for number in numbers:
-            mapped = self._places[number].mapped
-            if mapped is not None:
-                mapped.check()
+            self._places[number].mapped.check()
 
     def _compute_there(self, job: Compute, side: DeviceSide) -> None:
         """The same on a device: what is read is copied there, the result is copied back."""
@@ -331,28 +335,23 @@ class Worker:
         return bind(op, buffer, _matrix)
 
     def _fill(self, place: _Place, stretches: Iterable[Stretch], *, maps: bool = True) -> None:
-        """Read stretches of bytes, one after the other; one that is mapped stays where it is."""
-        if place.mapped is not None:
-            place.mapped.check()
-            place.mapped.release()
-            place.mapped = None
+        """Read stretches of bytes, one after the other; a single one may be mapped instead."""
+        place.mapped.check()
+        place.mapped.close()
         parts = list(stretches)
-        nbytes = sum(end - start for _, start, end in parts)
-        self.n_read += nbytes
-        if maps and len(parts) == 1:
-            place.mapped = self._in_place(*parts[0])
-            if place.mapped is not None:
-                return
+        self.n_read += sum(end - start for _, start, end in parts)
+        if maps and len(parts) == 1 and self._map(place, *parts[0]):
+            return
         offset = 0
         for load, start, end in parts:
             view = place.buffer.view[offset : offset + end - start]
             load.source.read_into(load.key, start, view)
             offset += end - start
 
-    def _in_place(self, load: TensorRef, start: int, end: int) -> "MappedPart | None":
+    def _map(self, place: _Place, load: TensorRef, start: int, end: int) -> bool:
         if self._reader == "pread":
-            return None
-        return load.source.in_place(load.key, start, end, self._reader)
+            return False
+        return load.source.map_into(load.key, start, end, place.mapped, self._reader)
 
 
 def _matrix(m: DenseMap) -> "Tensor":

@@ -146,13 +146,13 @@ class Checkpoint:
         """
         self.reader.read_into(key, start, view)
 
-    def in_place(self, key: str, start: int, end: int, reader: Reader) -> "MappedPart | None":
-        """Bytes `start` to `end` of a tensor, mapped; None if they are to be read into a buffer.
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end` of a tensor; gives False if they are to be read instead.
 
         Raises:
-            CheckpointError: the file can't be opened.
+            CheckpointError: the file can't be opened, or can't be mapped and has to be.
         """
-        return self.reader.in_place(key, start, end, reader)
+        return self.reader.map_into(key, start, end, part, reader)
 
     def readings(self, reader: Reader) -> tuple[Reading, ...]:
         """How its files are read, each way once.

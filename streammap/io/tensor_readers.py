@@ -27,13 +27,13 @@ class TensorReader(Protocol):
         """
         ...
 
-    def in_place(self, key: str, start: int, end: int, reader: Reader) -> "MappedPart | None":
-        """Bytes `start` to `end` of a tensor where they lie; None if they are to be read.
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end` of a tensor; gives False if they are to be read instead.
 
         Raises:
-            CheckpointError: the file can't be opened.
+            CheckpointError: the file can't be opened, or can't be mapped and has to be.
         """
-        return None
+        return False
 
     def tensor(self, key: str) -> "Tensor":
         """A whole tensor. Do not write to it."""
@@ -58,12 +58,12 @@ class FileTensors(TensorReader):
             _gather(self.tensor(key), start, view, file.release)
             file.check_unchanged()
 
-    def in_place(self, key: str, start: int, end: int, reader: Reader) -> "MappedPart | None":
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
         """See TensorReader. A kernel needs numbers aligned, row by row."""
-        slot = self.slots[key]
+        slot, file = self.slots[key], self.files[self.file_of[key]]
         if slot.strides is not None or slot.start % (DTYPE_BITS[slot.spec.dtype] // 8 or 1):
-            return None
-        return self.files[self.file_of[key]].in_place(slot.start + start, slot.start + end, reader)
+            return False
+        return file.map_into(slot.start + start, slot.start + end, part, reader)
 
     def tensor(self, key: str) -> "Tensor":
         """A view of the file's mapping; nothing is read until it is used.

@@ -41,8 +41,8 @@ class TensorSource(Protocol):
         """Fill `view` with the tensor's bytes, row by row, from its byte `start` on."""
         ...
 
-    def in_place(self, key: str, start: int, end: int, reader: Reader) -> "MappedPart | None":
-        """Bytes `start` to `end` of the tensor where they lie; None if they are to be read."""
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end` of the tensor; gives False if they are to be read instead."""
         ...
 
 
@@ -250,7 +250,7 @@ class _Ones:
     def read_into(self, key: str, start: int, view: memoryview) -> None:
         raise KeyError(key)
 
-    def in_place(self, key: str, start: int, end: int, reader: Reader) -> None:
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
         raise KeyError(key)
 
     def __reduce__(self) -> tuple[object, tuple[tuple[int, ...]]]:

@@ -24,6 +24,8 @@ from streammap.engine.worker import Worker
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS, FLOATS, FROM_TORCH, TensorSpec, to_torch
+from streammap.io.storage.base import Reader
+from streammap.io.storage.mapping import MappedPart
 from streammap.planning import graph, group_sums, maps
 from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
@@ -84,8 +86,8 @@ class Held:
         assert 0 <= start < start + len(view) <= len(content)
         view[:] = content[start : start + len(view)]
 
-    def in_place(self, key: str, start: int, end: int, reader: str) -> None:
-        """Held tensors are read."""
+    def map_into(self, key: str, start: int, end: int, part: MappedPart, reader: Reader) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

@@ -70,13 +70,13 @@ class OpenFile(Protocol):
         """How it is read."""
         return Reading("network")
 
-    def in_place(self, start: int, end: int, reader: Reader) -> "MappedPart | None":
-        """Bytes `start` to `end` where they lie; None if they are to be read into a buffer.
+    def map_into(self, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end`; gives False if they are to be read into a buffer instead.
 
         Raises:
-            CheckpointError: it can't be opened.
+            CheckpointError: it can't be opened, or can't be mapped and has to be.
         """
-        return None
+        return False
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end` as a uint8 tensor. Do not write to it."""

@@ -288,9 +288,9 @@ class CachedFile(OpenFile):
         """How it is read in the cache; "network" where it is not there yet."""
         return Reading("network") if self._file is None else self._file.reading(reader)
 
-    def in_place(self, start: int, end: int, reader: Reader) -> "MappedPart | None":
-        """Bytes `start` to `end` in the cache, mapped; None if they are to be read."""
-        return self._local.in_place(start, end, reader)
+    def map_into(self, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end` of the file in the cache, unless they are to be read."""
+        return self._local.map_into(start, end, part, reader)
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end` as a tensor over the mapping."""

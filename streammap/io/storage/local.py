@@ -6,7 +6,7 @@ kernel's own pages, and give them back. "auto" maps what lies on a file system o
 
 import os
 from collections.abc import Collection, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
 
@@ -86,6 +86,8 @@ class LocalFile(OpenFile):
         opened = self._descriptor
         if opened is not None:
             self._check(opened)
+        if self._mapping is not None and self._mapping.is_broken:
+            raise CheckpointError(f"{self.path}: can't be read", hint="check the disk")
 
     def _check(self, opened: _Descriptor) -> None:
         status = os.fstat(opened.number)
@@ -133,20 +135,26 @@ class LocalFile(OpenFile):
         how: Literal["mmap", "pread"] = "mmap" if self._maps(reader) else "pread"
         return Reading(how, self._opened().file_system)
 
-    def in_place(self, start: int, end: int, reader: Reader) -> MappedPart | None:
-        """Bytes `start` to `end`, mapped; None where pread is to be used.
+    def map_into(self, start: int, end: int, part: MappedPart, reader: Reader) -> bool:
+        """Map bytes `start` to `end`, unless pread is to be used.
 
         Raises:
-            CheckpointError: it can't be opened, or, where a mapping was asked for, not mapped.
+            CheckpointError: it can't be opened, or can't be mapped and has to be.
         """
-        if not self._maps(reader):
-            return None
+        is_small = reader == "auto" and end - start < mapping.MIN_NBYTES
+        if is_small or not self._maps(reader):
+            return False
+        opened = self._opened()
         try:
-            return self._mapped().part(start, end, self._check_mapped)
-        except CheckpointError:
-            if reader == "mmap":
-                raise
-            return None  # no room for it among the process's addresses
+            part.open(opened.number, start, end, partial(self._check, opened))
+        except OSError as error:
+            if reader == "auto":
+                return False
+            raise self._unmappable(error) from error
+        return True
+
+    def _unmappable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.path}: can't be mapped: {error}", hint="use --reader pread")
 
     def _maps(self, reader: Reader) -> bool:
         if reader != "auto":
@@ -155,26 +163,14 @@ class LocalFile(OpenFile):
         return isinstance(disk.current(), LocalDisk) and self._opened().file_system in mapping.LOCAL
 
     def _mapped(self) -> FileMapping:
-        whole, opened = self._mapping, self._opened()
-        if whole is not None and not whole.is_broken:
-            return whole
+        opened = self._opened()
         with self._lock:
             if self._mapping is None or self._mapping.is_broken:
                 try:
                     self._mapping = FileMapping(opened.number)
                 except (OSError, ValueError) as error:
-                    raise CheckpointError(
-                        f"{self.path}: can't be mapped: {error}", hint="use --reader pread"
-                    ) from error
+                    raise self._unmappable(error) from error
             return self._mapping
-
-    def _check_mapped(self) -> None:
-        self._check(self._opened())
-        if self._mapping is not None and self._mapping.is_broken:
-            raise CheckpointError(
-                f"{self.path}: can't be read through a mapping",
-                hint="check the disk, or use --reader pread",
-            )
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end` as a tensor over the mapping. Do not write to it."""

@@ -1,9 +1,11 @@
-"""A file mapped into memory, for kernels that read it where it lies.
+"""Files mapped into memory: a part at a time, for kernels that read it where it lies, or whole.
 
-Pages of a mapping count as resident memory, so that they are given back after use. A page that
-can't be had, because the file was cut short or the disk fails, makes the system send SIGBUS, which
-by default ends the process without a word. Here the rest of the mapping reads as zeros from then
-on, and `MappedPart.check` tells.
+Pages of a mapping count as resident memory. Around a page that is used Linux maps others, up to
+2 MiB of them, but never beyond the mapping: so a part is mapped by itself, and takes what it is.
+
+A page that can't be had, because the file was cut short or the disk fails, makes the system send
+SIGBUS, which by default ends the process without a word. Here the mapping reads as zeros from then
+on, and `check` tells.
 """
 
 import ctypes
@@ -16,7 +18,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, final
 
-from streammap.io.dtypes import to_torch
+from streammap.errors import CheckpointError
+from streammap.io.dtypes import DTYPE_BITS, to_torch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,10 +46,13 @@ FILE_SYSTEMS = {
 LOCAL = frozenset({"ext4", "xfs", "btrfs", "overlay", "tmpfs", "f2fs"})
 """Those whose pages are this machine's own: nobody elsewhere cuts a file short, and no page waits
 for a network while a kernel stands still."""
-_AROUND = 2**16
-"""Around a page that is used, Linux maps others that are in its cache: so many bytes, aligned."""
+MIN_NBYTES = 2**19
+"""Smaller parts are read: mapping one takes as long as copying it."""
+_HUGE = 2**21
+"""Pages that lie alike within so many bytes of a file and of memory are mapped many at a time."""
 _MACHINES = ("x86_64", "aarch64")
-_ANONYMOUS_HERE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x10  # MAP_FIXED
+_FIXED, _NORESERVE = 0x10, 0x4000
+_NOTHING = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _FIXED | _NORESERVE
 _SIGBUS, _SA_SIGINFO, _ADDRESS_AT = 7, 4, 16
 
 
@@ -56,11 +62,91 @@ class _Extent:
 
     __slots__ = ("end", "is_broken", "start")
 
-    def __init__(self, start: int, nbytes: int) -> None:
-        self.start = start
-        self.end = start + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    def __init__(self, whole: mmap.mmap) -> None:
+        self.start = _address(whole)
+        self.end = self.start + -(-len(whole) // mmap.PAGESIZE) * mmap.PAGESIZE
         self.is_broken = False
         """Whether a page of it could not be had."""
+        if is_guarded():
+            _guard()
+            _extents[self.start] = self
+            weakref.finalize(whole, _extents.pop, self.start, None)
+
+
+@final
+class MappedPart:
+    """Addresses that parts of files are mapped to, one at a time. For one thread."""
+
+    def __init__(self, nbytes: int) -> None:
+        """Take addresses for parts of up to `nbytes`; no memory."""
+        self._map = mmap.mmap(-1, nbytes + 2 * _HUGE + 2 * mmap.PAGESIZE)
+        self._view = memoryview(self._map)
+        self._extent = _Extent(self._map)
+        self._used = (0, 0)
+        """First byte of what is mapped, and how many."""
+        self._at = (0, 0)
+        """Where the part begins and ends, counted from the first address."""
+        self._check: Callable[[], None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a part is mapped."""
+        return self._check is not None
+
+    @property
+    def view(self) -> memoryview:
+        """The part's bytes. What is made of them counts once `check` was called."""
+        return self._view[slice(*self._at)]
+
+    def typed(self, dtype: str) -> "Tensor":
+        """The part as a one-dimensional tensor. Do not write to it."""
+        import torch
+
+        start, end = self._at
+        count = (end - start) * 8 // DTYPE_BITS[dtype]
+        return torch.frombuffer(self._map, dtype=to_torch(dtype), offset=start, count=count)
+
+    def open(self, descriptor: int, start: int, end: int, check: Callable[[], None]) -> None:
+        """Map bytes `start` to `end` of a file.
+
+        Args:
+            check: Raises if the file was written to.
+
+        Raises:
+            OSError: they can't be mapped.
+        """
+        self.close()
+        page = start // mmap.PAGESIZE * mmap.PAGESIZE
+        base = self._extent.start
+        first = -(-base // _HUGE) * _HUGE + page % _HUGE
+        nbytes = -(-(end - page) // mmap.PAGESIZE) * mmap.PAGESIZE
+        flags = mmap.MAP_SHARED | _FIXED
+        if _libc().mmap(first, nbytes, mmap.PROT_READ, flags, descriptor, page) != first:
+            raise OSError(ctypes.get_errno(), "can't be mapped")
+        self._used = first, nbytes
+        self._at = first - base + start - page, first - base + end - page
+        self._check, self._extent.is_broken = check, False
+
+    def check(self) -> None:
+        """Make sure that what was read since are the file's bytes.
+
+        Raises:
+            CheckpointError: the file was written to, or can't be read.
+        """
+        if self._check is not None:
+            self._check()
+            if self._extent.is_broken:
+                raise CheckpointError(
+                    "a part of a file can't be read through a mapping",
+                    hint="check the disk, or use --reader pread",
+                )
+
+    def close(self) -> None:
+        """Give the part's pages back."""
+        if self._check is not None:
+            first, nbytes = self._used
+            _libc().mmap(first, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, _NOTHING, -1, 0)
+            self._check = None
 
 
 @final
@@ -78,23 +164,7 @@ class FileMapping:
             OSError, ValueError: it can't be mapped.
         """
         self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-        self._view = memoryview(self._map)
-        self._extent = _Extent(_address(self._map), len(self._map))
-        if is_guarded():
-            _guard()
-            _extents[self._extent.start] = self._extent
-            # With the mapping itself: parts of it may live longer than this object.
-            weakref.finalize(self._map, _extents.pop, self._extent.start, None)
-        if "torch" in sys.modules:
-            _silence_torch()
-
-    def part(self, start: int, end: int, check_file: Callable[[], None]) -> "MappedPart":
-        """Bytes `start` to `end`.
-
-        Args:
-            check_file: Raises if the file was written to.
-        """
-        return MappedPart(self, start, end, self._view[start:end], check_file)
+        self._extent = _Extent(self._map)
 
     @property
     def is_broken(self) -> bool:
@@ -105,52 +175,13 @@ class FileMapping:
         """The whole file as a uint8 tensor. Do not write to it."""
         import torch
 
-        _silence_torch()
-        return torch.frombuffer(self._map, dtype=torch.uint8)
-
-    def release(self, start: int = 0, end: int | None = None) -> None:
-        """Give pages back; they are read again when needed."""
-        first = start // _AROUND * _AROUND
-        last = len(self._map) if end is None else min(-(-end // _AROUND) * _AROUND, len(self._map))
-        self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
-@final
-class MappedPart:
-    """Bytes of a file, where they lie."""
-
-    __slots__ = ("_check_file", "_end", "_mapping", "_start", "view")
-
-    def __init__(
-        self,
-        mapping: FileMapping,
-        start: int,
-        end: int,
-        view: memoryview,
-        check_file: Callable[[], None],
-    ) -> None:
-        self._mapping, self._start, self._end = mapping, start, end
-        self._check_file = check_file
-        self.view = view
-        """The bytes. What is made of them counts once `check` was called."""
-
-    def typed(self, dtype: str) -> "Tensor":
-        """All of it as a one-dimensional tensor. Do not write to it."""
-        import torch
-
-        return torch.frombuffer(self.view, dtype=to_torch(dtype))
-
-    def check(self) -> None:
-        """Make sure that what was read since are the file's bytes.
-
-        Raises:
-            CheckpointError: the file was written to, or can't be read.
-        """
-        self._check_file()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            return torch.frombuffer(self._map, dtype=torch.uint8)
 
     def release(self) -> None:
-        """Give its pages back."""
-        self._mapping.release(self._start, self._end)
+        """Give pages back; they are read again when needed."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 @cache
@@ -200,7 +231,7 @@ def _on_bus_error(_signal: int, info: int, _context: int) -> None:
     for extent in list(_extents.values()):
         if extent.start <= address < extent.end:
             page = address // mmap.PAGESIZE * mmap.PAGESIZE
-            zeros = _libc().mmap(page, extent.end - page, mmap.PROT_READ, _ANONYMOUS_HERE, -1, 0)
+            zeros = _libc().mmap(page, extent.end - page, mmap.PROT_READ, _NOTHING, -1, 0)
             if zeros == page:
                 extent.is_broken = True
                 return
@@ -240,13 +271,3 @@ def _address(whole: mmap.mmap) -> int:
         return ctypes.c_uint64.from_buffer(buffer).value
     finally:
         ctypes.pythonapi.PyBuffer_Release(buffer)
-
-
-@cache
-def _silence_torch() -> None:
-    """Let torch say once, unheard, that it can't protect read-only memory from writes."""
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        torch.frombuffer(b"\0", dtype=torch.uint8)
