@@ -15,7 +15,7 @@ from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
-from streammap.io.storage.base import Sink
+from streammap.io.storage.base import Reading, Sink
 from streammap.output import layout, side_files, transaction
 from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
@@ -92,6 +92,16 @@ def device(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> DeviceChoice:
         OutputError: the engine's GPU is not there.
     """
     return devices.choose(plan.targets.values(), engine.device, local_rank=ranks.local_rank)
+
+
+def readings(plan: Plan, engine: Engine) -> tuple[Reading, ...]:
+    """How a run of `plan` reads its sources, each way once.
+
+    Raises:
+        CheckpointError: a file can't be opened.
+    """
+    found = (reading for source in plan.sources for reading in source.readings(engine.reader))
+    return tuple(dict.fromkeys(found))
 
 
 def read_nbytes(plan: Plan) -> int:

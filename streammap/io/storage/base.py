@@ -42,9 +42,9 @@ class Stat:
 class Reading:
     """How a file is read."""
 
-    how: Literal["pread", "mmap", "network"]
-    file_system: str = ""
-    """What it lies on."""
+    how: Literal["mmap", "pread", "ranges", "download"]
+    where: str
+    """What it lies on: a file system, or "network"."""
 
 
 class OpenFile(Protocol):
@@ -68,7 +68,7 @@ class OpenFile(Protocol):
 
     def reading(self, reader: Reader) -> Reading:
         """How it is read."""
-        return Reading("network")
+        return Reading("ranges", "network")
 
     def map_into(self, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
         """Map bytes `start` to `end`; gives False if they are to be read into a buffer instead.

@@ -285,8 +285,8 @@ class CachedFile(OpenFile):
         self._local.read_into(offset, view)
 
     def reading(self, reader: Reader) -> Reading:
-        """How it is read in the cache; "network" where it is not there yet."""
-        return Reading("network") if self._file is None else self._file.reading(reader)
+        """How it is read in the cache, once it is there."""
+        return Reading("download", "network") if self._file is None else self._file.reading(reader)
 
     def map_into(self, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
         """Map bytes `start` to `end` of the file in the cache, unless they are to be read."""

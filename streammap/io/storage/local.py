@@ -146,7 +146,7 @@ class LocalFile(OpenFile):
             return False
         opened = self._opened()
         try:
-            part.open(opened.number, start, end, partial(self._check, opened))
+            part.open(str(self.path), opened.number, start, end, partial(self._check, opened))
         except OSError as error:
             if reader == "auto":
                 return False

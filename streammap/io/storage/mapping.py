@@ -87,6 +87,7 @@ class MappedPart:
         self._at = (0, 0)
         """Where the part begins and ends, counted from the first address."""
         self._check: Callable[[], None] | None = None
+        self._name = ""
 
     @property
     def is_open(self) -> bool:
@@ -106,10 +107,16 @@ class MappedPart:
         count = (end - start) * 8 // DTYPE_BITS[dtype]
         return torch.frombuffer(self._map, dtype=to_torch(dtype), offset=start, count=count)
 
-    def open(self, descriptor: int, start: int, end: int, check: Callable[[], None]) -> None:
+    def open(
+        self, name: str, descriptor: int, start: int, end: int, check: Callable[[], None]
+    ) -> None:
         """Map bytes `start` to `end` of a file.
 
         Args:
+            name: How messages name it.
+            descriptor: The file.
+            start: The first byte.
+            end: One past the last.
             check: Raises if the file was written to.
 
         Raises:
@@ -125,7 +132,7 @@ class MappedPart:
             raise OSError(ctypes.get_errno(), "can't be mapped")
         self._used = first, nbytes
         self._at = first - base + start - page, first - base + end - page
-        self._check, self._extent.is_broken = check, False
+        self._name, self._check, self._extent.is_broken = name, check, False
 
     def check(self) -> None:
         """Make sure that what was read since are the file's bytes.
@@ -137,7 +144,7 @@ class MappedPart:
             self._check()
             if self._extent.is_broken:
                 raise CheckpointError(
-                    "a part of a file can't be read through a mapping",
+                    f"{self._name}: can't be read through a mapping",
                     hint="check the disk, or use --reader pread",
                 )
 
