@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast, final
+from weakref import WeakKeyDictionary, WeakSet
 
 from streammap.common import declare, garbage
 from streammap.common.declare import declared, option, takes
 from streammap.common.events import Listener, nobody
 from streammap.common.units import format_nbytes
-from streammap.engine.options import MEMORY, Engine, Reader, RunOptions
+from streammap.engine.options import MEMORY, Engine, RunOptions
+from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
+from streammap.io.storage.base import Reader
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, registry
 from streammap.operators.declare import Operator
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     from streammap.planning.request import Moved
 
 P = ParamSpec("P")
+_users: "WeakKeyDictionary[Checkpoint, WeakSet[LazyCheckpoint]]" = WeakKeyDictionary()
+"""The open checkpoints that read a source's files."""
 
 
 def _method(
@@ -75,6 +80,13 @@ class LazyCheckpoint:
 
     plan: Plan
 
+    def __post_init__(self) -> None:
+        for source in self.plan.sources:
+            _users.setdefault(source, WeakSet()).add(self)
+
+    def __reduce__(self) -> tuple[type["LazyCheckpoint"], tuple[Plan]]:
+        return LazyCheckpoint, (self.plan,)
+
     def __enter__(self) -> "LazyCheckpoint":
         return self
 
@@ -98,9 +110,15 @@ class LazyCheckpoint:
         return partial(_method(registry.load(known)), self)
 
     def close(self) -> None:
-        """Close the sources' files; what is read later opens them again."""
+        """Close the files of sources that no other checkpoint uses; a later read opens them again.
+
+        What another thread reads meanwhile it gets.
+        """
         for source in self.plan.sources:
-            source.close()
+            users = _users.setdefault(source, WeakSet())
+            users.discard(self)
+            if not users:
+                source.close()
 
     def keys(self) -> tuple[str, ...]:
         """The tensors' names."""
@@ -298,7 +316,7 @@ def load_into(
     progress: Listener = nobody,
     memory: str | int = MEMORY,
     threads: int | None = None,
-    reader: Reader = "pread",
+    reader: Reader = "auto",
 ) -> "LoadReport":
     """Fill a module in place with a checkpoint's tensors, computed as they are put there.
 
@@ -315,7 +333,7 @@ def load_into(
         progress: Called with each progress event.
         memory: Memory that this may add to the process, on top of the module.
         threads: Threads that read and compute; None for one a processor, at most 8.
-        reader: How sources are read, "pread" or "mmap".
+        reader: How files of this machine are read: "pread", "mmap", or "auto".
 
     Raises:
         PlanError: names, shapes or tensors that do not fit. Nothing was touched then.

@@ -32,6 +32,10 @@ class CheckpointError(StreammapError):
     """A checkpoint's file is broken, lies about itself, or is missing."""
 
 
+class TruncatedError(CheckpointError):
+    """A file was cut short while it was read; what was read before is right."""
+
+
 class ArchitectureError(StreammapError):
     """No architecture spec fits a checkpoint, or a spec file is wrong."""
 

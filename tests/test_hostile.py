@@ -221,7 +221,7 @@ def test_a_file_that_becomes_a_pipe_is_refused_without_waiting(tmp_path: Path) -
     (tmp_path / "whole.safetensors").unlink()
     _pipe(tmp_path / "whole.safetensors")
     with pytest.raises(CheckpointError, match="a pipe"):
-        opened.read_into("a", 0, memoryview(bytearray(8)), mapped=False)
+        opened.read_into("a", 0, memoryview(bytearray(8)))
 
 
 def test_a_scheme_may_come_through_a_pipe(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def scan(
         loop.run(
             scanned,
             _Scan(scanned, others, room, measure, collect),
-            Resources(room, mapped=engine.reader == "mmap"),
+            Resources(room, reader=engine.reader),
             listener=listener,
         )
     listener(Finished())

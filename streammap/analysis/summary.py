@@ -60,6 +60,10 @@ class Summary:
     device: str
     """Where the run would compute."""
     device_reason: str
+    reader: str
+    """How the sources' files are read: mapped, with pread, or over a network."""
+    reader_reason: str
+    """What the files lie on."""
     promise: str
     reason: str
     notes: tuple[str, ...]
@@ -77,6 +81,7 @@ class Summary:
             ("reads", f"{read}, writes {written}"),
             ("memory", f"at most {self.peak_nbytes / 2**20:.0f} MiB on top of torch's own"),
             ("device", f"{self.device}, {self.n_threads} threads: {self.device_reason}"),
+            ("reader", f"{self.reader} ({self.reader_reason})"),
             ("guarantee", f"{self.promise}: {self.reason}"),
             *(("note", note) for note in self.notes),
         ]
@@ -113,6 +118,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
         )
     promise, reason = plan.promise
     fitted, choice = run.fit(plan, engine), run.device(plan, engine)
+    readings = run.readings(plan, engine)
     return Summary(
         rows=tuple(rows),
         sizes={name: pair for name, pair in plan.sized.items() if pair[0] != pair[1]},
@@ -124,6 +130,8 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
         n_threads=fitted.n_workers,
         device=choice.device,
         device_reason=choice.reason,
+        reader=" and ".join(dict.fromkeys(reading.how for reading in readings)),
+        reader_reason=", ".join(dict.fromkeys(reading.where for reading in readings)),
         promise=promise,
         reason=reason,
         notes=side_files.notes(plan),

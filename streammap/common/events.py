@@ -1,6 +1,7 @@
 """Progress events of a run, and the listeners that get them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -35,3 +36,29 @@ Listener = Callable[[Event], None]
 
 def nobody(event: Event) -> None:
     """A listener that does nothing."""
+
+
+class _HeardError(Exception):
+    """Carries what a listener raised past everyone who would take it for an error of a disk."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@contextmanager
+def as_raised(listener: Listener) -> Iterator[Listener]:
+    """The listener; what it raises leaves this context as it is, whatever handlers are inside."""
+
+    def hear(event: Event) -> None:
+        try:
+            listener(event)
+        except Exception as error:
+            raise _HeardError(error) from error
+
+    try:
+        yield hear
+    except _HeardError as carried:
+        for note in getattr(carried, "__notes__", ()):
+            carried.error.add_note(note)
+        raise carried.error from carried.error.__cause__

@@ -136,7 +136,7 @@ class TileReader:
         view = self._whole.view[: n * bits // 8]
         source = form.copied
         if source is not None:
-            source.source.read_into(source.key, start * bits // 8, view, mapped=False)
+            source.source.read_into(source.key, start * bits // 8, view)
             return view
         assert tile is not None
         job = Compute(form_key(form), Recipe(form, tile), (TensorOffset("", 0),))

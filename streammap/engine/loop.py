@@ -22,6 +22,7 @@ from streammap.engine.devices import Matrices
 from streammap.engine.memory import Memory
 from streammap.engine.schedule import Bundle, Job
 from streammap.engine.worker import Worker
+from streammap.io.storage.base import Reader
 from streammap.planning.graph import LinearForm
 
 _EVENT_SECONDS = 0.1
@@ -57,8 +58,8 @@ class Resources:
 
     memory: Memory
     device: str = "cpu"
-    mapped: bool = False
-    """Whether sources are read through mappings."""
+    reader: Reader = "pread"
+    """How files of this machine are read."""
 
 
 def run(
@@ -170,7 +171,7 @@ class _Threads:
                 resources.memory,
                 self._programs,
                 grid=self._sink.grid,
-                mapped=resources.mapped,
+                reader=resources.reader,
                 matrices=self._matrices,
             )
             try:

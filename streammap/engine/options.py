@@ -1,15 +1,15 @@
 """What a run may use: memory, threads, a device, a reader. Defaults are here."""
 
 import re
-from typing import Any, Literal, final
+from typing import Any, final
 
 from streammap.common.declare import Anything, Kind, Whole, check, declared, option, shown
 from streammap.common.events import Listener, nobody
 from streammap.common.units import parse_size
 from streammap.errors import OutputError, PlanError
+from streammap.io.storage.base import Reader
 
 MEMORY = "256MiB"
-Reader = Literal["pread", "mmap"]
 RESOURCES = "Resources"
 """Heading of these options in help."""
 
@@ -56,7 +56,11 @@ class Engine:
         kind=_Device(),
         metavar="NAME",
     )
-    reader: Reader = option(default="pread", help="How sources are read.", group=RESOURCES)
+    reader: Reader = option(
+        default="auto",
+        help="How files of this machine are read: auto maps them where the file system is local.",
+        group=RESOURCES,
+    )
 
     def __post_init__(self) -> None:
         """Read the values; a wrong one is an error of the run, not of the plan."""

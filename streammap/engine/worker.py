@@ -1,9 +1,11 @@
 """One thread's share of a run: reads what a tile needs, and computes it.
 
 A worker keeps the parts of sources that it read last, so that the tiles of a bundle read them once.
+Where a file is mapped and a part lies in one piece, kernels read it there, without a copy; parts
+that are gathered from several places, and those for a device, are read into buffers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 from streammap.common import ranges
@@ -13,21 +15,52 @@ from streammap.engine.compiler import Programs
 from streammap.engine.devices import DeviceBuffer, DeviceSide, Matrices
 from streammap.engine.elementwise import Pieces
 from streammap.engine.memory import N_PLACES, Limits, Memory
-from streammap.engine.program import OUT, WORK, Program
+from streammap.engine.program import OUT, WORK, Op, Program
 from streammap.engine.schedule import Compute, Copy, Grid, Job, fits, limits_of
 from streammap.engine.tile_reads import ReadRequest, Recipe
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS
+from streammap.io.storage.base import Reader
+from streammap.io.storage.mapping import MappedPart
+from streammap.planning.graph import TensorRef
 from streammap.planning.maps import DenseMap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Call = Callable[[], object]
+Calls = list[Call | None]
+"""The calls of a program's operations on buffers; None where it is not bound, or reads."""
+Reads = Iterator[tuple[tuple[TensorRef, int], "_Place"]]
+Stretch = tuple[TensorRef, int, int]
+"""Bytes of a source tensor, from the first to one past the last."""
 Piece = tuple[int, memoryview]
 """Bytes of a job: where they begin in it, and they themselves."""
 _MAX_BOUND = 256
+
+
+@final
+class _Place:
+    """A part of a source: bytes that were read into a buffer, or that are mapped."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.buffer, self.mapped = Buffer(nbytes), MappedPart(nbytes)
+        self.held: object = None
+        """What it holds."""
+
+    @property
+    def is_mapped(self) -> bool:
+        return self.mapped.is_open
+
+    def typed(self, dtype: str) -> "Tensor":
+        """All of it as a one-dimensional tensor."""
+        return (self.mapped if self.is_mapped else self.buffer).typed(dtype)
+
+    def let_go(self) -> None:
+        """Hold nothing any more."""
+        self.held = None
+        self.mapped.close()
 
 
 @final
@@ -40,30 +73,28 @@ class Worker:
         programs: Programs,
         *,
         grid: Grid,
-        mapped: bool = False,
+        reader: Reader = "pread",
         matrices: Matrices | None = None,
     ) -> None:
         """Buffers become resident as they are used.
 
         Args:
             grid: How the bytes of each target are taken.
-            mapped: Whether to read through mappings.
+            reader: How files of this machine are read.
             matrices: Dense maps on the device to compute on; None for the processor.
         """
         self._memory, self._programs = memory, programs
-        self._grid, self._mapped = grid, mapped
+        self._grid, self._reader = grid, reader
         limits = memory.dense_limits
         self._out = Buffer(limits.out_nbytes)
-        self._places = [Buffer(limits.read_nbytes) for _ in range(N_PLACES)]
-        self._held: list[object] = [None] * N_PLACES
-        """What was read into each place."""
+        self._places = [_Place(limits.read_nbytes) for _ in range(N_PLACES)]
         self._order = list(range(N_PLACES))
         """The places, least recently used first."""
         self._work = Buffer(limits.work_nbytes)
         self.n_read = 0
         """Bytes read so far."""
         self._latest: tuple[Recipe, tuple[Program, Limits]] | None = None
-        self._bound: dict[object, tuple[Program, tuple[Call | None, ...]]] = {}
+        self._bound: dict[object, tuple[Program, Calls]] = {}
         """The program is kept with its calls, so that no other one gets its id."""
         self._pieces: dict[object, Pieces | None] = {}
         """How flat forms are computed, by what they have in common."""
@@ -71,10 +102,11 @@ class Worker:
         if matrices is not None:
             self._side = DeviceSide(limits, matrices)
             for place in self._places:
-                self._side.pin(place)
+                self._side.pin(place.buffer)
 
     def close(self) -> None:
-        """Give back what is on a device."""
+        """Give back what is mapped, and what is on a device."""
+        self.begin()
         if self._side is not None:
             self._side.close()
 
@@ -83,7 +115,8 @@ class Worker:
 
         It starts with the first places again, which are in the processor's cache.
         """
-        self._held = [None] * N_PLACES
+        for place in self._places:
+            place.let_go()
         self._order = list(range(N_PLACES))
 
     def split(self, job: Job) -> Iterator[Job]:
@@ -121,15 +154,27 @@ class Worker:
         return self._whole(job, grid)
 
     def _copied(self, job: Copy, grid: int | None) -> Iterator[Piece]:
-        """Read and given piece by piece, so that a piece is written from the cache."""
-        load, cuts = job.source, iter([(0, job.nbytes)])
+        """Read and given piece by piece, so that a piece is written from the cache.
+
+        A mapping holds several pieces: as much as a tile.
+        """
+        load, place, cuts, n = job.source, self._places[0], [(0, job.nbytes)], 1
         if grid is not None:
-            cuts = ranges.pieces(grid, job.nbytes, min(PIECE_NBYTES, self._memory.tile_nbytes))
-        for start, end in cuts:
-            view = self._out.view[: end - start]
-            load.source.read_into(load.key, job.start + start, view, mapped=self._mapped)
-            self.n_read += len(view)
-            yield start, view
+            step = min(PIECE_NBYTES, self._memory.tile_nbytes)
+            cuts, n = list(ranges.pieces(grid, job.nbytes, step)), self._memory.tile_nbytes // step
+        self.n_read += job.nbytes
+        for run in (cuts[i : i + n] for i in range(0, len(cuts), n)):
+            first = run[0][0]
+            is_mapped = self._map(place, load, job.start + first, job.start + run[-1][1])
+            for start, end in run:
+                if is_mapped:
+                    yield start, place.mapped.view[start - first : end - first]
+                    continue
+                view = self._out.view[: end - start]
+                load.source.read_into(load.key, job.start + start, view)
+                yield start, view
+            place.mapped.check()
+            place.mapped.close()
 
     def _whole(self, job: Compute, grid: int | None) -> Iterator[Piece]:
         """Computed in one go; given in pieces, if there is a grid."""
@@ -158,22 +203,22 @@ class Worker:
         The calls are bound once, to buffers of a whole piece. Where less is left, they compute
         numbers from what the buffers held before, and nobody reads these.
         """
-        self.begin()  # what the places hold is about to be overwritten
         form = job.recipe.form
-        calls = self._calls(pieces.program, range(N_PLACES))
+        numbers = range(N_PLACES)
+        calls = self._calls(pieces.program, numbers)
         item = DTYPE_BITS[form.spec.dtype] // 8
         loads = [(load, DTYPE_BITS[load.spec.dtype] // 8) for load in elementwise.loads_of(form)]
         for start, end in ranges.pieces(grid - grid % item, job.nbytes, pieces.nbytes):
+            self.begin()
             first, n = job.recipe.tile.start + start // item, (end - start) // item
             reads = iter(zip(loads, self._places, strict=False))
-            for call in calls:
-                if call is not None:
-                    call()
-                    continue
+
+            def read(first: int = first, n: int = n, reads: Reads = reads) -> None:
                 (load, size), place = next(reads)
-                part = place.view[: n * size]
-                load.source.read_into(load.key, first * size, part, mapped=self._mapped)
-                self.n_read += len(part)
+                is_whole = n * item == pieces.nbytes  # what is bound may be a whole piece
+                self._fill(place, [(load, first * size, (first + n) * size)], maps=is_whole)
+
+            self._run(pieces.program, numbers, calls, read)
             yield start, self._out.view[: end - start]
 
     def _means(self, job: Compute) -> tuple[Program, Limits]:
@@ -188,18 +233,41 @@ class Worker:
         program, _ = self._means(job)
         requests = job.recipe.requests
         chosen = [self._place(request) for request in requests]
-        places = tuple(place for place, _ in chosen)
+        numbers = tuple(number for number, _ in chosen)
         # A call for a dense map holds its strip of the matrix in the accumulator's dtype: keeping
         # it would hold the matrix a second time.
-        calls = self._calls(program, places, keeps=not job.recipe.is_dense)
+        calls = self._calls(program, numbers, keeps=not job.recipe.is_dense)
         reads = iter(zip(requests, chosen, strict=True))
-        for call in calls:
-            if call is not None:
-                call()
-                continue
-            request, (place, is_held) = next(reads)
+
+        def read() -> None:
+            request, (number, is_held) = next(reads)
             if not is_held:
-                self._read(request, self._places[place].view)
+                self._fill(self._places[number], request.stretches())
+
+        self._run(program, numbers, calls, read)
+
+    def _run(
+        self, program: Program, numbers: Sequence[int], calls: Calls, read: Callable[[], None]
+    ) -> None:
+        """Do what a program says.
+
+        Args:
+            numbers: The place of each of its requests.
+            calls: Those that were bound before.
+            read: Does the next request.
+        """
+        for i, op in enumerate(program.ops):
+            if op.kind == "read":
+                read()
+                continue
+            call = calls[i]
+            if any(v.place >= 0 and self._places[numbers[v.place]].is_mapped for v in op.sources):
+                call = self._bind(op, numbers)  # for this tile: the next one lies elsewhere
+            elif call is None:
+                call = calls[i] = self._bind(op, numbers)
+            call()
+        for number in numbers:
+            self._places[number].mapped.check()
 
     def _compute_there(self, job: Compute, side: DeviceSide) -> None:
         """The same on a device: what is read is copied there, the result is copied back."""
@@ -223,8 +291,8 @@ class Worker:
                     if n_uploaded and n_uploaded % N_PLACES == 0:
                         side.wait()  # the places are about to be written again
                     place = self._places[n_uploaded % N_PLACES]
-                    self._read(request, place.view)
-                    held = side.upload(request.cache_key, place, request.nbytes)
+                    self._fill(place, request.stretches(), maps=False)
+                    held = side.upload(request.cache_key, place.buffer, request.nbytes)
                     n_uploaded += 1
                 there.append(held)
             side.download(self._out, job.nbytes)
@@ -232,49 +300,58 @@ class Worker:
     def _place(self, request: ReadRequest) -> tuple[int, bool]:
         """The place for a request, and whether it holds what is asked for."""
         key = request.cache_key
-        for place in self._order:
-            if self._held[place] == key:
+        for number in self._order:
+            if self._places[number].held == key:
                 is_held = True
                 break
         else:
-            place, is_held = self._order[0], False
-            self._held[place] = key
-        self._order.remove(place)
-        self._order.append(place)
-        return place, is_held
+            number, is_held = self._order[0], False
+            self._places[number].held = key
+        self._order.remove(number)
+        self._order.append(number)
+        return number, is_held
 
-    def _calls(
-        self, program: Program, places: Sequence[int], *, keeps: bool = True
-    ) -> tuple[Call | None, ...]:
-        """The calls of a program, kept for the next time."""
-        key = id(program), places
+    def _calls(self, program: Program, numbers: Sequence[int], *, keeps: bool = True) -> Calls:
+        """The calls of a program on its places' buffers, kept for the next time."""
+        key = id(program), numbers
         _, calls = self._bound.get(key, (None, None))
         if calls is None:
-            calls = self._bind(program, places)
+            calls = [None] * len(program.ops)
             if keeps:
                 if len(self._bound) >= _MAX_BOUND:
                     self._bound.clear()
                 self._bound[key] = program, calls
         return calls
 
-    def _bind(self, program: Program, places: Sequence[int]) -> tuple[Call | None, ...]:
-        """The calls of a program; None stands for a read."""
+    def _bind(self, op: Op, numbers: Sequence[int]) -> Call:
+        """The call of an operation, on buffers and on what is mapped."""
         from streammap.engine.kernels import bind
 
         special = {OUT: self._out, WORK: self._work}
 
-        def buffer(place: int) -> Buffer:
-            return special[place] if place < 0 else self._places[places[place]]
+        def buffer(request: int) -> "Buffer | _Place":
+            return special[request] if request < 0 else self._places[numbers[request]]
 
-        return tuple(None if op.kind == "read" else bind(op, buffer, _matrix) for op in program.ops)
+        return bind(op, buffer, _matrix)
 
-    def _read(self, request: ReadRequest, view: memoryview) -> None:
+    def _fill(self, place: _Place, stretches: Iterable[Stretch], *, maps: bool = True) -> None:
+        """Read stretches of bytes, one after the other; a single one may be mapped instead."""
+        place.mapped.check()
+        place.mapped.close()
+        parts = list(stretches)
+        self.n_read += sum(end - start for _, start, end in parts)
+        if maps and len(parts) == 1 and self._map(place, *parts[0]):
+            return
         offset = 0
-        for load, start, end in request.stretches():
-            part = view[offset : offset + end - start]
-            load.source.read_into(load.key, start, part, mapped=self._mapped)
-            self.n_read += len(part)
+        for load, start, end in parts:
+            view = place.buffer.view[offset : offset + end - start]
+            load.source.read_into(load.key, start, view)
             offset += end - start
+
+    def _map(self, place: _Place, load: TensorRef, start: int, end: int) -> bool:
+        if self._reader == "pread":
+            return False
+        return load.source.map_into(load.key, start, end, place.mapped, self._reader)
 
 
 def _matrix(m: DenseMap) -> "Tensor":

@@ -21,13 +21,15 @@ from streammap.io.dtypes import TensorSpec
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.problems import Finding, Problems, Strict
 from streammap.io.storage import resolve
-from streammap.io.storage.base import Network, OpenFile, Stat, Storage
+from streammap.io.storage.base import Network, OpenFile, Reader, Reading, Stat, Storage
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.prefetch import AheadFile, Window
 from streammap.io.tensor_readers import FileTensors, TensorReader
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammap.io.storage.mapping import MappedPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,16 +143,29 @@ class Checkpoint:
         """The opened file that holds `key`."""
         return self._opened[self.file_of[key]]
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.
-
-        Args:
-            mapped: Whether to read through a mapping.
 
         Raises:
             CheckpointError: the file ends before, or can't be read.
         """
-        self.reader.read_into(key, start, view, mapped=mapped)
+        self.reader.read_into(key, start, view)
+
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end` of a tensor; gives False if they are to be read instead.
+
+        Raises:
+            CheckpointError: the file can't be opened, or can't be mapped and has to be.
+        """
+        return self.reader.map_into(key, start, end, part, reader)
+
+    def readings(self, reader: Reader) -> tuple[Reading, ...]:
+        """How its files are read, each way once.
+
+        Raises:
+            CheckpointError: one can't be opened.
+        """
+        return tuple(dict.fromkeys(file.reading(reader) for file in self._opened.values()))
 
     def tensor(self, key: str) -> "Tensor":
         """A whole tensor, where possible a view of the file's mapping. Do not write to it."""

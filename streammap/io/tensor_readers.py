@@ -4,12 +4,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, final
 
-from streammap.io.dtypes import to_torch
+from streammap.io.dtypes import DTYPE_BITS, to_torch
 from streammap.io.formats.safetensors_header import Slot
-from streammap.io.storage.base import OpenFile
+from streammap.io.storage.base import OpenFile, Reader
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammap.io.storage.mapping import MappedPart
 
 _STRIP = 64
 
@@ -17,16 +19,21 @@ _STRIP = 64
 class TensorReader(Protocol):
     """Reads the tensors of a checkpoint. Several threads may read at once."""
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.
-
-        Args:
-            mapped: Whether to read through a mapping.
 
         Raises:
             CheckpointError: the file ends before, or can't be read.
         """
         ...
+
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end` of a tensor; gives False if they are to be read instead.
+
+        Raises:
+            CheckpointError: the file can't be opened, or can't be mapped and has to be.
+        """
+        return False
 
     def tensor(self, key: str) -> "Tensor":
         """A whole tensor. Do not write to it."""
@@ -35,21 +42,28 @@ class TensorReader(Protocol):
 
 @final
 @dataclass(frozen=True, slots=True)
-class FileTensors:
+class FileTensors(TensorReader):
     """Tensors that lie in one file each, row by row or with strides."""
 
     slots: Mapping[str, Slot]
     file_of: Mapping[str, str]
     files: Mapping[str, OpenFile]
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         """See TensorReader."""
         slot, file = self.slots[key], self.files[self.file_of[key]]
         if slot.strides is None:
-            file.read_into(slot.start + start, view, mapped=mapped)
+            file.read_into(slot.start + start, view)
         else:
-            file.check_unchanged()  # a page past the end of a file kills the process
             _gather(self.tensor(key), start, view, file.release)
+            file.check_unchanged()
+
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """See TensorReader. A kernel needs numbers aligned, row by row."""
+        slot, file = self.slots[key], self.files[self.file_of[key]]
+        if slot.strides is not None or slot.start % (DTYPE_BITS[slot.spec.dtype] // 8 or 1):
+            return False
+        return file.map_into(slot.start + start, slot.start + end, part, reader)
 
     def tensor(self, key: str) -> "Tensor":
         """A view of the file's mapping; nothing is read until it is used.

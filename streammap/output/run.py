@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from streammap.common import garbage, text
+from streammap.common import events, garbage, text
 from streammap.common.events import Finished, Listener
 from streammap.common.ranks import ALONE, Ranks
 from streammap.common.units import format_nbytes
@@ -15,10 +15,11 @@ from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
-from streammap.io.storage.base import Sink
+from streammap.io.storage.base import Reading, Sink
 from streammap.output import layout, side_files, transaction
 from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
+from streammap.output.transaction import RunResult
 from streammap.planning import graph
 from streammap.planning.plan import Plan
 
@@ -93,6 +94,16 @@ def device(plan: Plan, engine: Engine, ranks: Ranks = ALONE) -> DeviceChoice:
     return devices.choose(plan.targets.values(), engine.device, local_rank=ranks.local_rank)
 
 
+def readings(plan: Plan, engine: Engine) -> tuple[Reading, ...]:
+    """How a run of `plan` reads its sources, each way once.
+
+    Raises:
+        CheckpointError: a file can't be opened.
+    """
+    found = (reading for source in plan.sources for reading in source.readings(engine.reader))
+    return tuple(dict.fromkeys(found))
+
+
 def read_nbytes(plan: Plan) -> int:
     """Bytes of the source tensors that a run reads; where maps are dense, some are read again."""
     loads = {load for form in plan.targets.values() for load in form.loads()}
@@ -115,20 +126,8 @@ def run(
     ranks = options.ranks
     fitted, choice = fit(plan, options.save, ranks), device(plan, options.save, ranks)
     label = str(options.path) if sink is None else sink.label
-    shards = _arranged(plan, options, sink)
-    try:
-        with garbage.of_new_objects():
-            if sink is None:
-                result = transaction.run(plan, options, shards, (fitted, choice), listener)
-            else:
-                from streammap.output import upload
-
-                result = upload.run(plan, options, sink, shards, (fitted, choice), listener)
-    except OSError as error:
-        raised = OutputError(f"{label}: {error.strerror or error}", hint="check the path and disk")
-        for note in getattr(error, "__notes__", ()):
-            raised.add_note(note)
-        raise raised from error
+    with events.as_raised(listener) as heard:
+        result = _write(plan, options, (fitted, choice), heard, sink, label)
     listener(Finished())
     promise, reason = plan.promise
     return Report(
@@ -151,6 +150,29 @@ def run(
         world_size=ranks.world_size,
         notes=side_files.notes(plan),
     )
+
+
+def _write(
+    plan: Plan,
+    options: OutputOptions,
+    means: tuple[Memory, DeviceChoice],
+    listener: Listener,
+    sink: Sink | None,
+    label: str,
+) -> RunResult:
+    shards = _arranged(plan, options, sink)
+    try:
+        with garbage.of_new_objects():
+            if sink is None:
+                return transaction.run(plan, options, shards, means, listener)
+            from streammap.output import upload
+
+            return upload.run(plan, options, sink, shards, means, listener)
+    except OSError as error:
+        raised = OutputError(f"{label}: {error.strerror or error}", hint="check the path and disk")
+        for note in getattr(error, "__notes__", ()):
+            raised.add_note(note)
+        raise raised from error
 
 
 def _arranged(plan: Plan, options: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:

@@ -29,7 +29,7 @@ from streammap.engine import loop
 from streammap.engine.devices import DeviceChoice
 from streammap.engine.loop import Resources
 from streammap.engine.memory import Memory
-from streammap.errors import CheckpointError, OutputError, StreammapError
+from streammap.errors import CheckpointError, OutputError, StreammapError, TruncatedError
 from streammap.io.storage import disk as disks
 from streammap.output import (
     commit,
@@ -264,14 +264,14 @@ class _Transaction:
 
     def _compute(self, writer: ShardWriter, listener: Listener) -> int:
         """Write the tensors, and journal them where others wait for it; gives the bytes read."""
-        plan, reader = self._plan, self._options.save.reader
+        plan = self._plan
 
         def journal_too(event: Event) -> None:
             writer.checkpoint_journal()
             listener(event)
 
         targets = {key: plan.targets[key] for key in writer.missing()}
-        resources = Resources(self._memory, self._choice.device, mapped=reader == "mmap")
+        resources = Resources(self._memory, self._choice.device, reader=self._options.save.reader)
         n_read = loop.run(targets, writer, resources, listener=journal_too)
         writer.finish()
         if self._options.ranks.world_size > 1:
@@ -392,12 +392,17 @@ class _Transaction:
         raise full from cause
 
     def _are_sources_unchanged(self) -> bool:
-        """Whether the sources are what they were: else what is written may be of both."""
-        try:
-            for source in self._plan.sources:
+        """Whether the sources are what they were: else what is written is of no use.
+
+        One that was cut short may come back, and each read saw it as it was.
+        """
+        for source in self._plan.sources:
+            try:
                 source.check_unchanged()
-        except (CheckpointError, OSError):
-            return False
+            except TruncatedError:
+                continue
+            except (CheckpointError, OSError):
+                return False
         return True
 
 

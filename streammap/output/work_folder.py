@@ -74,6 +74,8 @@ class WorkFolder:
         return self.is_marked or any(self.path.glob(JOURNALS))
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._lock not in _held:
+            return  # a forked child that ends: the folder is its parent's
         if not self.keep_on_exit:
             self._clear(LOCK)
             with contextlib.suppress(OSError):
@@ -117,7 +119,7 @@ class WorkFolder:
                 hint="wait until it is done, or stop it",
             )
         if not is_at(descriptor, path):
-            os.close(descriptor)
+            release(descriptor)
             return None
         with contextlib.suppress(OSError):  # of a full disk: the number is for people
             os.ftruncate(descriptor, 0)
@@ -130,7 +132,7 @@ class WorkFolder:
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            release(self._lock)
             self._lock = None
 
     def _remove_folders(self) -> None:
@@ -144,6 +146,31 @@ def _holder(path: Path) -> str:
     with contextlib.suppress(OSError, ValueError):
         return f"process {int(path.read_text())}"
     return "another process"
+
+
+_held: set[int] = set()
+"""Descriptors that hold locks."""
+
+
+def _forget() -> None:
+    """Close the descriptors in a forked child: it shares the locks, and may outlive the run."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def release(descriptor: int) -> bool:
+    """Give a lock back; gives False in a forked child, which does not have it."""
+    if descriptor not in _held:
+        return False
+    _held.discard(descriptor)
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # whoever else has the descriptor
+    os.close(descriptor)
+    return True
 
 
 def take(path: Path) -> int | None:
@@ -164,6 +191,7 @@ def take(path: Path) -> int | None:
         if error.errno not in _NO_LOCKS:
             os.close(descriptor)
             raise
+    _held.add(descriptor)
     return descriptor
 
 

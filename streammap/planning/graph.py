@@ -14,11 +14,15 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol, final
+from typing import TYPE_CHECKING, Protocol, final
 
 from streammap.io.dtypes import TensorSpec
+from streammap.io.storage.base import Reader
 from streammap.planning import maps
 from streammap.planning.maps import AxisMap, BlockMap
+
+if TYPE_CHECKING:
+    from streammap.io.storage.mapping import MappedPart
 
 
 class TensorSource(Protocol):
@@ -33,8 +37,12 @@ class TensorSource(Protocol):
         """Dtype and shape."""
         ...
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         """Fill `view` with the tensor's bytes, row by row, from its byte `start` on."""
+        ...
+
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end` of the tensor; gives False if they are to be read instead."""
         ...
 
 
@@ -239,8 +247,14 @@ class _Ones:
     def spec(self, key: str) -> TensorSpec:
         return self._spec
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         raise KeyError(key)
+
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        raise KeyError(key)
+
+    def __reduce__(self) -> tuple[object, tuple[tuple[int, ...]]]:
+        return _ones, (self._spec.shape,)
 
 
 @cache

@@ -50,6 +50,9 @@ class Resolved:
     def __init__(self) -> None:
         self._kept: list[tuple[object, object, str | None, Model]] = []
 
+    def __reduce__(self) -> tuple[type["Resolved"], tuple[()]]:
+        return Resolved, ()
+
     def of(self, plan: "Plan") -> "Model":
         """The model of a plan."""
         for targets, config, architecture, model in self._kept:

@@ -33,6 +33,8 @@ from streammap.engine.worker import Worker
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS, FLOATS, FROM_TORCH, TensorSpec, to_torch
+from streammap.io.storage.base import Reader
+from streammap.io.storage.mapping import MappedPart
 from streammap.planning import graph, maps
 from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
@@ -88,11 +90,13 @@ class Held:
         x = self.tensors[key]
         return TensorSpec(FROM_TORCH[str(x.dtype).removeprefix("torch.")], tuple(x.shape))
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         content = tiny.bits(self.tensors[key])
-        assert not mapped
         assert 0 <= start < start + len(view) <= len(content)
         view[:] = content[start : start + len(view)]
+
+    def map_into(self, key: str, start: int, end: int, part: MappedPart, reader: Reader) -> bool:
+        return False
 
 
 @dataclass(frozen=True)

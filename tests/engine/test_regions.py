@@ -107,9 +107,9 @@ class _Counted(Held):
 
     n_read = 0
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         self.n_read += len(view)
-        super().read_into(key, start, view, mapped=mapped)
+        super().read_into(key, start, view)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -16,7 +16,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 import streammap
 from streammap.errors import CheckpointError
 from streammap.io.storage import prefetch, remote, retry
-from streammap.io.storage.base import Stat
+from streammap.io.storage.base import OpenFile, Stat
 from streammap.io.storage.prefetch import AheadFile, Window
 from tests.cli.test_cli import refused
 from tests.io.test_hub import SIZES, bert, same_but_for_origin
@@ -133,14 +133,14 @@ def test_connections_that_fail_are_tried_again(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(retry, "WAITS_SECONDS", (0.01,) * 3)
     fs = Flaky(b"abcdef", [OSError("reset"), TimeoutError("slow")])
     view = memoryview(bytearray(3))
-    opened(fs).read_into(2, view, mapped=False)
+    opened(fs).read_into(2, view)
     assert bytes(view) == b"cde"
     fs.errors = [OSError("reset")] * 9
     with pytest.raises(CheckpointError, match=r"x://a: no answer \(reset\) at byte 2, 4 times"):
-        opened(fs).read_into(2, view, mapped=False)
+        opened(fs).read_into(2, view)
     fs.errors = [PermissionError("Forbidden")]
     with pytest.raises(CheckpointError, match=r"access denied \(Forbidden\)") as error:
-        opened(fs).read_into(2, view, mapped=False)
+        opened(fs).read_into(2, view)
     assert "credentials" in str(error.value.hint)
 
 
@@ -149,7 +149,7 @@ def test_a_file_that_is_cut_short_or_written_to_is_refused() -> None:
     file.check_unchanged()
     fs.content = b"abc"
     with pytest.raises(CheckpointError, match="0 bytes came from byte 3 on, 3 were asked for"):
-        file.read_into(3, memoryview(bytearray(3)), mapped=False)
+        file.read_into(3, memoryview(bytearray(3)))
     with pytest.raises(CheckpointError, match="3 bytes, version one; it had 6, version one"):
         file.check_unchanged()
 
@@ -182,7 +182,7 @@ def test_each_byte_is_read_once(url: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert len(n_read) < 30
 
 
-class Numbers:
+class Numbers(OpenFile):
     """A file whose bytes tell where they are, and which remembers what was read."""
 
     def __init__(self, nbytes: int = 100_000) -> None:
@@ -192,7 +192,7 @@ class Numbers:
         self.may_go = threading.Event()
         self.may_go.set()
 
-    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, offset: int, view: memoryview) -> None:
         self.may_go.wait()
         self.reads.append((offset, offset + len(view)))
         if self.error is not None:
@@ -221,13 +221,13 @@ def test_a_window_fetches_neighbours_together_and_gives_the_bytes() -> None:
         window.begin()
         for start, end in spans:
             view = memoryview(bytearray(end - start))
-            file.read_into(start, view, mapped=False)
+            file.read_into(start, view)
             assert bytes(view) == numbers.content[start:end]
         assert sorted(numbers.reads) == [(0, 5001), (60_000, 61_000)]
         assert window.room == 50_000 - 6001
         window.drop([part for part in parts if part])
         assert window.room == 50_000
-        file.read_into(7, memoryview(bytearray(5)), mapped=False)
+        file.read_into(7, memoryview(bytearray(5)))
         assert numbers.reads[-1] == (7, 12), "not asked for: read as it is"
 
 
@@ -255,7 +255,7 @@ def test_an_error_of_a_window_is_raised_where_the_bytes_are_wanted() -> None:
         window.ask(file, 0, 600)
         window.begin()
         with pytest.raises(CheckpointError, match="gone"):
-            file.read_into(0, memoryview(bytearray(600)), mapped=False)
+            file.read_into(0, memoryview(bytearray(600)))
 
 
 def test_ranges_are_not_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +268,6 @@ def test_ranges_are_not_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
             window.ask(file, at, at + 1000)
         window.begin()
         for at in range(0, 10_000, 1000):
-            file.read_into(at, memoryview(bytearray(1000)), mapped=False)
+            file.read_into(at, memoryview(bytearray(1000)))
     assert max(end - start for start, end in numbers.reads) == 2000
     assert sum(end - start for start, end in numbers.reads) == 10_000

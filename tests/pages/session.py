@@ -38,6 +38,7 @@ _VARYING = (
     (r"\bpeak [\d.]+ \w?B", "peak N B"),
     (r"\bat most \d+ MiB", "at most N MiB"),
     (r"\b\d+ threads?", "N threads"),
+    (r"\breader +\w+ \(\w+\)", "reader R (FS)"),
     (r"\b\d\.\de-0[6-9]", "tiny"),
 )
 """What differs from run to run, and from machine to machine."""

@@ -20,6 +20,7 @@ from streammap.io.formats.dcp_metadata import Chunk, Metadata, Path_
 from streammap.io.formats.dcp_stream import ChunkLocation
 from streammap.io.formats.torch_zip import NESTS
 from streammap.io.storage.local import LocalFile
+from streammap.io.tensor_readers import TensorReader
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,7 +87,7 @@ def _nest(paths: Iterable[Path_]) -> Path_ | None:
 
 
 @final
-class Chunks:
+class Chunks(TensorReader):
     """Reads the tensors of a folder. A TensorReader."""
 
     def __init__(
@@ -111,7 +112,10 @@ class Chunks:
         self._places: dict[tuple[str, int], ChunkLocation] = {}
         self._local = threading.local()
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def __reduce__(self) -> tuple[type["Chunks"], tuple[object, object]]:
+        return Chunks, (self._tensors, self._files)
+
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.
 
         Raises:
@@ -135,7 +139,7 @@ class Chunks:
                 for dim, ((a, b), (low, _)) in enumerate(zip(both, wanted, strict=True)):
                     part = part.narrow(dim, a - low, b - a)
                 inside = relative(both, chunk.at)
-                self._copy(key, chunk, inside, part, (view, mapped))
+                self._copy(key, chunk, inside, part, view)
 
     def tensor(self, key: str) -> "Tensor":
         """A whole tensor, in memory of its own."""
@@ -145,7 +149,7 @@ class Chunks:
         content = bytearray(spec.nbytes)
         if not content:
             return torch.empty(spec.shape, dtype=to_torch(spec.dtype))
-        self.read_into(key, 0, memoryview(content), mapped=False)
+        self.read_into(key, 0, memoryview(content))
         return torch.frombuffer(content, dtype=to_torch(spec.dtype)).view(spec.shape)
 
     def _copy(
@@ -154,19 +158,19 @@ class Chunks:
         chunk: Chunk,
         ranges: Sequence[Range],
         target: "Tensor",
-        means: tuple[memoryview, bool],
+        view: memoryview,
     ) -> None:
-        """Copy a region of a chunk to `target`, which is over the view in `means`."""
+        """Copy a region of a chunk to `target`, which is over `view`."""
         place = self._place(key, chunk)
         shape = [end - start for start, end in chunk.at]
         order = place.order
-        source = _Source(self._files[chunk.file], place.start, means[1], self._scratch())
+        source = _Source(self._files[chunk.file], place.start, self._scratch())
         sizes, ranges, target = (
             [shape[d] for d in order],
             [ranges[d] for d in order],
             target.permute(order),
         )
-        source.copy(*_merged(sizes, ranges, target), means[0])
+        source.copy(*_merged(sizes, ranges, target), view)
 
     def _scratch(self) -> Buffer:
         """This thread's buffer."""
@@ -207,7 +211,6 @@ class _Source:
 
     file: LocalFile
     start: int
-    mapped: bool
     scratch: Buffer
 
     def copy(
@@ -233,7 +236,7 @@ class _Source:
         at = self.start + row * n_columns * item
         if width == n_columns and part.is_contiguous():
             first = part.storage_offset() * item
-            self.file.read_into(at, view[first : first + n * width * item], mapped=self.mapped)
+            self.file.read_into(at, view[first : first + n * width * item])
             return
         scratch = self.scratch.typed(_BY_ITEM[item])
         step = len(scratch) // n_columns
@@ -252,4 +255,4 @@ class _Source:
             part[first : first + m].copy_(rows[:, left:right])
 
     def _read(self, at: int, nbytes: int) -> None:
-        self.file.read_into(at, self.scratch.view[:nbytes], mapped=self.mapped)
+        self.file.read_into(at, self.scratch.view[:nbytes])

@@ -13,10 +13,15 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from streammap.io.storage.mapping import MappedPart
+
 
 Network = Literal["none", "ranges", "files"]
 """How bytes come over a network: not at all, range by range, or as whole files."""
 
+
+Reader = Literal["auto", "pread", "mmap"]
+"""How files of this machine are read: into buffers, or where they are mapped."""
 
 N_CONNECTIONS = 8
 """How many requests over a network are under way at once."""
@@ -33,6 +38,15 @@ class Stat:
     """The storage's own name for the content (an etag, a digest); "" on this machine."""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How a file is read."""
+
+    how: Literal["mmap", "pread", "ranges", "download"]
+    where: str
+    """What it lies on: a file system, or "network"."""
+
+
 class OpenFile(Protocol):
     """One file that is read. Several threads may read at once.
 
@@ -40,18 +54,29 @@ class OpenFile(Protocol):
     state, `read_into` is enough.
     """
 
-    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the file's bytes from `offset` on.
 
         Args:
             offset: The first byte.
             view: Where the bytes go; all of it is filled.
-            mapped: Whether to read through a mapping, where there can be one.
 
         Raises:
             CheckpointError: the file ends before, or can't be read.
         """
         ...
+
+    def reading(self, reader: Reader) -> Reading:
+        """How it is read."""
+        return Reading("ranges", "network")
+
+    def map_into(self, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end`; gives False if they are to be read into a buffer instead.
+
+        Raises:
+            CheckpointError: it can't be opened, or can't be mapped and has to be.
+        """
+        return False
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end` as a uint8 tensor. Do not write to it."""
@@ -83,7 +108,7 @@ class OpenFile(Protocol):
 def read_bytes(file: OpenFile, start: int, end: int) -> bytearray:
     """Bytes of a file, in memory of their own."""
     content = bytearray(end - start)
-    file.read_into(start, memoryview(content), mapped=False)
+    file.read_into(start, memoryview(content))
     return content
 
 

@@ -9,12 +9,12 @@ cache already are read there.
 """
 
 import os
-import threading
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar, final
 
+from streammap.common import own
 from streammap.errors import CheckpointError
 from streammap.io.storage import hub_client, nearby
 from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes
@@ -51,7 +51,7 @@ class HubStorage:
             CheckpointError: no such repository or revision, no access to it, no connection.
         """
         self._name = name
-        self._client = hub_client.Client(name.repo, threading.Event())
+        self._client = hub_client.Client(name.repo, own.Event())
         self._seen: dict[str, str] = {}
         """The etags of answers so far: each must stay as it is."""
         self.is_offline = hub_client.is_offline()

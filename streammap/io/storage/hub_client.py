@@ -65,6 +65,9 @@ class Client:
         """Connect to nothing yet."""
         self.repo, self.cancelled = repo, cancelled
 
+    def __reduce__(self) -> tuple[type["Client"], tuple[str, threading.Event]]:
+        return Client, (self.repo, self.cancelled)  # no headers: a token stays where it is
+
     @cached_property
     def api(self) -> "HfApi":
         """The client's own."""

@@ -9,14 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from streammap.common import own
 from streammap.errors import CheckpointError
-from streammap.io.storage.base import OpenFile, Stat
+from streammap.io.storage.base import OpenFile, Reader, Reading, Stat
 from streammap.io.storage.hub_client import Client
 from streammap.io.storage.local import LocalFile
 from streammap.io.storage.retry import RetryPolicy, TransientError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from streammap.io.storage.mapping import MappedPart
 
 _N_AHEAD = 2
 """How many shards are fetched before they are needed, at most."""
@@ -43,7 +46,7 @@ class RangeFile(OpenFile):
         """Where a redirect led: a link that is valid for some time and saves a request each."""
         self._seen = seen
 
-    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the file's bytes from `offset` on; retries ask for the rest only.
 
         Raises:
@@ -67,6 +70,9 @@ class RangeFile(OpenFile):
     def cancel(self) -> None:
         """Let waiting reads end in an error."""
         self._client.cancelled.set()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_storage": None}  # it may be signed: no secret goes into a pickle
 
     def _pieces(self, start: int, nbytes: int) -> Iterator[bytes]:
         url, headers = self._storage or self._url, dict(self._client.headers)
@@ -137,6 +143,14 @@ class _Job:
     done: threading.Event = field(default_factory=threading.Event)
     path: Path | None = None
     error: BaseException | None = None
+    process: int = field(default_factory=os.getpid)
+    """Whose thread runs it: a forked child has no such thread."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it failed, or nobody runs it any more: a retry may succeed."""
+        is_elsewhere = self.process != os.getpid() and not self.done.is_set()
+        return self.error is not None or is_elsewhere
 
 
 @final
@@ -148,7 +162,10 @@ class Downloads:
         self._client, self._commit = client, commit
         self._jobs: dict[str, _Job] = {}
         self._expected: deque[_Job] = deque()
-        self._lock = threading.Lock()
+        self._lock = own.Lock()
+
+    def __reduce__(self) -> tuple[type["Downloads"], tuple[Client, str]]:
+        return Downloads, (self._client, self._commit)
 
     def expect(self, files: Mapping[str, Stat]) -> None:
         """Start fetching files that will be read, in this order.
@@ -174,7 +191,7 @@ class Downloads:
         """
         with self._lock:
             job = self._jobs.get(name)
-            if job is None or job.error is not None:  # a retry may succeed
+            if job is None or job.is_lost:
                 job = next((j for j in self._expected if j.name == name), None) or _Job(name, stat)
                 if job in self._expected:
                     self._expected.remove(job)
@@ -248,7 +265,7 @@ class CachedFile(OpenFile):
         """Download nothing yet."""
         self._downloads, self._name, self._stat = downloads, name, stat
         self._file: LocalFile | None = None
-        self._lock = threading.Lock()
+        self._lock = own.Lock()
 
     @property
     def _local(self) -> LocalFile:
@@ -259,13 +276,21 @@ class CachedFile(OpenFile):
                 self._file = LocalFile(path, status.st_size, status.st_mtime_ns)
             return self._file
 
-    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view`; the first read waits for the download.
 
         Raises:
             CheckpointError: it can't be fetched or read.
         """
-        self._local.read_into(offset, view, mapped=mapped)
+        self._local.read_into(offset, view)
+
+    def reading(self, reader: Reader) -> Reading:
+        """How it is read in the cache, once it is there."""
+        return Reading("download", "network") if self._file is None else self._file.reading(reader)
+
+    def map_into(self, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """Map bytes `start` to `end` of the file in the cache, unless they are to be read."""
+        return self._local.map_into(start, end, part, reader)
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end` as a tensor over the mapping."""

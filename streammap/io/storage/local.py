@@ -1,26 +1,44 @@
-"""Files on this machine: opened once, read into the caller's memory. The simplest Storage.
+"""Files on this machine: opened once, read into the caller's memory or where they are mapped.
 
-By default bytes are read with pread, which needs no memory of its own and fails cleanly where a
-file was cut short. The alternative is a mapping. It is shared and read-only, because a private
-writable one counts against the overcommit limit, so that a file larger than memory may be refused.
-Its pages count as resident memory, so they are given back after each read.
+pread needs no memory of its own, and works everywhere. A mapping saves a copy: kernels read the
+kernel's own pages, and give them back. "auto" maps what lies on a file system of this machine.
 """
 
-import mmap
 import os
-import threading
-import warnings
 from collections.abc import Collection, Mapping
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Literal, final
 
-from streammap.errors import CheckpointError
+from streammap.common import own
+from streammap.errors import CheckpointError, TruncatedError
 from streammap.io import safe_open
-from streammap.io.storage import disk
-from streammap.io.storage.base import OpenFile, Stat
+from streammap.io.storage import disk, mapping
+from streammap.io.storage.base import OpenFile, Reader, Reading, Stat
+from streammap.io.storage.disk import LocalDisk
+from streammap.io.storage.mapping import FileMapping, MappedPart
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_AGAIN = "is another program writing it?"
+_BACK = "put it back as it was, with its time (cp -p, rsync -t), and run the same command again"
+
+
+@final
+class _Descriptor:
+    """A descriptor. It is closed with its last user: whoever reads keeps it open that long."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @cached_property
+    def file_system(self) -> str:
+        """What the file lies on."""
+        return mapping.file_system(self.number)
+
+    def __del__(self) -> None:
+        os.close(self.number)
 
 
 @final
@@ -38,26 +56,25 @@ class LocalFile(OpenFile):
         self.path = path
         self.nbytes = nbytes
         self._mtime_ns = mtime_ns
-        self._descriptor: int | None = None
-        self._map: mmap.mmap | None = None
-        self._bytes: Tensor | None = None
-        self._lock = threading.Lock()
+        self._descriptor: _Descriptor | None = None
+        self._mapping: FileMapping | None = None
+        self._lock = own.Lock()
 
-    @property
-    def descriptor(self) -> int:
-        """The file's descriptor."""
+    def __reduce__(self) -> tuple[type["LocalFile"], tuple[Path, int, int]]:
+        return LocalFile, (self.path, self.nbytes, self._mtime_ns)
+
+    def _opened(self) -> _Descriptor:
+        opened = self._descriptor
+        if opened is not None:
+            return opened
         with self._lock:
             if self._descriptor is None:
-                self._descriptor = safe_open.open_file(self.path)
-                try:
-                    self.check_unchanged()
-                except CheckpointError:
-                    os.close(self._descriptor)
-                    self._descriptor = None
-                    raise
+                opened = _Descriptor(safe_open.open_file(self.path))
+                self._check(opened)
                 # Threads read in turn, which looks like random reads to the kernel: files that are
                 # not in its cache are read several times faster with this.
-                os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                os.posix_fadvise(opened.number, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+                self._descriptor = opened
             return self._descriptor
 
     def check_unchanged(self) -> None:
@@ -66,101 +83,108 @@ class LocalFile(OpenFile):
         Raises:
             CheckpointError: it was written to since.
         """
-        if self._descriptor is None:
-            return
-        status = os.fstat(self._descriptor)
+        opened = self._descriptor
+        if opened is not None:
+            self._check(opened)
+        if self._mapping is not None and self._mapping.is_broken:
+            raise CheckpointError(f"{self.path}: can't be read", hint="check the disk")
+
+    def _check(self, opened: _Descriptor) -> None:
+        status = os.fstat(opened.number)
         if status.st_size != self.nbytes:
-            raise CheckpointError(
-                f"{self.path}: {status.st_size} bytes, it had {self.nbytes} when it was opened",
-                hint="is another program writing it?",
-            )
+            raise self._resized(f"{status.st_size} bytes", is_shorter=status.st_size < self.nbytes)
         if status.st_mtime_ns != self._mtime_ns:
             raise CheckpointError(
                 f"{self.path}: written to at {status.st_mtime_ns} ns, it was of "
                 f"{self._mtime_ns} ns when it was opened",
-                hint="is another program writing it?",
+                hint=_AGAIN,
             )
 
-    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+    def _resized(self, what: str, *, is_shorter: bool) -> CheckpointError:
+        message = f"{self.path}: {what}, it had {self.nbytes} when it was opened"
+        if is_shorter:
+            return TruncatedError(message, hint=_BACK)
+        return CheckpointError(message, hint=_AGAIN)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the file's bytes from `offset` on.
 
-        Args:
-            mapped: Whether to read through a mapping.
-
         Raises:
-            CheckpointError: the file ends before, or can't be read.
+            CheckpointError: the file ends before, was written to, or can't be read.
         """
-        if mapped:
-            self._copy_mapped(offset, view)
-            return
-        descriptor, n_done, pread = self.descriptor, 0, disk.current().pread
+        opened, n_done, pread = self._opened(), 0, disk.current().pread
         while n_done < len(view):
             try:
-                n = pread(descriptor, view[n_done:], offset + n_done)
+                n = pread(opened.number, view[n_done:], offset + n_done)
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path}: {error.strerror} at byte {offset + n_done}",
                     hint="check the disk, or copy the file again",
                 ) from error
             if not n:
-                raise CheckpointError(
-                    f"{self.path}: ended at byte {offset + n_done}, it had {self.nbytes} bytes "
-                    "when it was opened",
-                    hint="is another program writing it?",
-                )
+                raise self._resized(f"ended at byte {offset + n_done}", is_shorter=True)
             n_done += n
+        self._check(opened)
 
-    def _copy_mapped(self, offset: int, view: memoryview) -> None:
-        whole = self.mapping()
-        self.check_unchanged()  # a page past the end of a file that shrank would kill the process
-        view[:] = memoryview(whole)[offset : offset + len(view)]
-        start = offset // mmap.PAGESIZE * mmap.PAGESIZE
-        whole.madvise(mmap.MADV_DONTNEED, start, offset + len(view) - start)
+    def reading(self, reader: Reader) -> Reading:
+        """How its bytes are read in place, and what the file system is.
 
-    def mapping(self) -> mmap.mmap:
-        """The whole file, mapped for reading."""
-        descriptor = self.descriptor
+        Raises:
+            CheckpointError: it can't be opened.
+        """
+        how: Literal["mmap", "pread"] = "mmap" if self._maps(reader) else "pread"
+        return Reading(how, self._opened().file_system)
+
+    def map_into(self, start: int, end: int, part: MappedPart, reader: Reader) -> bool:
+        """Map bytes `start` to `end`, unless pread is to be used.
+
+        Raises:
+            CheckpointError: it can't be opened, or can't be mapped and has to be.
+        """
+        is_small = reader == "auto" and end - start < mapping.MIN_NBYTES
+        if is_small or not self._maps(reader):
+            return False
+        opened = self._opened()
+        try:
+            part.open(str(self.path), opened.number, start, end, partial(self._check, opened))
+        except OSError as error:
+            if reader == "auto":
+                return False
+            raise self._unmappable(error) from error
+        return True
+
+    def _unmappable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.path}: can't be mapped: {error}", hint="use --reader pread")
+
+    def _maps(self, reader: Reader) -> bool:
+        if reader != "auto":
+            return reader == "mmap"
+        # A disk that a test has put in the place of this machine's is to see all reads.
+        return isinstance(disk.current(), LocalDisk) and self._opened().file_system in mapping.LOCAL
+
+    def _mapped(self) -> FileMapping:
+        opened = self._opened()
         with self._lock:
-            if self._map is None:
+            if self._mapping is None or self._mapping.is_broken:
                 try:
-                    self._map = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
-                except OSError as error:
-                    raise CheckpointError(
-                        f"{self.path}: can't be mapped: {error.strerror}", hint="use --reader pread"
-                    ) from error
-            return self._map
+                    self._mapping = FileMapping(opened.number)
+                except (OSError, ValueError) as error:
+                    raise self._unmappable(error) from error
+            return self._mapping
 
     def part(self, start: int, end: int) -> "Tensor":
         """Bytes `start` to `end` as a tensor over the mapping. Do not write to it."""
-        return self.bytes()[start:end]
-
-    def bytes(self) -> "Tensor":
-        """The whole file as a uint8 tensor over the mapping. Do not write to it."""
-        if self._bytes is None:
-            import torch
-
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                self._bytes = torch.frombuffer(self.mapping(), dtype=torch.uint8)
-        return self._bytes
+        return self._mapped().tensor()[start:end]
 
     def release(self) -> None:
         """Give the mapping's pages back; they are read again when needed."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def __del__(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
+        if self._mapping is not None:
+            self._mapping.release()
 
     def close(self) -> None:
-        """Close the file; the mapping lives as long as tensors over it."""
-        self._bytes = None
-        self._map = None
+        """Close the file, once nobody reads from it; a mapping lives as long as tensors over it."""
         with self._lock:
-            if self._descriptor is not None:
-                os.close(self._descriptor)
-                self._descriptor = None
+            self._descriptor = self._mapping = None
 
 
 @final

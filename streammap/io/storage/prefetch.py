@@ -33,11 +33,14 @@ class AheadFile(OpenFile):
         self.inner = file
         self.window: Window | None = None
 
-    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+    def __reduce__(self) -> tuple[type["AheadFile"], tuple[OpenFile]]:
+        return AheadFile, (self.inner,)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` from the window, or from the file."""
         window = self.window
         if window is None or not window.take(self, offset, view):
-            self.inner.read_into(offset, view, mapped=mapped)
+            self.inner.read_into(offset, view)
 
     def part(self, start: int, end: int) -> "Tensor":
         """See OpenFile."""
@@ -234,5 +237,5 @@ class Window:
 def _fetch(file: OpenFile, start: int, end: int) -> mmap.mmap:
     content = mmap.mmap(-1, end - start)
     with memoryview(content) as view:
-        file.read_into(start, view, mapped=False)
+        file.read_into(start, view)
     return content

@@ -83,7 +83,7 @@ class RangeReader(io.RawIOBase):
         for start, end in _runs(missing):
             offset = start * PAGE_NBYTES
             content = bytearray(min(end * PAGE_NBYTES, self._nbytes) - offset)
-            self._file.read_into(self._start + offset, memoryview(content), mapped=False)
+            self._file.read_into(self._start + offset, memoryview(content))
             for i in range(start, end):
                 self._pages[i] = bytes(
                     content[i * PAGE_NBYTES - offset : (i + 1) * PAGE_NBYTES - offset]

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
+from streammap.common import own
 from streammap.errors import CheckpointError, redacted
 from streammap.io.storage import drivers
 from streammap.io.storage.base import N_CONNECTIONS, OpenFile, Stat, read_bytes
@@ -50,7 +51,7 @@ class RemoteStorage:
         self._given = url
         self._url = redacted(url).rstrip("/")
         """For people and records: nobody who reads them gets a password or a signature."""
-        self._cancelled = threading.Event()
+        self._cancelled = own.Event()
         self._fs, self._root = drivers.filesystem(url)
         is_file = drivers.asked(self._look, self._url, url)
         self.file = posixpath.basename(self._url) if is_file else None
@@ -182,7 +183,7 @@ class RemoteFile(OpenFile):
         self._fs, self._path, self._where, self._given = fs, path, where, given
         self._stat, self._cancelled = stat, cancelled
 
-    def read_into(self, offset: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, offset: int, view: memoryview) -> None:
         """Fill `view` with the file's bytes from `offset` on.
 
         Raises:

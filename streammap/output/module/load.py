@@ -313,7 +313,7 @@ def _run(
         return loop.run(
             targets,
             _ModuleFiller(jobs, take),
-            Resources(fitted, device, mapped=engine.reader == "mmap"),
+            Resources(fitted, device, reader=engine.reader),
             listener=listener,
             rows={key: job.part.rows for key, job in jobs.items() if job.part.rows is not None},
         )

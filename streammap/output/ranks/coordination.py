@@ -13,7 +13,6 @@ its lock is free; or silent for long, since not all file systems share their loc
 """
 
 import contextlib
-import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -301,7 +300,7 @@ class Follower:
 
     def _release(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            work_folder.release(self._lock)
             self._lock = None
 
 
