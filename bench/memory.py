@@ -3,8 +3,8 @@
     python -m bench.memory [--runs 5] [--folder DIR] [--quick] [--all] [--large-runs N] [--plot F]
 
 Prints, for each run, VmHWM above `import torch` and the planned peak, in MiB. One thing is changed
-at a time: the operation, the memory asked for, the checkpoint's size (of source and result the
-larger one), its largest tensor, the size of shards; --all takes every combination. Sources are
+at a time: the operation, the memory asked for, the reader, the checkpoint's size (of source and
+result the larger one), its largest tensor, the size of shards; --all takes every combination. Sources are
 sparse files; results are real, 10 GB at a time, and removed after each run. --large-runs 1 runs the
 cases of 3 GB and more once, and says so.
 """
@@ -46,11 +46,14 @@ class Case:
     largest: float = 0.1
     shard: float = 5.0
     memory: str = DEFAULT
+    reader: str = "auto"
 
     @property
     def title(self) -> str:
         """All settings."""
-        return f"{self.operation}|{self.size}|{self.largest}|{self.shard}|{self.memory}"
+        return (
+            f"{self.operation}|{self.size}|{self.largest}|{self.shard}|{self.memory}|{self.reader}"
+        )
 
 
 def cases(*, every: bool) -> Iterator[Case]:
@@ -73,6 +76,9 @@ def cases(*, every: bool) -> Iterator[Case]:
     for operation in ("copy", "coalesce width 2", "interpolate"):
         yield Case(operation, size=10.0)
     yield Case("coalesce width 2 depth 2", size=10.0, memory="32MiB")
+    for reader in ("mmap", "pread"):
+        for operation in ("copy", "coalesce width 2", "decoalesce width 2", "interpolate"):
+            yield Case(operation, reader=reader)
 
 
 def source_of(case: Case, scale: float, folder: Path) -> Path:
@@ -106,6 +112,7 @@ def command(case: Case, scale: float, folder: Path, large_runs: int | None) -> C
         "hidden =SIZE": [("decoalesce", {"hidden": "=1920"})],
     }
     save: dict[str, object] = {"max_shard_size": int(case.shard * 1e9 * scale)}
+    save["reader"] = case.reader
     if case.memory != DEFAULT:
         save["memory"] = case.memory
     output = folder / "out"
@@ -155,6 +162,7 @@ def main(options: Options) -> None:
                 f"{case.shard * scale:.3g}",
                 f"{written / 1e9:.2f}",
                 case.memory,
+                case.reader,
                 f"{mebibytes(added)} ({mebibytes(most)})",
                 mebibytes(planned),
                 "" if len(runs) == options.runs else f"{len(runs)} run",
@@ -171,6 +179,7 @@ def main(options: Options) -> None:
         "shard GB",
         "written GB",
         "memory",
+        "reader",
         "measured MiB",
         "planned MiB",
         "",

@@ -5,11 +5,13 @@
 Prints wall and CPU seconds and the ratios of wall time to `cp` of the large model and to the floor:
 a process that reads the same bytes and writes as many with one buffer (bench/floor.py). A run of
 streammap counts from after `import torch` (bench.job); from the others what starts them is
-subtracted. Dense is load_file, F W A in float32, save_file. Then the same with fsync.
+subtracted. "mmap s" and "pread s" are a run's seconds with these readers. Dense is load_file, F W A
+in float32, save_file. Then the same with fsync.
 """
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from bench import harness, models
 from bench.harness import IMPORT, PASS, PYTHON, Command, Options, Results, decimals
@@ -17,6 +19,8 @@ from bench.harness import IMPORT, PASS, PYTHON, Command, Options, Results, decim
 _MARKS = {"copy": 1.1, "interpolate": 1.25, "coalesce": 1.5, "decoalesce": 1.25}
 _PART = 0.08
 """Of the memory: from a tenth on, the kernel writes back meanwhile, beside whoever it is."""
+READERS = ("mmap", "pread")
+"""Each run is also timed with these; its own figures are with "auto"."""
 FLOOR, DENSE = " floor", "dense F W A"
 
 
@@ -26,23 +30,23 @@ def commands(folder: Path, dense_runs: int) -> dict[str, Command]:
     big_file, other, small_file = (models.weights(path)[0] for path in (a, b, small))
     large, little = big_file.stat().st_size, small_file.stat().st_size
     halve, double = (((name, {"width": 2}),) for name in ("coalesce", "decoalesce"))
-    runs: dict[str, tuple[tuple[object, ...], tuple[Path, ...], int]] = {
-        "copy": (harness.job(a, out, torch=False, touch=large), (big_file,), large),
-        "interpolate": (
-            harness.job(a, out, blend=b, alpha=0.3, touch=large),
-            (big_file, other),
-            large,
-        ),
-        "coalesce": (harness.job(a, out, steps=halve, touch=little), (big_file,), little),
-        "decoalesce": (harness.job(small, out, steps=double, touch=large), (small_file,), large),
+    runs: dict[str, tuple[Path, dict[str, Any], tuple[Path, ...], int]] = {
+        "copy": (a, {"torch": False}, (big_file,), large),
+        "interpolate": (a, {"blend": b, "alpha": 0.3}, (big_file, other), large),
+        "coalesce": (a, {"steps": halve}, (big_file,), little),
+        "decoalesce": (small, {"steps": double}, (small_file,), large),
     }
     made = {
         "python -c pass": Command(PASS),
         "import torch": Command(IMPORT),
         "cp": Command(("cp", big_file, out), (out,), (big_file,), large),
     }
-    for title, (argv, sources, writes) in runs.items():
-        made[title] = Command(argv, (out,), sources)
+    for title, (source, asked, sources, writes) in runs.items():
+        for reader in ("auto", *READERS):
+            argv = harness.job(source, out, touch=writes, save={"reader": reader}, **asked)
+            made[title if reader == "auto" else f"{title} {reader}"] = Command(
+                argv, (out,), sources
+            )
         floor = (PYTHON, "-I", "-S", "bench/floor.py", out, writes, *sources)
         made[title + FLOOR] = Command(floor, (out,), sources, writes)
     dense = (PYTHON, "-m", "bench.dense", big_file, out)
@@ -70,11 +74,14 @@ def row(results: Results, title: str) -> tuple[object, ...]:
             beside.append(results.clock_ratio(title, other, their))
         else:
             beside.append(results.ratio(title, other, less=less, other_less=their))
+    readers = [f"{title} {reader}" for reader in READERS]
+    by_reader = [results.json(r, "seconds") if r in results.runs else None for r in readers]
     once = "" if results.n(title) == results.n("cp") else f"{results.n(title)} run"
     return (
         title,
         decimals(results.json(title, "seconds") if own else results.wall(title, less)),
         decimals(results.json(title, "cpu") if own else results.cpu(title, less)),
+        *map(decimals, by_reader),
         *map(decimals, beside),
         (_remark(title, *beside) if own else "") or once,
     )
@@ -130,8 +137,9 @@ def main(options: Options) -> None:
     cache = "cold cache" if cold else "warm cache"
     about = f"large model {models.nbytes(big) / 1e9:.2f} GB, small {models.nbytes(small) / 1e9:.2f}"
     harness.print_head(f"Speed, bf16 Llama: {about} GB", options.runs, cache, "no fsync")
-    columns = ("", "wall s", "CPU s", "/ cp", "/ floor", "")
-    titles = [t for t in results.runs if t not in ("python -c pass", "import torch")]
+    columns = ("", "wall s", "CPU s", *(f"{reader} s" for reader in READERS), "/ cp", "/ floor", "")
+    hidden = ("python -c pass", "import torch")
+    titles = [t for t in results.runs if t not in hidden and not t.endswith(READERS)]
     harness.print_table(columns, [row(results, title) for title in titles])
     harness.print_head(f"Speed with fsync: {about} GB", options.runs, cache, "fsync by both")
     ratio, clock = synced.clock_ratio("interpolate", "cp"), synced.json("interpolate", "seconds")

@@ -46,7 +46,7 @@ FILE_SYSTEMS = {
 LOCAL = frozenset({"ext4", "xfs", "btrfs", "overlay", "tmpfs", "f2fs"})
 """Those whose pages are this machine's own: nobody elsewhere cuts a file short, and no page waits
 for a network while a kernel stands still."""
-MIN_NBYTES = 2**19
+MIN_NBYTES = 2**20
 """Smaller parts are read: mapping one takes as long as copying it."""
 _HUGE = 2**21
 """Pages that lie alike within so many bytes of a file and of memory are mapped many at a time."""
