@@ -4,9 +4,9 @@
 
 Prints, for each run, VmHWM above `import torch` and the planned peak, in MiB. One thing is changed
 at a time: the operation, the memory asked for, the reader, the checkpoint's size (of source and
-result the larger one), its largest tensor, the size of shards; --all takes every combination. Sources are
-sparse files; results are real, 10 GB at a time, and removed after each run. --large-runs 1 runs the
-cases of 3 GB and more once, and says so.
+result the larger one), its largest tensor, the size of shards; --all takes every combination of
+the others. Sources are sparse files; results are real, 10 GB at a time, and removed after each run.
+--large-runs 1 runs the cases of 3 GB and more once, and says so.
 """
 
 import argparse
