@@ -85,6 +85,8 @@ IMPROVED: tuple[tuple[str, str, str], ...] = (
     ),
     ("biogpt", "proj:out", "embed:out"),
     ("opt", "proj:out", "embed:out"),
+    # The features of several layers may stand side by side.
+    ("llava", "vision.embed:in", "features*vision.embed:in"),
     # Image features are as wide as the image encoder, and nothing projects them.
     ("siglip", "joint:out", "v_embed:out"),
     # "_" is any size; who makes it doesn't matter, as it never changes.
@@ -171,6 +173,8 @@ FEWER_LAYERS: Mapping[str, Mapping[str, object]] = {
         "interleave_moe_layer_step": None,
         "no_rope_layer_interval": None,
     },
+    # The features come out of the layer that is the last of those that stay.
+    "llava": {"vision_feature_layer": -1},
     # Its groups are run twice each.
     "albert": {"num_hidden_layers": 2},
 }
