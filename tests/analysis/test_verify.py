@@ -306,6 +306,7 @@ def test_files_beside_the_weights_must_be_what_was_written(
 def test_weights_in_a_folder_inside_are_files_like_others(big: Path, tmp_path: Path) -> None:
     (big / "2_Dense").mkdir()
     save_file({"x": torch.ones(2)}, big / "2_Dense" / "model.safetensors")
+    (big / "2_Dense" / "config.json").write_text("{}")  # a module of its own
     out = tmp_path / "out"
     streammap.coalesce(big, out, width=2)
     assert streammap.verify(out, class_check=False).findings == ()
