@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from streammap.errors import StreammapError
+
 
 @dataclass(frozen=True, slots=True)
 class Started:
@@ -53,6 +55,8 @@ def as_raised(listener: Listener) -> Iterator[Listener]:
     def hear(event: Event) -> None:
         try:
             listener(event)
+        except StreammapError:  # nobody takes these for another's
+            raise
         except Exception as error:
             raise _HeardError(error) from error
 

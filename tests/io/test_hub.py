@@ -113,11 +113,13 @@ def test_a_stream_fetches_each_byte_once(hub: HubServer, tmp_path: Path) -> None
 
 
 def test_what_goes_along_is_looked_at_once(hub: HubServer, tmp_path: Path) -> None:
-    """Once to see whether a folder is another checkpoint, once for the copy."""
+    """By its first bytes, whether it is a pointer of Git LFS or another checkpoint's; then as a copy."""
     streammap.open("org/bert", stream=True).save(tmp_path / "out")
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     asked = [seen for seen in hub.seen if seen.path.endswith("1_Pooling/config.json")]
-    assert len([seen for seen in asked if seen.method == "GET"]) == 2
+    got = [seen for seen in asked if seen.method == "GET"]
+    assert len([seen for seen in got if not seen.span]) <= 1
+    assert len(got) <= 4
 
 
 def test_only_the_shards_that_a_plan_needs_are_fetched(hub: HubServer, tmp_path: Path) -> None:
@@ -159,7 +161,11 @@ def test_offline_the_cache_serves(
     streammap.coalesce("org/bert", tmp_path / "again", width=2)
     streammap.coalesce("org/bert@main", tmp_path / "streamed", width=2, stream=True)
     assert hub.seen == ()
-    assert tiny.tree(tmp_path / "out") == tiny.tree(tmp_path / "again")
+    whole, again = tiny.tree(tmp_path / "out"), tiny.tree(tmp_path / "again")
+    # The cache does not know what it lacks: its record has no note on files that are left out.
+    assert b"onnx/: further weights" in whole.pop("streammap.json")
+    assert b"onnx/" not in again.pop("streammap.json")
+    assert whole == again
     with pytest.raises(CheckpointError, match="nor is it in the Hub's cache") as error:
         streammap.open("org/other")
     assert "hf download org/other" in str(error.value.hint)

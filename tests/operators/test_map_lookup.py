@@ -94,11 +94,11 @@ def test_where_only_one_map_is_possible_nothing_is_asked(big: Path, tmp_path: Pa
 
 def test_growing_to_a_target_by_a_guess_is_told(big: Path, small: Path, tmp_path: Path) -> None:
     model = trained(small, tmp_path / "trained")
-    (note,) = streammap.open(model).decoalesce(target=big / "config.json").plan.notes
-    assert "no map in" in note
+    notes = streammap.open(model).decoalesce(target=big / "config.json").plan.notes
+    (note,) = [note for note in notes if "no map in" in note]
     assert f"give --map {small}" in note
     stacked = streammap.open(model).decoalesce(target=big / "config.json", grouping="stacked")
-    assert stacked.plan.notes == ()
+    assert not [note for note in stacked.plan.notes if "map" in note]
 
 
 def test_the_map_of_the_run_that_a_checkpoint_stands_in_is_found(

@@ -161,7 +161,7 @@ def test_a_killed_run_of_one_file_goes_on(
 
 
 def process(sources: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = ["decoalesce", str(sources / "small"), str(out), f"--max-shard-size={SHARD}"]
+    command = ["decoalesce", str(sources / "small"), str(out), f"--max-shard-size={SHARD}B"]
     return subprocess.Popen([sys.executable, "-m", "streammap", *command, "--quiet"])
 
 
@@ -234,7 +234,7 @@ def test_a_run_is_told_what_was_taken_over(sources: Path, tmp_path: Path) -> Non
     out = tmp_path / "out"
     stop(streammap.open(sources / "big").coalesce(width=2), out)
     n = len(journalled(out))
-    command = ("coalesce", sources / "big", out, "--width=2", f"--max-shard-size={SHARD}")
+    command = ("coalesce", sources / "big", out, "--width=2", f"--max-shard-size={SHARD}B")
     said = ok(*command)
     assert re.search(rf"^resumed    {n} tensors, [\d.]+ kB, were written$", said, re.MULTILINE)
     assert "resumed" not in ok(*command, "--overwrite")
