@@ -113,7 +113,7 @@ def test_a_stream_fetches_each_byte_once(hub: HubServer, tmp_path: Path) -> None
 
 
 def test_what_goes_along_is_looked_at_once(hub: HubServer, tmp_path: Path) -> None:
-    """By its first bytes, whether it is a pointer of Git LFS or another checkpoint's; then as a copy."""
+    """By its first bytes (a pointer of Git LFS? another checkpoint?), then as a copy."""
     streammap.open("org/bert", stream=True).save(tmp_path / "out")
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
     asked = [seen for seen in hub.seen if seen.path.endswith("1_Pooling/config.json")]
