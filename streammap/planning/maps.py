@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import gcd
 from typing import TYPE_CHECKING, final, overload
+from weakref import WeakValueDictionary
 
 from streammap.planning import segments
 from streammap.planning.segments import Row, Segments
@@ -293,6 +294,17 @@ def compose(after: AxisMap, before: AxisMap) -> AxisMap:
         assert isinstance(dtype_of, DenseMap)
         like = dtype_of.matrix
         return DenseMap(to_matrix(after, like=like) @ to_matrix(before, like=like))
+    composed = _composed.get((after, before))
+    if composed is None:
+        composed = _composed[after, before] = _compose_blocks(after, before)
+    return composed
+
+
+_composed: WeakValueDictionary[tuple["BlockMap", "BlockMap"], "BlockMap"] = WeakValueDictionary()
+"""Of a plan's tensors most compose the same maps: one object for all, as long as a plan has it."""
+
+
+def _compose_blocks(after: BlockMap, before: BlockMap) -> BlockMap:
     block = gcd(after.block, before.block)
     a, b = reblocked(after, block), reblocked(before, block)
     rows = []
