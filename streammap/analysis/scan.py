@@ -108,9 +108,13 @@ def fit(forms: Sequence[LinearForm], engine: Engine, *, n_sides: int) -> Memory:
     wanted = engine.n_threads or min(max(2, memory.n_processors()), _MAX_WORKERS)
     least = wanted if engine.n_threads else 1
     for n in range(wanted, 0, -1):
-        budget = engine.memory_nbytes - n * _SCRATCH_NBYTES
         try:
-            fitted = memory.fit(forms, budget=max(1, budget), n_workers=n_sides * n)
+            fitted = memory.fit(
+                forms,
+                budget=engine.memory_nbytes,
+                n_workers=n_sides * n,
+                sink_nbytes=_SCRATCH_NBYTES // n_sides,
+            )
         except OutputError:
             if n <= least:
                 raise

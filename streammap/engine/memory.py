@@ -1,7 +1,7 @@
 """How much memory a run takes: fixed before it begins, whatever the size of the model.
 
     base       streammap's modules and torch's kernels, once they are used
-    tensors    the plan, and bookkeeping of the run: about 2 kB for each
+    tensors    the plan and bookkeeping of the run: for each tensor of a source or of the result
     matrices   dense maps, which are held
     network    a client and what it fetched ahead, where sources are read over one
     workers    each: a few places for parts of sources, a tile of the result, and scratch
@@ -16,16 +16,27 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import final
 
 from streammap.errors import OutputError
+from streammap.io.checkpoint import Checkpoint
 from streammap.io.storage.base import Network
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import BlockMap, DenseMap
 
 BASE_NBYTES = 14 * 2**20
 """Measured, with room to spare; tests/test_memory.py holds runs to it."""
-TENSOR_NBYTES = 2200
-"""What a plan and its run keep for each tensor; bench/tensors.py measures it."""
+_SLOT_NBYTES = 1050
+"""What is kept for each tensor of a source: its slot, and its form in a plan that changes nothing.
+This and the next are measured, see bench/tensors.py, and hold for what is freed in between too."""
+_LETTER_NBYTES = 3
+"""The same for each letter of its key: as text, in the header, and in the record."""
+_TARGET_NBYTES = 1050
+"""What is kept for each tensor of the result: its form, its place, its CRC, its line."""
+_MAPS_NBYTES = 750
+"""The same for each term that has maps."""
+_LOAD_NBYTES = 500
+"""The same for each tensor of a term but the first."""
 PRODUCT_NBYTES = 10 * 2**20
 """What the matrix product library keeps for each thread; measured."""
 CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
@@ -66,7 +77,8 @@ class Memory:
 
     n_workers: int
     """Threads."""
-    n_tensors: int
+    tensors_nbytes: int
+    """What is kept for each tensor, together."""
     tile_nbytes: int
     dense_tile_nbytes: int
     """0 where there is no dense map."""
@@ -75,6 +87,8 @@ class Memory:
     """What is fetched ahead of its use, if sources are read over a network."""
     client_nbytes: int = 0
     """What a client for that network takes."""
+    sink_nbytes: int = 0
+    """What the sink takes for each worker."""
 
     @cached_property
     def limits(self) -> Limits:
@@ -94,8 +108,9 @@ class Memory:
         """What is taken whatever the tiles are."""
         products = PRODUCT_NBYTES * self.n_workers if self.matrices_nbytes else 0
         network = self.client_nbytes + self.ahead_nbytes
-        tensors = TENSOR_NBYTES * self.n_tensors
-        return BASE_NBYTES + tensors + self.matrices_nbytes + products + network
+        sink = self.sink_nbytes * self.n_workers
+        held = self.tensors_nbytes + self.matrices_nbytes
+        return BASE_NBYTES + held + products + network + sink
 
     @property
     def peak_nbytes(self) -> int:
@@ -118,6 +133,32 @@ def _peak(m: Memory) -> int:
     return m.fixed_nbytes + m.n_workers * each
 
 
+@final
+class _Kept:
+    """Counts what is kept for tensors."""
+
+    def __init__(self) -> None:
+        self._targets_nbytes = 0
+        self._sources: dict[int, Checkpoint] = {}
+
+    def add(self, form: LinearForm) -> None:
+        """Count a tensor of the result, and take note of its sources."""
+        self._targets_nbytes += _TARGET_NBYTES
+        for term in form.terms:
+            has_maps = any(m is not None for m in term.maps)
+            self._targets_nbytes += _MAPS_NBYTES * has_maps + _LOAD_NBYTES * (len(term.blend) - 1)
+            for _, ref in term.blend:
+                if isinstance(ref.source, Checkpoint):
+                    self._sources[id(ref.source)] = ref.source
+
+    @property
+    def nbytes(self) -> int:
+        """All of it: sources keep what no tensor of the result reads, too."""
+        keys = [key for source in self._sources.values() for key in source.file_of]
+        letters = sum(map(len, keys))
+        return self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
+
+
 def n_processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0))
@@ -130,6 +171,7 @@ def fit(
     n_workers: int | None,
     networks: Collection[Network] = (),
     n_sharing: int = 1,
+    sink_nbytes: int = 0,
 ) -> Memory:
     """The memory of a run within a budget.
 
@@ -139,16 +181,17 @@ def fit(
             budget is small.
         networks: How sources come over a network.
         n_sharing: Processes that have the processors together.
+        sink_nbytes: What the sink takes for each worker.
 
     Raises:
         OutputError: no tile fits, or no thread is asked for.
     """
     if n_workers is not None and n_workers < 1:
         raise OutputError(f"{n_workers} threads: expected at least 1", hint="pass --threads 1")
-    n_tensors, least = 0, MIN_TILE_NBYTES
+    kept, least = _Kept(), MIN_TILE_NBYTES
     matrices: dict[int, int] = {}
     for form in forms:
-        n_tensors += 1
+        kept.add(form)
         for term in form.terms:
             members = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
             least = max(least, len(term.blend) * members * _MAX_ITEM_NBYTES)
@@ -158,7 +201,9 @@ def fit(
     if "ranges" in networks:
         ahead = max(min(MAX_AHEAD_NBYTES, (budget or 2**40) // 4), MIN_AHEAD_NBYTES)
     client = sum(CLIENT_NBYTES[network] for network in set(networks))
-    memory = Memory(wanted, n_tensors, least, 0, sum(matrices.values()), ahead, client)
+    memory = Memory(
+        wanted, kept.nbytes, least, 0, sum(matrices.values()), ahead, client, sink_nbytes
+    )
     if budget is None:
         budget = memory.peak_nbytes + 4 * _TILES_NBYTES
     # Fewer workers rather than tiles so small that each costs more than it holds.

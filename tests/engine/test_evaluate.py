@@ -223,7 +223,7 @@ def _patched(patch: pytest.MonkeyPatch, form: LinearForm, room: Room) -> Memory:
 def _memory(tile_nbytes: int, dense_tile_nbytes: int = 0) -> Memory:
     return Memory(
         n_workers=1,
-        n_tensors=0,
+        tensors_nbytes=0,
         tile_nbytes=tile_nbytes,
         dense_tile_nbytes=dense_tile_nbytes,
         matrices_nbytes=0,
