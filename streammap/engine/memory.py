@@ -33,9 +33,9 @@ _LETTER_NBYTES = 3
 """The same for each letter of its key: as text, in the header, and in the record."""
 _TARGET_NBYTES = 1050
 """What is kept for each tensor of the result: its form, its place, its CRC, its line."""
-_MAPS_NBYTES = 750
+_MAPS_NBYTES = 850
 """The same for each term that has maps."""
-_LOAD_NBYTES = 500
+_LOAD_NBYTES = 700
 """The same for each tensor of a term but the first."""
 PRODUCT_NBYTES = 10 * 2**20
 """What the matrix product library keeps for each thread; measured."""
