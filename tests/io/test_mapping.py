@@ -39,7 +39,7 @@ def part_of(checkpoint: Checkpoint, *, start: int = 0, end: int = 4 * N) -> Mapp
     return part
 
 
-@pytest.mark.parametrize(("start", "end"), [(0, 4 * N), (4 * 1001, 4 * N), (4 * 513, 4 * 200_003)])
+@pytest.mark.parametrize(("start", "end"), [(0, 4 * N), (4 * 1001, 4 * N), (4 * 513, 4 * (N - 3))])
 def test_a_part_holds_the_files_bytes(file: Path, start: int, end: int) -> None:
     part = part_of(open_checkpoint(file), start=start, end=end)
     wanted = torch.arange(start // 4, end // 4, dtype=torch.float32)
