@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from streammap.errors import CheckpointError
 from streammap.io import filenames, json_files, weight_files
@@ -34,12 +35,25 @@ _SKIPPED_FOLDERS = ("runs", "checkpoint-*", "global_step*", "__pycache__")
 _MAX_DEPTH = 3
 
 
-def sorted_out(side: Checkpoint, storage: Storage) -> Iterator[tuple[str, Fate]]:
+_Sorted = Iterable[tuple[str, Fate]]
+_known: WeakKeyDictionary[Checkpoint, _Sorted] = WeakKeyDictionary()
+"""Of sources elsewhere, whose files stay what they were when they were listed."""
+
+
+def sorted_out(side: Checkpoint, storage: Storage) -> _Sorted:
     """Each file of the folder, and each folder that is left out as a whole, with its fate.
 
     Raises:
         CheckpointError: a folder inside that can't be listed, or whose config.json is broken.
     """
+    if side.is_local:
+        return _sorted_out(side, storage)
+    if side not in _known:
+        _known[side] = tuple(_sorted_out(side, storage))
+    return _known[side]
+
+
+def _sorted_out(side: Checkpoint, storage: Storage) -> Iterator[tuple[str, Fate]]:
     own = {file.name for file in side.files}
     fate_of = cache(partial(_fate_of_folder, storage))
     entries: Iterable[str] = (

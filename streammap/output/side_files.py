@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import final
-from weakref import WeakKeyDictionary
 
 from streammap.errors import CheckpointError, OutputError, some
 from streammap.io import folder_files, json_files, lfs_pointer, safe_open
@@ -155,11 +154,8 @@ def _most_nbytes(side: Checkpoint) -> int:
     return _MAX_NBYTES if side.is_local else MAX_FETCHED_NBYTES
 
 
-_known: WeakKeyDictionary[Checkpoint, tuple[SideFile, ...]] = WeakKeyDictionary()
-
-
 def _listed(side: Checkpoint, storage: Storage) -> Iterable[SideFile]:
-    """The files that belong to the model, however large; elsewhere they are listed once."""
+    """The files that belong to the model, however large."""
     names = (
         _showable(name, storage)
         for name, fate in folder_files.sorted_out(side, storage)
@@ -168,11 +164,7 @@ def _listed(side: Checkpoint, storage: Storage) -> Iterable[SideFile]:
     if side.is_local:
         checked = ((name, *_checked(side.path, side.path / name)) for name in names)
         return (SideFile(name, path=path, nbytes=nbytes) for name, path, nbytes in checked)
-    if side not in _known:
-        _known[side] = tuple(
-            SideFile(name, storage=storage, nbytes=storage.stat(name).nbytes) for name in names
-        )
-    return _known[side]
+    return (SideFile(name, storage=storage, nbytes=storage.stat(name).nbytes) for name in names)
 
 
 def _showable(name: str, storage: Storage) -> str:
