@@ -283,13 +283,7 @@ def open_files(
         read = {content.name for content in contents}
         weight_files.check_index(weight_map, file_of, read, problems)
     names_of = key_wrappers.unwrap(slots.keys())
-    clashes = [
-        Finding(
-            "error", "key", f"it and {other} are both {plain}, without {_listed(names_of)}", key
-        )
-        for other, key, plain in names_of.clashes
-    ]
-    problems.report(clashes, hint="keep one of the two tensors")
+    _report_clashes(names_of, problems)
     if names_of.plain:
         slots = {names_of.key(k): replace(slot, key=names_of.key(k)) for k, slot in slots.items()}
         file_of = {names_of.key(key): name for key, name in file_of.items()}
@@ -324,11 +318,7 @@ def _open_chunked(storage: Storage, folder: Path) -> Checkpoint:
     metadata = dcp_metadata.read(folder)
     chosen = dcp_chunks.select(metadata, folder=str(folder))
     names_of = key_wrappers.unwrap(chosen.keys.keys())
-    for other, key, plain in names_of.clashes:
-        raise CheckpointError(
-            f"{folder}: {key} and {other} are both {plain}, without {_listed(names_of)}",
-            hint="keep one of the two tensors",
-        )
+    _report_clashes(names_of, Strict(storage))
     tensors = {names_of.key(key): metadata.tensors[name] for key, name in chosen.keys.items()}
     digest = hashlib.sha256((folder / dcp_metadata.METADATA).read_bytes()).hexdigest()
     files: list[SourceFile] = []
@@ -354,8 +344,14 @@ def _open_chunked(storage: Storage, folder: Path) -> Checkpoint:
     )
 
 
-def _listed(keys: key_wrappers.PlainKeys) -> str:
-    return " and ".join(keys.wrappers)
+def _report_clashes(names_of: key_wrappers.PlainKeys, problems: Problems) -> None:
+    """Two tensors may not be one without what wrappers wrote into their keys."""
+    wrappers = " and ".join(names_of.wrappers)
+    clashes = [
+        Finding("error", "key", f"it and {other} are both {plain}, without {wrappers}", key)
+        for other, key, plain in names_of.clashes
+    ]
+    problems.report(clashes, hint="keep one of the two tensors")
 
 
 def _find_config(

@@ -23,6 +23,7 @@ from typing import Literal, Protocol, cast
 
 from streammap.architectures import key_pattern
 from streammap.common import optional
+from streammap.output.loading import model_class
 
 Shape = tuple[int, ...]
 Library = Literal["transformers", "timm"]
@@ -30,14 +31,6 @@ Shapes = Mapping[str, Shape]
 Given = tuple[Mapping[str, object], Shapes]
 """A config.json, and the shapes of the tensors beside it by key."""
 _MOST_NBYTES = 8 * 2**30
-_AUTO = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_MASKED_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-    "MODEL_MAPPING",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,19 +177,10 @@ def _transformers(config: Mapping[str, object], shapes: Shapes) -> Verdict:
 
 
 def _net_class(config: Mapping[str, object], finished: object) -> _NetClass:
-    """The class that config.json names, or the first that transformers has for its model type."""
-    named = config.get("architectures")
-    for class_name in named if isinstance(named, list) else ():
-        found = getattr(_module("transformers"), str(class_name), None)
-        if isinstance(found, type) and hasattr(found, "from_pretrained"):
-            return cast("_NetClass", found)
-    auto = _module("transformers.models.auto.modeling_auto")
-    for mapping in _AUTO:
-        options = getattr(auto, mapping, {})
-        if type(finished) in options:
-            chosen = options[type(finished)]
-            return cast("_NetClass", chosen[0] if isinstance(chosen, list | tuple) else chosen)
-    raise _UnknownClassError
+    found = model_class.find(config, finished)
+    if found is None:
+        raise _UnknownClassError
+    return cast("_NetClass", found)
 
 
 def _timm(config: Mapping[str, object], shapes: Shapes) -> Verdict:

@@ -19,17 +19,10 @@ from streammap.architectures import config_fields, layer_rules
 from streammap.architectures.key_pattern import INDEX
 from streammap.common import optional
 from streammap.errors import ArchitectureError
+from streammap.output.loading import model_class
 from streammap.tools.spec_infer import config_changes
 from streammap.tools.spec_infer.config_changes import Changes, Fields
 
-_AUTO = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_MASKED_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
-    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
-    "MODEL_MAPPING",
-)
 REBUILT = ("out_features", "out_indices", "stage_names")
 """Fields that a class makes again from the number of layers."""
 _DERIVED = (
@@ -382,22 +375,13 @@ def _config_class(config: Fields, name: str) -> tuple[str, _ConfigClass]:
 
 
 def _net_class(finished: _Config, config: Fields, name: str) -> Callable[[_Config], Net]:
-    named = config.get("architectures")
-    for class_name in named if isinstance(named, list) else ():
-        net_class = getattr(optional.library("transformers"), str(class_name), None)
-        if isinstance(net_class, type) and hasattr(net_class, "base_model_prefix"):
-            return cast("Callable[[_Config], Net]", net_class)
-    auto = optional.library("transformers.models.auto.modeling_auto")
-    for mapping in _AUTO:
-        options = getattr(auto, mapping, {})
-        if type(finished) in options:
-            net_class = options[type(finished)]
-            first = net_class[0] if isinstance(net_class, (list, tuple)) else net_class
-            return cast("Callable[[_Config], Net]", first)
-    raise ArchitectureError(
-        f"{name}: transformers has no model class for {config.get('model_type')!r}",
-        hint="name one in config.json's architectures, or write a spec by hand",
-    )
+    found = model_class.find(config, finished)
+    if found is None:
+        raise ArchitectureError(
+            f"{name}: transformers has no model class for {config.get('model_type')!r}",
+            hint="name one in config.json's architectures, or write a spec by hand",
+        )
+    return cast("Callable[[_Config], Net]", found)
 
 
 def _plain(value: Mapping[str, object]) -> dict[str, object]:

@@ -1,0 +1,41 @@
+"""Which class of transformers a config.json is of."""
+
+import importlib
+from collections.abc import Mapping
+
+_AUTO = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "MODEL_MAPPING",
+)
+
+
+def find(config: Mapping[str, object], finished: object) -> type | None:
+    """The class that config.json names, or the first that transformers has for its model type.
+
+    Args:
+        config: The config.json.
+        finished: transformers' own object of it.
+
+    Returns:
+        None where it has none.
+
+    Raises:
+        ImportError: transformers is not installed, or too old.
+    """
+    library = importlib.import_module("transformers")
+    named = config.get("architectures")
+    for name in named if isinstance(named, list) else ():
+        found = getattr(library, str(name), None)
+        if isinstance(found, type) and hasattr(found, "base_model_prefix"):
+            return found
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    for mapping in _AUTO:
+        options = getattr(auto, mapping, {})
+        if type(finished) in options:
+            chosen: type | tuple[type, ...] = options[type(finished)]
+            return chosen[0] if isinstance(chosen, list | tuple) else chosen
+    return None
