@@ -13,7 +13,7 @@ from streammap.engine.options import Engine
 from streammap.io.checkpoint import Checkpoint
 from streammap.output import run, side_files
 from streammap.planning import exactness, graph
-from streammap.planning.graph import LinearForm, Term
+from streammap.planning.graph import Derived, LinearForm, Term
 from streammap.planning.plan import Plan
 
 _COLUMNS = (
@@ -185,6 +185,8 @@ def _term_words(term: Term, names: Mapping[int, str]) -> str:
     ]
     by_source: dict[int, list[float]] = {}
     for coefficient, ref in term.blend:
+        if isinstance(ref.source, Derived):
+            names = {**names, id(ref.source): ref.source.name}
         by_source.setdefault(id(ref.source), []).append(coefficient)
     parts = []
     for source, coefficients in by_source.items():

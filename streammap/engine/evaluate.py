@@ -134,9 +134,9 @@ class TileReader:
         """
         bits = max(8, DTYPE_BITS[form.spec.dtype])
         view = self._whole.view[: n * bits // 8]
-        source = form.copied
+        source = form.bare
         if source is not None:
-            source.source.read_into(source.key, start * bits // 8, view)
+            self._worker.read(source, start * bits // 8, view)
             return view
         assert tile is not None
         job = Compute(form_key(form), Recipe(form, tile), (TensorOffset("", 0),))

@@ -4,7 +4,8 @@
     tensors    the plan and bookkeeping of the run: for each tensor of a source or of the result
     matrices   dense maps, which are held
     network    a client and what it fetched ahead, where sources are read over one
-    workers    each: a few places for parts of sources, a tile of the result, and scratch
+    workers    each: a few places for parts of sources, a tile of the result, and scratch; where
+               tensors are derived, what deriving takes, and a small worker for what it reads
 
 The tile is what the budget leaves room for, up to 2 MiB: larger ones are not faster. It is computed
 in chunks that stay in a processor's cache. Each tile of a dense map reads the whole source, so
@@ -21,7 +22,7 @@ from typing import final
 from streammap.errors import OutputError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.storage.base import Network
-from streammap.planning.graph import LinearForm
+from streammap.planning.graph import Derived, LinearForm
 from streammap.planning.maps import BlockMap, DenseMap
 
 BASE_NBYTES = 14 * 2**20
@@ -50,6 +51,8 @@ CHUNK_NBYTES = 2**20
 _SCRATCH_CHUNKS = 4
 _TILES_NBYTES = 40 * 2**20
 """All tiles and scratch at most, dense maps aside: if there are many workers, tiles are smaller."""
+_INNER_TILE_NBYTES = 2**18
+"""The tile of what derived tensors are computed from, at least."""
 N_PLACES = 3
 """Parts of sources that a worker keeps."""
 _MAX_WORKERS = 8
@@ -89,6 +92,16 @@ class Memory:
     """What a client for that network takes."""
     sink_nbytes: int = 0
     """What the sink takes for each worker."""
+    derived_nbytes: int = 0
+    """What deriving a tensor takes in each worker; 0 where none is derived."""
+    inner_tile_nbytes: int = 0
+    """The tile of what derived tensors are computed from."""
+
+    @cached_property
+    def inner(self) -> "Memory":
+        """For what derived tensors are computed from: a worker within each of these."""
+        tile = self.inner_tile_nbytes
+        return Memory(1, 0, tile, tile, 0, inner_tile_nbytes=tile)
 
     @cached_property
     def limits(self) -> Limits:
@@ -108,9 +121,9 @@ class Memory:
         """What is taken whatever the tiles are."""
         products = PRODUCT_NBYTES * self.n_workers if self.matrices_nbytes else 0
         network = self.client_nbytes + self.ahead_nbytes
-        sink = self.sink_nbytes * self.n_workers
+        each = self.sink_nbytes + self.derived_nbytes
         held = self.tensors_nbytes + self.matrices_nbytes
-        return BASE_NBYTES + held + products + network + sink
+        return BASE_NBYTES + held + products + network + each * self.n_workers
 
     @property
     def peak_nbytes(self) -> int:
@@ -134,22 +147,46 @@ def _peak(m: Memory) -> int:
 
 
 @final
-class _Kept:
-    """Counts what is kept for tensors."""
+class _Needs:
+    """Counts what forms need."""
 
     def __init__(self) -> None:
-        self._targets_nbytes = 0
+        self.matrices: dict[int, int] = {}
+        """Bytes of each dense map."""
+        self.inner_tile_nbytes = 0
+        self._targets_nbytes = self._scratch_nbytes = self._depth = 0
         self._sources: dict[int, Checkpoint] = {}
 
-    def add(self, form: LinearForm) -> None:
-        """Count a tensor of the result, and take note of its sources."""
+    def add(self, form: LinearForm, depth: int = 0) -> None:
+        """Count a tensor of the result, and take note of its sources.
+
+        Args:
+            depth: How many derived tensors it is inside of.
+        """
         self._targets_nbytes += _TARGET_NBYTES
         for term in form.terms:
             has_maps = any(m is not None for m in term.maps)
             self._targets_nbytes += _MAPS_NBYTES * has_maps + _LOAD_NBYTES * (len(term.blend) - 1)
+            self.matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
             for _, ref in term.blend:
                 if isinstance(ref.source, Checkpoint):
                     self._sources[id(ref.source)] = ref.source
+                elif isinstance(ref.source, Derived):
+                    self._add_derived(ref.source, depth + 1)
+
+    def _add_derived(self, made: Derived, depth: int) -> None:
+        self._depth = max(self._depth, depth)
+        self._scratch_nbytes = max(self._scratch_nbytes, made.scratch_nbytes)
+        tiles = (_INNER_TILE_NBYTES, *map(_least, made.inputs))
+        self.inner_tile_nbytes = max(self.inner_tile_nbytes, *tiles)
+        for form in made.inputs:
+            self.add(form, depth)
+
+    @property
+    def derived_nbytes(self) -> int:
+        """What a worker takes for derived tensors: scratch, and a worker for each level of them."""
+        inner = (N_PLACES + 1 + _SCRATCH_CHUNKS) * self.inner_tile_nbytes
+        return self._depth * (self._scratch_nbytes + inner)
 
     @property
     def nbytes(self) -> int:
@@ -157,6 +194,15 @@ class _Kept:
         keys = [key for source in self._sources.values() for key in source.file_of]
         letters = sum(map(len, keys))
         return self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
+
+
+def _least(form: LinearForm) -> int:
+    """A tile that has room for one number with all that it is made of."""
+    least = MIN_TILE_NBYTES
+    for term in form.terms:
+        members = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
+        least = max(least, len(term.blend) * members * _MAX_ITEM_NBYTES)
+    return least
 
 
 def n_processors() -> int:
@@ -188,21 +234,27 @@ def fit(
     """
     if n_workers is not None and n_workers < 1:
         raise OutputError(f"{n_workers} threads: expected at least 1", hint="pass --threads 1")
-    kept, least = _Kept(), MIN_TILE_NBYTES
-    matrices: dict[int, int] = {}
+    needs, least = _Needs(), MIN_TILE_NBYTES
     for form in forms:
-        kept.add(form)
-        for term in form.terms:
-            members = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
-            least = max(least, len(term.blend) * members * _MAX_ITEM_NBYTES)
-            matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
+        needs.add(form)
+        least = max(least, _least(form))
+    matrices = needs.matrices
     wanted = n_workers or min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
     ahead = 0
     if "ranges" in networks:
         ahead = max(min(MAX_AHEAD_NBYTES, (budget or 2**40) // 4), MIN_AHEAD_NBYTES)
     client = sum(CLIENT_NBYTES[network] for network in set(networks))
     memory = Memory(
-        wanted, kept.nbytes, least, 0, sum(matrices.values()), ahead, client, sink_nbytes
+        wanted,
+        needs.nbytes,
+        least,
+        0,
+        sum(matrices.values()),
+        ahead,
+        client,
+        sink_nbytes,
+        needs.derived_nbytes,
+        needs.inner_tile_nbytes,
     )
     if budget is None:
         budget = memory.peak_nbytes + 4 * _TILES_NBYTES

@@ -118,7 +118,7 @@ def bundles(
             flat = None
             if start is not None and len(family) == 1 and target.rows is None:
                 flat = graph.flat(target.form)
-            if target.form.copied is not None:
+            if target.form.bare is not None:
                 yield from _copies(target, start, memory)
             elif start is not None and flat is not None:
                 yield from _ranges(replace(target, form=flat), start)
@@ -175,7 +175,7 @@ def _merged(
 
 
 def _copies(target: Target, grid: int | None, memory: Memory) -> Iterator[Bundle]:
-    source = target.form.copied
+    source = target.form.bare
     assert source is not None
     start, end = 0, source.spec.nbytes
     if target.rows is not None:

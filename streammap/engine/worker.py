@@ -16,14 +16,23 @@ from streammap.engine.devices import DeviceBuffer, DeviceSide, Matrices
 from streammap.engine.elementwise import Pieces
 from streammap.engine.memory import N_PLACES, Limits, Memory
 from streammap.engine.program import OUT, WORK, Op, Program
-from streammap.engine.schedule import Compute, Copy, Grid, Job, fits, limits_of
-from streammap.engine.tile_reads import ReadRequest, Recipe
+from streammap.engine.schedule import (
+    Compute,
+    Copy,
+    Grid,
+    Job,
+    TensorOffset,
+    fits,
+    limits_of,
+    whole_tiles,
+)
+from streammap.engine.tile_reads import ReadRequest, Recipe, form_key
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
 from streammap.io.dtypes import DTYPE_BITS
 from streammap.io.storage.base import Reader
 from streammap.io.storage.mapping import MappedPart
-from streammap.planning.graph import TensorRef
+from streammap.planning.graph import Derived, LinearForm, TensorRef
 from streammap.planning.maps import DenseMap
 
 if TYPE_CHECKING:
@@ -98,6 +107,7 @@ class Worker:
         """The program is kept with its calls, so that no other one gets its id."""
         self._pieces: dict[object, Pieces | None] = {}
         """How flat forms are computed, by what they have in common."""
+        self._forms: WorkerReader | None = None
         self._side = None
         if matrices is not None:
             self._side = DeviceSide(limits, matrices)
@@ -107,6 +117,8 @@ class Worker:
     def close(self) -> None:
         """Give back what is mapped, and what is on a device."""
         self.begin()
+        if self._forms is not None:
+            self._forms.close()
         if self._side is not None:
             self._side.close()
 
@@ -162,7 +174,6 @@ class Worker:
         if grid is not None:
             step = min(PIECE_NBYTES, self._memory.tile_nbytes)
             cuts, n = list(ranges.pieces(grid, job.nbytes, step)), self._memory.tile_nbytes // step
-        self.n_read += job.nbytes
         for run in (cuts[i : i + n] for i in range(0, len(cuts), n)):
             first = run[0][0]
             is_mapped = self._map(place, load, job.start + first, job.start + run[-1][1])
@@ -171,7 +182,7 @@ class Worker:
                     yield start, place.mapped.view[start - first : end - first]
                     continue
                 view = self._out.view[: end - start]
-                load.source.read_into(load.key, job.start + start, view)
+                self.read(load, job.start + start, view)
                 yield start, view
             place.mapped.check()
             place.mapped.close()
@@ -339,19 +350,81 @@ class Worker:
         place.mapped.check()
         place.mapped.close()
         parts = list(stretches)
-        self.n_read += sum(end - start for _, start, end in parts)
         if maps and len(parts) == 1 and self._map(place, *parts[0]):
             return
         offset = 0
         for load, start, end in parts:
             view = place.buffer.view[offset : offset + end - start]
-            load.source.read_into(load.key, start, view)
+            self.read(load, start, view)
             offset += end - start
+
+    def read(self, load: TensorRef, start: int, view: memoryview) -> None:
+        """Fill `view` with bytes of a source tensor, from its byte `start` on."""
+        if isinstance(load.source, Derived):
+            if self._forms is None:
+                self._forms = WorkerReader(self._memory, reader=self._reader)
+            before = self._forms.n_read
+            self._forms.fill(load.source, start, view)
+            self.n_read += self._forms.n_read - before
+        else:
+            load.source.read_into(load.key, start, view)
+            self.n_read += len(view)
 
     def _map(self, place: _Place, load: TensorRef, start: int, end: int) -> bool:
         if self._reader == "pread":
             return False
-        return load.source.map_into(load.key, start, end, place.mapped, self._reader)
+        is_mapped = load.source.map_into(load.key, start, end, place.mapped, self._reader)
+        self.n_read += (end - start) * is_mapped
+        return is_mapped
+
+
+@final
+class WorkerReader:
+    """The FormReader of one worker, which reads for derived tensors.
+
+    A stored tensor is read straight into what is to be filled. Any other form is computed by a
+    worker of its own, whose tiles are small: its buffers come on top of those of the first.
+    """
+
+    def __init__(self, memory: Memory, *, reader: Reader) -> None:
+        """Take nothing yet; `memory` is that of the worker it reads for."""
+        self.kept: dict[object, object] = {}
+        self._owner: Derived | None = None
+        self._worker = Worker(memory.inner, Programs(), grid=whole_tiles, reader=reader)
+
+    @property
+    def n_read(self) -> int:
+        """Bytes read so far."""
+        return self._worker.n_read
+
+    def fill(self, made: Derived, start: int, view: memoryview) -> None:
+        """Fill `view` with bytes of a derived tensor, from its byte `start` on."""
+        if self._owner is not made:
+            self.kept.clear()
+            self._owner = made
+        if len(view):
+            made.fill(start * 8 // DTYPE_BITS[made.tensor.dtype], view, self)
+
+    def __call__(self, form: LinearForm, start: int, view: memoryview) -> None:
+        """See FormReader."""
+        bits = DTYPE_BITS[form.spec.dtype]
+        bare = form.bare
+        if bare is not None:
+            self._worker.read(bare, start * bits // 8, view)
+            return
+        shared, at = form_key(form), 0
+        for tile in ranges.boxes(form.spec.shape, start, start + len(view) * 8 // bits):
+            self._worker.begin()
+            job = Compute(shared, Recipe(form, tile), (TensorOffset("", at),))
+            for part in self._worker.split(job):
+                first = part.places[0].offset
+                for offset, piece in self._worker.compute(part):
+                    view[first + offset : first + offset + len(piece)] = piece
+            at += job.nbytes
+
+    def close(self) -> None:
+        """Give back what is mapped."""
+        self._worker.close()
 
 
 def _matrix(m: DenseMap) -> "Tensor":

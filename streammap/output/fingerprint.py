@@ -11,7 +11,7 @@ from streammap.errors import OutputError
 from streammap.output import work_folder
 from streammap.output.layout import Shard
 from streammap.planning import graph
-from streammap.planning.graph import LinearForm
+from streammap.planning.graph import Derived, LinearForm
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.plan import FORMAT, Plan
 
@@ -137,6 +137,11 @@ def _parts(form: LinearForm, number: dict[int, int], maps: dict[int, bytes]) -> 
         for coefficient, load in term.blend:
             which = -1 if graph.is_constant(load) else number.get(id(load.source), -2)
             yield f"{coefficient!r} {which} {load.spec} {load.key}\n".encode()
+            if isinstance(load.source, Derived):
+                yield json.dumps(load.source.formula, sort_keys=True).encode()
+                for inner in load.source.inputs:
+                    yield f"\n{inner.spec}\n".encode()
+                    yield from _parts(inner, number, maps)
 
 
 def _map(axis_map: AxisMap, known: dict[int, bytes]) -> bytes:

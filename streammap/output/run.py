@@ -21,6 +21,7 @@ from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
 from streammap.output.transaction import RunResult
 from streammap.planning import graph
+from streammap.planning.graph import Derived, LinearForm, TensorRef
 from streammap.planning.plan import Plan
 
 
@@ -105,9 +106,23 @@ def readings(plan: Plan, engine: Engine) -> tuple[Reading, ...]:
 
 
 def read_nbytes(plan: Plan) -> int:
-    """Bytes of the source tensors that a run reads; where maps are dense, some are read again."""
-    loads = {load for form in plan.targets.values() for load in form.loads()}
-    return sum(load.spec.nbytes for load in loads if not graph.is_constant(load))
+    """Bytes of the source tensors that a run reads: as often as tensors that are derived from them
+    ask for. Where maps are dense, some are read again.
+    """
+    times: dict[TensorRef, int] = {}
+    for form in plan.targets.values():
+        _count(form, 1, times)
+    return sum(n * load.spec.nbytes for load, n in times.items() if not graph.is_constant(load))
+
+
+def _count(form: LinearForm, n: int, times: dict[TensorRef, int]) -> None:
+    """How often each stored tensor is read for a form that is read n times."""
+    for ref in form.reads():
+        if isinstance(ref.source, Derived):
+            for inner in ref.source.inputs:
+                _count(inner, n * ref.source.n_passes, times)
+        else:
+            times[ref] = max(n, times.get(ref, 0))
 
 
 def run(

@@ -282,6 +282,8 @@ def rounding(targets: Mapping[str, LinearForm]) -> str | None:
 
 def _rounded_by(form: LinearForm) -> Iterator[str]:
     """Why numbers of a form are rounded."""
+    for made in form.derived():
+        yield made.name
     if any(map(graph.is_constant, form.loads())):
         yield "norms store their gain less a constant"
     elif len(form.terms) > 1 or any(len(term.blend) > 1 for term in form.terms):

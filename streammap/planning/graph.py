@@ -4,14 +4,18 @@
     Term   =  M_0 x M_1 x ... applied to a blend    one map a dimension (None keeps it)
     blend  =  sum of coefficient * Load             tensors of one shape (a constant: ones)
 
-All that streammap does is of this kind, and the kind is closed: a map of a sum is a sum of maps,
-maps of one dimension compose, equal maps share one blend. So each function below returns the normal
-form at once, and a chain of operators costs one pass over the sources. A tensor that nothing
+Almost all that streammap does is of this kind, and the kind is closed: a map of a sum is a sum of
+maps, maps of one dimension compose, equal maps share one blend. So each function below returns the
+normal form at once, and a chain of operators costs one pass over the sources. A tensor that nothing
 changes is one bare Load, and is copied byte for byte.
+
+What is not linear, or has no maps of its own (spherical means, low-rank products, noise), is a
+Derived tensor: a source like any other, computed from forms while it is read.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, final
@@ -108,8 +112,8 @@ class LinearForm:
         return "F64" if self.spec.dtype == "F32" and long else "F32"
 
     @property
-    def copied(self) -> TensorRef | None:
-        """The source tensor that this is byte for byte, if it is one."""
+    def bare(self) -> TensorRef | None:
+        """The source tensor that this is byte for byte, stored or derived, if it is one."""
         if len(self.terms) != 1:
             return None
         term = self.terms[0]
@@ -117,11 +121,102 @@ class LinearForm:
         same = coefficient == 1.0 and ref.spec == self.spec and len(term.blend) == 1
         return ref if same and all(m is None for m in term.maps) else None
 
-    def loads(self) -> Iterator[TensorRef]:
-        """Each source tensor, once for each term that reads it."""
+    @property
+    def copied(self) -> TensorRef | None:
+        """The stored tensor that this is byte for byte, if it is one."""
+        ref = self.bare
+        return None if ref is None or isinstance(ref.source, Derived) else ref
+
+    def reads(self) -> Iterator[TensorRef]:
+        """What its terms read, stored or derived, once for each term that reads it."""
         for term in self.terms:
             for _, ref in term.blend:
                 yield ref
+
+    def loads(self) -> Iterator[TensorRef]:
+        """Each stored tensor, once for each term that reads it, or derives from it."""
+        for ref in self.reads():
+            if isinstance(ref.source, Derived):
+                for form in ref.source.inputs:
+                    yield from form.loads()
+            else:
+                yield ref
+
+    def derived(self) -> "Iterator[Derived]":
+        """The derived tensors that it reads, those that they are made of first."""
+        for ref in self.reads():
+            if isinstance(ref.source, Derived):
+                for form in ref.source.inputs:
+                    yield from form.derived()
+                yield ref.source
+
+
+class FormReader(Protocol):
+    """Reads numbers of forms, for one thread: what the engine gives to a derived tensor."""
+
+    kept: dict[object, object]
+    """What a derived tensor may keep from one call to the next; its scratch counts it. Emptied
+    when another one is read."""
+
+    def __call__(self, form: LinearForm, start: int, view: memoryview) -> None:
+        """Fill `view` with a form's numbers, in its dtype, from its element `start` on."""
+        ...
+
+
+class Derived(ABC):
+    """A tensor that is computed from forms while it is read, a part at a time.
+
+    The same part is read again, in other sizes, by other threads, after a kill: equal places must
+    have equal bits each time. What it knows of all its numbers (a norm, a threshold) it finds out
+    when it is first asked, by reading its forms.
+    """
+
+    inputs: tuple[LinearForm, ...] = ()
+    """What it is computed from."""
+    n_passes: int = 1
+    """How often it reads them."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is, in a few words, for plans and messages."""
+
+    @property
+    @abstractmethod
+    def formula(self) -> Mapping[str, object]:
+        """All that determines its numbers but the forms it reads, as JSON: equal for equal ones."""
+
+    @property
+    @abstractmethod
+    def tensor(self) -> TensorSpec:
+        """Its dtype and shape; F32, unless its forms have more digits."""
+
+    @property
+    @abstractmethod
+    def scratch_nbytes(self) -> int:
+        """Memory that `fill` takes in one thread, with all that it keeps, at most."""
+
+    @abstractmethod
+    def fill(self, start: int, view: memoryview, read: FormReader) -> None:
+        """Fill `view` with its numbers, row by row, from its element `start` on."""
+
+    def spec(self, key: str) -> TensorSpec:
+        """See TensorSource."""
+        return self.tensor
+
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
+        """See TensorSource; an engine asks `fill` instead."""
+        raise TypeError(f"{self.name}: is computed, not read")
+
+    def map_into(self, key: str, start: int, end: int, part: "MappedPart", reader: Reader) -> bool:
+        """See TensorSource."""
+        return False
+
+
+def derive(made: Derived, *, dtype: str | None = None) -> LinearForm:
+    """A derived tensor, rounded to `dtype`."""
+    form = load(made, "")
+    return LinearForm(TensorSpec(dtype or form.spec.dtype, form.spec.shape), form.terms)
 
 
 def load(source: TensorSource, key: str) -> LinearForm:

@@ -1,0 +1,80 @@
+"""Derived tensors whose numbers depend on those at the same place of their forms."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec, to_torch
+from streammap.planning.graph import Derived, FormReader, LinearForm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLOCK = 2**16
+"""Numbers that are computed at once: few enough for a processor's cache."""
+_EACH_NBYTES = 24
+"""Of a number of a form in a block, at most: as it is read, in float64, and in between."""
+
+
+class Elementwise(Derived):
+    """A function of forms of one shape, number by number."""
+
+    n_scratch: int = 4
+    """Tensors of a block that `values` holds at once, beside what it is given."""
+
+    @property
+    def tensor(self) -> TensorSpec:
+        """F32, or F64 where one of the forms is."""
+        wide = any(form.spec.dtype == "F64" for form in self.inputs)
+        return TensorSpec("F64" if wide else "F32", self.inputs[0].spec.shape)
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """A block of each form, and of what is computed."""
+        return BLOCK * _EACH_NBYTES * (len(self.inputs) + self.n_scratch)
+
+    def fill(self, start: int, view: memoryview, read: FormReader) -> None:
+        """A block at a time."""
+        import torch
+
+        out = torch.frombuffer(view, dtype=to_torch(self.tensor.dtype))
+        for first in range(0, len(out), BLOCK):
+            n = min(BLOCK, len(out) - first)
+            parts = [numbers(form, start + first, n, read) for form in self.inputs]
+            out[first : first + n] = self.values(start + first, parts, read)
+
+    @abstractmethod
+    def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
+        """The numbers from element `start` on.
+
+        Args:
+            parts: Of each form the numbers there, float32 or float64 [n], which may be written to.
+        """
+
+
+def numbers(form: LinearForm, start: int, n: int, read: FormReader) -> "Tensor":
+    """Of a form `n` numbers from element `start` on, in float32; in float64 if it has them [n]."""
+    import torch
+
+    stored = bytearray(n * DTYPE_BITS[form.spec.dtype] // 8)
+    read(form, start, memoryview(stored))
+    found = torch.frombuffer(stored, dtype=to_torch(form.spec.dtype))
+    return found if form.spec.dtype == "F64" else found.to(torch.float32)
+
+
+def total(x: "Tensor") -> float:
+    """The sum of numbers [n], in float64 and always in the same order.
+
+    A library's own sum adds in another order for another number of threads.
+    """
+    import torch
+
+    x = x.to(torch.float64)
+    while len(x) > 64:
+        half = len(x) // 2
+        rest = x[2 * half :]
+        x = x[:half] + x[half : 2 * half]
+        if len(rest):
+            x[0] += rest[0]
+    return math.fsum(x.tolist())
