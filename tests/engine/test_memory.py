@@ -29,7 +29,7 @@ lazy = {
     "coalesce": lambda: big.coalesce(width=2, depth=2),
     "decoalesce": lambda: big.decoalesce(width=2),
     "layers": lambda: big.decoalesce(layers=4),
-    "fill": lambda: big.decoalesce(hidden="=768"),
+    "fill": lambda: big.decoalesce(hidden="to:%d" % (big.sizes["embed"] * 3 // 2)),
     "interpolate": lambda: big.interpolate(big.coalesce(width=2).decoalesce(), alpha=0.5),
 }[what]()
 report = lazy.save(folder + "-" + what, fsync=False, overwrite=True, **options)
