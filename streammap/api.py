@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from streammap.analysis.difference import Difference
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
+    from streammap.operators.merge_lora import MergeLora
     from streammap.operators.permute import Permute
     from streammap.output.module.load import LoadReport
     from streammap.planning.request import Moved
@@ -222,6 +223,7 @@ class LazyCheckpoint:
     decoalesce = _method(Decoalesce)
     interpolate = _method(Interpolate)
     if TYPE_CHECKING:  # __getattr__ has it, as it has the operators of others
+        merge_lora = _method(MergeLora)
         permute = _method(Permute)
 
     @takes(SaveOptions)
@@ -408,12 +410,17 @@ if TYPE_CHECKING:
         pass
 
     @declared
+    class _MergeLora(MergeLora, _CallOptions):
+        pass
+
+    @declared
     class _Permute(Permute, _CallOptions):
         pass
 
     coalesce = _one_call(Coalesce, _Coalesce)
     decoalesce = _one_call(Decoalesce, _Decoalesce)
     interpolate = _one_call(Interpolate, _Interpolate)
+    merge_lora = _one_call(MergeLora, _MergeLora)
     permute = _one_call(Permute, _Permute)
 
 else:

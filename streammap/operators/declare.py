@@ -100,9 +100,14 @@ class Input(Kind):
 
     in_json = False  # it is a call of its own, inside the operator's
 
-    def __init__(self, *, many: bool = False) -> None:
-        """`many`: any number of them, as a sequence."""
-        self.many = many
+    def __init__(self, *, many: bool = False, adapter: bool = False) -> None:
+        """What is given by its place is opened.
+
+        Args:
+            many: Any number of them, as a sequence.
+            adapter: They are adapters, which are no models by themselves.
+        """
+        self.many, self.adapter = many, adapter
         if many:
             self.form = "many"
 
@@ -122,6 +127,11 @@ def inputs_of(operator: Operator | type[Operator]) -> Iterator[Declared]:
     """The inputs beside the source."""
     cls = operator if isinstance(operator, type) else type(operator)
     return (one for one in options_of(cls) if isinstance(one.kind, Input))
+
+
+def is_adapter(one: Declared) -> bool:
+    """Whether an input is an adapter, or several."""
+    return isinstance(one.kind, Input) and one.kind.adapter
 
 
 def settled(operator: Operator, source: "Plan") -> Mapping[str, object]:
