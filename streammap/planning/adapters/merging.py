@@ -55,9 +55,11 @@ def merge(model: Plan, adapters: Sequence[tuple[Plan, float]]) -> tuple[Plan, tu
     model, more = _untied(model, opened)
     places, targets = Places(model), dict(model.targets)
     notes += more
-    for key, (form, name) in _replaced(model, opened, places).items():
-        targets[key] = form
-        notes.append(f"{key}: the adapter {name} has all of it, and it is taken as it is")
+    whole = _replaced(model, opened, places)
+    targets |= {key: form for key, (form, _) in whole.items()}
+    for name in dict.fromkeys(name for _, name in whole.values()):
+        keys = [key for key, (_, other) in whole.items() if other == name]
+        notes.append(f"{some(keys)}: whole in the adapter {name}, and taken as they are there")
     found = [(one, each) for one in opened for each in _products(one, model, places)]
     by_key: dict[str, list[tuple[_Adapter, Found]]] = {}
     for one, each in found:

@@ -9,6 +9,7 @@ Equal names are one tensor; then those that the model's spec knows as one; then 
 begin otherwise, with what wraps a model inside another.
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -102,15 +103,25 @@ class Places:
                     break
 
     def experts(self, module: str, parameter: str) -> list[tuple[int, int | None, str]]:
-        """The parts of a parameter of all experts: (expert, half of the rows, key of the module)."""
-        found: list[tuple[int, int | None, str]] = []
+        """The parts of a parameter of all experts: (expert, half of its rows, key)."""
         for parent in _spellings(module):
-            for name, (fused, half) in _HALVES.items():
-                expert = 0
-                while fused == parameter and (key := self.find(f"{parent}.{expert}.{name}.weight")):
-                    found.append((expert, half, key))
-                    expert += 1
-        return found
+            found = [
+                (expert, half, key)
+                for name, (fused, half) in _HALVES.items()
+                if fused == parameter
+                for expert, key in enumerate(self._numbered(parent, name))
+            ]
+            if found:
+                return found
+        return []
+
+    def _numbered(self, parent: str, name: str) -> Iterator[str]:
+        """Keys of a module's weight, expert by expert."""
+        for expert in itertools.count():
+            key = self.find(f"{parent}.{expert}.{name}.weight")
+            if key is None:
+                return
+            yield key
 
     @cached_property
     def _identities(self) -> dict[tuple[Identity, tuple[int, ...]], str]:
