@@ -47,8 +47,8 @@ def open_source(
     source, adapters = adapter_files.split(source)
     if adapters:
         model = open_source(source, config=config, arch=arch, maps=maps, stream=stream)
-        merge = registry.load("merge-lora")(adapters)  # type: ignore[call-arg]
-        return apply(merge, model, stream=stream)
+        cls = registry.load("merge-lora")
+        return apply(declare.make(cls, {"adapters": adapters}), model, stream=stream)
     path = None if isinstance(config, Mapping) else config
     opened = open_checkpoint(source, config=path, stream=stream)
     if isinstance(config, Mapping):

@@ -115,12 +115,13 @@ class Input(Kind):
         """A path, a plan, or what has one."""
         from streammap.planning.plan import Plan
 
-        for one in value if self.many and isinstance(value, list | tuple) else (value,):
+        several = value if self.many and isinstance(value, list | tuple) else (value,)
+        for one in several:
             if not isinstance(one, str | Path | Plan) and not isinstance(
                 getattr(one, "plan", None), Plan
             ):
                 raise PlanError(f"{name} is {shown(one)}, expected a checkpoint")
-        return tuple(value) if self.many else value
+        return tuple(several) if self.many else value
 
 
 def inputs_of(operator: Operator | type[Operator]) -> Iterator[Declared]:

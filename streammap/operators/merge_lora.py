@@ -40,13 +40,13 @@ class MergeLora(Operator):
 
     examples: ClassVar[tuple[str, ...]] = ("merge-lora llama/ adapter/ --output merged/",)
 
-    adapters: tuple[PlanLike, ...] = argument(
+    adapters: PlanLike | Sequence[PlanLike] = argument(
         help="Adapters: folders that peft's save_pretrained wrote.",
         kind=Input(many=True, adapter=True),
         metavar="ADAPTER",
         kw_only=False,
     )
-    scale: tuple[float, ...] = option(
+    scale: float | Sequence[float] = option(
         default=(),
         help="What an adapter's own scale is multiplied by: for all, or once for each in turn.",
         group="Merge",
@@ -61,29 +61,32 @@ class MergeLora(Operator):
             PlanError: an adapter for another model, or not as many scales as adapters.
             CheckpointError: an adapter that is no LoRA, or one that can't be merged.
         """
-        scales = self._scales(len(adapters))
+        given = (self.scale,) if isinstance(self.scale, float) else tuple(self.scale)
+        scales = _for_each(given, len(adapters))
         merged, notes = merging.merge(source, list(zip(adapters, scales, strict=True)))
         names = [adapter.sources[0].name for adapter in adapters]
         n = sum(merged.targets[key] is not source.targets.get(key) for key in merged.targets)
         step = Step(
             self.name,
-            {"adapters": names, **({"scale": list(self.scale)} if self.scale else {})},
+            {"adapters": names, **({"scale": list(given)} if given else {})},
             "approximate",
             f"the adapter's function, but for rounding once: {n} tensors change",
             notes,
         )
         return replace(merged, steps=(*source.steps, step))
 
-    def _scales(self, n: int) -> Sequence[float]:
-        if n == 0:
-            raise PlanError("merge-lora: no adapter", hint="name one, or several, after the model")
-        scales = self.scale or (1.0,)
-        if len(scales) not in (1, n):
-            raise PlanError(
-                f"scale: {len(scales)} numbers for {n} adapters",
-                hint="give one for all of them, or one for each",
-            )
-        return scales * n if len(scales) == 1 else scales
+
+def _for_each(given: tuple[float, ...], n: int) -> tuple[float, ...]:
+    """A scale for each of n adapters."""
+    if n == 0:
+        raise PlanError("merge-lora: no adapter", hint="name one, or several, after the model")
+    scales = given or (1.0,)
+    if len(scales) not in (1, n):
+        raise PlanError(
+            f"scale: {len(scales)} numbers for {n} adapters",
+            hint="give one for all of them, or one for each",
+        )
+    return scales * n if len(scales) == 1 else scales
 
 
 def _number(value: object, name: str) -> float:
