@@ -267,7 +267,8 @@ def open(
 
     Args:
         source: On this machine; "org/name" or "org/name@revision" on the Hub, where no folder has
-            that name; or a URL ("s3://bucket/folder").
+            that name; or a URL ("s3://bucket/folder"). "model+adapter" is the first of them with
+            LoRA adapters merged.
         config: config.json, where it is not beside the weights.
         arch: Name of the architecture spec, where config.json does not tell.
         stream: Whether to read from the Hub what is needed when it is, and keep nothing on disk,

@@ -1,5 +1,6 @@
 """Merged adapters are W + scale * B A in dense float64, rounded once; what is none is refused."""
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 import streammap
 from streammap.errors import CheckpointError, PlanError, StreammapError
+from streammap.planning.adapters import settings
 from tests.support import tiny
 from tests.support.typed import ok, run
 
@@ -118,6 +122,45 @@ def test_a_record_by_hand_and_sources_that_moved(model: Path, tmp_path: Path) ->
     record = tmp_path / "recipe.json"
     record.write_text(json.dumps({**request, "adapters": [{"operator": "open", "path": "gone"}]}))
     assert "gone: no such folder" in run("apply", record, tmp_path / "out").output
+
+
+def test_a_run_that_was_interrupted_has_the_same_bits(model: Path, tmp_path: Path) -> None:
+    adapter = tiny.adapter(tmp_path / "adapter", two(), **CONFIG)
+    lazy = streammap.open(f"{model}+{adapter}").coalesce(width=2)
+    lazy.save(tmp_path / "whole", max_shard_size=500, threads=4)
+    n_events = 0
+
+    def stop(event: object) -> None:
+        nonlocal n_events
+        n_events += 1
+        if n_events > 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lazy.save(tmp_path / "out", max_shard_size=500, threads=1, progress=stop)
+    lazy.save(tmp_path / "out", max_shard_size=500, threads=1)
+    assert tiny.tree(tmp_path / "out") == tiny.tree(tmp_path / "whole")
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(
+            "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora target_parameters "
+            "init_lora_weights base_model_name_or_path".split()
+        ),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text()
+        | st.lists(st.text())
+        | st.dictionaries(st.text(), st.integers() | st.floats() | st.text()),
+    )
+)
+def test_any_config_is_read_or_refused(config: dict[str, object]) -> None:
+    with contextlib.suppress(CheckpointError):
+        read = settings.read(config, name="adapter")
+        assert math.isfinite(read.scale_of("model.layers.0.q_proj"))
 
 
 def test_several_adapters_each_with_its_scale(model: Path, tmp_path: Path) -> None:

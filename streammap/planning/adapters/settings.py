@@ -160,7 +160,7 @@ def _check_pattern(pattern: str, where: str) -> None:
         )
     try:
         re.compile(rf"(.*\.)?({pattern})$")
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where}: {pattern!r}: no regular expression: {error}") from error
 
 

@@ -153,10 +153,10 @@ class LowRank(Derived):
 
     @property
     def scratch_nbytes(self) -> int:
-        """A band, the block and the panels that it is made of, and what is kept."""
+        """A band, the panels that it is made of, and what is kept."""
         factors = [f for p in self.products for f in (p.left, p.right)]
         panel = max(self._columns * self._rank, self._rows * self._rank, _BAND)
-        computed = self._rows * self.n_columns + 4 * panel
+        computed = self._rows * self.n_columns + 2 * panel
         kept = max(map(self._kept_nbytes, self._of_matrix), default=0)
         read = max((f.most_read for f in factors), default=0)
         return PRODUCT_NBYTES + computed * self._item + kept + read * _READ_NBYTES
@@ -246,16 +246,12 @@ class LowRank(Derived):
         Args:
             place: Matrix and number of the product.
         """
-        import torch
-
         left = product.left.panel(first, first + len(rows), read, dtype=self._dtype)  # R K
-        left = (left * product.scale).contiguous()
-        block = torch.empty(len(rows) * self._columns, dtype=rows.dtype)
+        left *= product.scale
         for start in range(0, self.n_columns, self._columns):
             end = min(self.n_columns, start + self._columns)
             right = self._right(product.right, place, start, end, read)  # C K
-            here = block[: len(rows) * (end - start)].view(len(rows), end - start)  # R C
-            rows[:, start:end] += torch.mm(left, right.T, out=here)
+            rows[:, start:end].addmm_(left, right.T)
 
     def _right(
         self, factor: Factor, place: tuple[int, int], start: int, end: int, read: FormReader
