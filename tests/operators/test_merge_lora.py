@@ -15,6 +15,7 @@ from torch import Tensor
 import streammap
 from streammap.errors import CheckpointError, PlanError, StreammapError
 from streammap.planning.adapters import settings
+from streammap.planning.derived.low_rank import LowRank
 from tests.support import tiny
 from tests.support.typed import ok, run
 
@@ -124,30 +125,46 @@ def test_a_record_by_hand_and_sources_that_moved(model: Path, tmp_path: Path) ->
     assert "gone: no such folder" in run("apply", record, tmp_path / "out").output
 
 
-def test_a_run_that_was_interrupted_has_the_same_bits(model: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_interrupted_has_the_same_bits(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = tiny.adapter(tmp_path / "adapter", two(), **CONFIG)
     lazy = streammap.open(f"{model}+{adapter}").coalesce(width=2)
     lazy.save(tmp_path / "whole", max_shard_size=500, threads=4)
-    n_events = 0
+    n_products, add = 0, LowRank._add
 
-    def stop(event: object) -> None:
-        nonlocal n_events
-        n_events += 1
-        if n_events > 4:
-            raise KeyboardInterrupt
+    def stop(self: LowRank, *args: object) -> None:
+        nonlocal n_products
+        n_products += 1
+        if n_products > 1:
+            raise OSError("the disk is gone")
+        add(self, *args)  # type: ignore[arg-type]
 
-    with pytest.raises(KeyboardInterrupt):
-        lazy.save(tmp_path / "out", max_shard_size=500, threads=1, progress=stop)
-    lazy.save(tmp_path / "out", max_shard_size=500, threads=1)
+    monkeypatch.setattr(LowRank, "_add", stop)
+    with pytest.raises((OSError, StreammapError), match="the disk is gone"):
+        lazy.save(tmp_path / "out", max_shard_size=500, threads=1)
+    monkeypatch.setattr(LowRank, "_add", add)
+    report = lazy.save(tmp_path / "out", max_shard_size=500, threads=1)
+    assert report.n_resumed
     assert tiny.tree(tmp_path / "out") == tiny.tree(tmp_path / "whole")
+
+
+FIELDS = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "target_parameters",
+    "init_lora_weights",
+    "base_model_name_or_path",
+)
 
 
 @given(
     st.dictionaries(
-        st.sampled_from(
-            "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora target_parameters "
-            "init_lora_weights base_model_name_or_path".split()
-        ),
+        st.sampled_from(FIELDS),
         st.none()
         | st.booleans()
         | st.integers()

@@ -72,9 +72,9 @@ def for_all(*, turned: bool = False) -> tuple[State, State]:
 
 def parts(whole: Mapping[str, Tensor]) -> State:
     """Two tensors as modules of experts."""
-    found = {}
+    found: State = {}
     for e in range(N):
-        gate, up = whole[f"{AT}.gate_up_proj"][e].split(MLP)
+        gate, up = whole[f"{AT}.gate_up_proj"][e].chunk(2)
         halves = {"gate_proj": gate, "up_proj": up, "down_proj": whole[f"{AT}.down_proj"][e]}
         found |= {f"{AT}.{e}.{name}.weight": x for name, x in halves.items()}
     return found

@@ -153,7 +153,9 @@ print(json.dumps([report.peak_nbytes - before, report.planned_nbytes]))
 """
 
 
-@pytest.mark.parametrize(("rank", "dtype"), [(16, "BF16"), (300, "F32")])
+@pytest.mark.parametrize(
+    ("rank", "dtype"), [(16, "BF16"), pytest.param(300, "F32", marks=pytest.mark.slow)]
+)
 def test_memory_is_counted(tmp_path: Path, rank: int, dtype: str) -> None:
     """A wide weight, and one of a large rank; neither the weight nor the product is ever whole."""
     from tests.engine.test_memory import MIB
