@@ -321,6 +321,21 @@ def test_embeddings_biases_and_whole_modules(model: Path, tmp_path: Path) -> Non
     assert "whole in the adapter adapter, and taken as they are there" in "\n".join(lazy.plan.notes)
 
 
+def test_rows_of_some_tokens_are_replaced(model: Path, tmp_path: Path) -> None:
+    rows = {f"{P}{WORDS}.token_adapter.trainable_tokens_delta": torch.rand(3, SIZES.embed)}
+    tokens = [7, 0, 10]
+    adapter = tiny.adapter(
+        tmp_path / "adapter", two() | rows, **CONFIG, trainable_token_indices=tokens
+    )
+    wanted = merged(BERT, two(), {QUERY: 7 / 3, OUT: 7 / 2})
+    wanted[f"{WORDS}.weight"] = wanted[f"{WORDS}.weight"].clone()
+    wanted[f"{WORDS}.weight"][tokens] = next(iter(rows.values()))
+    lazy = streammap.open(f"{model}+{adapter}")
+    close(dict(lazy.tensors()), wanted)
+    part = lazy.read(f"{WORDS}.weight", region=(slice(5, 9), slice(1, 3)))
+    assert torch.equal(part, wanted[f"{WORDS}.weight"][5:9, 1:3])
+
+
 def test_dora_scales_rows(model: Path, tmp_path: Path) -> None:
     e = SIZES.embed
     lengths = {f"{P}{QUERY}.lora_magnitude_vector": torch.rand(e) + 0.5}
@@ -396,8 +411,13 @@ REFUSED: dict[str, tuple[State, dict[str, object], str]] = {
     "whole, unknown": (two() | {f"{P}score.weight": torch.ones(2, 4)}, {}, "no score.weight"),
     "tokens": (
         two() | {f"{P}{WORDS}.token_adapter.trainable_tokens_delta": torch.ones(1, 4)},
-        {},
-        "rows of an embedding for some tokens",
+        {"trainable_token_indices": [3, 4]},
+        r"trainable_tokens_delta is \[1, 4\] for 2 tokens",
+    ),
+    "a token beyond": (
+        two() | {f"{P}{WORDS}.token_adapter.trainable_tokens_delta": torch.ones(1, 4)},
+        {"trainable_token_indices": {"word_embeddings": [11]}},
+        "trainable_token_indices: 11: expected each once, below 11",
     ),
     "no matrix": (
         two() | {f"{P}{OUT}.lora_A.weight": torch.ones(4)},

@@ -54,6 +54,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"target_modules": ["embed_tokens", "q_proj"], "modules_to_save": ["lm_head"]},
     ),
+    "tokens": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [9, 3]}),
+    "tied tokens": ("tied", {"target_modules": ["q_proj"], "trainable_token_indices": [9, 3]}),
     "tied head": ("tied", {"target_modules": ["q_proj", "lm_head"]}),
     "tied embedding": ("tied", {"target_modules": ["q_proj", "embed_tokens"]}),
     "conv1d": (

@@ -7,6 +7,7 @@ base_model.model.model.embed_tokens.lora_embedding_A                      r x vo
 base_model.model.model.layers.0.mlp.experts.base_layer.lora_A.weight      inside another one
 base_model.model.model.layers.0.self_attn.q_proj.base_layer.bias          replaces the bias
 base_model.model.lm_head.weight                                           replaces the weight
+base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta  replaces rows
 """
 
 import re
@@ -24,9 +25,9 @@ _LORA = re.compile(
     r"\.lora_(?P<part>embedding_A|embedding_B|magnitude_vector|A|B)"
     r"(?:\.(?P<name>(?!(?:weight|bias)$)[^.]+))?(?:\.(?P<end>weight|bias))?"
 )
+_TOKENS = re.compile(r"(?P<module>.+)\.token_adapter\.trainable_tokens_delta(?:\.[^.]+)?")
 _SAVED = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
 _OTHERS = {
-    ".token_adapter.": "rows of an embedding for some tokens (trainable_token_indices)",
     ".lora_E": "singular values (AdaLoRA)",
     ".lora_down.": "a LoRA of another library than peft",
     ".lora_up.": "a LoRA of another library than peft",
@@ -72,6 +73,8 @@ class Content:
     layers: tuple[Layer, ...]
     whole: Mapping[str, str]
     """Key in the model -> key in the adapter of the tensor that replaces it."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Module of an embedding -> key in the adapter of the rows that it has for some tokens."""
 
 
 def sort(keys: Iterable[str], *, adapter: str) -> Content:
@@ -86,6 +89,7 @@ def sort(keys: Iterable[str], *, adapter: str) -> Content:
     found: dict[tuple[str, int], dict[str, str]] = {}
     names: set[str | None] = set()
     whole: dict[str, str] = {}
+    tokens: dict[str, str] = {}
     for key in keys:
         other = next((what for part, what in _OTHERS.items() if part in key), None)
         if other is not None:
@@ -94,17 +98,20 @@ def sort(keys: Iterable[str], *, adapter: str) -> Content:
                 hint="merge it with peft (merge_and_unload)",
             )
         match = _LORA.fullmatch(key)
-        if match is None:
+        of_tokens = _TOKENS.fullmatch(key)
+        if of_tokens is not None:
+            tokens[_plain(of_tokens["module"])] = key
+        elif match is None:
             if ".original_module." not in key:
                 whole[_plain(_SAVED.sub("", key).replace(_INSIDE, ""))] = key
-            continue
-        place = _plain(match["module"]), match["inside"].count(_INSIDE)
-        part = match["part"] + (".bias" if match["end"] == "bias" else "")
-        parts = found.setdefault(place, {})
-        names.add(match["name"])
-        if part in parts and len(names) == 1:
-            raise CheckpointError(f"{adapter}: {key} and {parts[part]} are one tensor")
-        parts[part] = key
+        else:
+            place = _plain(match["module"]), match["inside"].count(_INSIDE)
+            part = match["part"] + (".bias" if match["end"] == "bias" else "")
+            parts = found.setdefault(place, {})
+            names.add(match["name"])
+            if part in parts and len(names) == 1:
+                raise CheckpointError(f"{adapter}: {key} and {parts[part]} are one tensor")
+            parts[part] = key
     if len(names) > 1:
         told = some(sorted(str(name or "one without a name") for name in names))
         raise CheckpointError(
@@ -114,9 +121,9 @@ def sort(keys: Iterable[str], *, adapter: str) -> Content:
     layers = tuple(Layer(module, depth, parts) for (module, depth), parts in found.items())
     for layer in layers:
         _check_whole(layer, adapter)
-    if not layers and not whole:
+    if not layers and not whole and not tokens:
         raise CheckpointError(f"{adapter}: no tensors", hint="was its training saved?")
-    return Content(layers, whole)
+    return Content(layers, whole, tokens)
 
 
 def _check_whole(layer: Layer, adapter: str) -> None:

@@ -14,8 +14,10 @@ from streammap.planning.adapters.places import Places
 from streammap.planning.adapters.products import Found
 from streammap.planning.adapters.settings import Settings
 from streammap.planning.derived.low_rank import LowRank
+from streammap.planning.derived.replaced_rows import ReplacedRows
 from streammap.planning.derived.row_norms import RowsOfLength
 from streammap.planning.graph import LinearForm
+from streammap.planning.maps import BlockMap
 from streammap.planning.plan import Plan
 
 
@@ -68,6 +70,7 @@ def merge(model: Plan, adapters: Sequence[tuple[Plan, float]]) -> tuple[Plan, tu
         targets[key] = _merged(key, targets[key], group)
     for one in opened:
         _add_biases(one, targets, places, model)
+        _set_tokens(one, targets, places, model)
     sources = tuple(dict.fromkeys((*model.sources, *(s for p, _ in adapters for s in p.sources))))
     return replace(model, targets=targets, sources=sources, request=None), tuple(notes)
 
@@ -131,7 +134,7 @@ def _replaced(
         for name, stored in one.content.whole.items():
             form, key = one.plan.targets[stored], places.find(name)
             if key is None:
-                raise products.unknown(f"{one.name}: {stored}", name, model)
+                raise products.unknown(f"{one.name}: {stored}", name, model, whole=True)
             if key in found:
                 raise PlanError(
                     f"{key}: both {found[key][1]} and {one.name} have all of it, expected one",
@@ -207,3 +210,33 @@ def _add_biases(one: _Adapter, targets: dict[str, LinearForm], places: Places, m
             )
         scale = one.settings.scale_of(layer.module) * one.scale
         targets[key] = graph.combine([(1.0, bias), (scale, form)], dtype=bias.spec.dtype)
+
+
+def _set_tokens(one: _Adapter, targets: dict[str, LinearForm], places: Places, model: Plan) -> None:
+    """Replace the rows of an embedding that are trained; a head that is tied to it has them too."""
+    for module, stored in one.content.tokens.items():
+        rows, key = one.plan.targets[stored], places.find(f"{module}.weight")
+        if key is None:
+            raise products.unknown(f"{one.name}: {stored}", f"{module}.weight", model)
+        tokens, form = one.settings.tokens_of(module), targets[key]
+        if tokens is None or (len(tokens), *form.spec.shape[1:]) != rows.spec.shape:
+            told = "none" if tokens is None else len(tokens)
+            raise PlanError(
+                f"{one.name}: {stored} is {list(rows.spec.shape)} for {told} tokens of "
+                f"trainable_token_indices, {key} is {list(form.spec.shape)}",
+                hint="copy the adapter_config.json that was saved with these weights",
+            )
+        beyond = [n for n in tokens if not 0 <= n < form.spec.shape[0]]
+        if beyond or len(set(tokens)) < len(tokens) or len(form.spec.shape) != 2:
+            raise PlanError(
+                f"{one.name}: trainable_token_indices: {some(beyond or tokens)}: expected each "
+                f"once, below {form.spec.shape[0]}, the rows of {key}",
+                hint="if tokens were added, give the model as many rows first",
+            )
+        order = sorted(range(len(tokens)), key=tokens.__getitem__)
+        sort = BlockMap(tuple(((i, 1.0),) for i in order), len(tokens))
+        ascending = graph.combine(
+            [(1.0, graph.map_dims(rows, [sort, None]))], dtype=form.spec.dtype
+        )
+        made = ReplacedRows(form, ascending, tuple(sorted(tokens)))
+        targets[key] = graph.derive(made)

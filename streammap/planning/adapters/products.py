@@ -300,13 +300,20 @@ def _no_dora(pair: _Pair, what: str) -> PlanError:
     )
 
 
-def unknown(where: str, name: str, model: Plan) -> PlanError:
-    """The error for an adapter's tensor that the model has no place for."""
+def unknown(where: str, name: str, model: Plan, *, whole: bool = False) -> PlanError:
+    """The error for an adapter's tensor that the model has no place for.
+
+    Args:
+        whole: Whether it would be a tensor of the result as it is.
+    """
     import difflib
 
     near = difflib.get_close_matches(name, model.targets, n=1, cutoff=0.4)
     told = near[0] if near else some(list(model.targets))
     return PlanError(
         f"{where}: the model has no {name}; {'nearest is' if near else 'it has'} {told}",
-        hint="is it an adapter for this model?",
+        hint="was it trained for another class, one with another head? Save the model in that "
+        "class first"
+        if whole
+        else "is it an adapter for this model?",
     )

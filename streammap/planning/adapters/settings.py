@@ -64,12 +64,19 @@ class Settings:
     """target_parameters: ends of names of parameters that are no module's `weight`."""
     base: str | None
     """The model that it was trained for."""
+    tokens: Mapping[str, tuple[int, ...]]
+    """trainable_token_indices: end of the name of an embedding -> tokens whose rows are trained;
+    "" for any."""
     ties: bool
     """ensure_weight_tying: whether embedding and head are to stay one."""
 
     def rank_of(self, module: str) -> int:
         """The rank of a layer, by its name in the model."""
         return _first(self.rank_pattern, module, self.rank)
+
+    def tokens_of(self, module: str) -> tuple[int, ...] | None:
+        """The tokens whose rows of an embedding are trained; None where none is named."""
+        return next((t for name, t in self.tokens.items() if f".{module}".endswith(name)), None)
 
     def scale_of(self, module: str) -> float:
         """What the product of a layer is multiplied by."""
@@ -103,6 +110,7 @@ def read(config: Mapping[str, object], *, name: str) -> Settings:
         _flag(config, "fan_in_fan_out", where),
         _names(config, "target_parameters", where),
         base if isinstance(base, str) and base else None,
+        _tokens(config, where),
         _flag(config, "ensure_weight_tying", where),
     )
 
@@ -181,6 +189,18 @@ def _flag(config: Mapping[str, object], field: str, where: str) -> bool:
     if not isinstance(value, bool):
         raise CheckpointError(f"{where}: {field} is {str(value)[:60]}, expected true or false")
     return value
+
+
+def _tokens(config: Mapping[str, object], where: str) -> Mapping[str, tuple[int, ...]]:
+    given = config.get("trainable_token_indices") or {}
+    table: Mapping[object, object] = given if isinstance(given, Mapping) else {"": given}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tokens in table.items():
+        if not isinstance(tokens, list | tuple) or not all(type(n) is int for n in tokens):
+            told = str(name or tokens)[:60]
+            raise CheckpointError(f"{where}: trainable_token_indices: {told}: expected numbers")
+        found[str(name)] = tuple(tokens)
+    return found
 
 
 def _names(config: Mapping[str, object], field: str, where: str) -> tuple[str, ...]:
