@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from streammap.analysis.difference import Difference
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
+    from streammap.operators.merge_lora import MergeLora
     from streammap.operators.permute import Permute
     from streammap.output.module.load import LoadReport
     from streammap.planning.request import Moved
@@ -222,6 +223,7 @@ class LazyCheckpoint:
     decoalesce = _method(Decoalesce)
     interpolate = _method(Interpolate)
     if TYPE_CHECKING:  # __getattr__ has it, as it has the operators of others
+        merge_lora = _method(MergeLora)
         permute = _method(Permute)
 
     @takes(SaveOptions)
@@ -265,7 +267,8 @@ def open(
 
     Args:
         source: On this machine; "org/name" or "org/name@revision" on the Hub, where no folder has
-            that name; or a URL ("s3://bucket/folder").
+            that name; or a URL ("s3://bucket/folder"). "model+adapter" is the first of them with
+            LoRA adapters merged.
         config: config.json, where it is not beside the weights.
         arch: Name of the architecture spec, where config.json does not tell.
         stream: Whether to read from the Hub what is needed when it is, and keep nothing on disk,
@@ -408,12 +411,17 @@ if TYPE_CHECKING:
         pass
 
     @declared
+    class _MergeLora(MergeLora, _CallOptions):
+        pass
+
+    @declared
     class _Permute(Permute, _CallOptions):
         pass
 
     coalesce = _one_call(Coalesce, _Coalesce)
     decoalesce = _one_call(Decoalesce, _Decoalesce)
     interpolate = _one_call(Interpolate, _Interpolate)
+    merge_lora = _one_call(MergeLora, _MergeLora)
     permute = _one_call(Permute, _Permute)
 
 else:

@@ -29,8 +29,9 @@ def check(keys: Collection[str]) -> None:
         return
     alone = len(of_adapter) == len(keys)
     what = "a LoRA adapter without its model" if alone else "a model with a LoRA that is not merged"
-    load = "AutoPeftModelForCausalLM.from_pretrained(adapter)" if alone else "model"
     raise CheckpointError(
         f"{of_adapter[0]}: {what} ({len(of_adapter)} of {len(keys)} tensors are the adapter's)",
-        hint=f"merge it first, with peft: {load}.merge_and_unload().save_pretrained(folder)",
+        hint="name the model and the adapter's folder: MODEL+ADAPTER"
+        if alone
+        else "merge it first, with peft: model.merge_and_unload().save_pretrained(folder)",
     )

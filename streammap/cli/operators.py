@@ -127,7 +127,8 @@ def _check_output(name: str, output: str | None) -> None:
     """
     cls = registry.load(name)
     places = [one for one in inputs_of(cls) if one.about.positional]
-    if output is None or not places or resolve.is_elsewhere(output):
+    is_named = any(one.kind.form == "many" for one in places)  # by --output
+    if output is None or not places or is_named or resolve.is_elsewhere(output):
         return
     place = resolve.local_path(output)
     if (place / "config.json").is_file() or place.is_file():

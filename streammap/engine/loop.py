@@ -105,9 +105,12 @@ def run_here(
 ) -> None:
     """The same in the caller's own thread: a single tensor is not worth starting others."""
     worker, lane = Worker(memory, Programs(), grid=sink.grid), sink.lane()
-    for bundle in schedule.bundles(targets, memory, grid=sink.grid, rows=rows or {}):
-        for _ in _pushed(bundle, worker, lane):
-            pass
+    # As in a run: a product of several threads would be rounded otherwise.
+    derives = any(True for form in targets.values() for _ in form.derived())
+    with torch_threads() if derives else nullcontext():
+        for bundle in schedule.bundles(targets, memory, grid=sink.grid, rows=rows or {}):
+            for _ in _pushed(bundle, worker, lane):
+                pass
 
 
 def _pushed(bundle: Bundle, worker: Worker, lane: Lane) -> Iterator[Job]:

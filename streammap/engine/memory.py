@@ -22,6 +22,7 @@ from typing import final
 from streammap.errors import OutputError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.storage.base import Network
+from streammap.planning.derived.low_rank import PRODUCT_NBYTES
 from streammap.planning.graph import Derived, LinearForm
 from streammap.planning.maps import BlockMap, DenseMap
 
@@ -38,8 +39,6 @@ _MAPS_NBYTES = 850
 """The same for each term that has maps."""
 _LOAD_NBYTES = 1200
 """The same for each tensor that it is made of but the first."""
-PRODUCT_NBYTES = 10 * 2**20
-"""What the matrix product library keeps for each thread; measured."""
 CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
 """A client for a network, its connections, and what they receive; measured, with room to spare."""
 MAX_AHEAD_NBYTES = 64 * 2**20
@@ -177,6 +176,7 @@ class _Needs:
     def _add_derived(self, made: Derived, depth: int) -> None:
         self._depth = max(self._depth, depth)
         self._scratch_nbytes = max(self._scratch_nbytes, made.scratch_nbytes)
+        self._targets_nbytes += made.held_nbytes
         tiles = (_INNER_TILE_NBYTES, *map(_least, made.inputs))
         self.inner_tile_nbytes = max(self.inner_tile_nbytes, *tiles)
         for form in made.inputs:

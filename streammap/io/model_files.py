@@ -12,15 +12,6 @@ from streammap.io.problems import Finding, Problems
 from streammap.io.storage.base import Storage
 from streammap.io.weight_files import ADAPTER_CONFIG, INDEXES, SINGLES, read_index, weights_of
 
-_MERGING = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
-"""Task of an adapter -> the class of peft that loads it on its base."""
 _MOST_LETTERS = 200
 """Of a value of adapter_config.json, in a message."""
 Found = tuple[tuple[str, ...], dict[str, str] | None]
@@ -124,10 +115,10 @@ def _adapter_alone(storage: Storage) -> CheckpointError:
     kind = "LoRA" if kind == "LORA" else kind
     base = content.get("base_model_name_or_path")
     of = f"to {str(base)[:_MOST_LETTERS]!r}" if base else "to a model that it does not name"
-    cls = _MERGING.get(str(content.get("task_type")), "AutoPeftModel")
     place = storage.origin.get("repo", str(storage))
+    model = base if isinstance(base, str) and len(base) < _MOST_LETTERS else "MODEL"
     return CheckpointError(
         f"{storage}: a {kind} adapter {of}, expected a model",
-        hint=f"merge it into its model, with peft: {cls}.from_pretrained({place!r})"
-        '.merge_and_unload().save_pretrained("merged")',
+        hint=f"name both, {model}+{place}, or merge it: streammap merge-lora {model} {place} "
+        "--output merged",
     )

@@ -8,16 +8,17 @@ import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, final
 
 from streammap.common import declare
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, SchemeError, some
-from streammap.io import filenames, json_files
+from streammap.io import adapter_files, filenames, json_files
 from streammap.io.checkpoint import Checkpoint, open_checkpoint
 from streammap.io.storage import resolve
 from streammap.operators import registry
-from streammap.operators.declare import Operator, PlanLike, inputs_of, settled
+from streammap.operators.declare import Operator, PlanLike, inputs_of, is_adapter, settled
 from streammap.planning import map_file, plan
 from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import Plan
@@ -32,7 +33,7 @@ def open_source(
     maps: tuple[MapLevel, ...] | None = None,
     stream: bool = False,
 ) -> Plan:
-    """A folder or file of weights, as it is.
+    """A folder or file of weights, as it is; of "model+adapter" the model with the adapter merged.
 
     Args:
         config: config.json, where it is not beside the weights.
@@ -43,6 +44,11 @@ def open_source(
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
+    source, adapters = adapter_files.split(source)
+    if adapters:
+        model = open_source(source, config=config, arch=arch, maps=maps, stream=stream)
+        cls = registry.load("merge-lora")
+        return apply(declare.make(cls, {"adapters": adapters}), model, stream=stream)
     path = None if isinstance(config, Mapping) else config
     opened = open_checkpoint(source, config=path, stream=stream)
     if isinstance(config, Mapping):
@@ -60,14 +66,24 @@ def open_source(
     return made.with_request(OperatorCall("open", options))
 
 
-def plan_of(source: PlanLike, *, stream: bool = False) -> Plan:
-    """The plan of what is opened or planned already, or of a checkpoint to open.
+def open_adapter(source: str | Path, *, stream: bool = False) -> Plan:
+    """An adapter's folder, as it is: its tensors, and adapter_config.json as the config.
+
+    Raises:
+        CheckpointError: nothing there, or no adapter.
+    """
+    opened = adapter_files.open_adapter(source, stream=stream)
+    return plan.as_it_is(opened).with_request(OperatorCall("open", {"path": opened.address}))
+
+
+def plan_of(source: PlanLike, *, stream: bool = False, adapter: bool = False) -> Plan:
+    """The plan of what is opened or planned already, or of a checkpoint or an adapter to open.
 
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
     """
     if isinstance(source, str | Path):
-        return open_source(source, stream=stream)
+        return (open_adapter if adapter else open_source)(source, stream=stream)
     return source if isinstance(source, Plan) else source.plan
 
 
@@ -82,11 +98,11 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
     """
     plans: dict[str, Plan | tuple[Plan, ...]] = {}
     for one in inputs_of(operator):
-        value = getattr(operator, one.name)
+        value, adapter = getattr(operator, one.name), is_adapter(one)
         if isinstance(value, tuple):
-            plans[one.name] = tuple(plan_of(each, stream=stream) for each in value)
+            plans[one.name] = tuple(plan_of(each, stream=stream, adapter=adapter) for each in value)
         elif value is not None:
-            plans[one.name] = plan_of(value, stream=stream)
+            plans[one.name] = plan_of(value, stream=stream, adapter=adapter)
     values, named = settled(operator, source), _here(declare.named_files(operator))
     operator = replace(operator, **values) if values else operator  # type: ignore[type-var]
     try:
@@ -148,26 +164,32 @@ class _Builder:
         self._moved, self._known = moved, known
         self._opened: dict[int, Plan] = {}
 
-    def plan(self, call: OperatorCall) -> Plan:
-        """The plan of one call."""
+    def plan(self, call: OperatorCall, *, adapter: bool = False) -> Plan:
+        """The plan of one call.
+
+        Args:
+            adapter: Whether what is opened is an adapter.
+        """
         if call.operator == "open":
             if id(call) not in self._opened:
-                self._opened[id(call)] = self._open(call)
+                self._opened[id(call)] = self._open_adapter(call) if adapter else self._open(call)
             return self._opened[id(call)]
         cls = registry.load(call.operator)
-        plans: dict[str, Any] = {
-            name: tuple(map(self.plan, calls)) if isinstance(calls, tuple) else self.plan(calls)
-            for name, calls in call.inputs.items()
-        }
+        adapters = {one.name for one in inputs_of(cls) if is_adapter(one)}
+        plans: dict[str, Any] = {}
+        for name, calls in call.inputs.items():
+            made = partial(self.plan, adapter=name in adapters)
+            plans[name] = tuple(map(made, calls)) if isinstance(calls, tuple) else made(calls)
         source: Plan = plans.pop("source")
         options = self._with_maps(call, source.levels)
         return apply(declare.decode(cls, options, what=call.operator, **plans), source)
 
-    def _open(self, call: OperatorCall) -> Plan:
+    def _open_adapter(self, call: OperatorCall) -> Plan:
+        path = _path_of(call)
+        return open_adapter(self._moved.get(path, path))
 
-        path, arch = call.options.get("path"), call.options.get("arch")
-        if not isinstance(path, str) or "\0" in path:
-            raise PlanError(f"open: path is {path!r}, expected text")
+    def _open(self, call: OperatorCall) -> Plan:
+        path, arch = _path_of(call), call.options.get("arch")
         if arch is not None and not isinstance(arch, str):
             raise PlanError(f"open: arch is {arch!r}, expected a name")
         unknown = set(call.options) - {"path", "config", "arch", "maps"}
@@ -199,6 +221,14 @@ class _Builder:
                 hint="put the map file that was used beside the source",
             )
         return {**call.options, "maps": tuple(known[digest] for digest in maps.sha256)}
+
+
+def _path_of(call: OperatorCall) -> str:
+    """What a call opens."""
+    path = call.options.get("path")
+    if not isinstance(path, str) or "\0" in path:
+        raise PlanError(f"open: path is {path!r}, expected text")
+    return path
 
 
 def _here(named: Iterable[str | PurePath]) -> tuple[Path, ...]:

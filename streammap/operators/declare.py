@@ -100,9 +100,14 @@ class Input(Kind):
 
     in_json = False  # it is a call of its own, inside the operator's
 
-    def __init__(self, *, many: bool = False) -> None:
-        """`many`: any number of them, as a sequence."""
-        self.many = many
+    def __init__(self, *, many: bool = False, adapter: bool = False) -> None:
+        """What is given by its place is opened.
+
+        Args:
+            many: Any number of them, as a sequence.
+            adapter: They are adapters, which are no models by themselves.
+        """
+        self.many, self.adapter = many, adapter
         if many:
             self.form = "many"
 
@@ -110,18 +115,24 @@ class Input(Kind):
         """A path, a plan, or what has one."""
         from streammap.planning.plan import Plan
 
-        for one in value if self.many and isinstance(value, list | tuple) else (value,):
+        several = value if self.many and isinstance(value, list | tuple) else (value,)
+        for one in several:
             if not isinstance(one, str | Path | Plan) and not isinstance(
                 getattr(one, "plan", None), Plan
             ):
                 raise PlanError(f"{name} is {shown(one)}, expected a checkpoint")
-        return tuple(value) if self.many else value
+        return tuple(several) if self.many else value
 
 
 def inputs_of(operator: Operator | type[Operator]) -> Iterator[Declared]:
     """The inputs beside the source."""
     cls = operator if isinstance(operator, type) else type(operator)
     return (one for one in options_of(cls) if isinstance(one.kind, Input))
+
+
+def is_adapter(one: Declared) -> bool:
+    """Whether an input is an adapter, or several."""
+    return isinstance(one.kind, Input) and one.kind.adapter
 
 
 def settled(operator: Operator, source: "Plan") -> Mapping[str, object]:

@@ -175,6 +175,8 @@ class Derived(ABC):
     """What it is computed from."""
     n_passes: int = 1
     """How often it reads them."""
+    held_nbytes: int = 0
+    """Memory that it takes as long as the plan is there, beside what any such tensor does."""
 
     @property
     @abstractmethod

@@ -175,13 +175,11 @@ def from_checkpoint(
     """The plan that changes nothing; what quantisation left beside plain weights is left out."""
     from streammap.architectures import quantization
 
-    checkpoint = quantization.without_leftovers(checkpoint)
+    plain = as_it_is(quantization.without_leftovers(checkpoint))
+    return replace(plain, levels=levels, architecture=architecture)
+
+
+def as_it_is(checkpoint: Checkpoint) -> Plan:
+    """All tensors of a checkpoint, whatever they are."""
     targets = {key: graph.load(checkpoint, key) for key in checkpoint.slots}
-    return Plan(
-        targets,
-        checkpoint.config,
-        (checkpoint,),
-        levels=levels,
-        side=checkpoint,
-        architecture=architecture,
-    )
+    return Plan(targets, checkpoint.config, (checkpoint,), side=checkpoint)

@@ -255,5 +255,5 @@ def test_an_adapter_alone_is_told_as_one(tmp_path: Path, end: str) -> None:
         ) as told:
             streammap.open(place)
         assert told.value.hint is not None
-        assert f"AutoPeftModelForCausalLM.from_pretrained('{place}')" in told.value.hint
-        assert "merge_and_unload" in told.value.hint
+        assert f"name both, org/base+{place}" in told.value.hint
+        assert f"streammap merge-lora org/base {place} --output merged" in told.value.hint

@@ -93,6 +93,27 @@ def hub(folder: Path) -> Iterator[Environment]:
 
 
 @contextlib.contextmanager
+def adapters(folder: Path) -> Iterator[Environment]:
+    """A Llama of the Hub, and two adapters for it."""
+    transformers = optional.library("transformers")
+    with HubServer() as server, optional.quiet():
+        model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**_LLAMA))
+        model.save_pretrained(folder / "llama")
+        server.add("org/llama", folder / "llama")
+        for name, rank in (("llama-lora", 4), ("other-lora", 2)):
+            shapes: dict[str, tuple[int, ...]] = {}
+            for key, tensor in model.state_dict().items():
+                if key.endswith("_proj.weight"):
+                    module = f"base_model.model.{key.removesuffix('.weight')}"
+                    shapes[f"{module}.lora_A.weight"] = (rank, tensor.shape[1])
+                    shapes[f"{module}.lora_B.weight"] = (tensor.shape[0], rank)
+            base = {"base_model_name_or_path": "org/llama"}
+            tiny.adapter(folder / name, tiny.random(shapes), r=rank, lora_alpha=8, **base)
+            server.add(f"org/{name}", folder / name)
+        yield {"HF_ENDPOINT": server.url}
+
+
+@contextlib.contextmanager
 def deit(folder: Path) -> Iterator[Environment]:
     """A checkpoint as DeiT's training script saves them."""
     state = tiny.timm_deit(tiny.Sizes(heads=12, layers=12))
@@ -142,6 +163,7 @@ OF_PAGE: Mapping[str, Callable[[Path], contextlib.AbstractContextManager[Environ
     "README.md": readme_models,
     "docs/hub.md": hub,
     "docs/launchers.md": launched_alone,
+    "docs/lora.md": adapters,
     "docs/original.md": deit,
     "schemes/README.md": scheme_models,
     "docs/object-stores.md": bucket,

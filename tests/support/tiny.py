@@ -244,3 +244,14 @@ def _linear(name: str, reads: int, makes: int) -> dict[str, tuple[int, ...]]:
 
 def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def adapter(folder: Path, state: State, **config: object) -> Path:
+    """A LoRA adapter as peft saves it; `config` is the rest of adapter_config.json."""
+    folder.mkdir(parents=True)
+    save_file(
+        {key: x.contiguous() for key, x in state.items()}, folder / "adapter_model.safetensors"
+    )
+    content = {"peft_type": "LORA", "base_model_name_or_path": None, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    return folder
