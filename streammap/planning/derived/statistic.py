@@ -7,7 +7,9 @@ up in order: the same bits whoever computes which, in however many threads.
 """
 
 import threading
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Generic, TypeVar, final
 
 from streammap.planning.graph import FormReader
@@ -33,6 +35,7 @@ class Statistic(Generic[B, R]):
         finish: Callable[[B, FormReader], R],
         *,
         in_order: bool = True,
+        lasts: bool = True,
     ) -> None:
         """Compute nothing yet.
 
@@ -41,18 +44,22 @@ class Statistic(Generic[B, R]):
             add: (sum so far, a block's result) -> their sum; it may write to the first.
             finish: (sum of all, reader) -> the statistic.
             in_order: False where any order gives the same bits, as with counts: no block waits.
+            lasts: False where the result is too large to be kept for each tensor of a model: it
+                goes when all threads read something else, and may have to be found out again.
         """
         self._n_elements, self._of_block = n_elements, of_block
         self._add, self._finish, self._in_order = add, finish, in_order
+        self._lasts = lasts
         self._round: _Round[B] | None = None
-        self._found: tuple[R] | None = None
+        self._found: Callable[[], _Held[R] | None] = _nothing
 
     def __getstate__(self) -> tuple[object, ...]:
-        return self._n_elements, self._of_block, self._add, self._finish, self._in_order
+        given = self._n_elements, self._of_block, self._add, self._finish
+        return *given, self._in_order, self._lasts
 
-    def __setstate__(self, state: tuple[int, Any, Any, Any, bool]) -> None:
-        n, of_block, add, finish, in_order = state
-        self.__init__(n, of_block, add, finish, in_order=in_order)
+    def __setstate__(self, state: tuple[int, Any, Any, Any, bool, bool]) -> None:
+        n, of_block, add, finish, in_order, lasts = state
+        self.__init__(n, of_block, add, finish, in_order=in_order, lasts=lasts)
 
     def get(self, read: FormReader) -> R:
         """The result; threads that ask at once share the work.
@@ -60,32 +67,51 @@ class Statistic(Generic[B, R]):
         Raises:
             CheckpointError: a source can't be read; a later call tries again.
         """
-        while self._found is None:
+        while (held := self._found()) is None:
             current = self._current()
             number = None if current is None else current.take()
             if current is None or number is None:
                 continue
             try:
                 if number == current.n_blocks:
-                    found = self._finish(current.total, read)
+                    held = _Held(self._finish(current.total, read))
                     with _beginning:
-                        self._found, self._round = (found,), None
+                        self._found = partial(_itself, held) if self._lasts else weakref.ref(held)
+                        self._round = None
                     current.end()
-                else:
-                    start = number * BLOCK
-                    n = min(BLOCK, self._n_elements - start)
-                    current.give(number, self._of_block(start, n, read))
+                    break
+                start = number * BLOCK
+                n = min(BLOCK, self._n_elements - start)
+                current.give(number, self._of_block(start, n, read))
             except BaseException:
                 current.give_up(number)
                 raise
-        return self._found[0]
+        if not self._lasts:
+            read.kept[self] = held
+        return held.value
 
     def _current(self) -> "_Round[B] | None":
         """The round that is under way; None where it has ended meanwhile."""
         with _beginning:
-            if self._round is None and self._found is None:
+            if self._round is None and self._found() is None:
                 self._round = _Round(-(-self._n_elements // BLOCK), self._add, self._in_order)
             return self._round
+
+
+@final
+class _Held(Generic[R]):
+    """A result that can be referred to weakly."""
+
+    def __init__(self, value: R) -> None:
+        self.value = value
+
+
+def _nothing() -> None:
+    return None
+
+
+def _itself(held: _Held[R]) -> _Held[R]:
+    return held
 
 
 @final
