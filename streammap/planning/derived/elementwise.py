@@ -30,6 +30,11 @@ class Elementwise(Derived):
     @property
     def scratch_nbytes(self) -> int:
         """A block of each form, and of what is computed."""
+        return self.blocks_nbytes
+
+    @property
+    def blocks_nbytes(self) -> int:
+        """A block of each form, and of what is computed."""
         return BLOCK * _EACH_NBYTES * (len(self.inputs) + self.n_scratch)
 
     def fill(self, start: int, view: memoryview, read: FormReader) -> None:

@@ -6,6 +6,7 @@ So the k largest are one set, whatever the tiles. Where it ends is a Cut. It is 
 many numbers have which digit. One more reading finds the place where equal magnitudes are cut.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, final
@@ -30,18 +31,6 @@ class Cut(NamedTuple):
     """Equal ones are if they stand before this element."""
 
 
-@final
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """A cut that is being found."""
-
-    tensor: int
-    pattern: int
-    """The digits that are known."""
-    n: int
-    """How many of the numbers that begin with these are among the largest."""
-
-
 def patterns(x: "Tensor") -> "Tensor":
     """Of float32 or float64 numbers the bits of their magnitudes, int32 or int64."""
     import torch
@@ -63,7 +52,7 @@ def chosen(pattern: "Tensor", cut: Cut, start: int) -> "Tensor":
 
 @final
 class Selection:
-    """Where the largest numbers end, for some tensors at once, and some counts of each."""
+    """Where the largest numbers end, of several tensors at once and for several counts."""
 
     def __init__(
         self, n_elements: int, given: Patterns, counts: Sequence[Sequence[int]], *, n_bits: int
@@ -72,30 +61,143 @@ class Selection:
 
         Args:
             given: Gives the patterns of the tensors.
-            counts: For each tensor, how many are the largest: 1 to `n_elements`.
+            counts: For each tensor, how many are the largest: 1 to `n_elements` each.
             n_bits: Of a pattern: 31 of float32, 63 of float64.
         """
         self._n_elements, self._given, self._counts = n_elements, given, counts
-        self._shifts = [*range(n_bits - _DIGIT_BITS, 0, -_DIGIT_BITS), 0]
-        self._rounds: list[Statistic[list[Tensor], list[_Open]]] = []
-        for i in range(len(self._shifts)):
-            self._rounds.append(
-                Statistic(
-                    n_elements,
-                    _Counter(self, i).count,
-                    _added,
-                    _Counter(self, i).next_digit,
-                    in_order=False,
-                )
-            )
-        self._cuts = Statistic(n_elements, self._equal, _joined, self._cut)
+        opened = [_Open(i, 0, n, n_elements) for i, each in enumerate(counts) for n in each]
+        last = None
+        shift, self._n_digits = n_bits, -(-n_bits // _DIGIT_BITS)
+        while shift:
+            width = min(_DIGIT_BITS, shift)
+            last = _Digit(n_elements, given, last, opened, shift, shift - width)
+            shift -= width
+        self._last: _Digit | None = last
+        self._cuts = Statistic(n_elements, self._equals, operator.iadd, self._places)
+
+    def cuts(self, read: FormReader) -> Sequence[Sequence[Cut]]:
+        """For each tensor, and each of its counts."""
+        opened = self._opened(read)
+        if any(one.is_cut for one in opened):
+            found = iter(self._cuts.get(read))
+        else:
+            found = iter([Cut(one.pattern, self._n_elements) for one in opened])
+        return [[next(found) for _ in each] for each in self._counts]
 
     @property
     def n_passes(self) -> int:
         """How often the tensors are read, at most."""
-        return len(self._shifts) + 1
+        return self._n_digits + 1
 
+    @property
     def scratch_nbytes(self) -> int:
-        """In one thread, beside the patterns."""
+        """In one thread, beside the patterns: counts of digits, and numbers that are counted."""
         n_cuts = sum(map(len, self._counts))
-        return 3 * n_cuts * 2**_DIGIT_BITS * 8 + 4 * BLOCK * 8
+        return 3 * n_cuts * 2**_DIGIT_BITS * 8 + 3 * BLOCK * 8
+
+    def _opened(self, read: FormReader) -> "Sequence[_Open]":
+        return () if self._last is None else self._last.found.get(read)
+
+    def _equals(self, start: int, n: int, read: FormReader) -> list[list[int]]:
+        """How many numbers of a block are equal to each cut's."""
+        given = self._given(start, n, read)
+        return [[int((given[one.tensor] == one.pattern).sum()) for one in self._opened(read)]]
+
+    def _places(self, blocks: list[list[int]], read: FormReader) -> Sequence[Cut]:
+        found = []
+        for one, counts in zip(self._opened(read), zip(*blocks, strict=True), strict=True):
+            end = self._n_elements
+            if one.is_cut:
+                number, left = 0, one.n
+                while left > counts[number]:
+                    left -= counts[number]
+                    number += 1
+                start = number * BLOCK
+                given = self._given(start, min(BLOCK, self._n_elements - start), read)
+                equal = (given[one.tensor] == one.pattern).nonzero().view(-1)
+                end = start + int(equal[left - 1]) + 1
+            found.append(Cut(one.pattern, end))
+        return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A cut of which some digits are known."""
+
+    tensor: int
+    pattern: int
+    """These digits."""
+    n: int
+    """How many of the numbers that begin with them are among the largest."""
+    n_equal: int
+    """How many begin with them."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some of them are, and others are not; of zeros it makes no difference."""
+        return self.n < self.n_equal and self.pattern > 0
+
+
+@final
+class _Digit:
+    """One more digit of each cut, by a count of the digits there are."""
+
+    def __init__(
+        self,
+        n_elements: int,
+        given: Patterns,
+        before: "_Digit | None",
+        opened: Sequence[_Open],
+        known: int,
+        shift: int,
+    ) -> None:
+        """Find nothing yet.
+
+        Args:
+            opened: Cuts of which nothing is known.
+            known: The lowest bit of what the digits before this one say.
+            shift: The lowest bit of this digit.
+        """
+        self._given, self._before, self._opened = given, before, opened
+        self._known, self._shift = known, shift
+        self.found: Statistic[Tensor, list[_Open]] = Statistic(
+            n_elements, self._count, _add, self._next, in_order=False
+        )
+
+    def _count(self, start: int, n: int, read: FormReader) -> "Tensor":
+        """Of each cut, how many numbers that begin like it have which digit [cuts, digits]."""
+        import torch
+
+        given, opened = self._given(start, n, read), self._cuts(read)
+        size = 1 << (self._known - self._shift)
+        made = torch.empty((len(opened), size), dtype=torch.int64)
+        for i, one in enumerate(opened):
+            like = given[one.tensor]
+            if self._before is not None:
+                like = like[(like >> self._known) == one.pattern]
+            elif i and one.tensor == opened[i - 1].tensor:
+                made[i] = made[i - 1]
+                continue
+            digit = (like >> self._shift) & (size - 1)
+            made[i] = torch.bincount(digit, minlength=size)
+        return made
+
+    def _next(self, counts: "Tensor", read: FormReader) -> list[_Open]:
+        found = []
+        for one, of_digit in zip(self._cuts(read), counts, strict=True):
+            larger = of_digit.flip(0).cumsum(0)
+            back = int((larger < one.n).sum())
+            digit = len(of_digit) - 1 - back
+            n_equal = int(of_digit[digit])
+            left = one.n - (int(larger[back]) - n_equal)
+            pattern = (one.pattern << (self._known - self._shift)) + digit
+            found.append(_Open(one.tensor, pattern, left, n_equal))
+        return found
+
+    def _cuts(self, read: FormReader) -> Sequence[_Open]:
+        return self._opened if self._before is None else self._before.found.get(read)
+
+
+def _add(total: "Tensor", block: "Tensor") -> "Tensor":
+    return total.add_(block)

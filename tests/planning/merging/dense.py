@@ -40,7 +40,8 @@ def multislerp(x: Tensor, weights: Tensor) -> Tensor:
     tangent = (w * (units - (units @ mean)[:, None] * mean)).sum(0)
     length = tangent.norm() + 1e-12
     made = (mean * torch.cos(length) + tangent * torch.sin(length) / length) * (w * norms).sum()
-    return made.reshape(x[0].shape)
+    shaped: Tensor = made.reshape(x[0].shape)
+    return shaped
 
 
 def karcher(x: Tensor, steps: int = 200, tolerance: float = 1e-12) -> Tensor:
@@ -58,7 +59,8 @@ def karcher(x: Tensor, steps: int = 200, tolerance: float = 1e-12) -> Tensor:
             break
         mean = torch.cos(step.norm()) * mean + torch.sin(step.norm()) * step / step.norm()
     made = norms.mean() * mean
-    return made.reshape(x[0].shape)
+    shaped: Tensor = made.reshape(x[0].shape)
+    return shaped
 
 
 def model_stock(x: Tensor, *, rows: bool = False) -> Tensor:
@@ -70,4 +72,26 @@ def model_stock(x: Tensor, *, rows: bool = False) -> Tensor:
     cosine = torch.stack(pairs).mean(0)
     t = n * cosine / (1 + (n - 1) * cosine)
     made = t[..., None] * flat.mean(0)
-    return made.reshape(x[0].shape)
+    shaped: Tensor = made.reshape(x[0].shape)
+    return shaped
+
+
+def kept(x: Tensor, n: int) -> Tensor:
+    """Which are the n largest in magnitude, earlier ones first, bool."""
+    order = x.flatten().abs().argsort(descending=True, stable=True)
+    made = torch.zeros(x.numel(), dtype=torch.bool)
+    made[order[:n]] = True
+    return made.view_as(x)
+
+
+def agreed(x: Tensor, weights: Tensor, *, normalize: bool, by_count: bool = False) -> Tensor:
+    """The sum of what has the elected sign; or its mean."""
+    each = x * weights.view(-1, *[1] * (x.dim() - 1))
+    votes = each.sign() if by_count else each
+    direction = torch.where(votes.sum(0) >= 0, 1, -1)
+    agrees = each.sign() == direction
+    total = (each * agrees).sum(0)
+    if not normalize:
+        return total
+    left = (agrees * weights.view(-1, *[1] * (x.dim() - 1))).sum(0)
+    return total / torch.where(left == 0, 1, left)
