@@ -1,5 +1,6 @@
 """Derived tensors whose numbers depend on those at the same place of their forms."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ from streammap.planning.graph import Derived, FormReader, LinearForm
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 2**16
+BLOCK = 2**14
 """Numbers that are computed at once: few enough for a processor's cache."""
+_FEW = 128
 _EACH_NBYTES = 24
 """Of a number of a form in a block, at most: as it is read, in float64, and in between."""
 
@@ -29,11 +31,6 @@ class Elementwise(Derived):
 
     @property
     def scratch_nbytes(self) -> int:
-        """A block of each form, and of what is computed."""
-        return self.blocks_nbytes
-
-    @property
-    def blocks_nbytes(self) -> int:
         """A block of each form, and of what is computed."""
         return BLOCK * _EACH_NBYTES * (len(self.inputs) + self.n_scratch)
 
@@ -68,23 +65,33 @@ def numbers(form: LinearForm, start: int, n: int, read: FormReader) -> "Tensor":
 
 def total(x: "Tensor") -> float:
     """The sum of numbers [n], in float64 and always in the same order."""
-    return float(sums(x.double(), dim=0))
+    return totals(x.double().view(1, -1))[0]
+
+
+def totals(x: "Tensor") -> Sequence[float]:
+    """The sums of rows in float64 [rows, n], always in the same order."""
+    return [math.fsum(row) for row in _folded(x, 1, _FEW).tolist()]
 
 
 def sums(x: "Tensor", *, dim: int) -> "Tensor":
-    """The sums of numbers along a dimension that is not empty, always in the same order.
+    """The sums of numbers along a dimension that is not empty, always in the same order."""
+    return _folded(x, dim, 1).select(dim, 0)
+
+
+def _folded(x: "Tensor", dim: int, most: int) -> "Tensor":
+    """Halves are added until at most so many numbers are left along a dimension.
 
     A library's own sum adds in another order for another number of threads. By halves, it is
     nearly exact too.
     """
     n = x.shape[dim]
-    while n > 1:
+    while n > most:
         half = n // 2
         folded = x.narrow(dim, 0, half) + x.narrow(dim, half, half)
         if n % 2:
             folded.narrow(dim, 0, 1).add_(x.narrow(dim, n - 1, 1))
         x, n = folded, half
-    return x.select(dim, 0)
+    return x
 
 
 def spec_of(forms: Sequence[LinearForm]) -> TensorSpec:

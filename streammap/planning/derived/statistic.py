@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar, final
 
 from streammap.planning.graph import FormReader
 
-BLOCK = 2**16
+BLOCK = 2**14
 """Numbers of a block."""
 N_AHEAD = 8
 """Blocks whose results may wait for an earlier one, at most."""

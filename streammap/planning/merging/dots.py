@@ -15,7 +15,7 @@ from streammap.errors import CheckpointError, PlanError, StreammapError
 from streammap.io.dtypes import TensorSpec, to_torch
 from streammap.planning import graph
 from streammap.planning.derived import elementwise
-from streammap.planning.derived.elementwise import BLOCK, Elementwise, numbers, sums
+from streammap.planning.derived.elementwise import BLOCK, Elementwise, numbers, sums, totals
 from streammap.planning.derived.statistic import N_AHEAD, Statistic
 from streammap.planning.graph import Derived, FormReader, LinearForm
 from streammap.planning.merging.directions import Dots, Rule
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 By = Literal["whole", "rows", "columns"]
-_MAX_COLUMNS = BLOCK
-_EACH_NBYTES = 32
-"""Of a number of a vector in a block, at most: as it is read, in float64, and in a product."""
+_MAX_COLUMNS = 2**16
+_N_AT_ONCE = 6
+"""Pairs whose products are added up at once."""
 
 
 def derive(
@@ -115,30 +115,41 @@ class _Terms:
 @dataclass(frozen=True, eq=False)
 class _Whole(_Terms, Elementwise):
     n_passes: int = field(default=2, init=False)
-    found: Statistic["Tensor", Sequence[float]] = field(init=False)
+    found: Statistic[Sequence[float], Sequence[float]] = field(init=False)
 
     def __post_init__(self) -> None:
         n = self.inputs[0].spec.n_elements
-        found = Statistic(n, self._products, _add, self._finish)
+        found = Statistic(n, self._products, _both, self._finish)
         object.__setattr__(self, "found", found)
 
     @property
     def formula(self) -> Mapping[str, object]:
         return {**self.rule.formula, "base": self.has_base}
 
+    @property
+    def scratch_nbytes(self) -> int:
+        return _blocks_nbytes(self)
+
     def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
         """The sum of coefficient * vector."""
         return _combined(_vectors(parts, self.has_base), self.found.get(read))
 
-    def _products(self, start: int, n: int, read: FormReader) -> "Tensor":
+    def _products(self, start: int, n: int, read: FormReader) -> Sequence[float]:
         import torch
 
         parts = [numbers(form, start, n, read) for form in self.inputs]
         vectors, _ = _vectors(parts, self.has_base)
-        return torch.stack([sums(a * b, dim=0) for a, b in _pairs(vectors)])
+        pairs, found = list(_pairs(vectors)), list[float]()
+        for first in range(0, len(pairs), _N_AT_ONCE):
+            some = pairs[first : first + _N_AT_ONCE]
+            made = torch.empty((len(some), n), dtype=torch.float64)
+            for i, (a, b) in enumerate(some):
+                torch.mul(a, b, out=made[i])
+            found += totals(made)
+        return found
 
-    def _finish(self, products: "Tensor", read: FormReader) -> Sequence[float]:
-        return self.coefficients(products.tolist())
+    def _finish(self, products: Sequence[float], read: FormReader) -> Sequence[float]:
+        return self.coefficients(products)
 
 
 @final
@@ -165,7 +176,7 @@ class _ByColumn(_Terms, Elementwise):
     def scratch_nbytes(self) -> int:
         """With the sums and the coefficients of all columns."""
         columns = 8 * self.n_columns * (3 * self.n_pairs + self.n_vectors)
-        return _elementwise_nbytes(self) + columns + N_AHEAD * 8 * self.n_columns * self.n_pairs
+        return _blocks_nbytes(self) + columns + N_AHEAD * 8 * self.n_columns * self.n_pairs
 
     def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
         """The sum of coefficient * vector."""
@@ -211,7 +222,7 @@ class _ByRow(_Terms, Derived):
 
     @property
     def scratch_nbytes(self) -> int:
-        return _elementwise_nbytes(self)
+        return _blocks_nbytes(self)
 
     def fill(self, start: int, view: memoryview, read: FormReader) -> None:
         """Some rows at a time, or a part of one."""
@@ -252,8 +263,9 @@ class _ByRow(_Terms, Derived):
         return found
 
 
-def _elementwise_nbytes(made: _Terms) -> int:
-    return BLOCK * _EACH_NBYTES * (len(made.inputs) + 3)
+def _blocks_nbytes(made: _Terms) -> int:
+    """Blocks of numbers as they are stored, in float32 and in float64, and of products."""
+    return BLOCK * 8 * (3 * len(made.inputs) + 2 * _N_AT_ONCE + 2)
 
 
 def _vectors(parts: Sequence["Tensor"], has_base: bool) -> "tuple[Sequence[Tensor], Tensor | None]":
@@ -288,6 +300,10 @@ def _matrix(products: Sequence[float], n: int) -> Dots:
     for (i, j), product in zip(places, products, strict=True):
         made[i][j] = made[j][i] = product
     return made
+
+
+def _both(total: Sequence[float], block: Sequence[float]) -> Sequence[float]:
+    return [a + b for a, b in zip(total, block, strict=True)]
 
 
 def _add(total: "Tensor", block: "Tensor") -> "Tensor":

@@ -2,7 +2,7 @@
 
 Numbers are ordered by magnitude, and where magnitudes are equal by place: earlier ones are larger.
 So the k largest are one set, whatever the tiles. Where it ends is a Cut. It is found digit by digit
-(16 bits of the magnitude's pattern, whose order is that of magnitudes): each reading counts how
+(11 bits of the magnitude's pattern, whose order is that of magnitudes): each reading counts how
 many numbers have which digit. One more reading finds the place where equal magnitudes are cut.
 """
 
@@ -17,7 +17,7 @@ from streammap.planning.graph import FormReader
 if TYPE_CHECKING:
     from torch import Tensor
 
-_DIGIT_BITS = 16
+_DIGIT_BITS = 11
 Patterns = Callable[[int, int, FormReader], "Sequence[Tensor]"]
 """(first element, number of elements, reader) -> of each tensor the patterns there (`patterns`)."""
 
@@ -93,7 +93,7 @@ class Selection:
     def scratch_nbytes(self) -> int:
         """In one thread, beside the patterns: counts of digits, and numbers that are counted."""
         n_cuts = sum(map(len, self._counts))
-        return 3 * n_cuts * 2**_DIGIT_BITS * 8 + 3 * BLOCK * 8
+        return 8 * (3 * n_cuts * (1 << _DIGIT_BITS) + 3 * BLOCK)
 
     def _opened(self, read: FormReader) -> "Sequence[_Open]":
         return () if self._last is None else self._last.found.get(read)

@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, final
 
 from streammap.errors import PlanError
-from streammap.io.dtypes import to_torch
+from streammap.io.dtypes import DTYPE_BITS, to_torch
 from streammap.planning import graph
-from streammap.planning.derived.elementwise import Elementwise, numbers, sums
+from streammap.planning.derived.elementwise import BLOCK, Elementwise, numbers, sums
 from streammap.planning.derived.statistic import Statistic
 from streammap.planning.graph import FormReader, LinearForm
 from streammap.planning.merging import trimming
@@ -92,7 +92,6 @@ class TaskVectors(Elementwise):
     inputs: tuple[LinearForm, ...]
     """Those of the models, and the base's."""
     n_passes: int = field(init=False)
-    n_scratch: int = field(init=False)
     _masks: trimming.Masks | None = field(init=False)
     _lengths: Statistic["Tensor", Sequence[float]] = field(init=False)
 
@@ -105,7 +104,6 @@ class TaskVectors(Elementwise):
         object.__setattr__(self, "_lengths", found)
         more = 0 if masks is None else masks.n_passes + self._asks_lengths
         object.__setattr__(self, "n_passes", 1 + more)
-        object.__setattr__(self, "n_scratch", len(self.inputs) + 6)
 
     @property
     def name(self) -> str:
@@ -120,8 +118,10 @@ class TaskVectors(Elementwise):
 
     @property
     def scratch_nbytes(self) -> int:
-        """With what the masks take."""
-        return self.blocks_nbytes + (0 if self._masks is None else self._masks.scratch_nbytes)
+        """Blocks of numbers as they are stored and read, of differences, and of votes."""
+        item = DTYPE_BITS[self.tensor.dtype] // 8
+        each = 2 * item * len(self.inputs) + (item + 17) * len(self.rule.weights) + 64
+        return BLOCK * each + (0 if self._masks is None else self._masks.scratch_nbytes)
 
     def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
         """The base, and what is left of the differences."""
