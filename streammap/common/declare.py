@@ -56,6 +56,17 @@ class Kind:
     from_file: bool = False
     """Whether a text or path as its value names what is read for it."""
 
+    def is_file(self, value: object) -> bool:
+        """Whether a value names a file that is read for it."""
+        return self.from_file and isinstance(value, str | PurePath)
+
+    def check_typed(self, text: str, name: str) -> None:
+        """Look at what was typed on a command line, before anything is opened.
+
+        Raises:
+            StreammapError: it can be no value of this kind, which is wrong usage.
+        """
+
     def parse(self, value: Any, name: str) -> Any:
         """The value as the code uses it, from Python or a command line.
 
@@ -304,7 +315,7 @@ def check(self: object) -> None:
         value = getattr(self, one.name)
         if value is not one.default:
             object.__setattr__(self, one.name, one.kind.parse(value, one.name))
-            named += [value] * (one.kind.from_file and isinstance(value, str | PurePath))
+            named += [value] * one.kind.is_file(value)
     vars(self)[_NAMED] = tuple(named)
 
 

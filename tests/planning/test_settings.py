@@ -5,7 +5,8 @@ import random
 import pytest
 
 from streammap.errors import PlanError
-from streammap.planning import settings
+from streammap.planning.merging import settings
+from streammap.planning.merging.settings import Place
 
 KEYS = ("model.layers.3.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight", "lm_head")
 
@@ -25,7 +26,7 @@ def test_a_number_depends_on_the_key_and_the_depth(
     value: object, expected: tuple[float | None, ...]
 ) -> None:
     setting = settings.parse(value, what="weight")
-    assert tuple(setting.at(key, 0.25) for key in KEYS) == expected
+    assert tuple(setting.at(Place(key, 0.25)) for key in KEYS) == expected
 
 
 @pytest.mark.parametrize("value", ["much", [], True, [[1]], {"filter": "a"}, {"value": 1, "x": 2}])
@@ -36,7 +37,7 @@ def test_what_is_no_setting_is_refused_by_name(value: object) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan"])
 def test_numbers_are_finite(value: object) -> None:
-    with pytest.raises(PlanError, match="expected a number"):
+    with pytest.raises(PlanError, match="number"):
         settings.parse(value, what="alpha")
 
 
@@ -57,4 +58,4 @@ def test_mergekit_makes_the_same_of_random_settings() -> None:
             depth = draw.random()
             for key in KEYS:
                 expected = config.evaluate_setting(key, theirs, depth, validate=float)
-                assert settings.parse(value, what="w").at(key, depth) == expected
+                assert settings.parse(value, what="w").at(Place(key, depth)) == expected
