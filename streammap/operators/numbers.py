@@ -34,7 +34,7 @@ class ByPlace(Kind):
 
     def check_typed(self, text: str, name: str) -> None:
         """A number, JSON or a file that is there."""
-        _check_typed(text, name)
+        check_typed(text, name)
 
     def parse(self, value: Any, name: str) -> "float | Setting":
         """A number where it is one everywhere, as it was given."""
@@ -97,7 +97,7 @@ class PerSource(Kind):
 
     def check_typed(self, text: str, name: str) -> None:
         """Numbers, JSON or a file that is there."""
-        _check_typed(text, name)
+        check_typed(text, name)
 
     def parse(self, value: Any, name: str) -> tuple[Setting, ...]:
         """A setting for each source."""
@@ -110,6 +110,10 @@ class PerSource(Kind):
     def encode(self, value: Any) -> object:
         """A list with the JSON form of each."""
         return [setting.as_json() for setting in value]
+
+    def settings(self, value: Any) -> tuple[Setting, ...]:
+        """What `parse` gave; none where nothing was given."""
+        return () if value is None else value
 
     def _settings(self, value: object, name: str) -> tuple[Setting, ...]:
         if isinstance(value, int | float | Setting):
@@ -146,7 +150,12 @@ def _content(value: Any, name: str) -> object:
     return from_text(str(value), name) if isinstance(value, str | Path) else value
 
 
-def _check_typed(text: str, name: str) -> None:
+def check_typed(text: str, name: str) -> None:
+    """Refuse what is neither numbers nor JSON, nor a file that is there.
+
+    Raises:
+        PlanError: naming it.
+    """
     if not _is_written(text):
         _read(Path(text), name)
 
