@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from streammap.common.declare import Choice, Real
+from streammap.common.declare import Choice, Real, Whole
 from streammap.errors import PlanError, some
 from streammap.operators.declare import (
     Input,
@@ -39,7 +39,7 @@ from streammap.planning.merging.slices import Slice
 from streammap.planning.plan import Plan, Promise, Step
 
 Decay = Literal["linear", "cosine", "1-sqrt"]
-_WEIGHTS, _SLICES = "Weights", "Slices"
+_WEIGHTS, _SLICES, _METHOD = "Weights", "Slices", "Method"
 
 
 @declared
@@ -55,6 +55,8 @@ class Blend(Operator):
         "blend a/ b/ -o sum/ --weights 0.7,0.3",
         "blend code/ maths/ -o both/ --base llama/ --lambda 0.7",
         "blend llama/ -o deep/ --slices '[[0, 0, 24], [0, 8, 32]]'",
+        "blend a/ b/ -o between/ --method slerp --t 0.5",
+        "blend code/ maths/ -o both/ --base llama/ --method ties --density 0.5",
         "blend config.yml -o merged/",
     )
 
@@ -125,12 +127,38 @@ class Blend(Operator):
     )
     method: str | None = option(
         default=None,
-        help="linear, passthrough or task_arithmetic; by default, what the other options say.",
-        group=_WEIGHTS,
+        help="linear, slerp, karcher, model_stock, ties, dare_ties ...; by default, what the other "
+        "options say.",
+        group=_METHOD,
         metavar="NAME",
     )
-    parameters: Mapping[str, object] | None = option(
-        default=None, help="Further parameters of the method, for all sources.", kind=Shared()
+    t: SettingLike | None = option(
+        default=None,
+        help="Of slerp: 0 is the first checkpoint, 1 the second.",
+        group=_METHOD,
+        kind=ByPlace(),
+        metavar="T",
+    )
+    density: SettingLike | None = option(
+        default=None,
+        help="Of ties, dare, della and breadcrumbs: the share of each difference that is left.",
+        group=_METHOD,
+        kind=ByPlace(),
+        metavar="D",
+    )
+    seed: int | None = option(
+        default=None,
+        help="Of dare and della: which random numbers.",
+        group=_METHOD,
+        kind=Whole(),
+        metavar="N",
+    )
+    parameters: Mapping[str, object] | str | None = option(
+        default=None,
+        help="Further parameters of the method, as JSON or a file: '{\"rescale\": true}'.",
+        group=_METHOD,
+        kind=Shared(),
+        metavar="P",
     )
     each: Sequence[Mapping[str, object]] | None = option(
         default=None, help="Parameters of the method for each source.", kind=Each()
@@ -194,7 +222,13 @@ class Blend(Operator):
         method = registry.load(self.method or self._method(slices, n, has_base=has_base))
         shared: dict[str, Setting] = dict(Shared().settings(self.parameters))
         each = self._each(n)
-        options = {"lambda": self.lambda_, "scale": self.scale}
+        options = {
+            "lambda": self.lambda_,
+            "scale": self.scale,
+            "t": self.t,
+            "density": self.density,
+            "seed": self.seed,
+        }
         for name, value in options.items():
             if value is not None:
                 shared[name] = ByPlace().setting(value)

@@ -70,12 +70,28 @@ class Slices(Kind):
 
 @final
 class Shared(Kind):
-    """Parameter -> numbers."""
+    """Parameter -> numbers; as they are, as JSON, or a file of JSON."""
 
-    form: Form = "object"
+    from_file = True
+
+    def is_file(self, value: object) -> bool:
+        """Whether it is no JSON."""
+        return isinstance(value, Path) or (
+            isinstance(value, str) and not value.strip().startswith("{")
+        )
+
+    def check_typed(self, text: str, name: str) -> None:
+        """JSON, or a file that is there."""
+        numbers.check_typed(text, name)
 
     def parse(self, value: Any, name: str) -> Mapping[str, Setting]:
         """A setting for each parameter; true is 1."""
+        if isinstance(value, str | Path):
+            value = numbers.from_text(str(value), name)
+        return self.decode(value, name)
+
+    def decode(self, value: Any, name: str) -> Mapping[str, Setting]:
+        """From JSON."""
         if not isinstance(value, Mapping):
             raise PlanError(f"{name} is {shown(value)}, expected an object")
         return {

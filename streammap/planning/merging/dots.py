@@ -80,7 +80,7 @@ class _Terms:
     @property
     def name(self) -> str:
         """See Derived."""
-        return self.rule.name
+        return f"{self.rule.name}, read twice"
 
     @property
     def n_vectors(self) -> int:
@@ -101,14 +101,14 @@ class _Terms:
         """
         if not all(map(math.isfinite, products)):
             raise CheckpointError(
-                f"{self.key}: {self.name} asks for norms, and a source has numbers that are not "
+                f"{self.key}: {self.rule.name} asks for norms, and a source has numbers that are not "
                 "finite, or too large",
                 hint="streammap health counts NaN and infinite numbers of a checkpoint",
             )
         try:
             return self.rule.coefficients(_matrix(products, self.n_vectors))
         except StreammapError as error:
-            raise PlanError(f"{self.key}: {self.name}: {error.message}", hint=error.hint) from error
+            raise PlanError(f"{self.key}: {self.rule.name}: {error.message}", hint=error.hint) from error
 
 
 @final

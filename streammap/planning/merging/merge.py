@@ -158,7 +158,9 @@ class _Merge:
     def _taking_part(self, here: Slice | None) -> list[tuple[int, Settings]]:
         """The sources of a tensor, with what is said of them in its slice."""
         if here is not None:
-            return [(span.source, span.parameters) for span in here.spans]
+            # In the order of the sources: a method may tell the first from the others.
+            spans = sorted(here.spans, key=lambda span: span.source)
+            return [(span.source, span.parameters) for span in spans]
         return [(k, {}) for k in range(len(self._sources))]
 
     def _tensor(self, k: int, key: str) -> tuple[LinearForm | None, str]:
@@ -246,7 +248,7 @@ def _check(method: Method, recipe: Recipe, n_sources: int) -> None:
                 f"{method.name} has no parameter {name}",
                 hint=f"it has {', '.join(method.parameters)}",
             )
-    if method.takes_base and recipe.base is None:
+    if method.takes_base and method.needs_base and recipe.base is None:
         raise PlanError(f"{method.name} needs a base", hint="give --base CHECKPOINT")
     counts = [len(one.spans) for one in recipe.slices] or [n_sources]
     most = method.max_sources

@@ -108,7 +108,8 @@ class TaskVectors(Elementwise):
     @property
     def name(self) -> str:
         """See Derived."""
-        return self.rule.name
+        times = "" if self.n_passes == 1 else f", read up to {self.n_passes} times"
+        return self.rule.name + times
 
     @property
     def formula(self) -> Mapping[str, object]:

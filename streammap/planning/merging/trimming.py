@@ -41,11 +41,15 @@ class Trim:
     largest with density + epsilon, those between in a straight line by rank."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no probability.
+        """Refuse what is no share, and no probability.
 
         Raises:
-            PlanError: density - epsilon or density + epsilon is not between 0 and 1.
+            PlanError: gamma, density - epsilon or density + epsilon is not between 0 and 1.
         """
+        if not 0 <= self.gamma <= 1:
+            raise PlanError(
+                f"gamma {self.gamma:g}, expected a share from 0 to 1", hint="give gamma 0.01"
+            )
         low, high = self.density - self.epsilon, self.density + self.epsilon
         if self.kind == "ranks" and 0 < self.density < 1 and not 0 < low <= high < 1:
             raise PlanError(
@@ -65,12 +69,12 @@ class Trim:
         return self.is_partial and self.kind in ("magnitude", "outliers")
 
     def counts(self, n: int) -> tuple[int, ...]:
-        """What is left of `n` numbers: so many of the largest, but not so many of them."""
+        """What is left of `n` numbers: so many of the largest, without so many of them; or none."""
         left = int(self.density * n)
         if self.kind == "magnitude":
             return (max(1, left),)
-        lowest = max(0, n - left - int(self.gamma * n))
-        return (n - lowest, n - lowest - left)
+        most = min(n, left + int(self.gamma * n))
+        return tuple(count for count in (most, most - left) if count > 0) if left else ()
 
 
 @final
@@ -91,13 +95,11 @@ class Masks:
             tensor: The dtype of differences, and their shape.
             key: With the seed and the model's number, it names the stream of random numbers.
         """
-        self._shape, self._key, self._seed = tensor.shape, key, seed
+        self._row = tensor.shape[-1] if tensor.shape else 1
+        self._key, self._seed = key, seed
         self._trims, self._differences = trims, differences
         n = tensor.n_elements
-        # Of none of them is nothing to be found; a count of all of them finds the smallest.
-        self._counts = [
-            [c for c in trim.counts(n) if c > 0] if trim.is_sorted and n else [] for trim in trims
-        ]
+        self._counts = [trim.counts(n) if trim.is_sorted and n else () for trim in trims]
         n_bits = 63 if tensor.dtype == "F64" else 31
         self._selection = Selection(n, self._patterns, self._counts, n_bits=n_bits)
 
@@ -119,7 +121,7 @@ class Masks:
         if self.is_random:
             nbytes += BLOCK * random_numbers.EACH_NBYTES
         if any(trim.is_partial and trim.kind == "ranks" for trim in self._trims):
-            rows = BLOCK + 2 * (self._shape[-1] if self._shape else 1)
+            rows = BLOCK + 2 * self._row
             nbytes += rows * 8 * (3 * n + 6)
         if any(self._counts):
             nbytes += self._selection.scratch_nbytes
@@ -140,7 +142,7 @@ class Masks:
         trim, n = self._trims[i], len(difference)
         if trim.kind == "all" or trim.density >= 1:
             return None
-        if trim.density <= 0:
+        if trim.density <= 0 or (trim.is_sorted and not self._counts[i]):
             return torch.zeros(n, dtype=torch.bool)
         if trim.is_sorted:
             pattern, cuts = patterns(difference), self._selection.cuts(read)[i]
@@ -162,7 +164,7 @@ class Masks:
         kept = read.kept.get((start, n))
         if isinstance(kept, list):
             return kept
-        length = self._shape[-1]
+        length = self._row
         first, last = start // length * length, -(-(start + n) // length) * length
         made = torch.empty((len(self._trims), last - first), dtype=torch.float64)
         step = max(1, BLOCK // length) * length

@@ -35,6 +35,8 @@ class Method(ABC):
     parameters: ClassVar[Mapping[str, Parameter]]
     takes_base: ClassVar[bool] = False
     """Whether it reads a base, which the others are compared with."""
+    needs_base: ClassVar[bool] = True
+    """Whether it does not without, if it takes one."""
     max_sources: ClassVar[int | None] = None
     """Beside the base; None for any number."""
 

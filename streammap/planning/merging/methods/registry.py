@@ -12,6 +12,18 @@ _METHODS = {
     "linear": "linear:Linear",
     "passthrough": "passthrough:Passthrough",
     "task_arithmetic": "task_arithmetic:TaskArithmetic",
+    "slerp": "on_sphere:SlerpMethod",
+    "nuslerp": "on_sphere:NuSlerpMethod",
+    "multislerp": "on_sphere:MultiSlerpMethod",
+    "karcher": "on_sphere:KarcherMethod",
+    "model_stock": "on_sphere:ModelStockMethod",
+    "ties": "trimmed:Ties",
+    "dare_linear": "trimmed:DareLinear",
+    "dare_ties": "trimmed:DareTies",
+    "breadcrumbs": "trimmed:Breadcrumbs",
+    "breadcrumbs_ties": "trimmed:BreadcrumbsTies",
+    "della": "trimmed:Della",
+    "della_linear": "trimmed:DellaLinear",
 }
 """Name -> where it is."""
 
