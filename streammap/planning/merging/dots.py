@@ -101,14 +101,16 @@ class _Terms:
         """
         if not all(map(math.isfinite, products)):
             raise CheckpointError(
-                f"{self.key}: {self.rule.name} asks for norms, and a source has numbers that are not "
-                "finite, or too large",
+                f"{self.key}: {self.rule.name} asks for norms, and a source has numbers that are "
+                "not finite, or too large",
                 hint="streammap health counts NaN and infinite numbers of a checkpoint",
             )
         try:
             return self.rule.coefficients(_matrix(products, self.n_vectors))
         except StreammapError as error:
-            raise PlanError(f"{self.key}: {self.rule.name}: {error.message}", hint=error.hint) from error
+            raise PlanError(
+                f"{self.key}: {self.rule.name}: {error.message}", hint=error.hint
+            ) from error
 
 
 @final

@@ -250,12 +250,14 @@ def _check(method: Method, recipe: Recipe, n_sources: int) -> None:
             )
     if method.takes_base and method.needs_base and recipe.base is None:
         raise PlanError(f"{method.name} needs a base", hint="give --base CHECKPOINT")
-    counts = [len(one.spans) for one in recipe.slices] or [n_sources]
+    taking = [[span.source for span in one.spans] for one in recipe.slices]
+    counts = [len({*each} - {recipe.base}) for each in taking or [list(range(n_sources))]]
     most = method.max_sources
     if most is not None and max(counts) > most:
         raise PlanError(
-            f"{method.name} takes {most} source, and there are {max(counts)}",
-            hint="give --slices, each of one source; or another --method",
+            f"{method.name} takes {most} {'source' if most == 1 else 'sources'}, and there are "
+            f"{max(counts)}",
+            hint="give --slices, each of as many; or another --method",
         )
 
 
