@@ -176,6 +176,7 @@ class _Needs:
 
     def _add_derived(self, made: Derived, depth: int) -> None:
         self._depth = max(self._depth, depth)
+        self._targets_nbytes += made.kept_nbytes
         self._scratch_nbytes = max(self._scratch_nbytes, made.scratch_nbytes)
         computed = [form for form in made.inputs if form.bare is None]
         if computed:  # others are read where they are wanted

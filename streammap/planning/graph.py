@@ -177,6 +177,8 @@ class Derived(ABC):
     """What it is computed from."""
     n_passes: int = 1
     """How often it reads them."""
+    kept_nbytes: int = 1000
+    """What is kept for it, and of what it found out, until the run is over."""
 
     @property
     @abstractmethod

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Elect = Literal["sum", "count"]
+_KEPT_NBYTES = 900
+"""For each reading: what it found, and how; measured."""
 _SHORTEST = 1e-7
 """Vectors with a smaller sum of magnitudes are not rescaled."""
 
@@ -92,6 +94,7 @@ class TaskVectors(Elementwise):
     inputs: tuple[LinearForm, ...]
     """Those of the models, and the base's."""
     n_passes: int = field(init=False)
+    kept_nbytes: int = field(init=False)
     _masks: trimming.Masks | None = field(init=False)
     _lengths: Statistic["Tensor", Sequence[float]] = field(init=False)
 
@@ -104,6 +107,7 @@ class TaskVectors(Elementwise):
         object.__setattr__(self, "_lengths", found)
         more = 0 if masks is None else masks.n_passes + self._asks_lengths
         object.__setattr__(self, "n_passes", 1 + more)
+        object.__setattr__(self, "kept_nbytes", _KEPT_NBYTES * (1 + more))
 
     @property
     def name(self) -> str:
