@@ -36,8 +36,8 @@ _TARGET_NBYTES = 1050
 """What is kept for each tensor of the result: its form, its place, its CRC, its line."""
 _MAPS_NBYTES = 850
 """The same for each term that has maps."""
-_LOAD_NBYTES = 700
-"""The same for each tensor of a term but the first."""
+_LOAD_NBYTES = 1200
+"""The same for each tensor that it is made of but the first."""
 PRODUCT_NBYTES = 10 * 2**20
 """What the matrix product library keeps for each thread; measured."""
 CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
@@ -163,10 +163,10 @@ class _Needs:
         Args:
             depth: How many derived tensors it is inside of.
         """
-        self._targets_nbytes += _TARGET_NBYTES
+        n_loads = sum(len(term.blend) for term in form.terms)
+        self._targets_nbytes += _TARGET_NBYTES + _LOAD_NBYTES * (n_loads - 1)
         for term in form.terms:
-            has_maps = any(m is not None for m in term.maps)
-            self._targets_nbytes += _MAPS_NBYTES * has_maps + _LOAD_NBYTES * (len(term.blend) - 1)
+            self._targets_nbytes += _MAPS_NBYTES * any(m is not None for m in term.maps)
             self.matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
             for _, ref in term.blend:
                 if isinstance(ref.source, Checkpoint):

@@ -97,7 +97,8 @@ class Remapping:
             axis: sizes[axis] - 1 for axis in model.architecture.depth_axes if axis in sizes
         }
         self._hidden = model.architecture.spaces.get("hidden", ())
-        self._inverted: dict[int, list[list[tuple[int, float]]]] = {}
+        self._inverted: dict[int, tuple[AxisMap, list[list[tuple[int, float]]]]] = {}
+        """By identity; the map is kept, so that no other one gets its id."""
         self.n_after = 0
         """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""
 
@@ -214,8 +215,8 @@ class Remapping:
             for i in range(m.n_out):
                 for j, coefficient in m.members(i) or ((0, 0.0),):
                     columns[j].append((i, coefficient))
-            self._inverted[id(m)] = columns
-        return self._inverted[id(m)]
+            self._inverted[id(m)] = m, columns
+        return self._inverted[id(m)][1]
 
     def _is_tail(self, family: Family, values: tuple[int, ...]) -> bool:
         return any(

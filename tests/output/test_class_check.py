@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,6 +89,36 @@ def test_a_small_result_of_a_shipped_spec_does_not_wait_for_transformers(llama: 
         "sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_other_threads_ask_the_class_by_another_process(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers replaces functions of its own meanwhile: of two threads one may put back
+    what the other has put there.
+    """
+    asked: list[str] = []
+    compare = class_trial.compare
+
+    def listed(source: class_trial.Given | None, result: class_trial.Given) -> object:
+        asked.append(threading.current_thread().name)
+        return compare(source, result)
+
+    monkeypatch.setattr(class_trial, "compare", listed)
+    tie = transformers.PreTrainedModel.tie_weights
+
+    def save(i: int) -> None:
+        streammap.open(llama).decoalesce(width=2).save(llama.parent / f"out{i}", fsync=False)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(save, range(8)))
+        told = pool.submit(forgotten(llama).save, llama.parent / "wrong")
+        with pytest.raises(PlanError, match=TOLD):
+            told.result()
+    assert asked == []
+    save(8)
+    assert asked == [threading.main_thread().name]
+    assert transformers.PreTrainedModel.tie_weights is tie
 
 
 GOOD = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4}

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sized
 from pathlib import Path
 
@@ -166,7 +167,13 @@ def given(config: Mapping[str, object], specs: Mapping[str, TensorSpec]) -> Give
 
 
 def _is_ready(library: Library, config: Mapping[str, object], tensors: Sized) -> bool:
-    """Whether a class can be asked in this process."""
+    """Whether a class can be asked in this process.
+
+    transformers replaces functions of its own while it makes a model. Two threads that do so at
+    once leave them replaced for good, and models made later are not tied any more.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return False
     return library in sys.modules and len(tensors) <= _MANY_TENSORS and _largest(config) <= _LARGEST
 
 
