@@ -267,7 +267,8 @@ class _ByRow(_Terms, Derived):
 
 def _blocks_nbytes(made: _Terms) -> int:
     """Blocks of numbers as they are stored, in float32 and in float64, and of products."""
-    return BLOCK * 8 * (3 * len(made.inputs) + 2 * _N_AT_ONCE + 2)
+    n_products = min(made.n_pairs, _N_AT_ONCE)
+    return BLOCK * 8 * (3 * len(made.inputs) + 2 * n_products + 2)
 
 
 def _vectors(parts: Sequence["Tensor"], has_base: bool) -> "tuple[Sequence[Tensor], Tensor | None]":

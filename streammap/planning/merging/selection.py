@@ -93,7 +93,7 @@ class Selection:
     def scratch_nbytes(self) -> int:
         """In one thread, beside the patterns: counts of digits, and numbers that are counted."""
         n_cuts = sum(map(len, self._counts))
-        return 8 * (3 * n_cuts * (1 << _DIGIT_BITS) + 3 * BLOCK)
+        return 8 * (3 * n_cuts * (1 << _DIGIT_BITS) + BLOCK)
 
     def _opened(self, read: FormReader) -> "Sequence[_Open]":
         return () if self._last is None else self._last.found.get(read)
@@ -179,7 +179,9 @@ class _Digit:
             elif i and one.tensor == opened[i - 1].tensor:
                 made[i] = made[i - 1]
                 continue
-            digit = (like >> self._shift) & (size - 1)
+            digit = like >> self._shift if self._shift else like
+            if self._before is not None:
+                digit = digit & (size - 1)
             made[i] = torch.bincount(digit, minlength=size)
         return made
 

@@ -13,7 +13,7 @@ they are equal, earlier places count as larger, so that the result does not depe
 else is computed in float64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Literal, final
 
@@ -125,7 +125,7 @@ class TaskVectors(Elementwise):
     def scratch_nbytes(self) -> int:
         """Blocks of numbers as they are stored and read, of differences, and of votes."""
         item = DTYPE_BITS[self.tensor.dtype] // 8
-        each = 2 * item * len(self.inputs) + (item + 17) * len(self.rule.weights) + 64
+        each = item * (2 * len(self.inputs) + 4) + 16 * len(self.rule.weights) + 64
         return BLOCK * each + (0 if self._masks is None else self._masks.scratch_nbytes)
 
     def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
@@ -141,13 +141,13 @@ class TaskVectors(Elementwise):
             total = sum(rule.weights)
             divisor = 1.0 if abs(total) < 1e-8 else total
         else:
-            votes = [v.sign() for v in vectors] if rule.elect == "count" else vectors
+            votes = (v.sign() for v in vectors) if rule.elect == "count" else vectors
             direction = torch.where(_added(votes) >= 0, 1.0, -1.0)
-            agrees = [v * direction > 0 for v in vectors]
-            vectors = [v.mul_(each) for v, each in zip(vectors, agrees, strict=True)]
-            divisor = _added(
-                [each.double() * w for each, w in zip(agrees, rule.weights, strict=True)]
-            )
+            divisor = torch.zeros_like(vectors[0])
+            for vector, weight in zip(vectors, rule.weights, strict=True):
+                agrees = (vector * direction > 0).double()
+                vector.mul_(agrees)
+                divisor += agrees.mul_(weight)
             divisor[divisor == 0] = 1.0
         mixed = _added(vectors)
         if rule.normalize:
@@ -161,7 +161,8 @@ class TaskVectors(Elementwise):
         if self._masks is None:
             return made
         factors = self._lengths.get(read) if self._asks_lengths else None
-        for i, (x, low) in enumerate(zip(made, self._lows(parts), strict=True)):
+        for i, x in enumerate(made):
+            low = self._lows([parts[i], parts[-1]])[0]
             share = self._masks.shares(i, start, low, read, self.rule.rescale)
             if share is not None:
                 x.mul_(share)
@@ -205,9 +206,10 @@ class TaskVectors(Elementwise):
         return [x.to(dtype) - base for x in parts[:-1]]
 
 
-def _added(terms: Sequence["Tensor"]) -> "Tensor":
-    total = terms[0].double().clone()
-    for term in terms[1:]:
+def _added(terms: Iterable["Tensor"]) -> "Tensor":
+    first, *rest = terms
+    total = first.clone()
+    for term in rest:
         total += term
     return total
 
