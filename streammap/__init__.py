@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from streammap.analysis.verification import Verification, verify
     from streammap.api import (
         LazyCheckpoint,
+        blend,
         coalesce,
         decoalesce,
         diff,
@@ -52,6 +53,7 @@ __all__ = [
     "StreammapError",
     "Verification",
     "__version__",
+    "blend",
     "coalesce",
     "decoalesce",
     "diff",
@@ -69,6 +71,7 @@ _HOMES = {
     "analysis.verification": ("Verification", "verify"),
     "api": (
         "LazyCheckpoint",
+        "blend",
         "coalesce",
         "decoalesce",
         "diff",

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast, final
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast, final, overload
 from weakref import WeakKeyDictionary, WeakSet
 
 from streammap.common import declare, garbage
@@ -23,13 +23,15 @@ from streammap.common.declare import declared, option, takes
 from streammap.common.events import Listener, nobody
 from streammap.common.units import format_nbytes
 from streammap.engine.options import MEMORY, Engine, RunOptions
+from streammap.errors import PlanError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.base import Reader
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, registry
-from streammap.operators.declare import Operator
+from streammap.operators.declare import Operator, PlanLike, inputs_of
 from streammap.operators.interpolate import Interpolate
+from streammap.operators.recipes import mergekit
 from streammap.operators.resize import Coalesce, Decoalesce
 from streammap.output import destination
 from streammap.output.run import Report
@@ -226,6 +228,9 @@ class LazyCheckpoint:
         merge_lora = _method(MergeLora)
         permute = _method(Permute)
 
+        def blend(self, *others: PlanLike, **options: Any) -> "LazyCheckpoint":
+            """See operators/blend.py; further checkpoints come by place."""
+
     @takes(SaveOptions)
     def save(self, output: PathLike, options: SaveOptions) -> Report:
         """Compute and write the result; the model is never held.
@@ -294,7 +299,7 @@ def open_request(
 
     Args:
         request: The tree (see operators/request_json.py), a file with it, a result's streammap.json
-            or the result itself.
+            or the result itself; or a recipe of mergekit (config.yml).
         sources: Recorded path -> where that source is now; or where the only source is now.
 
     Raises:
@@ -303,6 +308,8 @@ def open_request(
     from streammap.output import record
     from streammap.planning import request as requests
 
+    if mergekit.is_recipe(request) and not isinstance(request, Mapping):
+        return open(request)
     with garbage.paused():
         call, maps = record.saved_request(request)
         moved = requests.moved(call, sources)
@@ -396,6 +403,33 @@ def _one_call(
     return takes(all_options, leads=operator)(call)
 
 
+def _call_of_many(
+    operator: type[Operator], all_options: Callable[..., _CallOptions]
+) -> Callable[..., "LazyCheckpoint | Report"]:
+    """An operator with any number of sources as one call; the output has to be named."""
+
+    def call(
+        source: PlanLike, output: PathLike | None = None, given: Any = None
+    ) -> "LazyCheckpoint | Report":
+        made, how = declare.part(operator, given), declare.part(SaveOptions, given)
+        opened = LazyCheckpoint(calls.plan_of(source, stream=given.stream))
+        planned = opened.apply(made, stream=given.stream)
+        if output is not None:
+            with planned:
+                return destination.save(planned.plan, output, how, card=_card)
+        if how != SaveOptions():
+            raise PlanError(
+                f"{operator.name}: options of a result, and no output",
+                hint='give output="out", or give them to `save`',
+            )
+        return planned
+
+    call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
+    told = "Planned; saved to `output` in one call where one is given."
+    call.__doc__ = f"{inspect.cleandoc(operator.__doc__ or '')}\n\n{told}"
+    return takes(all_options, leads=operator)(call)
+
+
 if TYPE_CHECKING:
 
     @declared
@@ -424,9 +458,16 @@ if TYPE_CHECKING:
     merge_lora = _one_call(MergeLora, _MergeLora)
     permute = _one_call(Permute, _Permute)
 
+    @overload
+    def blend(source: PlanLike, *others: PlanLike, output: PathLike, **options: Any) -> Report: ...
+    @overload
+    def blend(source: PlanLike, *others: PlanLike, **options: Any) -> LazyCheckpoint: ...
+    def blend(source: PlanLike, *others: PlanLike, **options: Any) -> LazyCheckpoint | Report:
+        """See operators/blend.py."""
+
 else:
 
-    def __getattr__(name: str) -> Callable[..., Report]:
+    def __getattr__(name: str) -> Callable[..., "LazyCheckpoint | Report"]:
         """Any operator as one call, made when it is first used."""
         known = name.replace("_", "-")
         if name.startswith("_") or known not in registry.names():
@@ -435,6 +476,9 @@ else:
 
 
 @functools.cache
-def _made(operator: type[Operator]) -> Callable[..., Report]:
+def _made(operator: type[Operator]) -> Callable[..., "LazyCheckpoint | Report"]:
     options: Any = declared(type(operator.__name__, (operator, _CallOptions), {}))
-    return _one_call(operator, options)
+    takes_many = any(
+        one.about.positional and one.kind.form == "many" for one in inputs_of(operator)
+    )
+    return (_call_of_many if takes_many else _one_call)(operator, options)

@@ -112,7 +112,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
                 form.spec.dtype,
                 source_spec.shape,
                 form.spec.shape,
-                formula(form, names),
+                _formulas(forms, names),
                 exactness.of_family(plan, axes.get(first[name], frozenset()), form),
             )
         )
@@ -148,6 +148,12 @@ def _axes_by_key(plan: Plan) -> dict[str, frozenset[str]]:
         for axes in (axis_facts.axes_of(plan.model, family),)
         for key in family.members.values()
     }
+
+
+def _formulas(forms: Sequence[LinearForm], names: Mapping[int, str]) -> str:
+    """What alike tensors compute; where layers differ in it, the first and the last."""
+    first, last = formula(forms[0], names), formula(forms[-1], names)
+    return first if first == last else f"{first} ... {last}"
 
 
 def formula(form: LinearForm, names: Mapping[int, str]) -> str:

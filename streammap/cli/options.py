@@ -12,7 +12,6 @@ from streammap.common.declare import Declared, Kind, Whole, flag_of, options_of
 from streammap.engine.options import Engine
 from streammap.errors import StreammapError, redacted
 from streammap.operators.declare import Input
-from streammap.operators.kinds import Factor
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 _READING = ("memory", "threads")
@@ -49,19 +48,18 @@ class _ArchName(click.ParamType[str]):
 ARCH = _ArchName()
 
 
-class _Factor(click.ParamType[str]):
-    """A factor; what is none is wrong usage, as a number is that is no number."""
+class _Typed(_Path):
+    """A text that its kind looks at: what can be no value of it is wrong usage."""
 
-    name = "factor"
-
-    def __init__(self, kind: Factor, option: str) -> None:
+    def __init__(self, kind: Kind, option: str) -> None:
         """`option` is the option's name."""
+        super().__init__()
         self._kind, self._option = kind, option
 
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """The text as it stands."""
         try:
-            self._kind.parse(value, self._option)
+            self._kind.check_typed(value, self._option)
         except StreammapError as error:
             self.fail(str(error), param, ctx)
         return value
@@ -113,8 +111,8 @@ def _parameter(one: Declared, prefix: str) -> click.Parameter:
     typed = click.Choice(one.kind.choices) if form == "choice" else _TYPES[form]
     if _is_path(one.kind):
         typed = PATH
-    if isinstance(one.kind, Factor):
-        typed = _Factor(one.kind, one.name)
+    if type(one.kind).check_typed is not Kind.check_typed:
+        typed = _Typed(one.kind, one.name)
     if isinstance(one.kind, Whole):
         typed = click.IntRange(min=one.kind.least)
     has_default = one.default not in (MISSING, None, ())

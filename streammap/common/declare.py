@@ -56,6 +56,17 @@ class Kind:
     from_file: bool = False
     """Whether a text or path as its value names what is read for it."""
 
+    def is_file(self, value: object) -> bool:
+        """Whether a value names a file that is read for it."""
+        return self.from_file and isinstance(value, str | PurePath)
+
+    def check_typed(self, text: str, name: str) -> None:
+        """Look at what was typed on a command line, before anything is opened.
+
+        Raises:
+            StreammapError: it can be no value of this kind, which is wrong usage.
+        """
+
     def parse(self, value: Any, name: str) -> Any:
         """The value as the code uses it, from Python or a command line.
 
@@ -304,7 +315,7 @@ def check(self: object) -> None:
         value = getattr(self, one.name)
         if value is not one.default:
             object.__setattr__(self, one.name, one.kind.parse(value, one.name))
-            named += [value] * (one.kind.from_file and isinstance(value, str | PurePath))
+            named += [value] * one.kind.is_file(value)
     vars(self)[_NAMED] = tuple(named)
 
 
@@ -444,39 +455,55 @@ def _by_name(
     """`function(*first, object of cls)` as a function that takes the options by name.
 
     Arguments of the declaration come after the very first parameter, before the others: source,
-    target, output. Those that may be left out come last.
+    target, output. Those that may be left out come last. Where there may be any number of one, all
+    that follows by place is of it, and the function's other parameters are keywords.
     """
     signature = inspect.signature(function)
     first = list(signature.parameters.values())[:n_first]
     arguments = [_parameter(one) for one in options if one.about.positional]
-    needed = [p for p in arguments if p.default is inspect.Parameter.empty]
-    by_place = [first[0], *needed, *first[1:], *(p for p in arguments if p not in needed)]
+    many = next((p for p in arguments if p.kind is inspect.Parameter.VAR_POSITIONAL), None)
+    needed = [p for p in arguments if p.default is inspect.Parameter.empty and p is not many]
+    others = [p for p in arguments if p not in needed and p is not many]
+    by_place = [first[0], *needed, *(first[1:] if many is None else ()), *others]
     names = [parameter.name for parameter in by_place]
 
     @functools.wraps(function)
     def call(*values: Any, **named: Any) -> R:
+        given: list[tuple[str, Any]] = list(zip(names, values, strict=False))
         if len(values) > len(names):
-            raise TypeError(f"{call.__name__}() takes {len(names)} arguments by place")
-        for name, value in zip(names, values, strict=False):
+            if many is None:
+                raise TypeError(f"{call.__name__}() takes {len(names)} arguments by place")
+            given.append((many.name, _spread(values[len(names) :])))
+        for name, value in given:
             if name in named:
                 raise TypeError(f"{call.__name__}() got two values for {name!r}")
             named[name] = value
         for parameter in first:
-            if parameter.name not in named:
+            if parameter.name not in named and parameter.default is inspect.Parameter.empty:
                 raise TypeError(f"{call.__name__}() is missing {parameter.name!r}")
-        leading = [named.pop(parameter.name) for parameter in first]
+        leading = [named.pop(parameter.name, parameter.default) for parameter in first]
         return function(*leading, make(cls, named, what=call.__name__))
 
-    rest = [_parameter(one) for one in options if not one.about.positional]
+    by_name = [_parameter(one) for one in options if not one.about.positional]
+    if many is not None:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        by_name = [many, *(p.replace(kind=keyword) for p in first[1:]), *by_name]
     call.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*by_place, *rest]
+        parameters=[*by_place, *by_name]
     )
     call.__doc__ = _documented(function.__doc__ or "", options)
     return call
 
 
+def _spread(values: Sequence[Any]) -> Sequence[Any]:
+    """Any number of values; those of a list, where it stands for them."""
+    return values[0] if len(values) == 1 and isinstance(values[0], list | tuple) else values
+
+
 def _parameter(one: Declared) -> inspect.Parameter:
     by_place = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if one.about.positional and one.kind.form == "many":
+        return inspect.Parameter(one.name, inspect.Parameter.VAR_POSITIONAL)
     kind = by_place if one.about.positional else inspect.Parameter.KEYWORD_ONLY
     default = inspect.Parameter.empty if one.is_required else one.default
     annotation = one.type if len(str(one.type)) <= _MAX_SHOWN else inspect.Parameter.empty

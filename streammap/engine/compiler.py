@@ -3,9 +3,9 @@
 Each element is computed by the same operations in the same order whatever the tile: sources are
 added up in the order of the blend, then each dimension is mapped in turn, members of a unit in the
 order of its row (or all in one go, see pooling.py: that depends on the form, not on the tile). Sums
-are kept in the form's accumulator; a factor that all members share is applied after the sum, and
-the result is rounded once. So tiles of any size give the same bits, but for matrix products, whose
-kernels add in an order of their own. No torch here.
+are kept in the form's accumulator; a factor that all members share is applied after the sum (1/n as
+a division, where a form is wide), and the result is rounded once. So tiles of any size give the
+same bits, but for matrix products, whose kernels add in an order of their own. No torch here.
 """
 
 import itertools
@@ -30,6 +30,7 @@ _ALIGN_NBYTES = 64
 _MAX_MOVES = 64
 _MAX_PROGRAMS = 1024
 _HALVES = ("BF16", "F16")
+_F32_BITS = 32
 
 
 def program(recipe: Recipe, chunk_nbytes: int) -> Program:
@@ -88,7 +89,7 @@ class _ProgramBuilder:
         coefficient, load = term.blend[0]
         if len(form.terms) > 1 or len(term.blend) > 1 or coefficient == 0.0:
             return False
-        if not any(term.maps) or not _moves(term):
+        if not any(term.maps) or not _moves(term) or (form.wide and coefficient != 1.0):
             return False
         if not graph.is_stored(load, form.spec.dtype):
             return False
@@ -113,7 +114,7 @@ class _ProgramBuilder:
         """(1 - w) a + w b of 16-bit sources: one kernel, which rounds once."""
         dtype, terms = self._form.spec.dtype, self._form.terms
         sides = [(number, *pair) for number, term in enumerate(terms) for pair in term.blend]
-        if len(sides) != 2 or dtype not in _HALVES:
+        if len(sides) != 2 or dtype not in _HALVES or self._form.wide:
             return False
         (_, u, a), (_, w, b) = sides
         if u == 0.0 or w == 0.0 or u != 1.0 - w:
@@ -165,6 +166,9 @@ class _ProgramBuilder:
                     self._used = mark
                     is_first = False
             if not direct:
+                if dtype == "F64" and DTYPE_BITS[self._form.spec.dtype] < _F32_BITS:
+                    # Kernels go from float64 to 16 bits by way of float32: two roundings.
+                    self._ops.append(Op("odd", total))
                 self._ops.append(Op("copy", target, (total,)))
 
     def _chunks(self) -> list[Range]:
@@ -204,7 +208,7 @@ class _ProgramBuilder:
             return
         if factor != 1.0:
             scaled = held if held.place == WORK else self._new(held.dtype, held.shape)
-            self._ops.append(Op("mul", scaled, (held,), number=factor))
+            self._put(scaled, held, factor)
             held = scaled
         self._ops.append(Op("add", total, (total, held)))
 
@@ -375,7 +379,9 @@ class _ProgramBuilder:
         if factor == 0.0:
             self._ops.append(Op("fill", to, number=0.0))
         elif factor != 1.0:
-            self._ops.append(Op("mul", to, (source,), number=factor))
+            n = _divisor(factor) if self._form.wide else None
+            scaled = Op("mul", to, (source,), number=factor)
+            self._ops.append(scaled if n is None else Op("div", to, (source,), number=n))
         elif to != source:
             self._ops.append(Op("copy", to, (source,)))
 
@@ -386,6 +392,14 @@ class _ProgramBuilder:
         self._used += -(-nbytes // _ALIGN_NBYTES) * _ALIGN_NBYTES
         self._peak = max(self._peak, self._used)
         return contiguous(WORK, dtype, offset, shape)
+
+
+def _divisor(factor: float) -> int | None:
+    """The whole number that a factor is one part of; None for others, and for powers of two."""
+    if not 0.0 < factor < 1.0 or math.frexp(factor)[0] == 0.5:
+        return None
+    n = round(1.0 / factor)
+    return n if 1.0 / n == factor else None
 
 
 def _moves(term: Term) -> bool:

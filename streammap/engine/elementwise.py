@@ -39,7 +39,7 @@ def flat_key(form: LinearForm) -> FlatKey | None:
         tuple((c, load.spec.dtype, graph.is_constant(load)) for c, load in term.blend)
         for term in form.terms
     )
-    return (form.spec.dtype, *blends)
+    return (form.spec.dtype, form.accumulator, *blends)
 
 
 def loads_of(form: LinearForm) -> list[TensorRef]:
@@ -62,6 +62,7 @@ def pieces_of(form: LinearForm, limits: Limits) -> Pieces | None:
         one = LinearForm(
             TensorSpec(form.spec.dtype, (n,)),
             tuple(Term((None,), _cut(term.blend, n)) for term in form.terms),
+            form.wide,
         )
         recipe = Recipe(one, ranges.tile_at((n,), (), 0, n))
         program = compiler.program(recipe, limits.chunk_nbytes)

@@ -14,6 +14,9 @@ from streammap.planning.maps import DenseMap
 Call = Callable[[], object]
 _MENDED = 2**16
 """Elements at a time: so few that what is taken for them does not count."""
+_BLOCK = 2**13
+_CUT = 2**29 - 1
+"""The digits of float64 that float32 has not."""
 
 
 class _Typed(Protocol):
@@ -34,6 +37,12 @@ def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap
             return partial(out.copy_, sources[0])
         case "mul":
             return partial(torch.mul, sources[0], op.number, out=out)
+        case "div":
+            # By a tensor: for a number, some devices multiply by its rounded reciprocal.
+            divisor = torch.tensor(op.number, dtype=out.dtype, device=out.device)
+            return partial(torch.div, sources[0], divisor, out=out)
+        case "odd":
+            return partial(_round_to_odd, out)
         case "add":
             return partial(torch.add, sources[0], sources[1], out=out)
         case "blend":
@@ -72,6 +81,21 @@ def _blend(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
             parts = [x.view(-1)[start:end] for x in (a, b, out)]
             mended = parts[0].float().mul_(1.0 - weight).add_(parts[1].float().mul_(weight))
             parts[2].copy_(torch.where(parts[2].isfinite(), parts[2], mended.to(out.dtype)))
+
+
+def _round_to_odd(x: Tensor) -> None:
+    """Round float64 to float32's digits, so that rounding to fewer digits later is rounding once.
+
+    What is cut off leaves its trace in the last digit that is kept, which becomes 1: Boldo and
+    Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Trans. Computers 57(4), 2008.
+    """
+    bits = x.view(torch.int64).view(-1)
+    for start in range(0, bits.numel(), _BLOCK):
+        part = bits[start : start + _BLOCK]
+        cut = part & _CUT
+        cut += _CUT  # carries into the last digit, unless all that is cut is 0
+        part |= cut & (_CUT + 1)
+        part &= ~_CUT
 
 
 def _pool(source: Tensor, divisor: int, out: Tensor) -> Call:

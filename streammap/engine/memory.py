@@ -175,10 +175,12 @@ class _Needs:
 
     def _add_derived(self, made: Derived, depth: int) -> None:
         self._depth = max(self._depth, depth)
+        self._targets_nbytes += made.kept_nbytes
         self._scratch_nbytes = max(self._scratch_nbytes, made.scratch_nbytes)
-        self._targets_nbytes += made.held_nbytes
-        tiles = (_INNER_TILE_NBYTES, *map(_least, made.inputs))
-        self.inner_tile_nbytes = max(self.inner_tile_nbytes, *tiles)
+        computed = [form for form in made.inputs if form.bare is None]
+        if computed:  # others are read where they are wanted
+            tiles = (_INNER_TILE_NBYTES, *map(_least, computed))
+            self.inner_tile_nbytes = max(self.inner_tile_nbytes, *tiles)
         for form in made.inputs:
             self.add(form, depth)
 

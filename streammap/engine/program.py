@@ -15,7 +15,20 @@ from streammap.planning.maps import DenseMap
 from streammap.planning.segments import Segment
 
 OpKind = Literal[
-    "read", "copy", "mul", "add", "blend", "pool", "fill", "matmul", "take", "scale", "put", "clear"
+    "read",
+    "copy",
+    "mul",
+    "div",
+    "add",
+    "odd",
+    "blend",
+    "pool",
+    "fill",
+    "matmul",
+    "take",
+    "scale",
+    "put",
+    "clear",
 ]
 OUT, WORK = -1, -2
 """Places of views beside those of requests, which count from 0."""
@@ -85,8 +98,8 @@ class Op:
     out: View
     sources: tuple[View, ...] = ()
     number: float = 0.0
-    """The factor of "mul", the divisor of "pool", the value of "fill", the second source's weight
-    in "blend"."""
+    """The factor of "mul", the divisor of "div" and "pool", the value of "fill", the second
+    source's weight in "blend"."""
     indices: tuple[int, ...] = ()
     """Of "take", "put" (adds to them) and "clear": units of dimension 1 of a folded view."""
     numbers: tuple[float, ...] = ()

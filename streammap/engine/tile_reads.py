@@ -94,13 +94,17 @@ Part = tuple[DimRead, ...]
 
 def form_key(form: LinearForm) -> object:
     """Equal for forms whose tiles share programs: all of a form, but for which tensors it reads."""
-    return form.spec, tuple(
-        (
-            term.maps,
-            term.blend[0][1].spec.shape,
-            tuple((c, load.spec.dtype, graph.is_constant(load)) for c, load in term.blend),
-        )
-        for term in form.terms
+    return (
+        form.spec,
+        form.accumulator,
+        tuple(
+            (
+                term.maps,
+                term.blend[0][1].spec.shape,
+                tuple((c, load.spec.dtype, graph.is_constant(load)) for c, load in term.blend),
+            )
+            for term in form.terms
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from streammap.io.checkpoint import Checkpoint, open_checkpoint
 from streammap.io.storage import resolve
 from streammap.operators import registry
 from streammap.operators.declare import Operator, PlanLike, inputs_of, is_adapter, settled
+from streammap.operators.recipes import mergekit
 from streammap.planning import map_file, plan
 from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import Plan
@@ -33,7 +34,9 @@ def open_source(
     maps: tuple[MapLevel, ...] | None = None,
     stream: bool = False,
 ) -> Plan:
-    """A folder or file of weights, as it is; of "model+adapter" the model with the adapter merged.
+    """A folder or file of weights, as it is; or what is made of others by a name for it.
+
+    "model+adapter" is the model with the adapter merged; a file of YAML is a recipe.
 
     Args:
         config: config.json, where it is not beside the weights.
@@ -43,7 +46,10 @@ def open_source(
 
     Raises:
         CheckpointError: nothing there, or a file that is not what it says.
+        PlanError: a recipe that asks for what is not known.
     """
+    if mergekit.is_recipe(source):
+        return _of_recipe(source, config=config, arch=arch, stream=stream)
     source, adapters = adapter_files.split(source)
     if adapters:
         model = open_source(source, config=config, arch=arch, maps=maps, stream=stream)
@@ -64,6 +70,19 @@ def open_source(
     named = [path, arch if arch is not None and _is_spec_file(arch) else None]
     made = replace(made, named=_here(one for one in named if one is not None))
     return made.with_request(OperatorCall("open", options))
+
+
+def _of_recipe(source: str | Path, *, config: object, arch: str | None, stream: bool) -> Plan:
+    """The plan that a recipe describes; its record holds the request, and not the recipe."""
+    if config is not None:
+        raise PlanError(f"{source}: a recipe has no config.json", hint="leave --config out")
+    file = resolve.here(source)
+    recipe = mergekit.read(file)
+    models = [*recipe.models, *(() if recipe.base is None else (recipe.base,))]
+    plans = [open_source(model, arch=arch, stream=stream) for model in models]
+    base = None if recipe.base is None else plans.pop()
+    made = apply(recipe.operator(plans[1:], base), plans[0])
+    return replace(made, named=(*made.named, *_here([file])))
 
 
 def open_adapter(source: str | Path, *, stream: bool = False) -> Plan:
@@ -114,6 +133,8 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
             raise
         hint = f"its record says that it was made with --arch {arch}: give that again"
         raise ArchitectureError(error.message, hint=hint) from error
+    if made is source:
+        return source  # its record says all
     inputs = [
         one for given in plans.values() for one in (given if isinstance(given, tuple) else (given,))
     ]

@@ -36,7 +36,6 @@ if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.planning.plan import Plan
 
 __all__ = [
-    "EXTRAPOLATION",
     "HasPlan",
     "Input",
     "Operator",
@@ -47,13 +46,6 @@ __all__ = [
     "inputs_of",
     "option",
 ]
-
-
-EXTRAPOLATION = (
-    "give --alpha 0.5; weights beyond a model (task arithmetic) are no blend: mergekit's "
-    "task_arithmetic makes them"
-)
-"""Hint for an alpha outside 0 to 1."""
 
 
 class HasPlan(Protocol):

@@ -74,6 +74,10 @@ class Factor(Kind):
         """`instead` is what asks for a size, for messages."""
         self._instead = instead
 
+    def check_typed(self, text: str, name: str) -> None:
+        """A factor; what is none is wrong usage, as a number is that is no number."""
+        self.parse(text, name)
+
     def parse(self, value: Any, name: str) -> AxisRequest:
         """From any form that a user may give."""
         return requests.parse_factor(value, f"--{name}", instead=self._instead)

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from streammap.common.declare import Real, Whole
+from streammap.common.declare import Whole
 from streammap.errors import PlanError
-from streammap.operators.declare import EXTRAPOLATION, Input, PlanLike, declared, option
+from streammap.operators.declare import Input, PlanLike, declared, option
+from streammap.operators.numbers import Alpha, SettingLike
 from streammap.operators.resize_options import HOW, Resize
 
 if TYPE_CHECKING:  # help texts need the declarations alone
@@ -74,11 +75,11 @@ class Decoalesce(Resize):
         kind=Input(),
         metavar="BIG",
     )
-    alpha: float | None = option(
+    alpha: SettingLike | None = option(
         default=None,
-        help="Weight of the grown model in the blend.  [default: 0.5]",
+        help="Weight of the grown model in the blend, as interpolate takes it.  [default: 0.5]",
         group=BLEND,
-        kind=Real(0.0, 1.0, hint=EXTRAPOLATION),
+        kind=Alpha(),
         metavar="A",
     )
 

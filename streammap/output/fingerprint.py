@@ -131,6 +131,8 @@ def _formulas(plan: Plan, shards: Sequence[Shard]) -> str:
 
 
 def _parts(form: LinearForm, number: dict[int, int], maps: dict[int, bytes]) -> Iterator[bytes]:
+    if form.wide:
+        yield b"wide"
     for term in form.terms:
         for axis_map in term.maps:
             yield b"-" if axis_map is None else _map(axis_map, maps)

@@ -98,6 +98,8 @@ class LinearForm:
 
     spec: TensorSpec
     terms: tuple[Term, ...]
+    wide: bool = False
+    """Whether it is computed in float64 whatever its dtype, and rounded once."""
 
     @property
     def accumulator(self) -> str:
@@ -106,7 +108,7 @@ class LinearForm:
         In float32 the sum of 2 or 4 equal parts is the whole, bit for bit (of -0.0 it may be +0.0);
         of 8 it is not.
         """
-        if self.spec.dtype == "F64":
+        if self.wide or self.spec.dtype == "F64":
             return "F64"
         long = any(term.n_addends > _MAX_F32_ADDENDS for term in self.terms)
         return "F64" if self.spec.dtype == "F32" and long else "F32"
@@ -175,8 +177,8 @@ class Derived(ABC):
     """What it is computed from."""
     n_passes: int = 1
     """How often it reads them."""
-    held_nbytes: int = 0
-    """Memory that it takes as long as the plan is there, beside what any such tensor does."""
+    kept_nbytes: int = 1000
+    """What is kept for it, what it found out included, as long as the plan or the run is there."""
 
     @property
     @abstractmethod
@@ -241,7 +243,9 @@ def flat(form: LinearForm) -> LinearForm | None:
         for term in form.terms
     )
     return LinearForm(
-        TensorSpec(form.spec.dtype, shape), tuple(Term((None,), blend) for blend in terms)
+        TensorSpec(form.spec.dtype, shape),
+        tuple(Term((None,), blend) for blend in terms),
+        form.wide,
     )
 
 
@@ -257,11 +261,17 @@ def map_dims(form: LinearForm, dims: Sequence[AxisMap | None]) -> LinearForm:
         n if m is None else m.n_out for n, m in zip(form.spec.shape, changes, strict=True)
     )
     terms = [Term(_composed(changes, term.maps), term.blend) for term in form.terms]
-    return _collected(TensorSpec(form.spec.dtype, shape), terms)
+    return _collected(TensorSpec(form.spec.dtype, shape), terms, wide=form.wide)
 
 
-def combine(parts: Iterable[tuple[float, LinearForm]], *, dtype: str | None = None) -> LinearForm:
-    """The sum of coefficient * form; the dtype is that of the first part unless given."""
+def combine(
+    parts: Iterable[tuple[float, LinearForm]], *, dtype: str | None = None, wide: bool = False
+) -> LinearForm:
+    """The sum of coefficient * form; the dtype is that of the first part unless given.
+
+    Args:
+        wide: Whether it is computed in float64 and rounded once; so it is where a part is.
+    """
     kept = tuple(parts)
     spec = kept[0][1].spec
     terms = [
@@ -272,7 +282,8 @@ def combine(parts: Iterable[tuple[float, LinearForm]], *, dtype: str | None = No
     ]
     if not terms:
         terms = [Term(t.maps, tuple((0.0, f) for _, f in t.blend)) for t in kept[0][1].terms[:1]]
-    return _collected(TensorSpec(dtype or spec.dtype, spec.shape), terms)
+    wide = wide or any(form.wide for _, form in kept)
+    return _collected(TensorSpec(dtype or spec.dtype, spec.shape), terms, wide=wide)
 
 
 def scale(form: LinearForm, factor: float) -> LinearForm:
@@ -285,7 +296,7 @@ def shift(form: LinearForm, offset: float) -> LinearForm:
     ones = _ones(form.spec.shape)
     constant = TensorRef(ones, "1", ones.spec("1"))
     term = Term((None,) * len(form.spec.shape), ((offset, constant),))
-    return _collected(form.spec, (*form.terms, term))
+    return _collected(form.spec, (*form.terms, term), wide=form.wide)
 
 
 def is_stored(ref: TensorRef, dtype: str) -> bool:
@@ -308,7 +319,7 @@ def _composed(
     return tuple(composed)
 
 
-def _collected(spec: TensorSpec, terms: Sequence[Term]) -> LinearForm:
+def _collected(spec: TensorSpec, terms: Sequence[Term], *, wide: bool) -> LinearForm:
     """Terms of equal maps and source shape share one blend; equal loads add up."""
     groups: list[tuple[Term, dict[TensorRef, float]]] = []
     for term in terms:
@@ -329,7 +340,7 @@ def _collected(spec: TensorSpec, terms: Sequence[Term]) -> LinearForm:
     if not kept:
         first, blend = groups[0]
         kept = (Term(first.maps, ((0.0, next(iter(blend))),)),)
-    return LinearForm(spec, kept)
+    return LinearForm(spec, kept, wide)
 
 
 @final

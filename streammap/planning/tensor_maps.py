@@ -338,10 +338,10 @@ class Remapping:
         fill = self._fill(family)
         if fill is not None and is_gain(key):
             product *= fill.gain
-        for tied in self._model.tied_heads:
-            if tied.is_head(source):  # a copy of the embedding, which stays one unless untied
+        for head in self._model.tied_heads:
+            if head.is_head(source):  # a copy of the embedding, which stays one unless untied
                 by = self._head_factor if self._change.untie else self._embedding_factor
-                product *= by(tied)
+                product *= by(head)
         tied = self._feeds(key)
         if tied is not None:
             # The head reads the embedding's tensor, which got the factor of the forward pass above;

@@ -243,7 +243,7 @@ def test_blending_another_model_is_refused(big: Path, tmp_path: Path) -> None:
     for alpha in ("nan", 1.5, -0.1):
         said = refused("interpolate", big, big, tmp_path / "out", f"--alpha={alpha}")
         assert "expected 0 to 1" in said
-        assert "mergekit's task_arithmetic" in said
+        assert "see `streammap blend --help`" in said
 
 
 def test_a_third_checkpoint_is_not_taken_for_a_place_to_write(big: Path, tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 """Derived tensors are read by forms like stored ones, in parts of any size, by any threads."""
 
 import json
+import math
+import operator
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -18,7 +22,7 @@ from streammap.api import LazyCheckpoint
 from streammap.output import fingerprint, layout, run
 from streammap.planning import graph, maps
 from streammap.planning.derived.elementwise import Elementwise, numbers, total
-from streammap.planning.derived.statistic import BLOCK, Statistic
+from streammap.planning.derived.statistic import BLOCK, N_AHEAD, Statistic
 from streammap.planning.graph import FormReader, LinearForm
 from streammap.planning.plan import Plan, Step
 from tests.support import tiny
@@ -38,7 +42,7 @@ class Scaled(Elementwise):
 
     def __post_init__(self) -> None:
         n = self.inputs[0].spec.n_elements
-        object.__setattr__(self, "norm", Statistic(n, self._block, _root))
+        object.__setattr__(self, "norm", Statistic(n, self._block, operator.add, _root))
 
     @property
     def name(self) -> str:
@@ -57,8 +61,8 @@ class Scaled(Elementwise):
         return total(numbers(self.inputs[1], start, n, read).double() ** 2)
 
 
-def _root(blocks: Sequence[float]) -> float:
-    return float(sum(blocks) ** 0.5)
+def _root(squares: float, read: FormReader) -> float:
+    return math.sqrt(squares)
 
 
 def expected(a: Tensor, b: Tensor, power: int = 1) -> Tensor:
@@ -196,10 +200,44 @@ def test_a_block_that_fails_is_tried_again_and_nobody_waits_for_ever() -> None:
             raise OSError("once")
         return n
 
-    statistic: Statistic[int, int] = Statistic(2 * BLOCK + 5, of_block, sum)
+    def finish(total: int, read: FormReader) -> int:
+        calls.append(-1)
+        if calls.count(-1) == 1:
+            raise OSError("at the end")
+        return total
+
+    statistic = Statistic(2 * BLOCK + 5, of_block, operator.add, finish)
     read: FormReader = None  # type: ignore[assignment]
-    with pytest.raises(OSError, match="once"):
-        statistic.get(read)
+    for match in ("once", "at the end"):
+        with pytest.raises(OSError, match=match):
+            statistic.get(read)
     assert statistic.get(read) == 2 * BLOCK + 5
     assert statistic.get(read) == 2 * BLOCK + 5
-    assert len(calls) == 4
+    assert len(calls) == 4 + 2
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_blocks_are_added_in_order_whoever_computes_them(in_order: bool) -> None:
+    n_blocks, waiting, most = 60, set[int](), [0]
+
+    def of_block(start: int, n: int, read: FormReader) -> list[int]:
+        waiting.add(start)
+        most[0] = max(most[0], len(waiting))
+        time.sleep(0.002 if start % (4 * BLOCK) == 0 else 0)
+        return [start // BLOCK]
+
+    def add(total: list[int], block: list[int]) -> list[int]:
+        waiting.discard(block[0] * BLOCK)
+        return total + block
+
+    statistic = Statistic(
+        n_blocks * BLOCK, of_block, add, lambda total, read: total, in_order=in_order
+    )
+    with ThreadPoolExecutor(12) as pool:
+        read: FormReader = None  # type: ignore[assignment]
+        found = list(pool.map(lambda _: statistic.get(read), range(12)))
+    assert all(each is found[0] for each in found)
+    assert sorted(found[0]) == list(range(n_blocks))
+    if in_order:
+        assert found[0] == list(range(n_blocks))
+        assert most[0] <= N_AHEAD + 1

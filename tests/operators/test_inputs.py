@@ -42,12 +42,18 @@ def test_many_inputs_by_command_and_by_call(three: list[Path], tmp_path: Path) -
     first, *others = [streammap.open(path) for path in three]
     torch.testing.assert_close(first.mean_of(others).read(KEY), expected)
     torch.testing.assert_close(first.mean_of(others=[*three[1:]]).read(KEY), expected)
-    streammap.mean_of(three[0], tmp_path / "call", others=three[1:], fsync=False)  # type: ignore[attr-defined]
+    torch.testing.assert_close(first.mean_of(*others).read(KEY), expected)
+    mean = streammap.mean_of  # type: ignore[attr-defined]
+    torch.testing.assert_close(mean(first, *others).read(KEY), expected)
+    mean(*three, output=tmp_path / "call", fsync=False)
     torch.testing.assert_close(tiny.written(tmp_path / "call")[KEY], expected)
 
 
 def test_no_input_is_taken_for_the_output(three: list[Path]) -> None:
     before = tiny.tree(three[2])
+    assert isinstance(streammap.mean_of(*three), streammap.LazyCheckpoint)  # type: ignore[attr-defined]
+    with pytest.raises(PlanError, match="options of a result, and no output"):
+        streammap.mean_of(*three, fsync=False)  # type: ignore[attr-defined]
     assert run("mean-of", *three).exit_code == 2  # no OUT is given
     plan = json.loads(ok("plan", "mean-of", *three, "--json"))
     assert plan["nbytes_read"] == 3 * sum(t.nbytes for t in tiny.bert(SIZES).values())

@@ -11,8 +11,9 @@ from streammap.planning.graph import Derived, FormReader, LinearForm
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 2**16
+BLOCK = 2**14
 """Numbers that are computed at once: few enough for a processor's cache."""
+_FEW = 128
 _EACH_NBYTES = 24
 """Of a number of a form in a block, at most: as it is read, in float64, and in between."""
 
@@ -26,8 +27,7 @@ class Elementwise(Derived):
     @property
     def tensor(self) -> TensorSpec:
         """F32, or F64 where one of the forms is."""
-        wide = any(form.spec.dtype == "F64" for form in self.inputs)
-        return TensorSpec("F64" if wide else "F32", self.inputs[0].spec.shape)
+        return spec_of(self.inputs)
 
     @property
     def scratch_nbytes(self) -> int:
@@ -64,17 +64,37 @@ def numbers(form: LinearForm, start: int, n: int, read: FormReader) -> "Tensor":
 
 
 def total(x: "Tensor") -> float:
-    """The sum of numbers [n], in float64 and always in the same order.
+    """The sum of numbers [n], in float64 and always in the same order."""
+    return totals(x.double().view(1, -1))[0]
 
-    A library's own sum adds in another order for another number of threads.
+
+def totals(x: "Tensor") -> Sequence[float]:
+    """The sums of rows in float64 [rows, n], always in the same order."""
+    return [math.fsum(row) for row in _folded(x, 1, _FEW).tolist()]
+
+
+def sums(x: "Tensor", *, dim: int) -> "Tensor":
+    """The sums of numbers along a dimension that is not empty, always in the same order."""
+    return _folded(x, dim, 1).select(dim, 0)
+
+
+def _folded(x: "Tensor", dim: int, most: int) -> "Tensor":
+    """Halves are added until at most so many numbers are left along a dimension.
+
+    A library's own sum adds in another order for another number of threads. By halves, it is
+    nearly exact too.
     """
-    import torch
+    n = x.shape[dim]
+    while n > most:
+        half = n // 2
+        folded = x.narrow(dim, 0, half) + x.narrow(dim, half, half)
+        if n % 2:
+            folded.narrow(dim, 0, 1).add_(x.narrow(dim, n - 1, 1))
+        x, n = folded, half
+    return x
 
-    x = x.to(torch.float64)
-    while len(x) > 64:
-        half = len(x) // 2
-        rest = x[2 * half :]
-        x = x[:half] + x[half : 2 * half]
-        if len(rest):
-            x[0] += rest[0]
-    return math.fsum(x.tolist())
+
+def spec_of(forms: Sequence[LinearForm]) -> TensorSpec:
+    """Of a function of forms, number by number: F32, or F64 where one of the forms is."""
+    wide = any(form.spec.dtype == "F64" for form in forms)
+    return TensorSpec("F64" if wide else "F32", forms[0].spec.shape)

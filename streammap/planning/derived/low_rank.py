@@ -26,6 +26,8 @@ _BAND = 2**17
 _MAX_ROWS = 256
 _KEPT_NBYTES = 2**22
 """Right factors of a matrix that are kept from band to band, if they are no larger."""
+_KEPT_NBYTES = 1000
+"""What a plan keeps for the tensor itself."""
 _PRODUCT_NBYTES = 1000
 """What a plan keeps for each product; measured, with room to spare."""
 _READ_NBYTES = 16
@@ -147,9 +149,9 @@ class LowRank(Derived):
         }
 
     @property
-    def held_nbytes(self) -> int:  # type: ignore[override]
+    def kept_nbytes(self) -> int:  # type: ignore[override]
         """What is known of each product: a stack has hundreds."""
-        return _PRODUCT_NBYTES * len(self.products)
+        return _KEPT_NBYTES + _PRODUCT_NBYTES * len(self.products)
 
     @property
     def scratch_nbytes(self) -> int:

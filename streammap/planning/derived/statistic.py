@@ -2,20 +2,25 @@
 
 It is found out when it is first asked for, just before the tensor is computed, so that the second
 reading often finds the bytes in the system's cache; and so that a run that goes on after a kill
-does it only for tensors that it still has to write. Blocks are fixed, and their results are put
-together in order: the same bits whoever computes which, in however many threads.
+does it only for tensors that it still has to write. Blocks are fixed, and their results are added
+up in order: the same bits whoever computes which, in however many threads.
 """
 
 import threading
-from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar, final
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Generic, TypeVar, final
 
 from streammap.planning.graph import FormReader
 
-BLOCK = 2**16
+BLOCK = 2**14
 """Numbers of a block."""
+N_AHEAD = 8
+"""Blocks whose results may wait for an earlier one, at most."""
 B = TypeVar("B")
 R = TypeVar("R")
+_beginning = threading.Lock()
 
 
 @final
@@ -26,30 +31,35 @@ class Statistic(Generic[B, R]):
         self,
         n_elements: int,
         of_block: Callable[[int, int, FormReader], B],
-        combine: Callable[[Sequence[B]], R],
+        add: Callable[[B, B], B],
+        finish: Callable[[B, FormReader], R],
+        *,
+        in_order: bool = True,
+        lasts: bool = True,
     ) -> None:
         """Compute nothing yet.
 
         Args:
             of_block: (first element, number of elements, reader) -> a block's result.
-            combine: Takes the results of all blocks, in order.
+            add: (sum so far, a block's result) -> their sum; it may write to the first.
+            finish: (sum of all, reader) -> the statistic.
+            in_order: False where any order gives the same bits, as with counts: no block waits.
+            lasts: False where the result is too large to be kept for each tensor of a model: it
+                goes when all threads read something else, and may have to be found out again.
         """
-        self._n_elements, self._of_block, self._combine = n_elements, of_block, combine
-        self._start_over()
-
-    def _start_over(self) -> None:
-        n = -(-self._n_elements // BLOCK)
-        self._changed = threading.Condition()
-        self._left = list(range(n - 1, -1, -1))
-        self._blocks: dict[int, B] = {}
-        self._found: list[R] = []
+        self._n_elements, self._of_block = n_elements, of_block
+        self._add, self._finish, self._in_order = add, finish, in_order
+        self._lasts = lasts
+        self._round: _Round[B] | None = None
+        self._found: Callable[[], _Held[R] | None] = _nothing
 
     def __getstate__(self) -> tuple[object, ...]:
-        return self._n_elements, self._of_block, self._combine
+        given = self._n_elements, self._of_block, self._add, self._finish
+        return *given, self._in_order, self._lasts
 
-    def __setstate__(self, state: tuple[int, object, object]) -> None:
-        self._n_elements, self._of_block, self._combine = state  # type: ignore[assignment]
-        self._start_over()
+    def __setstate__(self, state: tuple[int, Any, Any, Any, bool, bool]) -> None:
+        n, of_block, add, finish, in_order, lasts = state
+        self.__init__(n, of_block, add, finish, in_order=in_order, lasts=lasts)
 
     def get(self, read: FormReader) -> R:
         """The result; threads that ask at once share the work.
@@ -57,27 +67,109 @@ class Statistic(Generic[B, R]):
         Raises:
             CheckpointError: a source can't be read; a later call tries again.
         """
-        while True:
-            with self._changed:
-                if self._found:
-                    return self._found[0]
-                if not self._left:
-                    if len(self._blocks) == -(-self._n_elements // BLOCK):
-                        ordered = [self._blocks[i] for i in sorted(self._blocks)]
-                        self._found, self._blocks = [self._combine(ordered)], {}
-                        self._changed.notify_all()
-                        continue
-                    self._changed.wait()
-                    continue
-                number = self._left.pop()
-            start = number * BLOCK
+        while (held := self._found()) is None:
+            current = self._current()
+            number = None if current is None else current.take()
+            if current is None or number is None:
+                continue
             try:
-                block = self._of_block(start, min(BLOCK, self._n_elements - start), read)
+                if number == current.n_blocks:
+                    held = _Held(self._finish(current.total, read))
+                    with _beginning:
+                        self._found = partial(_itself, held) if self._lasts else weakref.ref(held)
+                        self._round = None
+                    current.end()
+                    break
+                start = number * BLOCK
+                n = min(BLOCK, self._n_elements - start)
+                current.give(number, self._of_block(start, n, read))
             except BaseException:
-                with self._changed:
-                    self._left.append(number)
-                    self._changed.notify_all()
+                current.give_up(number)
                 raise
-            with self._changed:
-                self._blocks[number] = block
-                self._changed.notify_all()
+        if not self._lasts:
+            read.kept[self] = held
+        return held.value
+
+    def _current(self) -> "_Round[B] | None":
+        """The round that is under way; None where it has ended meanwhile."""
+        with _beginning:
+            if self._round is None and self._found() is None:
+                self._round = _Round(-(-self._n_elements // BLOCK), self._add, self._in_order)
+            return self._round
+
+
+@final
+class _Held(Generic[R]):
+    """A result that can be referred to weakly."""
+
+    def __init__(self, value: R) -> None:
+        self.value = value
+
+
+def _nothing() -> None:
+    return None
+
+
+def _itself(held: _Held[R]) -> _Held[R]:
+    return held
+
+
+@final
+class _Round(Generic[B]):
+    """Who computes which block: of a statistic that is being found out."""
+
+    def __init__(self, n_blocks: int, add: Callable[[B, B], B], in_order: bool) -> None:
+        self.n_blocks, self._add, self._in_order = n_blocks, add, in_order
+        self._changed = threading.Condition()
+        self._next, self._n_added = 0, 0
+        self._again: list[int] = []
+        """Blocks that failed."""
+        self._waiting: dict[int, B] = {}
+        self._sum: list[B] = []
+        self._is_over = False
+
+    @property
+    def total(self) -> B:
+        """The sum of all blocks."""
+        return self._sum[0]
+
+    def take(self) -> int | None:
+        """A block to compute, or n_blocks to finish; None when another thread has finished."""
+        with self._changed:
+            while not self._is_over:
+                if self._again:
+                    return self._again.pop()
+                ahead = self._next - self._n_added
+                if self._next < self.n_blocks and (not self._in_order or ahead < N_AHEAD):
+                    self._next += 1
+                    return self._next - 1
+                if self._next == self._n_added == self.n_blocks:
+                    self._next += 1
+                    return self.n_blocks
+                self._changed.wait()
+            return None
+
+    def give(self, number: int, block: B) -> None:
+        """Add the result of a block, when its turn comes."""
+        with self._changed:
+            self._waiting[number] = block
+            while self._waiting:
+                first = self._n_added if self._in_order else number
+                if first not in self._waiting:
+                    break
+                found = self._waiting.pop(first)
+                self._sum = [self._add(self._sum[0], found) if self._sum else found]
+                self._n_added += 1
+            self._changed.notify_all()
+
+    def give_up(self, number: int) -> None:
+        """Leave a block to whoever asks next."""
+        with self._changed:
+            self._again.append(number)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """Let go of all who wait."""
+        with self._changed:
+            self._is_over = True
+            self._changed.notify_all()

@@ -64,10 +64,9 @@ class FieldDifference:
     target: object
     """None where a config.json lacks it."""
 
-    def __str__(self) -> str:
-        return (
-            f"{self.name} {_shown(self.source)} in the source, {_shown(self.target)} in the target"
-        )
+    def told(self, source: str, target: str) -> str:
+        """In words; `source` and `target` are what the two are called."""
+        return f"{self.name} {_shown(self.source)} in {source}, {_shown(self.target)} in {target}"
 
 
 def differences(

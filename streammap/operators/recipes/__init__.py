@@ -1,0 +1,1 @@
+"""Recipes of other tools, read as requests: each becomes operators of this package."""

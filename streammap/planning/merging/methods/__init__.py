@@ -1,0 +1,1 @@
+"""Methods of merging, a module each: what one tensor of the result is made of."""

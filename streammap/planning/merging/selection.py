@@ -1,0 +1,205 @@
+"""The largest numbers of a tensor, exactly, without holding it.
+
+Numbers are ordered by magnitude, and where magnitudes are equal by place: earlier ones are larger.
+So the k largest are one set, whatever the tiles. Where it ends is a Cut. It is found digit by digit
+(11 bits of the magnitude's pattern, whose order is that of magnitudes): each reading counts how
+many numbers have which digit. One more reading finds the place where equal magnitudes are cut.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, final
+
+from streammap.planning.derived.statistic import BLOCK, Statistic
+from streammap.planning.graph import FormReader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DIGIT_BITS = 11
+Patterns = Callable[[int, int, FormReader], "Sequence[Tensor]"]
+"""(first element, number of elements, reader) -> of each tensor the patterns there (`patterns`)."""
+
+
+class Cut(NamedTuple):
+    """Where the largest numbers of a tensor end."""
+
+    pattern: int
+    """Larger ones are among them."""
+    end: int
+    """Equal ones are if they stand before this element."""
+
+
+def patterns(x: "Tensor") -> "Tensor":
+    """Of float32 or float64 numbers the bits of their magnitudes, int32 or int64."""
+    import torch
+
+    return x.abs().view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+
+
+def chosen(pattern: "Tensor", cut: Cut, start: int) -> "Tensor":
+    """Which numbers, from element `start` on, are among the largest, bool [n]."""
+    made = pattern > cut.pattern
+    if start >= cut.end:
+        return made
+    if start + len(pattern) <= cut.end:
+        return pattern >= cut.pattern
+    before = cut.end - start
+    made[:before] = pattern[:before] >= cut.pattern
+    return made
+
+
+@final
+class Selection:
+    """Where the largest numbers end, of several tensors at once and for several counts."""
+
+    def __init__(
+        self, n_elements: int, given: Patterns, counts: Sequence[Sequence[int]], *, n_bits: int
+    ) -> None:
+        """Find nothing yet.
+
+        Args:
+            given: Gives the patterns of the tensors.
+            counts: For each tensor, how many are the largest: 1 to `n_elements` each.
+            n_bits: Of a pattern: 31 of float32, 63 of float64.
+        """
+        self._n_elements, self._given, self._counts = n_elements, given, counts
+        opened = [_Open(i, 0, n, n_elements) for i, each in enumerate(counts) for n in each]
+        last = None
+        shift, self._n_digits = n_bits, -(-n_bits // _DIGIT_BITS)
+        while shift:
+            width = min(_DIGIT_BITS, shift)
+            last = _Digit(n_elements, given, last, opened, shift, shift - width)
+            shift -= width
+        self._last: _Digit | None = last
+        self._cuts = Statistic(n_elements, self._equals, operator.iadd, self._places)
+
+    def cuts(self, read: FormReader) -> Sequence[Sequence[Cut]]:
+        """For each tensor, and each of its counts."""
+        opened = self._opened(read)
+        if any(one.is_cut for one in opened):
+            found = iter(self._cuts.get(read))
+        else:
+            found = iter([Cut(one.pattern, self._n_elements) for one in opened])
+        return [[next(found) for _ in each] for each in self._counts]
+
+    @property
+    def n_passes(self) -> int:
+        """How often the tensors are read, at most."""
+        return self._n_digits + 1
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """In one thread, beside the patterns: counts of digits, and numbers that are counted."""
+        n_cuts = sum(map(len, self._counts))
+        return 8 * (3 * n_cuts * (1 << _DIGIT_BITS) + BLOCK)
+
+    def _opened(self, read: FormReader) -> "Sequence[_Open]":
+        return () if self._last is None else self._last.found.get(read)
+
+    def _equals(self, start: int, n: int, read: FormReader) -> list[list[int]]:
+        """How many numbers of a block are equal to each cut's."""
+        given = self._given(start, n, read)
+        return [[int((given[one.tensor] == one.pattern).sum()) for one in self._opened(read)]]
+
+    def _places(self, blocks: list[list[int]], read: FormReader) -> Sequence[Cut]:
+        found = []
+        for one, counts in zip(self._opened(read), zip(*blocks, strict=True), strict=True):
+            end = self._n_elements
+            if one.is_cut:
+                number, left = 0, one.n
+                while left > counts[number]:
+                    left -= counts[number]
+                    number += 1
+                start = number * BLOCK
+                given = self._given(start, min(BLOCK, self._n_elements - start), read)
+                equal = (given[one.tensor] == one.pattern).nonzero().view(-1)
+                end = start + int(equal[left - 1]) + 1
+            found.append(Cut(one.pattern, end))
+        return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A cut of which some digits are known."""
+
+    tensor: int
+    pattern: int
+    """These digits."""
+    n: int
+    """How many of the numbers that begin with them are among the largest."""
+    n_equal: int
+    """How many begin with them."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether some of them are, and others are not; of zeros it makes no difference."""
+        return self.n < self.n_equal and self.pattern > 0
+
+
+@final
+class _Digit:
+    """One more digit of each cut, by a count of the digits there are."""
+
+    def __init__(
+        self,
+        n_elements: int,
+        given: Patterns,
+        before: "_Digit | None",
+        opened: Sequence[_Open],
+        known: int,
+        shift: int,
+    ) -> None:
+        """Find nothing yet.
+
+        Args:
+            opened: Cuts of which nothing is known.
+            known: The lowest bit of what the digits before this one say.
+            shift: The lowest bit of this digit.
+        """
+        self._given, self._before, self._opened = given, before, opened
+        self._known, self._shift = known, shift
+        self.found: Statistic[Tensor, list[_Open]] = Statistic(
+            n_elements, self._count, _add, self._next, in_order=False
+        )
+
+    def _count(self, start: int, n: int, read: FormReader) -> "Tensor":
+        """Of each cut, how many numbers that begin like it have which digit [cuts, digits]."""
+        import torch
+
+        given, opened = self._given(start, n, read), self._cuts(read)
+        size = 1 << (self._known - self._shift)
+        made = torch.empty((len(opened), size), dtype=torch.int64)
+        for i, one in enumerate(opened):
+            like = given[one.tensor]
+            if self._before is not None:
+                like = like[(like >> self._known) == one.pattern]
+            elif i and one.tensor == opened[i - 1].tensor:
+                made[i] = made[i - 1]
+                continue
+            digit = like >> self._shift if self._shift else like
+            if self._before is not None:
+                digit = digit & (size - 1)
+            made[i] = torch.bincount(digit, minlength=size)
+        return made
+
+    def _next(self, counts: "Tensor", read: FormReader) -> list[_Open]:
+        found = []
+        for one, of_digit in zip(self._cuts(read), counts, strict=True):
+            larger = of_digit.flip(0).cumsum(0)
+            back = int((larger < one.n).sum())
+            digit = len(of_digit) - 1 - back
+            n_equal = int(of_digit[digit])
+            left = one.n - (int(larger[back]) - n_equal)
+            pattern = (one.pattern << (self._known - self._shift)) + digit
+            found.append(_Open(one.tensor, pattern, left, n_equal))
+        return found
+
+    def _cuts(self, read: FormReader) -> Sequence[_Open]:
+        return self._opened if self._before is None else self._before.found.get(read)
+
+
+def _add(total: "Tensor", block: "Tensor") -> "Tensor":
+    return total.add_(block)
