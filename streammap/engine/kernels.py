@@ -8,19 +8,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from streammap.common.losses import Losses
 from streammap.engine.program import Op, View
 from streammap.planning.maps import DenseMap
 
 Call = Callable[[], object]
 _MENDED = 2**16
-"""Elements at a time: so few that what is taken for them does not count."""
+"""Elements at a time, so few that what is taken for them does not count; so is the next."""
+_ROUNDED = 2**15
+_BITS = {
+    torch.float32: (torch.int32, 0x7FFF_FFFF, 0x7F80_0000),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+}
+"""Dtype -> the integers of its size, all bits but the sign, and those of infinity."""
+Note = Callable[[Losses], object]
+"""Told of numbers that rounding lost."""
 
 
 class _Typed(Protocol):
     def typed(self, dtype: str) -> Tensor: ...
 
 
-def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap], Tensor]) -> Call:
+def bind(
+    op: Op,
+    buffers: Callable[[int], _Typed],
+    matrix_of: Callable[[DenseMap], Tensor],
+    note: Note,
+) -> Call:
     """The call that does what `op` says, on the buffers of its places."""
 
     def of(view: View) -> Tensor:
@@ -32,6 +47,8 @@ def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap
     match op.kind:
         case "copy":
             return partial(out.copy_, sources[0])
+        case "round":
+            return partial(_round, sources[0], out, note)
         case "mul":
             return partial(torch.mul, sources[0], op.number, out=out)
         case "add":
@@ -54,6 +71,37 @@ def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap
         case "matmul":
             return _product(op, sources, out, matrix_of)
     raise AssertionError(op.kind)
+
+
+def _round(source: Tensor, out: Tensor, note: Note) -> None:
+    """Out = source to the nearest, ties to even; tells what overflowed or vanished."""
+    whole, rounded = source.reshape(-1), out.view(-1)
+    word, magnitude, infinity = _BITS[out.dtype]
+    for start in range(0, rounded.numel(), _ROUNDED):
+        x, y = whole[start : start + _ROUNDED], rounded[start : start + _ROUNDED]
+        twice = x.dtype == torch.float64 and y.dtype != torch.float32
+        y.copy_(_to_odd(x) if twice else x)
+        bits = torch.bitwise_and(y.view(word), magnitude)
+        least, largest = (int(n.item()) for n in torch.aminmax(bits))
+        if least and largest < infinity:
+            continue
+        n_infinite = int((y.isinf().sum() - x.isinf().sum()).item())
+        n_zero = int((torch.count_nonzero(x) - torch.count_nonzero(y)).item())
+        if n_infinite or n_zero:
+            note(Losses(n_infinite, n_zero))
+
+
+def _to_odd(x: Tensor) -> Tensor:
+    """Float64 as float32 whose last bit tells whether something was cut off.
+
+    Rounded again to 16 bits, it is the nearest to `x`; rounded to the nearest twice it need not be.
+    Source: Boldo, Melquiond, IEEE Transactions on Computers 57 (4), 2008.
+    """
+    near = x.to(torch.float32)
+    bits = near.view(torch.int32)
+    back = near.to(torch.float64)
+    cut = torch.where(back.abs() > x.abs(), bits - 1, bits) | 1
+    return torch.where((back == x) | x.isnan(), bits, cut).view(torch.float32)
 
 
 def _blend(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:

@@ -15,7 +15,19 @@ from streammap.planning.maps import DenseMap
 from streammap.planning.segments import Segment
 
 OpKind = Literal[
-    "read", "copy", "mul", "add", "blend", "pool", "fill", "matmul", "take", "scale", "put", "clear"
+    "read",
+    "copy",
+    "round",
+    "mul",
+    "add",
+    "blend",
+    "pool",
+    "fill",
+    "matmul",
+    "take",
+    "scale",
+    "put",
+    "clear",
 ]
 OUT, WORK = -1, -2
 """Places of views beside those of requests, which count from 0."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 from streammap.common import ranges
+from streammap.common.losses import NOTHING, Losses
 from streammap.common.ranges import PIECE_NBYTES
 from streammap.engine import elementwise
 from streammap.engine.compiler import Programs
@@ -102,6 +103,7 @@ class Worker:
         self._work = Buffer(limits.work_nbytes)
         self.n_read = 0
         """Bytes read so far."""
+        self._losses = NOTHING
         self._latest: tuple[Recipe, tuple[Program, Limits]] | None = None
         self._bound: dict[object, tuple[Program, Calls]] = {}
         """The program is kept with its calls, so that no other one gets its id."""
@@ -130,6 +132,14 @@ class Worker:
         for place in self._places:
             place.let_go()
         self._order = list(range(N_PLACES))
+
+    def losses(self) -> Losses:
+        """What was lost since this was asked last."""
+        lost, self._losses = self._losses, NOTHING
+        return lost
+
+    def _note(self, lost: Losses) -> None:
+        self._losses = self._losses.plus(lost)
 
     def split(self, job: Job) -> Iterator[Job]:
         """The job; or smaller ones, if it takes more memory than the first of its tensor."""
@@ -294,7 +304,7 @@ class Worker:
         with side.stream():
             for op in self._means(job)[0].ops:
                 if op.kind != "read":
-                    bind(op, buffer, side.matrices.on_device)()
+                    bind(op, buffer, side.matrices.on_device, self._note)()
                     continue
                 request = next(requests)
                 held = side.held(request.cache_key)
@@ -343,7 +353,7 @@ class Worker:
         def buffer(request: int) -> "Buffer | _Place":
             return special[request] if request < 0 else self._places[numbers[request]]
 
-        return bind(op, buffer, _matrix)
+        return bind(op, buffer, _matrix, self._note)
 
     def _fill(self, place: _Place, stretches: Iterable[Stretch], *, maps: bool = True) -> None:
         """Read stretches of bytes, one after the other; a single one may be mapped instead."""

@@ -13,6 +13,10 @@ _OPERATORS: dict[str, tuple[str, str]] = {
     "coalesce": ("resize:Coalesce", "Shrink: units of a group become their mean."),
     "decoalesce": ("resize:Decoalesce", "Grow: units are copied; widening keeps the function."),
     "interpolate": ("interpolate:Interpolate", "Blend two checkpoints of one model."),
+    "convert": (
+        "convert:Convert",
+        "Change dtype, experts' layout, tied head, vocabulary, or kind of files.",
+    ),
     "permute": ("permute:Permute", "Put units in a random order; the function stays."),
     "configure": ("configure:Configure", ""),
 }

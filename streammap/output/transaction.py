@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import final
 
 from streammap.common.events import Event, Listener, Started, Wrote
+from streammap.common.losses import Losses
 from streammap.common.units import format_nbytes
 from streammap.common.version import VERSION
 from streammap.engine import loop
@@ -36,6 +37,7 @@ from streammap.output import (
     fingerprint,
     journal,
     layout,
+    losses,
     place,
     record,
     shard_writer,
@@ -83,6 +85,8 @@ class RunResult:
     n_resumed: int
     """Tensors that an earlier run had written."""
     resumed_nbytes: int
+    lost: Mapping[str, Losses]
+    """Key -> what rounding lost, for each tensor that lost something."""
 
 
 def run(
@@ -203,7 +207,8 @@ class _Transaction:
         """Write this process's shards, and wait for the others: all are whole, or committed."""
         # The leader has discarded what is of no use before it assigns, and the others have been
         # assigned their shards when they get here: nobody reads a journal that is about to go.
-        crcs = journal.read(self._work.path, self._request, self._keys)
+        durable = journal.read_all(self._work.path, self._request, self._keys)
+        crcs = {key: crc for key, (crc, _) in durable.items()}
         if group.leads:
             self._make_room(crcs)
         owners = group.assign([shard.left_nbytes(crcs) for shard in self._shards])
@@ -225,16 +230,18 @@ class _Transaction:
         resumed_nbytes = sum(slot.spec.nbytes for slot in resumed)
         n_read = 0
         self._writer = self._new_writer(self._placed(own, is_resumed=bool(crcs)))
-        self._writer.resume(crcs)
+        self._writer.resume(durable)
         self._state = State.WRITING
+        losses.check(self._plan, self._writer.losses)
         if counted:
             listener(self._started(counted, resumed_nbytes))
             n_read = self._compute(self._writer, relay)
         n_read += group.wait(n_read, check)
         if any(owners) and group.leads:
             self._writer = self._all_whole()
+        losses.check(self._plan, self._writer.losses)
         self._state = State.WHOLE
-        return _counters(counted, n_read, len(resumed), resumed_nbytes)
+        return _counters(counted, n_read, len(resumed), resumed_nbytes, self._writer.losses)
 
     def _make_room(self, crcs: Mapping[str, int]) -> None:
         if not crcs:
@@ -289,7 +296,7 @@ class _Transaction:
         until = time.monotonic() + _VISIBLE_SECONDS
         while True:
             writer = self._new_writer(self._shards)
-            writer.resume(journal.read(self._work.path, self._request, self._keys))
+            writer.resume(journal.read_all(self._work.path, self._request, self._keys))
             if not writer.left_nbytes:
                 return writer
             if time.monotonic() > until:
@@ -310,7 +317,8 @@ class _Transaction:
                 out.add(file.name, file.read())
         side, writer = tuple(out.written), self._writer
         files = {name: out.of_shard(name, writer.of_shard(name)) for name in shards} | out.written
-        out.add_parts(options.record, record.encode(self._plan, files, writer.tensors()))
+        content = record.encode(self._plan, files, writer.tensors(), writer.losses)
+        out.add_parts(options.record, content)
         side = (*side, options.record)
         names = (*side, *shards) if options.is_file else commit.in_order([*shards, *side])
         written = Commit(names, options.save.overwrite)
@@ -341,7 +349,7 @@ class _Transaction:
         """The counters where an earlier run wrote everything."""
         nbytes = sum(shard.nbytes for shard in self._shards)
         listener(self._started(self._shards, self._plan.nbytes))
-        return _counters(self._shards, 0, len(self._plan.targets), nbytes)
+        return _counters(self._shards, 0, len(self._plan.targets), nbytes, {})
 
     @contextlib.contextmanager
     def _on_failure(self) -> Iterator[None]:
@@ -418,10 +426,14 @@ def _check_place(plan: Plan, options: OutputOptions, work: Path) -> None:
 
 
 def _counters(
-    shards: Sequence[Shard], n_read: int, n_resumed: int, resumed_nbytes: int
+    shards: Sequence[Shard],
+    n_read: int,
+    n_resumed: int,
+    resumed_nbytes: int,
+    lost: Mapping[str, Losses],
 ) -> RunResult:
     n_tensors, nbytes = sum(len(s.slots) for s in shards), sum(s.nbytes for s in shards)
-    return RunResult(n_tensors, len(shards), nbytes, n_read, n_resumed, resumed_nbytes)
+    return RunResult(n_tensors, len(shards), nbytes, n_read, n_resumed, resumed_nbytes, lost)
 
 
 def _nest(plan: Plan) -> str | None:

@@ -88,6 +88,8 @@ class Plan:
     named: tuple[Path, ...] = ()
     """Files of this machine that were read beside the sources: schemes, maps, configs, specs; or
     the folders that they are in."""
+    strict: bool = False
+    """Whether a run ends in an error where rounding makes numbers infinite, or 0."""
     request: OperatorCall | None = None
     """What was asked; None where it was made by other means than operators/calls.py."""
     resolved: Resolved = field(default_factory=Resolved, repr=False)
