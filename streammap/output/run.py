@@ -15,6 +15,7 @@ from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
+from streammap.io import filenames
 from streammap.io.storage.base import Reading, Sink
 from streammap.output import layout, losses, side_files, transaction
 from streammap.output.layout import Shard
@@ -198,12 +199,18 @@ def _write(
 
 
 def _arranged(plan: Plan, options: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:
+    most = options.save.max_shard_nbytes
     if options.save.format == "dcp":
-        from streammap.output import dcp_writer
+        from streammap.output.forms import dcp_writer
 
-        return dcp_writer.arrange(plan.specs, max_shard_nbytes=options.save.max_shard_nbytes)
+        return dcp_writer.arrange(plan.specs, max_shard_nbytes=most)
     single = options.single if sink is None else sink.file
-    return layout.arrange(plan.specs, max_shard_nbytes=options.save.max_shard_nbytes, single=single)
+    if options.save.format == "torch" or (single or "").endswith(filenames.TORCH):
+        from streammap.output.forms import torch_files
+
+        nest = (plan.nest or "").rpartition(".")[2] or None
+        return torch_files.arrange(plan.specs, max_shard_nbytes=most, single=single, nest=nest)
+    return layout.arrange(plan.specs, max_shard_nbytes=most, single=single)
 
 
 def peak_nbytes() -> int:

@@ -229,7 +229,7 @@ class _Transaction:
         resumed = [slot for shard in counted for slot in shard.slots if slot.key in crcs]
         resumed_nbytes = sum(slot.spec.nbytes for slot in resumed)
         n_read = 0
-        self._writer = self._new_writer(self._placed(own, is_resumed=bool(crcs)))
+        self._writer = self._new_writer(own)
         self._writer.resume(durable)
         self._state = State.WRITING
         losses.check(self._plan, self._writer.losses)
@@ -255,15 +255,6 @@ class _Transaction:
     def _new_writer(self, shards: Sequence[Shard]) -> ShardWriter:
         fsync = self._options.save.fsync
         return ShardWriter(shards, self._out, self._journal, disk=self._disk, fsync=fsync)
-
-    def _placed(self, shards: Sequence[Shard], *, is_resumed: bool) -> Sequence[Shard]:
-        """The shards; where a torch file's tensors are is up to torch, and known once it exists."""
-        if not self._options.is_torch:
-            return shards
-        nest = (_nest(self._plan) or "").rpartition(".")[2] or None
-        if is_resumed:
-            return [self._out.existing_torch(shard) for shard in shards]
-        return [self._out.begin_torch(shard, nest) for shard in shards]
 
     def _started(self, shards: Sequence[Shard], resumed_nbytes: int) -> Started:
         nbytes = sum(slot.spec.nbytes for shard in shards for slot in shard.slots)
@@ -330,12 +321,15 @@ class _Transaction:
         """Which shard has what."""
         if self._options.save.format == "dcp":
             from streammap.io.formats import dcp_metadata
-            from streammap.output import dcp_writer
+            from streammap.output.forms import dcp_writer
 
-            nest = _nest(self._plan) if self._options.save.nest is None else self._options.save.nest
+            nest = self._options.save.nest
+            nest = self._plan.nest if nest is None else nest
             yield SideFile(dcp_metadata.METADATA, dcp_writer.metadata(self._shards, nest))
         elif len(self._shards) > 1:
-            yield SideFile(layout.INDEX, layout.index(self._shards))
+            is_torch = self._options.save.format == "torch"
+            name = layout.TORCH_INDEX if is_torch else layout.INDEX
+            yield SideFile(name, layout.index(self._shards))
 
     def _commit(self, written: Commit) -> None:
         options, stale = self._options, commit.stale(self._options.single)
@@ -434,8 +428,3 @@ def _counters(
 ) -> RunResult:
     n_tensors, nbytes = sum(len(s.slots) for s in shards), sum(s.nbytes for s in shards)
     return RunResult(n_tensors, len(shards), nbytes, n_read, n_resumed, resumed_nbytes, lost)
-
-
-def _nest(plan: Plan) -> str | None:
-    """What the source's state dict is nested under."""
-    return None if plan.side is None else plan.side.nest

@@ -115,6 +115,11 @@ class Plan:
         return self.targets[key]
 
     @property
+    def nest(self) -> str | None:
+        """What the source's state dict is nested under."""
+        return None if self.side is None else self.side.nest
+
+    @property
     def specs(self) -> dict[str, TensorSpec]:
         """Key -> dtype and shape."""
         return {key: form.spec for key, form in self.targets.items()}
