@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from streammap.api import (
         LazyCheckpoint,
         coalesce,
+        convert,
         decoalesce,
         diff,
         interpolate,
@@ -52,6 +53,7 @@ __all__ = [
     "Verification",
     "__version__",
     "coalesce",
+    "convert",
     "decoalesce",
     "diff",
     "interpolate",
@@ -68,6 +70,7 @@ _HOMES = {
     "api": (
         "LazyCheckpoint",
         "coalesce",
+        "convert",
         "decoalesce",
         "diff",
         "interpolate",

@@ -29,6 +29,7 @@ from streammap.io.storage.base import Reader
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, registry
 from streammap.operators.declare import Operator
+from streammap.operators.finish import Finish, conversion
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.resize import Coalesce, Decoalesce
 from streammap.output import destination
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from streammap.analysis.difference import Difference
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
+    from streammap.operators.convert import Convert
     from streammap.operators.permute import Permute
     from streammap.output.module.load import LoadReport
     from streammap.planning.request import Moved
@@ -222,6 +224,7 @@ class LazyCheckpoint:
     decoalesce = _method(Decoalesce)
     interpolate = _method(Interpolate)
     if TYPE_CHECKING:  # __getattr__ has it, as it has the operators of others
+        convert = _method(Convert)
         permute = _method(Permute)
 
     @takes(SaveOptions)
@@ -370,7 +373,7 @@ def diff(
 
 
 @declared
-class _CallOptions(SaveOptions):
+class _CallOptions(Finish, SaveOptions):
     """What a one-call function takes beside its operator's options."""
 
     stream: bool = option(
@@ -385,8 +388,10 @@ def _one_call(
 
     def call(source: PathLike, output: PathLike, options: _CallOptions) -> Report:
         made, how = declare.part(operator, options), declare.part(SaveOptions, options)
+        after = conversion(operator, vars(options))
         with open(source, stream=options.stream).apply(made, stream=options.stream) as planned:
-            return destination.save(planned.plan, output, how, card=_card)
+            done = planned if after is None else planned.apply(after)
+            return destination.save(done.plan, output, how, card=_card)
 
     call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
     call.__doc__ = f"{inspect.cleandoc(operator.__doc__ or '')}\n\nSaved to `output`, in one call."
@@ -408,12 +413,17 @@ if TYPE_CHECKING:
         pass
 
     @declared
+    class _Convert(Convert, _CallOptions):
+        pass
+
+    @declared
     class _Permute(Permute, _CallOptions):
         pass
 
     coalesce = _one_call(Coalesce, _Coalesce)
     decoalesce = _one_call(Decoalesce, _Decoalesce)
     interpolate = _one_call(Interpolate, _Interpolate)
+    convert = _one_call(Convert, _Convert)
     permute = _one_call(Permute, _Permute)
 
 else:

@@ -222,7 +222,8 @@ class Worker:
         """Computed and given piece by piece.
 
         The calls are bound once, to buffers of a whole piece. Where less is left, they compute
-        numbers from what the buffers held before, and nobody reads these.
+        numbers from what the buffers held before, and nobody reads these; but where numbers are
+        counted, there is a program for these.
         """
         form = job.recipe.form
         numbers = range(N_PLACES)
@@ -233,13 +234,17 @@ class Worker:
             self.begin()
             first, n = job.recipe.tile.start + start // item, (end - start) // item
             reads = iter(zip(loads, self._places, strict=False))
+            program = pieces.program
+            if form.narrows and n * item < pieces.nbytes:
+                program = elementwise.program_of(form, n, self._memory.limits)
 
             def read(first: int = first, n: int = n, reads: Reads = reads) -> None:
                 (load, size), place = next(reads)
                 is_whole = n * item == pieces.nbytes  # what is bound may be a whole piece
                 self._fill(place, [(load, first * size, (first + n) * size)], maps=is_whole)
 
-            self._run(pieces.program, numbers, calls, read)
+            is_bound = program is pieces.program
+            self._run(program, numbers, calls if is_bound else _unbound(program), read)
             yield start, self._out.view[: end - start]
 
     def _means(self, job: Compute) -> tuple[Program, Limits]:
@@ -337,7 +342,7 @@ class Worker:
         key = id(program), numbers
         _, calls = self._bound.get(key, (None, None))
         if calls is None:
-            calls = [None] * len(program.ops)
+            calls = _unbound(program)
             if keeps:
                 if len(self._bound) >= _MAX_BOUND:
                     self._bound.clear()
@@ -435,6 +440,10 @@ class WorkerReader:
     def close(self) -> None:
         """Give back what is mapped."""
         self._worker.close()
+
+
+def _unbound(program: Program) -> Calls:
+    return [None] * len(program.ops)
 
 
 def _matrix(m: DenseMap) -> "Tensor":

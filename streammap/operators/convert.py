@@ -1,33 +1,34 @@
 """Convert: the same weights in another form: dtypes, layout of experts, tied heads, vocabulary."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, final
 
 from streammap.common.declare import Kind, Whole, encode
 from streammap.errors import PlanError
 from streammap.operators.declare import Operator, declared, option
-from streammap.planning import planner
-from streammap.planning.conversion import casting, layouts, tying, vocabulary
-from streammap.planning.conversion.casting import DtypeRules
-from streammap.planning.derived.new_rows import Fill
-from streammap.planning.plan import PROMISES, Plan, Promise, Step
 
-DtypeLike = str | DtypeRules | Any
+if TYPE_CHECKING:  # help texts need the declarations alone
+    from streammap.planning.conversion.casting import DtypeRules
+    from streammap.planning.plan import Plan, Promise
+
+    Changed = tuple[Plan, tuple[Promise, str], tuple[str, ...]]
+    """A plan, what its change promises and why, and notes."""
+
+DtypeLike = Union[str, Mapping[str, object], "DtypeRules", None, Any]  # not imported here
 """A dtype by its name or torch's own, "KEY=DTYPE,...,DTYPE", or a table of these."""
 _VOCABULARY = "Vocabulary"
-_UNCHANGED: tuple[Promise, str] = ("bit-exact", "the weights stay as they are")
-Changed = tuple[Plan, tuple[Promise, str], tuple[str, ...]]
-"""A plan, what its change promises and why, and notes."""
 
 
 @final
 class Dtypes(Kind):
     """Dtypes, for all tensors or by what is in their keys."""
 
-    def parse(self, value: Any, name: str) -> DtypeRules:
+    def parse(self, value: Any, name: str) -> "DtypeRules":
         """The rules."""
+        from streammap.planning.conversion import casting
+
         return casting.parse(value, name)
 
     def encode(self, value: Any) -> object:
@@ -79,7 +80,7 @@ class Convert(Operator):
         kind=Whole(1),
         metavar="N",
     )
-    vocab_rows: Fill = option(
+    vocab_rows: Literal["mean", "zero", "normal"] = option(
         default="mean",
         help="What new tokens get: the mean of all, 0, or a draw from N(mean, 1e-9 covariance).",
         group=_VOCABULARY,
@@ -88,7 +89,7 @@ class Convert(Operator):
         default=0, help="Which random draw.", group=_VOCABULARY, kind=Whole(), metavar="N"
     )
 
-    def plan(self, source: Plan) -> Plan:
+    def plan(self, source: "Plan") -> "Plan":
         """The converted plan.
 
         Raises:
@@ -96,19 +97,25 @@ class Convert(Operator):
         """
         if self.tie and self.untie:
             raise PlanError("--tie and --untie", hint="give one of them")
-        made, reasons, notes = source, list[tuple[Promise, str]](), list[str]()
+        from streammap.planning.plan import PROMISES, Step
+
+        made, notes = source, list[str]()
+        reasons: list[tuple[Promise, str]] = []
         for change in self._changes():
             made, reason, more = change(made)
             reasons.append(reason)
             notes += more
-        weakest = max(reasons, key=lambda one: PROMISES.index(one[0]), default=_UNCHANGED)
+        unchanged: tuple[Promise, str] = ("bit-exact", "the weights stay as they are")
+        weakest = max(reasons, key=lambda one: PROMISES.index(one[0]), default=unchanged)
         step = Step(self.name, self._options(), *weakest, tuple(notes))
         return replace(
             made, steps=(*source.steps, step), strict=source.strict or self.strict, request=None
         )
 
-    def _changes(self) -> Iterator[Callable[[Plan], Changed]]:
+    def _changes(self) -> "Iterator[Callable[[Plan], Changed]]":
         """What is asked for, in the order in which it is done."""
+        from streammap.planning.conversion import casting, layouts, tying, vocabulary
+
         if self.untie:
             yield _untied
         if self.tie:
@@ -131,12 +138,14 @@ class Convert(Operator):
         return {name: value for name, value in encode(self).items() if name != "strict"}
 
 
-def _untied(plan: Plan) -> Changed:
+def _untied(plan: "Plan") -> "Changed":
     """The plan with a tensor of its own for each tied head.
 
     Raises:
         PlanError: no head is tied.
     """
+    from streammap.planning import planner
+
     if not plan.model.tied:
         raise PlanError("--untie, but no head is tied to the embedding", hint="leave it out")
     made, notes = planner.untie(plan)
