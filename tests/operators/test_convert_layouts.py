@@ -138,7 +138,7 @@ def test_a_computed_result_changes_its_layout_in_the_same_pass(tmp_path: Path) -
     )
     streammap.convert(tmp_path / "small", tmp_path / "twice", layout="runtime", dtype="bf16")
     tiny.assert_same(tiny.written(tmp_path / "once"), tiny.written(tmp_path / "twice"))
-    assert ok("verify", tmp_path / "once", "--recompute", "100")
+    assert ok("verify", tmp_path / "once", "--recompute", "100", "--no-class-check")
     small = streammap.open(tmp_path / "hub").convert(layout="runtime").coalesce(mlp=2)
     tiny.assert_same(dict(small.convert(layout="hub").tensors()), dict(lazy.tensors()))
 

@@ -18,9 +18,9 @@ SPREAD = 1e-9
 Source: Hewitt, Initializing new word embeddings for pretrained language models, 2021, where the
 mean bounds the change of the model's distribution; and transformers' resize_token_embeddings.
 """
-_BLOCK = 2**17
+_BLOCK = 2**15
 """Numbers of the matrix that are read at once, or one row."""
-_HELD_NBYTES = 2**22
+_HELD_NBYTES = 2**20
 """New rows that are drawn in one reading of the matrix, in float64; or one row."""
 
 
