@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,7 @@ def test_many_tensors_stay_in_the_budget_or_are_refused_with_what_is_enough(
     ],
 )
 def test_a_conversion_stays_in_its_budget(
-    tmp_path: Path, what: str, options: dict[str, object]
+    tmp_path: Path, what: str, options: dict[str, Any]
 ) -> None:
     size = write_gpt2(tmp_path / "big", vocab=12_001, dtype="F64" if what == "cast" else "BF16")
     assert size > 20 * MIB
