@@ -13,10 +13,7 @@ _OPERATORS: dict[str, tuple[str, str]] = {
     "coalesce": ("resize:Coalesce", "Shrink: units of a group become their mean."),
     "decoalesce": ("resize:Decoalesce", "Grow: units are copied; widening keeps the function."),
     "interpolate": ("interpolate:Interpolate", "Blend two checkpoints of one model."),
-    "convert": (
-        "convert:Convert",
-        "Change dtype, experts' layout, tied head, vocabulary, or kind of files.",
-    ),
+    "convert": ("convert:Convert", "Change dtype, files, experts' layout, head or vocabulary."),
     "permute": ("permute:Permute", "Put units in a random order; the function stays."),
     "configure": ("configure:Configure", ""),
 }

@@ -29,7 +29,6 @@ class Joined(Derived):
     """Stretches of forms of one dtype, in a shape of its own."""
 
     only_moves = True
-    name = "joined"
     scratch_nbytes = 0
 
     def __init__(self, stretches: Sequence[Stretch], shape: tuple[int, ...]) -> None:
@@ -40,6 +39,12 @@ class Joined(Derived):
         assert self._ends[-1] == self._spec.n_elements
         assert all(one.form.spec.dtype == self._spec.dtype for one in stretches)
         self.inputs = tuple(one.form for one in stretches)
+
+    @property
+    def name(self) -> str:
+        """What it is made of."""
+        n = len(self._stretches)
+        return "a part, copied" if n == 1 else f"{n} tensors, joined"
 
     @property
     def formula(self) -> Mapping[str, object]:
