@@ -78,6 +78,7 @@ def test_one_torch_file_and_dcp_there_and_back(source: Path, tmp_path: Path) -> 
         assert (tmp_path / "back" / "model.safetensors").read_bytes() == original, name
 
 
+@pytest.mark.slow
 def test_transformers_loads_torch_files(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = tiny.gpt2_config(SIZES)
