@@ -30,6 +30,7 @@ from streammap.io.storage.base import Reader
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, registry
 from streammap.operators.declare import Operator, PlanLike, inputs_of
+from streammap.operators.finish import Finish, conversion
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.recipes import mergekit
 from streammap.operators.resize import Coalesce, Decoalesce
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from streammap.analysis.difference import Difference
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
+    from streammap.operators.convert import Convert
     from streammap.operators.merge_lora import MergeLora
     from streammap.operators.permute import Permute
     from streammap.output.module.load import LoadReport
@@ -226,6 +228,7 @@ class LazyCheckpoint:
     interpolate = _method(Interpolate)
     if TYPE_CHECKING:  # __getattr__ has it, as it has the operators of others
         merge_lora = _method(MergeLora)
+        convert = _method(Convert)
         permute = _method(Permute)
 
         def blend(self, *others: PlanLike, **options: Any) -> "LazyCheckpoint":
@@ -380,7 +383,7 @@ def diff(
 
 
 @declared
-class _CallOptions(SaveOptions):
+class _CallOptions(Finish, SaveOptions):
     """What a one-call function takes beside its operator's options."""
 
     stream: bool = option(
@@ -395,8 +398,10 @@ def _one_call(
 
     def call(source: PathLike, output: PathLike, options: _CallOptions) -> Report:
         made, how = declare.part(operator, options), declare.part(SaveOptions, options)
+        after = conversion(operator, vars(options))
         with open(source, stream=options.stream).apply(made, stream=options.stream) as planned:
-            return destination.save(planned.plan, output, how, card=_card)
+            done = planned if after is None else planned.apply(after)
+            return destination.save(done.plan, output, how, card=_card)
 
     call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
     call.__doc__ = f"{inspect.cleandoc(operator.__doc__ or '')}\n\nSaved to `output`, in one call."
@@ -414,6 +419,8 @@ def _call_of_many(
         made, how = declare.part(operator, given), declare.part(SaveOptions, given)
         opened = LazyCheckpoint(calls.plan_of(source, stream=given.stream))
         planned = opened.apply(made, stream=given.stream)
+        after = conversion(operator, vars(given))
+        planned = planned if after is None else planned.apply(after)
         if output is not None:
             with planned:
                 return destination.save(planned.plan, output, how, card=_card)
@@ -445,7 +452,7 @@ if TYPE_CHECKING:
         pass
 
     @declared
-    class _MergeLora(MergeLora, _CallOptions):
+    class _Convert(Convert, _CallOptions):
         pass
 
     @declared
@@ -455,7 +462,7 @@ if TYPE_CHECKING:
     coalesce = _one_call(Coalesce, _Coalesce)
     decoalesce = _one_call(Decoalesce, _Decoalesce)
     interpolate = _one_call(Interpolate, _Interpolate)
-    merge_lora = _one_call(MergeLora, _MergeLora)
+    convert = _one_call(Convert, _Convert)
     permute = _one_call(Permute, _Permute)
 
     @overload
@@ -464,6 +471,17 @@ if TYPE_CHECKING:
     def blend(source: PlanLike, *others: PlanLike, **options: Any) -> LazyCheckpoint: ...
     def blend(source: PlanLike, *others: PlanLike, **options: Any) -> LazyCheckpoint | Report:
         """See operators/blend.py."""
+
+    @overload
+    def merge_lora(
+        source: PlanLike, *adapters: PlanLike, output: PathLike, **options: Any
+    ) -> Report: ...
+    @overload
+    def merge_lora(source: PlanLike, *adapters: PlanLike, **options: Any) -> LazyCheckpoint: ...
+    def merge_lora(
+        source: PlanLike, *adapters: PlanLike, **options: Any
+    ) -> LazyCheckpoint | Report:
+        """See operators/merge_lora.py."""
 
 else:
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from streammap.analysis.statistics import CHUNK, Scratch
 from streammap.common.events import Finished, Listener, Started, nobody
+from streammap.common.losses import Losses
 from streammap.common.ranges import Tile
 from streammap.common.torch_threads import torch_threads
 from streammap.engine import loop, memory
@@ -172,7 +173,7 @@ class _Lane(Generic[Measured]):
                 scanned = replace(scanned, other_spec=form.spec, other=other)
             self._scan.collect(place.key, self._scan.measure(scanned, self._scratch))
 
-    def done(self, part: Job) -> None:
+    def done(self, part: Job, lost: Losses) -> None:
         pass
 
 

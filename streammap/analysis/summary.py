@@ -11,6 +11,7 @@ from streammap.common.table import Column
 from streammap.common.units import format_count, format_nbytes
 from streammap.engine.options import Engine
 from streammap.io.checkpoint import Checkpoint
+from streammap.io.dtypes import TORCH_NAMES
 from streammap.output import run, side_files
 from streammap.planning import exactness, graph
 from streammap.planning.graph import Derived, LinearForm, Term
@@ -164,8 +165,15 @@ def formula(form: LinearForm, names: Mapping[int, str]) -> str:
     terms = [Term(t.maps, tuple(b)) for t, b in zip(form.terms, blends, strict=True) if b]
     several = len({id(ref.source) for term in terms for _, ref in term.blend}) > 1
     words = " + ".join(_term_words(term, names if several else {}) for term in terms)
-    has_offset = any(map(graph.is_constant, form.loads()))
-    return f"{words}, of gains that count from 1" if has_offset else words
+    if any(map(graph.is_constant, form.loads())):
+        words += ", of gains that count from 1"
+    return f"{words}, as {TORCH_NAMES[form.spec.dtype]}" if _is_cast(form) else words
+
+
+def _is_cast(form: LinearForm) -> bool:
+    """Whether no stored tensor that it is made of has its dtype."""
+    stored = {ref.spec.dtype for ref in form.loads() if not graph.is_constant(ref)}
+    return bool(stored) and form.spec.dtype not in stored
 
 
 def _names(sources: Sequence[Checkpoint]) -> Mapping[int, str]:

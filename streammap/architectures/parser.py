@@ -31,6 +31,7 @@ _MERGED = (
     "written",
     "caveat",
     "numbered",
+    "layout",
 )
 _STACKED = ("modules", "tensors", "buffers", "drop")
 _INHERITED = ("constraints", "required", "include", "same_axis", "unserved")
@@ -216,6 +217,7 @@ def _joined(
         numbered={axis: value for one in tables for axis, value in one.numbered.items()},
         config=fields,
         written={axis: value for one in tables for axis, value in one.written.items()},
+        layout={end: hub for one in tables for end, hub in one.layout.items() if hub},
         unserved=next((one.unserved for one in tables if one.unserved), ""),
         caveats={
             **dict.fromkeys(axes if untested else (), untested),

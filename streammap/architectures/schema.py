@@ -336,6 +336,8 @@ class Architecture:
     config: Mapping[str, Expression]
     written: Mapping[str, Mapping[str, WrittenValue]]
     """Axis that config.json has no field for -> the fields that say its size once it changes."""
+    layout: Mapping[str, tuple[str, ...]]
+    """End of a key in the runtime layout of experts -> those of what it is made of on the hub."""
     caveats: Mapping[str, str]
     """Axis -> why a change of it is never exact."""
     unserved: str

@@ -25,7 +25,8 @@ from streammap.engine.options import Engine
 from streammap.errors import OutputError, printable
 from streammap.io.storage import resolve
 from streammap.operators import registry
-from streammap.operators.declare import inputs_of
+from streammap.operators.declare import Operator, inputs_of
+from streammap.operators.finish import Finish, conversion, options_beside
 from streammap.output.save_options import SaveOptions
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def command(name: str) -> Command:
             *_places(own),
             *_options(own),
             *source_parameters(),
+            *_finish(cls),
             *parameters(SaveOptions),
             *output_parameters(),
         ],
@@ -67,6 +69,7 @@ def plan_command(name: str) -> Command:
             *_places(own),
             *_options(own),
             *source_parameters(),
+            *_finish(cls),
             *parameters(Engine),
             as_json(),
         ],
@@ -82,7 +85,7 @@ def plan_command(name: str) -> Command:
 @click.argument("request", metavar="REQUEST", type=PATH)
 @click.argument("output", metavar="[OUT]", required=False, type=PATH)
 @moved_options
-@adds(*parameters(SaveOptions), *output_parameters())
+@adds(*parameters(Finish), *parameters(SaveOptions), *output_parameters())
 def apply(request: str, sources: tuple[str, ...], **options: Any) -> None:
     """Run a request from a file: a chain of operators, or what made an earlier result.
 
@@ -90,7 +93,8 @@ def apply(request: str, sources: tuple[str, ...], **options: Any) -> None:
     """
     from streammap import api
 
-    save(api.open_request(request, sources=moved_of(sources)), "apply", options)
+    planned = _finished(api.open_request(request, sources=moved_of(sources)), None, options)
+    save(planned, "apply", options)
 
 
 def _places(own: Sequence[click.Parameter]) -> list[click.Parameter]:
@@ -109,6 +113,18 @@ def _options(own: Sequence[click.Parameter]) -> list[click.Parameter]:
     return [parameter for parameter in own if isinstance(parameter, click.Option)]
 
 
+def _finish(cls: type[Operator]) -> list[click.Parameter]:
+    """What every operator takes for its result, unless it has an option of that name."""
+    return parameters(Finish, only=[one.name for one in options_beside(cls)])
+
+
+def _finished(
+    lazy: "LazyCheckpoint", cls: type[Operator] | None, values: dict[str, Any]
+) -> "LazyCheckpoint":
+    after = conversion(cls, values)
+    return lazy if after is None else lazy.apply(after)
+
+
 def _planned(name: str, values: dict[str, Any]) -> "LazyCheckpoint":
     from streammap import api
 
@@ -116,7 +132,7 @@ def _planned(name: str, values: dict[str, Any]) -> "LazyCheckpoint":
     operator = make(cls, values_of(cls, values, prefix=_PREFIX), what=name)
     source, stream = values["source"], values["stream"]
     lazy = api.open(source, config=values["config"], arch=values["arch"], stream=stream)
-    return lazy.apply(operator, stream=stream)
+    return _finished(lazy.apply(operator, stream=stream), cls, values)
 
 
 def _check_output(name: str, output: str | None) -> None:

@@ -17,7 +17,7 @@ from typing import final
 from streammap.common.ranges import Range
 from streammap.engine import group_sums, pullback
 from streammap.engine.memory import N_PLACES
-from streammap.engine.program import OUT, WORK, Op, Program, Strip, View, contiguous
+from streammap.engine.program import OUT, WORK, Op, OpKind, Program, Strip, View, contiguous
 from streammap.engine.pullback import Pullback
 from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
 from streammap.io.dtypes import DTYPE_BITS
@@ -30,7 +30,6 @@ _ALIGN_NBYTES = 64
 _MAX_MOVES = 64
 _MAX_PROGRAMS = 1024
 _HALVES = ("BF16", "F16")
-_F32_BITS = 32
 
 
 def program(recipe: Recipe, chunk_nbytes: int) -> Program:
@@ -78,9 +77,29 @@ class _ProgramBuilder:
     def written(self) -> Program:
         """The program."""
         out = contiguous(OUT, self._form.spec.dtype, 0, self._shape)
-        if not self._moved(out) and not self._blended(out) and not self._pooled(out):
+        short = (self._rounded, self._moved, self._blended, self._pooled)
+        if not any(write(out) for write in short):
             self._summed(out)
         return Program(tuple(self._ops), self._peak, self._largest)
+
+    def _rounded(self, out: View) -> bool:
+        """One source in another dtype: no accumulator."""
+        form = self._form
+        term = form.terms[0]
+        coefficient, load = term.blend[0]
+        if len(form.terms) > 1 or len(term.blend) > 1 or coefficient != 1.0 or any(term.maps):
+            return False
+        if graph.is_constant(load) or load.spec.dtype == form.spec.dtype:
+            return False
+        (part,) = self._parts[0]
+        self._round(out, self._read(part, load))
+        return True
+
+    def _round(self, out: View, source: View) -> None:
+        """Numbers in the result's dtype; counted, where some may be lost."""
+        halved = source.dtype == "F64" and out.dtype in _HALVES
+        kind: OpKind = "round" if halved or self._form.narrows else "copy"
+        self._ops.append(Op(kind, out, (source,)))
 
     def _moved(self, out: View) -> bool:
         """One source whose elements are moved, each scaled by one number: no accumulator."""
@@ -166,10 +185,7 @@ class _ProgramBuilder:
                     self._used = mark
                     is_first = False
             if not direct:
-                if dtype == "F64" and DTYPE_BITS[self._form.spec.dtype] < _F32_BITS:
-                    # Kernels go from float64 to 16 bits by way of float32: two roundings.
-                    self._ops.append(Op("odd", total))
-                self._ops.append(Op("copy", target, (total,)))
+                self._round(target, total)
 
     def _chunks(self) -> list[Range]:
         """The tile's rows, some start a time."""

@@ -59,17 +59,21 @@ def pieces_of(form: LinearForm, limits: Limits) -> Pieces | None:
     item = DTYPE_BITS[form.spec.dtype] // 8
     n = min(_MOST_NBYTES, limits.out_nbytes) // item
     while n:
-        one = LinearForm(
-            TensorSpec(form.spec.dtype, (n,)),
-            tuple(Term((None,), _cut(term.blend, n)) for term in form.terms),
-            form.wide,
-        )
-        recipe = Recipe(one, ranges.tile_at((n,), (), 0, n))
-        program = compiler.program(recipe, limits.chunk_nbytes)
+        program = program_of(form, n, limits)
         if fits(program, limits):
             return Pieces(program, n * item)
         n //= 2
     return None
+
+
+def program_of(form: LinearForm, n: int, limits: Limits) -> Program:
+    """How `n` numbers of a flat form are computed."""
+    one = LinearForm(
+        TensorSpec(form.spec.dtype, (n,)),
+        tuple(Term((None,), _cut(term.blend, n)) for term in form.terms),
+        form.wide,
+    )
+    return compiler.program(Recipe(one, ranges.tile_at((n,), (), 0, n)), limits.chunk_nbytes)
 
 
 def _cut(blend: graph.Blend, n: int) -> graph.Blend:

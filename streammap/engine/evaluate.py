@@ -6,6 +6,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from streammap.common.losses import Losses
 from streammap.common.ranges import Region, Tile
 from streammap.engine import loop, memory, regions
 from streammap.engine.compiler import Programs
@@ -113,7 +114,7 @@ class _OneTensor:
             start = (place.offset + offset) // self._dtype.itemsize
             regions.copy_into(self._region, start, elements, self._out)
 
-    def done(self, part: Job) -> None:
+    def done(self, part: Job, lost: Losses) -> None:
         pass
 
 

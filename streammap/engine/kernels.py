@@ -8,22 +8,34 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from streammap.common.losses import Losses
 from streammap.engine.program import Op, View
 from streammap.planning.maps import DenseMap
 
 Call = Callable[[], object]
 _MENDED = 2**16
-"""Elements at a time: so few that what is taken for them does not count."""
-_BLOCK = 2**13
-_CUT = 2**29 - 1
-"""The digits of float64 that float32 has not."""
+"""Elements at a time, so few that what is taken for them does not count; so is the next."""
+_ROUNDED = 2**15
+_BITS = {
+    torch.float32: (torch.int32, 0x7FFF_FFFF, 0x7F80_0000),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+}
+"""Dtype -> the integers of its size, all bits but the sign, and those of infinity."""
+Note = Callable[[Losses], object]
+"""Told of numbers that rounding lost."""
 
 
 class _Typed(Protocol):
     def typed(self, dtype: str) -> Tensor: ...
 
 
-def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap], Tensor]) -> Call:
+def bind(
+    op: Op,
+    buffers: Callable[[int], _Typed],
+    matrix_of: Callable[[DenseMap], Tensor],
+    note: Note,
+) -> Call:
     """The call that does what `op` says, on the buffers of its places."""
 
     def of(view: View) -> Tensor:
@@ -35,14 +47,14 @@ def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap
     match op.kind:
         case "copy":
             return partial(out.copy_, sources[0])
+        case "round":
+            return partial(_round, sources[0], out, note)
         case "mul":
             return partial(torch.mul, sources[0], op.number, out=out)
         case "div":
             # By a tensor: for a number, some devices multiply by its rounded reciprocal.
             divisor = torch.tensor(op.number, dtype=out.dtype, device=out.device)
             return partial(torch.div, sources[0], divisor, out=out)
-        case "odd":
-            return partial(_round_to_odd, out)
         case "add":
             return partial(torch.add, sources[0], sources[1], out=out)
         case "blend":
@@ -65,6 +77,37 @@ def bind(op: Op, buffers: Callable[[int], _Typed], matrix_of: Callable[[DenseMap
     raise AssertionError(op.kind)
 
 
+def _round(source: Tensor, out: Tensor, note: Note) -> None:
+    """Out = source to the nearest, ties to even; tells what overflowed or vanished."""
+    whole, rounded = source.reshape(-1), out.view(-1)
+    word, magnitude, infinity = _BITS[out.dtype]
+    for start in range(0, rounded.numel(), _ROUNDED):
+        x, y = whole[start : start + _ROUNDED], rounded[start : start + _ROUNDED]
+        twice = x.dtype == torch.float64 and y.dtype != torch.float32
+        y.copy_(_to_odd(x) if twice else x)
+        bits = torch.bitwise_and(y.view(word), magnitude)
+        least, largest = (int(n.item()) for n in torch.aminmax(bits))
+        if least and largest < infinity:
+            continue
+        n_infinite = int((y.isinf().sum() - x.isinf().sum()).item())
+        n_zero = int((torch.count_nonzero(x) - torch.count_nonzero(y)).item())
+        if n_infinite or n_zero:
+            note(Losses(n_infinite, n_zero))
+
+
+def _to_odd(x: Tensor) -> Tensor:
+    """Float64 as float32 whose last bit tells whether something was cut off.
+
+    Rounded again to 16 bits, it is the nearest to `x`; rounded to the nearest twice it need not be.
+    Source: Boldo, Melquiond, IEEE Transactions on Computers 57 (4), 2008.
+    """
+    near = x.to(torch.float32)
+    bits = near.view(torch.int32)
+    back = near.to(torch.float64)
+    cut = torch.where(back.abs() > x.abs(), bits - 1, bits) | 1
+    return torch.where((back == x) | x.isnan(), bits, cut).view(torch.float32)
+
+
 def _blend(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
     """Out = (1 - weight) a + weight b, rounded once: a kernel for it reckons a + weight (b - a).
 
@@ -81,21 +124,6 @@ def _blend(a: Tensor, b: Tensor, weight: float, out: Tensor) -> None:
             parts = [x.view(-1)[start:end] for x in (a, b, out)]
             mended = parts[0].float().mul_(1.0 - weight).add_(parts[1].float().mul_(weight))
             parts[2].copy_(torch.where(parts[2].isfinite(), parts[2], mended.to(out.dtype)))
-
-
-def _round_to_odd(x: Tensor) -> None:
-    """Round float64 to float32's digits, so that rounding to fewer digits later is rounding once.
-
-    What is cut off leaves its trace in the last digit that is kept, which becomes 1: Boldo and
-    Melquiond, "Emulation of FMA and correctly rounded sums", IEEE Trans. Computers 57(4), 2008.
-    """
-    bits = x.view(torch.int64).view(-1)
-    for start in range(0, bits.numel(), _BLOCK):
-        part = bits[start : start + _BLOCK]
-        cut = part & _CUT
-        cut += _CUT  # carries into the last digit, unless all that is cut is 0
-        part |= cut & (_CUT + 1)
-        part &= ~_CUT
 
 
 def _pool(source: Tensor, divisor: int, out: Tensor) -> Call:

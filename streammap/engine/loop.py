@@ -14,6 +14,7 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, final
 
 from streammap.common.events import Listener, Wrote
+from streammap.common.losses import Losses
 from streammap.common.ranges import Range
 from streammap.common.torch_threads import torch_threads
 from streammap.engine import read_ahead, schedule
@@ -38,8 +39,8 @@ class Lane(Protocol):
         The pieces of a part come in order. A piece is valid until this returns.
         """
 
-    def done(self, part: Job) -> None:
-        """All pieces of the part have come."""
+    def done(self, part: Job, lost: Losses) -> None:
+        """All pieces of the part have come; `lost` is what rounding lost in it."""
 
 
 class Sink(Protocol):
@@ -120,7 +121,7 @@ def _pushed(bundle: Bundle, worker: Worker, lane: Lane) -> Iterator[Job]:
         for part in worker.split(job):
             for offset, piece in worker.compute(part):
                 lane.write(part, offset, piece)
-            lane.done(part)
+            lane.done(part, worker.losses())
             yield part
 
 

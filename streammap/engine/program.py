@@ -17,10 +17,10 @@ from streammap.planning.segments import Segment
 OpKind = Literal[
     "read",
     "copy",
+    "round",
     "mul",
     "div",
     "add",
-    "odd",
     "blend",
     "pool",
     "fill",

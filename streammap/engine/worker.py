@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, final
 
 from streammap.common import ranges
+from streammap.common.losses import NOTHING, Losses
 from streammap.common.ranges import PIECE_NBYTES
 from streammap.engine import elementwise
 from streammap.engine.compiler import Programs
@@ -102,6 +103,7 @@ class Worker:
         self._work = Buffer(limits.work_nbytes)
         self.n_read = 0
         """Bytes read so far."""
+        self._losses = NOTHING
         self._latest: tuple[Recipe, tuple[Program, Limits]] | None = None
         self._bound: dict[object, tuple[Program, Calls]] = {}
         """The program is kept with its calls, so that no other one gets its id."""
@@ -130,6 +132,14 @@ class Worker:
         for place in self._places:
             place.let_go()
         self._order = list(range(N_PLACES))
+
+    def losses(self) -> Losses:
+        """What was lost since this was asked last."""
+        lost, self._losses = self._losses, NOTHING
+        return lost
+
+    def _note(self, lost: Losses) -> None:
+        self._losses = self._losses.plus(lost)
 
     def split(self, job: Job) -> Iterator[Job]:
         """The job; or smaller ones, if it takes more memory than the first of its tensor."""
@@ -212,7 +222,8 @@ class Worker:
         """Computed and given piece by piece.
 
         The calls are bound once, to buffers of a whole piece. Where less is left, they compute
-        numbers from what the buffers held before, and nobody reads these.
+        numbers from what the buffers held before, and nobody reads these; but where numbers are
+        counted, there is a program for these.
         """
         form = job.recipe.form
         numbers = range(N_PLACES)
@@ -223,13 +234,17 @@ class Worker:
             self.begin()
             first, n = job.recipe.tile.start + start // item, (end - start) // item
             reads = iter(zip(loads, self._places, strict=False))
+            program = pieces.program
+            if form.narrows and n * item < pieces.nbytes:
+                program = elementwise.program_of(form, n, self._memory.limits)
 
             def read(first: int = first, n: int = n, reads: Reads = reads) -> None:
                 (load, size), place = next(reads)
                 is_whole = n * item == pieces.nbytes  # what is bound may be a whole piece
                 self._fill(place, [(load, first * size, (first + n) * size)], maps=is_whole)
 
-            self._run(pieces.program, numbers, calls, read)
+            is_bound = program is pieces.program
+            self._run(program, numbers, calls if is_bound else _unbound(program), read)
             yield start, self._out.view[: end - start]
 
     def _means(self, job: Compute) -> tuple[Program, Limits]:
@@ -294,7 +309,7 @@ class Worker:
         with side.stream():
             for op in self._means(job)[0].ops:
                 if op.kind != "read":
-                    bind(op, buffer, side.matrices.on_device)()
+                    bind(op, buffer, side.matrices.on_device, self._note)()
                     continue
                 request = next(requests)
                 held = side.held(request.cache_key)
@@ -327,7 +342,7 @@ class Worker:
         key = id(program), numbers
         _, calls = self._bound.get(key, (None, None))
         if calls is None:
-            calls = [None] * len(program.ops)
+            calls = _unbound(program)
             if keeps:
                 if len(self._bound) >= _MAX_BOUND:
                     self._bound.clear()
@@ -343,7 +358,7 @@ class Worker:
         def buffer(request: int) -> "Buffer | _Place":
             return special[request] if request < 0 else self._places[numbers[request]]
 
-        return bind(op, buffer, _matrix)
+        return bind(op, buffer, _matrix, self._note)
 
     def _fill(self, place: _Place, stretches: Iterable[Stretch], *, maps: bool = True) -> None:
         """Read stretches of bytes, one after the other; a single one may be mapped instead."""
@@ -425,6 +440,10 @@ class WorkerReader:
     def close(self) -> None:
         """Give back what is mapped."""
         self._worker.close()
+
+
+def _unbound(program: Program) -> Calls:
+    return [None] * len(program.ops)
 
 
 def _matrix(m: DenseMap) -> "Tensor":

@@ -42,6 +42,19 @@ DTYPE_BITS = {
 FLOATS = ("F16", "BF16", "F32", "F64")
 """The dtypes that streammap computes with; all others are copied byte for byte."""
 
+_NARROWER: dict[str, tuple[str, ...]] = {
+    "F16": ("F8_E4M3", "F8_E5M2"),
+    "BF16": ("F8_E4M3", "F8_E5M2"),
+    "F32": ("F8_E4M3", "F8_E5M2", "F16", "BF16"),
+    "F64": ("F8_E4M3", "F8_E5M2", "F16", "BF16", "F32"),
+}
+
+
+def holds(dtype: str, other: str) -> bool:
+    """Whether a dtype has every number of another one."""
+    return dtype == other or other in _NARROWER.get(dtype, ())
+
+
 FROM_TORCH = {
     "float64": "F64",
     "double": "F64",

@@ -2,6 +2,8 @@
 
 TORCH = (".pth", ".pt", ".bin")
 """Endings of torch files."""
+TORCH_STEM = "pytorch_model"
+"""How the names of torch files in a folder begin."""
 WEIGHTS = (".safetensors", *TORCH)
 """Endings of weight files."""
 WORK_SUFFIX = ".streammap-run"

@@ -12,9 +12,10 @@ _HERE = "streammap.operators."
 _OPERATORS: dict[str, tuple[str, str]] = {
     "coalesce": ("resize:Coalesce", "Shrink: units of a group become their mean."),
     "decoalesce": ("resize:Decoalesce", "Grow: units are copied; widening keeps the function."),
-    "blend": ("blend:Blend", "Make any number of checkpoints one: means, sums, stacked layers."),
+    "blend": ("blend:Blend", "Make any number of checkpoints one: means, sums, stacks."),
     "interpolate": ("interpolate:Interpolate", "Blend two checkpoints of one model."),
     "merge-lora": ("merge_lora:MergeLora", "Merge LoRA adapters into their model."),
+    "convert": ("convert:Convert", "Change dtype, files, experts' layout, head or vocabulary."),
     "permute": ("permute:Permute", "Put units in a random order; the function stays."),
     "configure": ("configure:Configure", ""),
 }

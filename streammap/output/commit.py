@@ -36,7 +36,7 @@ _STALE: Stale = (
     (*map_file.NAMES, record.NAME),
 )
 """The files that make weights a model, then the weights by the names that loaders look for."""
-_LAST = (layout.INDEX, "config.json", ".metadata")
+_LAST = (layout.INDEX, layout.TORCH_INDEX, "config.json", ".metadata")
 _FORMAT = 1
 
 

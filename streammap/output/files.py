@@ -1,6 +1,5 @@
 """A result's files as they are written in its work folder."""
 
-import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import final
 from streammap.common.ranges import PIECE_NBYTES
 from streammap.engine import checksums, crc32
 from streammap.engine.checksums import Known, Written
-from streammap.errors import CheckpointError, OutputError
-from streammap.io import safe_open, weight_files
+from streammap.errors import OutputError
+from streammap.io import safe_open
 from streammap.io.storage.disk import Disk
 from streammap.output import work_folder
 from streammap.output.layout import Shard
@@ -44,16 +43,13 @@ class Output:
         self._descriptors.clear()
 
     def begin(self, shard: Shard) -> None:
-        """Create a file and write its header; of a DCP file, all bytes around its tensors."""
+        """Create a file and write all bytes around its tensors."""
         self._open(shard.name, _NEW)
         try:
             self._reserve(shard.name, shard.nbytes)
             self.write_at(shard.name, 0, memoryview(shard.head))
-            if shard.name.endswith(weight_files.DCP_SUFFIX):
-                from streammap.output import dcp_writer
-
-                for offset, piece in dcp_writer.framing(shard):
-                    self.write_at(shard.name, offset, memoryview(piece))
+            for offset, piece in shard.around() if shard.around is not None else ():
+                self.write_at(shard.name, offset, memoryview(piece))
         except BaseException:
             os.close(self._descriptors.pop(shard.name))  # another thread may try again
             raise
@@ -61,38 +57,6 @@ class Output:
     def resume(self, shard: Shard) -> None:
         """Open a file that an earlier run has begun."""
         self._open(shard.name, _EXISTING)
-
-    def begin_torch(self, shard: Shard, nest: str | None) -> Shard:
-        """Create a torch file with room for the tensors; gives the shard as torch laid it out."""
-        from streammap.io.formats import torch_zip
-
-        path = self._files / shard.name
-        specs = [(slot.key, slot.spec) for slot in shard.slots]
-        try:
-            path.unlink(missing_ok=True)
-            slots = torch_zip.write_skeleton(path, specs, nest)
-        except (OSError, RuntimeError) as error:
-            raise OutputError(
-                f"{self._named / shard.name}: {error}", hint="check the path"
-            ) from error
-        return Shard(shard.name, b"", slots)
-
-    def existing_torch(self, shard: Shard) -> Shard:
-        """The same for the file of an earlier run.
-
-        Raises:
-            OutputError: it is missing, or holds other tensors.
-        """
-        from streammap.io.formats import torch_zip
-
-        path = self._files / shard.name
-        wanted = {slot.key: slot.spec for slot in shard.slots}
-        if path.is_file() and not path.is_symlink():
-            with contextlib.suppress(CheckpointError):
-                slots = torch_zip.read(path).slots
-                if {slot.key: slot.spec for slot in slots} == wanted:
-                    return Shard(shard.name, b"", slots)
-        raise OutputError(f"{path}: not the file that the journal describes", hint=RESTART)
 
     def check_existing(self, shard: Shard, end: int) -> None:
         """Refuse a file of an earlier run that can't hold what the journal says.

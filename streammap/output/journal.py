@@ -1,9 +1,10 @@
 """Which tensors of an unfinished result are durable: a file of JSON lines that only grows.
 
     {"streammap_journal": 1, "digest": "ab12...", "request": {...}, "crc32": "..."}
-    {"tensors": {"h.0.ln_1.weight": "cbf43926", ...}, "crc32": "..."}
+    {"tensors": {"h.0.ln_1.weight": "cbf43926", "wte.weight": "414fa339 2 0"}, "crc32": "..."}
 
-A line has the CRC-32 of each tensor's bytes, and ends with its own, of the line before it.
+A line has the CRC-32 of each tensor's bytes, and ends with its own, of the line before it. Where
+rounding lost numbers of a tensor, their counts follow: those that overflowed, and that vanished.
 
 A tensor stands in it once all its bytes are written (and, with fsync, are on the disk). The first
 line is bound to the request, see fingerprint.py. Each of several writers has a file of its own,
@@ -18,6 +19,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import final
 
+from streammap.common.losses import NOTHING, Losses
 from streammap.errors import OutputError
 from streammap.io.storage import disk as disks
 from streammap.io.storage.disk import Disk
@@ -27,6 +29,7 @@ from streammap.output.fingerprint import Fingerprint
 FORMAT = 1
 NAME = "journal.jsonl"
 _ROOM_NBYTES = 1_000_000
+_TENSOR = r"([0-9a-f]{8})(?: ([0-9]{1,18}) ([0-9]{1,18}))?"
 _LINE_NBYTES = 64
 """More than a tensor takes beside its key."""
 
@@ -37,7 +40,14 @@ def name_of(rank: int, world_size: int) -> str:
 
 
 def read(folder: Path, request: Fingerprint, keys: Collection[str]) -> dict[str, int]:
-    """Key -> CRC of each durable tensor, by all journals of a work folder.
+    """Key -> CRC of each durable tensor, see `read_all`."""
+    return {key: crc for key, (crc, _) in read_all(folder, request, keys).items()}
+
+
+def read_all(
+    folder: Path, request: Fingerprint, keys: Collection[str]
+) -> dict[str, tuple[int, Losses]]:
+    """Key -> CRC of each durable tensor and what rounding lost, by all journals of a work folder.
 
     Args:
         keys: The tensors of the result that have bytes.
@@ -47,17 +57,17 @@ def read(folder: Path, request: Fingerprint, keys: Collection[str]) -> dict[str,
     """
     limit = _ROOM_NBYTES + 2 * len(first_line(request))
     limit += sum(_LINE_NBYTES + len(json.dumps(key)) for key in keys)
-    crcs: dict[str, int] = {}
+    durable: dict[str, tuple[int, Losses]] = {}
     for path in sorted(folder.glob(work_folder.JOURNALS)):
         for tensors in _lines(path, request, limit):
             for key, text in tensors.items():
-                crc = _crc(text)
-                if key not in keys or crc is None or crcs.get(key, crc) != crc:
+                found = _parsed(text)
+                if key not in keys or found is None or durable.get(key, found) != found:
                     raise _damaged(
                         path, f"{key[:80]!r} with {str(text)[:80]!r} is not a tensor of this result"
                     )
-                crcs[key] = crc
-    return crcs
+                durable[key] = found
+    return durable
 
 
 def first_line(request: Fingerprint) -> bytes:
@@ -100,10 +110,16 @@ def _content(path: Path, limit: int) -> bytes:
         raise _damaged(path, error.strerror or str(error)) from error
 
 
-def _crc(text: object) -> int | None:
-    if isinstance(text, str) and re.fullmatch(r"[0-9a-f]{8}", text):
-        return int(text, 16)
-    return None
+def _parsed(text: object) -> tuple[int, Losses] | None:
+    found = re.fullmatch(_TENSOR, text) if isinstance(text, str) else None
+    if found is None:
+        return None
+    crc, overflowed, vanished = found.groups(default="0")
+    return int(crc, 16), Losses(int(overflowed), int(vanished))
+
+
+def _text(crc: int, lost: Losses) -> str:
+    return f"{crc:08x}" if lost == NOTHING else f"{crc:08x} {lost.overflowed} {lost.vanished}"
 
 
 def _damaged(path: Path, why: str) -> OutputError:
@@ -121,13 +137,18 @@ class Journal:
         self._descriptor: int | None = None
         self._end = 0
 
-    def add(self, tensors: Mapping[str, int]) -> None:
+    def add(self, tensors: Mapping[str, int], losses: Mapping[str, Losses] | None = None) -> None:
         """Record these tensors as durable, with their CRCs.
+
+        Args:
+            losses: Key -> what rounding lost, where it lost something.
 
         Raises:
             OSError: it can't be written.
         """
-        line = bound_json.encode({"tensors": {key: f"{crc:08x}" for key, crc in tensors.items()}})
+        lost = losses or {}
+        texts = {key: _text(crc, lost.get(key, NOTHING)) for key, crc in tensors.items()}
+        line = bound_json.encode({"tensors": texts})
         descriptor = self._opened()
         disks.write_all(self._disk, descriptor, memoryview(line), self._end)
         self._end += len(line)

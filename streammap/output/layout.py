@@ -6,7 +6,7 @@ allows no padding, so that order keeps every tensor aligned.
 """
 
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
@@ -15,6 +15,7 @@ from streammap.io.formats.safetensors_header import Slot
 
 METADATA = {"format": "pt"}
 INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Shard:
     slots: tuple[Slot, ...]
     tail_nbytes: int = 0
     """Bytes after the last tensor."""
+    around: Callable[[], Iterable[tuple[int, bytes]]] | None = None
+    """(offset, bytes) of all that is in the file but the tensors; None for the head alone."""
 
     @property
     def nbytes(self) -> int:
@@ -46,19 +49,31 @@ def arrange(
     Args:
         single: Name of the only file, whatever its size; by default the Hub's names.
     """
-    groups: list[list[str]] = [[]]
+    parts = groups(specs, max_shard_nbytes=max_shard_nbytes, is_single=single is not None)
+    named = names("model", ".safetensors", len(parts), single)
+    return tuple(_shard(name, part, specs) for name, part in zip(named, parts, strict=True))
+
+
+def groups(
+    specs: Mapping[str, TensorSpec], *, max_shard_nbytes: int, is_single: bool
+) -> list[list[str]]:
+    """The keys of each shard."""
+    parts: list[list[str]] = [[]]
     room = max_shard_nbytes
     for key, spec in specs.items():
-        if single is None and spec.nbytes > room and groups[-1]:
-            groups.append([])
+        if not is_single and spec.nbytes > room and parts[-1]:
+            parts.append([])
             room = max_shard_nbytes
-        groups[-1].append(key)
+        parts[-1].append(key)
         room -= spec.nbytes
-    names = [single or "model.safetensors"]
-    if len(groups) > 1:
-        n = len(groups)
-        names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    return tuple(_shard(name, group, specs) for name, group in zip(names, groups, strict=True))
+    return parts
+
+
+def names(stem: str, ending: str, n: int, single: str | None) -> list[str]:
+    """Names of `n` shards, as loaders look for them; `single` names the only one."""
+    if n == 1:
+        return [single or stem + ending]
+    return [f"{stem}-{i:05d}-of-{n:05d}{ending}" for i in range(1, n + 1)]
 
 
 def index(shards: Sequence[Shard]) -> bytes:

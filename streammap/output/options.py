@@ -27,13 +27,8 @@ class OutputOptions:
     @property
     def is_file(self) -> bool:
         """Whether the result is one file instead of a folder."""
-        is_named = self.path.suffix == ".safetensors" or self.is_torch
-        return is_named and self.save.format == "safetensors"
-
-    @property
-    def is_torch(self) -> bool:
-        """Whether that file is one of torch's."""
-        return self.path.suffix in filenames.TORCH and self.save.format == "safetensors"
+        endings = {"safetensors": filenames.WEIGHTS, "torch": filenames.TORCH, "dcp": ()}
+        return self.path.suffix in endings[self.save.format]
 
     @property
     def single(self) -> str | None:

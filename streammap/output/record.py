@@ -7,6 +7,7 @@
       "files": {"model.safetensors": 4096, "config.json": 512},            name -> bytes
       "crc32": {"model.safetensors": "414fa339", "config.json": "..."},
       "tensors": {"wte.weight": {"file": "model.safetensors", "crc32": "cbf43926"}},
+                                       with "overflowed" or "vanished": numbers that rounding lost
       "own_crc32": "..."                                                   of all bytes before
     }
 
@@ -19,6 +20,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from streammap.common.losses import NOTHING, Losses
 from streammap.common.version import VERSION
 from streammap.engine import checksums, crc32
 from streammap.engine.checksums import Written
@@ -28,7 +30,7 @@ from streammap.io.storage import resolve
 from streammap.io.storage.local import LocalStorage
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import request_json
-from streammap.output import fingerprint, side_files
+from streammap.output import fingerprint, losses, side_files
 from streammap.planning import map_file
 from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import FORMAT, Plan
@@ -124,32 +126,40 @@ def _request_in(content: Mapping[str, object], where: str) -> OperatorCall:
 
 
 def encode(
-    plan: Plan, files: Mapping[str, Written], tensors: Iterable[tuple[str, str, int]]
+    plan: Plan,
+    files: Mapping[str, Written],
+    tensors: Iterable[tuple[str, str, int]],
+    lost: Mapping[str, Losses],
 ) -> Iterator[bytes]:
     """A record, in pieces.
 
     Args:
         files: Each other file of the result.
         tensors: (key, file, CRC-32) of each tensor.
+        lost: Key -> what rounding lost, for each tensor that lost something.
     """
     crc = 0
-    for piece in _body(plan, files, tensors):
+    for piece in _body(plan, files, tensors, lost):
         crc = crc32.crc32(piece, crc)
         yield piece
     yield f',\n  "{_OWN}": "{crc:08x}"\n}}\n'.encode()
 
 
 def _body(
-    plan: Plan, files: Mapping[str, Written], tensors: Iterable[tuple[str, str, int]]
+    plan: Plan,
+    files: Mapping[str, Written],
+    tensors: Iterable[tuple[str, str, int]],
+    lost: Mapping[str, Losses],
 ) -> Iterator[bytes]:
     """All but the record's own checksum."""
-    content = {**_provenance(plan), **checksums.as_json(files)}
+    content = {**_provenance(plan, lost), **checksums.as_json(files)}
     text = json.dumps(content, indent=2, ensure_ascii=False).removesuffix("\n}")
     yield _bytes(f'{text},\n  "tensors": {{')
     lines: list[str] = []
     between = "\n"
     for key, file, crc in tensors:
-        entry = json.dumps({"file": file, "crc32": f"{crc:08x}"}, ensure_ascii=False)
+        about = {"file": file, "crc32": f"{crc:08x}", **losses.as_json(lost.get(key, NOTHING))}
+        entry = json.dumps(about, ensure_ascii=False)
         lines.append(f"{between}    {json.dumps(key, ensure_ascii=False)}: {entry}")
         between = ",\n"
         if len(lines) == _PIECE:
@@ -158,7 +168,7 @@ def _body(
     yield _bytes("".join((*lines, "\n  }" if between != "\n" else "}")))
 
 
-def _provenance(plan: Plan) -> dict[str, object]:
+def _provenance(plan: Plan, lost: Mapping[str, Losses]) -> dict[str, object]:
     """Where a result came from."""
     promise, reason = plan.promise
     return {
@@ -168,7 +178,7 @@ def _provenance(plan: Plan) -> dict[str, object]:
         "promise": promise,
         "reason": reason,
         "steps": fingerprint.steps(plan),
-        "notes": list(side_files.notes(plan)),
+        "notes": [*side_files.notes(plan), *losses.notes(lost)],
         "sizes": _sizes(plan),
         "request": None if plan.request is None else request_json.as_json(plan.request),
         "sources": [

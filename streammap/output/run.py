@@ -15,8 +15,9 @@ from streammap.engine.devices import DeviceChoice
 from streammap.engine.memory import Memory
 from streammap.engine.options import Engine
 from streammap.errors import OutputError
+from streammap.io import filenames
 from streammap.io.storage.base import Reading, Sink
-from streammap.output import layout, side_files, transaction
+from streammap.output import layout, losses, side_files, transaction
 from streammap.output.layout import Shard
 from streammap.output.options import OutputOptions
 from streammap.output.transaction import RunResult
@@ -53,6 +54,10 @@ class Report:
     world_size: int = 1
     notes: tuple[str, ...] = ()
     """What a user might not expect of the result."""
+    n_overflowed: int = 0
+    """Numbers that became infinite when they were rounded to the result's dtype."""
+    n_vanished: int = 0
+    """Numbers that became 0."""
 
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
@@ -145,6 +150,7 @@ def run(
         result = _write(plan, options, (fitted, choice), heard, sink, label)
     listener(Finished())
     promise, reason = plan.promise
+    lost = losses.total(result.lost)
     return Report(
         output=label,
         n_tensors=result.n_tensors,
@@ -163,7 +169,9 @@ def run(
         nbytes_resumed=result.resumed_nbytes,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        notes=side_files.notes(plan),
+        notes=(*side_files.notes(plan), *losses.notes(result.lost)),
+        n_overflowed=lost.overflowed,
+        n_vanished=lost.vanished,
     )
 
 
@@ -191,12 +199,18 @@ def _write(
 
 
 def _arranged(plan: Plan, options: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:
+    most = options.save.max_shard_nbytes
     if options.save.format == "dcp":
-        from streammap.output import dcp_writer
+        from streammap.output.forms import dcp_writer
 
-        return dcp_writer.arrange(plan.specs, max_shard_nbytes=options.save.max_shard_nbytes)
+        return dcp_writer.arrange(plan.specs, max_shard_nbytes=most)
     single = options.single if sink is None else sink.file
-    return layout.arrange(plan.specs, max_shard_nbytes=options.save.max_shard_nbytes, single=single)
+    if options.save.format == "torch" or (single or "").endswith(filenames.TORCH):
+        from streammap.output.forms import torch_files
+
+        nest = (plan.nest or "").rpartition(".")[2] or None
+        return torch_files.arrange(plan.specs, max_shard_nbytes=most, single=single, nest=nest)
+    return layout.arrange(plan.specs, max_shard_nbytes=most, single=single)
 
 
 def peak_nbytes() -> int:

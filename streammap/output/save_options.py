@@ -37,9 +37,10 @@ class SaveOptions(RunOptions):
         off="Do not wait until the data is on the disk.",
         group=OUTPUT,
     )
-    format: Literal["safetensors", "dcp"] = option(
+    format: Literal["safetensors", "torch", "dcp"] = option(
         default="safetensors",
-        help="Form of the weights; dcp is torch.distributed.checkpoint.",
+        help="Form of the weights: torch makes pytorch_model.bin; dcp is "
+        "torch.distributed.checkpoint.",
         group=OUTPUT,
     )
     nest: str | None = option(

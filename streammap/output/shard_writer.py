@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from queue import SimpleQueue
 from typing import NamedTuple, final
 
+from streammap.common.losses import NOTHING, Losses
 from streammap.engine import crc32
 from streammap.engine.crc32 import FileDigests
 from streammap.engine.schedule import Job, TensorOffset
@@ -58,6 +59,8 @@ class _File:
         self.has_begun = False
         self.waiting: list[int] = []
         """Tensors that are whole and not in the journal."""
+        self.losses: dict[int, Losses] = {}
+        """Which tensors lost numbers when they were rounded, and how many."""
 
     def take_waiting(self) -> list[int]:
         """Take the list of whole tensors that are not in the journal."""
@@ -94,18 +97,21 @@ class ShardWriter:
         """Bytes that are still to be written."""
         return sum(file.digests.left_nbytes for file in self._files.values())
 
-    def resume(self, crcs: Mapping[str, int]) -> None:
-        """Take over what an earlier run wrote.
+    def resume(self, durable: Mapping[str, tuple[int, Losses]]) -> None:
+        """Take over what an earlier run wrote: CRCs, and what rounding lost.
 
         Raises:
             OutputError: a file that can't hold it.
         """
         for file in self._files.values():
-            there = [i for i, slot in enumerate(file.shard.slots) if slot.key in crcs]
+            there = [i for i, slot in enumerate(file.shard.slots) if slot.key in durable]
             if not there:
                 continue
             for i in there:
-                file.digests.restore(i, crcs[file.shard.slots[i].key])
+                crc, lost = durable[file.shard.slots[i].key]
+                file.digests.restore(i, crc)
+                if lost != NOTHING:
+                    file.losses[i] = lost
             self._out.check_existing(file.shard, max(file.shard.slots[i].end for i in there))
             self._count(file, there)
             file.is_there = True
@@ -140,10 +146,12 @@ class ShardWriter:
             located.append(_FileOffset(file, i, file.shard.slots[i].start + place.offset))
         return located
 
-    def count(self, place: "_FileOffset", offset: int, nbytes: int, crc: int) -> None:
+    def count(self, place: "_FileOffset", offset: int, nbytes: int, crc: int, lost: Losses) -> None:
         """Take note of a part that was written: bytes of a tensor from `offset` on, their CRC."""
         file = place.file
         with file.lock:  # writes are done without: the file ends once all are counted
+            if lost != NOTHING:
+                file.losses[place.i] = file.losses.get(place.i, NOTHING).plus(lost)
             if file.digests.add(place.i, offset, nbytes, crc):
                 file.waiting.append(place.i)
                 if not file.digests.left_nbytes:
@@ -181,6 +189,15 @@ class ShardWriter:
             for i, slot in enumerate(file.shard.slots):
                 yield slot.key, name, file.digests.crc(i)
 
+    @property
+    def losses(self) -> dict[str, Losses]:
+        """Key -> what rounding lost, for each tensor that lost something."""
+        return {
+            file.shard.slots[i].key: lost
+            for file in self._files.values()
+            for i, lost in file.losses.items()
+        }
+
     def of_shard(self, name: str) -> Iterator[tuple[Slot, int]]:
         """The tensors of a shard that is whole, and their CRCs."""
         file = self._files[name]
@@ -209,10 +226,12 @@ class ShardWriter:
     def _add(self, file: _File, tensors: Sequence[int]) -> None:
         if not tensors:
             return
-        crcs = {file.shard.slots[i].key: file.digests.crc(i) for i in tensors}
+        keys = {i: file.shard.slots[i].key for i in tensors}
+        crcs = {key: file.digests.crc(i) for i, key in keys.items()}
+        losses = {key: file.losses[i] for i, key in keys.items() if i in file.losses}
         try:
             with self._lock:
-                self._journal.add(crcs)
+                self._journal.add(crcs, losses)
                 self._count(file, tensors)
         except OSError:
             file.waiting.extend(tensors)  # they are on the disk: another line may say so
@@ -254,6 +273,6 @@ class _Lane:
             with file.turns:
                 self._out.write_at(file.shard.name, start + offset, piece)
 
-    def done(self, part: Job) -> None:
+    def done(self, part: Job, lost: Losses) -> None:
         for place, here in zip(part.places, self._places, strict=True):
-            self._writer.count(here, place.offset, part.nbytes, self._crc)
+            self._writer.count(here, place.offset, part.nbytes, self._crc, lost)

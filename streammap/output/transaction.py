@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import final
 
 from streammap.common.events import Event, Listener, Started, Wrote
+from streammap.common.losses import Losses
 from streammap.common.units import format_nbytes
 from streammap.common.version import VERSION
 from streammap.engine import loop
@@ -36,6 +37,7 @@ from streammap.output import (
     fingerprint,
     journal,
     layout,
+    losses,
     place,
     record,
     shard_writer,
@@ -83,6 +85,8 @@ class RunResult:
     n_resumed: int
     """Tensors that an earlier run had written."""
     resumed_nbytes: int
+    lost: Mapping[str, Losses]
+    """Key -> what rounding lost, for each tensor that lost something."""
 
 
 def run(
@@ -203,7 +207,8 @@ class _Transaction:
         """Write this process's shards, and wait for the others: all are whole, or committed."""
         # The leader has discarded what is of no use before it assigns, and the others have been
         # assigned their shards when they get here: nobody reads a journal that is about to go.
-        crcs = journal.read(self._work.path, self._request, self._keys)
+        durable = journal.read_all(self._work.path, self._request, self._keys)
+        crcs = {key: crc for key, (crc, _) in durable.items()}
         if group.leads:
             self._make_room(crcs)
         owners = group.assign([shard.left_nbytes(crcs) for shard in self._shards])
@@ -224,17 +229,19 @@ class _Transaction:
         resumed = [slot for shard in counted for slot in shard.slots if slot.key in crcs]
         resumed_nbytes = sum(slot.spec.nbytes for slot in resumed)
         n_read = 0
-        self._writer = self._new_writer(self._placed(own, is_resumed=bool(crcs)))
-        self._writer.resume(crcs)
+        self._writer = self._new_writer(own)
+        self._writer.resume(durable)
         self._state = State.WRITING
+        losses.check(self._plan, self._writer.losses)
         if counted:
             listener(self._started(counted, resumed_nbytes))
             n_read = self._compute(self._writer, relay)
         n_read += group.wait(n_read, check)
         if any(owners) and group.leads:
             self._writer = self._all_whole()
+        losses.check(self._plan, self._writer.losses)
         self._state = State.WHOLE
-        return _counters(counted, n_read, len(resumed), resumed_nbytes)
+        return _counters(counted, n_read, len(resumed), resumed_nbytes, self._writer.losses)
 
     def _make_room(self, crcs: Mapping[str, int]) -> None:
         if not crcs:
@@ -248,15 +255,6 @@ class _Transaction:
     def _new_writer(self, shards: Sequence[Shard]) -> ShardWriter:
         fsync = self._options.save.fsync
         return ShardWriter(shards, self._out, self._journal, disk=self._disk, fsync=fsync)
-
-    def _placed(self, shards: Sequence[Shard], *, is_resumed: bool) -> Sequence[Shard]:
-        """The shards; where a torch file's tensors are is up to torch, and known once it exists."""
-        if not self._options.is_torch:
-            return shards
-        nest = (_nest(self._plan) or "").rpartition(".")[2] or None
-        if is_resumed:
-            return [self._out.existing_torch(shard) for shard in shards]
-        return [self._out.begin_torch(shard, nest) for shard in shards]
 
     def _started(self, shards: Sequence[Shard], resumed_nbytes: int) -> Started:
         nbytes = sum(slot.spec.nbytes for shard in shards for slot in shard.slots)
@@ -289,7 +287,7 @@ class _Transaction:
         until = time.monotonic() + _VISIBLE_SECONDS
         while True:
             writer = self._new_writer(self._shards)
-            writer.resume(journal.read(self._work.path, self._request, self._keys))
+            writer.resume(journal.read_all(self._work.path, self._request, self._keys))
             if not writer.left_nbytes:
                 return writer
             if time.monotonic() > until:
@@ -310,7 +308,8 @@ class _Transaction:
                 out.add(file.name, file.read())
         side, writer = tuple(out.written), self._writer
         files = {name: out.of_shard(name, writer.of_shard(name)) for name in shards} | out.written
-        out.add_parts(options.record, record.encode(self._plan, files, writer.tensors()))
+        content = record.encode(self._plan, files, writer.tensors(), writer.losses)
+        out.add_parts(options.record, content)
         side = (*side, options.record)
         names = (*side, *shards) if options.is_file else commit.in_order([*shards, *side])
         written = Commit(names, options.save.overwrite)
@@ -322,12 +321,15 @@ class _Transaction:
         """Which shard has what."""
         if self._options.save.format == "dcp":
             from streammap.io.formats import dcp_metadata
-            from streammap.output import dcp_writer
+            from streammap.output.forms import dcp_writer
 
-            nest = _nest(self._plan) if self._options.save.nest is None else self._options.save.nest
+            nest = self._options.save.nest
+            nest = self._plan.nest if nest is None else nest
             yield SideFile(dcp_metadata.METADATA, dcp_writer.metadata(self._shards, nest))
         elif len(self._shards) > 1:
-            yield SideFile(layout.INDEX, layout.index(self._shards))
+            is_torch = self._options.save.format == "torch"
+            name = layout.TORCH_INDEX if is_torch else layout.INDEX
+            yield SideFile(name, layout.index(self._shards))
 
     def _commit(self, written: Commit) -> None:
         options, stale = self._options, commit.stale(self._options.single)
@@ -341,7 +343,7 @@ class _Transaction:
         """The counters where an earlier run wrote everything."""
         nbytes = sum(shard.nbytes for shard in self._shards)
         listener(self._started(self._shards, self._plan.nbytes))
-        return _counters(self._shards, 0, len(self._plan.targets), nbytes)
+        return _counters(self._shards, 0, len(self._plan.targets), nbytes, {})
 
     @contextlib.contextmanager
     def _on_failure(self) -> Iterator[None]:
@@ -418,12 +420,11 @@ def _check_place(plan: Plan, options: OutputOptions, work: Path) -> None:
 
 
 def _counters(
-    shards: Sequence[Shard], n_read: int, n_resumed: int, resumed_nbytes: int
+    shards: Sequence[Shard],
+    n_read: int,
+    n_resumed: int,
+    resumed_nbytes: int,
+    lost: Mapping[str, Losses],
 ) -> RunResult:
     n_tensors, nbytes = sum(len(s.slots) for s in shards), sum(s.nbytes for s in shards)
-    return RunResult(n_tensors, len(shards), nbytes, n_read, n_resumed, resumed_nbytes)
-
-
-def _nest(plan: Plan) -> str | None:
-    """What the source's state dict is nested under."""
-    return None if plan.side is None else plan.side.nest
+    return RunResult(n_tensors, len(shards), nbytes, n_read, n_resumed, resumed_nbytes, lost)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, final
 
 from streammap.common.events import Event, Listener, Started, Wrote
+from streammap.common.losses import Losses
 from streammap.common.version import VERSION
 from streammap.engine import crc32
 from streammap.engine.checksums import Written
@@ -37,6 +38,7 @@ from streammap.output import (
     commit,
     fingerprint,
     layout,
+    losses,
     place,
     record,
     side_files,
@@ -160,6 +162,7 @@ class _Upload:
             n_read=sum(result.n_read for result in results),
             n_resumed=sum(result.n_resumed for result in results),
             resumed_nbytes=sum(result.resumed_nbytes for result in results),
+            lost=self._sent.lost(),
         )
 
     def _write(self, shard: Shard) -> RunResult:
@@ -185,9 +188,10 @@ class _Upload:
         except CheckpointError as error:
             raise OutputError(error.message, hint=work_folder.RESTART) from error
         tensors = {key: entry["crc32"] for key, entry in _table(written["tensors"]).items()}
+        lost = {key: list(one) for key, one in losses.of_record(written).items()}
         about = {"nbytes": path.stat().st_size, "crc32": _table(written["crc32"]).get(name)}
         version = self._sink.put(name, path)
-        self._sent.add(name, {**about, "version": version, "tensors": tensors})
+        self._sent.add(name, {**about, "version": version, "tensors": tensors, "lost": lost})
         path.unlink()
         record.path_beside(path).unlink()
 
@@ -208,13 +212,15 @@ class _Upload:
             for shard in self._shards
             for slot in shard.slots
         )
-        small[record.name_for(single)] = b"".join(record.encode(self._plan, files, tensors))
+        small[record.name_for(single)] = b"".join(
+            record.encode(self._plan, files, tensors, self._sent.lost())
+        )
         sink.put_all({name: small[name] for name in commit.in_order(tuple(small))})
 
 
 def _whole(shard: Shard) -> RunResult:
     """The counters of a shard that an earlier run wrote."""
-    return RunResult(len(shard.slots), 1, shard.nbytes, 0, len(shard.slots), shard.nbytes)
+    return RunResult(len(shard.slots), 1, shard.nbytes, 0, len(shard.slots), shard.nbytes, {})
 
 
 @final
@@ -278,6 +284,11 @@ class _Sent:
         tensors = self.files[name]["tensors"]
         assert isinstance(tensors, dict)
         return str(tensors[key])
+
+    def lost(self) -> dict[str, Losses]:
+        """Key -> what rounding lost, in all files that were sent."""
+        tables = (about.get("lost", {}) for about in self.files.values())
+        return {key: Losses(*counts) for table in tables for key, counts in table.items()}
 
     def forget(self) -> None:
         """Remove the spool."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, final
 
+from streammap.io import dtypes
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.base import Reader
 from streammap.planning import maps
@@ -105,13 +106,26 @@ class LinearForm:
     def accumulator(self) -> str:
         """The dtype sums are kept in: float32, or float64 for float64 and for long float32 sums.
 
+        What is read in float64 stays so until the result is rounded, once.
+
         In float32 the sum of 2 or 4 equal parts is the whole, bit for bit (of -0.0 it may be +0.0);
         of 8 it is not.
         """
-        if self.wide or self.spec.dtype == "F64":
+        wide = any(ref.spec.dtype == "F64" for ref in self.reads())
+        if self.wide or wide or self.spec.dtype == "F64":
             return "F64"
         long = any(term.n_addends > _MAX_F32_ADDENDS for term in self.terms)
         return "F64" if self.spec.dtype == "F32" and long else "F32"
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it may have numbers of a source that its dtype has not."""
+        return any(
+            not dtypes.holds(self.spec.dtype, ref.spec.dtype)
+            for ref in self.reads()
+            if not is_constant(ref)
+            and (not isinstance(ref.source, Derived) or ref.source.only_moves)
+        )
 
     @property
     def bare(self) -> TensorRef | None:
@@ -179,6 +193,8 @@ class Derived(ABC):
     """How often it reads them."""
     kept_nbytes: int = 1000
     """What is kept for it, what it found out included, as long as the plan or the run is there."""
+    only_moves: bool = False
+    """Whether its numbers are those of the forms, each as it is."""
 
     @property
     @abstractmethod

@@ -88,6 +88,8 @@ class Plan:
     named: tuple[Path, ...] = ()
     """Files of this machine that were read beside the sources: schemes, maps, configs, specs; or
     the folders that they are in."""
+    strict: bool = False
+    """Whether a run ends in an error where rounding makes numbers infinite, or 0."""
     request: OperatorCall | None = None
     """What was asked; None where it was made by other means than operators/calls.py."""
     resolved: Resolved = field(default_factory=Resolved, repr=False)
@@ -111,6 +113,11 @@ class Plan:
             hint = f"did you mean {told}?" if near else f"there are {told}"
             raise PlanError(f"no tensor {str(key)[:200]!r}", hint=hint)
         return self.targets[key]
+
+    @property
+    def nest(self) -> str | None:
+        """What the source's state dict is nested under."""
+        return None if self.side is None else self.side.nest
 
     @property
     def specs(self) -> dict[str, TensorSpec]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import streammap
 from streammap.common.events import nobody
+from streammap.common.losses import Losses
 from streammap.common.ranges import PIECE_NBYTES
 from streammap.engine import loop, memory
 from streammap.engine.loop import Resources
@@ -60,7 +61,7 @@ class Lane:
             self._sink.cuts[place.key].add(start)
             self._sink.bytes[place.key][start : start + len(piece)] = piece
 
-    def done(self, part: Job) -> None:
+    def done(self, part: Job, lost: Losses) -> None:
         assert self._next == part.nbytes, "all pieces came"
         self._next = 0
         self.parts.append(part)

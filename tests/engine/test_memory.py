@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,8 @@ lazy = {
     "layers": lambda: big.decoalesce(layers=min(4, 10_000 // big.sizes["layer"])),
     "fill": lambda: big.decoalesce(hidden="to:%d" % (big.sizes["embed"] * 3 // 2)),
     "interpolate": lambda: big.interpolate(big.coalesce(width=2).decoalesce(), alpha=0.5),
+    "cast": lambda: big.convert(dtype="float16"),
+    "tokens": lambda: big.convert(vocab_multiple=64, vocab_rows="normal"),
 }[what]()
 report = lazy.save(folder + "-" + what, fsync=False, overwrite=True, **options)
 print(json.dumps([report.peak_nbytes - before, report.planned_nbytes, report.peak_nbytes]))
@@ -126,6 +129,30 @@ def test_many_tensors_stay_in_the_budget_or_are_refused_with_what_is_enough(
 ) -> None:
     write_gpt2(tmp_path / "many", vocab=64, layers=1000, embed=16)  # 12,004 tensors
     check_many(tmp_path / "many", what, "24MiB")
+
+
+@pytest.mark.parametrize(
+    ("what", "options"),
+    [
+        ("cast", {"format": "torch", "memory": "32MiB"}),
+        pytest.param("cast", {"memory": "256MiB"}, marks=pytest.mark.slow),
+        pytest.param("tokens", {"memory": "48MiB"}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_conversion_stays_in_its_budget(
+    tmp_path: Path, what: str, options: dict[str, Any]
+) -> None:
+    size = write_gpt2(tmp_path / "big", vocab=12_001, dtype="F64" if what == "cast" else "BF16")
+    assert size > 20 * MIB
+    added, planned, _ = run(tmp_path / "big", what, **options)
+    assert added <= planned <= int(str(options["memory"]).removesuffix("MiB")) * MIB
+
+
+@pytest.mark.slow
+def test_many_tensors_of_a_torch_file_stay_in_the_budget(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "many", vocab=64, layers=1000, embed=16)
+    added, planned, _ = run(tmp_path / "many", "cast", memory="64MiB", format="torch")
+    assert added <= planned
 
 
 @pytest.mark.slow

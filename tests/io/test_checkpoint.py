@@ -23,7 +23,8 @@ import streammap
 from streammap.errors import ArchitectureError, CheckpointError
 from streammap.io.checkpoint import open_checkpoint
 from streammap.io.dtypes import TensorSpec
-from streammap.io.formats import safetensors_header, torch_zip
+from streammap.io.formats import safetensors_header
+from streammap.output.forms import torch_files
 from tests.support import tiny
 
 STATE = tiny.random({"a": (3, 5), "b.weight": (7,), "c": ()})
@@ -234,8 +235,13 @@ def test_opening_does_not_read_the_tensors(tmp_path: Path) -> None:
 def test_opening_a_torch_file_does_not_read_the_tensors(tmp_path: Path) -> None:
     file = tmp_path / "x.pth"
     specs = [("huge", TensorSpec("F32", (5_000_000_000,))), ("last", TensorSpec("F32", (2,)))]
-    slots = {slot.key: slot for slot in torch_zip.write_skeleton(file, specs, None)}
-    with file.open("r+b") as whole:
+    (shard,) = torch_files.arrange(dict(specs), max_shard_nbytes=0, single=file.name)
+    slots = {slot.key: slot for slot in shard.slots}
+    assert shard.around is not None
+    with file.open("wb") as whole:
+        for offset, piece in shard.around():
+            whole.seek(offset)
+            whole.write(piece)
         whole.seek(slots["last"].start)
         whole.write(tiny.bits(torch.tensor([3.0, 4.0])))
     started = time.perf_counter()

@@ -31,7 +31,7 @@ from streammap.errors import CheckpointError, OutputError
 from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import dcp_metadata
 from streammap.io.formats.dcp_metadata import Chunk
-from streammap.output import dcp_writer
+from streammap.output.forms import dcp_writer
 from tests.support import tiny
 
 SIZES = tiny.Sizes()
@@ -364,7 +364,8 @@ def test_a_stream_is_a_zip_file_that_torch_loads(tmp_path: Path) -> None:
         (shard,) = dcp_writer.arrange({"a": TensorSpec("F32", (n,))}, max_shard_nbytes=2**40)
         assert shard.slots[0].start % 64 == 0
         with path.open("wb") as file:
-            for offset, piece in dcp_writer.framing(shard):
+            assert shard.around is not None
+            for offset, piece in shard.around():
                 file.seek(offset)
                 file.write(piece)
             file.seek(shard.slots[0].end - 4)
@@ -403,7 +404,7 @@ def test_a_format_replaces_the_other(tmp_path: Path) -> None:
     assert not list(out.glob("*.distcp"))
     assert not (out / ".metadata").exists()
     assert len(streammap.open(out).keys()) == len(lazy.keys())
-    with pytest.raises(OutputError, match="format is 'npz', expected safetensors or dcp"):
+    with pytest.raises(OutputError, match="format is 'npz', expected safetensors or torch or dcp"):
         lazy.save(tmp_path / "no", format="npz")  # type: ignore[arg-type]
 
 

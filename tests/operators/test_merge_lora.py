@@ -81,7 +81,7 @@ def test_by_command_by_call_by_name_and_in_a_chain(model: Path, tmp_path: Path) 
     close(out, wanted)
     tiny.assert_same(dict(streammap.open(model).merge_lora([adapter]).tensors()), out)
     tiny.assert_same(dict(streammap.open(both).tensors()), out)
-    streammap.merge_lora(model, adapter, tmp_path / "call", threads=1)
+    streammap.merge_lora(model, adapter, output=tmp_path / "call", threads=1)
     tiny.assert_same(tiny.written(tmp_path / "call"), out)
     # In one pass with what follows: as if the merged model had been resized.
     ok("coalesce", both, tmp_path / "small", "--width", 2, "--depth", 2)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -290,6 +291,20 @@ def test_rank_0_hears_how_far_the_others_are(tmp_path: Path, big: Path) -> None:
     lazy = copied(big)
     reports(saved(lazy, tmp_path / "out", 2, progress={0: listen}))
     assert sum(heard) == lazy.plan.nbytes
+
+
+def test_what_rounding_loses_is_counted_over_all_ranks(tmp_path: Path, big: Path) -> None:
+    state = {f"x{i}": torch.tensor([1e30] * i + [1.0] * 200) for i in range(8)}
+    lossy = streammap.open(tiny.write(tmp_path / "lossy", state, None))
+    lossy.convert(dtype="fp16").save(tmp_path / "one", max_shard_size=SMALL, fsync=False)
+    refused = errors(saved(lossy.convert(dtype="fp16", strict=True), tmp_path / "out", 2))
+    assert all("--strict: rounding loses" in error for error in refused), refused
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".streammap-run"]
+    first, second = reports(saved(lossy.convert(dtype="fp16"), tmp_path / "out", 2, name="b"))
+    assert first.n_overflowed == sum(range(8))
+    assert 0 <= second.n_overflowed < first.n_overflowed
+    assert first.n_resumed == 8
+    assert tiny.tree(tmp_path / "out") == tiny.tree(tmp_path / "one")
 
 
 # What fails.

@@ -1,4 +1,4 @@
-"""torch's own checkpoint files (.bin, .pt, .pth in zip form), read and written without torch.load.
+"""torch's own checkpoint files (.bin, .pt, .pth in zip form), read without torch.load.
 
 A zip file whose entries are not compressed: one pickle that describes the tensors, and the raw
 bytes of each storage. The pickle is read without running it, see torch_pickle.py; storages are
@@ -10,14 +10,14 @@ import itertools
 import math
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
 
 from streammap.errors import CheckpointError, printable, some
 from streammap.io import safe_open
-from streammap.io.dtypes import DTYPE_BITS, TensorSpec, to_torch
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header, torch_pickle
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.formats.torch_pickle import StoredTensor, UnsupportedTensor
@@ -83,24 +83,6 @@ def table(path: Path) -> dict[str, Slot | None]:
         for key, value in content.items()
         if isinstance(key, str) and value is not None
     }
-
-
-def write_skeleton(
-    path: Path, specs: Sequence[tuple[str, TensorSpec]], nest: str | None
-) -> tuple[Slot, ...]:
-    """Write a torch file with room for the bytes of `specs`; the slots say where they go.
-
-    The bytes are reserved, not written: the cost does not depend on the tensors' size.
-    """
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.serialization import skip_data
-
-    with FakeTensorMode():
-        state = {key: torch.empty(spec.shape, dtype=to_torch(spec.dtype)) for key, spec in specs}
-    with skip_data(materialize_fake_tensors=True):
-        torch.save(state if nest is None else {nest: state}, path)
-    return read(path).slots
 
 
 def _content(

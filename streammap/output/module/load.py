@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from streammap.common import text, torch_threads
 from streammap.common.events import Finished, Listener, Started, nobody
+from streammap.common.losses import Losses
 from streammap.common.ranges import Region
 from streammap.common.units import format_nbytes
 from streammap.engine import devices, loop, memory, regions
@@ -339,7 +340,7 @@ class _ModuleFiller:
             elements = torch.frombuffer(piece, dtype=dtype)
             self._take(job, (place.offset + offset) // dtype.itemsize, elements)
 
-    def done(self, part: Job) -> None:
+    def done(self, part: Job, lost: Losses) -> None:
         pass
 
 

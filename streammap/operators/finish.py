@@ -1,0 +1,50 @@
+"""Options that any operator's call takes beside its own: they ask for a conversion after it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from streammap.common.declare import Declared, declared, option, options_of
+from streammap.operators.convert import Convert, DtypeLike, Dtypes
+from streammap.operators.declare import Operator
+
+_OUTPUT = "Output"
+
+
+@declared
+class Finish:
+    """What a result is converted to, whatever made it."""
+
+    dtype: DtypeLike = option(
+        default=None,
+        help="What floating-point tensors become, rounded once: bfloat16, or by parts of keys: "
+        "norm=float32,bfloat16.",
+        group=_OUTPUT,
+        kind=Dtypes(),
+        metavar="DTYPE",
+    )
+    strict: bool = option(
+        default=False,
+        help="Fail where a number overflows to infinity, or vanishes to 0.",
+        group=_OUTPUT,
+    )
+
+
+def options_beside(operator: type[Operator]) -> Iterator[Declared]:
+    """The options of Finish, but those that an operator has itself."""
+    own = {one.name for one in options_of(operator)}
+    return (one for one in options_of(Finish) if one.name not in own)
+
+
+def conversion(operator: type[Operator] | None, values: Mapping[str, Any]) -> Convert | None:
+    """The conversion that follows an operator, or none: by what was given for Finish.
+
+    Args:
+        operator: None for a request, whose operators are not at hand.
+        values: Name -> value; those of other options are passed over.
+
+    Raises:
+        PlanError: a dtype that weights can't be rounded to.
+    """
+    known = options_of(Finish) if operator is None else options_beside(operator)
+    given = {one.name: values[one.name] for one in known if values.get(one.name)}
+    return Convert(**given) if given else None
