@@ -213,7 +213,7 @@ def test_a_blend_is_one_step_of_a_chain(four: list[Path], tmp_path: Path) -> Non
     for key in chain.plan.targets:
         torch.testing.assert_close(chain.read(key), later.read(key))
     chain.save(tmp_path / "out", fsync=False)
-    assert streammap.verify(tmp_path / "out", recompute=20).ok
+    assert streammap.verify(tmp_path / "out", recompute=20, class_check=False).ok
     request = json.loads((tmp_path / "out" / "streammap.json").read_text())["request"]
     again = streammap.open_request(request)
     assert again.plan.request is not None

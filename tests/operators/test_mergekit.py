@@ -116,8 +116,11 @@ dtype: float32
 out_dtype: float16
 """,
 }
+BY_NAME = ("filters", "passthrough")
+"""Recipes whose filters name parts of layers."""
 ARITHMETIC = ("task", "normalized")
-"""Recipes of which mergekit rounds differences from the base, too."""
+"""Recipes of which mergekit rounds differences from the base, too: it is not near where weights
+cancel, so that errors are taken of the largest number."""
 
 
 def models(folder: Path, kind: str, dtypes: Sequence[torch.dtype]) -> None:
@@ -151,13 +154,31 @@ def python_of_mergekit() -> str:
     return place or sys.executable
 
 
-def assert_near(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], n_ulps: float) -> None:
-    """Equal, or a few units in the last place apart: of the largest number of a tensor."""
+def unfused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mixtral's experts one by one, as its checkpoints have them; mergekit writes them fused."""
+    made = {}
+    for key, x in state.items():
+        before, _, name = key.partition("mlp.experts.")
+        base = f"{before}block_sparse_moe.experts"
+        for i, one in enumerate(x if name else ()):
+            if name == "down_proj":
+                made[f"{base}.{i}.w2.weight"] = one
+            else:
+                made[f"{base}.{i}.w1.weight"], made[f"{base}.{i}.w3.weight"] = one.chunk(2)
+        if not name:
+            made[key.replace("mlp.gate.", "block_sparse_moe.gate.")] = x
+    return made
+
+
+def assert_near(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], n_ulps: float, part: float
+) -> None:
+    """Equal, or a few units in the last place apart: of a number, or of a part of the largest."""
     assert found.keys() == expected.keys()
     for key, x in expected.items():
         y = found[key]
         assert (y.dtype, y.shape) == (x.dtype, x.shape), key
-        step = torch.finfo(x.dtype).eps * x.double().abs().clamp(min=x.double().abs().max() / 8)
+        step = torch.finfo(x.dtype).eps * x.double().abs().clamp(min=x.double().abs().max() * part)
         apart = (x.double() - y.double()).abs()
         assert bool((apart <= n_ulps * step).all()), (key, (apart / step).max())
 
@@ -178,18 +199,21 @@ def test_recipes_give_what_mergekit_gives(
     python = python_of_mergekit()
     monkeypatch.chdir(tmp_path)
     models(tmp_path, kind, dtypes)
-    for name, text in RECIPES.items():
+    # mergekit sees Mixtral's experts under the names that transformers has for them.
+    recipes = {k: v for k, v in RECIPES.items() if kind != "mixtral" or k not in BY_NAME}
+    for name, text in recipes.items():
         (tmp_path / f"{name}.yml").write_text(text)
-    paths = [f"{name}.yml" for name in RECIPES]
+    paths = [f"{name}.yml" for name in recipes]
     clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONHASHSEED": "0"}
-    subprocess.run([python, "-c", _RUN, *paths], check=True, capture_output=True, env=clean)
-    for name in RECIPES:
+    said = subprocess.run([python, "-c", _RUN, *paths], capture_output=True, env=clean, check=False)
+    assert said.returncode == 0, said.stderr.decode(errors="replace")[-2000:]
+    for name in recipes:
         ok("blend", f"{name}.yml", "-o", name, "--no-fsync")
-        # mergekit rounds sources to the recipe's dtype, and differences to the base's.
-        n_ulps = 4.0 if name in ARITHMETIC else 1.0 if len(set(dtypes)) == 1 else 2.0
-        assert_near(
-            tiny.written(tmp_path / name), tiny.written(tmp_path / f"{name}.yml.out"), n_ulps
-        )
+        # mergekit adds in float32, rounds sources to the recipe's dtype, and differences to theirs.
+        n_ulps = 1.0 if set(dtypes) <= {torch.bfloat16, torch.float16} and name != "three" else 3.0
+        expected = unfused(tiny.written(tmp_path / f"{name}.yml.out"))
+        part = 1.0 if name in ARITHMETIC else 1 / 8
+        assert_near(tiny.written(tmp_path / name), expected, max(n_ulps, 2 * part), part)
         mine, theirs = (
             streammap.open(tmp_path / one).config or {} for one in (name, f"{name}.yml.out")
         )
@@ -217,7 +241,7 @@ def test_a_recipe_is_a_source_like_any_other(three: Path) -> None:
         assert tiny.bits(streammap.open(name).read("pooler.dense.weight")) == tiny.bits(
             expected["pooler.dense.weight"]
         )
-    assert "verdict" in ok("verify", "out", "--recompute", 10)
+    assert "verdict" in ok("verify", "out", "--recompute", 10, "--no-class-check")
     assert "weights 1 (A) + 1 (B) = 2, divided by their sum" in ok("plan", "blend", "mean.yml")
     small = streammap.blend("mean.yml").coalesce(width=2)
     assert small.plan.request is not None
@@ -233,8 +257,7 @@ def test_a_recipe_is_a_source_like_any_other(three: Path) -> None:
         ({"modules": {"text": {}}}, "modules is not done here"),
         ({"mergemethod": 1}, "the recipe has mergemethod"),
         ({"parameters": {"wieght": 1}}, "parameters has wieght"),
-        ({"models": [{"model": "A+lora"}]}, r"A\+lora: the adapter lora is not merged"),
-        ({"models": [{"model": {"model": "A", "lora": "x"}}]}, "lora is not done here"),
+        ({"models": [{"model": {"model": "A", "override_architecture": "x"}}]}, "override_arch"),
         ({"models": [{"model": "A"}, {"model": "A"}]}, "A is listed twice"),
         ({"models": []}, "no models"),
         ({"models": "A"}, "models is 'A', expected a list"),
