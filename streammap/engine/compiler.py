@@ -220,11 +220,11 @@ class _ProgramBuilder:
             factor *= self._map(dim, held, to, d)
             held = to
         if held == total or is_first:
-            self._put(total, held, factor)
+            self._shared(total, held, factor)
             return
         if factor != 1.0:
             scaled = held if held.place == WORK else self._new(held.dtype, held.shape)
-            self._put(scaled, held, factor)
+            self._shared(scaled, held, factor)
             held = scaled
         self._ops.append(Op("add", total, (total, held)))
 
@@ -391,13 +391,19 @@ class _ProgramBuilder:
             self._ops.append(Op("read", whole))
         return self._staged[key]
 
+    def _shared(self, to: View, source: View, factor: float) -> None:
+        """Put a sum, times the factor that all of it share: a mean is divided by its number."""
+        n = _divisor(factor) if self._form.wide else None
+        if n is None:
+            self._put(to, source, factor)
+        else:
+            self._ops.append(Op("div", to, (source,), number=n))
+
     def _put(self, to: View, source: View, factor: float) -> None:
         if factor == 0.0:
             self._ops.append(Op("fill", to, number=0.0))
         elif factor != 1.0:
-            n = _divisor(factor) if self._form.wide else None
-            scaled = Op("mul", to, (source,), number=factor)
-            self._ops.append(scaled if n is None else Op("div", to, (source,), number=n))
+            self._ops.append(Op("mul", to, (source,), number=factor))
         elif to != source:
             self._ops.append(Op("copy", to, (source,)))
 

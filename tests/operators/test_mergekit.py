@@ -1,0 +1,299 @@
+"""Recipes of mergekit, beside mergekit itself where it is there; and recipes that are refused.
+
+mergekit runs in a process of its own: by this Python where it is installed, or by the one that
+STREAMMAP_MERGEKIT names.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import streammap
+from streammap.errors import CheckpointError, PlanError
+from streammap.operators.recipes import mergekit, yaml_file
+from tests.support import tiny
+from tests.support.typed import ok
+
+SIZES = tiny.Sizes(heads=2, layers=4)
+_RUN = """
+import sys, yaml
+from mergekit.config import MergeConfiguration
+from mergekit.merge import MergeOptions, run_merge
+for path in sys.argv[1:]:
+    config = MergeConfiguration.model_validate(yaml.safe_load(open(path)))
+    run_merge(config, path + ".out", MergeOptions(copy_tokenizer=False, write_model_card=False))
+"""
+FILTERS = "[{filter: mlp, value: [0.1, 0.9]}, {filter: q_proj, value: 0.3}, {value: 0.6}]"
+RECIPES = {
+    "linear": """
+merge_method: linear
+models:
+- {model: A, parameters: {weight: 0.7}}
+- {model: B, parameters: {weight: 0.4}}
+""",
+    "three": """
+merge_method: linear
+parameters: {normalize: false, int8_mask: true}
+models:
+- {model: A, parameters: {weight: 0.5}}
+- {model: B, parameters: {weight: 0.3}}
+- {model: C, parameters: {weight: 0.4}}
+dtype: float32
+""",
+    "filters": f"""
+merge_method: linear
+models:
+- {{model: A, parameters: {{weight: {FILTERS}}}}}
+- {{model: B, parameters: {{weight: 1e-1}}}}
+dtype: bfloat16
+""",
+    "gradients": """
+merge_method: linear
+models:
+- {model: A, parameters: {weight: [0, 0.5, 1]}}
+- {model: B, parameters: {weight: [1, 0.5, 0.25]}}
+""",
+    "passthrough": """
+merge_method: passthrough
+slices:
+- sources: [{model: A, layer_range: [0, 3]}]
+- sources:
+  - model: A
+    layer_range: [1, 4]
+    parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: 0}, {value: 1}]}
+""",
+    "stacked": """
+merge_method: passthrough
+slices:
+- sources: [{model: A, layer_range: [0, 2]}]
+- sources: [{model: B, layer_range: [1, 4]}]
+- sources: [{model: A, layer_range: [3, 4]}]
+dtype: bfloat16
+""",
+    "slices": """
+merge_method: linear
+base_model: B
+slices:
+- sources:
+  - {model: A, layer_range: [0, 2], parameters: {weight: [0.2, 0.8]}}
+  - {model: B, layer_range: [1, 3], parameters: {weight: 0.5}}
+- sources:
+  - {model: A, layer_range: [3, 4]}
+  - {model: C, layer_range: [3, 4]}
+  parameters: {weight: [{filter: layers.3, value: 2}, {value: 1}]}
+""",
+    "task": """
+merge_method: task_arithmetic
+base_model: C
+parameters: {lambda: 0.8}
+models:
+- {model: A, parameters: {weight: 0.5}}
+- {model: B, parameters: {weight: [0.2, 0.6]}}
+- {model: C}
+dtype: float32
+out_dtype: bfloat16
+""",
+    "normalized": """
+merge_method: task_arithmetic
+base_model: C
+parameters: {normalize: true, weight: 1.5}
+models: [{model: A}, {model: B}]
+""",
+    "half": """
+merge_method: linear
+models:
+- {model: A, parameters: {weight: 1.0}}
+- {model: B, parameters: {weight: 1.0}}
+dtype: float32
+out_dtype: float16
+""",
+}
+BY_NAME = ("filters", "passthrough")
+"""Recipes whose filters name parts of layers."""
+ARITHMETIC = ("task", "normalized")
+"""Recipes of which mergekit rounds differences from the base, too: it is not near where weights
+cancel, so that errors are taken of the largest number."""
+
+
+def models(folder: Path, kind: str, dtypes: Sequence[torch.dtype]) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    sizes: dict[str, object] = {
+        "vocab_size": 19,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+    }
+    more: dict[str, dict[str, object]] = {
+        "mixtral": {"num_local_experts": 2},
+        "qwen2": {"tie_word_embeddings": True},
+    }
+    config = transformers.AutoConfig.for_model(kind, **sizes, **more.get(kind, {}))
+    for seed, (name, dtype) in enumerate(zip("ABC", dtypes, strict=True)):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        model.to(dtype).save_pretrained(folder / name)
+
+
+def python_of_mergekit() -> str:
+    place = os.environ.get("STREAMMAP_MERGEKIT")
+    if place is None and importlib.util.find_spec("mergekit") is None:
+        pytest.skip("mergekit is not installed, and STREAMMAP_MERGEKIT names no Python that has it")
+    return place or sys.executable
+
+
+def unfused(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mixtral's experts one by one, as its checkpoints have them; mergekit writes them fused."""
+    made = {}
+    for key, x in state.items():
+        before, _, name = key.partition("mlp.experts.")
+        base = f"{before}block_sparse_moe.experts"
+        for i, one in enumerate(x if name else ()):
+            if name == "down_proj":
+                made[f"{base}.{i}.w2.weight"] = one
+            else:
+                made[f"{base}.{i}.w1.weight"], made[f"{base}.{i}.w3.weight"] = one.chunk(2)
+        if not name:
+            made[key.replace("mlp.gate.", "block_sparse_moe.gate.")] = x
+    return made
+
+
+def assert_near(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], n_ulps: float, part: float
+) -> None:
+    """Equal, or a few units in the last place apart: of a number, or of a part of the largest."""
+    assert found.keys() == expected.keys()
+    for key, x in expected.items():
+        y = found[key]
+        assert (y.dtype, y.shape) == (x.dtype, x.shape), key
+        step = torch.finfo(x.dtype).eps * x.double().abs().clamp(min=x.double().abs().max() * part)
+        apart = (x.double() - y.double()).abs()
+        assert bool((apart <= n_ulps * step).all()), (key, (apart / step).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "dtypes"),
+    [
+        ("llama", (torch.bfloat16,) * 3),
+        ("llama", (torch.float32,) * 3),
+        ("qwen2", (torch.bfloat16, torch.float32, torch.bfloat16)),
+        ("mixtral", (torch.float16,) * 3),
+    ],
+)
+def test_recipes_give_what_mergekit_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtypes: Sequence[torch.dtype]
+) -> None:
+    python = python_of_mergekit()
+    monkeypatch.chdir(tmp_path)
+    models(tmp_path, kind, dtypes)
+    # mergekit sees Mixtral's experts under the names that transformers has for them.
+    recipes = {k: v for k, v in RECIPES.items() if kind != "mixtral" or k not in BY_NAME}
+    for name, text in recipes.items():
+        (tmp_path / f"{name}.yml").write_text(text)
+    paths = [f"{name}.yml" for name in recipes]
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONHASHSEED": "0"}
+    said = subprocess.run([python, "-c", _RUN, *paths], capture_output=True, env=clean, check=False)
+    assert said.returncode == 0, said.stderr.decode(errors="replace")[-2000:]
+    for name in recipes:
+        ok("blend", f"{name}.yml", "-o", name, "--no-fsync")
+        # mergekit adds in float32, rounds sources to the recipe's dtype, and differences to theirs.
+        n_ulps = 1.0 if set(dtypes) <= {torch.bfloat16, torch.float16} and name != "three" else 3.0
+        expected = unfused(tiny.written(tmp_path / f"{name}.yml.out"))
+        part = 1.0 if name in ARITHMETIC else 1 / 8
+        assert_near(tiny.written(tmp_path / name), expected, max(n_ulps, 2 * part), part)
+        mine, theirs = (
+            streammap.open(tmp_path / one).config or {} for one in (name, f"{name}.yml.out")
+        )
+        assert mine["num_hidden_layers"] == theirs["num_hidden_layers"]
+
+
+@pytest.fixture
+def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for i, name in enumerate("ABC"):
+        tiny.write(tmp_path / name, tiny.bert(SIZES, seed=i), tiny.bert_config(SIZES))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_recipe_is_a_source_like_any_other(three: Path) -> None:
+    (three / "mean.yml").write_text(RECIPES["half"])
+    ok("blend", "mean.yml", "-o", "out", "--no-fsync")
+    a, b = (tiny.bert(SIZES, seed=i) for i in range(2))
+    expected = {k: ((a[k].double() + b[k].double()) / 2).half() for k in a}
+    tiny.assert_same(tiny.written(three / "out"), expected)
+    assert (streammap.open("out").config or {})["torch_dtype"] == "float16"
+    ok("apply", "mean.yml", "applied", "--no-fsync")
+    ok("apply", "out", "again", "--no-fsync")
+    for name in ("applied", "again"):
+        assert tiny.bits(streammap.open(name).read("pooler.dense.weight")) == tiny.bits(
+            expected["pooler.dense.weight"]
+        )
+    assert "verdict" in ok("verify", "out", "--recompute", 10, "--no-class-check")
+    assert "weights 1 (A) + 1 (B) = 2, divided by their sum" in ok("plan", "blend", "mean.yml")
+    small = streammap.blend("mean.yml").coalesce(width=2)
+    assert small.plan.request is not None
+    assert small.sizes["heads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merge_method": "ties"}, "merge_method 'ties' is not done here"),
+        ({"tokenizer_source": "union"}, "tokenizer_source is not done here"),
+        ({"chat_template": "auto"}, "chat_template is not done here"),
+        ({"modules": {"text": {}}}, "modules is not done here"),
+        ({"mergemethod": 1}, "the recipe has mergemethod"),
+        ({"parameters": {"wieght": 1}}, "parameters has wieght"),
+        ({"models": [{"model": {"model": "A", "override_architecture": "x"}}]}, "override_arch"),
+        ({"models": [{"model": "A"}, {"model": "A"}]}, "A is listed twice"),
+        ({"models": []}, "no models"),
+        ({"models": "A"}, "models is 'A', expected a list"),
+        ({"slices": [{"sources": [{"model": "A"}]}]}, "models and slices"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"models": [{"model": "A", "parameters": {"weight": "much"}}]}, "'much', expected a num"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(change: dict[str, object], message: str) -> None:
+    recipe: dict[str, object] = {"merge_method": "linear", "models": [{"model": "A"}]}
+    with pytest.raises(PlanError, match=message):
+        mergekit.parse(recipe | change, "x.yml").operator((), None)
+
+
+def test_a_weight_that_is_missing_is_told(three: Path) -> None:
+    (three / "x.yml").write_text(
+        "{merge_method: linear, models: [{model: A, parameters: {weight: {filter: mlp, value: 1}}},"
+        " {model: B, parameters: {weight: 1}}]}"
+    )
+    with pytest.raises(PlanError, match="no weight for A"):
+        streammap.open("x.yml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &x [1]\nb: *x", r"x.yml:2: an alias \(\*x\)"),
+        ("a: 1\na: 2", "'a' twice"),
+        ("a: !!python/object:os.system x", "could not determine a constructor"),
+        ("[" * 3000, "x.yml"),
+        ("a: 2024-13-45", "x.yml"),
+        ("a: [1", "x.yml:1"),
+        ("? [a]\n: 1", "x.yml"),
+        ("--- 1\n--- 2", "but found another document"),
+    ],
+)
+def test_yaml_that_is_more_than_plain_values_is_refused(text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        yaml_file.parse(text.encode(), "x.yml")
