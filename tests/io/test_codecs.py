@@ -8,21 +8,23 @@ import torch
 
 from streammap.errors import CheckpointError
 from streammap.io.codecs import encodings, formats
+from streammap.io.codecs.quantization_config import QuantizationConfig
 from streammap.io.codecs.reader import DecodedTensors
 from streammap.io.dtypes import FROM_TORCH, TensorSpec
+from streammap.io.tensor_readers import TensorReader
 
 E4M3 = torch.float8_e4m3fn
 NAMES = {**FROM_TORCH, "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0"}
 Tensors = Mapping[str, torch.Tensor]
 
 
-class Memory:
+class Memory(TensorReader):
     """A reader of tensors in memory."""
 
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = {key: tensor.reshape(-1).clone() for key, tensor in tensors.items()}
 
-    def read_into(self, key: str, start: int, view: memoryview, *, mapped: bool) -> None:
+    def read_into(self, key: str, start: int, view: memoryview) -> None:
         stored = self.tensors[key].view(torch.uint8)[start : start + len(view)]
         assert len(stored) == len(view)
         torch.frombuffer(view, dtype=torch.uint8).copy_(stored)
@@ -46,7 +48,7 @@ def check(
     tensors: Tensors, expected: torch.Tensor, config: Mapping[str, object] | None = None
 ) -> None:
     """The one quantised tensor, whole and in parts."""
-    found = formats.find(specs(tensors), formats.QuantizationConfig(config or {}))
+    found = formats.find(specs(tensors), QuantizationConfig(config or {}))
     ((key, coded),) = found.coded.items()
     assert found.absorbed == tensors.keys() - {key}
     assert coded.spec == TensorSpec("BF16", tuple(expected.shape))
@@ -59,7 +61,7 @@ def check(
         start = draw.randrange(whole.numel())
         end = min(whole.numel(), start + draw.choice([1, 3, 17, 200, 5000, whole.numel()]))
         part = bytearray(2 * (end - start))
-        reader.read_into(key, 2 * start, memoryview(part), mapped=False)
+        reader.read_into(key, 2 * start, memoryview(part))
         assert torch.equal(torch.frombuffer(part, dtype=torch.int16), bits.flatten()[start:end])
 
 
@@ -138,16 +140,16 @@ def test_packed_integers(bits: int, group: int) -> None:
 def test_bytes_with_scales_are_integers_and_bytes_without_are_left_alone() -> None:
     weight, scales = torch.randint(-128, 127, (9, 16), dtype=torch.int8), torch.rand(9, 1)
     check({"a.weight": weight, "a.weight_scale": scales}, weight * scales)
-    assert not formats.find(specs({"mask": weight}), formats.QuantizationConfig({})).coded
+    assert not formats.find(specs({"mask": weight}), QuantizationConfig({})).coded
 
 
 def test_scales_that_do_not_fit_are_refused() -> None:
     tensors = {"a.weight": codes(300, 260), "a.weight_scale_inv": torch.rand(4, 3)}
     with pytest.raises(CheckpointError, match=r"a.weight_scale_inv.*\[4, 3\].*\[300, 260\]"):
-        formats.find(specs(tensors), formats.QuantizationConfig({}))
+        formats.find(specs(tensors), QuantizationConfig({}))
     packed = {"a_blocks": torch.zeros(2, 3, 2, 16, dtype=torch.uint8)}
     with pytest.raises(CheckpointError, match="a_scales is missing"):
-        formats.find(specs(packed), formats.QuantizationConfig({}))
+        formats.find(specs(packed), QuantizationConfig({}))
 
 
 @pytest.mark.slow

@@ -8,72 +8,21 @@ in float32, rounded once to the tensor's dtype. A strip is decoded at a time, so
 any size takes the same memory.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from streammap.common.ranges import Range
-from streammap.io.codecs.encodings import Decoder
-from streammap.io.dtypes import DTYPE_BITS, TensorSpec, to_torch
+from streammap.io.codecs.matrices import Groups, Matrix, Numbers, ReadInto
+from streammap.io.dtypes import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STRIP = 2**17
-"""Values decoded at once, or one row: few enough for a processor's cache."""
-
-
-class ReadInto(Protocol):
-    """Reads stored tensors."""
-
-    def __call__(self, key: str, start: int, view: memoryview, /) -> None:
-        """Fill `view` from the tensor's byte `start` on."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """A stored matrix of scales, or of zero points."""
-
-    key: str
-    n_columns: int
-    dtype: str
-    decode: Decoder | None = None
-    """What its codes mean; None for floats."""
-
-    def part(self, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
-        """A part of it as float32 [rows, columns]."""
-        import torch
-
-        item = DTYPE_BITS[self.dtype] // 8
-        stored = _part(read, self.key, self.n_columns * item, rows, _times(columns, item))
-        if self.decode is not None:
-            numbers = self.decode(stored.flatten())
-        else:
-            numbers = stored.view(to_torch(self.dtype)).to(torch.float32)
-        return numbers.view(rows[1] - rows[0], -1)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedZeros:
-    """Zero points of a few bits, packed along the rows: int32 [rows / codes a word, columns]."""
-
-    key: str
-    n_columns: int
-    bits: int
-
-    def part(self, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
-        """See Numbers."""
-        import torch
-
-        a_word = 32 // self.bits
-        first, last = rows[0] // a_word, -(-rows[1] // a_word)
-        stored = _part(read, self.key, self.n_columns * 4, (first, last), _times(columns, 4))
-        words = stored.view(torch.int32).unsqueeze(1)
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32).view(1, -1, 1)
-        codes = (words >> shifts).bitwise_and_((1 << self.bits) - 1).flatten(0, 1)
-        skipped = rows[0] - first * a_word
-        numbers = codes[skipped : skipped + rows[1] - rows[0]].to(torch.float32)
-        return numbers.sub_(float(1 << (self.bits - 1)))
+STRIP = 2**16
+"""Values decoded at once: few enough for a processor's cache."""
+SCRATCH_NBYTES = 40 * STRIP
+"""What decoding takes in each thread: codes, words or halves, float32, and spread scales."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,29 +31,44 @@ class Coded:
 
     spec: TensorSpec
     """Its dtype and shape once decoded."""
-    key: str
-    """The codes: a matrix of `n_columns` codes a row."""
-    decode: Decoder
-    code_bits: int
+    format: str
+    """What people call it, for notes: "fp8 blocks of 128 x 128"."""
+    codes: Matrix
     n_rows: int
     """Rows of one matrix; a stack has several, each with scales of its own."""
     n_columns: int
-    scales: Numbers | None = None
+    scales: Matrix | None = None
     block: tuple[int, int] = (1, 1)
     """Rows and columns of codes that share a scale."""
-    zeros: Numbers | PackedZeros | None = None
+    zeros: Matrix | None = None
     factor: Numbers | None = None
     """One number for all, with which each scale is multiplied."""
     divisor: Numbers | None = None
     """One number for all, by which each scale is divided."""
+    groups: Groups | None = None
+    """Which rows share a scale, where these do not stand side by side."""
     is_transposed: bool = False
     """Whether the tensor is [..., columns, rows] of the stored matrices."""
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """Keys of the stored tensors that it is made of."""
-        parts = (self.scales, self.zeros, self.factor, self.divisor)
-        return (self.key, *(part.key for part in parts if part is not None))
+        """Keys of the stored tensors that it is made of, the codes first."""
+        parts = (self.codes, self.scales, self.zeros, self.factor, self.divisor, self.groups)
+        return tuple(part.key for part in parts if part is not None)
+
+    def stretches(self, start: int, end: int) -> Iterator[tuple[str, int, int]]:
+        """Stored bytes that hold the elements from `start` to `end`: (key, first, past the last).
+
+        Those of scalars are left out, and of what is transposed all: it is spread over the tensor.
+        """
+        if self.is_transposed or end <= start:
+            return
+        rows = start // self.n_columns, -(-end // self.n_columns)
+        yield self.codes.key, *self.codes.stretch(rows)
+        first, last = self._rows((rows[0], rows[0] + 1)), self._rows((rows[1] - 1, rows[1]))
+        for part in (self.scales, self.zeros):
+            if part is not None:
+                yield part.key, *part.stretch((first[0], last[1]))
 
     def fill(self, read: ReadInto, start: int, out: "Tensor") -> None:
         """Decode the elements from `start` on into `out` (1-D, of the tensor's dtype)."""
@@ -121,30 +85,34 @@ class Coded:
             out, start = out[lines * n :], start + lines * n
 
     def _fill_rows(self, read: ReadInto, rows: Range, columns: Range, out: "Tensor") -> None:
-        """A part of the matrix, a strip of whole rows at a time."""
+        """A part of the matrix: strips of whole rows, or, of very long ones, pieces of each."""
+        width = columns[1] - columns[0]
         row = rows[0]
         while row < rows[1]:
-            end = min(rows[1], self._end_of_strip(row, columns[1] - columns[0]))
-            out[row - rows[0] : end - rows[0]].copy_(self._values(read, (row, end), columns))
+            end = min(rows[1], self._end_of_strip(row, width))
+            target = out[row - rows[0] : end - rows[0]]
+            for at in range(0, width, STRIP):
+                piece = columns[0] + at, columns[0] + min(at + STRIP, width)
+                target[:, at : at + STRIP].copy_(self._values(read, (row, end), piece))
             row = end
 
     def _fill_columns(self, read: ReadInto, line: int, place: int, out: "Tensor") -> int:
-        """Lines of the transposed tensor: columns of one matrix. Returns how many were filled.
-
-        The matrix is read row by row all the same, whole rows of which a part is kept.
-        """
+        """Lines of the transposed tensor: columns of one matrix. Returns how many were filled."""
         matrix, column = divmod(line, self.n_columns)
         lines = min(len(out), self.n_columns - column)
-        row = matrix * self.n_rows + place
-        last = row + out.shape[1]
-        done = 0
-        while row < last:
-            end = min(last, self._end_of_strip(row, lines))
-            values = self._values(read, (row, end), (column, column + lines))
-            # torch transposes in blocks if both sides are whole and of one dtype.
-            turned = values.to(out.dtype).t().contiguous()
-            out[:lines, done : done + end - row].copy_(turned)
-            row, done = end, done + end - row
+        n = min(lines, STRIP)
+        for at in range(0, lines, n):
+            width = min(n, lines - at)
+            row = matrix * self.n_rows + place
+            last, done = row + out.shape[1], 0
+            while row < last:
+                end = min(last, self._end_of_strip(row, width))
+                first = column + at
+                values = self._values(read, (row, end), (first, first + width))
+                # torch transposes in blocks if both sides are whole and of one dtype.
+                turned = values.to(out.dtype).t().contiguous()
+                out[at : at + width, done : done + end - row].copy_(turned)
+                row, done = end, done + end - row
         return lines
 
     def _end_of_strip(self, row: int, width: int) -> int:
@@ -159,19 +127,27 @@ class Coded:
     def _values(self, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
         """float32 [rows, columns] of a strip."""
         step = self.block[1]
-        groups = columns[0] // step, -(-columns[1] // step)
-        covered = groups[0] * step, min(groups[1] * step, self.n_columns)
-        values = self._codes(read, rows, covered)
+        values = self.codes.part(read, rows, columns)
+        cut = columns[0] // step, -(-columns[1] // step)
         if self.zeros is not None:
-            values = values - self._spread(self.zeros.part(read, self._rows(rows), groups), values)
+            values = self._spread(values, self._of_rows(self.zeros, read, rows, cut), columns, "-")
         if self.scales is not None:
-            scales = self.scales.part(read, self._rows(rows), groups)
+            scales = self._of_rows(self.scales, read, rows, cut)
             if self.factor is not None:
                 scales = scales * self.factor.part(read, (0, 1), (0, 1))
             if self.divisor is not None:
                 scales = scales / self.divisor.part(read, (0, 1), (0, 1))
-            values = values.mul_(self._spread(scales, values))
-        return values[:, columns[0] - covered[0] : columns[1] - covered[0]]
+            values = self._spread(values, scales, columns, "*")
+        return values
+
+    def _of_rows(self, part: Matrix, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
+        """Scales or zero points of rows, float32 [rows or 1, columns]."""
+        if self.groups is None:
+            return part.part(read, self._rows(rows), columns)
+        groups = self.groups.part(read, rows)
+        first = int(groups.min())
+        numbers = part.part(read, (first, int(groups.max()) + 1), columns)
+        return numbers.index_select(0, groups - first)
 
     def _rows(self, rows: Range) -> Range:
         """The rows of scales for rows of codes."""
@@ -181,35 +157,21 @@ class Coded:
         row = matrix * -(-self.n_rows // self.block[0]) + inner // self.block[0]
         return row, row + 1
 
-    def _spread(self, numbers: "Tensor", values: "Tensor") -> "Tensor":
-        """Each number for all columns of its block; rows and single columns broadcast."""
-        if numbers.shape[1] == 1:
-            return numbers
-        return numbers.repeat_interleave(self.block[1], 1)[:, : values.shape[1]]
+    def _spread(self, values: "Tensor", numbers: "Tensor", columns: Range, how: str) -> "Tensor":
+        """`values` times or less `numbers`, each for the columns of its block; in place."""
+        import torch
 
-    def _codes(self, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
-        """What the codes of a part mean, as float32."""
-        unit = 8 if self.code_bits >= 8 else 32  # small codes are decoded by the word
-        width = -(-self.n_columns * self.code_bits // unit) * unit
-        first = columns[0] * self.code_bits // unit * unit
-        last = min(width, -(-columns[1] * self.code_bits // unit) * unit)
-        stored = _part(read, self.key, width // 8, rows, (first // 8, last // 8))
-        values = self.decode(stored.flatten()).view(rows[1] - rows[0], -1)
-        skipped = columns[0] - first // self.code_bits
-        return values[:, skipped : skipped + columns[1] - columns[0]]
-
-
-def _times(columns: Range, item: int) -> Range:
-    return columns[0] * item, columns[1] * item
-
-
-def _part(read: ReadInto, key: str, row_nbytes: int, rows: Range, columns: Range) -> "Tensor":
-    """Bytes of a stored matrix, uint8 [rows, columns]; of several rows, read all of each."""
-    import torch
-
-    height = rows[1] - rows[0]
-    start, end = columns if height == 1 else (0, row_nbytes)
-    stored = bytearray(height * (end - start))
-    read(key, rows[0] * row_nbytes + start, memoryview(stored))
-    matrix = torch.frombuffer(stored, dtype=torch.uint8).view(height, -1)
-    return matrix[:, columns[0] - start : columns[1] - start].contiguous()
+        apply = torch.Tensor.mul_ if how == "*" else torch.Tensor.sub_
+        step, width = self.block[1], columns[1] - columns[0]
+        if numbers.shape[1] == 1 or step == 1:
+            return apply(values, numbers)
+        if columns[0] % step:
+            of = torch.arange(*columns).div_(step, rounding_mode="floor") - columns[0] // step
+            return apply(values, numbers.index_select(1, of))
+        whole = width // step
+        if whole:
+            blocks = values[:, : whole * step].view(len(values), whole, step)
+            apply(blocks, numbers[:, :whole, None])
+        if width % step:
+            apply(values[:, whole * step :], numbers[:, whole:])
+        return values

@@ -4,7 +4,7 @@ Each decoder takes the bytes of codes that stand in a row and gives their values
 conversions of 8-bit floats take four times as long on a CPU; those below look at the same bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -81,21 +81,32 @@ def _fp4_pairs() -> "Tensor":
     return torch.stack([values[byte & 15], values[byte >> 4]], 1).view(torch.int64).flatten()
 
 
-def packed(bits: int) -> Decoder:
-    """Signed integers of `bits` bits, one after the other in int32 words, the lowest first.
-
-    Stored with 2**(bits - 1) added (compressed-tensors' pack-quantized format).
+def packed(
+    codes: "Tensor", *, bits: int, less: int = 0, more: int = 0, order: Sequence[int] = ()
+) -> "Tensor":
+    """Integers of `bits` bits in int32 words.
 
     Args:
+        codes: The words' bytes.
         bits: 1 to 8; words hold whole codes only if 32 is a multiple of it.
+        less: What is subtracted from each.
+        more: What is added to each before it is cut to its bits.
+        order: Place in its word of each code; by default the lowest bits are the first one.
     """
+    import torch
 
-    def decode(codes: "Tensor") -> "Tensor":
-        import torch
+    values = unpacked(codes.view(torch.int32).unsqueeze(-1), bits, -1, order).flatten()
+    if more:
+        values = values.add_(more).bitwise_and_((1 << bits) - 1)
+    numbers = values.to(torch.float32)
+    return numbers.sub_(float(less)) if less else numbers
 
-        words = codes.view(torch.int32).unsqueeze(-1)
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-        values = (words >> shifts).bitwise_and_((1 << bits) - 1).flatten()
-        return values.to(torch.float32).sub_(float(1 << (bits - 1)))
 
-    return decode
+def unpacked(words: "Tensor", bits: int, dim: int, order: Sequence[int] = ()) -> "Tensor":
+    """Unsigned integers of int32 words, along a dimension of size 1."""
+    import torch
+
+    places = torch.tensor([*(order or range(32 // bits))], dtype=torch.int32)
+    shape = [1] * words.dim()
+    shape[dim] = len(places)
+    return (words >> (places * bits).view(shape)).bitwise_and_((1 << bits) - 1)
