@@ -386,6 +386,10 @@ class _CallOptions(SaveOptions):
     stream: bool = option(
         default=False, help="Read models of the Hub as needed, not through the Hub's cache."
     )
+    keep_quantised: bool = option(
+        default=False,
+        help="Copy quantised tensors as they are stored; refused where they are computed with.",
+    )
 
 
 def _one_call(
@@ -396,7 +400,8 @@ def _one_call(
     def call(source: PathLike, output: PathLike, options: _CallOptions) -> Report:
         made, how = declare.part(operator, options), declare.part(SaveOptions, options)
         with open(source, stream=options.stream).apply(made, stream=options.stream) as planned:
-            return destination.save(planned.plan, output, how, card=_card)
+            kept = planned.keep_quantised() if options.keep_quantised else planned
+            return destination.save(kept.plan, output, how, card=_card)
 
     call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
     call.__doc__ = f"{inspect.cleandoc(operator.__doc__ or '')}\n\nSaved to `output`, in one call."

@@ -47,6 +47,7 @@ def command(name: str) -> Command:
             *_places(own),
             *_options(own),
             *source_parameters(),
+            _keep_quantised(),
             *parameters(SaveOptions),
             *output_parameters(),
         ],
@@ -67,6 +68,7 @@ def plan_command(name: str) -> Command:
             *_places(own),
             *_options(own),
             *source_parameters(),
+            _keep_quantised(),
             *parameters(Engine),
             as_json(),
         ],
@@ -109,14 +111,27 @@ def _options(own: Sequence[click.Parameter]) -> list[click.Parameter]:
     return [parameter for parameter in own if isinstance(parameter, click.Option)]
 
 
+def _keep_quantised() -> Option:
+    return Option(
+        ["--keep-quantised"],
+        is_flag=True,
+        group=OUTPUT,
+        help="Copy quantised tensors as they are stored; refused where they are computed with.",
+    )
+
+
 def _planned(name: str, values: dict[str, Any]) -> "LazyCheckpoint":
     from streammap import api
+    from streammap.operators.keep_quantised import KeepQuantised
 
     cls = registry.load(name)
     operator = make(cls, values_of(cls, values, prefix=_PREFIX), what=name)
     source, stream = values["source"], values["stream"]
     lazy = api.open(source, config=values["config"], arch=values["arch"], stream=stream)
-    return lazy.apply(operator, stream=stream)
+    made = lazy.apply(operator, stream=stream)
+    if values["keep_quantised"] and name != KeepQuantised.name:
+        made = made.apply(KeepQuantised())
+    return made
 
 
 def _check_output(name: str, output: str | None) -> None:

@@ -16,6 +16,7 @@ _OPERATORS: dict[str, tuple[str, str]] = {
     "interpolate": ("interpolate:Interpolate", "Blend two checkpoints of one model."),
     "merge-lora": ("merge_lora:MergeLora", "Merge LoRA adapters into their model."),
     "permute": ("permute:Permute", "Put units in a random order; the function stays."),
+    "keep-quantised": ("keep_quantised:KeepQuantised", "Copy codes and scales as they are."),
     "configure": ("configure:Configure", ""),
 }
 """Name -> where it is, and its line in the list of commands ("": it is no command)."""

@@ -19,7 +19,7 @@ from streammap.io.dtypes import TensorSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-STRIP = 2**16
+STRIP = 2**17
 """Values decoded at once: few enough for a processor's cache."""
 SCRATCH_NBYTES = 40 * STRIP
 """What decoding takes in each thread: codes, words or halves, float32, and spread scales."""

@@ -411,6 +411,4 @@ def _unread(key: str, what: str) -> CheckpointError:
 
 def _expect(key: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     if shape != expected:
-        raise CheckpointError(
-            f"{key}: shape {list(shape)}, expected {list(expected)}", hint=_AGAIN
-        )
+        raise CheckpointError(f"{key}: shape {list(shape)}, expected {list(expected)}", hint=_AGAIN)

@@ -7,6 +7,7 @@
 Each gives a part as float32. What is read for it takes little more than the part itself.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
 
 _GAP_NBYTES = 2**14
 """Bytes between two rows' parts that are rather read than skipped: a call costs as much."""
-_BLOCK_NBYTES = 2**17
+_BLOCK_NBYTES = 2**19
 """Whole rows of which parts are kept, read at once."""
+_local = threading.local()
 
 
 class ReadInto(Protocol):
@@ -166,6 +168,14 @@ def _times(columns: Range, item: int) -> Range:
     return columns[0] * item, columns[1] * item
 
 
+def _block(nbytes: int) -> bytearray:
+    """This thread's buffer for whole rows; a new one would be filled with zeros each time."""
+    block: bytearray | None = vars(_local).get("block")
+    if block is None or len(block) < nbytes:
+        block = _local.block = bytearray(max(nbytes, _BLOCK_NBYTES))
+    return block
+
+
 def _part(read: ReadInto, key: str, row_nbytes: int, rows: Range, columns: Range) -> "Tensor":
     """Bytes of a stored matrix, uint8 [rows, columns].
 
@@ -187,8 +197,8 @@ def _part(read: ReadInto, key: str, row_nbytes: int, rows: Range, columns: Range
             read(key, first + i * row_nbytes, view[i * width : (i + 1) * width])
     else:
         step = max(1, _BLOCK_NBYTES // row_nbytes)
-        block = bytearray(min(step, height) * row_nbytes)
-        whole = torch.frombuffer(block, dtype=torch.uint8).view(-1, row_nbytes)
+        block = _block(step * row_nbytes)
+        whole = torch.frombuffer(block, dtype=torch.uint8)[: step * row_nbytes].view(step, -1)
         for i in range(0, height, step):
             n = min(step, height - i)
             read(key, (rows[0] + i) * row_nbytes, memoryview(block)[: n * row_nbytes])
