@@ -12,6 +12,7 @@ from streammap.io.codecs.quantization_config import QuantizationConfig
 from streammap.io.codecs.reader import DecodedTensors
 from streammap.io.dtypes import FROM_TORCH, TensorSpec
 from streammap.io.tensor_readers import TensorReader
+from tests.support import quantised
 
 E4M3 = torch.float8_e4m3fn
 NAMES = {**FROM_TORCH, "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0"}
@@ -112,6 +113,7 @@ def test_fp8_of_a_stack_of_experts() -> None:
     check(tensors, weight.float() * blocks(scales, weight.shape))
 
 
+@pytest.mark.slow
 def test_mxfp4_of_gpt_oss_is_read_transposed() -> None:
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     packed = torch.randint(0, 256, (3, 70, 5, 16), dtype=torch.uint8)
@@ -205,3 +207,142 @@ def test_compressed_tensors_decodes_floats_of_4_bits_alike(group: int) -> None:
         state["weight_scale"] = torch.randint(100, 140, (96, 8), dtype=torch.uint8)
         expected = MXFP4PackedCompressor.decompress(state, scheme)["weight"]
     check({f"a.{key}": value for key, value in state.items()}, expected)
+
+
+# GPTQ and AWQ, whose tensors are stored transposed.
+
+
+def check_made(made: quantised.Quantised, config: Mapping[str, object]) -> None:
+    """Against the formula in float64: of the float16 scales, whole and in parts."""
+    ((key, expected),) = made.meant.items()
+    found = formats.find(specs(made.stored), QuantizationConfig(config))
+    assert found.absorbed == made.stored.keys()
+    reader = DecodedTensors(Memory(made.stored), found.coded)
+    whole = reader.tensor(key)
+    assert whole.dtype == torch.float16
+    assert torch.equal(whole, expected)
+    draw = random.Random(0)
+    for _ in range(20):
+        start = draw.randrange(whole.numel())
+        end = min(whole.numel(), start + draw.choice([1, 3, 17, 200, whole.numel()]))
+        part = bytearray(2 * (end - start))
+        reader.read_into(key, 2 * start, memoryview(part))
+        assert torch.equal(
+            torch.frombuffer(part, dtype=torch.float16), expected.flatten()[start:end]
+        )
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("is_v2", [False, True])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_gptq(bits: int, *, is_v2: bool, shuffled: bool) -> None:
+    made = quantised.gptq("a.weight", 48, 96, 32, is_v2=is_v2, shuffled=shuffled, bits=bits)
+    version = {"checkpoint_format": "gptq_v2"} if is_v2 else {}
+    check_made(made, {"quant_method": "gptq", **version})
+    if not shuffled:
+        del made.stored["a.g_idx"]
+        check_made(made, {"quant_method": "gptq", **version})
+
+
+def test_awq() -> None:
+    check_made(quantised.awq("a.weight", 48, 96, 32), {"quant_method": "awq", "version": "GEMM"})
+
+
+@pytest.mark.parametrize(
+    ("table", "told"),
+    [
+        ({"quant_method": "awq", "version": "gemv"}, "AWQ of 4 bits, version gemv"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "layout of marlin"),
+    ],
+)
+def test_other_layouts_are_refused_by_name(table: Mapping[str, object], told: str) -> None:
+    made = quantised.awq("a.weight", 48, 96, 32)
+    if table["quant_method"] == "gptq":
+        made = quantised.gptq("a.weight", 48, 96, 32, is_v2=False, shuffled=False)
+    with pytest.raises(CheckpointError, match=told) as error:
+        formats.find(specs(made.stored), QuantizationConfig(table))
+    assert error.value.hint
+
+
+def test_a_group_that_is_none_is_refused() -> None:
+    made = quantised.gptq("a.weight", 48, 96, 32, is_v2=False, shuffled=False)
+    made.stored["a.g_idx"][5] = 3
+    found = formats.find(specs(made.stored), QuantizationConfig({}))
+    with pytest.raises(CheckpointError, match=r"a\.g_idx: group 3, expected 0 to 2"):
+        DecodedTensors(Memory(made.stored), found.coded).tensor("a.weight")
+
+
+# Less usual shapes.
+
+
+def test_fp4_of_deepseek_v4_in_signed_bytes() -> None:
+    packed = torch.randint(-128, 128, (3, 40, 64), dtype=torch.int8)
+    scales = torch.randint(100, 140, (3, 40, 4), dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    values = torch.cat([quantised.VALUES, -quantised.VALUES])
+    byte = packed.view(torch.uint8).to(torch.int64)
+    exact = torch.stack([values[byte & 15], values[byte >> 4]], -1).flatten(-2)
+    exact = exact * scales.double().repeat_interleave(32, -1)
+    tensors = {"e.gate_up_proj": packed, "e.gate_up_proj_scale_inv": scales}
+    check(tensors, exact.float(), {"weight_block_size": [128, 128]})
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (3, 1, 1), (3, 1, 20)])
+def test_fp8_of_a_stack_with_few_scales(shape: tuple[int, ...]) -> None:
+    weight, scales = codes(3, 10, 20), torch.rand(shape).add(0.1)
+    whole = scales.view(3, 1, 1) if shape == (3,) else scales
+    check({"e.w": weight, "e.w_scale": scales}, weight.float() * whole)
+
+
+def test_rows_longer_than_a_strip() -> None:
+    weight, scales = codes(2, 300_000), torch.rand(1, 2344)
+    expected = weight.float() * blocks(scales, weight.shape)
+    check({"a.weight": weight, "a.weight_scale_inv": scales}, expected)
+    packed = torch.randint(0, 256, (1, 2, 10_000, 16), dtype=torch.uint8)
+    exponents = torch.full((1, 2, 10_000), 127, dtype=torch.uint8)
+    found = formats.find(specs({"m_blocks": packed, "m_scales": exponents}), QuantizationConfig({}))
+    reader = DecodedTensors(Memory({"m_blocks": packed, "m_scales": exponents}), found.coded)
+    byte = packed.to(torch.int64)
+    values = torch.cat([quantised.VALUES, -quantised.VALUES])
+    exact = torch.stack([values[byte & 15], values[byte >> 4]], -1).flatten(-3)
+    assert torch.equal(reader.tensor("m").double(), exact.transpose(-1, -2))
+
+
+def test_a_read_knows_where_its_bytes_are() -> None:
+    weight, scales = codes(300, 260), torch.rand(3, 3)
+    tensors = {"a.weight": weight, "a.weight_scale_inv": scales}
+    found = formats.find(specs(tensors), QuantizationConfig({}))
+    ((_, coded),) = found.coded.items()
+    assert list(coded.stretches(260 * 130 + 5, 260 * 140)) == [
+        ("a.weight", 260 * 130, 260 * 140),
+        ("a.weight_scale_inv", 12, 24),
+    ]
+    assert coded.stored == ("a.weight", "a.weight_scale_inv")
+
+
+def test_a_tensor_that_is_there_twice_is_refused() -> None:
+    tensors = {
+        "a.weight": torch.zeros(4, 8),
+        "a.weight_packed": torch.zeros(4, 1, dtype=torch.int32),
+        "a.weight_scale": torch.ones(4, 1),
+    }
+    with pytest.raises(CheckpointError, match="there as it is, and quantised too"):
+        formats.find(specs(tensors), QuantizationConfig({}))
+
+
+@pytest.mark.slow
+def test_compressed_tensors_converts_awq_alike() -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.entrypoints.convert.converters.autoawq import AutoAWQConverter
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    made = quantised.awq("a.weight", 64, 128, 32)
+    converter = AutoAWQConverter(bits=4, group_size=32, zero_point=True, targets=["Linear"])
+    packed = converter.process(dict(made.stored))
+    args = QuantizationArgs(
+        num_bits=4, type="int", symmetric=False, strategy="group", group_size=32
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    state = {key.removeprefix("a."): x for key, x in packed.items()}
+    expected = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+    assert torch.equal(expected, made.meant["a.weight"])

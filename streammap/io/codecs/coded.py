@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 STRIP = 2**17
 """Values decoded at once: few enough for a processor's cache."""
-SCRATCH_NBYTES = 40 * STRIP
+SCRATCH_NBYTES = 28 * STRIP
 """What decoding takes in each thread: codes, words or halves, float32, and spread scales."""
 
 
