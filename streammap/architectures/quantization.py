@@ -101,18 +101,21 @@ def _has_codes(key: str, name: str, specs: Mapping[str, TensorSpec]) -> bool:
     return codes is not None and codes.dtype in _PACKED
 
 
-def as_plain(checkpoint: Checkpoint) -> Checkpoint:
+def as_plain(checkpoint: Checkpoint, *, decodes: bool = True) -> Checkpoint:
     """A checkpoint as one of plain weights: decoded, without what quantisation left beside them.
 
     Its quantization_config goes, and so do the scales of a quantised KV cache; a note says so. One
     with codes that are not read keeps both.
+
+    Args:
+        decodes: Whether codes are decoded; otherwise one with codes stays as it is.
 
     Raises:
         CheckpointError: codes without their scales, or of shapes that don't fit.
     """
     stored = checkpoint
     scales = [key for key, slot in checkpoint.slots.items() if _is_of_cache(key, slot.spec)]
-    checkpoint = opened.decoded(checkpoint)
+    checkpoint = opened.decoded(checkpoint) if decodes else checkpoint
     config = checkpoint.config or {}
     is_decoded = checkpoint is not stored
     if not scales and _method(config) is None and not is_decoded:

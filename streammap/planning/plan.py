@@ -187,7 +187,7 @@ def from_checkpoint(
     """
     from streammap.architectures import quantization
 
-    plain = as_it_is(checkpoint if as_stored else quantization.as_plain(checkpoint))
+    plain = as_it_is(quantization.as_plain(checkpoint, decodes=not as_stored))
     return replace(plain, levels=levels, architecture=architecture)
 
 
