@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import streammap
 from tests.support import quantised, tiny, truth
 from tests.support.quantised import Quantised
+from tests.support.typed import Options
 
 pytestmark = pytest.mark.slow
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -43,6 +45,7 @@ def gpt_oss(tmp_path: Path) -> Path:
     """A tiny gpt-oss whose experts are MXFP4."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
+    cls: Any = GptOssForCausalLM
     config = GptOssConfig(
         hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2,
@@ -50,7 +53,7 @@ def gpt_oss(tmp_path: Path) -> Path:
         layer_types=["sliding_attention", "full_attention"] * 2,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = GptOssForCausalLM(config).to(torch.bfloat16)
+    model = cls(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "made")
     state = truth.state_of(tmp_path / "made")
 
@@ -64,9 +67,10 @@ def gpt_oss(tmp_path: Path) -> Path:
 
 
 def logits(folder: Path) -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    cls: Any = transformers.AutoModelForCausalLM
+    model, info = cls.from_pretrained(
         folder, output_loading_info=True, dtype=torch.float32, experts_implementation="eager"
     )
     assert not info["missing_keys"]
@@ -81,7 +85,7 @@ def test_a_quantised_model_is_made_small_loaded_and_run(tmp_path: Path, make: ob
     for name in ("in", "plain"):
         lazy = streammap.open(both / name)
         lazy.save(both / f"{name}-copy", class_check="always")
-        options = {"width": 2, "depth": 2} if make is gpt_oss else {"mlp": 2}
+        options: Options = {"width": 2, "depth": 2} if make is gpt_oss else {"mlp": 2}
         lazy.coalesce(**options).save(both / f"{name}-small", class_check="always")
     for end in ("copy", "small"):
         found, expected = both / f"in-{end}", both / f"plain-{end}"
@@ -119,8 +123,8 @@ def test_compressed_tensors_converts_fp8_blocks_alike(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_torch_reads_fp8_blocks_alike(tmp_path: Path) -> None:
-    from torch.distributed.checkpoint import load
     from torch.distributed.checkpoint.quantized_hf_storage import QuantizedHuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     folder, made = blocks_128(tmp_path, 300, 260, 128, 384, n_shards=2)
     state = {key: torch.empty_like(tensor) for key, tensor in made.meant.items()}

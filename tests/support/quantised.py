@@ -68,7 +68,7 @@ def mxfp4(state: tiny.State, chosen: Callable[[str], bool]) -> Quantised:
             made.keep(key, tensor)
             continue
         turned = tensor.transpose(-1, -2).double()
-        groups = turned.unflatten(-1, (-1, 32))
+        groups = turned.reshape(*turned.shape[:-1], -1, 32)
         exponent = groups.abs().amax(-1).clamp_min(1e-20).log2().floor().sub(2).clamp(-127, 126)
         scaled = (groups / exponent.exp2().unsqueeze(-1)).clamp(-6, 6)
         nearest = (scaled.abs().unsqueeze(-1) - VALUES).abs().argmin(-1)
