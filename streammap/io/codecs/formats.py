@@ -53,8 +53,11 @@ class Decoded:
     """Stored keys that are read no more: codes under another key, scales, ranges of activations."""
 
 
-def find(specs: Specs, config: QuantizationConfig) -> Decoded:
+def find(specs: Specs, config: QuantizationConfig, *, casts: bool = True) -> Decoded:
     """The quantised tensors among stored ones; those of other formats are left as they are.
+
+    Args:
+        casts: Whether floats of 8 bits without scales are decoded too.
 
     Raises:
         CheckpointError: codes without their scales, or of shapes that don't fit.
@@ -66,6 +69,8 @@ def find(specs: Specs, config: QuantizationConfig) -> Decoded:
             if found is not None:
                 coded[found[0]] = found[1]
                 break
+    if not casts:
+        coded = {key: each for key, each in coded.items() if each.scales is not None}
     if not coded:
         return Decoded({}, frozenset())
     used = {stored for each in coded.values() for stored in each.stored[1:]}

@@ -26,7 +26,9 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     """
     specs = {key: slot.spec for key, slot in checkpoint.slots.items()}
     table = quantization_config.find(checkpoint.config or {})
-    found = formats.find(specs, QuantizationConfig(table or {}))
+    # Floats of 8 bits that are no model's are data, and stay what they are.
+    is_model = checkpoint.config is not None
+    found = formats.find(specs, QuantizationConfig(table or {}), casts=is_model)
     if not found.coded:
         return checkpoint
     if checkpoint.is_streamed:
