@@ -92,7 +92,7 @@ def _stored(key: str, form: LinearForm) -> Iterator[tuple[str, LinearForm]]:
         for part in ref.source.parts_of[ref.key]:
             yield new + part.removeprefix(old), graph.load(stored, part)
         return
-    for load in form.loads():
+    for load in _read(form):
         if isinstance(load.source, Checkpoint) and load.key in load.source.parts_of:
             raise PlanError(
                 f"keep-quantised: {key} is computed from {load.key}, which is quantised: expected "
@@ -104,6 +104,15 @@ def _stored(key: str, form: LinearForm) -> Iterator[tuple[str, LinearForm]]:
         for term in form.terms
     )
     yield key, LinearForm(form.spec, tuple(terms))
+
+
+def _read(form: LinearForm) -> Iterator[TensorRef]:
+    """What a tensor is computed from, derived tensors' own sources included."""
+    for load in form.loads():
+        yield load
+        if isinstance(load.source, graph.Derived):
+            for inner in load.source.inputs:
+                yield from _read(inner)
 
 
 def _of_stored(ref: TensorRef) -> TensorRef:
