@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import uuid
 from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 import streammap
 from streammap.errors import CheckpointError
@@ -225,3 +227,31 @@ def test_what_is_computed_is_not_kept(both: Path) -> None:
 def test_plain_weights_are_kept_too(both: Path) -> None:
     streammap.open(both / "plain").keep_quantised().save(both / "out")
     tiny.assert_same(tiny.written(both / "out"), tiny.written(both / "plain"))
+
+
+# Elsewhere.
+
+
+def upload(folder: Path) -> str:
+    url = f"memory://{uuid.uuid4().hex}"
+    disk = MemoryFileSystem()
+    for file in folder.iterdir():
+        disk.pipe(f"{url}/{file.name}", file.read_bytes())
+    return url
+
+
+def test_it_is_read_over_a_network_with_scales_in_other_shards(both: Path) -> None:
+    index = json.loads((both / "in" / tiny.INDEX).read_text())["weight_map"]
+    apart = [key for key in index if index.get(key) != index.get(f"{key}_scale_inv", index[key])]
+    assert apart
+    streammap.open(upload(both / "in")).coalesce(width=2).save(both / "far")
+    streammap.open(both / "in").coalesce(width=2).save(both / "near")
+    tiny.assert_same(tiny.written(both / "far"), tiny.written(both / "near"))
+
+
+def test_what_is_transposed_is_not_read_over_a_network(tmp_path: Path) -> None:
+    made = quantised.awq("a.weight", 48, 96, 32)
+    tiny.write(tmp_path / "in", made.stored, {FIELD: {"quant_method": "awq"}})
+    tiny.assert_same(tiny.opened(tmp_path / "in"), made.meant)
+    with pytest.raises(CheckpointError, match=r"a\.qweight: AWQ of 4 bits is stored transposed"):
+        streammap.open(upload(tmp_path / "in"))
