@@ -30,7 +30,7 @@ from streammap.io.storage.base import Reader
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, registry
 from streammap.operators.declare import Operator, PlanLike, inputs_of
-from streammap.operators.finish import Finish, conversion
+from streammap.operators.finish import Finish, following
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.recipes import mergekit
 from streammap.operators.resize import Coalesce, Decoalesce
@@ -398,9 +398,10 @@ def _one_call(
 
     def call(source: PathLike, output: PathLike, options: _CallOptions) -> Report:
         made, how = declare.part(operator, options), declare.part(SaveOptions, options)
-        after = conversion(operator, vars(options))
         with open(source, stream=options.stream).apply(made, stream=options.stream) as planned:
-            done = planned if after is None else planned.apply(after)
+            done = functools.reduce(
+                LazyCheckpoint.apply, following(operator, vars(options)), planned
+            )
             return destination.save(done.plan, output, how, card=_card)
 
     call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
@@ -419,8 +420,7 @@ def _call_of_many(
         made, how = declare.part(operator, given), declare.part(SaveOptions, given)
         opened = LazyCheckpoint(calls.plan_of(source, stream=given.stream))
         planned = opened.apply(made, stream=given.stream)
-        after = conversion(operator, vars(given))
-        planned = planned if after is None else planned.apply(after)
+        planned = functools.reduce(LazyCheckpoint.apply, following(operator, vars(given)), planned)
         if output is not None:
             with planned:
                 return destination.save(planned.plan, output, how, card=_card)

@@ -172,7 +172,7 @@ class _Work:
         self.checks = ["structure"]
         self.skipped: list[str] = []
         arch = None if expected is None else expected.architecture
-        self.own = plan.from_checkpoint(seen.checkpoint, (), architecture=arch)
+        self.own = plan.from_checkpoint(seen.checkpoint, (), architecture=arch, as_stored=True)
 
     def ask_class(self) -> None:
         """Whether the class of config.json would load the tensors."""

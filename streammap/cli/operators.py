@@ -26,7 +26,7 @@ from streammap.errors import OutputError, printable
 from streammap.io.storage import resolve
 from streammap.operators import registry
 from streammap.operators.declare import Operator, inputs_of
-from streammap.operators.finish import Finish, conversion, options_beside
+from streammap.operators.finish import Finish, following, options_beside
 from streammap.output.save_options import SaveOptions
 
 if TYPE_CHECKING:
@@ -121,8 +121,9 @@ def _finish(cls: type[Operator]) -> list[click.Parameter]:
 def _finished(
     lazy: "LazyCheckpoint", cls: type[Operator] | None, values: dict[str, Any]
 ) -> "LazyCheckpoint":
-    after = conversion(cls, values)
-    return lazy if after is None else lazy.apply(after)
+    for operator in following(cls, values):
+        lazy = lazy.apply(operator)
+    return lazy
 
 
 def _planned(name: str, values: dict[str, Any]) -> "LazyCheckpoint":

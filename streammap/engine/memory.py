@@ -14,13 +14,14 @@ these tiles are larger if the budget is.
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import final
 
 from streammap.errors import OutputError
 from streammap.io.checkpoint import Checkpoint
+from streammap.io.codecs.coded import SCRATCH_NBYTES
 from streammap.io.storage.base import Network
 from streammap.planning.derived.low_rank import PRODUCT_NBYTES
 from streammap.planning.graph import Derived, LinearForm
@@ -95,6 +96,8 @@ class Memory:
     """What deriving a tensor takes in each worker; 0 where none is derived."""
     inner_tile_nbytes: int = 0
     """The tile of what derived tensors are computed from."""
+    decode_nbytes: int = 0
+    """What decoding quantised tensors takes for each worker."""
 
     @cached_property
     def inner(self) -> "Memory":
@@ -120,7 +123,7 @@ class Memory:
         """What is taken whatever the tiles are."""
         products = PRODUCT_NBYTES * self.n_workers if self.matrices_nbytes else 0
         network = self.client_nbytes + self.ahead_nbytes
-        each = self.sink_nbytes + self.derived_nbytes
+        each = self.sink_nbytes + self.derived_nbytes + self.decode_nbytes
         held = self.tensors_nbytes + self.matrices_nbytes
         return BASE_NBYTES + held + products + network + each * self.n_workers
 
@@ -191,9 +194,14 @@ class _Needs:
         return self._depth * (self._scratch_nbytes + inner)
 
     @property
+    def decodes(self) -> bool:
+        """Whether a source has tensors that are decoded as they are read."""
+        return any(source.parts_of for source in self._sources.values())
+
+    @property
     def nbytes(self) -> int:
         """All of it: sources keep what no tensor of the result reads, too."""
-        keys = [key for source in self._sources.values() for key in source.file_of]
+        keys = [key for source in self._sources.values() for key in _keys(source)]
         letters = sum(map(len, keys))
         return self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
 
@@ -205,6 +213,14 @@ def _least(form: LinearForm) -> int:
         members = math.prod(m.longest for m in term.maps if isinstance(m, BlockMap))
         least = max(least, len(term.blend) * members * _MAX_ITEM_NBYTES)
     return least
+
+
+def _keys(source: Checkpoint) -> Iterator[str]:
+    """A source's tensors; of one that is decoded, those that are stored too."""
+    yield from source.file_of
+    yield from source.parts_of
+    if source.stored is not None:
+        yield from source.stored.file_of
 
 
 def n_processors() -> int:
@@ -257,6 +273,7 @@ def fit(
         sink_nbytes,
         needs.derived_nbytes,
         needs.inner_tile_nbytes,
+        SCRATCH_NBYTES if needs.decodes else 0,
     )
     if budget is None:
         budget = memory.peak_nbytes + 4 * _TILES_NBYTES

@@ -33,8 +33,7 @@ def expect(forms: Iterable[LinearForm]) -> tuple[Checkpoint, ...]:
             source = load.source
             if isinstance(source, Checkpoint):
                 _, names = files.setdefault(id(source), (source, {}))
-                if load.key in source.file_of:  # a tensor without bytes may be in none
-                    names[source.file_of[load.key]] = None
+                names.update(dict.fromkeys(source.files_of(load.key)))
     for source, names in files.values():
         source.expect(tuple(names))
     return tuple(source for source, _ in files.values())
@@ -113,7 +112,7 @@ def _reads(bundle: Bundle) -> list[_Read]:
         for load, start, end in stretches:
             source = load.source
             if isinstance(source, Checkpoint) and source.is_streamed and end > start:
-                file, base = source.file(load.key), source.slots[load.key].start
-                if isinstance(file, AheadFile):
-                    reads[id(file), base + start, base + end] = file, base + start, base + end
+                for file, first, last in source.stretches(load.key, start, end):
+                    if isinstance(file, AheadFile):
+                        reads[id(file), first, last] = file, first, last
     return list(reads.values())

@@ -30,6 +30,7 @@ from streammap.engine.schedule import (
 from streammap.engine.tile_reads import ReadRequest, Recipe, form_key
 from streammap.errors import PlanError
 from streammap.io.buffers import Buffer
+from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import DTYPE_BITS
 from streammap.io.storage.base import Reader
 from streammap.io.storage.mapping import MappedPart
@@ -186,7 +187,15 @@ class Worker:
             cuts, n = list(ranges.pieces(grid, job.nbytes, step)), self._memory.tile_nbytes // step
         for run in (cuts[i : i + n] for i in range(0, len(cuts), n)):
             first = run[0][0]
-            is_mapped = self._map(place, load, job.start + first, job.start + run[-1][1])
+            last = run[-1][1]
+            is_mapped = self._map(place, load, job.start + first, job.start + last)
+            if not is_mapped and _decodes(load):
+                # In one go: the parts of a piece may be spread over all of its tensor.
+                whole = self._out.view[: last - first]
+                load.source.read_into(load.key, job.start + first, whole)
+                for start, end in run:
+                    yield start, whole[start - first : end - first]
+                continue
             for start, end in run:
                 if is_mapped:
                     yield start, place.mapped.view[start - first : end - first]
@@ -444,6 +453,11 @@ class WorkerReader:
 
 def _unbound(program: Program) -> Calls:
     return [None] * len(program.ops)
+
+
+def _decodes(load: TensorRef) -> bool:
+    """Whether a tensor is computed from stored parts as it is read."""
+    return isinstance(load.source, Checkpoint) and load.key in load.source.parts_of
 
 
 def _matrix(m: DenseMap) -> "Tensor":

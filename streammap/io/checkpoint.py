@@ -10,7 +10,7 @@ It may be on this machine, on the Hub or at a URL: see resolve.py.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, final
@@ -84,6 +84,10 @@ class Checkpoint:
     _opened: dict[str, OpenFile] = field(default_factory=dict, repr=False)
     reader: TensorReader = field(default_factory=lambda: FileTensors({}, {}, {}), repr=False)
     """Reads its tensors."""
+    stored: "Checkpoint | None" = field(default=None, repr=False)
+    """The same checkpoint as it is stored, if some of its tensors are decoded."""
+    parts_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    """Key of a decoded tensor -> the stored tensors that it is made of, its codes first."""
 
     @property
     def name(self) -> str:
@@ -139,9 +143,18 @@ class Checkpoint:
         """Dtype and shape of a tensor."""
         return self.slots[key].spec
 
-    def file(self, key: str) -> OpenFile:
-        """The opened file that holds `key`."""
-        return self._opened[self.file_of[key]]
+    def files_of(self, key: str) -> tuple[str, ...]:
+        """Names of the files that hold a tensor: several, if it is decoded from several."""
+        if self.stored is not None and key in self.parts_of:
+            names = [self.stored.file_of.get(part) for part in self.parts_of[key]]
+        else:
+            names = [self.file_of.get(key)]
+        # A tensor without bytes may be in none.
+        return tuple(dict.fromkeys(name for name in names if name is not None))
+
+    def stretches(self, key: str, start: int, end: int) -> Iterator[tuple[OpenFile, int, int]]:
+        """Where in files bytes `start` to `end` of a tensor are, as far as that is known."""
+        return self.reader.stretches(key, start, end)
 
     def read_into(self, key: str, start: int, view: memoryview) -> None:
         """Fill `view` with a tensor's bytes, row by row, from its byte `start` on.

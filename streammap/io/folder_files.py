@@ -31,6 +31,8 @@ _TRAINED = ("training_args.bin", "optimizer*.pt", "optimizer*.bin", "scheduler.p
 _STATES = ("scaler.pt", "rng_state*.pth", "MapMatrix.bin", "events.out.tfevents.*")
 _WRITTEN = ("streammap.*", "*.streammap.json", "*.map.safetensors")
 _AT_TOP = ("trainer_state.json", "config.json", "*.index.json", *_WRITTEN)
+_QUANTISED = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""How the source is quantised (GPTQ, AWQ, ModelOpt); of a result of plain weights not true."""
 _SKIPPED_FOLDERS = ("runs", "checkpoint-*", "global_step*", "__pycache__")
 _MAX_DEPTH = 3
 
@@ -65,7 +67,7 @@ def _sorted_out(side: Checkpoint, storage: Storage) -> Iterator[tuple[str, Fate]
     for name in entries:
         if name.endswith("/"):
             yield name, fate_of(name[:-1])
-        elif name not in own:
+        elif name not in own and not (side.parts_of and name in _QUANTISED):
             yield name, _fate(name, has_config)
 
 

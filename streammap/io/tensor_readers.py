@@ -1,6 +1,6 @@
 """How a checkpoint's tensors are read: each from one file, or out of chunks (dcp_chunks.py)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, final
 
@@ -39,6 +39,10 @@ class TensorReader(Protocol):
         """A whole tensor. Do not write to it."""
         ...
 
+    def stretches(self, key: str, start: int, end: int) -> Iterator[tuple[OpenFile, int, int]]:
+        """Where in files bytes `start` to `end` of a tensor are, as far as that is known."""
+        yield from ()
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,12 @@ class FileTensors(TensorReader):
         if slot.strides is not None or slot.start % (DTYPE_BITS[slot.spec.dtype] // 8 or 1):
             return False
         return file.map_into(slot.start + start, slot.start + end, part, reader)
+
+    def stretches(self, key: str, start: int, end: int) -> Iterator[tuple[OpenFile, int, int]]:
+        """See TensorReader."""
+        slot = self.slots[key]
+        if slot.strides is None:
+            yield self.files[self.file_of[key]], slot.start + start, slot.start + end
 
     def tensor(self, key: str) -> "Tensor":
         """A view of the file's mapping; nothing is read until it is used.

@@ -1,4 +1,4 @@
-"""Options that any operator's call takes beside its own: they ask for a conversion after it."""
+"""Options that any operator's call takes beside its own: they ask for operators after it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 from streammap.common.declare import Declared, declared, option, options_of
 from streammap.operators.convert import Convert, DtypeLike, Dtypes
 from streammap.operators.declare import Operator
+from streammap.operators.keep_quantised import KeepQuantised
 
 _OUTPUT = "Output"
 
 
 @declared
 class Finish:
-    """What a result is converted to, whatever made it."""
+    """What form a result has, whatever made it."""
 
     dtype: DtypeLike = option(
         default=None,
@@ -27,16 +28,21 @@ class Finish:
         help="Fail where a number overflows to infinity, or vanishes to 0.",
         group=_OUTPUT,
     )
+    keep_quantised: bool = option(
+        default=False,
+        help="Copy quantised tensors as they are stored; refused where they are computed with.",
+        group=_OUTPUT,
+    )
 
 
 def options_beside(operator: type[Operator]) -> Iterator[Declared]:
     """The options of Finish, but those that an operator has itself."""
-    own = {one.name for one in options_of(operator)}
+    own = {one.name for one in options_of(operator)} | {operator.name.replace("-", "_")}
     return (one for one in options_of(Finish) if one.name not in own)
 
 
-def conversion(operator: type[Operator] | None, values: Mapping[str, Any]) -> Convert | None:
-    """The conversion that follows an operator, or none: by what was given for Finish.
+def following(operator: type[Operator] | None, values: Mapping[str, Any]) -> Iterator[Operator]:
+    """The operators that follow one: by what was given for Finish.
 
     Args:
         operator: None for a request, whose operators are not at hand.
@@ -47,4 +53,8 @@ def conversion(operator: type[Operator] | None, values: Mapping[str, Any]) -> Co
     """
     known = options_of(Finish) if operator is None else options_beside(operator)
     given = {one.name: values[one.name] for one in known if values.get(one.name)}
-    return Convert(**given) if given else None
+    keeps = given.pop("keep_quantised", False)
+    if given:
+        yield Convert(**given)
+    if keeps:
+        yield KeepQuantised()

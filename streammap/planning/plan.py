@@ -177,12 +177,24 @@ class Plan:
 
 
 def from_checkpoint(
-    checkpoint: Checkpoint, levels: tuple[MapLevel, ...], *, architecture: str | None = None
+    checkpoint: Checkpoint,
+    levels: tuple[MapLevel, ...],
+    *,
+    architecture: str | None = None,
+    as_stored: bool = False,
 ) -> Plan:
-    """The plan that changes nothing; what quantisation left beside plain weights is left out."""
+    """The plan that changes nothing.
+
+    Args:
+        as_stored: Whether quantised tensors stay codes and scales; otherwise they are decoded where
+            their format is read. What quantisation left beside plain weights is left out.
+
+    Raises:
+        CheckpointError: codes without their scales, or of shapes that don't fit.
+    """
     from streammap.architectures import quantization
 
-    plain = as_it_is(quantization.without_leftovers(checkpoint))
+    plain = as_it_is(quantization.as_plain(checkpoint, decodes=not as_stored))
     return replace(plain, levels=levels, architecture=architecture)
 
 

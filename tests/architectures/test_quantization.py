@@ -29,6 +29,11 @@ METHODS: dict[str, tuple[str, Extra]] = {
     "AWQ": ("GPTQ or AWQ", {f"{AT}.qzeros": TensorSpec("I32", (1, 2))}),
     "MXFP4": ("MXFP4", {"layers.0.mlp.experts.gate_up_proj_blocks": TensorSpec("U8", (2, 4, 16))}),
     "MXFP4 scales": ("MXFP4", {"layers.0.mlp.experts.down_proj_scales": TensorSpec("U8", (2, 4))}),
+    "HQQ": ("HQQ", {f"{AT}.W_q": TensorSpec("U8", (12, 4))}),
+    "EXL2": ("EXL2", {f"{AT}.q_weight": TensorSpec("I32", (12, 4))}),
+    "QuIP#": ("QuIP#", {f"{AT}.Qidxs": TensorSpec("I16", (12, 4))}),
+    "quanto": ("quanto", {f"{AT}.weight._data": TensorSpec("I8", (12, 8))}),
+    "ModelOpt AWQ": ("AWQ of ModelOpt", {f"{AT}.pre_quant_scale": TensorSpec("F32", (8,))}),
     "bitsandbytes": ("bitsandbytes", {f"{AT}.weight.absmax": TensorSpec("U8", (8,))}),
     "bitsandbytes, state": (
         "bitsandbytes",
@@ -36,7 +41,7 @@ METHODS: dict[str, tuple[str, Extra]] = {
     ),
     "compressed": ("compressed-tensors", {f"{AT}.weight_packed": TensorSpec("I32", (12, 1))}),
 }
-DEQUANTISE = r"\n  hint: dequantise it first"
+DEQUANTISE = r"\n  hint: (resize it before --keep-quantised, .*; or )?dequantise it first"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -104,21 +109,32 @@ def test_plain_dtypes_pass(dtype: str) -> None:
     quantization.check({"x": TensorSpec(dtype, (4,))}, {})
 
 
-def fp8(folder: Path) -> Path:
-    """A BERT with one matrix in fp8, and its scale."""
+@pytest.mark.parametrize(
+    ("name", "beside", "dtype"), [("AQLM", "codebooks", "I8"), ("MLX", "biases", "U32")]
+)
+def test_codes_are_told_by_what_stands_beside_them(name: str, beside: str, dtype: str) -> None:
+    codes = {"AQLM": "codes", "MLX": "weight"}[name]
+    specs = {f"{AT}.{codes}": TensorSpec(dtype, (4, 4)), f"{AT}.{beside}": TensorSpec("F16", (4,))}
+    with pytest.raises(CheckpointError, match=f"quantised \\({name}\\)"):
+        quantization.check(specs, {})
+    quantization.check({f"{AT}.{beside}": TensorSpec("F16", (4,))}, {})
+
+
+def unread(folder: Path) -> Path:
+    """A BERT with one matrix of bitsandbytes."""
     state = tiny.bert(SIZES)
     key = f"{AT}.weight"
-    state[key] = state[key].to(torch.float8_e4m3fn)
-    state[f"{key}_scale_inv"] = torch.ones(1, 1)
+    state[key] = torch.zeros(48, 1, dtype=torch.uint8)
+    state[f"{key}.absmax"] = torch.zeros(2, dtype=torch.uint8)
     return tiny.write(folder, state, tiny.bert_config(SIZES))
 
 
-def test_commands_refuse_a_quantised_checkpoint(tmp_path: Path) -> None:
-    source = fp8(tmp_path / "in")
+def test_commands_refuse_what_is_not_read(tmp_path: Path) -> None:
+    source = unread(tmp_path / "in")
     for command in ("coalesce", "decoalesce"):
         result = run(command, source, tmp_path / "out", "--width", 2)
         assert result.exit_code == 1
-        assert "quantised" in result.stderr
+        assert "quantised (bitsandbytes)" in result.stderr
         assert "hint: dequantise it first" in result.stderr
         assert not (tmp_path / "out").exists()
     with pytest.raises(CheckpointError, match="quantised"):
@@ -126,7 +142,7 @@ def test_commands_refuse_a_quantised_checkpoint(tmp_path: Path) -> None:
 
 
 def test_inspect_still_works(tmp_path: Path) -> None:
-    source = fp8(tmp_path / "in")
+    source = unread(tmp_path / "in")
     said = ok("inspect", source)
     assert "quantised" in said
     assert f"{AT}.weight" in said or "layer" in said
@@ -183,16 +199,15 @@ def test_scales_of_a_quantised_cache_are_left_out_with_one_note(
     ok("verify", source)
 
 
-def test_a_quantised_model_keeps_its_config_and_its_scales(tmp_path: Path) -> None:
+def test_what_is_not_read_keeps_its_config_and_its_scales(tmp_path: Path) -> None:
     state = _with_cache_scales(tiny.bert(SIZES))
-    state[f"{AT}.weight"] = state[f"{AT}.weight"].to(torch.float8_e4m3fn)
-    state[f"{AT}.weight_scale"] = torch.ones(1)
-    config = {**tiny.bert_config(SIZES), FIELD: {"quant_method": "compressed-tensors"}}
+    state[f"{AT}.weight.absmax"] = torch.zeros(2, dtype=torch.uint8)
+    config = {**tiny.bert_config(SIZES), FIELD: {"quant_method": "bitsandbytes"}}
     lazy = streammap.open(tiny.write(tmp_path / "in", state, config))
     assert lazy.config == config
     assert lazy.plan.specs.keys() == state.keys()
     assert lazy.plan.notes == ()
-    with pytest.raises(CheckpointError, match=r"quantised \(compressed-tensors\)"):
+    with pytest.raises(CheckpointError, match=r"quantised \(bitsandbytes\)"):
         lazy.coalesce(width=2)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import streammap
-from streammap.io.dtypes import TensorSpec
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.testing.hubserver import HubServer
 
@@ -104,6 +104,48 @@ def test_a_run_stays_in_its_budget(tmp_path: Path, what: str, memory: str, most:
     assert added <= planned
     assert added < most * MIB
     assert planned <= 256 * MIB if memory == "256MiB" else 32 * MIB
+
+
+def write_quantised(folder: Path, kind: str, *, layers: int = 6) -> int:
+    """Zeros as codes and scales; gives the bytes of what they mean."""
+    specs: list[tuple[str, TensorSpec]] = []
+    table: dict[str, object] = {"quant_method": kind}
+    for i in range(layers):
+        at = f"layers.{i}.down_proj"
+        if kind == "fp8":
+            specs += [(f"{at}.weight_scale_inv", TensorSpec("F32", (32, 64)))]
+            specs += [(f"{at}.weight", TensorSpec("F8_E4M3", (4096, 8192)))]
+        elif kind == "mxfp4":
+            specs += [(f"{at}_blocks", TensorSpec("U8", (4, 5760, 45, 16)))]
+            specs += [(f"{at}_scales", TensorSpec("U8", (4, 5760, 45)))]
+        else:
+            specs += [(f"{at}.qweight", TensorSpec("I32", (512, 8192)))]
+            specs += [(f"{at}.qzeros", TensorSpec("I32", (32, 1024)))]
+            specs += [(f"{at}.scales", TensorSpec("F16", (32, 8192)))]
+            specs += [(f"{at}.g_idx", TensorSpec("I32", (4096,)))]
+    specs.sort(key=lambda one: -DTYPE_BITS[one[1].dtype])
+    head = safetensors_header.encode(specs, {"format": "pt"})
+    folder.mkdir()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(head)
+        file.truncate(len(head) + sum(spec.nbytes for _, spec in specs))
+    (folder / "config.json").write_text(json.dumps({"quantization_config": table}))
+    return streammap.open(folder).plan.nbytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "memory", "threads"),
+    [
+        ("fp8", "32MiB", 2),
+        pytest.param("mxfp4", "64MiB", 8, marks=pytest.mark.slow),
+        pytest.param("gptq", "40MiB", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_decoding_stays_in_the_budget(tmp_path: Path, kind: str, memory: str, threads: int) -> None:
+    size = write_quantised(tmp_path / "big", kind, layers=2 if kind == "mxfp4" else 4)
+    assert size > 120 * MIB
+    added, planned, _ = run(tmp_path / "big", "copy", memory=memory, threads=threads)
+    assert added <= planned <= int(memory.removesuffix("MiB")) * MIB
 
 
 def least_of(error: object) -> str:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_help_has_its_options_and_examples() -> None:
     assert "--key GLOB" in text
     assert "The factor.  [required]" in text
     assert "streammap scale llama/ scaled/ --key '*.bias' --by 0.5" in text
-    assert "scale        Multiply some tensors by a number." in ok("--help")
+    assert re.search("scale +Multiply some tensors by a number.", ok("--help"))
 
 
 def test_it_can_be_planned(source: Path) -> None:

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Mapping, Sized
 from pathlib import Path
 
-from streammap.architectures import registry
+from streammap.architectures import quantization, registry
 from streammap.errors import PlanError, StreammapError, some
 from streammap.io.dtypes import TensorSpec
 from streammap.io.problems import Finding
@@ -48,6 +48,13 @@ def check(plan: Plan, when: ClassCheck) -> None:
             with "always" also where there is no class to ask.
     """
     if when == "never" or plan.config is None:
+        return
+    if quantization.is_quantized(plan.specs, plan.config):
+        if when == "always":
+            raise PlanError(
+                "config.json: no class to ask: its tensors are codes and scales",
+                hint="--class-check auto goes on without it",
+            )
         return
     source, result = source_of(plan), given(plan.config, plan.specs)
     library = class_trial.library_of(result[0])
