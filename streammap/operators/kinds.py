@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.planning.plan import Plan
     from streammap.planning.scheme import Scheme
 
-RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[str, object] | AxisRequest
-"""A factor, "to:SIZE", groups, or a table of these: see planning/requests.py."""
+RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[Any, object] | AxisRequest
+"""A factor, "to:SIZE", groups, or a table of these (also by layer): see planning/requests.py."""
 SchemeLike = Union[str, Path, Mapping[str, object], "Scheme"]  # not imported here
 TopK = Literal["keep", "scale"] | int
 MapsLike = Union[str, Path, "tuple[MapLevel, ...]"]

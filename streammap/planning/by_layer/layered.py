@@ -9,7 +9,7 @@ AxisChange, which `planner.remap` applies.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from streammap.architectures import axis_facts, axis_words
@@ -40,22 +40,26 @@ def named(model: Model, layers: Iterable[Layer]) -> str:
     return some([axis_words.layer_named(model.architecture, layer) for layer in layers], limit=4)
 
 
+def lies(model: Model, axis: str) -> Lying:
+    """The layers that an axis lies in, and what keeps it from being another one in each."""
+    spec, found = model.architecture, axis_facts.lying(model, axis)
+    if axis in spec.depth_axes:
+        return replace(found, shared="they are what is counted")
+    if axis in spec.spaces.get("hidden", ()):
+        return replace(found, shared="all layers read and write the same ones")
+    return found
+
+
 def lying(model: Model, axis: str) -> Lying:
     """The layers that an axis lies in, where each may have a map of its own.
 
     Raises:
         SchemeError: the axis is one for all layers; the message says why.
     """
-    spec = model.architecture
-    found, units = axis_facts.lying(model, axis), axis_words.units_of(spec, axis)
-    why = found.shared
-    if axis in spec.depth_axes:
-        why = "they are what is counted"
-    elif axis in spec.spaces.get("hidden", ()):
-        why = "all layers read and write the same ones"
-    if why is not None or not found.layers:
+    found, units = lies(model, axis), axis_words.units_of(model.architecture, axis)
+    if found.shared is not None or not found.layers:
         raise SchemeError(
-            f"{units}: one map for all layers is needed ({why or 'no tensor has them'})",
+            f"{units}: one map for all layers is needed ({found.shared or 'no tensor has them'})",
             hint=f"give the {units} one request for all layers, without numbers of layers",
         )
     return found
