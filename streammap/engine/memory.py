@@ -23,7 +23,7 @@ from streammap.errors import OutputError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.storage.base import Network
 from streammap.planning.graph import Derived, LinearForm
-from streammap.planning.maps import BlockMap, DenseMap
+from streammap.planning.maps import N_IRREGULAR, BlockMap, DenseMap
 
 BASE_NBYTES = 14 * 2**20
 """Measured, with room to spare; tests/test_memory.py holds runs to it."""
@@ -38,6 +38,12 @@ _MAPS_NBYTES = 850
 """The same for each term that has maps."""
 _LOAD_NBYTES = 1200
 """The same for each tensor that it is made of but the first."""
+_ROW_NBYTES = 200
+"""What is kept for each row of a large map; layers may each have their own."""
+_SEGMENT_NBYTES = 160
+"""The same for each member of its rows, of the few maps that a run is at work on."""
+_LARGE_MAP = 4096
+"""Rows; the others are counted with their tensors."""
 PRODUCT_NBYTES = 10 * 2**20
 """What the matrix product library keeps for each thread; measured."""
 CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
@@ -156,6 +162,7 @@ class _Needs:
         self.inner_tile_nbytes = 0
         self._targets_nbytes = self._scratch_nbytes = self._depth = 0
         self._sources: dict[int, Checkpoint] = {}
+        self._large: dict[int, BlockMap] = {}
 
     def add(self, form: LinearForm, depth: int = 0) -> None:
         """Count a tensor of the result, and take note of its sources.
@@ -168,6 +175,9 @@ class _Needs:
         for term in form.terms:
             self._targets_nbytes += _MAPS_NBYTES * any(m is not None for m in term.maps)
             self.matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
+            for m in term.maps:
+                if isinstance(m, BlockMap) and len(m.rows) > _LARGE_MAP:
+                    self._large[id(m)] = m
             for _, ref in term.blend:
                 if isinstance(ref.source, Checkpoint):
                     self._sources[id(ref.source)] = ref.source
@@ -193,7 +203,11 @@ class _Needs:
         """All of it: sources keep what no tensor of the result reads, too."""
         keys = [key for source in self._sources.values() for key in source.file_of]
         letters = sum(map(len, keys))
-        return self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
+        n_rows = sum(len(m.rows) for m in self._large.values())
+        n_members = max((len(m.rows) * m.longest for m in self._large.values()), default=0)
+        maps_nbytes = _ROW_NBYTES * n_rows + N_IRREGULAR * _SEGMENT_NBYTES * n_members
+        tensors_nbytes = self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
+        return tensors_nbytes + maps_nbytes
 
 
 def _least(form: LinearForm) -> int:

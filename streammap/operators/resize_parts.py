@@ -17,6 +17,7 @@ from streammap.errors import PlanError
 from streammap.planning import exactness, maps
 from streammap.planning.by_layer import asked, layered
 from streammap.planning.by_layer.layered import Alike
+from streammap.planning.by_layer.shared_rows import SharedRows
 from streammap.planning.compensation import Compensation, compensate
 from streammap.planning.experts import TopK
 from streammap.planning.map_file import MapLevel
@@ -64,8 +65,17 @@ def made(
     for axis, of_layers in by_layer.items():
         layered.sizes_of(model.architecture, axis, of_layers)
     # Layers often share a map: each is worked out once.
-    applied = functools.cache(lambda m: maps.growing(m) if grows else m)
-    pair_of = functools.cache(maps.pair_of_growth if grows else maps.pair_of)
+    rows, of_pair = SharedRows(), maps.pair_of_growth if grows else maps.pair_of
+
+    @functools.cache
+    def applied(m: AxisMap) -> AxisMap:
+        return rows.of(maps.growing(m)) if grows else m
+
+    @functools.cache
+    def pair_of(m: AxisMap) -> MapPair:
+        pair = of_pair(m)
+        return MapPair(m if pair.out is m else rows.of(pair.out), rows.of(pair.into))
+
     parts = []
     for one in (Alike((), everywhere), *layered.alike(by_layer)):
         here: dict[str, AxisMap] = {axis: applied(m) for axis, m in one.maps.items()}

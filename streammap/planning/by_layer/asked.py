@@ -15,6 +15,7 @@ from streammap.planning import coupled_axes, maps
 from streammap.planning.axis_maps import ResizeRequest
 from streammap.planning.by_layer import layered
 from streammap.planning.by_layer.layered import LayerMaps
+from streammap.planning.by_layer.shared_rows import SharedRows
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.requests import AxisRequest
@@ -43,14 +44,16 @@ def merging_level(model: Model, asked: ResizeRequest, *, grows: bool) -> tuple[M
     planned: dict[tuple[AxisRequest, ...], dict[str, BlockMap]] = {}
     noted: dict[str, list[Layer]] = {}
     found: dict[Layer, dict[str, BlockMap]] = {}
+    rows = SharedRows()
     for layer in sorted({layer for by_layer in by_axis.values() for layer in by_layer}):
         # A layer without experts is planned as if it had some: their number is the model's.
         here = {a: m[layer] if layer in m else next(iter(m.values())) for a, m in by_axis.items()}
         at = tuple(here.values())
         if at not in planned:
-            planned[at], notes = coupled_axes.merging_maps(
+            made, notes = coupled_axes.merging_maps(
                 model, replace(asked, axes={**asked.axes, **here}), grows=grows
             )
+            planned[at] = {axis: rows.of(m) for axis, m in made.items()}
             for note in notes:
                 noted.setdefault(note, []).append(layer)
         found[layer] = planned[at]
