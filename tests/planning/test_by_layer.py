@@ -391,6 +391,7 @@ def test_schemes_commands_and_python_say_the_same(bench: Bench, tmp_path: Path) 
     ok("verify", tmp_path / "b", "--recompute", 20)
     ok("apply", tmp_path / "c", tmp_path / "again")
     tiny.assert_same(tiny.written(tmp_path / "again"), tiny.written(tmp_path / "a"))
+    assert "1, another mlp in each layer:" in ok("inspect", tmp_path / "a")
     assert "mlp 92 -> 46: another map in each of 5 layers" in ok(
         "plan", "coalesce", source, "--scheme", scheme
     )
