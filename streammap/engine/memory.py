@@ -38,8 +38,9 @@ _MAPS_NBYTES = 850
 """The same for each term that has maps."""
 _LOAD_NBYTES = 1200
 """The same for each tensor that it is made of but the first."""
-_ROW_NBYTES = 200
-"""What is kept for each row of a large map; layers may each have their own."""
+_PLACE_NBYTES, _ROW_NBYTES, _PAIR_NBYTES = 8, 56, 108
+"""What is kept for a place in a large map, for a row, and for a pair of a row: maps of layers may
+have rows and pairs in common, or each their own."""
 _SEGMENT_NBYTES = 160
 """The same for each member of its rows, of the few maps that a run is at work on."""
 _LARGE_MAP = 4096
@@ -203,11 +204,28 @@ class _Needs:
         """All of it: sources keep what no tensor of the result reads, too."""
         keys = [key for source in self._sources.values() for key in source.file_of]
         letters = sum(map(len, keys))
-        n_rows = sum(len(m.rows) for m in self._large.values())
         n_members = max((len(m.rows) * m.longest for m in self._large.values()), default=0)
-        maps_nbytes = _ROW_NBYTES * n_rows + N_IRREGULAR * _SEGMENT_NBYTES * n_members
+        maps_nbytes = _rows_nbytes(self._large.values()) + (
+            N_IRREGULAR * _SEGMENT_NBYTES * n_members
+        )
         tensors_nbytes = self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
         return tensors_nbytes + maps_nbytes
+
+
+def _rows_nbytes(large: Iterable[BlockMap]) -> int:
+    """What the rows of maps take together."""
+    seen: set[int] = set()
+    nbytes = 0
+    for m in large:
+        nbytes += _PLACE_NBYTES * len(m.rows)
+        for row in m.rows:
+            if id(row) in seen:
+                continue
+            seen.add(id(row))
+            new = {id(pair) for pair in row} - seen
+            seen |= new
+            nbytes += _ROW_NBYTES + _PLACE_NBYTES * len(row) + _PAIR_NBYTES * len(new)
+    return nbytes
 
 
 def _least(form: LinearForm) -> int:

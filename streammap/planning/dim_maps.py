@@ -16,6 +16,7 @@ from streammap.architectures.expression import Expression, Name, Number, Operati
 from streammap.architectures.schema import Architecture, Role
 from streammap.errors import ArchitectureError
 from streammap.planning import maps
+from streammap.planning.by_layer.shared_rows import SharedRows
 from streammap.planning.maps import AxisMap, BlockMap, MapPair
 
 
@@ -35,13 +36,15 @@ class DimMaps:
             self._joint.setdefault(shared.kv, {})[shared.group] = shared.heads
         self._known: dict[tuple[Expression, bool], AxisMap | None] = {}
         self._named: dict[Expression, frozenset[str]] = {}
+        self._rows = SharedRows()
         self._elsewhere: DimMaps | None = None
         self._own: frozenset[str] = frozenset()
 
     def of_layer(self, pairs: Mapping[str, MapPair]) -> "DimMaps":
         """These maps with those of one layer; what is made of no axis of these is shared."""
         layer = DimMaps(self._spec, {**self._pairs, **pairs}, self._before, self._after)
-        layer._elsewhere, layer._own, layer._named = self, frozenset(pairs), self._named
+        layer._elsewhere, layer._own = self, frozenset(pairs)
+        layer._named, layer._rows = self._named, self._rows
         return layer
 
     def of(self, expression: Expression, role: Role) -> AxisMap | None:
@@ -54,6 +57,8 @@ class DimMaps:
             m = None
             if any(self._changes(name) for name in self._axes(expression)):
                 m = self._map(expression, reads)
+            if m is not None and self._elsewhere is not None:
+                m = self._rows.of(m)
             self._known[place] = None if m is None or m.is_identity else m
         return self._known[place]
 
