@@ -78,6 +78,8 @@ class Inspection:
     """What wrappers wrote into the keys of its files: "_orig_mod. (torch.compile)"."""
     notes: tuple[str, ...] = ()
     """What is odd about its files, and keeps no loader from reading it."""
+    by_layer: tuple[str, ...] = ()
+    """Axes whose saved maps differ from layer to layer."""
 
     def as_json(self) -> dict[str, object]:
         """All fields by name."""
@@ -110,7 +112,8 @@ class Inspection:
         for note in self.notes:
             yield "note", printable(note)
         if self.n_saved_maps:
-            yield "saved maps", f"{self.n_saved_maps}: `streammap decoalesce` needs no scheme"
+            own = f", another {' and '.join(self.by_layer)} in each layer" if self.by_layer else ""
+            yield "saved maps", f"{self.n_saved_maps}{own}: `streammap decoalesce` needs no scheme"
 
 
 def _cells(pattern: Pattern) -> tuple[str, ...]:
@@ -165,6 +168,7 @@ def inspect(plan: Plan) -> Inspection:
         patterns=patterns,
         wrappers=plan.sources[0].wrappers,
         notes=plan.sources[0].notes,
+        by_layer=tuple(dict.fromkeys(axis for level in plan.levels for axis in level.by_layer)),
     )
 
 

@@ -1,11 +1,16 @@
-"""Facts about a model's axes: which others decide their sizes, which norms see them."""
+"""Facts about a model's axes: which others decide their sizes, which norms and layers see them."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import final
 
 from streammap.architectures import axis_sizes
 from streammap.architectures import expression as expressions
 from streammap.architectures.model import Family, Model
-from streammap.architectures.schema import Architecture
+from streammap.architectures.schema import Architecture, Depth
+
+Layer = tuple[str, int]
+"""A depth axis, and the number of one of its layers."""
 
 
 def must_follow(model: Model, axis: str) -> bool:
@@ -38,11 +43,46 @@ def normed_axes(model: Model) -> frozenset[str]:
 
 def axes_of(model: Model, family: Family) -> frozenset[str]:
     """The axes that a family's dimensions and indices are made of."""
-    axes = set(family.indices)
-    for dim in family.dims:
-        if dim.expression is not None:
-            axes |= set(model.architecture.axes_in(dim.expression))
+    spans = [family.index_expression(index) for index in family.indices]
+    spans += [dim.expression for dim in family.dims if dim.expression is not None]
+    axes = {name for span in spans for name in model.architecture.axes_in(span)}
     return frozenset(_with_heads(model, axes))
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Lying:
+    """Where the tensors of an axis are."""
+
+    layers: tuple[Layer, ...]
+    """The layers that have any, in order."""
+    shared: str | None
+    """What keeps the axis from being another one in each layer; None where each has its own."""
+
+
+def lying(model: Model, axis: str) -> Lying:
+    """The layers that an axis lies in: each may put its units in an order of its own.
+
+    Not so where a tensor along it belongs to no layer (embeddings make the hidden units that all
+    layers read), or where that of layer 0 serves all (T5's relative positions).
+    """
+    found: set[Layer] = set()
+    shared = None
+    depths = model.architecture.depth_axes
+    for family in model.families:
+        if axis not in axes_of(model, family) or family.rule.kind == "drop":
+            continue
+        at = next((n for n, index in enumerate(family.indices) if index in depths), None)
+        if at is None:
+            shared = shared or f"{family.name} belongs to no layer"
+            continue
+        depth = family.indices[at]
+        there = {values[at] for values in family.members}
+        about = model.architecture.depth.get(depth, Depth())
+        if about.first and there == {0} and model.sizes[depth] > 1:
+            shared = shared or f"all layers read {family.key(min(family.members))}"
+        found |= {(depth, layer) for layer in there}
+    return Lying(tuple(sorted(found)), shared)
 
 
 def _with_heads(model: Model, axes: Iterable[str]) -> set[str]:

@@ -33,3 +33,9 @@ def axis_named(spec: Architecture, name: str) -> str:
     """The axis that a user means: its own name, or "hidden" for a model's only hidden axis."""
     members = spec.spaces.get("hidden", ())
     return members[0] if name == "hidden" and name not in spec.axes and len(members) == 1 else name
+
+
+def layer_named(spec: Architecture, layer: tuple[str, int]) -> str:
+    """A layer by the user's word for it: "layer 3", or "dec_layer 3" where there are several."""
+    axis, number = layer
+    return f"{axis if len(spec.depth_axes) > 1 else 'layer'} {number}"

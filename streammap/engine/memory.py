@@ -25,7 +25,7 @@ from streammap.io.codecs.coded import SCRATCH_NBYTES
 from streammap.io.storage.base import Network
 from streammap.planning.derived.low_rank import PRODUCT_NBYTES
 from streammap.planning.graph import Derived, LinearForm
-from streammap.planning.maps import BlockMap, DenseMap
+from streammap.planning.maps import N_IRREGULAR, BlockMap, DenseMap
 
 BASE_NBYTES = 14 * 2**20
 """Measured, with room to spare; tests/test_memory.py holds runs to it."""
@@ -40,6 +40,13 @@ _MAPS_NBYTES = 850
 """The same for each term that has maps."""
 _LOAD_NBYTES = 1200
 """The same for each tensor that it is made of but the first."""
+_PLACE_NBYTES, _ROW_NBYTES, _PAIR_NBYTES = 8, 56, 108
+"""What is kept for a place in a large map, for a row, and for a pair of a row: maps of layers may
+have rows and pairs in common, or each their own."""
+_SEGMENT_NBYTES = 160
+"""The same for each member of its rows, of the few maps that a run is at work on."""
+_LARGE_MAP = 4096
+"""Rows; the others are counted with their tensors."""
 CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
 """A client for a network, its connections, and what they receive; measured, with room to spare."""
 MAX_AHEAD_NBYTES = 64 * 2**20
@@ -158,6 +165,7 @@ class _Needs:
         self.inner_tile_nbytes = 0
         self._targets_nbytes = self._scratch_nbytes = self._depth = 0
         self._sources: dict[int, Checkpoint] = {}
+        self._large: dict[int, BlockMap] = {}
 
     def add(self, form: LinearForm, depth: int = 0) -> None:
         """Count a tensor of the result, and take note of its sources.
@@ -170,6 +178,9 @@ class _Needs:
         for term in form.terms:
             self._targets_nbytes += _MAPS_NBYTES * any(m is not None for m in term.maps)
             self.matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
+            for m in term.maps:
+                if isinstance(m, BlockMap) and len(m.rows) > _LARGE_MAP:
+                    self._large[id(m)] = m
             for _, ref in term.blend:
                 if isinstance(ref.source, Checkpoint):
                     self._sources[id(ref.source)] = ref.source
@@ -203,7 +214,28 @@ class _Needs:
         """All of it: sources keep what no tensor of the result reads, too."""
         keys = [key for source in self._sources.values() for key in _keys(source)]
         letters = sum(map(len, keys))
-        return self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
+        n_members = max((len(m.rows) * m.longest for m in self._large.values()), default=0)
+        maps_nbytes = _rows_nbytes(self._large.values()) + (
+            N_IRREGULAR * _SEGMENT_NBYTES * n_members
+        )
+        tensors_nbytes = self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
+        return tensors_nbytes + maps_nbytes
+
+
+def _rows_nbytes(large: Iterable[BlockMap]) -> int:
+    """What the rows of maps take together."""
+    seen: set[int] = set()
+    nbytes = 0
+    for m in large:
+        nbytes += _PLACE_NBYTES * len(m.rows)
+        for row in m.rows:
+            if id(row) in seen:
+                continue
+            seen.add(id(row))
+            new = {id(pair) for pair in row} - seen
+            seen |= new
+            nbytes += _ROW_NBYTES + _PLACE_NBYTES * len(row) + _PAIR_NBYTES * len(new)
+    return nbytes
 
 
 def _least(form: LinearForm) -> int:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.planning.plan import Plan
     from streammap.planning.scheme import Scheme
 
-RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[str, object] | AxisRequest
-"""A factor, "to:SIZE", groups, or a table of these: see planning/requests.py."""
+RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[Any, object] | AxisRequest
+"""A factor, "to:SIZE", groups, or a table of these (also by layer): see planning/requests.py."""
 SchemeLike = Union[str, Path, Mapping[str, object], "Scheme"]  # not imported here
 TopK = Literal["keep", "scale"] | int
 MapsLike = Union[str, Path, "tuple[MapLevel, ...]"]
@@ -266,6 +266,8 @@ def _table_of(texts: object) -> Mapping[str, str]:
 
 
 def _encoded(request: AxisRequest) -> object:
+    if request.layers is not None:
+        return {layer: _encoded(one) for layer, one in request.layers}
     if request.groups is not None and request.weights is None:
         return [list(group) for group in request.groups]
     if request.groups is not None and request.weights is not None:
@@ -288,6 +290,9 @@ def _upgraded(table: object, names: Any) -> object:
 def _decoded(value: object, where: str) -> AxisRequest:
     """As parsed, but weights as they stand: making their sum 1 again would round them again."""
     read = requests.parse_request(value, where)
+    if read.layers is not None and isinstance(value, Mapping):
+        own = tuple((layer, _decoded(value[layer], one.where)) for layer, one in read.layers)
+        return replace(read, layers=own)
     if read.weights is None or not isinstance(value, Mapping):
         return read
     groups = [g for g in value["groups"] if isinstance(g, Mapping)]

@@ -62,7 +62,7 @@ def _searched(source: Plan, target: Sizes) -> Searched | None:
 
     def fits(levels: tuple[MapLevel, ...]) -> bool:
         level = fitting_level(levels, model, target, grows=True)
-        if level is None or not level.merging:
+        if level is None or not level.named:
             return False
         # A map of the depth alone would leave the widths as they are.
         left = {

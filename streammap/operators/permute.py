@@ -9,12 +9,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 from streammap.architectures import config_fields
+from streammap.architectures.axis_facts import Layer
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Axis
 from streammap.common.declare import Names
 from streammap.errors import PlanError
 from streammap.operators.declare import Operator, declared, option
 from streammap.planning import maps, planner
+from streammap.planning.by_layer import layered
 from streammap.planning.maps import BlockMap
 from streammap.planning.plan import Plan, Step
 from streammap.planning.tensor_maps import AxisChange
@@ -36,6 +38,9 @@ class Permute(Operator):
         kind=Names(),
         metavar="AXIS",
     )
+    each_layer: bool = option(
+        default=False, help="Another order in each layer, for what lies inside of layers."
+    )
 
     def plan(self, source: Plan) -> Plan:
         """The permuted plan.
@@ -45,10 +50,33 @@ class Permute(Operator):
         """
         model = source.model
         self._check_axes(model)
-        chosen = dict(self._maps(model))
-        pairs = {name: maps.pair_of(m) for name, m in chosen.items()}
-        step = Step(self.name, {"seed": self.seed}, "exact", "units change places")
-        return planner.remap(source, AxisChange(pairs, {}, {}, "exact", 1.0), step)
+        chosen = dict(self._maps(model, random.Random(self.seed)))
+        by_axis = self._by_layer(model, chosen) if self.each_layer else {}
+        pairs = {name: maps.pair_of(m) for name, m in chosen.items() if name not in by_axis}
+        options = {"seed": self.seed, **({"each_layer": True} if self.each_layer else {})}
+        step = Step(self.name, options, "exact", "units change places")
+        by_layer = layered.change(model, by_axis)
+        change = AxisChange(pairs, {}, {}, "exact", 1.0, by_layer=by_layer)
+        return planner.remap(source, change, step)
+
+    def _by_layer(
+        self, model: Model, chosen: Mapping[str, BlockMap]
+    ) -> dict[str, dict[Layer, BlockMap]]:
+        """Axis -> layer -> its order, for the axes that may differ and all that goes with them."""
+        lying = {axis: layered.lies(model, axis) for axis in chosen}
+        free = {axis for axis, found in lying.items() if found.layers and found.shared is None}
+        for shared in model.architecture.shared_heads:
+            pair = {shared.heads, shared.kv} & chosen.keys()
+            if not pair <= free or len({lying[axis].layers for axis in pair}) > 1:
+                free -= pair
+        layers = sorted({layer for axis in free for layer in lying[axis].layers})
+        found: dict[str, dict[Layer, BlockMap]] = {axis: {} for axis in free}
+        for depth, number in layers:
+            source = random.Random(f"{self.seed} {depth} {number}")
+            for axis, m in self._maps(model, source):
+                if axis in free and (depth, number) in lying[axis].layers:
+                    found[axis][depth, number] = m
+        return found
 
     def _check_axes(self, model: Model) -> None:
         for name in self.only:
@@ -58,8 +86,7 @@ class Permute(Operator):
                     hint=f"its axes are {', '.join(model.sizes)}",
                 )
 
-    def _maps(self, model: Model) -> Iterable[tuple[str, BlockMap]]:
-        source = random.Random(self.seed)
+    def _maps(self, model: Model, source: random.Random) -> Iterable[tuple[str, BlockMap]]:
         of_heads: dict[str, list[str]] = {}
         for shared in model.architecture.shared_heads:
             of_heads.setdefault(shared.heads, []).append(shared.kv)

@@ -8,18 +8,19 @@ One MapLevel (a merging map F for each axis) serves both directions:
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, final
 
 from streammap.architectures import axis_facts, axis_words
 from streammap.architectures.model import Model
 from streammap.errors import PlanError
-from streammap.operators import map_lookup
+from streammap.operators import map_lookup, resize_parts
 from streammap.operators.resize_options import Resize
-from streammap.planning import coupled_axes, exactness, maps, planner, requests
+from streammap.operators.resize_parts import Part
+from streammap.planning import exactness, maps, planner, requests
 from streammap.planning.axis_maps import ResizeRequest
-from streammap.planning.compensation import compensate
+from streammap.planning.by_layer import asked
 from streammap.planning.experts import TopK
 from streammap.planning.head_dim import HeadSize
 from streammap.planning.map_file import MapLevel
@@ -88,7 +89,7 @@ class _Task:
         if explicit and op.levels is None:
             known = {} if fitting is None else {n: pair[0] for n, pair in fitting.sizes.items()}
             level, notes = self._unguessed_level(known)
-            if fitting is not None and level.merging and fitting.digest != level.digest:
+            if fitting is not None and level.named and fitting.digest != level.digest:
                 notes.append("the map saved with the source is another one; it is not used")
             return level, notes
         if fitting is not None:
@@ -161,13 +162,13 @@ class _Task:
             known,
             self.target or {},
         )
-        merging, more_notes = coupled_axes.merging_maps(model, request, grows=self.grows)
+        level, more_notes = asked.merging_level(model, request, grows=self.grows)
         if groups is not None and self.target is None and width is None and not requested:
             raise PlanError(
                 "the scheme has neither a width_scheme nor a depth_scheme",
                 hint="give one of them, or --width K, --depth K",
             )
-        return MapLevel(dict(merging)), [*notes, *more_notes]
+        return level, [*notes, *more_notes]
 
     def _differs(self, axis: str) -> bool:
         assert self.target is not None
@@ -198,14 +199,14 @@ class _Task:
                 width = AxisRequest(groups=groups.width, where="width_scheme")
             if groups.depth is not None:
                 by_name["layers"] = AxisRequest(groups=groups.depth, where="depth_scheme")
-        asked: dict[str, AxisRequest] = {}
+        by_own: dict[str, AxisRequest] = {}
         for name, request in by_name.items():
             axes = self._axes_of(name)
             # Of several axes that a name stands for, those that follow another one do so.
             alone = [axis for axis in axes if not axis_facts.must_follow(self.model, axis)]
             chosen = axes if len(axes) == 1 else alone
             self._check_one_size(name, request, [axis for axis in chosen if axis not in by_axis])
-            asked |= dict.fromkeys(chosen, request)
+            by_own |= dict.fromkeys(chosen, request)
         spec = self.model.architecture
         for name, request in by_axis.items():
             axis = axis_words.axis_named(spec, name)
@@ -214,11 +215,11 @@ class _Task:
                 raise PlanError(
                     f"{self.model.name} has no axis {name!r}", hint=f"its axes are {known}"
                 )
-            asked[axis] = request
-        self._check_bare(width, asked)
-        return width, asked
+            by_own[axis] = request
+        self._check_bare(width, by_own)
+        return width, by_own
 
-    def _check_bare(self, width: AxisRequest | None, asked: Mapping[str, AxisRequest]) -> None:
+    def _check_bare(self, width: AxisRequest | None, by_axis: Mapping[str, AxisRequest]) -> None:
         """Refuse numbers that may have been meant as sizes."""
         spec, sizes = self.model.architecture, self.model.sizes
         hidden = [axis for axis in spec.spaces.get("hidden", ()) if sizes.get(axis)]
@@ -227,10 +228,11 @@ class _Task:
             units, most = axis_words.units_of(spec, hidden[0]), requests.MAX_BARE_WIDTH
             own, by, grows = sizes[hidden[0]], "--hidden to:", self.grows
             requests.check_bare(width, own, units, grows=grows, size=by, most=most)
-        for axis, request in asked.items():
+        for axis, request in by_axis.items():
             by = "--layers to:" if request.where == "--depth" else "to:"
             units = axis_words.units_of(spec, axis)
-            requests.check_bare(request, sizes[axis], units, grows=self.grows, size=by)
+            for one in (request, *(inner for _, inner in request.layers or ())):
+                requests.check_bare(one, sizes[axis], units, grows=self.grows, size=by)
 
     def _check_one_size(self, name: str, request: AxisRequest, axes: Sequence[str]) -> None:
         """Refuse one size, or one list of groups, for towers that are not of one size.
@@ -275,26 +277,21 @@ class _Task:
         chosen = {n: maps.growing(m) if self.grows else m for n, m in level.merging.items()}
         layers = {n: chosen.pop(n) for n in model.architecture.depth_axes if n in chosen}
         head_size = self._head_size(level, chosen)
-        pair_of = maps.pair_of_growth if self.grows else maps.pair_of
-        pairs = {n: pair_of(level.merging[n]) for n, m in chosen.items() if not m.is_identity}
-        compensation = compensate(
-            model,
-            chosen,
-            pairs,
-            grows=self.grows,
-            filled=level.filled,
-            rule=op.rule,
-            top_k=self._top_k(chosen),
+        top_k = self._top_k({*chosen, *level.by_layer})
+        everywhere = {axis: level.merging[axis] for axis in chosen}
+        whole, *parts = resize_parts.made(
+            model, level, everywhere, grows=self.grows, rule=op.rule, top_k=top_k
         )
+        compensation = whole.compensation
         if head_size is not None:
             compensation = head_size.added_to(compensation)
-        pairs |= compensation.pairs
-        sizes = _sizes(model, chosen, layers)
+        pairs = {**whole.pairs, **compensation.pairs}
+        fields = {**resize_parts.fields(model, (whole, *parts)), **compensation.fields}
+        every = {axis: m for part in (whole, *parts) for axis, m in part.chosen.items()}
+        sizes = _sizes(model, every, layers)
         if head_size is not None:
             sizes[head_size.axis] = head_size.size
         self._check_target(sizes)
-        if self.grows and op.rule == "exact":
-            _check_even(model, chosen)
         zeroed = self._zeroed(layers)
         self._check_tied(chosen)
         by_axis = exactness.of_axes(
@@ -306,17 +303,14 @@ class _Task:
             fills=compensation,
             head_size=head_size,
         )
+        by_axis |= resize_parts.guarantees(model, parts, grows=self.grows)
         factor = _GROW_FACTOR if self.grows else _SHRINK_FACTOR
         reference = factor if op.rule == "reference" else None
         promise, reason = exactness.of_all(model, by_axis, reference=reference, untie=op.untie)
-        options = self._options({**chosen, **layers})
-        notes += compensation.notes
-        twins = exactness.twins(model, chosen, pairs) if self.grows and not self.blends else ()
-        if twins:
-            notes.append(
-                f"copies ({', '.join(twins)}) have equal gradients: they stay equal in training "
-                "until a blend (--blend-with), unequal weights of groups or dropout tell them apart"
-            )
+        options = self._options({**every, **layers}, parts)
+        notes += resize_parts.notes(model, whole, parts)
+        if self.grows and not self.blends:
+            notes += resize_parts.twins(model, (whole, *parts))
         step = Step(op.name, options, promise, reason, tuple(notes), by_axis)
         change = AxisChange(
             pairs,
@@ -327,10 +321,12 @@ class _Task:
             compensation.fills,
             zeroed,
             compensation.factors,
-            compensation.fields,
+            fields,
             op.untie,
+            {layer: part.change for part in parts for layer in part.layers},
         )
-        kept = replace(level, filled=frozenset(compensation.fills) or level.filled)
+        filled = frozenset(axis for part in (whole, *parts) for axis in part.compensation.fills)
+        kept = replace(level, filled=filled or level.filled)
         if head_size is not None and self.head_dim is not None:
             kept = replace(kept, merging={**kept.merging, head_size.axis: head_size.merging})
         if zeroed:
@@ -338,7 +334,7 @@ class _Task:
             without = {axis: _without(kept.merging[axis], new) for axis, new in zeroed.items()}
             kept = replace(kept, merging={**kept.merging, **without})
         levels = source.levels
-        if kept.merging and kept.digest not in {one.digest for one in source.levels}:
+        if kept.named and kept.digest not in {one.digest for one in source.levels}:
             levels = (*levels, kept)
         result = planner.remap(source, change, step, levels=levels)
         rounded = None if promise == "approximate" else exactness.rounding(result.targets)
@@ -356,16 +352,16 @@ class _Task:
         m = None if axis is None else chosen.pop(axis)
         return HeadSize.mapped(self.model, m) if isinstance(m, BlockMap) else None
 
-    def _top_k(self, chosen: Mapping[str, AxisMap]) -> TopK | None:
+    def _top_k(self, chosen: Collection[str]) -> TopK | None:
         """What is asked of the number of experts that a token takes."""
-        asked = cast("TopK | None", self.op.top_k)
+        top_k = cast("TopK | None", self.op.top_k)
         spec = self.model.architecture
-        if asked is not None and not any(axis_facts.is_expert(spec, n) for n in chosen):
+        if top_k is not None and not any(axis_facts.is_expert(spec, n) for n in chosen):
             raise PlanError(
                 "--top-k, but the number of experts does not change",
                 hint="give --experts too, or leave it out",
             )
-        return asked
+        return top_k
 
     def _check_target(self, sizes: Mapping[str, int]) -> None:
         """Refuse sizes that are not the target's."""
@@ -429,12 +425,20 @@ class _Task:
                     hint="give --untie: the head gets a tensor of its own",
                 )
 
-    def _options(self, made: Mapping[str, AxisMap]) -> dict[str, object]:
+    def _options(self, made: Mapping[str, AxisMap], parts: Sequence[Part]) -> dict[str, object]:
         """What was done, for the record."""
+        by_layer = {axis for part in parts for axis in part.chosen}
         options: dict[str, object] = {
             "architecture": self.model.architecture.name,
             "rule": self.op.rule,
-            "maps": {name: [m.n_in, m.n_out, m.describe()] for name, m in made.items()},
+            "maps": {
+                name: [
+                    m.n_in,
+                    m.n_out,
+                    resize_parts.differing(name, parts) if name in by_layer else m.describe(),
+                ]
+                for name, m in made.items()
+            },
         }
         rare = {
             "head_dim": (self.head_dim, None),
@@ -477,17 +481,3 @@ def _without(m: AxisMap, new: frozenset[int]) -> AxisMap:
         tuple((j, 0.0 if j in new else 1.0) for j, _ in m.members(i)) for i in range(m.n_out)
     )
     return BlockMap(rows, m.n_in)
-
-
-def _check_even(model: Model, chosen: Mapping[str, AxisMap]) -> None:
-    """Refuse uneven copies of heads behind a norm over all of them: nothing could compensate it."""
-    by_space = model.architecture.spaces
-    of_heads = {*by_space.get("heads", ()), *by_space.get("kv_heads", ())}
-    normed = axis_facts.normed_axes(model)
-    for axis, m in chosen.items():
-        if axis in of_heads & normed and isinstance(m, BlockMap) and not exactness.is_even(m):
-            raise PlanError(
-                f"{axis}: {m.n_in} -> {m.n_out} copies some heads more often than others, which "
-                "a norm over all of them (full-width q_norm, k_norm) would see",
-                hint=f"take a multiple of {m.n_in}",
-            )

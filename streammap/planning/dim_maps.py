@@ -16,6 +16,7 @@ from streammap.architectures.expression import Expression, Name, Number, Operati
 from streammap.architectures.schema import Architecture, Role
 from streammap.errors import ArchitectureError
 from streammap.planning import maps
+from streammap.planning.by_layer.shared_rows import SharedRows
 from streammap.planning.maps import AxisMap, BlockMap, MapPair
 
 
@@ -34,23 +35,51 @@ class DimMaps:
         for shared in spec.shared_heads:
             self._joint.setdefault(shared.kv, {})[shared.group] = shared.heads
         self._known: dict[tuple[Expression, bool], AxisMap | None] = {}
+        self._named: dict[Expression, frozenset[str]] = {}
+        self._rows = SharedRows()
+        self._elsewhere: DimMaps | None = None
+        self._own: frozenset[str] = frozenset()
+
+    def of_layer(self, pairs: Mapping[str, MapPair]) -> "DimMaps":
+        """These maps with those of one layer; what is made of no axis of these is shared."""
+        layer = DimMaps(self._spec, {**self._pairs, **pairs}, self._before, self._after)
+        layer._elsewhere, layer._own = self, frozenset(pairs)
+        layer._named, layer._rows = self._named, self._rows
+        return layer
 
     def of(self, expression: Expression, role: Role) -> AxisMap | None:
         """The map of a dimension; None where it stays."""
+        if self._elsewhere is not None and self._own.isdisjoint(self._axes(expression)):
+            return self._elsewhere.of(expression, role)
         reads = role == "in"
         place = (expression, reads)
         if place not in self._known:
             m = None
-            if any(self._changes(name) for name in expressions.names(expression)):
+            if any(self._changes(name) for name in self._axes(expression)):
                 m = self._map(expression, reads)
+            if m is not None and self._elsewhere is not None:
+                m = self._rows.of(m)
             self._known[place] = None if m is None or m.is_identity else m
         return self._known[place]
 
+    def _axes(self, expression: Expression) -> frozenset[str]:
+        """Axes and aliases that an expression is made of, query heads for their kv heads too."""
+        if expression not in self._named:
+            found: set[str] = set()
+            waiting = list(expressions.names(expression))
+            while waiting:
+                name = waiting.pop()
+                found.add(name)
+                if name in self._spec.aliases:
+                    waiting += expressions.names(self._spec.aliases[name])
+            for kv, groups in self._joint.items():
+                if kv in found:
+                    found |= {heads for group, heads in groups.items() if group in found}
+            self._named[expression] = frozenset(found)
+        return self._named[expression]
+
     def _changes(self, name: str) -> bool:
-        if name in self._pairs or self._before.get(name) != self._after.get(name):
-            return True
-        alias = self._spec.aliases.get(name)
-        return alias is not None and any(self._changes(n) for n in expressions.names(alias))
+        return name in self._pairs or self._before.get(name) != self._after.get(name)
 
     def _map(self, expression: Expression, reads: bool) -> AxisMap:
         match expression:

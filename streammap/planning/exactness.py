@@ -10,7 +10,7 @@ rounded, which counts in 16 bits.
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from streammap.architectures import axis_facts, axis_words, layer_rules
 from streammap.architectures.model import Model
@@ -77,6 +77,25 @@ def of_axes(
     if head_size is not None:
         guarantees[head_size.axis] = head_size.promise
     return guarantees
+
+
+def of_layers(found: Sequence[tuple[str, Mapping[str, Guarantee]]]) -> dict[str, Guarantee]:
+    """Axis -> the weakest guarantee of its layers; one of them is named where others are better.
+
+    Args:
+        found: A layer in words, and its guarantees, for layers of different maps.
+    """
+    by_axis: dict[str, dict[str, Guarantee]] = {}
+    for layer, guarantees in found:
+        for axis, guarantee in guarantees.items():
+            by_axis.setdefault(axis, {})[layer] = guarantee
+    made: dict[str, Guarantee] = {}
+    for axis, by_layer in by_axis.items():
+        promise, reason = worst(by_layer)
+        where = next(layer for layer, one in by_layer.items() if one == (promise, reason))
+        alike = len(set(by_layer.values())) == 1
+        made[axis] = promise, reason if alike else f"{reason} ({where})"
+    return made
 
 
 def of_all(

@@ -3,7 +3,8 @@
 `streammap.map.safetensors` holds the levels of a chain, largest model first. Level i has, for each
 axis, its merging map F (small x large): as non-zeros ("i.heads.places" [n, 2] and "i.heads.values"
 [n], over blocks of metadata's "block" units), or as a matrix ("i.heads.matrix"). The names of axes
-are the architecture spec's. The format's own library writes and reads it, and a CRC-32 of all that
+are the architecture spec's; "mlp@layer.3" is the map of an axis in one layer of the small model,
+where each layer has another. The format's own library writes and reads it, and a CRC-32 of all that
 it says is in its metadata: a damaged map is refused.
 
 A file of the original tools is read too (`MapMatrix.bin`, with embed_F, qk_F, v_F, inter_F and R):
@@ -14,6 +15,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from streammap.architectures.axis_facts import Layer
 from streammap.common import strict_json
 from streammap.errors import CheckpointError, SchemeError
 from streammap.io import safe_open
@@ -46,6 +49,8 @@ _ORIGINAL_AXES = {"embed_F": "embed", "qk_F": "qk", "v_F": "v", "inter_F": "mlp"
 _MAX_NBYTES = 8 * 2**30
 _MAX_UNITS = 2**40
 _MAX_EMPTY_ROWS = 2**20
+_LAYERED = re.compile(r"([^@]+)@([^@]+)\.(0|[1-9][0-9]{0,5})")
+"""A map of an axis in one layer: axis, depth axis, number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +63,30 @@ class MapLevel:
     """Axes whose unmapped new units are zero, for which norms are compensated."""
     where: str = field(default="", compare=False)
     """The file that it was read from, for messages."""
+    by_layer: Mapping[str, Mapping[Layer, AxisMap]] = field(default_factory=dict)
+    """Axis -> layer of the small model -> F, of one size in all; not in `merging`."""
 
     @property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Axis -> its size in the large and in the small model."""
-        return {name: (m.n_in, m.n_out) for name, m in self.merging.items()}
+        first = {axis: next(iter(layers.values())) for axis, layers in self.by_layer.items()}
+        return {name: (m.n_in, m.n_out) for name, m in {**self.merging, **first}.items()}
+
+    @property
+    def named(self) -> dict[str, AxisMap]:
+        """All maps by their names in a file, in order."""
+        layered = {
+            f"{axis}@{depth}.{number}": m
+            for axis, layers in self.by_layer.items()
+            for (depth, number), m in layers.items()
+        }
+        return dict(sorted({**self.merging, **layered}.items()))
 
     @property
     def digest(self) -> str:
         """sha256 of the maps."""
         digest = hashlib.sha256()
-        for name, axis_map in sorted(self.merging.items()):
+        for name, axis_map in self.named.items():
             digest.update(f"{name} {axis_map.n_out} {axis_map.n_in} ".encode())
             digest.update(_content_of(axis_map))
         if self.filled:
@@ -142,7 +160,7 @@ def encode(levels: tuple[MapLevel, ...]) -> bytes:
     levels_: list[object] = []
     for i, level in enumerate(levels):
         axes: dict[str, dict[str, int]] = {}
-        for name, axis_map in sorted(level.merging.items()):
+        for name, axis_map in level.named.items():
             axes[name] = {"small": axis_map.n_out, "large": axis_map.n_in}
             if isinstance(axis_map, BlockMap):
                 axes[name]["block"] = axis_map.block
@@ -270,12 +288,37 @@ def _level(tensors: Any, i: int, entry: Mapping[str, Mapping[str, Mapping[str, i
         merging[name] = _block_map(places, values, small // block, large // block, block)
     sizes = {name: (_count(a), _count(b)) for name, (a, b) in entry["sizes"].items()}
     filled: object = entry.get("filled", [])
-    if not isinstance(filled, list) or not all(name in merging for name in filled):
+    known = {name.partition("@")[0] for name in merging}
+    if not isinstance(filled, list) or not known.issuperset(filled):
         raise ValueError(f"filled axes {filled!r} have no maps")
-    level = MapLevel(merging, frozenset(filled))
+    everywhere, by_layer = _by_layer(merging)
+    level = MapLevel(everywhere, frozenset(filled), by_layer=by_layer)
     if sizes != level.sizes:
         raise ValueError(f"sizes {sizes} are not those of the maps, {level.sizes}")
     return level
+
+
+def _by_layer(
+    found: Mapping[str, AxisMap],
+) -> tuple[dict[str, AxisMap], dict[str, dict[Layer, AxisMap]]]:
+    """Maps by their names -> those of axes, and those of axes in single layers."""
+    everywhere: dict[str, AxisMap] = {}
+    by_layer: dict[str, dict[Layer, AxisMap]] = {}
+    one: dict[AxisMap, AxisMap] = {}
+    for name, m in found.items():
+        if "@" not in name:
+            everywhere[name] = m
+            continue
+        place = _LAYERED.fullmatch(name)
+        if place is None:
+            raise ValueError(f"{name[:60]!r} is no layer's map")
+        by_layer.setdefault(place[1], {})[place[2], int(place[3])] = one.setdefault(m, m)
+    for axis, layers in by_layer.items():
+        sizes = {(m.n_in, m.n_out) for m in layers.values()}
+        if axis in everywhere or len(sizes) != 1:
+            raise ValueError(f"{axis[:60]}: maps of layers beside one for all, or of other sizes")
+        by_layer[axis] = dict(sorted(layers.items()))
+    return everywhere, by_layer
 
 
 def _count(value: object) -> int:

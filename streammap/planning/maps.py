@@ -16,7 +16,7 @@ Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import gcd
 from typing import TYPE_CHECKING, final, overload
 from weakref import WeakValueDictionary
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _MANY_SEGMENTS = 64
+N_IRREGULAR = 4
+"""Maps of many segments whose segments are kept: those that a run is at work on."""
 
 
 @final
@@ -88,15 +90,21 @@ class BlockMap:
         """Members of each row; 0 where rows differ."""
         return self.longest if all(len(row) == self.longest for row in self.rows) else 0
 
-    @cached_property
+    @property
     def segments(self) -> Segments:
         """The map as few regular runs of block moves, in the order in which they are added."""
-        return segments.segments(self.rows, self.block)
+        return _segments_of(self) if self._few_segments is None else self._few_segments
 
     @cached_property
+    def _few_segments(self) -> Segments | None:
+        """The segments where they are few; many are not kept: each layer may have its own."""
+        found = _segments_of(self)
+        return segments.shared(found) if len(found) <= _MANY_SEGMENTS else None
+
+    @property
     def is_regular(self) -> bool:
         """Whether few segments express it."""
-        return len(self.segments) <= _MANY_SEGMENTS
+        return self._few_segments is not None
 
     @cached_property
     def common(self) -> float | None:
@@ -113,6 +121,11 @@ class BlockMap:
     def describe(self) -> str:
         """The map in words: "mean of 2", "sum of 2", "copy x2", "copy / 2"..."""
         return _describe(without_zeros(self))
+
+
+@lru_cache(maxsize=N_IRREGULAR)
+def _segments_of(m: BlockMap) -> Segments:
+    return segments.segments(m.rows, m.block)
 
 
 @final

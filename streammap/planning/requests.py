@@ -6,6 +6,9 @@
                                               that unit i of the small one stands for
     {"factor": 2, "grouping": "adjacent"}     a factor with a grouping of its own
     {"groups": [{"members": [0, 6], "weights": [0.7, 0.3]}, ...]}     weighted members
+    {"0": [[0, 6], ...], "1": ..., "*": ...}  a request for each layer, and one for all others;
+                                              "dec_layer.0" where layers are in several stacks
+    [[[0, 6], ...], [[0, 1], ...], ...]       groups for each layer, in order
 
 Each may stand on the command line, in a scheme file, and in Python. A number alone is a factor up
 to MAX_BARE; a larger one may be meant as a size, so it is refused with both readings.
@@ -17,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from streammap.architectures.limits import MAX_SIZE
+from streammap.architectures.limits import MAX_LAYERS, MAX_SIZE
 from streammap.common import strict_json
 from streammap.errors import SchemeError, some
 
@@ -37,11 +40,13 @@ MAX_PARTS = 200_000
 _MAX_INDEX = 1_000_000
 _MAX_GROUPS = MAX_PARTS
 _MAX_TEXT = 10_000_000
+_LAYER = re.compile(r"([A-Za-z_][\w.]*\.)?(0|[1-9][0-9]{0,5}|\*)")
+"""A layer, with its depth axis before it where there are several."""
 
 
 @dataclass(frozen=True, slots=True)
 class AxisRequest:
-    """What is asked of one axis; exactly one of factor, size and groups is given."""
+    """What is asked of one axis; exactly one of factor, size, groups and layers is given."""
 
     factor: int | None = None
     size: int | None = None
@@ -50,6 +55,8 @@ class AxisRequest:
     """Each member's share of its group's mean; None for equal shares."""
     grouping: Grouping | None = None
     """Which units a factor groups; None for the grouping of the whole request."""
+    layers: "tuple[tuple[str, AxisRequest], ...] | None" = None
+    """Layers ("3", "dec_layer.3", "*" for all others) and what is asked of the axis in each."""
     where: str = field(default="", compare=False)
     """Where it was given ("--mlp"), for messages."""
     is_bare: bool = field(default=False, compare=False)
@@ -82,15 +89,41 @@ def _request(value: object, where: str) -> AxisRequest:
             _check_size(number, where)
             return AxisRequest(factor=number) if spelled[1] == "x" else AxisRequest(size=number)
     if isinstance(value, list | tuple):
+        if value and all(map(_is_layer_entry, value)):
+            return _of_layers({str(i): one for i, one in enumerate(value)}, where)
         groups, weights = parse_groups(value, where)
         return AxisRequest(groups=groups, weights=weights)
     if isinstance(value, Mapping):
+        if value and all(_LAYER.fullmatch(str(key)) for key in value):
+            return _of_layers(value, where)
         return _of_table(value, where)
     raise SchemeError(
         f"{where}: {str(value)[:60]!r} is not a request",
         hint="give a factor such as 2 or x2, a size such as to:768, or groups such as "
         "[[0, 1], [2, 3]]",
     )
+
+
+def _is_layer_entry(value: object) -> bool:
+    """Whether an entry of a list is a request of its own, not a group."""
+    if isinstance(value, Mapping):
+        return "members" not in value
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], list | tuple)
+
+
+def _of_layers(table: Mapping[object, object], where: str) -> AxisRequest:
+    if len(table) > MAX_LAYERS:
+        raise SchemeError(f"{where}: {len(table)} layers, at most {MAX_LAYERS}")
+    found: dict[str, AxisRequest] = {}
+    for key, value in table.items():
+        at = f"{where}: {key}"
+        one = parse_request(value, at)
+        if one.layers is not None:
+            raise SchemeError(f"{at}: layers inside of a layer", hint="give groups, or a size")
+        if str(key) in found:
+            raise SchemeError(f"{at}: is there twice")
+        found[str(key)] = one
+    return AxisRequest(layers=tuple(found.items()))
 
 
 def parse_factor(value: object, where: str, *, instead: str) -> AxisRequest:

@@ -82,7 +82,7 @@ def shared(found: Segments) -> Segments:
 
 def segments(rows: Sequence[Row], block: int) -> Segments:
     """The segments of a map with these rows over blocks of `block` units."""
-    return shared(Segments(_segments(rows, block)))
+    return Segments(_segments(rows, block))
 
 
 def _segments(rows: Sequence[Row], block: int) -> Iterable[Segment]:

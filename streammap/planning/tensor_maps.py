@@ -1,15 +1,17 @@
 """The result's tensors, family by family: maps on dimensions, roles, and what keeps the function.
 
 Layers and experts that stand in a key are dimensions like others: their maps choose source tensors.
+An axis may have maps of its own in each layer of the result: a tensor's layer says which are taken.
 Compensations: the norm before a tied head takes the reader's map, factors of the forward pass are
 undone, norms over axes with zero units are corrected, zero-initialised layers add nothing.
 """
 
-import math
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from streammap.architectures.axis_facts import Layer
 from streammap.architectures.expression import Name
 from streammap.architectures.key_pattern import KeyPattern, first_match, sample
 from streammap.architectures.model import Family, Model, TiedHead
@@ -35,6 +37,14 @@ class NormCompensation:
     """Factor on the gains."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerChange:
+    """The maps that axes have in one layer of the result, or in several that are alike."""
+
+    pairs: Mapping[str, MapPair]
+    fills: Mapping[str, NormCompensation] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class AxisChange:
     """The maps of a model's axes, and what goes with them."""
@@ -58,6 +68,8 @@ class AxisChange:
     """config.json fields to set."""
     untie: bool = False
     """Whether a tied head gets a tensor of its own."""
+    by_layer: Mapping[Layer, LayerChange] = field(default_factory=dict)
+    """Layer of the result -> the maps of axes that have others in each; they are not in `pairs`."""
 
 
 def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
@@ -79,6 +91,14 @@ def writes(family: Family, hidden: tuple[str, ...]) -> bool:
     return makes and family.rule.kind != "embedding" and (reads or is_bias)
 
 
+@dataclass(frozen=True, slots=True)
+class _Here:
+    """The maps that hold in one layer, or outside of layers."""
+
+    maps: DimMaps
+    fills: Mapping[str, NormCompensation]
+
+
 class Remapping:
     """One remap: the maps of each (dimension, role), worked out once."""
 
@@ -92,6 +112,8 @@ class Remapping:
         }
         pairs = {**stacked, **change.pairs}
         self._maps = DimMaps(model.architecture, pairs, model.sizes, sizes)
+        self._everywhere = _Here(self._maps, change.fills)
+        self._by_change: dict[LayerChange, _Here] = {}
         self._tied = () if change.untie else model.tied_heads
         self._last = {
             axis: sizes[axis] - 1 for axis in model.architecture.depth_axes if axis in sizes
@@ -105,20 +127,15 @@ class Remapping:
     def count(self, family: Family) -> int:
         """About how many tensors of the result come from a family."""
         n = len(family.members)
+        here = self._here(self._layer(family, min(family.members)))
         for index in family.indices:
-            m = self._index_map(family, index)
+            m = self._index_map(family, index, here)
             if m is not None:
                 n = -(-n * m.n_out // max(1, m.n_in))
         return n
 
     def family(self, family: Family) -> dict[str, LinearForm]:
         """The result's tensors of one family."""
-        index_maps = [self._index_map(family, index) for index in family.indices]
-        rows = {at: m for at, m in enumerate(index_maps) if m is not None}
-        if not rows:
-            return {
-                key: self._tensor(family, key, ((1.0, key),)) for key in family.members.values()
-            }
         # Walk the source, not the result: a family need not have all layers, and only its members
         # can give anything. Each is sent to every result whose row of the maps has it, with the
         # product of the coefficients of all its indices (layer, expert).
@@ -128,24 +145,58 @@ class Remapping:
             if self._is_tail(family, values):
                 self.n_after += 1
                 continue
-            places: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
-            for at, value in enumerate(values):
-                m = rows.get(at)
-                options = ((value, 1.0),) if m is None else self._columns(m)[value]
-                places = [((*t, i), c * d) for t, c in places for i, d in options]
-            for target, coefficient in places:
+            for target, coefficient in self._places(family, values):
                 parts.setdefault(target, []).append((coefficient, key))
         self._check_first(family)
         made: dict[str, LinearForm] = {}
         for target, row in parts.items():
-            whole = self._whole(family, target, row, rows)
+            whole = self._whole(family, target, row)
             if whole:
                 key = family.key(target)
                 silent = self._is_silent(family, target)
-                made[key] = self._tensor(family, key, whole, silent=silent)
+                made[key] = self._tensor(family, target, whole, silent=silent)
                 if self._is_one(family, target, key):
                     made[key] = graph.shift(graph.scale(made[key], 0.0), 1.0)
         return made
+
+    def _places(
+        self, family: Family, values: tuple[int, ...]
+    ) -> list[tuple[tuple[int, ...], float]]:
+        """Where a source tensor goes: indices of the result, each with a coefficient."""
+        after: list[Sequence[tuple[int, float]]] = []
+        for index, value in zip(family.indices, values, strict=True):
+            m = self._change.layers.get(index)
+            after.append(((value, 1.0),) if m is None else self._columns(m)[value])
+        found: list[tuple[tuple[int, ...], float]] = []
+        # Layers come first: which experts there are may differ from one to another.
+        for row in itertools.product(*after):
+            here = self._here(self._layer(family, tuple(i for i, _ in row)))
+            places: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
+            for index, (i, coefficient) in zip(family.indices, row, strict=True):
+                m = self._index_map(family, index, here)
+                options: Sequence[tuple[int, float]] = ((i, coefficient),)
+                if m is not None and index not in self._change.layers:
+                    options = self._columns(m)[i]
+                places = [((*t, j), c * d) for t, c in places for j, d in options]
+            found += places
+        return found
+
+    def _layer(self, family: Family, target: tuple[int, ...]) -> Layer | None:
+        """The layer of the result that a tensor is in."""
+        depths = self._model.architecture.depth_axes
+        return next(
+            (at for at in zip(family.indices, target, strict=True) if at[0] in depths), None
+        )
+
+    def _here(self, layer: Layer | None) -> _Here:
+        """The maps of a layer of the result."""
+        change = None if layer is None else self._change.by_layer.get(layer)
+        if change is None:
+            return self._everywhere
+        if change not in self._by_change:
+            fills = {**self._change.fills, **change.fills}
+            self._by_change[change] = _Here(self._maps.of_layer(change.pairs), fills)
+        return self._by_change[change]
 
     def _check_first(self, family: Family) -> None:
         """Refuse copies of a first layer that lacks what the others have.
@@ -197,13 +248,13 @@ class Remapping:
             if key.endswith(end) and key.removesuffix(end) + name not in targets
         }
 
-    def _index_map(self, family: Family, index: str) -> AxisMap | None:
+    def _index_map(self, family: Family, index: str, here: _Here) -> AxisMap | None:
         if index in self._change.layers:
             return self._change.layers[index]
         expression = family.index_expression(index)
         if isinstance(expression, Name) and expression.name not in self._model.sizes:
             return None
-        return self._maps.of(expression, "out")
+        return here.maps.of(expression, "out")
 
     def _columns(self, m: AxisMap) -> list[list[tuple[int, float]]]:
         """Source index -> (result index, coefficient).
@@ -244,16 +295,15 @@ class Remapping:
         ]
 
     def _whole(
-        self,
-        family: Family,
-        target: tuple[int, ...],
-        row: list[tuple[float, str]],
-        rows: Mapping[int, AxisMap],
+        self, family: Family, target: tuple[int, ...], row: list[tuple[float, str]]
     ) -> tuple[tuple[float, str], ...]:
         """The row of one result tensor, if the layers that it mixes all have it."""
         # Fewer parts than the maps have members: some of the layers lack the tensor, and a mean of
         # the others would be of another kind of layer.
-        expected = math.prod(max(1, len(m.members(target[i]))) for i, m in rows.items())
+        here, expected = self._here(self._layer(family, target)), 1
+        for index, i in zip(family.indices, target, strict=True):
+            m = self._index_map(family, index, here)
+            expected *= 1 if m is None else max(1, len(m.members(i)))
         for at, index in enumerate(family.indices):
             depth = self._model.architecture.depth.get(index, Depth())
             if depth.first and index in self._change.layers:
@@ -275,27 +325,29 @@ class Remapping:
     def _tensor(
         self,
         family: Family,
-        target: str,
+        target: tuple[int, ...],
         row: tuple[tuple[float, str], ...],
         *,
         silent: bool = False,
     ) -> LinearForm:
+        key, here = family.key(target), self._here(self._layer(family, target))
+        fill = self._fill(family, here)
         forms = [(value, self._plan.targets[key]) for value, key in row]
         if family.rule.kind == "buffer":
             return forms[0][1]
         if silent:
             forms = [(0.0, forms[0][1])]
         blended = forms[0][1] if forms[0][0] == 1.0 and len(forms) == 1 else graph.combine(forms)
-        dims = [self._map(family, dim, target) for dim in family.dims]
-        factor = self._factor(family, row[0][1], target)
+        dims = [self._map(family, dim, key, here) for dim in family.dims]
+        factor = self._factor(family, row[0][1], key, fill)
         changes = any(m is not None for m in dims) or blended is not forms[0][1] or factor != 1.0
         if changes and not blended.spec.is_float:
             raise PlanError(
                 f"{row[0][1]}: dtype {blended.spec.dtype} can't be averaged or scaled",
                 hint="dequantise the checkpoint, or save it in a float dtype",
             )
-        offset = self._offset(family, target)
-        is_compensated = factor != 1.0 or self._feeds(target) is not None or self._fill(family)
+        offset = self._offset(family, key)
+        is_compensated = factor != 1.0 or self._feeds(key) is not None or fill is not None
         if not offset or not is_compensated:
             return graph.scale(graph.map_dims(blended, dims), factor)
         # The gain of the norm is offset + weight (gemma: 1 + weight). What compensates it is meant
@@ -313,17 +365,19 @@ class Remapping:
         """The tied head that reads what the tensor `key` of the result makes."""
         return next((tied for tied in self._tied if tied.feeds(key, self._last)), None)
 
-    def _fill(self, family: Family) -> NormCompensation | None:
+    def _fill(self, family: Family, here: _Here) -> NormCompensation | None:
         """How a norm is compensated for zero units."""
         if family.rule.norm is None or len(family.dims) != 1:
             return None
         expression = family.dims[0].expression
-        return self._change.fills.get(expression.name) if isinstance(expression, Name) else None
+        return here.fills.get(expression.name) if isinstance(expression, Name) else None
 
-    def _factor(self, family: Family, source: str, key: str) -> float:
+    def _factor(
+        self, family: Family, source: str, key: str, fill: NormCompensation | None
+    ) -> float:
         """Factor on a tensor of the result, for what the maps alone would change."""
         if self._change.rule == "reference":
-            if not self._change.pairs:
+            if not self._change.pairs and not self._change.by_layer:
                 return 1.0
             shares = any(tied.is_head(key) for tied in self._tied)
             is_embedding = family.rule.kind == "embedding" or shares
@@ -335,7 +389,6 @@ class Remapping:
         for patterns, extra in self._change.factors:
             if first_match(patterns, source) is not None:
                 product *= extra
-        fill = self._fill(family)
         if fill is not None and is_gain(key):
             product *= fill.gain
         for head in self._model.tied_heads:
@@ -369,14 +422,14 @@ class Remapping:
                 product *= self._ratio(factor)
         return product
 
-    def _map(self, family: Family, dim: DimSpec, key: str) -> AxisMap | None:
+    def _map(self, family: Family, dim: DimSpec, key: str, here: _Here) -> AxisMap | None:
         if dim.expression is None:
             return None
-        fill = self._fill(family)
+        fill = self._fill(family, here)
         role = self._role(dim.role, key)
         if fill is not None and role == "out":
             return fill.map
-        m = self._maps.of(dim.expression, role)
+        m = here.maps.of(dim.expression, role)
         if m is not None and role == "keep" and not self._is_stack(dim):
             raise ArchitectureError(
                 f"{family.name}: {dim.text} is resized, but its dimension has no role in the spec"

@@ -273,3 +273,15 @@ layer = "depth"
 """
     with pytest.raises(ArchitectureError, match=r"toy\.toml: group is a group, expected '=heads"):
         _ = registry.parse(text, name="toy").shared_heads
+
+
+def test_query_heads_may_change_places_alone() -> None:
+    swapped = BlockMap((((1, 1.0),), ((0, 1.0),), ((2, 1.0),), ((3, 1.0),)), 4)
+    sizes = {"heads": 4, "kv_heads": 2, "q_group": 2, "d": 3}
+    dims = DimMaps(SPEC, {"heads": maps.pair_of(swapped)}, sizes, sizes)
+    m = dims.of(parse_expression("q"), "out")
+    assert m is not None
+    assert torch.equal(
+        maps.to_matrix(m, like=F64), maps.to_matrix(maps.kron(swapped, maps.identity(3)), like=F64)
+    )
+    assert dims.of(parse_expression("kv"), "out") is None

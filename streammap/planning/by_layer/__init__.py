@@ -1,0 +1,1 @@
+"""Maps that differ from layer to layer."""
