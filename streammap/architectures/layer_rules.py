@@ -84,6 +84,7 @@ def holding(depth: Depth, rule: LayerRule, config: Config, n_layers: int) -> lis
     allowed = _allowed(depth, rule, config, n_layers)
     return [
         ((i - offset) % every == 0 and i < before and allowed[i])
+        or (rule.first and i == 0)
         or (rule.last and i == n_layers - 1)
         for i in range(n_layers)
     ]

@@ -211,6 +211,8 @@ class LayerRule:
     """At these layers."""
     where: ConfigField | None = None
     """Where another list has an entry that is true, or names the layer; everywhere without it."""
+    first: bool = False
+    """And at layer 0, whatever else is said."""
     last: bool = False
     """And at the last layer, even if the list says otherwise."""
     yes: Entry = ""
