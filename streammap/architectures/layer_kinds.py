@@ -260,12 +260,18 @@ def _counted(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[
 
 def _periodic(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[list[str]]:
     """Of each period, whether a layer is at it."""
-    return [
-        [f"{'at' if _in_period(period, config, i) else 'off'} {field}" for i in range(n_layers)]
-        for period in depth.periods
-        if layer_rules.number(period[0], config) is not None
-        and (field := layer_rules.field_of(period[0], config)) is not None
-    ]
+    facts = []
+    for period in depth.periods:
+        every = layer_rules.number(period[0], config)
+        if every is not None:
+            word = layer_rules.field_of(period[0], config) or f"every {every}"
+            facts.append(
+                [
+                    f"{'at' if _in_period(period, config, i) else 'off'} {word}"
+                    for i in range(n_layers)
+                ]
+            )
+    return facts
 
 
 def _in_period(period: tuple[Numbers, ...], config: Mapping[str, object], i: int) -> bool:
