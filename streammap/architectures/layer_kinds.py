@@ -115,8 +115,9 @@ def _follow_numbers(
         layer_rules.check(depth, before, field)
         old = layer_rules.numbers(depth, before, field, n_before)
         if old is not None:
-            named = frozenset(old)
-            config_fields.set_field(config, field, [i for i, j in enumerate(sources) if j in named])
+            named, start = frozenset(old), 1 if field in depth.from_one else 0
+            new = [i + start for i, j in enumerate(sources) if j in named]
+            config_fields.set_field(config, field, new)
 
 
 def _follow_marks(

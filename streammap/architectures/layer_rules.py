@@ -59,7 +59,8 @@ def numbers(depth: Depth, config: Config, field: str, n_layers: int) -> list[int
     """The layers that a list of numbers names, listed or derived; an empty list names none."""
     listed, rule = config_fields.field_value(config, field), rule_of(depth, field)
     if isinstance(listed, list):
-        return [n for n in listed if isinstance(n, int)]
+        start = 1 if field in depth.from_one else 0
+        return [n - start for n in listed if isinstance(n, int)]
     if rule is None or listed is not None:
         return None
     if rule.layers:

@@ -239,6 +239,8 @@ class Depth:
     """One entry a layer."""
     index_lists: tuple[ConfigField, ...] = ()
     """Numbers of layers."""
+    from_one: tuple[ConfigField, ...] = ()
+    """Those of `index_lists` whose numbers begin with 1."""
     marks: tuple[ConfigField, ...] = ()
     """Numbers of layers whose outputs are read, each by tensors of its own."""
     states: tuple[Numbers, ...] = ()
