@@ -71,7 +71,7 @@ def follow(
         # of the same kind.
         for i, j in enumerate(sources):
             if _in_period(period, config, i) != _in_period(period, config, j):
-                name = layer_rules.field_of(period[0], config)
+                name = layer_rules.field_of(period[0], config) or "model_type"
                 raise PlanError(
                     f"{what} {i} would come from {j}, but config.json's {name} "
                     f"({layer_rules.number(period[0], config)}) makes them two kinds",
