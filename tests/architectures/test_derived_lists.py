@@ -104,7 +104,11 @@ def leave_out(raw: dict[str, object], depth: Depth, n_layers: int) -> None:
     for field in (*depth.lists, *depth.index_lists):
         listed = config_fields.field_value(raw, field)
         if field not in derived and isinstance(listed, list):
-            fits = len(listed) == n_layers if field in depth.lists else max(listed, default=-1) < n_layers
+            fits = (
+                len(listed) == n_layers
+                if field in depth.lists
+                else max(listed, default=-1) < n_layers
+            )
             if not fits:
                 config_fields.delete_field(raw, field)
 

@@ -63,9 +63,7 @@ def load(model: TinyModel, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(("arch", "model"), list(models()))
-def test_both_layouts_of_experts_are_one_model(
-    tmp_path: Path, arch: str, model: TinyModel
-) -> None:
+def test_both_layouts_of_experts_are_one_model(tmp_path: Path, arch: str, model: TinyModel) -> None:
     tiny = square(model)
     save_both(tiny, tmp_path)
     states = []
