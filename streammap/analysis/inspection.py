@@ -1,9 +1,9 @@
 """Describe a checkpoint: spec, sizes, files, and how each key matched."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
-from streammap.architectures import adapters, quantization
+from streammap.architectures import adapters, axis_facts, quantization
 from streammap.architectures.key_pattern import INDEX
 from streammap.architectures.layer_kinds import LayerKind
 from streammap.architectures.model import Family
@@ -74,6 +74,8 @@ class Inspection:
     layer_kinds: Mapping[str, tuple[str, ...]]
     """Depth axis -> its kinds of layers, "0-2: before first_k_dense_replace 3"."""
     patterns: tuple[Pattern, ...]
+    expert_layouts: Mapping[str, str] = field(default_factory=dict)
+    """Axis of experts -> how the files have them: "one by one", "stacked"."""
     wrappers: tuple[str, ...] = ()
     """What wrappers wrote into the keys of its files: "_orig_mod. (torch.compile)"."""
     notes: tuple[str, ...] = ()
@@ -100,7 +102,9 @@ class Inspection:
             yield "", self.hint
         by_kind: dict[str, list[str]] = {}
         for axis, size in self.sizes.items():
-            by_kind.setdefault(self.axes.get(axis, "frozen"), []).append(f"{axis} {size}")
+            layout = self.expert_layouts.get(axis)
+            shown = f"{axis} {size}" + (f" ({layout})" if layout else "")
+            by_kind.setdefault(self.axes.get(axis, "frozen"), []).append(shown)
         for kind, sizes in by_kind.items():
             yield _AXES[kind], ", ".join(sizes)
         for axis, kinds in self.layer_kinds.items():
@@ -131,12 +135,18 @@ def inspect(plan: Plan) -> Inspection:
     problem, hint, sizes, tied, architecture = None, None, {}, False, None
     axes: dict[str, str] = {}
     layer_kinds: dict[str, tuple[str, ...]] = {}
+    expert_layouts: dict[str, str] = {}
     patterns: tuple[Pattern, ...] = ()
     try:
         model = plan.model
         architecture, sizes, tied = model.architecture.name, dict(model.sizes), model.tied
         patterns = tuple(_pattern(plan, family) for family in model.families)
         axes = {name: axis.kind for name, axis in model.architecture.axes.items()}
+        expert_layouts = {
+            axis: layout
+            for axis, kind in axes.items()
+            if kind == "expert" and (layout := axis_facts.expert_layout(model, axis))
+        }
         found = {axis: _runs(model.kinds(axis)) for axis in model.architecture.depth_axes}
         layer_kinds = {axis: kinds for axis, kinds in found.items() if len(kinds) > 1}
     except ArchitectureError as error:
@@ -166,6 +176,7 @@ def inspect(plan: Plan) -> Inspection:
         axes=axes,
         layer_kinds=layer_kinds,
         patterns=patterns,
+        expert_layouts=expert_layouts,
         wrappers=plan.sources[0].wrappers,
         notes=plan.sources[0].notes,
         by_layer=tuple(dict.fromkeys(axis for level in plan.levels for axis in level.by_layer)),

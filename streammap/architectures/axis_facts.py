@@ -31,6 +31,19 @@ def is_expert(spec: Architecture, axis: str) -> bool:
     return axis in spec.axes and spec.axes[axis].kind == "expert"
 
 
+def expert_layout(model: Model, axis: str) -> str:
+    """How a checkpoint has its experts: "one by one", "stacked"; "" where the axis has none.
+
+    transformers stacks in memory what published files mostly have one by one. The keys tell.
+    """
+    own = [family for family in model.families if axis in axes_of(model, family)]
+    if any(axis in family.indices for family in own):
+        return "one by one"
+    if any(_is_stack(model, family, axis) for family in own):
+        return "stacked"
+    return ""
+
+
 def normed_axes(model: Model) -> frozenset[str]:
     """Axes over which a norm takes its mean: their units must be copied equally often."""
     spec = model.architecture
@@ -83,6 +96,13 @@ def lying(model: Model, axis: str) -> Lying:
             shared = shared or f"all layers read {family.key(min(family.members))}"
         found |= {(depth, layer) for layer in there}
     return Lying(tuple(sorted(found)), shared)
+
+
+def _is_stack(model: Model, family: Family, axis: str) -> bool:
+    """Whether tensors hold weights of all experts: a router has their number alone."""
+    spec = model.architecture
+    there = [spec.axes_in(dim.expression) for dim in family.dims if dim.expression is not None]
+    return len(family.dims) > 2 or any(axis in axes and len(axes) > 1 for axes in there)
 
 
 def _with_heads(model: Model, axes: Iterable[str]) -> set[str]:

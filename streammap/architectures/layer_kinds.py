@@ -71,7 +71,7 @@ def follow(
         # of the same kind.
         for i, j in enumerate(sources):
             if _in_period(period, config, i) != _in_period(period, config, j):
-                name = layer_rules.field_of(period[0], config)
+                name = layer_rules.field_of(period[0], config) or "model_type"
                 raise PlanError(
                     f"{what} {i} would come from {j}, but config.json's {name} "
                     f"({layer_rules.number(period[0], config)}) makes them two kinds",
@@ -115,8 +115,9 @@ def _follow_numbers(
         layer_rules.check(depth, before, field)
         old = layer_rules.numbers(depth, before, field, n_before)
         if old is not None:
-            named = frozenset(old)
-            config_fields.set_field(config, field, [i for i, j in enumerate(sources) if j in named])
+            named, start = frozenset(old), 1 if field in depth.from_one else 0
+            new = [i + start for i, j in enumerate(sources) if j in named]
+            config_fields.set_field(config, field, new)
 
 
 def _follow_marks(
@@ -260,12 +261,18 @@ def _counted(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[
 
 def _periodic(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[list[str]]:
     """Of each period, whether a layer is at it."""
-    return [
-        [f"{'at' if _in_period(period, config, i) else 'off'} {field}" for i in range(n_layers)]
-        for period in depth.periods
-        if layer_rules.number(period[0], config) is not None
-        and (field := layer_rules.field_of(period[0], config)) is not None
-    ]
+    facts = []
+    for period in depth.periods:
+        every = layer_rules.number(period[0], config)
+        if every is not None:
+            word = layer_rules.field_of(period[0], config) or f"every {every}"
+            facts.append(
+                [
+                    f"{'at' if _in_period(period, config, i) else 'off'} {word}"
+                    for i in range(n_layers)
+                ]
+            )
+    return facts
 
 
 def _in_period(period: tuple[Numbers, ...], config: Mapping[str, object], i: int) -> bool:

@@ -59,7 +59,8 @@ def numbers(depth: Depth, config: Config, field: str, n_layers: int) -> list[int
     """The layers that a list of numbers names, listed or derived; an empty list names none."""
     listed, rule = config_fields.field_value(config, field), rule_of(depth, field)
     if isinstance(listed, list):
-        return [n for n in listed if isinstance(n, int)]
+        start = 1 if field in depth.from_one else 0
+        return [n - start for n in listed if isinstance(n, int)]
     if rule is None or listed is not None:
         return None
     if rule.layers:
@@ -84,6 +85,7 @@ def holding(depth: Depth, rule: LayerRule, config: Config, n_layers: int) -> lis
     allowed = _allowed(depth, rule, config, n_layers)
     return [
         ((i - offset) % every == 0 and i < before and allowed[i])
+        or (rule.first and i == 0)
         or (rule.last and i == n_layers - 1)
         for i in range(n_layers)
     ]

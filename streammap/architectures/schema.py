@@ -211,6 +211,8 @@ class LayerRule:
     """At these layers."""
     where: ConfigField | None = None
     """Where another list has an entry that is true, or names the layer; everywhere without it."""
+    first: bool = False
+    """And at layer 0, whatever else is said."""
     last: bool = False
     """And at the last layer, even if the list says otherwise."""
     yes: Entry = ""
@@ -237,6 +239,8 @@ class Depth:
     """One entry a layer."""
     index_lists: tuple[ConfigField, ...] = ()
     """Numbers of layers."""
+    from_one: tuple[ConfigField, ...] = ()
+    """Those of `index_lists` whose numbers begin with 1."""
     marks: tuple[ConfigField, ...] = ()
     """Numbers of layers whose outputs are read, each by tensors of its own."""
     states: tuple[Numbers, ...] = ()

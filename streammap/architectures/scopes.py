@@ -165,7 +165,10 @@ class SpecScope:
     def heads(self) -> tuple[LMHead, ...]:
         """The head, if there is one."""
         head = self.tables.head
-        return () if head is None else (replace(head, path=self._path),)
+        if head is None:
+            return ()
+        scaled = head.scale is not None and head.scale.expression != Number(1)
+        return (replace(head, path=self._path, scale=head.scale if scaled else None),)
 
     @property
     def experts(self) -> dict[str, Experts]:

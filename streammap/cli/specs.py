@@ -15,13 +15,22 @@ if TYPE_CHECKING:
     from streammap.tools.spec_proof.checks import ProofReport
 
 
-@click.command(cls=Command, examples=("architectures",))
+@click.command(cls=Command, examples=("architectures", "architectures --coverage"))
+@option(
+    "--coverage",
+    "counts",
+    is_flag=True,
+    help="Count transformers' model types by task, and say why some have no spec.",
+)
 @json_option
-def architectures(as_json: bool) -> None:
-    """List the supported model types, and which growth is exact for each."""
-    from streammap.analysis import architectures_table
+def architectures(counts: bool, as_json: bool) -> None:
+    """List the supported model types, and which growth is exact for each.
 
-    table = architectures_table.listing()
+    --coverage needs transformers: pip install transformers.
+    """
+    from streammap.analysis import architectures_table, coverage
+
+    table = coverage.coverage() if counts else architectures_table.listing()
     click.echo(json.dumps(table.as_json(), indent=2) if as_json else str(table))
 
 

@@ -153,6 +153,11 @@ def _of_layers(
             i, j = moved
             why = spec.numbered[axis].why
             return "approximate", f"{axis_words.shown(spec, axis)} {j} becomes {i}: {why}"
+        if any(axis in spec.axes_in(f.expression) for _, f in spec.forward_scale):
+            return (
+                "exact",
+                f"new {layers} are zero-initialised, the others make up for their number",
+            )
         return "bit-exact", f"new {layers} are zero-initialised (identity)"
     if grows:
         return "approximate", "copied layers are run twice: depth growth by copying is not exact"

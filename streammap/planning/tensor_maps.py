@@ -86,8 +86,10 @@ def writes(family: Family, hidden: tuple[str, ...]) -> bool:
     """
     spans = [dim.expression for dim in family.dims if dim.role == "out"]
     makes = any(isinstance(e, Name) and e.name in hidden for e in spans)
-    reads = any(dim.role == "in" for dim in family.dims)
     is_bias = family.name.endswith("bias") and family.rule.kind != "norm"
+    # What a linear reads may be of no axis.
+    is_linear = family.rule.kind in ("linear", "conv1d", "conv")
+    reads = is_linear or any(dim.role == "in" for dim in family.dims)
     return makes and family.rule.kind != "embedding" and (reads or is_bias)
 
 
@@ -97,6 +99,19 @@ class _Here:
 
     maps: DimMaps
     fills: Mapping[str, NormCompensation]
+
+
+def _names_of(model: Model, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """These axes, and the aliases that stand for one of them alone."""
+    aliases = model.architecture.aliases
+    names = list(axes)
+    for _ in aliases:  # an alias may stand for another alias
+        names += (
+            alias
+            for alias, value in aliases.items()
+            if isinstance(value, Name) and value.name in names and alias not in names
+        )
+    return tuple(names)
 
 
 class Remapping:
@@ -118,7 +133,7 @@ class Remapping:
         self._last = {
             axis: sizes[axis] - 1 for axis in model.architecture.depth_axes if axis in sizes
         }
-        self._hidden = model.architecture.spaces.get("hidden", ())
+        self._hidden = _names_of(model, model.architecture.spaces.get("hidden", ()))
         self._inverted: dict[int, tuple[AxisMap, list[list[tuple[int, float]]]]] = {}
         """By identity; the map is kept, so that no other one gets its id."""
         self.n_after = 0

@@ -40,6 +40,7 @@ KNOWN = {
     "_heterogeneity_spec": "from per_layer_config, which is a table of the spec",
     "full_attn_idxs": "made where it is missing, and read for layer_types only",
     "moe_layer_end_index": "-1 is the last layer, before and after",
+    "final_w_init_variance_scale": "for models that are trained from scratch",
     "attention_layers": "always built from attention_types",
 }
 """What changes with the number of layers without being a list of the spec."""
@@ -89,11 +90,27 @@ def draws(model: TinyModel) -> Iterator[tuple[dict[str, object], dict[str, int],
             depth = spec.depth.get(axis, Depth())
             for rule in depth.derived:
                 vary(raw, rule.list, rng)
+            leave_out(raw, depth, n_layers[axis])
             offsets = [period[1] for period in depth.periods if len(period) > 1]
             for sources in numbers_of(depth):
                 values = OFFSETS if sources in offsets else NUMBERS
                 put(raw, layer_rules.field_of(sources, raw), rng.choice((ABSENT, *values)))
         yield raw, n_layers, spec_of(raw)
+
+
+def leave_out(raw: dict[str, object], depth: Depth, n_layers: int) -> None:
+    """Take out what is listed for another number of layers, and not derived."""
+    derived = {rule.list for rule in depth.derived}
+    for field in (*depth.lists, *depth.index_lists):
+        listed = config_fields.field_value(raw, field)
+        if field not in derived and isinstance(listed, list):
+            fits = (
+                len(listed) == n_layers
+                if field in depth.lists
+                else max(listed, default=-1) < n_layers
+            )
+            if not fits:
+                config_fields.delete_field(raw, field)
 
 
 def vary(raw: dict[str, object], field: str, rng: random.Random) -> None:

@@ -51,6 +51,7 @@ def test_a_list_that_is_none_is_left_alone(value: object) -> None:
 
 
 SLIDING = LayerRule("types", every=("pattern", 3), offset=(-1,), yes="f", no="s")
+OFF_AT = ("off", "off", "at", "off")
 WINDOWS = LayerRule("types", before=("full", 2), yes="f", no="s")
 
 
@@ -235,6 +236,27 @@ def test_an_index_list_names_the_layers_that_come_from_named_ones() -> None:
     assert followed(depth, config, [1]) == {"dense": []}
     assert followed(depth, {"dense": []}, [0, 0]) == {"dense": []}
     assert followed(depth, {}, [0, 0]) == {}
+
+
+def test_numbers_of_layers_may_begin_with_one() -> None:
+    depth = Depth(index_lists=("full", "wide"), from_one=("full",))
+    config: Config = {"full": [1, 3], "wide": [0]}
+    assert layer_kinds.kinds(depth, config, 3) == layer_kinds.kinds(
+        Depth(index_lists=("full", "wide")), {"full": [0, 2], "wide": [0]}, 3
+    )
+    assert followed(depth, config, [0, 0, 1, 2]) == {"full": [1, 2, 4], "wide": [0, 1]}
+
+
+def test_the_first_layer_may_be_as_a_rule_says_though_its_number_does_not() -> None:
+    depth = Depth(lists=("types",), derived=(replace(SLIDING, first=True),))
+    assert layer_kinds.kinds(depth, {}, 4) == tuple((f"types {t}",) for t in "fsfs")
+
+
+def test_a_period_may_be_a_number_that_no_field_has() -> None:
+    depth = Depth(periods=(((3,), (2,)),))
+    assert layer_kinds.kinds(depth, {}, 4) == tuple((f"{w} every 3",) for w in OFF_AT)
+    with pytest.raises(PlanError, match="model_type"):
+        followed(depth, {}, [0, 2, 1])
 
 
 def test_a_prefix_count_counts_the_leading_layers_of_its_kind() -> None:

@@ -55,6 +55,7 @@ def build(model: TinyModel, folder: Path, *, seed: int = 0) -> None:
             net = kind._from_config(
                 kind.config_class(**model.config), dtype=torch.float64, **_EAGER
             )
+            _widen(net)
             _randomize(net)
             net.save_pretrained(folder)
 
@@ -158,10 +159,17 @@ def _load(folder: Path, model: TinyModel) -> _Net:
     wrong = [f"{what}: {some(sorted(map(str, keys)))}" for what, keys in found.items() if keys]
     if wrong:
         raise PlanError("; ".join(wrong))
-    for _, x in (*net.named_parameters(), *net.named_buffers()):
-        # At the same alignment sums are the same to the last bit, wherever the file has them.
-        x.data = x.data.clone()
+    _widen(net)
     return net.eval()
+
+
+def _widen(net: _Net) -> None:
+    """Copies of all numbers, in float64 even where a class makes torch.FloatTensor.
+
+    At the same alignment sums are the same to the last bit, wherever the file has them.
+    """
+    for _, x in (*net.named_parameters(), *net.named_buffers()):
+        x.data = x.data.double() if x.dtype is torch.float32 else x.data.clone()
 
 
 def _class_of(model: TinyModel) -> _NetClass:
