@@ -24,6 +24,16 @@ models:
   - model: {a}
     parameters: {{weight: 0.3}}
 """
+_THREE = """merge_method: linear
+dtype: bfloat16
+models:
+  - model: {a}
+    parameters: {{weight: [{{filter: mlp, value: [0.2, 0.5]}}, {{value: 0.4}}]}}
+  - model: {b}
+    parameters: {{weight: 0.4}}
+  - model: {c}
+    parameters: {{weight: 0.2}}
+"""
 _TWICE = """merge_method: passthrough
 dtype: bfloat16
 slices:
@@ -40,6 +50,7 @@ with safe_open(sys.argv[1], "pt") as one, safe_open(sys.argv[2], "pt") as two:
 """
 PAIRS = (
     ("linear blend", "mergekit linear", "streammap interpolate"),
+    ("linear blend of 3", "mergekit linear of 3", "streammap blend recipe.yml"),
     ("depth x 2", "mergekit passthrough", "streammap decoalesce --depth 2"),
     ("GPT-2 medium", "original's way, dense", "streammap map --opt C"),
 )
@@ -63,24 +74,29 @@ def mergekit(folder: Path) -> Path | None:
 
 
 def merges(kit: Path, folder: Path, *, quick: bool) -> dict[str, Command]:
-    """mergekit's runs and streammap's, on two Llamas."""
+    """mergekit's runs and streammap's, on two Llamas, and on three."""
     size = 0.2e9 if quick else 1.5e9
     model = models.llama_of(size, largest=size / 12)
-    a, b = (models.make(folder / n, model, seed=i) for i, n in enumerate("ab"))
-    sources, out = [models.weights(path)[0] for path in (a, b)], folder / "out"
+    a, b, c = (models.make(folder / n, model, seed=i) for i, n in enumerate("abc"))
+    three = [models.weights(path)[0] for path in (a, b, c)]
+    sources, out = three[:2], folder / "out"
     nbytes = models.nbytes(model)
     flags = (out, "--no-copy-tokenizer", "--no-write-model-card", "--quiet")
     made = {}
     for title, text, more in (
         ("mergekit linear", _LINEAR, ()),
+        ("mergekit linear of 3", _THREE, ()),
         ("mergekit passthrough", _TWICE, ("--clone-tensors",)),
     ):
         config = folder / f"{title.replace(' ', '-')}.yml"
-        config.write_text(text.format(a=a, b=b, n=model.layers))
-        made[title] = Command((kit, config, *flags, *more), (out,), sources, 2 * nbytes)
+        config.write_text(text.format(a=a, b=b, c=c, n=model.layers))
+        read = three if text == _THREE else sources
+        made[title] = Command((kit, config, *flags, *more), (out,), read, 2 * nbytes)
     end = ("--no-fsync", "--quiet")
     blend = (*STREAMMAP, "interpolate", a, b, out, "--alpha", 0.3, *end)
     deepen = (*STREAMMAP, "decoalesce", a, out, "--depth", 2, *end)
+    recipe = (*STREAMMAP, "blend", folder / "mergekit-linear-of-3.yml", "-o", out, *end)
+    made["streammap blend recipe.yml"] = Command(recipe, (out,), three, nbytes)
     made["streammap interpolate"] = Command(blend, (out,), sources, nbytes)
     made["streammap decoalesce --depth 2"] = Command(deepen, (out,), sources[:1], 2 * nbytes)
     return made

@@ -34,6 +34,7 @@ lazy = {
     "interpolate": lambda: big.interpolate(big.coalesce(width=2).decoalesce(), alpha=0.5),
     "cast": lambda: big.convert(dtype="float16"),
     "tokens": lambda: big.convert(vocab_multiple=64, vocab_rows="normal"),
+    "blend": lambda: big.blend(*(streammap.open(folder) for _ in range(9))),
 }[what]()
 report = lazy.save(folder + "-" + what, fsync=False, overwrite=True, **options)
 print(json.dumps([report.peak_nbytes - before, report.planned_nbytes, report.peak_nbytes]))
@@ -146,6 +147,18 @@ def test_decoding_stays_in_the_budget(tmp_path: Path, kind: str, memory: str, th
     assert size > 120 * MIB
     added, planned, _ = run(tmp_path / "big", "copy", memory=memory, threads=threads)
     assert added <= planned <= int(memory.removesuffix("MiB")) * MIB
+
+
+def test_a_blend_of_ten_stays_in_32_mib(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "big", vocab=50_000, dtype="BF16")
+    added, planned, _ = run(tmp_path / "big", "blend", memory="32MiB")
+    assert added <= planned <= 32 * MIB
+
+
+@pytest.mark.slow
+def test_a_blend_of_ten_of_12_004_tensors_is_counted(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "many", vocab=64, layers=1000, embed=16)
+    check_many(tmp_path / "many", "blend", "64MiB")
 
 
 def least_of(error: object) -> str:

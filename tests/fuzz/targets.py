@@ -29,6 +29,7 @@ from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import dcp_chunks, dcp_metadata, safetensors_header
 from streammap.io.formats.safetensors_header import Slot
 from streammap.operators import request_json
+from streammap.operators.recipes import mergekit
 from streammap.output import journal
 from streammap.output.fingerprint import Fingerprint
 from streammap.planning import (
@@ -209,6 +210,41 @@ def _config(data: bytes, folder: Path) -> None:
 def _config_seeds() -> list[bytes]:
     found = [{"model": name, "config": dict(cases()[name].config)} for name in MODELS]
     return [json.dumps(one).encode() for one in found]
+
+
+_RECIPE_WORDS = (
+    *("merge_method: linear", "models:", "- model: a", "slices:", "- sources:", "base_model: b"),
+    *("  parameters: {weight: [0, 1]}", "    layer_range: [0, 2]", "dtype: bfloat16", "&a [*a]"),
+    *("? [1]", "!!python/name:os.system", "1e999", "{filter: mlp, value: 0.5}", "true", "- ", ": "),
+)
+
+
+def _recipe(data: bytes, folder: Path) -> None:
+    with contextlib.suppress(StreammapError):
+        recipe = mergekit.read(_file(folder, "recipe.yml", data))
+        plans = [_known("llama") for _ in (*recipe.models, recipe.base)]
+        base = None if recipe.base is None else plans.pop()
+        with _refused():
+            plans[0].apply(recipe.operator(plans[1 : len(recipe.models)], base))
+
+
+def _recipe_seeds() -> list[bytes]:
+    weights = {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 0.5}]}
+    found: list[object] = [
+        {"merge_method": "linear", "models": [{"model": m, "parameters": weights} for m in "ab"]},
+        {
+            "merge_method": "passthrough",
+            "slices": [{"sources": [{"model": "a", "layer_range": [0, 2]}]}] * 2,
+            "dtype": "bfloat16",
+        },
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": "b",
+            "models": [{"model": "a", "parameters": {"weight": 0.5}}],
+            "parameters": {"lambda": 0.7, "normalize": True},
+        },
+    ]
+    return [json.dumps(one, indent=1).encode() for one in found]
 
 
 def _scheme(data: bytes, folder: Path) -> None:
@@ -617,6 +653,7 @@ TARGETS = {
     "header": Target(_header, _header_seeds, _mutated_header),
     "index": Target(_index, _index_seeds, mutate.json_text),
     "config": Target(_config, _config_seeds, mutate.json_text),
+    "recipe": Target(_recipe, _recipe_seeds, mutate.lines(_RECIPE_WORDS)),
     "scheme": Target(_scheme, _scheme_seeds, mutate.json_text),
     "request": Target(_request, _request_seeds, mutate.raw),
     "map": Target(_map, _map_seeds, _mutated_map),

@@ -228,7 +228,7 @@ def test_a_blend_is_one_step_of_a_chain(four: list[Path], tmp_path: Path) -> Non
         (["--lambda", "2"], "--lambda needs --base"),
         (["--weights", "1,-1", "--normalize"], "add up to 0"),
         (["--weights", "1e999,1"], "a number beyond"),
-        (["--method", "ties"], "no method 'ties'"),
+        (["--method", "sce"], "no method 'sce'"),
         (["--scale", "2"], "linear has no parameter scale"),
         (["--slices", "[[0, 0, 9]]"], "layers 0 to 9 of m0, which has 4"),
         (["--slices", "[[2, 0, 1]]"], "source 2 in a slice"),
