@@ -296,6 +296,7 @@ def test_a_weight_that_is_missing_is_told(three: Path) -> None:
         ("[" * 3000, "x.yml"),
         ("a: 2024-13-45", "x.yml"),
         ("a: [1", "x.yml:1"),
+        ("a: \x0b", "not YAML"),
         ("? [a]\n: 1", "x.yml"),
         ("--- 1\n--- 2", "but found another document"),
     ],

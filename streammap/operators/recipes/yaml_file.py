@@ -33,9 +33,8 @@ def parse(content: bytes, where: str) -> object:
     """
     import yaml
 
-    loader = _loader(yaml)(content.decode("utf-8", "replace"))
     try:
-        value: object = loader.get_single_data()
+        value: object = yaml.load(content.decode("utf-8", "replace"), _loader(yaml))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = "" if mark is None else f":{mark.line + 1}"
@@ -46,8 +45,6 @@ def parse(content: bytes, where: str) -> object:
     except (ValueError, TypeError, OverflowError, AttributeError, KeyError) as error:
         # A date that is none, a number of thousands of digits, a list as a key.
         raise CheckpointError(f"{where}: {error}", hint=_HINT) from error
-    finally:
-        loader.dispose()
     return value
 
 
