@@ -43,8 +43,10 @@ _LOAD_NBYTES = 1200
 _PLACE_NBYTES, _ROW_NBYTES, _PAIR_NBYTES = 8, 56, 108
 """What is kept for a place in a large map, for a row, and for a pair of a row: maps of layers may
 have rows and pairs in common, or each their own."""
-_SEGMENT_NBYTES = 160
-"""The same for each member of its rows, of the few maps that a run is at work on."""
+_SEGMENT_NBYTES, _NUMBER_NBYTES = 160, 200
+"""What is kept for a segment of a map that has many, and for a unit that a program names."""
+MAX_SEGMENTS = MAX_NUMBERS = 2**17
+"""Of what is kept: a regular map has a few segments, an order of a layer's own as many as units."""
 _LARGE_MAP = 4096
 """Rows; the others are counted with their tensors."""
 CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
@@ -215,9 +217,10 @@ class _Needs:
         keys = [key for source in self._sources.values() for key in _keys(source)]
         letters = sum(map(len, keys))
         n_members = max((len(m.rows) * m.longest for m in self._large.values()), default=0)
-        maps_nbytes = _rows_nbytes(self._large.values()) + (
-            N_IRREGULAR * _SEGMENT_NBYTES * n_members
-        )
+        maps_nbytes = _rows_nbytes(self._large.values())
+        if not all(m.is_regular for m in self._large.values()):
+            n_segments = N_IRREGULAR * n_members + MAX_SEGMENTS
+            maps_nbytes += _SEGMENT_NBYTES * n_segments + _NUMBER_NBYTES * MAX_NUMBERS
         tensors_nbytes = self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
         return tensors_nbytes + maps_nbytes
 
