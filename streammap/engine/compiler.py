@@ -30,6 +30,8 @@ from streammap.planning.segments import Segment
 _ALIGN_NBYTES = 64
 _MAX_MOVES = 64
 _MAX_PROGRAMS = 1024
+_OP_WEIGHT = 8
+"""An operation with its views is as large as so many numbers."""
 _HALVES = ("BF16", "F16")
 
 
@@ -57,7 +59,7 @@ class Programs:
 
 
 def _n_numbers(made: Program) -> int:
-    return sum(1 + len(op.indices) + len(op.numbers) for op in made.ops)
+    return sum(_OP_WEIGHT + len(op.indices) + len(op.numbers) for op in made.ops)
 
 
 @final
