@@ -15,8 +15,9 @@ from dataclasses import replace
 from typing import final
 
 from streammap.common.ranges import Range
+from streammap.common.weighed_cache import WeighedCache
 from streammap.engine import group_sums, pullback
-from streammap.engine.memory import N_PLACES
+from streammap.engine.memory import MAX_NUMBERS, N_PLACES
 from streammap.engine.program import OUT, WORK, Op, OpKind, Program, Strip, View, contiguous
 from streammap.engine.pullback import Pullback
 from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
@@ -29,6 +30,8 @@ from streammap.planning.segments import Segment
 _ALIGN_NBYTES = 64
 _MAX_MOVES = 64
 _MAX_PROGRAMS = 1024
+_OP_WEIGHT = 8
+"""An operation with its views is as large as so many numbers."""
 _HALVES = ("BF16", "F16")
 
 
@@ -43,19 +46,20 @@ class Programs:
 
     def __init__(self) -> None:
         """None yet."""
-        self._programs: dict[object, Program] = {}
+        self._programs = WeighedCache[Program](
+            most=_MAX_PROGRAMS, heaviest=MAX_NUMBERS, weight=_n_numbers
+        )
 
     def of(self, recipe: Recipe, form_key: object, chunk_nbytes: int) -> Program:
         """The program of a recipe; `form_key` is that of its form."""
         if recipe.is_dense:  # each tile cuts its matrices at another place
             return program(recipe, chunk_nbytes)
         key = form_key, recipe.program_key
-        known = self._programs.get(key)
-        if known is None:
-            if len(self._programs) >= _MAX_PROGRAMS:
-                self._programs.clear()
-            known = self._programs[key] = program(recipe, chunk_nbytes)
-        return known
+        return self._programs.of(key, lambda: program(recipe, chunk_nbytes))
+
+
+def _n_numbers(made: Program) -> int:
+    return sum(_OP_WEIGHT + len(op.indices) + len(op.numbers) for op in made.ops)
 
 
 @final

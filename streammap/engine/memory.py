@@ -43,8 +43,12 @@ _LOAD_NBYTES = 1200
 _PLACE_NBYTES, _ROW_NBYTES, _PAIR_NBYTES = 8, 56, 108
 """What is kept for a place in a large map, for a row, and for a pair of a row: maps of layers may
 have rows and pairs in common, or each their own."""
-_SEGMENT_NBYTES = 160
-"""The same for each member of its rows, of the few maps that a run is at work on."""
+_SEGMENT_NBYTES, _NUMBER_NBYTES = 240, 250
+"""What is kept for a segment of a map that has many, and for a unit that a program names."""
+MAX_CALLS, _CALL_NBYTES = 2**12, 2500
+"""Calls that a worker keeps, bound to its buffers: an irregular map has thousands."""
+MAX_SEGMENTS = MAX_NUMBERS = 2**17
+"""Of what is kept: a regular map has a few segments, an order of a layer's own as many as units."""
 _LARGE_MAP = 4096
 """Rows; the others are counted with their tensors."""
 CLIENT_NBYTES: Mapping[Network, int] = {"none": 0, "ranges": 24 * 2**20, "files": 80 * 2**20}
@@ -98,7 +102,7 @@ class Memory:
     client_nbytes: int = 0
     """What a client for that network takes."""
     sink_nbytes: int = 0
-    """What the sink takes for each worker."""
+    """What the sink takes for each worker, and the calls that it keeps."""
     derived_nbytes: int = 0
     """What deriving a tensor takes in each worker; 0 where none is derived."""
     inner_tile_nbytes: int = 0
@@ -204,6 +208,16 @@ class _Needs:
         inner = (N_PLACES + 1 + _SCRATCH_CHUNKS) * self.inner_tile_nbytes
         return self._depth * (self._scratch_nbytes + inner)
 
+    @cached_property
+    def _has_irregular(self) -> bool:
+        """Whether a large map has many segments; asked once all forms are there."""
+        return not all(m.is_regular for m in self._large.values())
+
+    @property
+    def calls_nbytes(self) -> int:
+        """What each worker keeps of the calls of such maps."""
+        return self._has_irregular * MAX_CALLS * _CALL_NBYTES
+
     @property
     def decodes(self) -> bool:
         """Whether a source has tensors that are decoded as they are read."""
@@ -215,9 +229,10 @@ class _Needs:
         keys = [key for source in self._sources.values() for key in _keys(source)]
         letters = sum(map(len, keys))
         n_members = max((len(m.rows) * m.longest for m in self._large.values()), default=0)
-        maps_nbytes = _rows_nbytes(self._large.values()) + (
-            N_IRREGULAR * _SEGMENT_NBYTES * n_members
-        )
+        maps_nbytes = _rows_nbytes(self._large.values())
+        if self._has_irregular:
+            n_segments = N_IRREGULAR * n_members + MAX_SEGMENTS
+            maps_nbytes += _SEGMENT_NBYTES * n_segments + _NUMBER_NBYTES * MAX_NUMBERS
         tensors_nbytes = self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
         return tensors_nbytes + maps_nbytes
 
@@ -302,7 +317,7 @@ def fit(
         sum(matrices.values()),
         ahead,
         client,
-        sink_nbytes,
+        sink_nbytes + needs.calls_nbytes,
         needs.derived_nbytes,
         needs.inner_tile_nbytes,
         SCRATCH_NBYTES if needs.decodes else 0,

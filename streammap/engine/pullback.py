@@ -7,10 +7,12 @@ segments move them to their places. Units are counted from the first range's sta
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
 
 from streammap.common.ranges import Range
+from streammap.common.weighed_cache import WeighedCache
+from streammap.engine.memory import MAX_SEGMENTS
 from streammap.planning import segments
 from streammap.planning.maps import BlockMap
 from streammap.planning.segments import Segment, Segments
@@ -34,12 +36,19 @@ class Pullback:
         return sum(end - start for start, end in self.ranges)
 
 
-@lru_cache(maxsize=1024)
+def _weight(pulled: Pullback) -> int:
+    return len(pulled.ranges) + len(pulled.segments or ())
+
+
+_pulled = WeighedCache[Pullback](most=1024, heaviest=MAX_SEGMENTS, weight=_weight)
+
+
 def pull(m: BlockMap | None, start: int, end: int, unit_nbytes: int) -> Pullback:
     """What the units [start, end) of a result are made of; a unit has `unit_nbytes` bytes."""
     if m is None:
         return Pullback(((start, end),), None)
-    return _compact(tuple(_moves(m, start, end, unit_nbytes)))
+    key = m, start, end, unit_nbytes
+    return _pulled.of(key, lambda: _compact(tuple(_moves(m, start, end, unit_nbytes))))
 
 
 def within(pulled: Pullback, start: int, end: int) -> Pullback:
@@ -81,10 +90,9 @@ def _compact(found: Sequence[Segment]) -> Pullback:
     return Pullback(ranges, segments.shared(Segments(moved)))
 
 
-@lru_cache(maxsize=1024)
 def whole(m: BlockMap | None, n: int) -> Pullback:
     """All of a dimension of n source units: nothing is left out, so that it is read in one go."""
-    return Pullback(((0, n),), None if m is None else m.segments)
+    return _pulled.of((m, n), lambda: Pullback(((0, n),), None if m is None else m.segments))
 
 
 def _moves(m: BlockMap, start: int, end: int, unit_nbytes: int) -> Iterable[Segment]:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, final
 from streammap.common import ranges
 from streammap.common.losses import NOTHING, Losses
 from streammap.common.ranges import PIECE_NBYTES
+from streammap.common.weighed_cache import WeighedCache
 from streammap.engine import elementwise
 from streammap.engine.compiler import Programs
 from streammap.engine.devices import DeviceBuffer, DeviceSide, Matrices
 from streammap.engine.elementwise import Pieces
-from streammap.engine.memory import N_PLACES, Limits, Memory
+from streammap.engine.memory import MAX_CALLS, N_PLACES, Limits, Memory
 from streammap.engine.program import OUT, WORK, Op, Program
 from streammap.engine.schedule import (
     Compute,
@@ -106,7 +107,9 @@ class Worker:
         """Bytes read so far."""
         self._losses = NOTHING
         self._latest: tuple[Recipe, tuple[Program, Limits]] | None = None
-        self._bound: dict[object, tuple[Program, Calls]] = {}
+        self._bound = WeighedCache[tuple[Program, Calls]](
+            most=_MAX_BOUND, heaviest=MAX_CALLS, weight=lambda bound: len(bound[1])
+        )
         """The program is kept with its calls, so that no other one gets its id."""
         self._pieces: dict[object, Pieces | None] = {}
         """How flat forms are computed, by what they have in common."""
@@ -349,14 +352,10 @@ class Worker:
     def _calls(self, program: Program, numbers: Sequence[int], *, keeps: bool = True) -> Calls:
         """The calls of a program on its places' buffers, kept for the next time."""
         key = id(program), numbers
-        _, calls = self._bound.get(key, (None, None))
-        if calls is None:
-            calls = _unbound(program)
-            if keeps:
-                if len(self._bound) >= _MAX_BOUND:
-                    self._bound.clear()
-                self._bound[key] = program, calls
-        return calls
+        if not keeps:
+            return _unbound(program)
+        # The program is kept with its calls, so that no other one gets its id.
+        return self._bound.of(key, lambda: (program, _unbound(program)))[1]
 
     def _bind(self, op: Op, numbers: Sequence[int]) -> Call:
         """The call of an operation, on buffers and on what is mapped."""

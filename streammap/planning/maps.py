@@ -27,7 +27,6 @@ from streammap.planning.segments import Row, Segments
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MANY_SEGMENTS = 64
 N_IRREGULAR = 4
 """Maps of many segments whose segments are kept: those that a run is at work on."""
 
@@ -99,7 +98,7 @@ class BlockMap:
     def _few_segments(self) -> Segments | None:
         """The segments where they are few; many are not kept: each layer may have its own."""
         found = _segments_of(self)
-        return segments.shared(found) if len(found) <= _MANY_SEGMENTS else None
+        return segments.shared(found) if len(found) <= segments.MANY else None
 
     @property
     def is_regular(self) -> bool:

@@ -74,9 +74,17 @@ class Segments(tuple[Segment, ...]):
         return known
 
 
-@lru_cache(maxsize=1024)
+MANY = 64
+"""Segments of a map that is not regular: they are not kept."""
+
+
 def shared(found: Segments) -> Segments:
-    """The same object for equal segments that were asked for recently."""
+    """The same object for equal segments that were asked for recently, if they are few."""
+    return found if len(found) > MANY else _shared(found)
+
+
+@lru_cache(maxsize=1024)
+def _shared(found: Segments) -> Segments:
     return found
 
 

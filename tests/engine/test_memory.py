@@ -30,6 +30,7 @@ lazy = {
     "coalesce": lambda: big.coalesce(width=2, depth=2),
     "decoalesce": lambda: big.decoalesce(width=2),
     "layers": lambda: big.decoalesce(layers=min(4, 10_000 // big.sizes["layer"])),
+    "orders": lambda: big.permute(each_layer=True, only=("mlp",)),
     "fill": lambda: big.decoalesce(hidden="to:%d" % (big.sizes["embed"] * 3 // 2)),
     "interpolate": lambda: big.interpolate(big.coalesce(width=2).decoalesce(), alpha=0.5),
     "cast": lambda: big.convert(dtype="float16"),
@@ -219,6 +220,18 @@ def test_45_004_tensors_stay_in_64_mib_or_are_refused(
 ) -> None:
     write_gpt2(tmp_path / "many", vocab=64, layers=3750, embed=16)
     check_many(tmp_path / "many", what, memory)
+
+
+@pytest.mark.slow
+def test_another_order_in_each_layer_takes_no_more_for_more_layers(tmp_path: Path) -> None:
+    """The maps themselves are 8 bytes a unit and layer; what a run makes of them is not kept."""
+    found = []
+    for layers in (4, 16):
+        write_gpt2(tmp_path / f"{layers}", vocab=64, layers=layers, embed=2048, dtype="BF16")
+        added, planned, _ = run(tmp_path / f"{layers}", "orders")
+        assert added <= planned
+        found.append(added)
+    assert found[1] < found[0] + 24 * MIB
 
 
 _READ = """
