@@ -33,7 +33,7 @@ def mixed() -> tiny.State:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return tiny.write(tmp_path / "in", mixed(), tiny.gpt2_config(SIZES))
+    return tiny.write(tmp_path / "in", mixed(), {"model_type": "of_no_spec"})
 
 
 def loaded(folder: Path) -> tiny.State:
