@@ -162,13 +162,14 @@ class SpecScope:
         return [Axis(name, kinds.get(name, "width"), sources) for name, sources in axes.items()]
 
     @property
-    def heads(self) -> tuple[LMHead, ...]:
-        """The head, if there is one."""
+    def heads(self) -> dict[str, LMHead]:
+        """The head, if there is one, by the name of this part."""
         head = self.tables.head
         if head is None:
-            return ()
+            return {}
         scaled = head.scale is not None and head.scale.expression != Number(1)
-        return (replace(head, path=self._path, scale=head.scale if scaled else None),)
+        scale = head.scale if scaled else None
+        return {self._scope[:-1]: replace(head, path=self._path, scale=scale)}
 
     @property
     def experts(self) -> dict[str, Experts]:
