@@ -39,7 +39,11 @@ def make(net: Net) -> dict[str, Tensor]:
     if "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = _ids(_n_ids(config, "decoder"))
     n_types = _number(config, "type_vocab_size") or 0
-    if "token_type_ids" in takes and n_types:
+    several = getattr(config, "type_vocab_sizes", None)
+    if "token_type_ids" in takes and several:
+        columns = [torch.randint(n, (_BATCH, _N_TOKENS)) for n in several]
+        inputs["token_type_ids"] = torch.stack(columns, dim=-1)
+    elif "token_type_ids" in takes and n_types:
         inputs["token_type_ids"] = torch.randint(n_types, (_BATCH, _N_TOKENS))
     if "bbox" in takes:
         inputs["bbox"] = _boxes(_number(config, "max_2d_position_embeddings") or _N_TOKENS)
@@ -153,7 +157,7 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
         size = tuple(config.image_grid_pinpoints[0])
         n_views = 1 + math.prod(size) // side**2
     channels = _number(seen, "num_channels", "in_channels", "in_chans") or 3
-    several = n_views > 1 or ("pixel_attention_mask" in takes and "image_hidden_states" in takes)
+    several = n_views > 1 or "pixel_attention_mask" in takes
     shape = (_BATCH, *((n_views,) if several else ()), channels, side, side)
     inputs = {"pixel_values": torch.randn(shape)}
     if "image_sizes" in takes and _needs_sizes(net, seen):
