@@ -141,9 +141,7 @@ def _table(tables: Tables, name: str) -> dict[str, object]:
     return dict(as_table(tables.get(name, {}), name))
 
 
-def build(
-    name: str, tables: Tables, config: Mapping[str, object], specs: Specs
-) -> Architecture:
+def build(name: str, tables: Tables, config: Mapping[str, object], specs: Specs) -> Architecture:
     """The spec as it stands for a config.json.
 
     Args:
@@ -166,6 +164,8 @@ def build(
 def _included(
     entry: Include, config: Mapping[str, object], same: Mapping[str, str], specs: Specs
 ) -> SpecScope:
+    if not entry.spec and not entry.model_type:
+        raise ArchitectureError(f"include {entry.scope}: expected spec, or model_type")
     inner = config_fields.field_value(config, entry.config) if entry.config else config
     path = f"{entry.config}." if entry.config else ""
     if not isinstance(inner, Mapping):
@@ -185,7 +185,7 @@ def _included(
 
 def _serving(part: Mapping[str, object], path: str, specs: Specs) -> Tables:
     """What serves a part of config.json, by its model_type."""
-    model_type = str(part.get("model_type"))
+    model_type = str(part["model_type"])
     tables = specs.serving(model_type)
     if tables is None:
         raise ArchitectureError(

@@ -148,7 +148,7 @@ class LMHead:
     copies: Mapping[str, str] = field(default_factory=dict)
     """End of a key -> end of the key whose tensor it gets when the head is untied."""
     of: str = ""
-    """The included part whose head is the whole model's; `head`, `tied` and `classes` are as here."""
+    """The included part whose head is the whole model's, but for `head`, `tied` and `classes`."""
     path: str = field(default="", metadata={"entry": None})
     """Where in config.json its fields are: "" or "text_config."."""
 

@@ -204,9 +204,10 @@ class SpecScope:
                         yield TensorRule(pattern, kind, dims, generation, when, its_norm)
         for generation, text, value in self._stacked("tensors"):
             for words, when in self._choices(value, text):
-                dims = tuple(self._dim(part.strip()) for part in words.split(",") if words)
-                for pattern in self._compiled(text):
-                    yield TensorRule(pattern, "tensor", dims, generation, when)
+                for layout in words.split("|"):
+                    dims = tuple(self._dim(part.strip()) for part in layout.split(",") if words)
+                    for pattern in self._compiled(text):
+                        yield TensorRule(pattern, "tensor", dims, generation, when)
         for table, kind in (("buffers", "buffer"), ("drop", "drop")):
             for generation, entries in enumerate(as_list(self._raw[table], table)):
                 for pattern in self._decoder.table(Keys, entries, table).keys:

@@ -56,8 +56,12 @@ def make(net: Net) -> dict[str, Tensor]:
 def _n_ids(config: Any, side: str = "") -> int:
     """How many tokens there are; of a model of two, those of one side."""
     part = getattr(config, side, None) if side else None
-    sizes = (getattr(config, f"{side}_vocab_size", None), getattr(part, "vocab_size", None))
-    return next((size for size in sizes if size), None) or config.get_text_config().vocab_size
+    sizes: tuple[int | None, ...] = (
+        getattr(config, f"{side}_vocab_size", None),
+        getattr(part, "vocab_size", None),
+    )
+    n_ids: int = next((size for size in sizes if size), config.get_text_config().vocab_size)
+    return n_ids
 
 
 def _ids(n_ids: int) -> Tensor:
@@ -168,7 +172,7 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def _needs_sizes(net: Net, seen: Any) -> bool:
-    """Whether the sizes of images are asked for; LLaVA hands them on to each encoder it is given."""
+    """Whether sizes of images are asked for; LLaVA hands them on to whatever encoder it has."""
     make = _maker(net, "get_image_features")
     sizes = None if make is None else inspect.signature(make).parameters.get("image_sizes")
     optional = sizes is not None and sizes.default is not inspect.Parameter.empty
@@ -182,7 +186,9 @@ def _grid_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
     size = channels * (_number(seen, "temporal_patch_size") or 1) * seen.patch_size**2
     alone = "grid_thw" in takes
     return {
-        "hidden_states" if alone and "hidden_states" in takes else "pixel_values": torch.randn(_BATCH * side * side, size),
+        "hidden_states" if alone and "hidden_states" in takes else "pixel_values": torch.randn(
+            _BATCH * side * side, size
+        ),
         "grid_thw" if alone else "image_grid_thw": torch.tensor([[1, side, side]] * _BATCH),
     }
 
@@ -218,14 +224,14 @@ def _sounds(config: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
     if "input_values" in takes:
         strides: Sequence[int] | None = getattr(config, "conv_stride", None)
         if strides is None and mels is not None:
-            n_frames = _number(config, "max_length", "spectrogram_length") or _N_FRAMES
-            inputs["input_values"] = torch.randn(_BATCH, n_frames, mels)
+            n_rows = _number(config, "max_length", "spectrogram_length") or _N_FRAMES
+            inputs["input_values"] = torch.randn(_BATCH, n_rows, mels)
         else:
             inputs["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(strides or (64,)))
     if "input_features" in takes:
         n_frames = _number(config, "max_source_positions")
         size = _number(config, "feature_projection_input_dim")
-        if size is not None or n_frames is None or "input_feat_per_channel" in dir(config):
+        if size is not None or n_frames is None or hasattr(config, "input_feat_per_channel"):
             shape = (_BATCH, 2 * _N_FRAMES, size or mels or 1)
         else:
             shape = (_BATCH, mels or 1, 2 * n_frames)
