@@ -202,6 +202,8 @@ def _joined(
     axes = {axis.name: axis for scope in scopes for axis in scope.axes}
     fields = {path: value for one in tables for path, value in one.config.items()}
     for other, axis in whole.same_axis.items():
+        if other == axis:
+            continue  # Config.json decided that it is an axis of its own.
         # The axis goes, its config field stays: it is written with the axis that stands for it.
         listed = axes.pop(other).fields if other in axes else ()
         there = [path for path in listed if config_fields.field_value(config, path) is not None]
@@ -258,8 +260,9 @@ def _heads(scopes: Sequence[SpecScope]) -> tuple[LMHead, ...]:
     del heads[""]
     if own.of in heads:
         part = heads[own.of]
+        path = f"{own.tied_by}." if own.tied_by else own.path
         heads[own.of] = replace(
-            part, head=own.head or part.head, tied=own.tied, classes=own.classes, path=own.path
+            part, head=own.head or part.head, tied=own.tied, classes=own.classes, path=path
         )
     return tuple(heads.values())
 

@@ -149,6 +149,8 @@ class LMHead:
     """End of a key -> end of the key whose tensor it gets when the head is untied."""
     of: str = ""
     """The included part whose head is the whole model's, but for `head`, `tied` and `classes`."""
+    tied_by: str = ""
+    """The part of config.json whose tie_word_embeddings counts, where the whole model's doesn't."""
     path: str = field(default="", metadata={"entry": None})
     """Where in config.json its fields are: "" or "text_config."."""
 

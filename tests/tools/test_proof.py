@@ -37,6 +37,8 @@ QUICK = (
 """One of each kind; the others are slow only because there are many of them."""
 SEEING = ("llava", "llava_next", "mistral3", "idefics3", "qwen3_5", "glm4v", "siglip2")
 """One of each form that images are taken in."""
+CANNOT_RUN = "llama4"
+"""Its class in transformers 5.24 asks its text model for outputs of images, which that has not."""
 TINY = {
     "vocab_size": 31,
     "hidden_size": 16,
@@ -79,7 +81,8 @@ def test_each_quick_model_is_there() -> None:
 def with_images() -> Iterator[object]:
     for arch in registry.names():
         for model in registry.tiny_models(arch):
-            if "vision_config" in model.config and "text_config" in model.config:
+            seeing = "vision_config" in model.config and "text_config" in model.config
+            if seeing and model.name != CANNOT_RUN:
                 marks = () if model.name in SEEING else (pytest.mark.slow,)
                 yield pytest.param(model, id=model.name, marks=marks)
 

@@ -47,7 +47,8 @@ def make(net: Net) -> dict[str, Tensor]:
         inputs["token_type_ids"] = torch.randint(n_types, (_BATCH, _N_TOKENS))
     if "bbox" in takes:
         inputs["bbox"] = _boxes(_number(config, "max_2d_position_embeddings") or _N_TOKENS)
-    inputs |= _sounds(config, takes)
+    if getattr(config, "audio_config", config) is not None:
+        inputs |= _sounds(config, takes)
     if "pixel_values" in takes or "grid_thw" in takes:
         inputs |= _images(net, takes)
     return inputs | _with_places(net, inputs, takes)
@@ -139,7 +140,8 @@ def _maker(net: Net, method: str) -> Callable[..., object] | None:
 
 def _n_features(made: object) -> int:
     """How many features a model has made of images or sounds."""
-    made = getattr(made, "pooler_output", made)
+    parts = (getattr(made, name, None) for name in ("pooler_output", "last_hidden_state"))
+    made = next((part for part in parts if part is not None), made)
     if isinstance(made, Tensor):
         return made.numel() // made.shape[-1]
     return sum(map(_n_features, made)) if isinstance(made, list | tuple) else 0
