@@ -26,6 +26,15 @@ LANGUAGES = {"console", "python", "bash"}
 """What is run. Other blocks are content of files, where they have a name, or show a form."""
 
 
+LONG = (
+    "docs/object-stores.md",
+    "docs/lora.md",
+    "docs/quantised.md",
+    "docs/merge-methods.md",
+    "docs/original.md",
+    "docs/launchers.md",
+)
+"""Pages of many commands, each of which starts Python and torch anew: slow tests."""
 PROJECT_PAGE = "docs/package.md"
 """The long description of the distribution, which readers of the source need not see."""
 RECIPES = "CONTRIBUTING.md"
@@ -45,7 +54,15 @@ def left_out(block: Block) -> list[str]:
     return [text for text in texts if reason_not_to_run(block, text)]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != RECIPES])
+def pages() -> list[object]:
+    return [
+        pytest.param(page, marks=pytest.mark.slow if page in LONG else ())
+        for page in PAGES
+        if page != RECIPES
+    ]
+
+
+@pytest.mark.parametrize("page", pages())
 def test_the_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
     stand_in = stand_ins.OF_PAGE.get(page, stand_ins.nothing)
     with (
