@@ -131,7 +131,7 @@ def test_what_a_sink_raises_is_raised_once_no_thread_is_left(
 ) -> None:
     forms, _ = _forms()
 
-    def refuse(self: Lane, part: Job) -> None:
+    def refuse(self: Lane, part: Job, lost: object) -> None:
         raise RefusedError
 
     monkeypatch.setattr(Lane, "done", refuse)
