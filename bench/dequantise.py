@@ -11,12 +11,11 @@ other rows stand alone.
 import argparse
 import json
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from bench import harness
-from bench.harness import IMPORT, PYTHON, ROOT, STREAMMAP, Command, Options, decimals, megabytes
+from bench.harness import IMPORT, STREAMMAP, Command, Options, decimals, megabytes
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
 
@@ -105,23 +104,6 @@ def _content(spec: TensorSpec) -> bytes:
     return codes.translate(_FINITE) if spec.dtype == "F8_E4M3" else codes
 
 
-def peer(folder: Path) -> Path | None:
-    """The Python that has compressed-tensors; None where it can't be installed."""
-    place = folder / "compressed-tensors"
-    python = place / "bin" / "python"
-    if python.exists():
-        return python
-    install = (place / "bin" / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
-    try:
-        subprocess.run([PYTHON, "-m", "venv", place], check=True, capture_output=True)
-        subprocess.run([*install, "compressed-tensors", "torch"], check=True, capture_output=True)
-    except subprocess.CalledProcessError as error:
-        told = (error.stderr or b"").decode(errors="replace").strip().splitlines()
-        print(f"compressed-tensors is left out: {told[-1] if told else error}")
-        return None
-    return python
-
-
 def add(parser: argparse.ArgumentParser) -> None:
     """Options of this benchmark alone."""
     parser.add_argument("--no-peer", action="store_true", help="leave compressed-tensors out")
@@ -140,7 +122,11 @@ def main(options: Options) -> None:
         request.write_text(json.dumps({"operator": "open", "path": str(source)}))
         line = (*STREAMMAP, "apply", request, out, "--no-fsync", "--quiet")
         commands[title], written[title] = Command(line, (out,), [weights], nbytes), nbytes
-    python = None if options.given.no_peer else peer(folder.parent)
+    python = (
+        None
+        if options.given.no_peer
+        else harness.peer(folder.parent, "compressed-tensors", "python")
+    )
     if python is not None:
         convert = (python, "-c", _CONVERT, folder / "fp8", out)
         weights, nbytes = folder / "fp8" / "model.safetensors", written["streammap, fp8"]

@@ -33,6 +33,28 @@ _PIECE = bytes(256 * 1024)
 _BYTECODE = Path(tempfile.gettempdir()) / f"streammap-bench-{os.getuid()}"
 
 
+def peer(folder: Path, package: str, program: str) -> Path | None:
+    """A program of another project, installed in `folder` where it is not there yet.
+
+    Returns:
+        None where it can't be installed; why is printed.
+    """
+    place = folder / package
+    found = place / "bin" / program
+    # python is there before the package is: what marks the end of it is pip's own record.
+    if found.exists() and any(place.glob(f"lib/*/site-packages/{package.replace('-', '_')}-*")):
+        return found
+    pip = (place / "bin" / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
+    try:
+        subprocess.run([PYTHON, "-m", "venv", place], check=True, capture_output=True)
+        subprocess.run([*pip, package, "torch"], check=True, capture_output=True)
+    except subprocess.CalledProcessError as error:
+        told = (error.stderr or b"").decode(errors="replace").strip().splitlines()
+        print(f"{package} is left out: {told[-1] if told else error}")
+        return None
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
     """A process to measure."""

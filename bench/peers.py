@@ -10,11 +10,10 @@ compared.
 """
 
 import argparse
-import subprocess
 from pathlib import Path
 
 from bench import harness, models
-from bench.harness import IMPORT, PYTHON, ROOT, STREAMMAP, Command, Options, decimals, megabytes
+from bench.harness import IMPORT, PYTHON, STREAMMAP, Command, Options, decimals, megabytes
 
 _LINEAR = """merge_method: linear
 dtype: bfloat16
@@ -54,23 +53,6 @@ PAIRS = (
     ("depth x 2", "mergekit passthrough", "streammap decoalesce --depth 2"),
     ("GPT-2 medium", "original's way, dense", "streammap map --opt C"),
 )
-
-
-def mergekit(folder: Path) -> Path | None:
-    """mergekit's command, installed where it is not there yet; None where that fails."""
-    place = folder / "mergekit"
-    command = place / "bin" / "mergekit-yaml"
-    if command.exists():
-        return command
-    pip = (place / "bin" / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
-    try:
-        subprocess.run([PYTHON, "-m", "venv", place], check=True, capture_output=True)
-        subprocess.run([*pip, "mergekit", "torch"], check=True, capture_output=True)
-    except subprocess.CalledProcessError as error:
-        told = (error.stderr or b"").decode(errors="replace").strip().splitlines()
-        print(f"mergekit is left out: {told[-1] if told else error}")
-        return None
-    return command
 
 
 def merges(kit: Path, folder: Path, *, quick: bool) -> dict[str, Command]:
@@ -153,7 +135,11 @@ def main(options: Options) -> None:
     """Install, make, run, print."""
     harness.need(options.folder, 12e9)
     folder = options.folder
-    kit = None if options.given.no_mergekit else mergekit(folder.parent)
+    kit = (
+        None
+        if options.given.no_mergekit
+        else harness.peer(folder.parent, "mergekit", "mergekit-yaml")
+    )
     commands = {"import torch": Command(IMPORT)}
     about = ""
     if kit is not None:

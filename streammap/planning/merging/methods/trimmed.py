@@ -11,7 +11,7 @@ from streammap.planning.merging.trimming import Trim
 
 
 def _parameters(
-    *, normalize: bool, rescale: bool, elects: bool, **of_sources: float
+    *, normalize: bool, rescale: bool, elects: bool, draws: bool = False, **of_sources: float
 ) -> Mapping[str, Parameter]:
     """What all have, and what is different: defaults, and numbers of the models' own."""
     signs = {"count_signs": Parameter(default=0.0, is_flag=True)} if elects else {}
@@ -23,10 +23,8 @@ def _parameters(
         "rescale": Parameter(default=float(rescale), is_flag=True),
         "lambda": Parameter(default=1.0),
         **signs,
+        **({"seed": Parameter(default=0.0)} if draws else {}),
     }
-
-
-_SEED = {"seed": Parameter(default=0.0)}
 
 
 class _Trimmed(Method):
@@ -76,10 +74,9 @@ class DareLinear(_Trimmed):
 
     name: ClassVar[str] = "dare_linear"
     kind = "random"
-    parameters: ClassVar[Mapping[str, Parameter]] = {
-        **_parameters(normalize=False, rescale=True, elects=False),
-        **_SEED,
-    }
+    parameters: ClassVar[Mapping[str, Parameter]] = _parameters(
+        normalize=False, rescale=True, elects=False, draws=True
+    )
 
 
 @final
@@ -88,10 +85,9 @@ class DareTies(_Trimmed):
 
     name: ClassVar[str] = "dare_ties"
     kind = "random"
-    parameters: ClassVar[Mapping[str, Parameter]] = {
-        **_parameters(normalize=False, rescale=True, elects=True),
-        **_SEED,
-    }
+    parameters: ClassVar[Mapping[str, Parameter]] = _parameters(
+        normalize=False, rescale=True, elects=True, draws=True
+    )
 
 
 @final
@@ -122,10 +118,9 @@ class Della(_Trimmed):
 
     name: ClassVar[str] = "della"
     kind = "ranks"
-    parameters: ClassVar[Mapping[str, Parameter]] = {
-        **_parameters(normalize=True, rescale=True, elects=True, epsilon=0.15),
-        **_SEED,
-    }
+    parameters: ClassVar[Mapping[str, Parameter]] = _parameters(
+        normalize=True, rescale=True, elects=True, epsilon=0.15, draws=True
+    )
 
 
 @final
@@ -134,7 +129,6 @@ class DellaLinear(_Trimmed):
 
     name: ClassVar[str] = "della_linear"
     kind = "ranks"
-    parameters: ClassVar[Mapping[str, Parameter]] = {
-        **_parameters(normalize=False, rescale=True, elects=False, epsilon=0.15),
-        **_SEED,
-    }
+    parameters: ClassVar[Mapping[str, Parameter]] = _parameters(
+        normalize=False, rescale=True, elects=False, epsilon=0.15, draws=True
+    )
