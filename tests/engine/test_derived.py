@@ -19,6 +19,7 @@ from torch import Tensor
 import streammap
 from streammap.analysis import summary
 from streammap.api import LazyCheckpoint
+from streammap.engine import memory
 from streammap.output import fingerprint, layout, run
 from streammap.planning import graph, maps
 from streammap.planning.derived.elementwise import Elementwise, numbers, total
@@ -174,6 +175,18 @@ lazy = LazyCheckpoint(replace(plan, targets={"x": graph.derive(made, dtype="BF16
 report = lazy.save(sys.argv[2], memory="40MiB", fsync=False)
 print(json.dumps([report.peak_nbytes - before, report.planned_nbytes]))
 """
+
+
+def test_each_thread_has_scratch_of_its_own(source: Path) -> None:
+    plan = streammap.open(source).plan
+    made = Scaled((plan.targets["a"], plan.targets["b"]))
+
+    def fixed(form: LinearForm, n_workers: int) -> int:
+        return memory.fit([form], budget=None, n_workers=n_workers).fixed_nbytes
+
+    for n in (1, 3):
+        more = fixed(graph.derive(made), n) - fixed(plan.targets["a"], n)
+        assert more >= n * made.scratch_nbytes
 
 
 def test_memory_is_counted(tmp_path: Path) -> None:
