@@ -22,6 +22,10 @@ _BITS = {
     torch.float16: (torch.int16, 0x7FFF, 0x7C00),
 }
 """Dtype -> the integers of its size, all bits but the sign, and those of infinity."""
+_CUT = 2**29 - 1
+"""The bits of float64 that float32 has not."""
+_LEAST_NORMAL_BITS = 0x80
+"""The bits of bfloat16's least normal number, which is float32's too."""
 Note = Callable[[Losses], object]
 """Told of numbers that rounding lost."""
 
@@ -80,30 +84,48 @@ def bind(
 def _round(source: Tensor, out: Tensor, note: Note) -> None:
     """Out = source to the nearest, ties to even; tells what overflowed or vanished."""
     whole, rounded = source.reshape(-1), out.view(-1)
+    twice = source.dtype == torch.float64 and out.dtype != torch.float32
     word, magnitude, infinity = _BITS[out.dtype]
+    least_usual = _LEAST_NORMAL_BITS if twice and out.dtype == torch.bfloat16 else 0
     for start in range(0, rounded.numel(), _ROUNDED):
         x, y = whole[start : start + _ROUNDED], rounded[start : start + _ROUNDED]
-        twice = x.dtype == torch.float64 and y.dtype != torch.float32
         y.copy_(_to_odd(x) if twice else x)
-        bits = torch.bitwise_and(y.view(word), magnitude)
-        least, largest = (int(n.item()) for n in torch.aminmax(bits))
-        if least and largest < infinity:
+        sizes = torch.bitwise_and(y.view(word), magnitude)
+        least, largest = (int(n.item()) for n in torch.aminmax(sizes))
+        if least > least_usual and largest < infinity:
             continue
-        n_infinite = int((y.isinf().sum() - x.isinf().sum()).item())
-        n_zero = int((torch.count_nonzero(x) - torch.count_nonzero(y)).item())
+        n_infinite = int((y.isinf().sum() - x.isinf().sum()).item()) if largest >= infinity else 0
+        n_zero = 0 if least else _n_zero(x, sizes)
+        # Less 1, zeros are the largest of all.
+        if least_usual and (n_zero or sizes.sub_(1).bitwise_and_(magnitude).amin() < least_usual):
+            y.copy_(_small_to_odd(x))
+            n_zero = _n_zero(x, torch.bitwise_and(y.view(word), magnitude))
         if n_infinite or n_zero:
             note(Losses(n_infinite, n_zero))
 
 
+def _n_zero(x: Tensor, sizes: Tensor) -> int:
+    """Numbers that became zero."""
+    return int((torch.count_nonzero(x) - torch.count_nonzero(sizes)).item())
+
+
 def _to_odd(x: Tensor) -> Tensor:
-    """Float64 as float32 whose last bit tells whether something was cut off.
+    """Float64 cut to the bits of float32, with a last bit that tells whether anything was cut off.
 
     Rounded again to 16 bits, it is the nearest to `x`; rounded to the nearest twice it need not be.
+    This holds where float32 has all its bits: not below its least normal number.
     Source: Boldo, Melquiond, IEEE Transactions on Computers 57 (4), 2008.
     """
+    bits = x.view(torch.int64)
+    # What is cut off, if it is anything, carries to the bit above.
+    odd = torch.bitwise_and(bits, _CUT).add_(_CUT).bitwise_or_(bits).bitwise_and_(~_CUT)
+    return odd.view(torch.float64).to(torch.float32)
+
+
+def _small_to_odd(x: Tensor) -> Tensor:
+    """The same for numbers of any size; slower."""
     near = x.to(torch.float32)
-    bits = near.view(torch.int32)
-    back = near.to(torch.float64)
+    bits, back = near.view(torch.int32), near.to(torch.float64)
     cut = torch.where(back.abs() > x.abs(), bits - 1, bits) | 1
     return torch.where((back == x) | x.isnan(), bits, cut).view(torch.float32)
 

@@ -360,6 +360,26 @@ def test_a_blend_is_rounded_once_and_its_numbers_stand_for_themselves(
         assert torch.equal(beside, got)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [3, 5000])
+def test_float64_is_rounded_once_next_to_each_tie(dtype: torch.dtype, n: int) -> None:
+    """Halfway between two numbers the even one; a float64 further, the one on that side."""
+    infinity = int(torch.tensor(math.inf, dtype=dtype).view(torch.int16))
+    generator = torch.Generator().manual_seed(n)
+    bits = torch.randint(0, infinity - 1, (n,), generator=generator, dtype=torch.int16)
+    bits[::3] %= 300  # zero, numbers below the least normal one, and a few above
+    lower, upper = bits.view(dtype), (bits + 1).view(dtype)
+    tie = (lower.double() + upper.double()) / 2
+    even = torch.where(bits % 2 == 0, lower, upper)
+    above, below = torch.nextafter(tie, upper.double()), torch.nextafter(tie, lower.double())
+    for sign in (1.0, -1.0):
+        for x, wanted in ((tie, even), (above, upper), (below, lower), (lower.double(), lower)):
+            form = graph.combine(
+                [(sign, Held().load(x))], dtype=FROM_TORCH[str(dtype).removeprefix("torch.")]
+            )
+            assert torch.equal(_read(form), wanted * sign)
+
+
 @st.composite
 def groups(draw: st.DrawFn, n_members: int) -> BlockMap:
     """Sums of groups that are neighbours, or stand a stretch apart, or anywhere."""
