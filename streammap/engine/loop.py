@@ -22,7 +22,7 @@ from streammap.engine.compiler import Programs
 from streammap.engine.devices import Matrices
 from streammap.engine.memory import Memory
 from streammap.engine.schedule import Bundle, Job
-from streammap.engine.worker import Worker
+from streammap.engine.worker import Worker, decodes
 from streammap.io.storage.base import Reader
 from streammap.planning.graph import LinearForm
 
@@ -81,7 +81,9 @@ def run(
     memory = resources.memory
     bundles = schedule.bundles(targets, memory, grid=sink.grid, rows=rows or {})
     sources = read_ahead.expect(targets.values())
-    computes = any(form.copied is None for form in targets.values())
+    computes = any(
+        form.copied is None or decodes(form.copied) for form in targets.values()
+    )
     with (
         torch_threads() if computes else nullcontext(),
         read_ahead.ahead(bundles, sources, memory.ahead_nbytes) as fetched,

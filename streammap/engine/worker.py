@@ -192,7 +192,7 @@ class Worker:
             first = run[0][0]
             last = run[-1][1]
             is_mapped = self._map(place, load, job.start + first, job.start + last)
-            if not is_mapped and _decodes(load):
+            if not is_mapped and decodes(load):
                 # In one go: the parts of a piece may be spread over all of its tensor.
                 whole = self._out.view[: last - first]
                 load.source.read_into(load.key, job.start + first, whole)
@@ -454,7 +454,7 @@ def _unbound(program: Program) -> Calls:
     return [None] * len(program.ops)
 
 
-def _decodes(load: TensorRef) -> bool:
+def decodes(load: TensorRef) -> bool:
     """Whether a tensor is computed from stored parts as it is read."""
     return isinstance(load.source, Checkpoint) and load.key in load.source.parts_of
 

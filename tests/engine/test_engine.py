@@ -30,11 +30,12 @@ from streammap.engine.worker import Piece, Worker
 from streammap.errors import CheckpointError, OutputError, TruncatedError
 from streammap.io.buffers import Buffer
 from streammap.io.checkpoint import Checkpoint
+from streammap.io.codecs.coded import Coded
 from streammap.io.storage.base import Reader
 from streammap.output.run import Report
 from streammap.planning import graph
 from streammap.planning.requests import Grouping
-from tests.support import tiny
+from tests.support import quantised, tiny
 from tests.support.tiny import Sizes, State
 from tests.support.typed import Options, run
 
@@ -467,6 +468,25 @@ def test_a_run_leaves_torch_and_no_thread(
     assert set(told) == {1, 3}  # while it runs, and before and afterwards
     assert {n for _, n in done} == {1}
     assert {name for name, _ in done} <= {f"streammap-{i}" for i in range(n_threads)}
+
+
+def test_what_is_decoded_and_copied_takes_one_thread_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_threads: int
+) -> None:
+    """Kernels of several threads in each thread of a run take turns, and wait for each other."""
+    made = quantised.fp8_blocks({"x.weight": torch.randn(300, 200)}, lambda key: True)
+    source = tiny.write(tmp_path / "in", made.stored, {"quantization_config": {}})
+    seen: list[int] = []
+    fill = Coded.fill
+
+    def filling(self: Coded, *args: Any) -> None:
+        seen.append(torch.get_num_threads())
+        fill(self, *args)
+
+    monkeypatch.setattr(Coded, "fill", filling)
+    streammap.open(source).save(tmp_path / "out", fsync=False, threads=n_threads)
+    assert set(seen) == {1}
+    tiny.assert_same(tiny.written(tmp_path / "out"), made.meant)
 
 
 @pytest.mark.parametrize("after", [0, 7])
