@@ -81,9 +81,7 @@ def run(
     memory = resources.memory
     bundles = schedule.bundles(targets, memory, grid=sink.grid, rows=rows or {})
     sources = read_ahead.expect(targets.values())
-    computes = any(
-        form.copied is None or decodes(form.copied) for form in targets.values()
-    )
+    computes = any(form.copied is None or decodes(form.copied) for form in targets.values())
     with (
         torch_threads() if computes else nullcontext(),
         read_ahead.ahead(bundles, sources, memory.ahead_nbytes) as fetched,

@@ -109,9 +109,10 @@ class Coded:
                 end = min(last, self._end_of_strip(row, width))
                 first = column + at
                 values = self._values(read, (row, end), (first, first + width))
-                # torch transposes in blocks if both sides are whole and of one dtype.
-                turned = values.to(out.dtype).t().contiguous()
-                out[at : at + width, done : done + end - row].copy_(turned)
+                if not values.is_contiguous():
+                    # torch transposes in blocks if both sides are whole and of one dtype.
+                    values = values.to(out.dtype).contiguous()
+                out[at : at + width, done : done + end - row].copy_(values)
                 row, done = end, done + end - row
         return lines
 
@@ -125,29 +126,32 @@ class Coded:
         return min(end, row + shared)
 
     def _values(self, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
-        """float32 [rows, columns] of a strip."""
+        """float32 [rows, columns] of a strip; [columns, rows] if it is transposed."""
         step = self.block[1]
-        values = self.codes.part(read, rows, columns)
+        part = self.codes.turned if self.is_transposed else self.codes.part
+        values = part(read, rows, columns)
         cut = columns[0] // step, -(-columns[1] // step)
         if self.zeros is not None:
-            values = self._spread(values, self._of_rows(self.zeros, read, rows, cut), columns, "-")
+            self._spread(values, self._of_rows(self.zeros, read, rows, cut), columns, "-")
         if self.scales is not None:
             scales = self._of_rows(self.scales, read, rows, cut)
             if self.factor is not None:
                 scales = scales * self.factor.part(read, (0, 1), (0, 1))
             if self.divisor is not None:
                 scales = scales / self.divisor.part(read, (0, 1), (0, 1))
-            values = self._spread(values, scales, columns, "*")
+            self._spread(values, scales, columns, "*")
         return values
 
     def _of_rows(self, part: Matrix, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
-        """Scales or zero points of rows, float32 [rows or 1, columns]."""
+        """Scales or zero points of rows, float32 [rows or 1, columns]; transposed like values."""
         if self.groups is None:
-            return part.part(read, self._rows(rows), columns)
-        groups = self.groups.part(read, rows)
-        first = int(groups.min())
-        numbers = part.part(read, (first, int(groups.max()) + 1), columns)
-        return numbers.index_select(0, groups - first)
+            numbers = part.part(read, self._rows(rows), columns)
+        else:
+            groups = self.groups.part(read, rows)
+            first = int(groups.min())
+            numbers = part.part(read, (first, int(groups.max()) + 1), columns)
+            numbers = numbers.index_select(0, groups - first)
+        return numbers.t().contiguous() if self.is_transposed else numbers
 
     def _rows(self, rows: Range) -> Range:
         """The rows of scales for rows of codes."""
@@ -157,21 +161,23 @@ class Coded:
         row = matrix * -(-self.n_rows // self.block[0]) + inner // self.block[0]
         return row, row + 1
 
-    def _spread(self, values: "Tensor", numbers: "Tensor", columns: Range, how: str) -> "Tensor":
+    def _spread(self, values: "Tensor", numbers: "Tensor", columns: Range, how: str) -> None:
         """`values` times or less `numbers`, each for the columns of its block; in place."""
         import torch
 
         apply = torch.Tensor.mul_ if how == "*" else torch.Tensor.sub_
-        step, width = self.block[1], columns[1] - columns[0]
-        if numbers.shape[1] == 1 or step == 1:
-            return apply(values, numbers)
-        if columns[0] % step:
-            of = torch.arange(*columns).div_(step, rounding_mode="floor") - columns[0] // step
-            return apply(values, numbers.index_select(1, of))
-        whole = width // step
+        dim, step, width = 0 if self.is_transposed else 1, self.block[1], columns[1] - columns[0]
+        if numbers.shape[dim] == 1 or step == 1:
+            apply(values, numbers)
+            return
+        begun = min(-columns[0] % step, width)  # columns of a block that began before
+        whole, rest = divmod(width - begun, step)
+        n, first = whole * step, 1 if begun else 0
+        if begun:
+            apply(values.narrow(dim, 0, begun), numbers.narrow(dim, 0, 1))
         if whole:
-            blocks = values[:, : whole * step].view(len(values), whole, step)
-            apply(blocks, numbers[:, :whole, None])
-        if width % step:
-            apply(values[:, whole * step :], numbers[:, whole:])
-        return values
+            shape = (whole, step, -1) if self.is_transposed else (-1, whole, step)
+            blocks = values.narrow(dim, begun, n).view(shape)
+            apply(blocks, numbers.narrow(dim, first, whole).unsqueeze(dim + 1))
+        if rest:
+            apply(values.narrow(dim, begun + n, rest), numbers.narrow(dim, first + whole, 1))

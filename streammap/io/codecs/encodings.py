@@ -5,8 +5,9 @@ conversions of 8-bit floats take four times as long on a CPU; those below look a
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +30,7 @@ def e4m3(codes: "Tensor") -> "Tensor":
     bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(-0x4080)
     values = bits.view(torch.float16).to(torch.float32).mul_(256.0)
     # The format's only NaNs, 0x7F and 0xFF, come out as 480; what is finite ends at 448.
-    low, high = torch.aminmax(values) if len(values) else (values, values)
-    if len(values) and (low == -480.0 or high == 480.0):
+    if len(values) and torch.bitwise_and(codes, 0x7F).amax() == 0x7F:
         values.masked_fill_(values.abs() == 480.0, float("nan"))
     return values
 
@@ -63,43 +63,64 @@ def int8(codes: "Tensor") -> "Tensor":
     return codes.view(torch.int8).to(torch.float32)
 
 
-def fp4(codes: "Tensor") -> "Tensor":
-    """Two e2m1 values a byte, the lower half first: sign, 2 bits of exponent, 1 of mantissa."""
-    import torch
+@final
+@dataclass(frozen=True)
+class Halves:
+    """A decoder of two codes a byte, the lower half first."""
 
-    pairs = torch.index_select(_fp4_pairs(), 0, codes.to(torch.int32))
-    return pairs.view(torch.float32)
+    meant: tuple[float, ...]
+    """What each of 16 codes means."""
+
+    def __call__(self, codes: "Tensor") -> "Tensor":
+        """Look them up by pairs."""
+        import torch
+
+        pairs = torch.index_select(self._pairs, 0, codes.to(torch.int32))
+        return pairs.view(torch.float32)
+
+    @cached_property
+    def tables(self) -> "Tensor":
+        """What each byte's lower and upper half mean, float32 [2, 256]."""
+        import torch
+
+        values, byte = torch.tensor(self.meant), torch.arange(256)
+        return torch.stack([values[byte & 15], values[byte >> 4]])
+
+    @cached_property
+    def _pairs(self) -> "Tensor":
+        """Byte -> its two values, as one int64 of two float32."""
+        import torch
+
+        return self.tables.t().contiguous().view(torch.int64).flatten()
 
 
-@cache
-def _fp4_pairs() -> "Tensor":
-    """Byte -> its two values, as one int64 of two float32."""
-    import torch
-
-    values = torch.tensor([*_E2M1, *(-v for v in _E2M1)])
-    byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], 1).view(torch.int64).flatten()
+fp4 = Halves((*_E2M1, *(-value for value in _E2M1)))
+"""e2m1: sign, 2 bits of exponent, 1 of mantissa."""
 
 
-def packed(
-    codes: "Tensor", *, bits: int, less: int = 0, more: int = 0, order: Sequence[int] = ()
-) -> "Tensor":
-    """Integers of `bits` bits in int32 words.
+def packed(*, bits: int, less: int = 0, more: int = 0, order: Sequence[int] = ()) -> Decoder:
+    """A decoder of integers of `bits` bits in int32 words.
 
     Args:
-        codes: The words' bytes.
         bits: 1 to 8; words hold whole codes only if 32 is a multiple of it.
         less: What is subtracted from each.
         more: What is added to each before it is cut to its bits.
         order: Place in its word of each code; by default the lowest bits are the first one.
     """
-    import torch
+    largest = (1 << bits) - 1
+    if bits == 4 and not order:
+        return Halves(tuple(float(((code + more) & largest) - less) for code in range(16)))
 
-    values = unpacked(codes.view(torch.int32).unsqueeze(-1), bits, -1, order).flatten()
-    if more:
-        values = values.add_(more).bitwise_and_((1 << bits) - 1)
-    numbers = values.to(torch.float32)
-    return numbers.sub_(float(less)) if less else numbers
+    def decode(codes: "Tensor") -> "Tensor":
+        import torch
+
+        values = unpacked(codes.view(torch.int32).unsqueeze(-1), bits, -1, order).flatten()
+        if more:
+            values = values.add_(more).bitwise_and_(largest)
+        numbers = values.to(torch.float32)
+        return numbers.sub_(float(less)) if less else numbers
+
+    return decode
 
 
 def unpacked(words: "Tensor", bits: int, dim: int, order: Sequence[int] = ()) -> "Tensor":

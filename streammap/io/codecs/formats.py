@@ -20,7 +20,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from streammap.errors import CheckpointError
 from streammap.io.codecs import encodings
@@ -163,7 +162,7 @@ def _words(key: str, spec: TensorSpec, specs: Specs, config: QuantizationConfig)
     return name, Coded(
         TensorSpec(_dtype(specs[scale]), shape),
         f"int{bits} {_words_for(block, shape[-2], shape[-1])}",
-        Codes(key, shape[-1], bits, partial(encodings.packed, bits=bits, less=middle), 32),
+        Codes(key, shape[-1], bits, encodings.packed(bits=bits, less=middle), 32),
         _n_rows(shape, specs[scale]),
         shape[-1],
         numbers,
@@ -257,7 +256,7 @@ def _gptq(
         _expect(order, specs[order].shape, (n_in,))
         groups = Groups(order, n_groups)
     more = 0 if format_ == "gptq_v2" else 1
-    decode = partial(encodings.packed, bits=bits, more=more)
+    decode = encodings.packed(bits=bits, more=more)
     return Coded(
         TensorSpec(_dtype(specs[scale]), (n_out, n_in)),
         f"GPTQ of {bits} bits",
@@ -289,7 +288,7 @@ def _awq(
     size = n_in // max(1, n_groups)
     if size * n_groups != n_in:
         raise CheckpointError(f"{scale}: {n_groups} groups for {n_in} inputs, which they don't cut")
-    decode = partial(encodings.packed, bits=bits, order=_AWQ_ORDER)
+    decode = encodings.packed(bits=bits, order=_AWQ_ORDER)
     return Coded(
         TensorSpec(_dtype(specs[scale]), (n_out, n_in)),
         f"AWQ of {bits} bits",

@@ -8,12 +8,13 @@ Each gives a part as float32. What is read for it takes little more than the par
 """
 
 import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from streammap.common.ranges import Range
 from streammap.errors import CheckpointError
-from streammap.io.codecs.encodings import Decoder, unpacked
+from streammap.io.codecs.encodings import Decoder, Halves, unpacked
 from streammap.io.dtypes import DTYPE_BITS, to_torch
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 _GAP_NBYTES = 2**14
 """Bytes between two rows' parts that are rather read than skipped: a call costs as much."""
-_BLOCK_NBYTES = 2**19
+_BLOCK_NBYTES = 2**20
 """Whole rows of which parts are kept, read at once."""
 _local = threading.local()
 
@@ -34,29 +35,31 @@ class ReadInto(Protocol):
         ...
 
 
-class Matrix(Protocol):
+@dataclass(frozen=True, slots=True)
+class Matrix(ABC):
     """A stored matrix of numbers."""
 
-    @property
-    def key(self) -> str:
-        """The stored tensor."""
-        ...
+    key: str
+    """The stored tensor."""
+    n_columns: int
 
+    @abstractmethod
     def part(self, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
         """A part of it as float32 [rows, columns], in memory of its own."""
-        ...
 
+    def turned(self, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
+        """The same part as float32 [columns, rows]."""
+        return self.part(read, rows, columns).t()
+
+    @abstractmethod
     def stretch(self, rows: Range) -> Range:
         """The bytes in which rows lie."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class Numbers(Matrix):
     """One number each."""
 
-    key: str
-    n_columns: int
     dtype: str
     decode: Decoder | None = None
     """What its bytes mean; None for floats."""
@@ -79,11 +82,9 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class Codes:
+class Codes(Matrix):
     """Codes of a few bits, one after the other along each row."""
 
-    key: str
-    n_columns: int
     bits: int
     decode: Decoder
     """What whole words of codes mean, or whole bytes of 8-bit codes and pairs."""
@@ -100,6 +101,20 @@ class Codes:
         skipped, n = columns[0] - first // self.bits, columns[1] - columns[0]
         return values[:, skipped : skipped + n] if values.shape[1] != n else values
 
+    def turned(self, read: ReadInto, rows: Range, columns: Range) -> "Tensor":
+        """See Matrix. Of two codes a byte the bytes are turned, which are fewer."""
+        import torch
+
+        if not isinstance(self.decode, Halves):
+            return Matrix.turned(self, read, rows, columns)
+        first = columns[0] // 2
+        stored = _part(read, self.key, self._row_nbytes, rows, (first, -(-columns[1] // 2)))
+        codes = stored.t().contiguous().to(torch.int32)
+        values = torch.empty((2 * len(codes), codes.shape[1]))
+        for half, table in enumerate(self.decode.tables):
+            values[half::2] = table.index_select(0, codes.flatten()).view(codes.shape)
+        return values[columns[0] - 2 * first :][: columns[1] - columns[0]]
+
     def stretch(self, rows: Range) -> Range:
         """See Matrix."""
         return _times(rows, self._row_nbytes)
@@ -110,11 +125,9 @@ class Codes:
 
 
 @dataclass(frozen=True, slots=True)
-class RowWords:
+class RowWords(Matrix):
     """Unsigned integers of `bits` bits along the rows: int32 [rows / codes a word, columns]."""
 
-    key: str
-    n_columns: int
     bits: int
     less: float = 0.0
     """What is subtracted from each."""
