@@ -27,6 +27,8 @@ from streammap.planning.derived.low_rank import PRODUCT_NBYTES
 from streammap.planning.graph import Derived, LinearForm
 from streammap.planning.maps import N_IRREGULAR, BlockMap, DenseMap
 
+DEFAULT_NBYTES = 256 * 2**20
+"""What a run may take if no budget is given; where the least is more, it takes the least."""
 BASE_NBYTES = 14 * 2**20
 """Measured, with room to spare; tests/test_memory.py holds runs to it."""
 _SLOT_NBYTES = 1050
@@ -287,7 +289,7 @@ def fit(
     """The memory of a run within a budget.
 
     Args:
-        budget: Bytes that the run may add to the process; None for what is best.
+        budget: Bytes that the run may add to the process; None for the default.
         n_workers: Threads; by default one a processor, but two at least, and fewer where the
             budget is small.
         networks: How sources come over a network.
@@ -323,7 +325,9 @@ def fit(
         SCRATCH_NBYTES if needs.decodes else 0,
     )
     if budget is None:
-        budget = memory.peak_nbytes + 4 * _TILES_NBYTES
+        fewest = memory if n_workers else replace(memory, n_workers=1)
+        fits_default = fewest.peak_nbytes <= DEFAULT_NBYTES
+        budget = DEFAULT_NBYTES if fits_default else memory.peak_nbytes + 4 * _TILES_NBYTES
     # Fewer workers rather than tiles so small that each costs more than it holds.
     while n_workers is None and memory.n_workers > 1 and memory.room(budget) < 8 * least:
         memory = replace(memory, n_workers=memory.n_workers - 1)

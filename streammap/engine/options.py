@@ -9,7 +9,7 @@ from streammap.common.units import parse_size
 from streammap.errors import OutputError, PlanError
 from streammap.io.storage.base import Reader
 
-MEMORY = "256MiB"
+MEMORY = "auto"
 RESOURCES = "Resources"
 """Heading of these options in help."""
 
@@ -21,6 +21,15 @@ class Size(Kind):
     def parse(self, value: Any, name: str) -> int:
         """Bytes."""
         return parse_size(value)
+
+
+@final
+class _Memory(Kind):
+    """A size, or "auto"."""
+
+    def parse(self, value: Any, name: str) -> int | None:
+        """Bytes; None for "auto"."""
+        return None if value == MEMORY else parse_size(value)
 
 
 @final
@@ -37,9 +46,10 @@ class Engine:
 
     memory: str | int = option(
         default=MEMORY,
-        help="Memory that a run may add to the process, on top of the torch import.",
+        help="Memory that a run may add to the process, on top of the torch import; auto is "
+        "256MiB, or what very many tensors or dense maps need.",
         group=RESOURCES,
-        kind=Size(),
+        kind=_Memory(),
         metavar="SIZE",
     )
     threads: int | None = option(
@@ -70,9 +80,9 @@ class Engine:
             raise OutputError(error.message, hint=error.hint) from error
 
     @property
-    def memory_nbytes(self) -> int:
-        """The memory, in bytes."""
-        return Size().parse(self.memory, "memory")
+    def memory_nbytes(self) -> int | None:
+        """The memory, in bytes; None for "auto"."""
+        return _Memory().parse(self.memory, "memory")
 
     @property
     def n_threads(self) -> int | None:

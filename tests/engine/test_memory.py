@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import streammap
+from streammap.engine import memory
+from streammap.errors import OutputError
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.testing.hubserver import HubServer
@@ -18,6 +20,7 @@ from streammap.testing.hubserver import HubServer
 _RUN = """
 import json, os, sys, time, torch
 import streammap
+from streammap.engine import memory
 from streammap.output.run import peak_nbytes
 before = peak_nbytes()
 folder, what, options, slow = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), sys.argv[4]
@@ -237,6 +240,7 @@ def test_another_order_in_each_layer_takes_no_more_for_more_layers(tmp_path: Pat
 _READ = """
 import json, sys, torch
 import streammap
+from streammap.engine import memory
 from streammap.output.run import peak_nbytes
 before = peak_nbytes()
 folder, what, memory, threads = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
@@ -320,3 +324,18 @@ def test_a_model_of_the_hub_stays_in_its_budget(
         )
     added, planned, _ = json.loads(said.stdout)
     assert added <= planned, f"{added / MIB:.1f} MiB, planned {planned / MIB:.1f}"
+
+
+def test_the_default_grows_where_the_least_is_more(tmp_path: Path) -> None:
+    write_gpt2(tmp_path / "big", vocab=64, layers=1)
+    form = streammap.open(tmp_path / "big").plan.targets["wte.weight"]
+    few, many = [form] * 1000, [form] * 300_000
+    assert memory.fit(few, budget=None, n_workers=2).peak_nbytes <= memory.DEFAULT_NBYTES
+    room = memory.fit(many, budget=None, n_workers=2)
+    assert room.tensors_nbytes > memory.DEFAULT_NBYTES
+    assert room.tile_nbytes == memory.MAX_TILE_NBYTES
+    with pytest.raises(OutputError, match="memory 256 MiB: this run takes at least") as refused:
+        memory.fit(many, budget=memory.DEFAULT_NBYTES, n_workers=2)
+    needed = re.search(r"--memory (\d+)MiB", str(refused.value))
+    assert needed is not None
+    memory.fit(many, budget=int(needed[1]) * MIB, n_workers=2)
