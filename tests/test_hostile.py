@@ -533,7 +533,8 @@ def test_aliases_may_stand_for_others() -> None:
 def test_specs_that_include_one_another_are_read_once() -> None:
     tables = parser.merged(parser.read(SPEC, name="mine"), lambda _: {})
     include = {"include": [{"spec": "mine", "as": "inner"}]}
-    found = parser.build("mine", {**tables, **include}, {}, lambda _: {**tables, **include})
+    specs = parser.Specs(lambda _: {**tables, **include}, lambda _: None)
+    found = parser.build("mine", {**tables, **include}, {}, specs)
     assert set(found.axes) == {"embed", "layer", "inner.embed", "inner.layer"}
 
 

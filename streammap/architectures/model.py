@@ -4,7 +4,7 @@ Each key must match exactly one rule, each dimension must equal its expression, 
 kind must have the same tensors; else the checkpoint is refused, with the nearest patterns named.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammap.architectures import (
@@ -237,11 +237,7 @@ def _families(
             continue
         lowest = min(rule.generation for rule, _ in matches)
         own = [match for match in matches if match[0].generation == lowest]
-        rule, values = own[0]
-        if len(own) > 1:
-            raise ArchitectureError(
-                f"{spec.name}.toml: {key} matches {rule.pattern.text} and {own[1][0].pattern.text}"
-            )
+        rule, values = own[0] if len(own) == 1 else _of_layouts(spec, own, key, tensor, sizes)
         name = _family_name(key, rule)
         entry = groups.setdefault((id(rule), name), (rule, {}, len(tensor.shape)))
         entry[1][tuple(values[index] for index in rule.pattern.indices)] = key
@@ -251,6 +247,46 @@ def _families(
         Family(rule, name, members, _dims(rule, name, rank))
         for (_, name), (rule, members, rank) in groups.items()
     )
+
+
+def _of_layouts(
+    spec: Architecture,
+    matches: Sequence[tuple[TensorRule, dict[str, int]]],
+    key: str,
+    tensor: TensorSpec,
+    sizes: Mapping[str, int],
+) -> tuple[TensorRule, dict[str, int]]:
+    """Of the layouts that a spec allows for one key, the one that the tensor has.
+
+    Raises:
+        ArchitectureError: the rules are of different patterns.
+        CheckpointError: several layouts fit.
+    """
+    first = matches[0][0]
+    other = next((r for r, _ in matches if r.pattern.text != first.pattern.text), None)
+    if other is not None:
+        raise ArchitectureError(
+            f"{spec.name}.toml: {key} matches {first.pattern.text} and {other.pattern.text}"
+        )
+
+    def fits(rule: TensorRule) -> bool:
+        dims = rule.dims_for(len(tensor.shape))
+        try:
+            return dims is not None and all(
+                dim.expression is None or spec.size(dim.expression, sizes) == size
+                for dim, size in zip(dims, tensor.shape, strict=True)
+            )
+        except KeyError:
+            return True  # The size that is missing is told later.
+
+    fitting = [match for match in matches if fits(match[0])]
+    if len(fitting) > 1:
+        layouts = " or ".join(f"({', '.join(d.text for d in rule.dims)})" for rule, _ in fitting)
+        raise CheckpointError(
+            f"{key}: shape {list(tensor.shape)} is {layouts}, expected one of them only",
+            hint="give --arch a copy of the spec that names the layout of this file",
+        )
+    return fitting[0] if fitting else matches[0]
 
 
 def _applies(

@@ -12,7 +12,7 @@ from streammap.architectures import config_fields
 from streammap.architectures import expression as expressions
 from streammap.architectures.decode import Decoder, Tables, as_list, as_table, string
 from streammap.architectures.expression import Expression, Name
-from streammap.architectures.schema import Architecture, TinyModel
+from streammap.architectures.schema import Architecture, LMHead, TinyModel
 from streammap.architectures.scopes import SpecScope
 from streammap.errors import ArchitectureError
 
@@ -48,10 +48,22 @@ _MAX_DOTS = 200
 class Include:
     """[[include]]: another spec inside this one."""
 
-    spec: str
     scope: str = field(metadata={"entry": "as"})
     prefix: tuple[str, ...] = ("",)
     config: str = ""
+    spec: str = ""
+    """Its name; without one, what serves the model_type in its part of config.json."""
+    model_type: str = ""
+    """The model_type of a part that doesn't say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Specs:
+    """The other specs, as merged tables."""
+
+    named: Callable[[str], Tables]
+    serving: Callable[[str], Tables | None]
+    """Model type -> the tables that serve it; None where none do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +141,12 @@ def _table(tables: Tables, name: str) -> dict[str, object]:
     return dict(as_table(tables.get(name, {}), name))
 
 
-def build(
-    name: str, tables: Tables, config: Mapping[str, object], included: Callable[[str], Tables]
-) -> Architecture:
+def build(name: str, tables: Tables, config: Mapping[str, object], specs: Specs) -> Architecture:
     """The spec as it stands for a config.json.
 
     Args:
         tables: As `merged` gives them.
-        included: Merged tables of the specs that this one includes.
+        specs: Those that this one may include.
 
     Raises:
         ArchitectureError: naming the spec and the entry.
@@ -145,31 +155,44 @@ def build(
         known = {entry: tables[entry] for entry in WholeTables.__dataclass_fields__ & tables.keys()}
         whole = Decoder(config, {}).table(WholeTables, known, "")
         own = SpecScope(tables, config, same=whole.same_axis)
-        inner = [_included(entry, config, whole.same_axis, included) for entry in whole.include]
+        inner = [_included(entry, config, whole.same_axis, specs) for entry in whole.include]
         return _joined(name, whole, (own, *inner), config)
     except ArchitectureError as error:
         raise _named(name, error) from error
 
 
 def _included(
-    entry: Include,
-    config: Mapping[str, object],
-    same: Mapping[str, str],
-    included: Callable[[str], Tables],
+    entry: Include, config: Mapping[str, object], same: Mapping[str, str], specs: Specs
 ) -> SpecScope:
+    if not entry.spec and not entry.model_type:
+        raise ArchitectureError(f"include {entry.scope}: expected spec, or model_type")
     inner = config_fields.field_value(config, entry.config) if entry.config else config
     path = f"{entry.config}." if entry.config else ""
     if not isinstance(inner, Mapping):
         # Older checkpoints have the fields of the inner model at the top.
         path, inner = "", config
+    if entry.model_type and (not path or inner.get("model_type") is None):
+        inner = {**inner, "model_type": entry.model_type}
     return SpecScope(
-        included(entry.spec),
+        specs.named(entry.spec) if entry.spec else _serving(inner, path, specs),
         inner,
         same=same,
         scope=f"{entry.scope}.",
         prefixes=entry.prefix,
         path=path,
     )
+
+
+def _serving(part: Mapping[str, object], path: str, specs: Specs) -> Tables:
+    """What serves a part of config.json, by its model_type."""
+    model_type = str(part["model_type"])
+    tables = specs.serving(model_type)
+    if tables is None:
+        raise ArchitectureError(
+            f"no architecture spec serves {path}model_type {model_type[:80]!r}",
+            hint="`streammap architectures` lists the model types that a part may have",
+        )
+    return tables
 
 
 def _joined(
@@ -179,6 +202,8 @@ def _joined(
     axes = {axis.name: axis for scope in scopes for axis in scope.axes}
     fields = {path: value for one in tables for path, value in one.config.items()}
     for other, axis in whole.same_axis.items():
+        if other == axis:
+            continue  # Config.json decided that it is an axis of its own.
         # The axis goes, its config field stays: it is written with the axis that stands for it.
         listed = axes.pop(other).fields if other in axes else ()
         there = [path for path in listed if config_fields.field_value(config, path) is not None]
@@ -208,7 +233,7 @@ def _joined(
         constraints=tuple(rule for one in tables for rule in one.constraints.rules),
         rules=tuple(rule for scope in scopes for rule in scope.rules()),
         required=tuple(pattern for one in tables for pattern in one.required.keys),
-        heads=tuple(head for scope in scopes for head in scope.heads),
+        heads=_heads(scopes),
         weightless=tuple(axis for one in tables for axis in one.norm.weightless),
         forward_scale=tuple(factor for scope in scopes for factor in scope.forward_scale),
         experts={axis: value for scope in scopes for axis, value in scope.experts.items()},
@@ -224,6 +249,22 @@ def _joined(
             **{axis: text for one in tables for axis, text in one.caveat.items() if text},
         },
     )
+
+
+def _heads(scopes: Sequence[SpecScope]) -> tuple[LMHead, ...]:
+    """The heads of all parts; `of` names the part whose head is the whole model's."""
+    heads = {name: head for scope in scopes for name, head in scope.heads.items()}
+    own = heads.get("")
+    if own is None or not own.of:
+        return tuple(heads.values())
+    del heads[""]
+    if own.of in heads:
+        part = heads[own.of]
+        path = f"{own.tied_by}." if own.tied_by else own.path
+        # A file may have it under the part's name as well, in whatever way it spells the prefix.
+        keys = (*own.head, *part.head)
+        heads[own.of] = replace(part, head=keys, tied=own.tied, classes=own.classes, path=path)
+    return tuple(heads.values())
 
 
 def _untested(proved: Mapping[str, object], config: Mapping[str, object]) -> str:

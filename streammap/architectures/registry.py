@@ -35,7 +35,7 @@ def load(name: str, config: Mapping[str, object] = _NO_CONFIG) -> Architecture:
         ArchitectureError: no such spec, or its file is wrong.
     """
     own_name, tables = _tables_of(name)
-    return parser.build(own_name, tables, config, _merged)
+    return parser.build(own_name, tables, config, _SPECS)
 
 
 def tiny_models(name: str) -> tuple[TinyModel, ...]:
@@ -53,7 +53,7 @@ def parse(text: str, *, name: str, config: Mapping[str, object] = _NO_CONFIG) ->
     Raises:
         ArchitectureError: naming the spec and the entry.
     """
-    return parser.build(name, _parsed(text, name), config, _merged)
+    return parser.build(name, _parsed(text, name), config, _SPECS)
 
 
 def model_types() -> dict[str, str]:
@@ -68,14 +68,8 @@ def model_types() -> dict[str, str]:
 
 def for_model_type(model_type: str, config: Mapping[str, object]) -> Architecture | None:
     """The spec that serves a config.json with this model_type."""
-    quoted = f'"{model_type}"'
-    for name, text in _texts(_folder()).items():
-        # Reading TOML is slow; most files do not even hold the word.
-        if quoted in text:
-            listed = _tables(name).get("model_types", [])
-            if isinstance(listed, list) and model_type in listed:
-                return load(name, config)
-    return None
+    name = _serving(model_type)
+    return None if name is None else load(name, config)
 
 
 def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture | None:
@@ -91,6 +85,23 @@ def for_keys(keys: Iterable[str], config: Mapping[str, object]) -> Architecture 
         ):
             return architecture
     return None
+
+
+def _serving(model_type: str) -> str | None:
+    """The name of the spec that serves a model_type."""
+    quoted = f'"{model_type}"'
+    for name, text in _texts(_folder()).items():
+        # Reading TOML is slow; most files do not even hold the word.
+        if quoted in text:
+            listed = _tables(name).get("model_types", [])
+            if isinstance(listed, list) and model_type in listed:
+                return name
+    return None
+
+
+def _tables_serving(model_type: str) -> Tables | None:
+    name = _serving(model_type)
+    return None if name is None else _merged(name)
 
 
 def _tables_of(name: str) -> tuple[str, Tables]:
@@ -155,3 +166,6 @@ def _merged(name: str) -> Tables:
 @cache
 def _merged_in(folder: str, name: str) -> Tables:
     return parser.merged(_read(folder, name), lambda above: _read(folder, above))
+
+
+_SPECS = parser.Specs(_merged, _tables_serving)

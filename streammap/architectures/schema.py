@@ -147,6 +147,10 @@ class LMHead:
     """What the model multiplies the head's input by."""
     copies: Mapping[str, str] = field(default_factory=dict)
     """End of a key -> end of the key whose tensor it gets when the head is untied."""
+    of: str = ""
+    """The included part whose head is the whole model's, but for `head`, `tied` and `classes`."""
+    tied_by: str = ""
+    """The part of config.json whose tie_word_embeddings counts, where the whole model's doesn't."""
     path: str = field(default="", metadata={"entry": None})
     """Where in config.json its fields are: "" or "text_config."."""
 

@@ -162,13 +162,14 @@ class SpecScope:
         return [Axis(name, kinds.get(name, "width"), sources) for name, sources in axes.items()]
 
     @property
-    def heads(self) -> tuple[LMHead, ...]:
-        """The head, if there is one."""
+    def heads(self) -> dict[str, LMHead]:
+        """The head, if there is one, by the name of this part."""
         head = self.tables.head
         if head is None:
-            return ()
+            return {}
         scaled = head.scale is not None and head.scale.expression != Number(1)
-        return (replace(head, path=self._path, scale=head.scale if scaled else None),)
+        scale = head.scale if scaled else None
+        return {self._scope[:-1]: replace(head, path=self._path, scale=scale)}
 
     @property
     def experts(self) -> dict[str, Experts]:
@@ -203,9 +204,10 @@ class SpecScope:
                         yield TensorRule(pattern, kind, dims, generation, when, its_norm)
         for generation, text, value in self._stacked("tensors"):
             for words, when in self._choices(value, text):
-                dims = tuple(self._dim(part.strip()) for part in words.split(",") if words)
-                for pattern in self._compiled(text):
-                    yield TensorRule(pattern, "tensor", dims, generation, when)
+                for layout in words.split("|"):
+                    dims = tuple(self._dim(part.strip()) for part in layout.split(",") if words)
+                    for pattern in self._compiled(text):
+                        yield TensorRule(pattern, "tensor", dims, generation, when)
         for table, kind in (("buffers", "buffer"), ("drop", "drop")):
             for generation, entries in enumerate(as_list(self._raw[table], table)):
                 for pattern in self._decoder.table(Keys, entries, table).keys:

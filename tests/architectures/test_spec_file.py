@@ -483,6 +483,66 @@ def test_fields_of_an_included_spec_may_stand_at_the_top(folder: Path) -> None:
     assert resolved("outer", shapes, config).sizes["text.mlp"] == 16
 
 
+BY_TYPE = """
+schema = 1
+model_types = ["wrapper"]
+[[include]]
+as = "text"
+config = "text_config"
+model_type = "llama"
+prefix = ["language_model."]
+[head]
+of = "text"
+tied = false
+classes = ["Wrapper"]
+"""
+
+
+@pytest.mark.parametrize(
+    ("text_config", "field"),
+    [({}, "intermediate_size"), ({"model_type": "gpt2"}, "n_inner")],
+)
+def test_a_part_is_of_the_spec_that_serves_its_model_type(text_config: Config, field: str) -> None:
+    spec = parsed(BY_TYPE, {"text_config": text_config})
+    assert spec.axes["text.mlp"].fields == (f"text_config.{field}",)
+
+
+def test_a_part_that_no_spec_serves_is_named() -> None:
+    told = r"no architecture spec serves text_config\.model_type 'unheard_of'"
+    with pytest.raises(ArchitectureError, match=told):
+        parsed(BY_TYPE, {"text_config": {"model_type": "unheard_of"}})
+
+
+def test_the_head_of_a_part_is_the_whole_models() -> None:
+    (head,) = parsed(BY_TYPE, {"text_config": {"model_type": "gemma2"}}).heads
+    assert (head.tied, head.classes, head.path) == (False, ("Wrapper",), "")
+    assert first_match(head.head, "language_model.lm_head.weight") is not None
+    assert first_match(head.embed, "language_model.model.embed_tokens.weight") is not None
+
+
+@pytest.mark.parametrize(
+    ("shape", "dims"), [((3, 8, 5), "e, mlp, embed"), ((3, 5, 8), "e, embed, mlp")]
+)
+def test_the_layout_that_fits_is_taken(folder: Path, shape: tuple[int, ...], dims: str) -> None:
+    (family,) = _stacked(folder, shape, n_embed=5).families
+    assert ", ".join(dim.text for dim in family.dims) == dims
+
+
+def test_layouts_that_both_fit_are_refused(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"shape \[3, 8, 8\] is \(e, mlp, embed\) or"):
+        _stacked(folder, (3, 8, 8), n_embed=8)
+
+
+def _stacked(folder: Path, shape: tuple[int, ...], *, n_embed: int) -> Model:
+    (folder / "stacked.toml").write_text(
+        'schema = 1\nmodel_types = ["stacked"]\n[axes]\nembed = "dim"\nmlp = "ffn"\ne = "n"\n'
+        'layer = "depth"\n[axis_kind]\nlayer = "depth"\n[tensors]\n'
+        '"w.{layer}" = "e, mlp:out, embed:in | e, embed:in, mlp:out"\n'
+    )
+    _forget()
+    return resolved("stacked", {"w.0": shape}, {"dim": n_embed, "ffn": 8, "n": 3, "depth": 1})
+
+
 def test_the_conditions_of_an_included_spec_look_at_its_own_config(folder: Path) -> None:
     (folder / "base.toml").write_text(LAYERS)
     inner = {"dim": 4, "depth": 1, "flat": True}
@@ -648,7 +708,11 @@ def test_a_size_of_nothing_is_a_size() -> None:
         ("[numbered.layer]\nfirst = 1", r"numbered\.layer\.why: no entry"),
         ("[depth.other]\nperiods = 3", r"depth\.other\.periods: expected a list, found 3"),
         ("[[include]]\nspec = 'llama'\nas = 'x'\nat = 'y'", r"include: unknown entry 'at'\n"),
-        ("[[include]]\nas = 'x'", r"include\.spec: no entry"),
+        ("[[include]]\nas = 'x'", "include x: expected spec, or model_type"),
+        (
+            "[[include]]\nas = 'x'\nmodel_type = 'none'",
+            "no architecture spec serves model_type 'none'",
+        ),
         ("[[include]]\nspec = 'llama'", r"include\.as: no entry"),
         ("[[include]]\nspec = 'nobody'\nas = 'x'", "no architecture 'nobody'"),
         ("[include]\nspec = 'llama'", "include: expected a list"),

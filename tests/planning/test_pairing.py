@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,13 @@ _PIECE = re.compile(r"(\{[^{}]*\}|\*)")
 _OLD = {".weight": ".gamma", ".bias": ".beta"}
 
 
+def included(include: Mapping[str, Any]) -> str:
+    """The spec of a part of a model whose config.json names no other."""
+    name = include.get("spec", include.get("model_type"))
+    name = name["default"] if isinstance(name, dict) else name
+    return name if "spec" in include else registry.model_types()[name]
+
+
 def variables(model: Model, family: Family) -> Mapping[str, Sequence[str]]:
     """The spellings of [vars] where a family's rule stands."""
     tables = registry._merged(model.architecture.name)
@@ -29,7 +37,7 @@ def variables(model: Model, family: Family) -> Mapping[str, Sequence[str]]:
         first, _, scope = scope.partition(".")
         include = next(one for one in tables["include"] if one["as"] == first)  # type: ignore[attr-defined]
         prefixes = include["prefix"]
-        tables = registry._merged(include["spec"])
+        tables = registry._merged(included(include))
     found: dict[str, Sequence[str]] = dict(tables.get("vars", {}))  # type: ignore[call-overload]
     return {**found, " prefix": prefixes}
 

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,14 +23,13 @@ from torch.overrides import TorchFunctionMode
 from streammap.architectures.schema import TinyModel
 from streammap.common import optional
 from streammap.errors import PlanError, some
+from streammap.tools.spec_proof import inputs
 
 _TIMM = "timm:"
 """What a class of timm begins with: "timm:VisionTransformer"."""
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
-_BATCH, _N_TOKENS, _N_FRAMES = 2, 17, 20
-_FIRST_TOKEN = 10
-"""Ids below it are padding, masks and images in the tiny models."""
+_BATCH = 2
 _SPREAD = 1.5
 """Weights are this / sqrt(fan-in): attention and routers choose, and nothing saturates."""
 
@@ -81,30 +80,11 @@ def outputs(folder: Path, model: TinyModel, *, seed: int = 0) -> dict[str, Tenso
                 return {}
             torch.manual_seed(seed)  # What loading drew depends on the sizes.
             with _without(model.neutral, net), torch.no_grad():
-                result = net(**_inputs(net))
+                result = net(**inputs.make(net))
     tensors = _named(result)
     if not tensors:
         raise PlanError(f"{model.class_name} gives no tensors", hint="set shapes_only = true")
     return {k: x for k, x in tensors.items() if "logits" in k} or tensors
-
-
-class _Config(Protocol):
-    """A configuration of transformers, as far as it is used here; each model has some of these."""
-
-    vocab_size: int
-    num_mel_bins: int
-    max_source_positions: int
-    conv_stride: Sequence[int]
-    image_token_id: int
-    image_size: int
-    patch_size: int
-    num_channels: int
-    in_channels: int
-    temporal_patch_size: int
-    spatial_merge_size: int
-    vision_config: "_Config"
-
-    def get_text_config(self) -> "_Config": ...
 
 
 class _Module(Protocol):
@@ -119,7 +99,7 @@ class _Module(Protocol):
 class _Net(_Module, Protocol):
     """A model of transformers."""
 
-    config: _Config
+    config: Any
     forward: Callable[..., object]
 
     def eval(self) -> "_Net": ...
@@ -130,9 +110,9 @@ class _Net(_Module, Protocol):
 class _NetClass(Protocol):
     """A model class of transformers."""
 
-    config_class: Callable[..., _Config]
+    config_class: Callable[..., object]
 
-    def _from_config(self, config: _Config, **options: object) -> _Net: ...
+    def _from_config(self, config: object, **options: object) -> _Net: ...
     def from_pretrained(
         self, folder: Path, **options: object
     ) -> tuple[_Net, Mapping[str, set[object]]]: ...
@@ -211,34 +191,6 @@ def _randomize(model: _Module) -> None:
                 x.normal_(std=_SPREAD / math.sqrt(fan_in))
 
 
-def _inputs(net: _Net) -> dict[str, Tensor]:
-    """What the model's forward takes. No size that a resizing may change counts."""
-    takes, config = inspect.signature(net.forward).parameters, net.config
-    inputs: dict[str, Tensor] = {}
-    n_ids = config.get_text_config().vocab_size if "input_ids" in takes else 0
-    if "input_ids" in takes:
-        inputs["input_ids"] = torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
-    if "decoder_input_ids" in takes:
-        n_ids = getattr(config, "decoder_vocab_size", None) or config.vocab_size
-        inputs["decoder_input_ids"] = torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
-    n_types = getattr(config, "type_vocab_size", 0)
-    if "token_type_ids" in takes and n_types:
-        inputs["token_type_ids"] = torch.randint(n_types, (_BATCH, _N_TOKENS))
-    if "input_features" in takes:
-        n_frames = 2 * config.max_source_positions
-        inputs["input_features"] = torch.randn(_BATCH, config.num_mel_bins, n_frames)
-    if "input_values" in takes:
-        inputs["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(config.conv_stride))
-    if "grid_thw" in takes:
-        patches = _patches(config, torch.empty(0, 0))
-        inputs |= {"hidden_states": patches["pixel_values"], "grid_thw": patches["image_grid_thw"]}
-    elif "image_grid_thw" in takes:
-        inputs |= _patches(config, inputs["input_ids"])
-    elif "pixel_values" in takes:
-        inputs |= _images(config, inputs.get("input_ids"), takes)
-    return inputs
-
-
 def _named(result: Mapping[str, object]) -> dict[str, Tensor]:
     """The numbers of an answer; channels come last in all of them."""
     tensors = {k: x for k, x in result.items() if isinstance(x, Tensor) and x.is_floating_point()}
@@ -248,37 +200,6 @@ def _named(result: Mapping[str, object]) -> dict[str, Tensor]:
     for i, x in enumerate(deep if isinstance(deep, list) else ()):
         tensors[f"deepstack_features.{i}"] = x
     return tensors
-
-
-def _images(config: _Config, ids: Tensor | None, takes: Mapping[str, object]) -> dict[str, Tensor]:
-    """Images, and their places among the tokens, which `ids` takes in."""
-    vision: _Config = getattr(config, "vision_config", config)
-    side = vision.image_size
-    n_patches = (side // vision.patch_size) ** 2
-    inputs = {"pixel_values": torch.randn(_BATCH, vision.num_channels, side, side)}
-    if "noise" in takes:
-        inputs["noise"] = torch.rand(_BATCH, n_patches)
-    place: int | None = getattr(config, "image_token_id", None)
-    if ids is not None and place is not None:
-        n_places = getattr(config, "mm_tokens_per_image", n_patches)
-        ids[:, 1 : 1 + n_places] = place
-        if "token_type_ids" in takes:
-            inputs["token_type_ids"] = (ids == place).long()
-    return inputs
-
-
-def _patches(config: _Config, ids: Tensor) -> dict[str, Tensor]:
-    """Images as Qwen's models take them: flat patches, and the grid that they form."""
-    vision: _Config = getattr(config, "vision_config", config)
-    n_places, side = 4, 2 * vision.spatial_merge_size
-    place: int = getattr(config, "image_token_id", -1)
-    ids[:, 1 : 1 + n_places] = place
-    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return {
-        "pixel_values": torch.randn(_BATCH * side * side, size),
-        "image_grid_thw": torch.tensor([[1, side, side]] * _BATCH),
-        "mm_token_type_ids": (ids == place).int(),
-    }
 
 
 @contextlib.contextmanager

@@ -1,0 +1,245 @@
+"""What tiny models are run on: tokens, images and sounds, as each class's forward takes them.
+
+No size that a resizing may change counts. Images and sounds have as many places among the tokens as
+the model makes features of them.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_BATCH, _N_TOKENS, _N_FRAMES = 2, 17, 20
+_FIRST_TOKEN = 10
+"""Ids below it are padding, masks and images in the tiny models."""
+_PLACES = {
+    "get_image_features": ("image_token_id", "image_token_index", "image_patch_id"),
+    "get_audio_features": ("audio_token_id", "audio_token_index"),
+}
+"""What makes features -> the fields that say which token stands for one of them."""
+
+
+class Net(Protocol):
+    """A model of transformers, as far as it is run."""
+
+    config: Any
+    forward: Callable[..., object]
+
+
+def make(net: Net) -> dict[str, Tensor]:
+    """What the model's forward takes."""
+    takes, config = inspect.signature(net.forward).parameters, net.config
+    inputs: dict[str, Tensor] = {}
+    if "input_ids" in takes:
+        # Drawn before all else: what is made for images must not change them.
+        inputs["input_ids"] = _ids(_n_ids(config.get_text_config()))
+    if "decoder_input_ids" in takes:
+        inputs["decoder_input_ids"] = _ids(_n_ids(config, "decoder"))
+    n_types = _number(config, "type_vocab_size") or 0
+    several = getattr(config, "type_vocab_sizes", None)
+    if "token_type_ids" in takes and several:
+        columns = [torch.randint(n, (_BATCH, _N_TOKENS)) for n in several]
+        inputs["token_type_ids"] = torch.stack(columns, dim=-1)
+    elif "token_type_ids" in takes and n_types:
+        inputs["token_type_ids"] = torch.randint(n_types, (_BATCH, _N_TOKENS))
+    if "bbox" in takes:
+        inputs["bbox"] = _boxes(_number(config, "max_2d_position_embeddings") or _N_TOKENS)
+    if getattr(config, "audio_config", config) is not None:
+        inputs |= _sounds(config, takes)
+    if "pixel_values" in takes or "grid_thw" in takes:
+        inputs |= _images(net, takes)
+    return inputs | _with_places(net, inputs, takes)
+
+
+def _n_ids(config: Any, side: str = "") -> int:
+    """How many tokens there are; of a model of two, those of one side."""
+    part = getattr(config, side, None) if side else None
+    sizes: tuple[int | None, ...] = (
+        getattr(config, f"{side}_vocab_size", None),
+        getattr(part, "vocab_size", None),
+    )
+    n_ids: int = next((size for size in sizes if size), config.get_text_config().vocab_size)
+    return n_ids
+
+
+def _ids(n_ids: int) -> Tensor:
+    return torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
+
+
+def _boxes(n_places: int) -> Tensor:
+    """Boxes on a page: left, top, right, bottom."""
+    corner = torch.randint(n_places // 2, (_BATCH, _N_TOKENS, 2))
+    return torch.cat([corner, corner + torch.randint(1, n_places // 2, corner.shape)], dim=-1)
+
+
+def _number(config: Any, *names: str) -> int | None:
+    """The first of some fields that the configuration, or a part of it, has as a number."""
+    for part in (config, *_parts(config)):
+        for name in names:
+            value = getattr(part, name, None)
+            if isinstance(value, list | tuple) and value:
+                value = value[0]
+            if isinstance(value, int):
+                return value
+    return None
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    """A configuration's parts that see or hear, and itself."""
+    for name in ("vision_config", "audio_config", "encoder", "backbone_config"):
+        part = getattr(config, name, None)
+        if part is not None and not isinstance(part, dict):
+            yield part
+    yield config
+
+
+def _seen(config: Any) -> Any:
+    """The part of a configuration that sees."""
+    sees = (p for p in _parts(config) if any(hasattr(p, n) for n in ("patch_size", "image_size")))
+    return next(sees, config)
+
+
+def _with_places(
+    net: Net, inputs: Mapping[str, Tensor], takes: Mapping[str, object]
+) -> dict[str, Tensor]:
+    """The tokens with places for what the model makes of images and sounds."""
+    ids = inputs.get("input_ids")
+    if ids is None:
+        return {}
+    kinds = torch.zeros_like(ids)
+    for kind, (method, fields) in enumerate(_PLACES.items(), start=1):
+        mark = next((m for f in fields if (m := getattr(net.config, f, None)) is not None), None)
+        make = _maker(net, method)
+        if mark is None or make is None:
+            continue
+        taken = inspect.signature(make).parameters
+        given = {name: x for name, x in inputs.items() if name in taken}
+        if not given:
+            continue
+        n_places = _n_features(make(**given)) // _BATCH
+        places = torch.full((_BATCH, n_places), mark)
+        ids = torch.cat([ids[:, :1], places, ids[:, 1:]], dim=1)
+        kinds = torch.cat([kinds[:, :1], torch.full_like(places, kind), kinds[:, 1:]], dim=1)
+    if not kinds.any():
+        return {}
+    named = [name for name in ("mm_token_type_ids", "token_type_ids") if name in takes]
+    return {"input_ids": ids, **dict.fromkeys(named, kinds)}
+
+
+def _maker(net: Net, method: str) -> Callable[..., object] | None:
+    """A method of a model, or of the one without a head inside it."""
+    for one in (getattr(net, "model", None), net):
+        found: Callable[..., object] | None = getattr(one, method, None)
+        if found is not None:
+            return found
+    return None
+
+
+def _n_features(made: object) -> int:
+    """How many features a model has made of images or sounds."""
+    parts = (getattr(made, name, None) for name in ("pooler_output", "last_hidden_state"))
+    made = next((part for part in parts if part is not None), made)
+    if isinstance(made, Tensor):
+        return made.numel() // made.shape[-1]
+    return sum(map(_n_features, made)) if isinstance(made, list | tuple) else 0
+
+
+def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
+    """Images, in the form that the model's forward takes."""
+    config, seen = net.config, _seen(net.config)
+    if "image_grid_thw" in takes or "grid_thw" in takes:
+        return _grid_patches(seen, takes)
+    if "spatial_shapes" in takes:
+        return _shaped_patches(seen)
+    if "image_position_ids" in takes or "pixel_position_ids" in takes:
+        return _placed_patches(seen, takes)
+    side = _number(seen, "image_size") or 4 * (_number(seen, "patch_size") or 4)
+    size, n_views = (side, side), 1
+    if getattr(config, "image_grid_pinpoints", None):
+        # The whole image at the size of a view, and the views that it is cut into.
+        size = tuple(config.image_grid_pinpoints[0])
+        n_views = 1 + math.prod(size) // side**2
+    channels = _number(seen, "num_channels", "in_channels", "in_chans") or 3
+    several = n_views > 1 or "pixel_attention_mask" in takes
+    shape = (_BATCH, *((n_views,) if several else ()), channels, side, side)
+    inputs = {"pixel_values": torch.randn(shape)}
+    if "image_sizes" in takes and _needs_sizes(net, seen):
+        inputs["image_sizes"] = torch.tensor([size] * _BATCH)
+    if "noise" in takes:
+        inputs["noise"] = torch.rand(_BATCH, (side // seen.patch_size) ** 2)
+    return inputs
+
+
+def _needs_sizes(net: Net, seen: Any) -> bool:
+    """Whether sizes of images are asked for; LLaVA hands them on to whatever encoder it has."""
+    make = _maker(net, "get_image_features")
+    sizes = None if make is None else inspect.signature(make).parameters.get("image_sizes")
+    optional = sizes is not None and sizes.default is not inspect.Parameter.empty
+    return not optional or seen.model_type == "pixtral"
+
+
+def _grid_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
+    """Flat patches, and the grid that they form, as Qwen's models take them."""
+    side = 2 * (_number(seen, "spatial_merge_size") or 1)
+    channels = _number(seen, "in_channels", "in_chans", "num_channels") or 3
+    size = channels * (_number(seen, "temporal_patch_size") or 1) * seen.patch_size**2
+    alone = "grid_thw" in takes
+    return {
+        "hidden_states" if alone and "hidden_states" in takes else "pixel_values": torch.randn(
+            _BATCH * side * side, size
+        ),
+        "grid_thw" if alone else "image_grid_thw": torch.tensor([[1, side, side]] * _BATCH),
+    }
+
+
+def _shaped_patches(seen: Any) -> dict[str, Tensor]:
+    """Patches of each image and how many rows and columns they are, as SigLIP 2 takes them."""
+    rows, columns = 2, 4
+    size = seen.num_channels * seen.patch_size**2
+    return {
+        "pixel_values": torch.randn(_BATCH, rows * columns, size),
+        "pixel_attention_mask": torch.ones(_BATCH, rows * columns, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[rows, columns]] * _BATCH),
+    }
+
+
+def _placed_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
+    """Patches of each image and the place of each, as Gemma 4 takes them."""
+    side = 2 * (_number(seen, "pooling_kernel_size") or 1)
+    size = (_number(seen, "num_channels") or 3) * seen.patch_size**2
+    rows = torch.arange(side)
+    places = torch.stack([rows.repeat(side), rows.repeat_interleave(side)], dim=-1)
+    name = "image_position_ids" if "image_position_ids" in takes else "pixel_position_ids"
+    return {
+        "pixel_values": torch.rand(_BATCH, side * side, size),
+        name: places.expand(_BATCH, -1, -1),
+    }
+
+
+def _sounds(config: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
+    """Sounds: the wave, or its spectrogram."""
+    inputs: dict[str, Tensor] = {}
+    mels = _number(config, "num_mel_bins", "n_mels", "input_feat_per_channel", "input_feat_size")
+    if "input_values" in takes:
+        strides: Sequence[int] | None = getattr(config, "conv_stride", None)
+        if strides is None and mels is not None:
+            n_rows = _number(config, "max_length", "spectrogram_length") or _N_FRAMES
+            inputs["input_values"] = torch.randn(_BATCH, n_rows, mels)
+        else:
+            inputs["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(strides or (64,)))
+    if "input_features" in takes:
+        n_frames = _number(config, "max_source_positions")
+        size = _number(config, "feature_projection_input_dim")
+        if size is not None or n_frames is None or hasattr(config, "input_feat_per_channel"):
+            shape = (_BATCH, 2 * _N_FRAMES, size or mels or 1)
+        else:
+            shape = (_BATCH, mels or 1, 2 * n_frames)
+        inputs["input_features"] = torch.randn(shape)
+        n_seen = shape[2] if shape[1] == mels else shape[1]
+        for name in ("feature_attention_mask", "input_features_mask"):
+            if name in takes:
+                inputs[name] = torch.ones(_BATCH, n_seen, dtype=torch.long)
+    return inputs
