@@ -5,10 +5,12 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import swa_utils
 
 import streammap
 from streammap.operators import blend
@@ -108,6 +110,29 @@ def test_an_average_over_time_is_that_of_a_run(n: int) -> None:
     weights = torch.tensor(blend.ema_weights(0.9, n), dtype=torch.float64)
     torch.testing.assert_close(weights @ steps, average)
     assert math.isclose(sum(blend.ema_weights(0.9, n)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("ema", "tolerance"),
+    [(None, 1e-6), (0.9, 1e-14)],
+)
+def test_averages_are_those_of_torch_over_a_run(
+    tmp_path: Path, ema: float | None, tolerance: float
+) -> None:
+    """torch divides by the number of steps in float32."""
+    average: Any = swa_utils
+    average = average.get_ema_multi_avg_fn(ema) if ema else average.get_swa_multi_avg_fn()
+    model = torch.nn.Linear(7, 5).double()
+    averaged = swa_utils.AveragedModel(model, multi_avg_fn=average)
+    paths = []
+    for step in range(5):
+        for x in model.parameters():
+            x.data.add_(torch.randn_like(x))
+        averaged.update_parameters(model)
+        paths.append(tiny.write(tmp_path / str(step), model.state_dict(), None))
+    found = dict(streammap.blend(paths[0], *paths[1:], ema=ema).tensors())
+    for key, x in averaged.module.state_dict().items():
+        torch.testing.assert_close(found[key], x, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
