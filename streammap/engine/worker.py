@@ -182,19 +182,21 @@ class Worker:
     def _copied(self, job: Copy, grid: int | None) -> Iterator[Piece]:
         """Read and given piece by piece, so that a piece is written from the cache.
 
-        A mapping holds several pieces: as much as a tile.
+        A mapping holds several pieces: as much as a tile. What is decoded is done in one go, in the
+        largest buffer: its parts may be spread over all of its tensor.
         """
         load, place, cuts, n = job.source, self._places[0], [(0, job.nbytes)], 1
+        is_decoded = decodes(load)
         if grid is not None:
             step = min(PIECE_NBYTES, self._memory.tile_nbytes)
-            cuts, n = list(ranges.pieces(grid, job.nbytes, step)), self._memory.tile_nbytes // step
+            room = self._memory.limits.work_nbytes if is_decoded else self._memory.tile_nbytes
+            cuts, n = list(ranges.pieces(grid, job.nbytes, step)), max(1, room // step)
         for run in (cuts[i : i + n] for i in range(0, len(cuts), n)):
             first = run[0][0]
             last = run[-1][1]
             is_mapped = self._map(place, load, job.start + first, job.start + last)
-            if not is_mapped and decodes(load):
-                # In one go: the parts of a piece may be spread over all of its tensor.
-                whole = self._out.view[: last - first]
+            if is_decoded:
+                whole = self._work.view[: last - first]
                 load.source.read_into(load.key, job.start + first, whole)
                 for start, end in run:
                     yield start, whole[start - first : end - first]
