@@ -39,6 +39,22 @@ slices:
   - sources: [{{model: {a}, layer_range: [0, {n}]}}]
   - sources: [{{model: {a}, layer_range: [0, {n}]}}]
 """
+_SLERP = """merge_method: slerp
+dtype: bfloat16
+base_model: {a}
+models: [{{model: {a}}}, {{model: {b}}}]
+parameters: {{t: [{{filter: self_attn, value: [0, 0.5, 1]}}, {{value: 0.3}}]}}
+"""
+_TIES = """merge_method: ties
+dtype: bfloat16
+base_model: {c}
+models:
+  - model: {a}
+    parameters: {{density: 0.5, weight: 0.6}}
+  - model: {b}
+    parameters: {{density: 0.5, weight: 0.4}}
+parameters: {{normalize: true}}
+"""
 _COMPARE = """
 import sys
 from safetensors import safe_open
@@ -49,7 +65,9 @@ with safe_open(sys.argv[1], "pt") as one, safe_open(sys.argv[2], "pt") as two:
 """
 PAIRS = (
     ("linear blend", "mergekit linear", "streammap interpolate"),
-    ("linear blend of 3", "mergekit linear of 3", "streammap blend recipe.yml"),
+    ("linear blend of 3", "mergekit linear of 3", "streammap blend, linear of 3"),
+    ("slerp", "mergekit slerp", "streammap blend, slerp"),
+    ("ties", "mergekit ties", "streammap blend, ties"),
     ("depth x 2", "mergekit passthrough", "streammap decoalesce --depth 2"),
     ("GPT-2 medium", "original's way, dense", "streammap map --opt C"),
 )
@@ -64,21 +82,25 @@ def merges(kit: Path, folder: Path, *, quick: bool) -> dict[str, Command]:
     sources, out = three[:2], folder / "out"
     nbytes = models.nbytes(model)
     flags = (out, "--no-copy-tokenizer", "--no-write-model-card", "--quiet")
+    end = ("--no-fsync", "--quiet")
     made = {}
     for title, text, more in (
-        ("mergekit linear", _LINEAR, ()),
-        ("mergekit linear of 3", _THREE, ()),
-        ("mergekit passthrough", _TWICE, ("--clone-tensors",)),
+        ("linear", _LINEAR, ()),
+        ("linear of 3", _THREE, ()),
+        ("slerp", _SLERP, ()),
+        ("ties", _TIES, ()),
+        ("passthrough", _TWICE, ("--clone-tensors",)),
     ):
-        config = folder / f"{title.replace(' ', '-')}.yml"
+        config = folder / f"mergekit-{title.replace(' ', '-')}.yml"
         config.write_text(text.format(a=a, b=b, c=c, n=model.layers))
-        read = three if text == _THREE else sources
-        made[title] = Command((kit, config, *flags, *more), (out,), read, 2 * nbytes)
-    end = ("--no-fsync", "--quiet")
+        read, written = three if "{c}" in text else sources, nbytes * (2 if text == _TWICE else 1)
+        made[f"mergekit {title}"] = Command((kit, config, *flags, *more), (out,), read, written)
+        ours = f"streammap blend, {title}"
+        if any(ours == name for _, _, name in PAIRS):
+            recipe = (*STREAMMAP, "blend", config, "-o", out, *end)
+            made[ours] = Command(recipe, (out,), read, written)
     blend = (*STREAMMAP, "interpolate", a, b, out, "--alpha", 0.3, *end)
     deepen = (*STREAMMAP, "decoalesce", a, out, "--depth", 2, *end)
-    recipe = (*STREAMMAP, "blend", folder / "mergekit-linear-of-3.yml", "-o", out, *end)
-    made["streammap blend recipe.yml"] = Command(recipe, (out,), three, nbytes)
     made["streammap interpolate"] = Command(blend, (out,), sources, nbytes)
     made["streammap decoalesce --depth 2"] = Command(deepen, (out,), sources[:1], 2 * nbytes)
     return made
