@@ -6,7 +6,7 @@ plan that was made by other means has no record: its `request` is None.
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
@@ -24,6 +24,9 @@ from streammap.planning import map_file, plan
 from streammap.planning.map_file import MapLevel
 from streammap.planning.plan import Plan
 from streammap.planning.request import MapDigests, OperatorCall
+
+View = Callable[[Plan], Plan]
+"""What is taken of an opened model."""
 
 
 def open_source(
@@ -115,6 +118,11 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
     Raises:
         StreammapError: an input that can't be opened, or options that do not fit the model.
     """
+    if source.optimizer is not None:
+        raise PlanError(
+            f"{operator.name} of a plan with its optimizer's state",
+            hint="take the state along last: it then goes through all operators",
+        )
     plans: dict[str, Plan | tuple[Plan, ...]] = {}
     for one in inputs_of(operator):
         value, adapter = getattr(operator, one.name), is_adapter(one)
@@ -164,25 +172,32 @@ def build(
     *,
     moved: Mapping[str, str | Path] | None = None,
     known: Iterable[MapLevel] = (),
+    view: View | None = None,
 ) -> Plan:
     """The plan that a record tells of.
 
     Args:
         moved: Path of a source in the record -> where it is now.
         known: Maps that a record may name by their digest only.
+        view: What is taken of each opened model, instead of the model itself.
 
     Raises:
         StreammapError: a source is not there, or an option that makes no sense.
     """
-    return _Builder(moved or {}, {level.digest: level for level in known}).plan(call)
+    return _Builder(moved or {}, {level.digest: level for level in known}, view).plan(call)
 
 
 @final
 class _Builder:
     """Opens each source once."""
 
-    def __init__(self, moved: Mapping[str, str | Path], known: Mapping[str, MapLevel]) -> None:
-        self._moved, self._known = moved, known
+    def __init__(
+        self,
+        moved: Mapping[str, str | Path],
+        known: Mapping[str, MapLevel],
+        view: View | None,
+    ) -> None:
+        self._moved, self._known, self._view = moved, known, view
         self._opened: dict[int, Plan] = {}
 
     def plan(self, call: OperatorCall, *, adapter: bool = False) -> Plan:
@@ -206,6 +221,12 @@ class _Builder:
         return apply(declare.decode(cls, options, what=call.operator, **plans), source)
 
     def _open_adapter(self, call: OperatorCall) -> Plan:
+        if self._view is not None:
+            raise PlanError(
+                f"--optimizer: {_path_of(call)} is an adapter, which no optimizer of the model "
+                "has a state of",
+                hint="leave --optimizer out: the optimizer starts fresh",
+            )
         path = _path_of(call)
         return open_adapter(self._moved.get(path, path))
 
@@ -226,7 +247,8 @@ class _Builder:
             raise PlanError(f"open: {place}: {error.strerror}", hint="say where it is") from error
         maps = self._with_maps(call, near).get("maps")
         levels = maps if isinstance(maps, tuple) else None
-        return open_source(place, config=config, arch=arch, maps=levels)
+        opened = open_source(place, config=config, arch=arch, maps=levels)
+        return opened if self._view is None else self._view(opened)
 
     def _with_maps(self, call: OperatorCall, near: tuple[MapLevel, ...]) -> Mapping[str, object]:
         """The call's options, with maps in the place of their digests."""

@@ -37,7 +37,7 @@ class KeepQuantised(Operator):
             PlanError: one of them is computed with, or two sources are quantised in two ways.
         """
         quantised = [one for one in source.sources if one.stored is not None]
-        if not quantised:
+        if not quantised or source.moment is not None:
             step = Step(self.name, {}, "bit-exact", "no tensor is quantised")
             return replace(source, steps=(*source.steps, step), request=None)
         table = _table(quantised)

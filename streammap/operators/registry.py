@@ -18,6 +18,7 @@ _OPERATORS: dict[str, tuple[str, str]] = {
     "convert": ("convert:Convert", "Change dtype, files, experts' layout, head or vocabulary."),
     "permute": ("permute:Permute", "Put units in a random order; the function stays."),
     "keep-quantised": ("keep_quantised:KeepQuantised", "Copy codes and scales as they are."),
+    "carry-optimizer": ("optimizer.carry:CarryOptimizer", ""),
     "configure": ("configure:Configure", ""),
 }
 """Name -> where it is, and its line in the list of commands ("": it is no command)."""

@@ -32,6 +32,7 @@ _STALE: Stale = (
         "pytorch_model.bin",
         "pytorch_model-*-of-*.bin",
         "__*_*.distcp",
+        "optimizer.pt",
     ),
     (*map_file.NAMES, record.NAME),
 )

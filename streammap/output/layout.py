@@ -76,6 +76,11 @@ def names(stem: str, ending: str, n: int, single: str | None) -> list[str]:
     return [f"{stem}-{i:05d}-of-{n:05d}{ending}" for i in range(1, n + 1)]
 
 
+def holding(shards: Sequence[Shard], keys: Container[str]) -> list[Shard]:
+    """The shards that have some of these tensors, or none at all."""
+    return [s for s in shards if not s.slots or any(slot.key in keys for slot in s.slots)]
+
+
 def index(shards: Sequence[Shard]) -> bytes:
     """model.safetensors.index.json."""
     weight_map = {slot.key: shard.name for shard in shards for slot in shard.slots}

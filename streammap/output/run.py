@@ -199,6 +199,23 @@ def _write(
 
 
 def _arranged(plan: Plan, options: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:
+    """The files of a result's tensors; an optimizer's state is a file of its own, but in DCP."""
+    state = plan.optimizer
+    if state is None or options.save.format == "dcp":
+        return _of_tensors(plan, options, sink)
+    from streammap.output.forms import optimizer_files
+
+    if options.is_file or (sink is not None and sink.file is not None):
+        raise OutputError(
+            f"{options.path}: a file has no place for the optimizer's state",
+            hint="write to a folder, or leave --optimizer out",
+        )
+    specs = {key: plan.targets[key].spec for key in state.entries}
+    weights = _of_tensors(plan.without_optimizer, options, sink)
+    return (*weights, optimizer_files.arrange(state, specs))
+
+
+def _of_tensors(plan: Plan, options: OutputOptions, sink: Sink | None) -> tuple[Shard, ...]:
     most = options.save.max_shard_nbytes
     if options.save.format == "dcp":
         from streammap.output.forms import dcp_writer

@@ -319,17 +319,22 @@ class _Transaction:
 
     def _index(self) -> Iterator[SideFile]:
         """Which shard has what."""
+        weights = layout.holding(self._shards, self._plan.weights)
         if self._options.save.format == "dcp":
             from streammap.io.formats import dcp_metadata
             from streammap.output.forms import dcp_writer
 
             nest = self._options.save.nest
             nest = self._plan.nest if nest is None else nest
-            yield SideFile(dcp_metadata.METADATA, dcp_writer.metadata(self._shards, nest))
-        elif len(self._shards) > 1:
+            state = self._plan.optimizer
+            if state is not None:
+                yield SideFile(dcp_writer.OBJECTS, dcp_writer.objects(state))
+            content = dcp_writer.metadata(self._shards, nest, state)
+            yield SideFile(dcp_metadata.METADATA, content)
+        elif len(weights) > 1:
             is_torch = self._options.save.format == "torch"
             name = layout.TORCH_INDEX if is_torch else layout.INDEX
-            yield SideFile(name, layout.index(self._shards))
+            yield SideFile(name, layout.index(weights))
 
     def _commit(self, written: Commit) -> None:
         options, stale = self._options, commit.stale(self._options.single)

@@ -200,8 +200,9 @@ class _Upload:
         sink, single = self._sink, self._sink.file
         small = {file.name: file.read() for file in side}
         if single is None:
-            if len(self._shards) > 1:
-                small[layout.INDEX] = layout.index(self._shards)
+            weights = layout.holding(self._shards, self._plan.weights)
+            if len(weights) > 1:
+                small[layout.INDEX] = layout.index(weights)
             small |= dict(sink.extras())
         files = {shard.name: self._sent.written(shard.name) for shard in self._shards}
         files |= {

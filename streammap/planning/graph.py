@@ -315,6 +315,13 @@ def shift(form: LinearForm, offset: float) -> LinearForm:
     return _collected(form.spec, (*form.terms, term), wide=form.wide)
 
 
+def constant(value: float) -> LinearForm:
+    """One number, in float32."""
+    ones = _ones(())
+    spec = ones.spec("1")
+    return LinearForm(spec, (Term((), ((value, TensorRef(ones, "1", spec)),)),))
+
+
 def is_stored(ref: TensorRef, dtype: str) -> bool:
     """Whether a load reads a tensor of this dtype."""
     return ref.spec.dtype == dtype and not is_constant(ref)

@@ -16,6 +16,7 @@ from streammap.io.dtypes import TensorSpec
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.map_file import MapLevel
+from streammap.planning.optimizer.state import OptimizerState
 from streammap.planning.request import OperatorCall
 
 if TYPE_CHECKING:
@@ -44,6 +45,25 @@ class Step:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """What the tensors of a plan are, if not weights: means that an optimizer keeps of gradients.
+
+    Such a plan has the keys, shapes and config of weights, and goes through the same operators, see
+    optimizer/dual.py.
+    """
+
+    power: Literal[1, 2]
+    """1: of gradients; 2: of their squares."""
+    resets: bool = False
+    """Whether new units and layers begin at 0, instead of as copies."""
+
+    def factor(self, of_weight: float) -> float:
+        """What goes with a factor on a weight that the forward pass undoes."""
+        return of_weight**-self.power if of_weight else 0.0
+
+
+@final
 class Resolved:
     """Models of a plan and of those made from it: each is resolved once, whatever was copied."""
 
@@ -62,7 +82,8 @@ class Resolved:
                 return model
         from streammap.architectures import model as models
 
-        model = models.resolve(plan.specs, plan.config, name=plan.architecture)
+        specs = {key: form.spec for key, form in plan.weights.items()}
+        model = models.resolve(specs, plan.config, name=plan.architecture)
         self._kept = [(plan.targets, plan.config, plan.architecture, model), *self._kept[:3]]
         return model
 
@@ -90,6 +111,10 @@ class Plan:
     the folders that they are in."""
     strict: bool = False
     """Whether a run ends in an error where rounding makes numbers infinite, or 0."""
+    moment: Moment | None = None
+    """What its tensors are, if they are not weights."""
+    optimizer: OptimizerState | None = None
+    """The optimizer's state that is among the tensors; None where there is none."""
     request: OperatorCall | None = None
     """What was asked; None where it was made by other means than operators/calls.py."""
     resolved: Resolved = field(default_factory=Resolved, repr=False)
@@ -113,6 +138,23 @@ class Plan:
             hint = f"did you mean {told}?" if near else f"there are {told}"
             raise PlanError(f"no tensor {str(key)[:200]!r}", hint=hint)
         return self.targets[key]
+
+    @property
+    def weights(self) -> Mapping[str, LinearForm]:
+        """The tensors without an optimizer's state."""
+        if self.optimizer is None:
+            return self.targets
+        state = self.optimizer.entries
+        return {key: form for key, form in self.targets.items() if key not in state}
+
+    @property
+    def without_optimizer(self) -> "Plan":
+        """The plan of the weights alone."""
+        if self.optimizer is None:
+            return self
+        read = {id(ref.source) for form in self.weights.values() for ref in form.loads()}
+        sources = tuple(s for s in self.sources if id(s) in read or s.config is not None)
+        return replace(self, targets=self.weights, sources=sources, optimizer=None)
 
     @property
     def nest(self) -> str | None:
@@ -146,7 +188,7 @@ class Plan:
         left = [
             f"{source.name}: {some(source.others, limit=5)} beside the state dict: left out"
             for source in self.sources
-            if source.others
+            if source.others and self.optimizer is None
         ]
         wrapped = [
             f"{source.name}: {' and '.join(source.wrappers)} is left out of its keys"

@@ -21,6 +21,7 @@ from streammap.planning import graph, maps
 from streammap.planning.dim_maps import DimMaps
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, MapPair
+from streammap.planning.optimizer import dual
 from streammap.planning.plan import Plan
 
 Rule = Literal["exact", "reference"]
@@ -120,6 +121,9 @@ class Remapping:
     def __init__(
         self, plan: Plan, model: Model, change: AxisChange, sizes: Mapping[str, int]
     ) -> None:
+        self._moment = plan.moment
+        if plan.moment is not None:
+            change = dual.exchanged(change, plan.moment)
         self._plan, self._model, self._change, self._sizes = plan, model, change, sizes
         stacked = {
             name: _stacked(m, change.silent.get(name, frozenset()))
@@ -249,7 +253,9 @@ class Remapping:
                     name = sample(tied.head.head[0])
                     mapped = graph.map_dims(form, dims)
                     if name not in self._plan.targets:
-                        made[name] = graph.scale(mapped, self._head_factor(tied))
+                        factor = self._head_factor(tied)
+                        factor = self._moment.factor(factor) if self._moment else factor
+                        made[name] = graph.scale(mapped, factor)
                     break
             made |= self._copies(tied, targets)
         return made
@@ -291,12 +297,14 @@ class Remapping:
         )
 
     def _is_silent(self, family: Family, target: tuple[int, ...]) -> bool:
-        return bool(self._silent_axes(family, target)) and writes(family, self._hidden)
+        is_new = bool(self._silent_axes(family, target))
+        # Nothing behind a zero has a gradient: of a moment all that is in a new layer is 0.
+        return is_new and (self._moment is not None or writes(family, self._hidden))
 
     def _is_one(self, family: Family, target: tuple[int, ...], key: str) -> bool:
         """Whether a tensor of a zero-initialised layer is to be 1."""
         depths = self._model.architecture.depth
-        return any(
+        return self._moment is None and any(
             axis in depths and first_match(depths[axis].ones, key) is not None
             for axis in self._silent_axes(family, target)
         )
@@ -355,6 +363,7 @@ class Remapping:
         blended = forms[0][1] if forms[0][0] == 1.0 and len(forms) == 1 else graph.combine(forms)
         dims = [self._map(family, dim, key, here) for dim in family.dims]
         factor = self._factor(family, row[0][1], key, fill)
+        factor = self._moment.factor(factor) if self._moment else factor
         changes = any(m is not None for m in dims) or blended is not forms[0][1] or factor != 1.0
         if changes and not blended.spec.is_float:
             raise PlanError(
@@ -372,8 +381,8 @@ class Remapping:
         return graph.shift(graph.scale(shifted, factor), -offset)
 
     def _offset(self, family: Family, key: str) -> float:
-        """What a norm adds to its gain before it multiplies by it."""
-        norm = family.rule.norm
+        """What a norm adds to its gain before it multiplies by it; gradients have no such part."""
+        norm = family.rule.norm if self._moment is None else None
         return norm.offset if norm is not None and is_gain(key) else 0.0
 
     def _feeds(self, key: str) -> TiedHead | None:

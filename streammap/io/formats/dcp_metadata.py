@@ -51,6 +51,8 @@ class Metadata:
     """Flat name -> the tensor, and its non-empty chunks."""
     paths: Mapping[str, Path_]
     """Flat name -> the keys of the nested state dict that lead to it, for all entries."""
+    objects: Mapping[str, Chunk]
+    """Flat name -> the stream of an entry that is no tensor."""
 
 
 def _size(values: object = ()) -> tuple[object, ...]:
@@ -129,18 +131,21 @@ def _metadata(content: object) -> Metadata:
         streams[name, offset] = info
     tensors: dict[str, tuple[TensorSpec, tuple[Chunk, ...]]] = {}
     paths: dict[str, Path_] = {}
+    objects: dict[str, Chunk] = {}
     for name, entry in table.items():
         if not isinstance(name, str):
             raise CheckpointError("state_dict_metadata: a name that is not text")
         paths[name] = (name,)
         if _optional(entry, "chunks") is not None:
             tensors[name] = _tensor(name, entry, streams)
+        elif (name, None) in streams:
+            objects[name] = _chunk(name, (), streams[name, None])
     planned = _optional(content, "planner_data")
     if isinstance(planned, dict):
         if not all(_is_path(path) for path in planned.values()):
             raise CheckpointError("planner_data: a path of anything but names and numbers")
         paths |= {name: tuple(path) for name, path in planned.items() if name in paths}
-    return Metadata(tensors, paths)
+    return Metadata(tensors, paths, objects)
 
 
 def _tensor(

@@ -64,14 +64,38 @@ def find(key: str, chunk: Chunk, spec: TensorSpec, file: LocalFile) -> ChunkLoca
     return ChunkLocation(chunk.offset + start + tensor.offset * item, order)
 
 
+def value(key: str, chunk: Chunk, file: LocalFile) -> object:
+    """An entry that is no tensor: plain values, and tensors as what describes them.
+
+    Raises:
+        CheckpointError: the stream was not written by torch.save, or asks for more than that.
+    """
+    where = f"{file.path.name}: {key}"
+    if chunk.offset + chunk.nbytes > file.nbytes:
+        raise CheckpointError(
+            f"{where}: ends at byte {chunk.offset + chunk.nbytes}, the file has {file.nbytes}",
+            hint="the file was cut short: copy it again",
+        )
+    reader = RangeReader(file, chunk.nbytes, start=chunk.offset)
+    stream = io.BufferedReader(reader, range_reader.PAGE_NBYTES)
+    return _pickled(stream, torch_zip.entries_of(stream, where), where)[1]
+
+
+def _pickled(
+    stream: BinaryIO, entries: Mapping[str, tuple[int, int]], where: str
+) -> tuple[str, object]:
+    """The name of a stream's pickle, and its value."""
+    name = next((name for name in entries if name.endswith("/data.pkl")), "")
+    start, nbytes = entries.get(name, (0, 0))
+    stream.seek(start)
+    return name, torch_pickle.read(stream.read(min(nbytes, _MAX_PICKLE_NBYTES)), file=where)
+
+
 def _described(
     stream: BinaryIO, entries: Mapping[str, tuple[int, int]], where: str
 ) -> tuple[str, StoredTensor]:
     """The prefix of the names of entries, and the tensor."""
-    name = next((name for name in entries if name.endswith("/data.pkl")), "")
-    start, nbytes = entries.get(name, (0, 0))
-    stream.seek(start)
-    tensor = torch_pickle.read(stream.read(min(nbytes, _MAX_PICKLE_NBYTES)), file=where)
+    name, tensor = _pickled(stream, entries, where)
     if not isinstance(tensor, StoredTensor):
         raise CheckpointError(
             f"{where}: its chunk holds a {type(tensor).__name__}, not a plain tensor",

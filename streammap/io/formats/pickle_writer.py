@@ -4,11 +4,13 @@ Importing torch.distributed.checkpoint to pickle its metadata would take more me
 run.
 """
 
+import struct
 from collections.abc import Iterable
 
 STOP = b"."
 BEGIN = b"\x80\x02"
 FALSE = b"\x89"
+TRUE = b"\x88"
 NONE = b"N"
 
 
@@ -61,3 +63,27 @@ def made(kind: bytes, state: bytes) -> bytes:
 def referred(pid: bytes) -> bytes:
     """A reference to something outside of the pickle."""
     return pid + b"Q"
+
+
+def value(content: object) -> bytes:
+    """A plain value: None, a truth value, a number, text, or a list or tuple of these."""
+    match content:
+        case None:
+            return NONE
+        case bool():
+            return TRUE if content else FALSE
+        case int() if content >= 0:
+            return number(content)
+        case int():
+            encoded = content.to_bytes(content.bit_length() // 8 + 1, "little", signed=True)
+            return b"\x8a" + bytes((len(encoded),)) + encoded
+        case float():
+            return b"G" + struct.pack(">d", content)
+        case str():
+            return text(content)
+        case tuple():
+            return tuple_(*map(value, content))
+        case list():
+            return list_(*map(value, content))
+        case _:
+            raise TypeError(f"a {type(content).__name__} is no plain value")

@@ -82,6 +82,12 @@ def small_entries(pickled: bytes) -> tuple[bytes, list[Entry]]:
     return head, entries
 
 
+def saved(pickled: bytes) -> bytes:
+    """A whole file without tensors, as torch.save writes one."""
+    small, entries = small_entries(pickled)
+    return small + zip_frame.table(entries, len(small))
+
+
 def place(specs: Sequence[tuple[str, TensorSpec]], small: bytes) -> tuple[Slot, ...]:
     """Where the numbers of each tensor go, behind the small entries."""
     slots, at = [], len(small)

@@ -52,9 +52,9 @@ def read(path: Path, file: RangeReader | None = None) -> TorchFile:
         CheckpointError: not a zip-form torch file, a pickle that asks for more than tensors and
             plain values, no state dict inside, a tensor that reaches past its file.
     """
-    content, entries = _content(path, file)
+    content, entries = contents(path, file)
     state, nest = _state_dict(content, path.name)
-    slots = [_slot(path.name, key, tensor, entries) for key, tensor in state.items()]
+    slots = [located(path.name, key, tensor, entries) for key, tensor in state.items()]
     others = (
         tuple(printable(str(k)[:80]) for k in content if k != nest)
         if isinstance(content, dict)
@@ -73,11 +73,11 @@ def table(path: Path) -> dict[str, Slot | None]:
     Raises:
         CheckpointError: as `read`.
     """
-    content, entries = _content(path, None)
+    content, entries = contents(path, None)
     if not isinstance(content, dict):
         return {}
     return {
-        key: _slot(path.name, key, value, entries)
+        key: located(path.name, key, value, entries)
         if isinstance(value, StoredTensor | UnsupportedTensor)
         else None
         for key, value in content.items()
@@ -85,10 +85,15 @@ def table(path: Path) -> dict[str, Slot | None]:
     }
 
 
-def _content(
+def contents(
     path: Path, elsewhere: RangeReader | None
 ) -> tuple[object, Mapping[str, tuple[int, int]]]:
-    """The value of the pickle, and for each storage its first byte and size."""
+    """The value of a torch file's pickle, and for each storage its first byte and size.
+
+    Raises:
+        CheckpointError: not a zip-form torch file, a pickle that asks for more than tensors and
+            plain values.
+    """
     if elsewhere is None:
         opened: BinaryIO = os.fdopen(safe_open.open_file(path), "rb")
     else:
@@ -216,12 +221,17 @@ def _is_state_dict(table: object) -> TypeGuard[dict[str, StoredTensor | Unsuppor
     )
 
 
-def _slot(
+def located(
     file: str,
     key: str,
     tensor: StoredTensor | UnsupportedTensor,
     storages: Mapping[str, tuple[int, int]],
 ) -> Slot:
+    """Where a tensor of a torch file lies in it.
+
+    Raises:
+        CheckpointError: a tensor that is not its bytes, or reaches past its file.
+    """
     safetensors_header.check_key(file, key)
     if isinstance(tensor, UnsupportedTensor):
         raise CheckpointError(

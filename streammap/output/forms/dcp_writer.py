@@ -27,11 +27,15 @@ from streammap.io.formats.pickle_writer import (
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.formats.zip_frame import ALIGN, Entry
 from streammap.output import layout
-from streammap.output.forms import torch_files
+from streammap.output.forms import optimizer_files, torch_files
 from streammap.output.layout import Shard
+from streammap.planning.optimizer.state import OptimizerState
 
 SUFFIX = weight_files.DCP_SUFFIX
 _DATA = "archive/data/0"
+OBJECTS = f"__1_0{SUFFIX}"
+"""The file of an optimizer's groups."""
+_Path = tuple[str | int, ...]
 _META = "torch.distributed.checkpoint.metadata"
 
 
@@ -65,17 +69,30 @@ def _around(slots: Sequence[Slot]) -> Iterator[tuple[int, bytes]]:
         yield slot.end, _tail(slot.spec)
 
 
-def metadata(shards: Sequence[Shard], nest: str | None) -> bytes:
+def metadata(
+    shards: Sequence[Shard], nest: str | None, optimizer: OptimizerState | None = None
+) -> bytes:
     """.metadata."""
-    prefix = tuple(nest.split(".")) if nest else ()
+    prefix: _Path = tuple(nest.split(".")) if nest else ()
+    state = {} if optimizer is None else optimizer.entries
     tensors, paths, places = [], [], []
     for shard in shards:
         for slot in shard.slots:
-            name = text(".".join((*prefix, slot.key)))
-            zeros = _size((0,) * len(slot.spec.shape))
+            path: _Path = (*prefix, slot.key)
+            if optimizer is not None and slot.key in state:
+                path = optimizer_files.dcp_path(optimizer, *state[slot.key])
+            name, zeros = _flat(path), _size((0,) * len(slot.spec.shape))
             tensors.append((name, _tensor(slot.spec, zeros)))
-            paths.append((name, tuple_(*map(text, (*prefix, slot.key)))))
-            places.append((_index(name, zeros), _place(shard.name, slot)))
+            paths.append((name, _keys(path)))
+            place = _place(shard.name, slot.start - len(_head(slot.spec)), _stream_end(slot))
+            places.append((_index(name, zeros), place))
+    at = 0
+    for one in () if optimizer is None else optimizer_files.dcp_objects(optimizer):
+        name, end = _flat(one.path), at + len(one.stream)
+        tensors.append((name, made(named(_META, "BytesStorageMetadata"), dict_(()))))
+        paths.append((name, _keys(one.path)))
+        places.append((_index(name, None), _place(OBJECTS, at, end)))
+        at = end
     content = made(
         named(_META, "Metadata"),
         dict_(
@@ -109,17 +126,32 @@ def _tensor(spec: TensorSpec, zeros: bytes) -> bytes:
     )
 
 
-def _index(name: bytes, zeros: bytes) -> bytes:
-    fields = (("fqn", name), ("offset", zeros), ("index", number(0)))
+def objects(optimizer: OptimizerState) -> bytes:
+    """The file of all entries that are no tensors."""
+    return b"".join(one.stream for one in optimizer_files.dcp_objects(optimizer))
+
+
+def _flat(path: _Path) -> bytes:
+    return text(".".join(map(str, path)))
+
+
+def _keys(path: _Path) -> bytes:
+    return tuple_(*map(pickle_writer.value, path))
+
+
+def _index(name: bytes, zeros: bytes | None) -> bytes:
+    if zeros is None:
+        fields = (("fqn", name), ("offset", NONE), ("index", NONE))
+    else:
+        fields = (("fqn", name), ("offset", zeros), ("index", number(0)))
     return made(named(_META, "MetadataIndex"), dict_((text(n), value) for n, value in fields))
 
 
-def _place(file: str, slot: Slot) -> bytes:
-    start = slot.start - len(_head(slot.spec))
+def _place(file: str, start: int, end: int) -> bytes:
     fields = (
         ("relative_path", text(file)),
         ("offset", number(start)),
-        ("length", number(_stream_end(slot) - start)),
+        ("length", number(end - start)),
     )
     kind = named("torch.distributed.checkpoint.filesystem", "_StorageInfo")
     return made(kind, dict_((text(n), value) for n, value in fields))

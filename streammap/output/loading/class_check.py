@@ -49,6 +49,7 @@ def check(plan: Plan, when: ClassCheck) -> None:
     """
     if when == "never" or plan.config is None:
         return
+    plan = plan.without_optimizer
     if quantization.is_quantized(plan.specs, plan.config):
         if when == "always":
             raise PlanError(
@@ -105,6 +106,7 @@ def findings(
         config: Its config.json.
         expected: The plan that it was made by, whose source may have the same faults.
     """
+    own, expected = own.without_optimizer, expected and expected.without_optimizer
     source = None if expected is None else source_of(expected)
     verdict = ask(source, given(config, own.specs))
     if verdict is None:

@@ -108,6 +108,7 @@ def load(plan: Plan, module: nn.Module, options: LoadOptions, listener: Listener
         CheckpointError: a source can't be read.
     """
     started = time.perf_counter()
+    plan = plan.without_optimizer
     model = parameters.unwrapped(module)
     parameters.reshard(model)
     tensors = parameters.shared_tensors(model)

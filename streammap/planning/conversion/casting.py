@@ -76,6 +76,8 @@ def cast(plan: Plan, rules: DtypeRules) -> tuple[Plan, tuple[Promise, str], tupl
     Raises:
         PlanError: a filter that is in no key.
     """
+    if plan.moment is not None:
+        return plan, ("bit-exact", "an optimizer's state keeps its dtype"), ()
     unused = [part for part, _ in rules.filters if not any(_fits(part, k) for k in plan.targets)]
     if unused:
         raise PlanError(

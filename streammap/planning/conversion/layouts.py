@@ -32,6 +32,8 @@ def change(plan: Plan, layout: Layout) -> tuple[Plan, tuple[Promise, str], tuple
     """
     model = plan.model
     table = model.architecture.layout
+    if plan.moment is not None:
+        return plan, ("bit-exact", "an optimizer has the layout of the class"), ()
     if not model.architecture.experts:
         raise PlanError(f"{model.name} has no experts", hint="leave --layout out")
     to = {"runtime": _stacked, "hub": _split}[layout]

@@ -9,6 +9,7 @@ from streammap.architectures.key_pattern import first_match
 from streammap.architectures.schema import LMHead
 from streammap.errors import PlanError
 from streammap.io.dtypes import DTYPE_BITS
+from streammap.planning import graph
 from streammap.planning.graph import Derived, LinearForm, TensorRef
 from streammap.planning.plan import Plan, Promise
 
@@ -32,7 +33,11 @@ def tie(plan: Plan) -> tuple[Plan, tuple[Promise, str], tuple[str, ...]]:
         if not own or not shared:
             continue
         for key in own:
-            _check_equal(plan, key, shared[0])
+            if plan.moment is None:
+                _check_equal(plan, key, shared[0])
+            else:  # the gradient of one tensor in two places is the sum of both
+                both = [(1.0, targets[shared[0]]), (1.0, targets[key])]
+                targets[shared[0]] = graph.combine(both)
             del targets[key]
         notes.append(f"{own[0]} is {shared[0]}, bit for bit: the head is tied to it")
         fields.append(_field(head, plan.config))

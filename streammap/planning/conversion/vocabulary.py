@@ -42,6 +42,7 @@ def resize(
     if new < old:
         _check_named(plan, new)
     targets = dict(plan.targets)
+    fill = fill if plan.moment is None else "zero"
     changed = []
     for family in model.families:
         at = [d for d, dim in enumerate(family.dims) if dim.expression == Name(axis)]

@@ -25,6 +25,8 @@ from streammap.planning.plan import Plan
 PROMOTED = "promoted"
 """A dtype that holds the numbers of all of a tensor's sources."""
 CONFIG_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_SUMS = ("linear", "passthrough", "task_arithmetic")
+"""Methods that are weighted sums, so that moments can be summed alike."""
 _ORDER = ("F16", "BF16", "F32", "F64")
 
 
@@ -75,6 +77,9 @@ class _Merge:
         self._recipe, self._names, self._method = recipe, names, registry.load(recipe.method)
         self._stack = Stack(recipe.slices) if recipe.slices else None
         _check(self._method, recipe, len(plans))
+        if any(plan.moment is not None for plan in plans):
+            _check_of_moments(self._method)
+            self._recipe = recipe = replace(recipe, dtype=None)
         if self._stack is None:
             self._sources = [Layered(plan, {}) for plan in plans]
         else:
@@ -258,6 +263,20 @@ def _check(method: Method, recipe: Recipe, n_sources: int) -> None:
             f"{method.name} takes {most} {'source' if most == 1 else 'sources'}, and there are "
             f"{max(counts)}",
             hint="give --slices, each of as many; or another --method",
+        )
+
+
+def _check_of_moments(method: Method) -> None:
+    """Refuse a method that is not one weighted sum: it says nothing of gradients.
+
+    Raises:
+        PlanError: naming it.
+    """
+    if method.name not in _SUMS:
+        raise PlanError(
+            f"--optimizer: {method.name} is no weighted sum of models, expected one of "
+            f"{', '.join(_SUMS)}",
+            hint="leave --optimizer out: the optimizer starts fresh",
         )
 
 

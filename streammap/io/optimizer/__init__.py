@@ -1,0 +1,1 @@
+"""Optimizers' states on the disk: where they are, what they hold, and whose they are."""

@@ -1,0 +1,1 @@
+"""The operator that takes an optimizer's state along, and the order of a model's parameters."""

@@ -1,0 +1,169 @@
+"""CarryOptimizer: an optimizer's state goes through the operators that made a plan."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Literal, final
+
+from streammap.errors import PlanError
+from streammap.io.checkpoint import Checkpoint
+from streammap.io.optimizer import find
+from streammap.io.optimizer.state import PREFIX, STEP, OptimizerFile, key_of
+from streammap.operators.declare import Operator, declared, option
+from streammap.operators.optimizer import parameter_order
+from streammap.planning import graph
+from streammap.planning.graph import LinearForm
+from streammap.planning.optimizer import moments, parameters, steps
+from streammap.planning.optimizer.state import OptimizerState
+from streammap.planning.optimizer.steps import StepFactors
+from streammap.planning.plan import Moment, Plan, Step
+from streammap.planning.request import OperatorCall
+
+NewState = Literal["copy", "zero"]
+_HINT = "leave --optimizer out: the optimizer starts fresh"
+
+
+@final
+@declared
+class CarryOptimizer(Operator):
+    """Take the optimizer's state along: Adam's moments go with the weights.
+
+    It stands last: what was asked for is planned once more for each mean that the optimizer keeps.
+    """
+
+    examples = ("decoalesce run/checkpoint-500/ wide/ --width 2 --optimizer",)
+
+    new_state: NewState = option(
+        default="copy",
+        help="zero: moments of new units and layers begin at 0, instead of as copies.",
+    )
+
+    def plan(self, source: Plan) -> Plan:
+        """The plan with the state of its parameters among the tensors.
+
+        Raises:
+            CheckpointError: no state, or one that is broken or of another model.
+            PlanError: operators that say nothing of gradients.
+        """
+        if source.optimizer is not None:
+            raise PlanError("--optimizer: its state is there already", hint="give it once")
+        if source.request is None:
+            raise PlanError(
+                "--optimizer: this plan does not say how it was made",
+                hint="make it by streammap's operators from opened checkpoints",
+            )
+        states = _States(resets=self.new_state == "zero")
+        means = states.of(source.sources[0]).moments
+        made = {
+            what: states.through(source.request, what, Moment(power, states.resets)).targets
+            for what, power in means.items()
+        }
+        first = next(iter(means))
+        weights = states.through(source.request, first, None)
+        names = moments.parameters(weights)
+        targets: dict[str, LinearForm] = {}
+        entries: dict[str, tuple[str, str]] = {}
+        for name in names:
+            kept = {what: forms[name] for what, forms in made.items()}
+            for what, form in (states.step(kept[first], first) | kept).items():
+                if means.get(what) == 2:
+                    moments.check_squares(f"{name}.{what}", form)
+                key = key_of(name, what)
+                targets[key], entries[key] = form, (name, what)
+        begun = {name: states.begun(made[first][name], first) for name in names}
+        frame = begun[names[0]][0]
+        plain = states.through(source.request, first, Moment(1)).targets if states.resets else None
+        found = steps.factors(
+            {name: weights.targets[name] for name in names}, plain or made[first]
+        )
+        state = OptimizerState(
+            entries,
+            parameters.grouped(frame.groups, {name: old for name, (_, old) in begun.items()}),
+            frame.form,
+            found,
+        )
+        return replace(
+            source,
+            targets={**source.targets, **targets},
+            sources=(*source.sources, *states.checkpoints),
+            steps=(*source.steps, self._step(len(names), means, found)),
+            optimizer=state,
+            request=None,
+        )
+
+    def _step(self, n: int, means: Iterable[str], found: Mapping[str, StepFactors]) -> Step:
+        told = [f"the optimizer's state goes along: {', '.join(means)} of {n} parameters"]
+        if self.new_state == "zero":
+            told.append("moments of new units begin at 0: warm the learning rate up again")
+        return Step(
+            self.name,
+            {"new_state": self.new_state},
+            "bit-exact",
+            "the optimizer's state goes with the weights",
+            (*told, *steps.notes(found, n)),
+        )
+
+
+@final
+class _States:
+    """The states of the sources, each opened once."""
+
+    def __init__(self, *, resets: bool) -> None:
+        self.resets = resets
+        self._found: dict[str, OptimizerFile] = {}
+        self._named: dict[str, OptimizerFile] = {}
+
+    def of(self, source: Checkpoint) -> OptimizerFile:
+        """The state that belongs to an opened checkpoint."""
+        if source.address not in self._found:
+            self._found[source.address] = find.of(source)
+        return self._found[source.address]
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Their tensors, as sources."""
+        return tuple(file.checkpoint for file in self._named.values())
+
+    def through(self, call: OperatorCall, what: str, moment: Moment | None) -> Plan:
+        """The plan of one mean, made by the operators that made the weights."""
+        from streammap.operators import calls
+
+        def opened(plan: Plan) -> Plan:
+            return moments.of(plan, self._of_plan(plan, what), what, moment)
+
+        return calls.build(call, view=opened)
+
+    def begun(self, form: LinearForm, what: str) -> tuple[OptimizerFile, str]:
+        """Whose state a mean of the result begins with: the first that it is computed from."""
+        by_id = {id(file.checkpoint): file for file in self._named.values()}
+        for ref in form.loads():
+            if id(ref.source) in by_id:
+                name = ref.key.removeprefix(PREFIX).removesuffix(f".{what}")
+                return by_id[id(ref.source)], name
+        raise PlanError("--optimizer: a mean of no state", hint=_HINT)
+
+    def step(self, form: LinearForm, what: str) -> dict[str, LinearForm]:
+        """The number of steps that a parameter has made; 0 where its means begin at 0."""
+        file, name = self.begun(form, what)
+        if STEP not in file.entries[name]:
+            return {}
+        number = file.entries[name][STEP]
+        key = key_of(name, STEP)
+        made = graph.constant(number) if number is not None else graph.load(file.checkpoint, key)
+        is_zero = all(c == 0.0 for term in form.terms for c, _ in term.blend)
+        return {STEP: graph.scale(made, 0.0 if is_zero else 1.0)}
+
+    def _of_plan(self, plan: Plan, what: str) -> OptimizerFile:
+        source = plan.sources[0]
+        if source.address not in self._named:
+            file = self.of(source)
+            self._named[source.address] = parameter_order.named(file, plan)
+        file = self._named[source.address]
+        first = next(iter(self._named.values()))
+        if file.moments != first.moments or len(file.groups) != len(first.groups):
+            raise PlanError(
+                f"--optimizer: {source.name} keeps {', '.join(file.moments)} in "
+                f"{len(file.groups)} groups, {first.checkpoint.name} keeps "
+                f"{', '.join(first.moments)} in {len(first.groups)}",
+                hint=_HINT,
+            )
+        return file

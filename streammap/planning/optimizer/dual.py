@@ -1,0 +1,113 @@
+"""What a change of axes does to gradients, and to the means of them that an optimizer keeps.
+
+A result computes what its source does, so that the gradient of one says what that of the other is.
+Where units are copied (out) and readers take a share of each copy (into), with into^T out = I,
+
+    x' = out x,  dL/dx' = into dL/dx,  W' = out W into^T    ->    dL/dW' = into (dL/dW) out^T
+
+so that gradients take the maps of the weights with the two roles exchanged, and 1 / c where a
+weight takes a factor c that the forward pass undoes. The copies of a gradient add up to the old one: with
+even shares each gets an even part. On the way down the same exchange is the chain rule.
+
+    exp_avg      a mean of gradients: the exchanged maps
+    exp_avg_sq   a mean of their squares: the exchanged maps, each coefficient squared
+
+Where several gradients are added up, their squares add up as if they were independent. Layers are
+not read one by another as units are: a copy of a layer gets a copy of its state, a mean of layers
+the mean of theirs, and a zero-initialised layer begins at 0, as its gradients do.
+
+Source: the chain rule; squares, Shen et al., arXiv:2203.06211; resets, SPARKLING, arXiv:2602.02472.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import gcd
+from typing import TYPE_CHECKING
+
+from streammap.errors import PlanError
+from streammap.planning import maps
+from streammap.planning.maps import AxisMap, BlockMap, DenseMap, MapPair
+
+if TYPE_CHECKING:
+    from streammap.planning.plan import Moment
+    from streammap.planning.tensor_maps import AxisChange, LayerChange
+
+
+def exchanged(change: "AxisChange", moment: "Moment") -> "AxisChange":
+    """The change of gradients that goes with a change of weights.
+
+    Factors stay as they are: `Moment.factor` makes those of gradients of them.
+
+    Raises:
+        PlanError: new units that can't be told from old ones are to begin at 0.
+    """
+    known: dict[LayerChange, LayerChange] = {}
+    for one in change.by_layer.values():
+        if one not in known:
+            known[one] = replace(one, pairs=_pairs(one.pairs, moment))
+    silent = {axis: frozenset(new) for axis, new in change.silent.items()}
+    if moment.resets:
+        for axis, m in change.layers.items():
+            layers = [{j for j, _ in m.members(i)} for i in range(m.n_out)]
+            silent[axis] = silent.get(axis, frozenset()) | _later(layers)
+    return replace(
+        change,
+        pairs=_pairs(change.pairs, moment),
+        silent=silent,
+        by_layer={layer: known[one] for layer, one in change.by_layer.items()},
+    )
+
+
+def _pairs(pairs: Mapping[str, MapPair], moment: "Moment") -> dict[str, MapPair]:
+    return {axis: _pair(axis, pair, moment) for axis, pair in pairs.items()}
+
+
+def _pair(axis: str, pair: MapPair, moment: "Moment") -> MapPair:
+    out, into = pair.into, pair.out
+    if moment.resets:
+        new = _new_units(axis, pair.out)
+        out, into = _emptied(out, new), _emptied(into, new)
+    if moment.power == 2:
+        out, into = _squared(out), _squared(into)
+    return MapPair(out, into)
+
+
+def _squared(m: AxisMap) -> AxisMap:
+    """The map with each coefficient squared."""
+    if isinstance(m, DenseMap):
+        return DenseMap(m.matrix**2)
+    rows = tuple(tuple((j, value * value) for j, value in row) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
+
+
+def _new_units(axis: str, out: AxisMap) -> tuple[frozenset[int], int]:
+    """Blocks of the result that are further copies of one, or made of nothing; and their size."""
+    if not isinstance(out, BlockMap):
+        if out.n_out <= out.n_in:
+            return frozenset(), 1
+        raise PlanError(
+            f"{axis}: --new-state zero, but a dense matrix mixes its units: none is new",
+            hint="give --new-state copy",
+        )
+    return _later([{j for j, _ in row} for row in out.rows]), out.block
+
+
+def _emptied(m: AxisMap, new: tuple[frozenset[int], int]) -> AxisMap:
+    """The map with nothing in the rows of new blocks."""
+    blocks, size = new
+    if not isinstance(m, BlockMap) or not blocks:
+        return m
+    fine = maps.reblocked(m, gcd(m.block, size))
+    rows = (() if i * fine.block // size in blocks else row for i, row in enumerate(fine.rows))
+    return BlockMap(tuple(rows), fine.n_in_blocks, fine.block)
+
+
+def _later(sources: Sequence[set[int]]) -> frozenset[int]:
+    """Places of those that have nothing that was not there before them."""
+    seen: set[int] = set()
+    new = set()
+    for i, one in enumerate(sources):
+        if one <= seen:
+            new.add(i)
+        seen |= one
+    return frozenset(new)
