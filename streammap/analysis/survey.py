@@ -14,6 +14,8 @@ from streammap.io import safe_open, weight_files
 from streammap.io.checkpoint import Checkpoint, open_checkpoint, open_files
 from streammap.io.formats import dcp_metadata
 from streammap.io.json_files import read_json
+from streammap.io.optimizer import dcp_folder, joined, torch_file
+from streammap.io.optimizer.state import PREFIX, OptimizerFile
 from streammap.io.problems import Collected, Finding, Problems
 from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalStorage
@@ -46,9 +48,12 @@ class Survey:
     """A checkpoint with its problems."""
 
     checkpoint: Checkpoint
+    """With the optimizer's state among its tensors, where the record says that there is one."""
     findings: tuple[Finding, ...]
     n_unread: int
     """How many files could not be read: their tensors are unknown, not missing."""
+    optimizer: OptimizerFile | None = None
+    """The optimizer's state."""
 
 
 def read_record(path: Path) -> SavedRecord:
@@ -100,6 +105,11 @@ def survey(path: Path, record: SavedRecord) -> Survey:
     checkpoint = open_files(storage, path, names, weight_map, problems=problems)
     n_unread = len(names) - len(checkpoint.files)
     findings = problems.findings
+    optimizer, problem = _state(path, record)
+    n_unread += len(problem)
+    findings += problem
+    if optimizer is not None:
+        checkpoint = joined.join(checkpoint, optimizer.checkpoint)
     findings += _sizes(storage.folder, names, record)
     findings += _recorded(record, checkpoint.file_of, n_unread)
     if path.is_dir() and storage.has("config.json"):
@@ -107,7 +117,26 @@ def survey(path: Path, record: SavedRecord) -> Survey:
             checkpoint = replace(checkpoint, config=read_json(path / "config.json"))
         except CheckpointError as error:
             findings.append(Finding("error", "config", error.message, file="config.json"))
-    return Survey(checkpoint, tuple(findings), n_unread)
+    return Survey(checkpoint, tuple(findings), n_unread, optimizer)
+
+
+def _state(path: Path, record: SavedRecord) -> tuple[OptimizerFile | None, list[Finding]]:
+    """The optimizer's state that the record tells of, or what is wrong with it."""
+    files = {name for key, name in record.places.items() if key.startswith(PREFIX)}
+    if not files:
+        return None, []
+    name = dcp_metadata.METADATA if dcp_metadata.is_folder(path) else min(files)
+    try:
+        if name == dcp_metadata.METADATA:
+            found = dcp_folder.read(path)
+        else:
+            is_plain = safe_open.is_plain_name(name)
+            found = torch_file.read(path / name) if is_plain else None
+    except (CheckpointError, OSError) as error:
+        message = error.message if isinstance(error, CheckpointError) else str(error.strerror)
+        return None, [Finding("error", "file", message, file=name)]
+    missing = Finding("error", "file", "no optimizer's state, it was written", file=name)
+    return found, [] if found is not None else [missing]
 
 
 def _survey_chunked(path: Path, record: SavedRecord) -> Survey:
@@ -117,11 +146,15 @@ def _survey_chunked(path: Path, record: SavedRecord) -> Survey:
     except CheckpointError as error:
         finding = Finding("error", "file", error.message, file=dcp_metadata.METADATA)
         return Survey(Checkpoint(path, (), {}, {}, None), (finding,), 1)
+    optimizer, problem = _state(path, record)
+    if optimizer is not None:
+        checkpoint = joined.join(checkpoint, optimizer.checkpoint)
     findings = (
+        *problem,
         *_sizes(path, [file.name for file in checkpoint.files], record),
-        *_recorded(record, checkpoint.file_of, 0),
+        *_recorded(record, checkpoint.file_of, len(problem)),
     )
-    return Survey(checkpoint, findings, 0)
+    return Survey(checkpoint, findings, len(problem), optimizer)
 
 
 def _names(
@@ -132,8 +165,10 @@ def _names(
         return [storage.file], None
     index = next((name for name in INDEXES if storage.has(name)), None)
     weight_map = None if index is None else weight_files.read_index(storage, index, problems)
+    of_state = {name for key, name in record.places.items() if key.startswith(PREFIX)}
     wanted = {name for name in record.files if is_weights(name) and "/" not in name}
     wanted |= {*record.places.values(), *(weight_map or {}).values()}
+    wanted -= of_state
     safe = {name for name in wanted if safe_open.is_plain_name(name) and name[:1] != "."}
     message = "no name of a file of this folder"
     strange = [Finding("error", "index", message, file=name) for name in sorted(wanted - safe)]

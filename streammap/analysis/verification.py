@@ -9,7 +9,7 @@ Without a record, only the structure is checked, and that all numbers are finite
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import final
@@ -31,6 +31,7 @@ from streammap.output import layout
 from streammap.output import record as records
 from streammap.output.loading import class_check
 from streammap.planning import map_file, plan, request
+from streammap.planning.optimizer.state import OptimizerState
 from streammap.planning.plan import Plan
 from streammap.planning.request import Moved
 
@@ -172,7 +173,9 @@ class _Work:
         self.checks = ["structure"]
         self.skipped: list[str] = []
         arch = None if expected is None else expected.architecture
-        self.own = plan.from_checkpoint(seen.checkpoint, (), architecture=arch, as_stored=True)
+        own = plan.from_checkpoint(seen.checkpoint, (), architecture=arch, as_stored=True)
+        state = None if seen.optimizer is None else OptimizerState.of_file(seen.optimizer)
+        self.own = replace(own, optimizer=state)
 
     def ask_class(self) -> None:
         """Whether the class of config.json would load the tensors."""

@@ -47,8 +47,8 @@ def _pickled(state: OptimizerState, stored: Mapping[str, bytes]) -> bytes:
         items = [(text(name), pickle_writer.value(v)) for name, v in group.options.items()]
         params = list_(*(number(numbers[name]) for name in group.names))
         items.append((text("params"), params))
-        if state.form.is_named:
-            items.append((text("param_names"), list_(*map(text, group.names))))
+        # Also where the source had none: so that the result needs no class to be read again.
+        items.append((text("param_names"), list_(*map(text, group.names))))
         groups.append(dict_(items))
     table = [(number(numbers[name]), dict_(items)) for name, items in kept.items()]
     return dict_(((text("state"), dict_(table)), (text("param_groups"), list_(*groups))))

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import final
 
-from streammap.io.optimizer.state import Form, Group
+from streammap.io.optimizer.state import Form, Group, OptimizerFile, key_of
 from streammap.planning.optimizer.steps import StepFactors
 
 
@@ -20,6 +20,14 @@ class OptimizerState:
     form: Form
     factors: Mapping[str, StepFactors]
     """Parameter -> the factors of its options with which the source's steps go on, if any do."""
+
+    @staticmethod
+    def of_file(file: OptimizerFile) -> "OptimizerState":
+        """A stored state, as it is."""
+        entries = {
+            key_of(name, what): (name, what) for name, kept in file.entries.items() for what in kept
+        }
+        return OptimizerState(entries, file.groups, file.form, {})
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -87,6 +87,30 @@ def outputs(folder: Path, model: TinyModel, *, seed: int = 0) -> dict[str, Tenso
     return {k: x for k, x in tensors.items() if "logits" in k} or tensors
 
 
+def gradients(
+    folder: Path, model: TinyModel, *, seed: int = 0, score: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Parameter -> its gradient, where the model of a folder has the loss `score(logits)`.
+
+    A parameter that the outputs do not depend on has a gradient of 0.
+
+    Raises:
+        PlanError: keys that are missing, left over, or of another shape; no logits.
+    """
+    with _strict(seed), optional.quiet():
+        net = _load(folder, model)
+        torch.manual_seed(seed)
+        with _without(model.neutral, net):
+            logits = {k: x for k, x in _named(net(**_inputs(net))).items() if "logits" in k}
+        if not logits:
+            raise PlanError(f"{model.class_name} gives no logits")
+        torch.stack([score(x) for x in logits.values()]).sum().backward()
+        return {
+            name: torch.zeros_like(x) if x.grad is None else x.grad
+            for name, x in net.named_parameters()
+        }
+
+
 class _Module(Protocol):
     """A torch module, as far as it is used here."""
 
