@@ -49,7 +49,9 @@ if TYPE_CHECKING:
     from streammap.operators.convert import Convert
     from streammap.operators.merge_lora import MergeLora
     from streammap.operators.permute import Permute
+    from streammap.operators.optimizer.carry import CarryOptimizer
     from streammap.output.module.load import LoadReport
+    from streammap.planning.optimizer.steps import StepFactors
     from streammap.planning.request import Moved
 
 P = ParamSpec("P")
@@ -188,6 +190,14 @@ class LazyCheckpoint:
         """Whether the function is kept ("exact" or "approximate"), and why."""
         return self.plan.promise
 
+    @property
+    def step_factors(self) -> "Mapping[str, StepFactors]":
+        """Of a checkpoint with its optimizer's state: parameter -> factors of lr, eps and decay.
+
+        With them the source's steps go on; a parameter that no one factor fits is not in it.
+        """
+        return {} if self.plan.optimizer is None else self.plan.optimizer.factors
+
     @takes(Engine, n_first=1)
     def summary(self, options: Engine) -> "Summary":
         """What a run would do: shapes, formulas, bytes, memory, guarantee.
@@ -230,6 +240,7 @@ class LazyCheckpoint:
         merge_lora = _method(MergeLora)
         convert = _method(Convert)
         permute = _method(Permute)
+        carry_optimizer = _method(CarryOptimizer)
 
         def blend(self, *others: PlanLike, **options: Any) -> "LazyCheckpoint":
             """See operators/blend.py; further checkpoints come by place."""
@@ -362,6 +373,43 @@ def load_into(
     place = None if device is None else torch.device(device)
     wanted = load.LoadOptions(place, dtype, strict, options)
     return load.load(opened.plan, model, wanted, progress)
+
+
+def load_optimizer_into(
+    optimizer: "torch.optim.Optimizer",
+    model: "torch.nn.Module",
+    lazy: LazyCheckpoint,
+    *,
+    progress: Listener = nobody,
+    memory: str | int = MEMORY,
+    threads: int | None = None,
+    reader: Reader = "auto",
+) -> "LoadReport":
+    """Fill an optimizer in place with a checkpoint's state, as `load_into` fills its model.
+
+    Moments get the dtype, device and shards of their parameters. A group takes the options (lr,
+    betas ...) of the state's group with the same parameters; other groups keep their own.
+
+    Args:
+        optimizer: Of the model's parameters.
+        model: Gives them their names.
+        lazy: A checkpoint with its optimizer's state: lazy.carry_optimizer().
+        progress: Called with each progress event.
+        memory: Memory that this may add to the process, on top of the moments.
+        threads: Threads that read and compute; None for one a processor, at most 8.
+        reader: How files of this machine are read: "pread", "mmap", or "auto".
+
+    Raises:
+        PlanError: no state, or parameters that do not fit. Nothing was touched then.
+        OutputError: the memory is too little.
+        CheckpointError: a source can't be read.
+    """
+    from streammap.output.module import load
+    from streammap.output.module import optimizer as optimizers
+
+    options = Engine(memory=memory, threads=threads, reader=reader)
+    wanted = load.LoadOptions(None, None, True, options)
+    return optimizers.fill(lazy.plan, model, optimizer, wanted, progress)
 
 
 @takes(RunOptions)

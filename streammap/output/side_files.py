@@ -125,7 +125,7 @@ def notes(plan: Plan) -> tuple[str, ...]:
     left: dict[Fate, list[str]] = {"adapter": [], "weights": [], "large": []}
     with contextlib.suppress(CheckpointError):  # `collect` says it, where files are copied
         for name, fate in folder_files.sorted_out(side, side.place):
-            if fate in left:
+            if fate in left and not (plan.optimizer is not None and fate == "weights"):
                 left[fate].append(name)
         limit = _most_nbytes(side)
         left["large"] = [f.name for f in _listed(side, side.place) if f.nbytes > limit]

@@ -13,7 +13,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -87,12 +87,11 @@ def outputs(folder: Path, model: TinyModel, *, seed: int = 0) -> dict[str, Tenso
     return {k: x for k, x in tensors.items() if "logits" in k} or tensors
 
 
-def gradients(
+@contextlib.contextmanager
+def training(
     folder: Path, model: TinyModel, *, seed: int = 0, score: Callable[[Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Parameter -> its gradient, where the model of a folder has the loss `score(logits)`.
-
-    A parameter that the outputs do not depend on has a gradient of 0.
+) -> "Iterator[tuple[torch.nn.Module, Callable[[], Tensor]]]":
+    """The model of a folder, to be trained on fixed inputs, and its loss: `score` of all logits.
 
     Raises:
         PlanError: keys that are missing, left over, or of another shape; no logits.
@@ -100,15 +99,16 @@ def gradients(
     with _strict(seed), optional.quiet():
         net = _load(folder, model)
         torch.manual_seed(seed)
+        given = inputs.make(net)
+
+        def loss() -> Tensor:
+            logits = [x for name, x in _named(net(**given)).items() if "logits" in name]
+            if not logits:
+                raise PlanError(f"{model.class_name} gives no logits")
+            return torch.stack([score(x) for x in logits]).sum()
+
         with _without(model.neutral, net):
-            logits = {k: x for k, x in _named(net(**_inputs(net))).items() if "logits" in k}
-        if not logits:
-            raise PlanError(f"{model.class_name} gives no logits")
-        torch.stack([score(x) for x in logits.values()]).sum().backward()
-        return {
-            name: torch.zeros_like(x) if x.grad is None else x.grad
-            for name, x in net.named_parameters()
-        }
+            yield cast("torch.nn.Module", net), loss
 
 
 class _Module(Protocol):

@@ -1,0 +1,52 @@
+"""The maps of gradients, against gradients that autograd finds before and after a change."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import streammap
+from streammap.architectures import registry
+from streammap.architectures.schema import TinyModel
+from streammap.tools.spec_proof import tiny_models
+from tests.support import optimized, truth
+from tests.support.typed import Options
+
+pytest.importorskip("transformers")
+
+FAST = (
+    ("llama", "granite_swa", {"width": 2}),
+    ("gpt2", "gpt2", {"width": 2}),
+    ("mixtral", "mixtral", {"experts": 2}),
+)
+EXACT = 1e-9
+
+
+def grown(folder: Path, model: TinyModel, options: Options) -> float:
+    """How far carried gradients are from those of the grown model: largest relative difference."""
+    tiny_models.build(model, folder / "source")
+    found = optimized.gradients(folder / "source", model)
+    optimized.keep_gradients(folder / "source", found)
+    lazy = streammap.open(folder / "source").decoalesce(**options)
+    assert lazy.promise[0] in ("exact", "exact up to eps"), lazy.promise
+    lazy.carry_optimizer().save(folder / "grown", fsync=False)
+    state = optimized.written(folder / "grown")
+    wanted = optimized.gradients(folder / "grown", model)
+    assert list(state) == list(wanted), "the order of the class's own parameters"
+    worst = 0.0
+    for name, gradient in wanted.items():
+        largest = float(gradient.abs().max()) or 1.0
+        mean, square = state[name]["exp_avg"], state[name]["exp_avg_sq"]
+        worst = max(worst, float((mean - gradient).abs().max()) / largest)
+        worst = max(worst, float((square - gradient**2).abs().max()) / largest**2)
+        assert state[name]["step"] == 3
+    return worst
+
+
+@pytest.mark.parametrize(("arch", "name", "options"), FAST)
+def test_gradients_of_a_grown_model_are_the_mapped_ones(
+    arch: str, name: str, options: Options, tmp_path: Path
+) -> None:
+    assert grown(tmp_path, truth.named(arch, name), options) < EXACT
+
+
