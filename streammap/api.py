@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from streammap.analysis.summary import Summary
     from streammap.operators.convert import Convert
     from streammap.operators.merge_lora import MergeLora
-    from streammap.operators.permute import Permute
     from streammap.operators.optimizer.carry import CarryOptimizer
+    from streammap.operators.permute import Permute
     from streammap.output.module.load import LoadReport
     from streammap.planning.optimizer.steps import StepFactors
     from streammap.planning.request import Moved

@@ -6,6 +6,7 @@ from typing import final
 
 from streammap.architectures import axis_sizes
 from streammap.architectures import expression as expressions
+from streammap.architectures.expression import Name
 from streammap.architectures.model import Family, Model
 from streammap.architectures.schema import Architecture, Depth
 
@@ -110,3 +111,31 @@ def _with_heads(model: Model, axes: Iterable[str]) -> set[str]:
     names = set(axes)
     shared = model.architecture.shared_heads
     return names | {one.heads for one in shared if {one.kv, one.group} <= names}
+
+
+def names_of(model: Model, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """These axes, and the aliases that stand for one of them alone."""
+    aliases = model.architecture.aliases
+    names = list(axes)
+    for _ in aliases:  # an alias may stand for another alias
+        names += (
+            alias
+            for alias, value in aliases.items()
+            if isinstance(value, Name) and value.name in names and alias not in names
+        )
+    return tuple(names)
+
+
+def writes(family: Family, hidden: tuple[str, ...]) -> bool:
+    """Whether a family writes to the residual stream: where all that do are 0, a layer is identity.
+
+    These are weights that make the hidden size from something, and their biases. Norms and
+    embeddings make it too, but do not add to the stream.
+    """
+    spans = [dim.expression for dim in family.dims if dim.role == "out"]
+    makes = any(isinstance(e, Name) and e.name in hidden for e in spans)
+    is_bias = family.name.endswith("bias") and family.rule.kind != "norm"
+    # What a linear reads may be of no axis.
+    is_linear = family.rule.kind in ("linear", "conv1d", "conv")
+    reads = is_linear or any(dim.role == "in" for dim in family.dims)
+    return makes and family.rule.kind != "embedding" and (reads or is_bias)

@@ -8,9 +8,10 @@ undone, norms over axes with zero units are corrected, zero-initialised layers a
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from streammap.architectures import axis_facts
 from streammap.architectures.axis_facts import Layer
 from streammap.architectures.expression import Name
 from streammap.architectures.key_pattern import KeyPattern, first_match, sample
@@ -22,7 +23,7 @@ from streammap.planning.dim_maps import DimMaps
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, MapPair
 from streammap.planning.optimizer import dual
-from streammap.planning.plan import Plan
+from streammap.planning.plan import Moment, Plan
 
 Rule = Literal["exact", "reference"]
 RULES: tuple[Rule, ...] = ("exact", "reference")
@@ -79,19 +80,23 @@ def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
     return float(base**factor.exponent) if base else 1.0
 
 
-def writes(family: Family, hidden: tuple[str, ...]) -> bool:
-    """Whether a family writes to the residual stream: where all that do are 0, a layer is identity.
-
-    These are weights that make the hidden size from something, and their biases. Norms and
-    embeddings make it too, but do not add to the stream.
-    """
-    spans = [dim.expression for dim in family.dims if dim.role == "out"]
-    makes = any(isinstance(e, Name) and e.name in hidden for e in spans)
-    is_bias = family.name.endswith("bias") and family.rule.kind != "norm"
-    # What a linear reads may be of no axis.
-    is_linear = family.rule.kind in ("linear", "conv1d", "conv")
-    reads = is_linear or any(dim.role == "in" for dim in family.dims)
-    return makes and family.rule.kind != "embedding" and (reads or is_bias)
+def _of_gradients(change: AxisChange, moment: Moment) -> AxisChange:
+    """The change of gradients that goes with one of weights; factors are told by the moment."""
+    silent = {
+        axis: change.silent.get(axis, frozenset())
+        | (dual.repeated(m) if moment.resets else frozenset())
+        for axis, m in change.layers.items()
+    }
+    known = {
+        id(one): replace(one, pairs=dual.exchanged(one.pairs, moment))
+        for one in dict.fromkeys(change.by_layer.values())
+    }
+    return replace(
+        change,
+        pairs=dual.exchanged(change.pairs, moment),
+        silent={axis: layers for axis, layers in silent.items() if layers},
+        by_layer={layer: known[id(one)] for layer, one in change.by_layer.items()},
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +107,6 @@ class _Here:
     fills: Mapping[str, NormCompensation]
 
 
-def _names_of(model: Model, axes: tuple[str, ...]) -> tuple[str, ...]:
-    """These axes, and the aliases that stand for one of them alone."""
-    aliases = model.architecture.aliases
-    names = list(axes)
-    for _ in aliases:  # an alias may stand for another alias
-        names += (
-            alias
-            for alias, value in aliases.items()
-            if isinstance(value, Name) and value.name in names and alias not in names
-        )
-    return tuple(names)
-
-
 class Remapping:
     """One remap: the maps of each (dimension, role), worked out once."""
 
@@ -123,7 +115,7 @@ class Remapping:
     ) -> None:
         self._moment = plan.moment
         if plan.moment is not None:
-            change = dual.exchanged(change, plan.moment)
+            change = _of_gradients(change, plan.moment)
         self._plan, self._model, self._change, self._sizes = plan, model, change, sizes
         stacked = {
             name: _stacked(m, change.silent.get(name, frozenset()))
@@ -137,7 +129,7 @@ class Remapping:
         self._last = {
             axis: sizes[axis] - 1 for axis in model.architecture.depth_axes if axis in sizes
         }
-        self._hidden = _names_of(model, model.architecture.spaces.get("hidden", ()))
+        self._hidden = axis_facts.names_of(model, model.architecture.spaces.get("hidden", ()))
         self._inverted: dict[int, tuple[AxisMap, list[list[tuple[int, float]]]]] = {}
         """By identity; the map is kept, so that no other one gets its id."""
         self.n_after = 0
@@ -299,7 +291,7 @@ class Remapping:
     def _is_silent(self, family: Family, target: tuple[int, ...]) -> bool:
         is_new = bool(self._silent_axes(family, target))
         # Nothing behind a zero has a gradient: of a moment all that is in a new layer is 0.
-        return is_new and (self._moment is not None or writes(family, self._hidden))
+        return is_new and (self._moment is not None or axis_facts.writes(family, self._hidden))
 
     def _is_one(self, family: Family, target: tuple[int, ...], key: str) -> bool:
         """Whether a tensor of a zero-initialised layer is to be 1."""

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import streammap
-from streammap.architectures import registry
 from streammap.architectures.schema import TinyModel
 from streammap.tools.spec_proof import tiny_models
 from tests.support import optimized, truth
@@ -48,5 +46,3 @@ def test_gradients_of_a_grown_model_are_the_mapped_ones(
     arch: str, name: str, options: Options, tmp_path: Path
 ) -> None:
     assert grown(tmp_path, truth.named(arch, name), options) < EXACT
-
-

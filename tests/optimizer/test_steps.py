@@ -34,8 +34,8 @@ def trained(folder: Path, model: TinyModel, n: int, out: Path) -> None:
         )
         if (folder / optimized.FILE).exists():
             optimizer.load_state_dict(torch.load(folder / optimized.FILE))
-        optimized.train(net, optimizer, loss, n)
-        net.save_pretrained(out)
+        optimized.train(optimizer, loss, n)
+        tiny_models.save(net, out)
         torch.save(optimizer.state_dict(), out / optimized.FILE)
 
 
@@ -47,7 +47,7 @@ def one_step(folder: Path, model: TinyModel, factors: Mapping[str, StepFactors])
         optimizer = torch.optim.AdamW(groups, foreach=False)
         for name, p in net.named_parameters():
             optimizer.state[p] = dict(state[name])
-        optimized.train(net, optimizer, loss, 1)
+        optimized.train(optimizer, loss, 1)
         return {name: p.detach().clone() for name, p in net.named_parameters()}
 
 

@@ -81,3 +81,12 @@ def test_what_fsdp_saved_is_resized_and_loaded_by_it(tmp_path: Path) -> None:
     _source(tmp_path, _TINY)
     for found in _launch("checkpoints", tmp_path, 2):
         assert found == {"same": True, "files": 2}
+
+
+@pytest.mark.slow
+def test_what_fsdp_saved_of_an_optimizer_is_resized_and_goes_on(tmp_path: Path) -> None:
+    _source(tmp_path, {**_TINY, "tie_word_embeddings": False})
+    for found in _launch("optimizer", tmp_path, 2):
+        assert found["same"]
+        assert found["lr"] == [1e-3, 1e-3]
+        assert found["loss"] == pytest.approx(found["before"], rel=1e-5)

@@ -33,6 +33,7 @@ LONG = (
     "docs/merge-methods.md",
     "docs/original.md",
     "docs/launchers.md",
+    "docs/optimizer.md",
 )
 """Pages of many commands, each of which starts Python and torch anew: slow tests."""
 PROJECT_PAGE = "docs/package.md"

@@ -8,6 +8,10 @@ import torch
 import transformers
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import init_device_mesh
@@ -98,12 +102,59 @@ def checkpoints(folder: Path) -> dict[str, object]:
     return {"same": same, "files": len(list((folder / "saved").glob("*.distcp")))}
 
 
+def optimizer(folder: Path) -> dict[str, object]:
+    """Train sharded, save both with DCP, grow what was saved, and go on from the result."""
+    source = streammap.open(folder / "source")
+    model = _sharded(dict(source.config or {}), meta=True)
+    streammap.load_into(model, source)
+    adam = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    x = torch.arange(6)[None]
+    for _ in range(2):
+        _step(model, adam, x)
+    state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, adam)}
+    save(state, checkpoint_id=folder / "trained")
+    if dist.get_rank() == 0:
+        saved = streammap.open(folder / "trained", config=folder / "source" / "config.json")
+        saved.decoalesce(width=2).carry_optimizer().save(folder / "grown", format="dcp")
+    dist.barrier()
+    grown = streammap.open(folder / "grown").carry_optimizer()
+    into = _sharded(dict(grown.config or {}), meta=False)
+    adams = [torch.optim.AdamW(into.parameters(), lr=7.0) for _ in range(2)]
+    # What torch.distributed.checkpoint reads, and what is filled in place.
+    wanted = {"optim": get_optimizer_state_dict(into, adams[0])}
+    load({"model": (weights := into.state_dict()), **wanted}, checkpoint_id=folder / "grown")
+    into.load_state_dict(weights)
+    set_optimizer_state_dict(into, adams[0], wanted["optim"])
+    streammap.load_optimizer_into(adams[1], into, grown)
+    same = all(
+        torch.equal(_whole(adam.state[p][what]), grown.read(f"optim.state.{name}.{what}"))
+        and float(adam.state[p]["step"]) == 2
+        for adam in adams
+        for name, p in into.named_parameters()
+        for what in ("exp_avg", "exp_avg_sq")
+    )
+    kept = [adam.param_groups[0]["lr"] for adam in adams]
+    loss = _step(into, adams[0], x)
+    return {"same": same, "lr": kept, "loss": loss, "before": _step(model, adam, x)}
+
+
+def _step(model: transformers.LlamaForCausalLM, adam: torch.optim.Optimizer, x: Tensor) -> float:
+    adam.zero_grad()
+    loss = model(x, labels=x).loss
+    loss.backward()
+    adam.step()
+    return float(loss)
+
+
+WHATS = {"fill": fill, "mesh": mesh, "checkpoints": checkpoints, "optimizer": optimizer}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     folder = Path(sys.argv[2])
     with optional.quiet():
-        found = {"fill": fill, "mesh": mesh, "checkpoints": checkpoints}[sys.argv[1]](folder)
+        found = WHATS[sys.argv[1]](folder)
     (folder / f"{sys.argv[1]}-{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -1,10 +1,10 @@
 """Tiny models with gradients and optimizers, in strict float64."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streammap.architectures.schema import TinyModel
 from streammap.tools.spec_proof import tiny_models
@@ -23,7 +23,7 @@ def score(x: Tensor) -> Tensor:
 def gradients(folder: Path, model: TinyModel) -> dict[str, Tensor]:
     """Parameter -> gradient of the loss; 0 where the logits do not depend on it."""
     with tiny_models.training(folder, model, score=score) as (net, loss):
-        loss().backward()
+        torch.autograd.backward(loss())
         return {
             name: torch.zeros_like(x) if x.grad is None else x.grad
             for name, x in net.named_parameters()
@@ -63,10 +63,9 @@ def written(folder: Path) -> StateDict:
     return named(torch.load(folder / FILE, weights_only=True))
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, loss: object, n: int) -> None:
+def train(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], n: int) -> None:
     """Some steps."""
-    assert callable(loss)
     for _ in range(n):
         optimizer.zero_grad()
-        loss().backward()
+        torch.autograd.backward(loss())
         optimizer.step()

@@ -72,9 +72,7 @@ class CarryOptimizer(Operator):
         begun = {name: states.begun(made[first][name], first) for name in names}
         frame = begun[names[0]][0]
         plain = states.through(source.request, first, Moment(1)).targets if states.resets else None
-        found = steps.factors(
-            {name: weights.targets[name] for name in names}, plain or made[first]
-        )
+        found = steps.factors({name: weights.targets[name] for name in names}, plain or made[first])
         state = OptimizerState(
             entries,
             parameters.grouped(frame.groups, {name: old for name, (_, old) in begun.items()}),

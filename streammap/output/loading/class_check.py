@@ -47,9 +47,9 @@ def check(plan: Plan, when: ClassCheck) -> None:
         PlanError: with the tensor, the planned shape and the class's, or the class's own reason;
             with "always" also where there is no class to ask.
     """
+    plan = plan.without_optimizer
     if when == "never" or plan.config is None:
         return
-    plan = plan.without_optimizer
     if quantization.is_quantized(plan.specs, plan.config):
         if when == "always":
             raise PlanError(

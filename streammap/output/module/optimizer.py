@@ -1,7 +1,7 @@
 """Fill an optimizer in place with a plan's state: each process computes what it holds.
 
-A mean of gradients lies as its parameter does, sharded or whole, so that a module of means is filled
-as a model is (load.py).
+A mean of gradients lies as its parameter does, sharded or whole, so that a module of means is
+filled as a model is (load.py).
 """
 
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ from streammap.common.events import Listener
 from streammap.engine import evaluate
 from streammap.errors import PlanError, some
 from streammap.io import key_wrappers
-from streammap.io.optimizer.state import STEP, key_of
+from streammap.io.optimizer.state import STEP, Group, key_of
 from streammap.output.module import load, parameters
 from streammap.output.module.load import LoadOptions, LoadReport
-from streammap.planning.optimizer.state import Group, OptimizerState
+from streammap.planning.optimizer.state import OptimizerState
 from streammap.planning.plan import Plan
 
 
@@ -138,9 +138,7 @@ def _step(optimizer: Optimizer, parameter: nn.Parameter, value: float) -> Tensor
     return torch.tensor(value, dtype=dtype, device=parameter.device if on_device else "cpu")
 
 
-def _set_options(
-    optimizer: Optimizer, groups: tuple[Group, ...], names: Mapping[int, str]
-) -> None:
+def _set_options(optimizer: Optimizer, groups: tuple[Group, ...], names: Mapping[int, str]) -> None:
     group_of = {name: group for group in groups for name in group.names}
     for own in optimizer.param_groups:
         theirs = {id(group_of[names[id(p)]]): group_of[names[id(p)]] for p in own["params"]}

@@ -6,8 +6,8 @@ Where units are copied (out) and readers take a share of each copy (into), with 
     x' = out x,  dL/dx' = into dL/dx,  W' = out W into^T    ->    dL/dW' = into (dL/dW) out^T
 
 so that gradients take the maps of the weights with the two roles exchanged, and 1 / c where a
-weight takes a factor c that the forward pass undoes. The copies of a gradient add up to the old one: with
-even shares each gets an even part. On the way down the same exchange is the chain rule.
+weight takes a factor c that the forward pass undoes. The copies of a gradient add up to the old
+one: with even shares each gets an even part. On the way down the exchange is the chain rule.
 
     exp_avg      a mean of gradients: the exchanged maps
     exp_avg_sq   a mean of their squares: the exchanged maps, each coefficient squared
@@ -20,7 +20,6 @@ Source: the chain rule; squares, Shen et al., arXiv:2203.06211; resets, SPARKLIN
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -30,36 +29,20 @@ from streammap.planning.maps import AxisMap, BlockMap, DenseMap, MapPair
 
 if TYPE_CHECKING:
     from streammap.planning.plan import Moment
-    from streammap.planning.tensor_maps import AxisChange, LayerChange
 
 
-def exchanged(change: "AxisChange", moment: "Moment") -> "AxisChange":
-    """The change of gradients that goes with a change of weights.
-
-    Factors stay as they are: `Moment.factor` makes those of gradients of them.
+def exchanged(pairs: Mapping[str, MapPair], moment: "Moment") -> dict[str, MapPair]:
+    """The maps of gradients that go with maps of weights, axis by axis.
 
     Raises:
         PlanError: new units that can't be told from old ones are to begin at 0.
     """
-    known: dict[LayerChange, LayerChange] = {}
-    for one in change.by_layer.values():
-        if one not in known:
-            known[one] = replace(one, pairs=_pairs(one.pairs, moment))
-    silent = {axis: frozenset(new) for axis, new in change.silent.items()}
-    if moment.resets:
-        for axis, m in change.layers.items():
-            layers = [{j for j, _ in m.members(i)} for i in range(m.n_out)]
-            silent[axis] = silent.get(axis, frozenset()) | _later(layers)
-    return replace(
-        change,
-        pairs=_pairs(change.pairs, moment),
-        silent=silent,
-        by_layer={layer: known[one] for layer, one in change.by_layer.items()},
-    )
-
-
-def _pairs(pairs: Mapping[str, MapPair], moment: "Moment") -> dict[str, MapPair]:
     return {axis: _pair(axis, pair, moment) for axis, pair in pairs.items()}
+
+
+def repeated(layers: AxisMap) -> frozenset[int]:
+    """Layers of the result that have nothing but what layers before them have."""
+    return _later([{j for j, _ in layers.members(i)} for i in range(layers.n_out)])
 
 
 def _pair(axis: str, pair: MapPair, moment: "Moment") -> MapPair:

@@ -75,7 +75,9 @@ def _check(source: Plan, file: OptimizerFile, what: str, targets: dict[str, Line
     where, weights = file.checkpoint.label, source.targets
     for name, form in targets.items():
         if not form.spec.is_float:
-            raise CheckpointError(f"{where}: {name}.{what} is {form.spec.dtype}, expected a float")
+            raise CheckpointError(
+                f"{where}: {name}.{what} is {form.spec.dtype}, expected a float", hint=_OTHERS
+            )
         weight = weights.get(name)
         if weight is not None and weight.spec.shape != form.spec.shape:
             raise CheckpointError(

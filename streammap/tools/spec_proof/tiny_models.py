@@ -111,6 +111,11 @@ def training(
             yield cast("torch.nn.Module", net), loss
 
 
+def save(net: torch.nn.Module, folder: Path) -> None:
+    """Save a model as its library does."""
+    cast("_Net", net).save_pretrained(folder)
+
+
 class _Module(Protocol):
     """A torch module, as far as it is used here."""
 
