@@ -15,6 +15,9 @@ from streammap.engine import memory
 from streammap.errors import OutputError
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
+from streammap.io.optimizer.state import Form, Group, key_of
+from streammap.output.forms import optimizer_files
+from streammap.planning.optimizer.state import OptimizerState
 from streammap.testing.hubserver import HubServer
 
 _RUN = """
@@ -38,6 +41,7 @@ lazy = {
     "interpolate": lambda: big.interpolate(big.coalesce(width=2).decoalesce(), alpha=0.5),
     "cast": lambda: big.convert(dtype="float16"),
     "tokens": lambda: big.convert(vocab_multiple=64, vocab_rows="normal"),
+    "optimizer": lambda: big.coalesce(width=2, depth=2).carry_optimizer(),
     "blend": lambda: big.blend(*(streammap.open(folder) for _ in range(9))),
 }[what]()
 report = lazy.save(folder + "-" + what, fsync=False, overwrite=True, **options)
@@ -109,6 +113,35 @@ def test_a_run_stays_in_its_budget(tmp_path: Path, what: str, memory: str, most:
     assert added <= planned
     assert added < most * MIB
     assert planned <= 256 * MIB if memory == "256MiB" else 32 * MIB
+
+
+def write_state(folder: Path) -> int:
+    """An optimizer's state of zeros beside a model, sparse as that; gives its size in bytes."""
+    entries, specs = {}, {}
+    weights = streammap.open(folder).plan.specs
+    for name, spec in weights.items():
+        for what in ("exp_avg", "exp_avg_sq"):
+            key = key_of(name, what)
+            entries[key], specs[key] = (name, what), TensorSpec("F32", spec.shape)
+    state = OptimizerState(entries, (Group(tuple(weights)),), Form("torch"), {})
+    shard = optimizer_files.arrange(state, specs)
+    assert shard.around is not None
+    with (folder / shard.name).open("wb") as file:
+        file.truncate(shard.nbytes)
+        for offset, content in shard.around():
+            file.seek(offset)
+            file.write(content)
+    return shard.nbytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("memory", "most"), [("256MiB", 72), ("32MiB", 32)])
+def test_an_optimizer_stays_in_the_budget(tmp_path: Path, memory: str, most: int) -> None:
+    write_gpt2(tmp_path / "big", vocab=100_000, dtype="BF16")
+    assert write_state(tmp_path / "big") > 4 * most * MIB
+    added, planned, _ = run(tmp_path / "big", "optimizer", memory=memory)
+    assert added <= planned
+    assert added < most * MIB
 
 
 def write_quantised(folder: Path, kind: str, *, layers: int = 6) -> int:

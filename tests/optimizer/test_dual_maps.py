@@ -32,8 +32,10 @@ def grown(folder: Path, model: TinyModel, options: Options) -> float:
     wanted = optimized.gradients(folder / "grown", model)
     assert list(state) == list(wanted), "the order of the class's own parameters"
     worst = 0.0
+    # Of biases of keys the gradient is 0 but for rounding, as a softmax does not see them.
+    noise = 1e-3 * max(float(gradient.abs().max()) for gradient in wanted.values())
     for name, gradient in wanted.items():
-        largest = float(gradient.abs().max()) or 1.0
+        largest = max(float(gradient.abs().max()), noise)
         mean, square = state[name]["exp_avg"], state[name]["exp_avg_sq"]
         worst = max(worst, float((mean - gradient).abs().max()) / largest)
         worst = max(worst, float((square - gradient**2).abs().max()) / largest**2)

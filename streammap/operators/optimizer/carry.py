@@ -1,10 +1,10 @@
 """CarryOptimizer: an optimizer's state goes through the operators that made a plan."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, final
 
-from streammap.errors import PlanError
+from streammap.errors import PlanError, some
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.optimizer import find
 from streammap.io.optimizer.state import PREFIX, STEP, OptimizerFile, key_of
@@ -59,7 +59,7 @@ class CarryOptimizer(Operator):
         }
         first = next(iter(means))
         weights = states.through(source.request, first, None)
-        names = moments.parameters(weights)
+        names = moments.carried(weights, states.checkpoints)
         targets: dict[str, LinearForm] = {}
         entries: dict[str, tuple[str, str]] = {}
         for name in names:
@@ -73,6 +73,7 @@ class CarryOptimizer(Operator):
         frame = begun[names[0]][0]
         plain = states.through(source.request, first, Moment(1)).targets if states.resets else None
         found = steps.factors({name: weights.targets[name] for name in names}, plain or made[first])
+        untrained = states.untrained(weights, set(names))
         state = OptimizerState(
             entries,
             parameters.grouped(frame.groups, {name: old for name, (_, old) in begun.items()}),
@@ -83,13 +84,21 @@ class CarryOptimizer(Operator):
             source,
             targets={**source.targets, **targets},
             sources=(*source.sources, *states.checkpoints),
-            steps=(*source.steps, self._step(len(names), means, found)),
+            steps=(*source.steps, self._step(len(names), means, found, untrained)),
             optimizer=state,
             request=None,
         )
 
-    def _step(self, n: int, means: Iterable[str], found: Mapping[str, StepFactors]) -> Step:
+    def _step(
+        self,
+        n: int,
+        means: Iterable[str],
+        found: Mapping[str, StepFactors],
+        untrained: Sequence[str],
+    ) -> Step:
         told = [f"the optimizer's state goes along: {', '.join(means)} of {n} parameters"]
+        if untrained:
+            told.append(f"{some(untrained)}: no state in the source, and none in the result")
         if self.new_state == "zero":
             told.append("moments of new units begin at 0: warm the learning rate up again")
         return Step(
@@ -138,6 +147,17 @@ class _States:
                 name = ref.key.removeprefix(PREFIX).removesuffix(f".{what}")
                 return by_id[id(ref.source)], name
         raise PlanError("--optimizer: a mean of no state", hint=_HINT)
+
+    def untrained(self, plan: Plan, names: Container[str]) -> list[str]:
+        """Parameters of the result that have no state: of one layer each, buffers left out."""
+        heads = plan.model.tied_heads
+        return [
+            key
+            for family in plan.model.families
+            if family.rule.kind != "buffer"
+            for key in list(family.members.values())[:1]
+            if key not in names and not any(head.is_head(key) for head in heads)
+        ]
 
     def step(self, form: LinearForm, what: str) -> dict[str, LinearForm]:
         """The number of steps that a parameter has made; 0 where its means begin at 0."""

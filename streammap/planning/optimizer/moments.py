@@ -1,8 +1,11 @@
 """Plans of an optimizer's means: a plan of weights, with other tensors under the same keys."""
 
+from collections.abc import Collection
 from dataclasses import replace
 
+from streammap.architectures import axis_facts
 from streammap.errors import CheckpointError, PlanError, StreammapError, some
+from streammap.io.checkpoint import Checkpoint
 from streammap.io.optimizer.state import OptimizerFile, key_of
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
@@ -26,12 +29,10 @@ def of(source: Plan, file: OptimizerFile, what: str, moment: Moment | None) -> P
     """
     targets = {name: graph.load(file.checkpoint, key_of(name, what)) for name in file.entries}
     _check(source, file, what, targets)
-    for family in source.model.families:
-        if family.rule.kind == "buffer":
-            targets |= {key: source.targets[key] for key in family.members.values()}
     made = replace(
         source,
-        targets=targets,
+        # What has no state stands in with its weights, so that the model is whole; see `carried`.
+        targets={**_without(source, file, targets.keys()), **targets},
         sources=(file.checkpoint, *source.sources),
         moment=moment,
         resolved=Resolved(),
@@ -46,14 +47,40 @@ def of(source: Plan, file: OptimizerFile, what: str, moment: Moment | None) -> P
     return made
 
 
-def parameters(plan: Plan) -> list[str]:
-    """The keys that an optimizer has a state of: all but buffers."""
+def carried(plan: Plan, states: Collection[Checkpoint]) -> list[str]:
+    """The keys of a plan of means that are computed from states."""
+    own = {id(one) for one in states}
     return [
         key
-        for family in plan.model.families
-        if family.rule.kind != "buffer"
-        for key in family.members.values()
+        for key, form in plan.targets.items()
+        if any(id(ref.source) in own for ref in form.loads())
     ]
+
+
+def _without(source: Plan, file: OptimizerFile, names: Collection[str]) -> dict[str, LinearForm]:
+    """The weights that have no state: buffers, tied copies, and what is not trained.
+
+    Raises:
+        CheckpointError: some of a family's tensors have one, and others have none.
+    """
+    found: dict[str, LinearForm] = {}
+    same_layout = all(name in source.targets for name in names)
+    for family in source.model.families:
+        missing = [key for key in family.members.values() if key not in names]
+        experts = any(
+            axis_facts.is_expert(source.model.architecture, axis)
+            for axis in axis_facts.axes_of(source.model, family)
+        )
+        if experts and not same_layout:
+            continue  # the state has them under other names
+        if missing and len(missing) < len(family.members):
+            raise CheckpointError(
+                f"{file.checkpoint.label}: no state of {len(missing)} of {len(family.members)} "
+                f"tensors {family.name}: {some(missing)}",
+                hint="save the optimizer's state again, or leave --optimizer out",
+            )
+        found |= {key: source.targets[key] for key in missing}
+    return found
 
 
 def check_squares(key: str, form: LinearForm) -> None:
@@ -85,17 +112,3 @@ def _check(source: Plan, file: OptimizerFile, what: str, targets: dict[str, Line
                 f"{list(weight.spec.shape)}",
                 hint=_OTHERS,
             )
-    if any(name not in weights for name in targets):
-        return  # another layout: resolving it tells
-    heads = source.model.tied_heads
-    missing = [
-        key
-        for key in parameters(source)
-        if key not in targets and not any(head.is_head(key) for head in heads)
-    ]
-    if missing:
-        raise CheckpointError(
-            f"{where}: no state of {len(missing)} of {len(weights)} parameters: {some(missing)}",
-            hint="a parameter that is not trained has none: leave --optimizer out, or save the "
-            "state of an optimizer of all parameters",
-        )

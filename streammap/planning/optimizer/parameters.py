@@ -1,13 +1,11 @@
 """The parameters of a result in the order of its optimizer, by the order that the source's have.
 
-A module gives its parameters module by module, in the order in which these were made; layers of a
-kind have theirs in the same order. So the source's order tells the result's, whatever the number of
-layers and experts.
+A module gives its parameters module by module, in the order in which these were made. Inside of a
+layer the order is that of the source's layer that it was made of; layers and experts are counted.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from streammap.architectures import key_pattern
 from streammap.io.optimizer.state import Group
 
 
@@ -18,36 +16,39 @@ def grouped(groups: Sequence[Group], source_of: Mapping[str, str]) -> tuple[Grou
         groups: The source's.
         source_of: Parameter of the result -> the source's whose state it has.
     """
-    order = in_order([name for group in groups for name in group.names], source_of)
     group_of = {name: i for i, group in enumerate(groups) for name in group.names}
-    members: list[list[str]] = [[] for _ in groups]
-    for name in order:
-        members[group_of[source_of[name]]].append(name)
+    members: list[dict[str, str]] = [{} for _ in groups]
+    for name, source in source_of.items():
+        members[group_of[source]][name] = source
     return tuple(
-        Group(tuple(names), group.options) for names, group in zip(members, groups, strict=True)
+        Group(tuple(in_order(group.names, own)), group.options)
+        for group, own in zip(groups, members, strict=True)
     )
 
 
-def in_order(before: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Names in the order of a module's parameters.
+def in_order(before: Sequence[str], source_of: Mapping[str, str]) -> list[str]:
+    """Parameters in the order of their module.
 
     Args:
-        before: Parameters of another module of the class, in order within each group.
-        names: Those of this module.
+        before: The source's, in its order.
+        source_of: Parameter of the result -> the source's that it was made of.
     """
-    rank: dict[str, int] = {}
-    for name in before:
-        parts = name.split(".")
-        for n in range(1, len(parts) + 1):
-            rank.setdefault(key_pattern.INDEX.sub("*", ".".join(parts[:n])), len(rank))
+    first: dict[str, int] = {}
+    for at, name in enumerate(before):
+        for path in _paths(name):
+            first.setdefault(path, at)
 
-    def place(name: str) -> list[tuple[int, int]]:
-        parts = name.split(".")
-        found = []
-        for n, part in enumerate(parts, 1):
-            shape = key_pattern.INDEX.sub("*", ".".join(parts[:n]))
-            # Numbers count by themselves: layer 10 comes after layer 9.
-            found.append((rank.get(shape, len(rank)), int(part) if part.isdecimal() else 0))
-        return found
+    def place(name: str) -> list[int]:
+        parts, paths = name.split("."), _paths(source_of[name])
+        return [
+            int(part) if part.isdecimal() else first[path]
+            for part, path in zip(parts, paths, strict=True)
+        ]
 
-    return sorted(names, key=place)
+    return sorted(source_of, key=place)
+
+
+def _paths(name: str) -> list[str]:
+    """A parameter's name, and those of all modules around it, the outermost first."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(1, len(parts) + 1)]
