@@ -12,6 +12,7 @@ from streammap.common.units import format_count, format_nbytes
 from streammap.engine.options import Engine
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TORCH_NAMES
+from streammap.io.optimizer.state import PREFIX
 from streammap.output import run, side_files
 from streammap.planning import exactness, graph
 from streammap.planning.graph import Derived, LinearForm, Term
@@ -94,7 +95,8 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
     """The figures of a plan, run by `engine`."""
     before: dict[str, set[str]] = {}
     after: dict[str, list[LinearForm]] = {}
-    for source in plan.sources[:1]:
+    states = [s for s in plan.sources if any(key.startswith(PREFIX) for key in s.slots)]
+    for source in (*plan.sources[:1], *states):
         for key in source.slots:
             before.setdefault(pattern.INDEX.sub("*", key), set()).add(key)
     for key, form in plan.targets.items():
@@ -124,7 +126,7 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
         rows=tuple(rows),
         sizes={name: pair for name, pair in plan.sized.items() if pair[0] != pair[1]},
         n_tensors=len(plan.targets),
-        n_parameters=sum(form.spec.n_elements for form in plan.targets.values()),
+        n_parameters=sum(form.spec.n_elements for form in plan.weights.values()),
         nbytes_read=run.read_nbytes(plan),
         nbytes_written=plan.nbytes,
         peak_nbytes=fitted.peak_nbytes,
