@@ -53,14 +53,19 @@ class Moment:
     optimizer/dual.py.
     """
 
-    power: Literal[1, 2]
-    """1: of gradients; 2: of their squares."""
+    power: Literal[0, 1, 2]
+    """1: of gradients; 2: of their squares; 0: the weights, under an optimizer's names."""
     resets: bool = False
     """Whether new units and layers begin at 0, instead of as copies."""
 
     def factor(self, of_weight: float) -> float:
         """What goes with a factor on a weight that the forward pass undoes."""
         return of_weight**-self.power if of_weight else 0.0
+
+    @property
+    def of_gradients(self) -> "Moment | None":
+        """The moment itself; None where it stands for weights."""
+        return self if self.power else None
 
 
 @final

@@ -113,9 +113,9 @@ class Remapping:
     def __init__(
         self, plan: Plan, model: Model, change: AxisChange, sizes: Mapping[str, int]
     ) -> None:
-        self._moment = plan.moment
-        if plan.moment is not None:
-            change = _of_gradients(change, plan.moment)
+        self._moment = None if plan.moment is None else plan.moment.of_gradients
+        if self._moment is not None:
+            change = _of_gradients(change, self._moment)
         self._plan, self._model, self._change, self._sizes = plan, model, change, sizes
         stacked = {
             name: _stacked(m, change.silent.get(name, frozenset()))

@@ -10,7 +10,8 @@ from torch import Tensor
 import streammap
 from streammap.analysis.verification import verify
 from streammap.errors import PlanError
-from tests.support import optimized, oracle, typed
+from streammap.tools.spec_proof import tiny_models
+from tests.support import optimized, oracle, tiny, truth, typed
 
 
 def state(folder: Path, name: str, what: str = "exp_avg") -> Tensor:
@@ -138,9 +139,41 @@ def test_blends_are_means_of_both(trained: Path, tmp_path: Path) -> None:
 
 
 def test_dtypes_and_layouts_are_the_optimizer_s_own(trained: Path, tmp_path: Path) -> None:
+    model = truth.named("mixtral", "mixtral")
+    tiny_models.build(model, tmp_path / "moe")
+    shapes = {
+        n: x.shape for n, x in streammap.open(tmp_path / "moe").convert(layout="runtime").tensors()
+    }
+    means = {n: {"exp_avg": torch.randn(shape)} for n, shape in shapes.items()}
+    optimized.write(tmp_path / "moe" / optimized.FILE, means)  # as the class has its experts
+    for layout in ("hub", "runtime"):
+        out = tmp_path / layout
+        streammap.convert(tmp_path / "moe", out, layout=layout, optimizer=True)
+        found = optimized.written(out)
+        assert all(torch.equal(found[n]["exp_avg"], means[n]["exp_avg"]) for n in shapes)
     streammap.convert(trained, tmp_path / "half", dtype="bfloat16", optimizer=True)
     assert state(tmp_path / "half", "lm_head.weight").dtype is torch.float32
     assert streammap.open(tmp_path / "half").spec("lm_head.weight").dtype == "BF16"
+
+
+def test_tied_heads_have_one_gradient(tmp_path: Path) -> None:
+    sizes = tiny.Sizes(layers=1)
+    weights = tiny.gpt2(sizes)
+    weights["lm_head.weight"] = weights["wte.weight"].clone()
+    config = {**tiny.gpt2_config(sizes), "architectures": ["GPT2LMHeadModel"]}
+    tiny.write(tmp_path / "untied", weights, {**config, "tie_word_embeddings": False})
+    means = {n: {"exp_avg": torch.randn_like(x)} for n, x in weights.items()}
+    optimized.write(tmp_path / "untied" / optimized.FILE, means)
+    streammap.convert(tmp_path / "untied", tmp_path / "tied", tie=True, optimizer=True)
+    found = optimized.written(tmp_path / "tied")
+    assert "lm_head.weight" not in found
+    both = means["wte.weight"]["exp_avg"] + means["lm_head.weight"]["exp_avg"]
+    assert torch.allclose(found["wte.weight"]["exp_avg"], both)
+    streammap.convert(tmp_path / "tied", tmp_path / "again", untie=True, vocab=16, optimizer=True)
+    found = optimized.written(tmp_path / "again")
+    for name in ("wte.weight", "lm_head.weight"):
+        assert torch.equal(found[name]["exp_avg"][:11], both.float())
+        assert not found[name]["exp_avg"][11:].any()
 
 
 def test_dcp_and_torch_have_the_same_state(trained: Path, tmp_path: Path) -> None:

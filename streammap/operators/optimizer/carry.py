@@ -58,7 +58,7 @@ class CarryOptimizer(Operator):
             for what, power in means.items()
         }
         first = next(iter(means))
-        weights = states.through(source.request, first, None)
+        weights = states.through(source.request, first, Moment(0))
         names = moments.carried(weights, states.checkpoints)
         targets: dict[str, LinearForm] = {}
         entries: dict[str, tuple[str, str]] = {}
@@ -130,7 +130,7 @@ class _States:
         """Their tensors, as sources."""
         return tuple(file.checkpoint for file in self._named.values())
 
-    def through(self, call: OperatorCall, what: str, moment: Moment | None) -> Plan:
+    def through(self, call: OperatorCall, what: str, moment: Moment) -> Plan:
         """The plan of one mean, made by the operators that made the weights."""
         from streammap.operators import calls
 

@@ -35,7 +35,9 @@ def tie(plan: Plan) -> tuple[Plan, tuple[Promise, str], tuple[str, ...]]:
         for key in own:
             if plan.moment is None:
                 _check_equal(plan, key, shared[0])
-            else:  # the gradient of one tensor in two places is the sum of both
+            elif (
+                plan.moment.of_gradients is not None
+            ):  # the gradient of one tensor in two places is the sum of both
                 both = [(1.0, targets[shared[0]]), (1.0, targets[key])]
                 targets[shared[0]] = graph.combine(both)
             del targets[key]

@@ -14,7 +14,7 @@ from streammap.planning.plan import Moment, Plan, Resolved
 _OTHERS = "is it the state of this model's optimizer? save both in one step"
 
 
-def of(source: Plan, file: OptimizerFile, what: str, moment: Moment | None) -> Plan:
+def of(source: Plan, file: OptimizerFile, what: str, moment: Moment) -> Plan:
     """A source's plan with one mean of each parameter in the place of the weights.
 
     The optimizer may have the experts in the layout of the class, where the weights have them one
@@ -22,7 +22,7 @@ def of(source: Plan, file: OptimizerFile, what: str, moment: Moment | None) -> P
 
     Args:
         what: exp_avg, say.
-        moment: What that is; None for a plan that goes through operators as weights do.
+        moment: What that is.
 
     Raises:
         CheckpointError: parameters that are not the source's, or of other shapes.
