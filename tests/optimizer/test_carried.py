@@ -138,6 +138,7 @@ def test_blends_are_means_of_both(trained: Path, tmp_path: Path) -> None:
         streammap.blend(trained, other, weights="2,-1").carry_optimizer()
 
 
+@pytest.mark.slow
 def test_dtypes_and_layouts_are_the_optimizer_s_own(trained: Path, tmp_path: Path) -> None:
     model = truth.named("mixtral", "mixtral")
     tiny_models.build(model, tmp_path / "moe")
@@ -176,6 +177,7 @@ def test_tied_heads_have_one_gradient(tmp_path: Path) -> None:
         assert not found[name]["exp_avg"][11:].any()
 
 
+@pytest.mark.slow
 def test_dcp_and_torch_have_the_same_state(trained: Path, tmp_path: Path) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 

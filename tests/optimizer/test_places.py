@@ -63,7 +63,7 @@ def test_a_file_may_hold_both(source: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / "out", recompute=5).ok
 
 
-@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("nested", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_dcp_folders_keep_their_form(nested: bool, source: Path, tmp_path: Path) -> None:
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
     from torch.distributed.checkpoint.state_dict_saver import save

@@ -19,7 +19,7 @@ pytest.importorskip("transformers")
 LR, DECAY, EPS = 1e-2, 0.1, 1e-3
 CASES = (
     pytest.param("llama", "granite_swa", {"width": 2}, id="llama-gqa"),
-    pytest.param("gpt2", "gpt2", {"width": 2}, id="gpt2-tied"),
+    pytest.param("gpt2", "gpt2", {"width": 2}, id="gpt2-tied", marks=pytest.mark.slow),
     pytest.param("qwen_moe", "qwen3_moe", {"width": 2}, id="qwen3_moe", marks=pytest.mark.slow),
     pytest.param("qwen_moe", "qwen3_moe", {"experts": 2}, id="experts", marks=pytest.mark.slow),
     pytest.param("gemma", "gemma3_text", {"width": 3}, id="gemma", marks=pytest.mark.slow),
