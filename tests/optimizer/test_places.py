@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import streammap
 from streammap.analysis.verification import verify
+from streammap.testing import faults
 from tests.support import optimized, tiny
 
 SIZES = tiny.Sizes(layers=2)
@@ -109,3 +111,25 @@ def test_a_bucket_takes_it_too(source: Path) -> None:
     assert {"optimizer.pt", "model.safetensors.index.json"} <= names
     with fsspec.open("memory://optimizer-test/out/optimizer.pt", "rb") as file:
         assert len(optimized.named(torch.load(file))) == len(lazy.plan.weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["safetensors", "dcp"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    form: Literal["safetensors", "dcp"], source: Path, tmp_path: Path
+) -> None:
+    optimized.write(source / optimized.FILE, states(source, ("exp_avg", "exp_avg_sq")))
+    lazy = streammap.open(source).decoalesce(width=2).carry_optimizer()
+
+    def save(out: Path) -> streammap.Report:
+        return lazy.save(out, format=form, max_shard_size=4000)
+
+    with faults.counted() as count:
+        save(tmp_path / "whole")
+    n_resumed = 0
+    for n in (count.count // 3, count.count // 2, count.count - 3):
+        assert faults.killed(lambda: save(tmp_path / "out"), n)
+        n_resumed += save(tmp_path / "out").n_resumed
+        assert tiny.tree(tmp_path / "out") == tiny.tree(tmp_path / "whole")
+        shutil.rmtree(tmp_path / "out")
+    assert n_resumed
