@@ -26,8 +26,9 @@ from streammap.common import strict_json
 from streammap.errors import ArchitectureError, StreammapError
 from streammap.io.checkpoint import Checkpoint, open_checkpoint
 from streammap.io.dtypes import TensorSpec
-from streammap.io.formats import dcp_chunks, dcp_metadata, safetensors_header
+from streammap.io.formats import dcp_chunks, dcp_metadata, pickle_writer, safetensors_header
 from streammap.io.formats.safetensors_header import Slot
+from streammap.io.optimizer import torch_file as optimizer_file
 from streammap.operators import request_json
 from streammap.operators.recipes import mergekit
 from streammap.output import journal
@@ -365,6 +366,35 @@ def _torch_seeds() -> list[bytes]:
     return found
 
 
+def _optimizer(data: bytes, folder: Path) -> None:
+    path = _file(folder, "optimizer.pt", data)
+    with contextlib.suppress(StreammapError):
+        found = optimizer_file.read(path)
+        for group in () if found is None else found.groups:
+            pickle_writer.value(list(group.options.values()))
+        for key in () if found is None else found.checkpoint.slots:
+            if found is not None and found.checkpoint.spec(key).nbytes <= _READ_NBYTES:
+                with contextlib.suppress(StreammapError):
+                    found.checkpoint.tensor(key).clone()
+
+
+def _optimizer_seeds() -> list[bytes]:
+    import torch
+
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
+    found = []
+    for named in (False, True):
+        pairs = list(zip(("a.weight", "b"), parameters, strict=True))
+        adam = torch.optim.AdamW(pairs if named else parameters, lr=0.1)
+        sum(x.sum() for x in parameters).backward()  # type: ignore[union-attr]
+        adam.step()
+        content = adam.state_dict()
+        file = BytesIO()
+        torch.save({"model": {}, "optimizer": content} if named else content, file)
+        found.append(_pickle_of(file.getvalue()))
+    return found
+
+
 def _pickle_of(data: bytes) -> bytes:
     """A torch file with small entries only."""
     out = BytesIO()
@@ -658,6 +688,7 @@ TARGETS = {
     "request": Target(_request, _request_seeds, mutate.raw),
     "map": Target(_map, _map_seeds, _mutated_map),
     "torch": Target(_torch, _torch_seeds, _mutated_torch),
+    "optimizer": Target(_optimizer, _optimizer_seeds, _mutated_torch),
     "dcp": Target(_dcp, _dcp_seeds, _mutated_dcp),
     "spec": Target(_spec, _spec_seeds, mutate.lines(_words())),
     "journal": Target(_journal, _journal_seeds, _mutated_lines),

@@ -94,22 +94,20 @@ def _groups(
             tables.setdefault(owner, {})[option] = files.value(flat, chunk)
     where = str(folder)
     if all(isinstance(table.get("params"), list) for table in tables.values()) and tables:
-        ordered = sorted(tables.items(), key=lambda one: int(one[0]) if one[0].isdecimal() else -1)
         made = []
-        for _, table in ordered:
+        for number in sorted(tables, key=lambda one: (len(one), one)):
+            table = tables[number]
             names = table.pop("params")
             assert isinstance(names, list)
-            called = tuple(plain.key(str(name)) for name in names)
+            called = tuple(plain.key(name) for name in names if isinstance(name, str))
             made.append(Group(called, torch_file.options(where, table)))
         return tuple(made)
-    alike: dict[str, tuple[list[str], dict[object, object]]] = {}
+    alike: dict[str, tuple[list[str], dict[str, object]]] = {}
+    own = {plain.key(stored): table for stored, table in tables.items()}
     for name in entries:
-        stored = next((old for old, new in plain.plain.items() if new == name), name)
-        table = tables.get(stored, {})
-        alike.setdefault(repr(sorted(table.items(), key=str)), ([], table))[0].append(name)
-    return tuple(
-        Group(tuple(names), torch_file.options(where, table)) for names, table in alike.values()
-    )
+        options = torch_file.options(where, own.get(name, {}))
+        alike.setdefault(repr(sorted(options.items())), ([], options))[0].append(name)
+    return tuple(Group(tuple(names), options) for names, options in alike.values())
 
 
 class _Files:

@@ -1,6 +1,7 @@
 """What an optimizer's state is, wherever it is stored."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, final
@@ -86,9 +87,10 @@ def check(where: str, entries: Mapping[str, Iterable[str]], groups: Iterable[Gro
             f"{where}: no state of {len(missing)} of {len(names)} parameters: {some(missing)}",
             hint=f"save it after a step in which all parameters have gradients, or {_FRESH}",
         )
-    loose = [name for name in entries if name not in set(names)]
-    if loose or len(set(names)) < len(names):
-        twice = [name for name in set(names) if names.count(name) > 1]
+    counts = Counter(names)
+    loose = [name for name in entries if name not in counts]
+    twice = [name for name, n in counts.items() if n > 1]
+    if loose or twice:
         told = f"state of {some(loose)}, in no group" if loose else f"{some(twice)} in two groups"
         raise CheckpointError(f"{where}: {told}", hint="save the optimizer's state again")
     first, kept = next((name, set(found) - {STEP}) for name, found in entries.items())

@@ -23,6 +23,8 @@ from streammap.io.tensor_readers import FileTensors
 
 _AGAIN = "save it as torch does: torch.save(optimizer.state_dict(), path)"
 _PLAIN = (str, int, float, bool, type(None))
+_MOST_STEPS = 2**53
+_MOST_NUMBER = 2**63
 
 
 def read(path: Path) -> OptimizerFile | None:
@@ -53,7 +55,7 @@ def read(path: Path) -> OptimizerFile | None:
                 slots[key] = torch_zip.located(where, key, value, storages)
                 entries[name][entry] = None
             elif entry == state.STEP and isinstance(value, int | float):
-                entries[name][entry] = float(value)
+                entries[name][entry] = _steps(where, name, value)
             elif value is not None:
                 entries[name][entry] = None  # told by `check`, by its name
     state.check(where, entries, groups)
@@ -107,13 +109,21 @@ def options(where: str, given: Mapping[object, object]) -> dict[str, object]:
     """
     for name, value in given.items():
         parts = value if isinstance(value, tuple | list) else (value,)
-        if not isinstance(name, str) or not all(isinstance(part, _PLAIN) for part in parts):
+        is_large = any(isinstance(part, int) and abs(part) >= _MOST_NUMBER for part in parts)
+        is_plain = all(isinstance(part, _PLAIN) for part in parts)
+        if not isinstance(name, str) or not is_plain or is_large:
             told = "a tensor" if isinstance(value, StoredTensor) else type(value).__name__
             raise CheckpointError(
                 f"{where}: param_groups: {str(name)[:80]} is {told}, expected a number",
                 hint=f"group[{str(name)[:80]!r}] = float(group[{str(name)[:80]!r}]) before saving",
             )
     return {str(name): value for name, value in given.items()}
+
+
+def _steps(where: str, name: str, value: float) -> float:
+    if not 0 <= value < _MOST_STEPS:
+        raise CheckpointError(f"{where}: {name} has made {value} steps"[:200], hint=_AGAIN)
+    return float(value)
 
 
 def _opened(path: Path, slots: Mapping[str, Slot]) -> Checkpoint:
