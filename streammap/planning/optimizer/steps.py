@@ -56,6 +56,8 @@ def notes(found: Mapping[str, StepFactors], n: int) -> list[str]:
     Args:
         n: Parameters of the result.
     """
+    if not found:
+        return ["which learning rate keeps the steps is not known: several models are added up"]
     by_factors: dict[StepFactors, list[str]] = {}
     for name, one in found.items():
         by_factors.setdefault(one, []).append(name)
