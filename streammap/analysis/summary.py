@@ -154,9 +154,17 @@ def _axes_by_key(plan: Plan) -> dict[str, frozenset[str]]:
 
 
 def _formulas(forms: Sequence[LinearForm], names: Mapping[int, str]) -> str:
-    """What alike tensors compute; where layers differ in it, the first and the last."""
-    first, last = formula(forms[0], names), formula(forms[-1], names)
-    return first if first == last else f"{first} ... {last}"
+    """What alike tensors compute; where layers differ in it, the first and the last.
+
+    Those of zero-initialised layers are counted.
+    """
+    others = [form for form in forms if not graph.is_zero(form)]
+    n_zero = len(forms) - len(others)
+    if not others:
+        return formula(forms[0], names)
+    first, last = formula(others[0], names), formula(others[-1], names)
+    words = first if first == last else f"{first} ... {last}"
+    return f"{words}; {n_zero} of {len(forms)} zero-initialised" if n_zero else words
 
 
 def formula(form: LinearForm, names: Mapping[int, str]) -> str:

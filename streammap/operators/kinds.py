@@ -268,6 +268,8 @@ def _table_of(texts: object) -> Mapping[str, str]:
 def _encoded(request: AxisRequest) -> object:
     if request.layers is not None:
         return {layer: _encoded(one) for layer, one in request.layers}
+    if request.taken is not None:
+        return request.taken.as_json()
     if request.groups is not None and request.weights is None:
         return [list(group) for group in request.groups]
     if request.groups is not None and request.weights is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from streammap.common.declare import Whole
+from streammap.common.declare import Choice, Whole
 from streammap.errors import PlanError
 from streammap.operators.declare import Input, PlanLike, declared, option
 from streammap.operators.numbers import Alpha, SettingLike
@@ -54,12 +54,15 @@ class Decoalesce(Resize):
         "decoalesce small/ grown/ --blend-with bert-base-uncased/ --alpha 0.5",
         "decoalesce llama/ wide/ --hidden to:5120 --mlp 2",
         "decoalesce llama/ deep/ --layers 2 --new-layers zero",
+        "decoalesce llama/ solar/ --layers 0:24,8:32",
     )
 
-    new_layers: Literal["copy", "zero"] = option(
-        default="copy",
-        help="zero: added layers are zero-initialised (identity) layers, the function stays.",
+    new_layers: Literal["copy", "zero"] | None = option(
+        default=None,
+        help="zero: added layers are zero-initialised (identity) layers, the function stays.  "
+        "[default: copy; zero for --layers llama-pro]",
         group=HOW,
+        kind=Choice("copy", "zero"),
     )
     head_dim: int | None = option(
         default=None,

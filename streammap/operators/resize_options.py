@@ -29,7 +29,9 @@ if TYPE_CHECKING:  # help texts need the declarations alone
 
 AXES = ("hidden", "heads", "kv_heads", "mlp", "experts", "layers")
 """What can be asked for by an option of its own."""
-_SIZE = "What to resize (R: a factor 2 or x2, a size to:768, or groups [[0, 1], [2, 3]])"
+_SIZE = (
+    "What to resize (R: a factor 2 or x2, a size to:768, groups [[0, 1], [2, 3]] or slices 0:4,6:8)"
+)
 HOW = "How"
 
 
@@ -158,6 +160,14 @@ class Resize(Operator):
     def by_axis(self) -> Mapping[str, AxisRequest]:
         """Axis of the architecture spec -> what was asked for."""
         return cast("Mapping[str, AxisRequest]", self.axes or {})
+
+    @property
+    def adds_zero_layers(self) -> bool:
+        """Whether a recipe is asked for that adds zero-initialised layers."""
+        asked = [*self.by_name.values(), *self.by_axis.values()]
+        if self.groups is not None:
+            asked += [*self.groups.spaces.values(), *self.groups.axes.values()]
+        return any(request.taken is not None and request.taken.zero for request in asked)
 
     @property
     def is_explicit(self) -> bool:

@@ -14,13 +14,14 @@ from typing import Literal, cast, final
 
 from streammap.architectures import axis_facts, axis_words
 from streammap.architectures.model import Model
-from streammap.errors import PlanError
+from streammap.errors import PlanError, SchemeError
 from streammap.operators import map_lookup, resize_parts
 from streammap.operators.resize_options import Resize
 from streammap.operators.resize_parts import Part
 from streammap.planning import exactness, maps, planner, requests
 from streammap.planning.axis_maps import ResizeRequest
 from streammap.planning.by_layer import asked
+from streammap.planning.depth import fate
 from streammap.planning.experts import TopK
 from streammap.planning.head_dim import HeadSize
 from streammap.planning.map_file import MapLevel
@@ -41,7 +42,7 @@ def plan(
     *,
     grows: bool,
     head_dim: int | None = None,
-    new_layers: NewLayers = "copy",
+    new_layers: NewLayers | None = None,
     blends: bool = False,
 ) -> Plan:
     """The resized plan.
@@ -50,14 +51,17 @@ def plan(
         target: Axis sizes that the result must have; axes whose size stays are left alone then.
         grows: Whether groups are copied (decoalesce) or merged (coalesce).
         head_dim: New size of a head, larger than before.
-        new_layers: Whether added layers are copies, which run twice, or zero-initialised.
+        new_layers: Whether added layers are copies, which run twice, or zero-initialised; None for
+            what a recipe says, else copies.
         blends: Whether the result is blended with the target, unit by unit.
 
     Raises:
         SchemeError: groups that do not fit the model.
         PlanError: nothing to do, or a request that makes no sense.
     """
-    task = _Task(op, source, source.model, target, grows, head_dim, new_layers, blends)
+    usual: NewLayers = "zero" if op.adds_zero_layers else "copy"
+    new = new_layers or usual
+    task = _Task(op, source, source.model, target, grows, head_dim, new, blends)
     level, notes = task.level()
     return task.apply(level, notes)
 
@@ -147,7 +151,8 @@ class _Task:
         if groups is not None and groups.unused:
             notes.append(f"{', '.join(groups.unused)}: accepted, and not used")
         width, requested = self._requests()
-        known = known if groups is not None else {}
+        sliced = {axis for axis, request in requested.items() if request.taken is not None}
+        known = {axis: n for axis, n in known.items() if groups and axis not in sliced}
         if self.target is not None:
             if width is None and not requested:
                 requested = self._target_requests()
@@ -217,7 +222,25 @@ class _Task:
                 )
             by_own[axis] = request
         self._check_bare(width, by_own)
-        return width, by_own
+        if width is not None and width.taken is not None:
+            raise SchemeError(
+                f"{width.where} {width.taken.text}: no slices of all widths together",
+                hint="give them for heads, hidden, mlp or experts",
+            )
+        return width, {axis: self._settled(axis, request) for axis, request in by_own.items()}
+
+    def _settled(self, axis: str, request: AxisRequest) -> AxisRequest:
+        """A request by slices as groups."""
+        spec = self.model.architecture
+        units = axis_words.units_of(spec, axis)
+        inner = (request, *(one for _, one in request.layers or ()))
+        recipe = next((one.taken for one in inner if one.taken and one.taken.recipe), None)
+        if recipe is not None and spec.axes[axis].kind != "depth":
+            raise SchemeError(
+                f"{request.where}: {recipe.text} is a recipe for layers, not for {units}",
+                hint="give a factor, a size, groups or slices",
+            )
+        return requests.settled(request, self.model.sizes[axis], units, grows=self.grows)
 
     def _check_bare(self, width: AxisRequest | None, by_axis: Mapping[str, AxisRequest]) -> None:
         """Refuse numbers that may have been meant as sizes."""
@@ -242,10 +265,12 @@ class _Task:
         """
         sizes = {axis: self.model.sizes[axis] for axis in axes}
         n_towers = len({axis.rpartition(".")[0] for axis in axes})
-        if request.factor is not None or n_towers < 2 or len(set(sizes.values())) < 2:
+        scales = request.factor is not None or (request.taken is not None and request.taken.recipe)
+        if scales or n_towers < 2 or len(set(sizes.values())) < 2:
             return
         flag, first = f"--{name.replace('_', '-')}", axes[0]
         what = "groups" if request.size is None else f"={request.size}"
+        what = what if request.taken is None else request.taken.text
         each = ", ".join(f"{axis} is {size}" for axis, size in sizes.items())
         raise PlanError(
             f"{flag} {what}: the model's towers differ in it: {each}",
@@ -311,6 +336,8 @@ class _Task:
         notes += resize_parts.notes(model, whole, parts)
         if self.grows and not self.blends:
             notes += resize_parts.twins(model, (whole, *parts))
+            if not zeroed:
+                notes += fate.advice(model, [fate.of_map(m) for m in layers.values()])
         step = Step(op.name, options, promise, reason, tuple(notes), by_axis)
         change = AxisChange(
             pairs,
@@ -379,30 +406,7 @@ class _Task:
             return {}
         if not layers:
             raise PlanError("--new-layers zero, but no layers are added", hint="give --layers K")
-        post = _post_norm(self.model)
-        if post is not None:
-            raise PlanError(
-                f"{post} stands after the residual addition (post-LN): a zero-initialised "
-                "layer still normalises, so it is no identity there",
-                hint="leave --new-layers zero out: layers are copied then",
-            )
-        zeroed = {}
-        for axis, m in layers.items():
-            seen: list[int] = []
-            new = set()
-            for i in range(m.n_out):
-                (j, _), *_ = m.members(i) or ((0, 0.0),)
-                if j in seen:
-                    new.add(i)
-                else:
-                    seen.append(j)
-            if seen != sorted(seen) or len(seen) != m.n_in:
-                raise PlanError(
-                    f"{axis}: the first copies of the layers are not in their old order ({seen})",
-                    hint="give groups that keep it, or leave --new-layers zero out",
-                )
-            zeroed[axis] = frozenset(new)
-        return zeroed
+        return {axis: fate.zeroed(self.model, axis, fate.of_map(m)) for axis, m in layers.items()}
 
     def _check_tied(self, chosen: Mapping[str, AxisMap]) -> None:
         """A tied head without a norm before it can't be compensated."""
@@ -448,15 +452,6 @@ class _Task:
             "untie": (self.op.untie, False),
         }
         return options | {name: value for name, (value, usual) in rare.items() if value != usual}
-
-
-def _post_norm(model: Model) -> str | None:
-    """The name of a norm behind the residual addition; None where there is none."""
-    named = [(family.name, family.rule.norm) for family in model.families]
-    if model.architecture.weightless:
-        # A norm without weights is in no file.
-        named += [(rule.pattern.text, rule.norm) for rule in model.architecture.rules]
-    return next((name for name, norm in named if norm is not None and norm.post), None)
 
 
 def _sizes(

@@ -17,6 +17,7 @@ from streammap.architectures.model import Model
 from streammap.errors import some
 from streammap.planning import experts, graph, maps
 from streammap.planning.compensation import Compensation, eps_words
+from streammap.planning.depth import fate
 from streammap.planning.graph import LinearForm
 from streammap.planning.head_dim import HeadSize
 from streammap.planning.maps import AxisMap, BlockMap, MapPair
@@ -55,7 +56,7 @@ def of_axes(
     guarantees: dict[str, Guarantee] = {}
     for axis, m in layers.items():
         if not m.is_identity:
-            guarantees[axis] = _of_layers(model, axis, m, grows=grows, silent=silent.get(axis))
+            guarantees[axis] = of_depth(model, axis, m, grows=grows, silent=silent.get(axis))
     for axis, m in chosen.items():
         if m.is_identity:
             continue
@@ -141,11 +142,24 @@ def of_family(plan: Plan, axes: Container[str], form: LinearForm) -> Promise:
     return weakest
 
 
-def _of_layers(
+def of_depth(
     model: Model, axis: str, m: AxisMap, *, grows: bool, silent: frozenset[int] | None
 ) -> Guarantee:
+    """The guarantee of a change of depth, with the reason.
+
+    Args:
+        m: Layers of the result from layers of the source.
+        silent: Layers of the result that are zero-initialised; None where none is to be.
+    """
     layers, spec = axis_words.units_of(model.architecture, axis), model.architecture
+    becomes, lost = fate.of_map(m), []
+    if becomes.dropped:
+        lost.append(f"{len(becomes.dropped)} of {m.n_in} {layers} are dropped")
+    if becomes.is_moved:
+        lost.append(f"{layers} change places")
     if silent is not None:
+        if lost:
+            return "approximate", "; ".join(lost)
         if axis in spec.caveats:
             return "approximate", f"{axis_words.shown(spec, axis)}: {spec.caveats[axis]}"
         moved = _moved(model, axis, m, silent)
@@ -159,9 +173,11 @@ def _of_layers(
                 f"new {layers} are zero-initialised, the others make up for their number",
             )
         return "bit-exact", f"new {layers} are zero-initialised (identity)"
-    if grows:
-        return "approximate", "copied layers are run twice: depth growth by copying is not exact"
-    return "approximate", _merged(layers, m)
+    if becomes.is_mixed and not grows:
+        return "approximate", _merged(layers, m)
+    if becomes.new:
+        lost.append("copied layers are run twice: depth growth by copying is not exact")
+    return "approximate", "; ".join(lost)
 
 
 def _moved(model: Model, axis: str, m: AxisMap, silent: frozenset[int]) -> tuple[int, int] | None:

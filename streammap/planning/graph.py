@@ -332,6 +332,11 @@ def is_constant(ref: TensorRef) -> bool:
     return isinstance(ref.source, _Ones)
 
 
+def is_zero(form: LinearForm) -> bool:
+    """Whether a form is 0, whatever its sources hold."""
+    return all(value == 0.0 for term in form.terms for value, _ in term.blend)
+
+
 def _composed(
     after: Sequence[AxisMap | None], before: Sequence[AxisMap | None]
 ) -> tuple[AxisMap | None, ...]:

@@ -9,6 +9,7 @@
     {"0": [[0, 6], ...], "1": ..., "*": ...}  a request for each layer, and one for all others;
                                               "dec_layer.0" where layers are in several stacks
     [[[0, 6], ...], [[0, 1], ...], ...]       groups for each layer, in order
+    "0:24,8:32", {"drop": "5,9"}, "solar"     units by slices, layers by a recipe: see depth/
 
 Each may stand on the command line, in a scheme file, and in Python. A number alone is a factor up
 to MAX_BARE; a larger one may be meant as a size, so it is refused with both readings.
@@ -23,6 +24,8 @@ from typing import Literal
 from streammap.architectures.limits import MAX_LAYERS, MAX_SIZE
 from streammap.common import strict_json
 from streammap.errors import SchemeError, some
+from streammap.planning.depth import layer_request
+from streammap.planning.depth.layer_request import LayerRequest
 
 Groups = tuple[tuple[int, ...], ...]
 Weights = tuple[tuple[float, ...], ...]
@@ -46,7 +49,7 @@ _LAYER = re.compile(r"([A-Za-z_][\w.]*\.)?(0|[1-9][0-9]{0,5}|\*)")
 
 @dataclass(frozen=True, slots=True)
 class AxisRequest:
-    """What is asked of one axis; exactly one of factor, size, groups and layers is given."""
+    """What is asked of one axis; one of factor, size, groups, layers and taken is given."""
 
     factor: int | None = None
     size: int | None = None
@@ -57,6 +60,8 @@ class AxisRequest:
     """Which units a factor groups; None for the grouping of the whole request."""
     layers: "tuple[tuple[str, AxisRequest], ...] | None" = None
     """Layers ("3", "dec_layer.3", "*" for all others) and what is asked of the axis in each."""
+    taken: LayerRequest | None = None
+    """Which units there are, by slices, lists or a recipe; groups beside it say the same."""
     where: str = field(default="", compare=False)
     """Where it was given ("--mlp"), for messages."""
     is_bare: bool = field(default=False, compare=False)
@@ -88,19 +93,23 @@ def _request(value: object, where: str) -> AxisRequest:
             number = int(spelled[2])
             _check_size(number, where)
             return AxisRequest(factor=number) if spelled[1] == "x" else AxisRequest(size=number)
+        if layer_request.is_text(value):
+            return AxisRequest(taken=layer_request.parse(value, where))
     if isinstance(value, list | tuple):
         if value and all(map(_is_layer_entry, value)):
             return _of_layers({str(i): one for i, one in enumerate(value)}, where)
         groups, weights = parse_groups(value, where)
         return AxisRequest(groups=groups, weights=weights)
     if isinstance(value, Mapping):
+        if layer_request.is_table(value):
+            return AxisRequest(taken=layer_request.parse(value, where))
         if value and all(_LAYER.fullmatch(str(key)) for key in value):
             return _of_layers(value, where)
         return _of_table(value, where)
     raise SchemeError(
         f"{where}: {str(value)[:60]!r} is not a request",
-        hint="give a factor such as 2 or x2, a size such as to:768, or groups such as "
-        "[[0, 1], [2, 3]]",
+        hint="give a factor such as 2 or x2, a size such as to:768, groups such as "
+        "[[0, 1], [2, 3]], or slices such as 0:4,6:8",
     )
 
 
@@ -304,6 +313,38 @@ def divided(n_large: int, factor: int, units: str, *, instead: str = "or give gr
             hint=f"take a factor of {n_large} ({some(divisors, limit=6)}), {instead}",
         )
     return n_large // factor
+
+
+def settled(request: AxisRequest, own: int, units: str, *, grows: bool) -> AxisRequest:
+    """A request by slices with the groups that it means, in its layers too.
+
+    Args:
+        own: The axis' size in the source.
+        units: What they are called: "heads".
+
+    Raises:
+        SchemeError: units that the source does not have; those that shrinking would repeat, or
+            growing leave out.
+    """
+    if request.layers is not None:
+        here = tuple((at, settled(one, own, units, grows=grows)) for at, one in request.layers)
+        return replace(request, layers=here)
+    if request.taken is None:
+        return request
+    taken = request.taken.layers(own, request.where)
+    of_each: list[list[int]] = [[] for _ in range(own)]
+    for i, j in enumerate(taken):
+        of_each[j].append(i)
+    wrong = [j for j, places in enumerate(of_each) if (not places if grows else len(places) > 1)]
+    if wrong:
+        does, done = ("left out", "grows") if grows else ("repeated", "shrinks")
+        raise SchemeError(
+            f"{request.where} {request.taken.text}: {units} {some(wrong)} of {own} would be "
+            f"{does}, but {'decoalesce' if grows else 'coalesce'} {done}",
+            hint="`streammap restack` leaves out and repeats layers",
+        )
+    groups = tuple(map(tuple, of_each)) if grows else tuple((j,) for j in taken)
+    return replace(request, groups=groups)
 
 
 def uniform(n_large: int, factor: int, grouping: Grouping, *, units: str) -> Groups:

@@ -175,9 +175,15 @@ class Remapping:
     ) -> list[tuple[tuple[int, ...], float]]:
         """Where a source tensor goes: indices of the result, each with a coefficient."""
         after: list[Sequence[tuple[int, float]]] = []
-        for index, value in zip(family.indices, values, strict=True):
+        for at, (index, value) in enumerate(zip(family.indices, values, strict=True)):
             m = self._change.layers.get(index)
-            after.append(((value, 1.0),) if m is None else self._columns(m)[value])
+            if m is None:
+                after.append(((value, 1.0),))
+            elif self._is_of_first(family, at):
+                # What is first in the result takes it, though layer 0 itself may be dropped.
+                after.append(((0, 1.0),))
+            else:
+                after.append(self._columns(m)[value])
         found: list[tuple[tuple[int, ...], float]] = []
         # Layers come first: which experts there are may differ from one to another.
         for row in itertools.product(*after):
@@ -191,6 +197,11 @@ class Remapping:
                 places = [((*t, j), c * d) for t, c in places for j, d in options]
             found += places
         return found
+
+    def _is_of_first(self, family: Family, at: int) -> bool:
+        """Whether a family is in the first layer alone, where that is of another kind."""
+        depth = self._model.architecture.depth.get(family.indices[at], Depth())
+        return depth.first and all(values[at] == 0 for values in family.members)
 
     def _layer(self, family: Family, target: tuple[int, ...]) -> Layer | None:
         """The layer of the result that a tensor is in."""
@@ -322,11 +333,9 @@ class Remapping:
         for at, index in enumerate(family.indices):
             depth = self._model.architecture.depth.get(index, Depth())
             if depth.first and index in self._change.layers:
-                there = {values[at] for values in family.members}
-                if there == {0}:
-                    # Only the first layer has it: what is first in the result takes it whole.
-                    return ((1.0, row[0][1]),) if target[at] == 0 else ()
-                if target[at] == 0 and 0 not in there:
+                if self._is_of_first(family, at):
+                    return tuple(row)
+                if target[at] == 0 and not any(values[at] == 0 for values in family.members):
                     return ()
         if len(row) == expected:
             return tuple(row)
