@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         open,
         open_request,
         permute,
+        restack,
     )
     from streammap.common.ranks import Ranks
     from streammap.common.version import VERSION as __version__
@@ -68,6 +69,7 @@ __all__ = [
     "open_request",
     "permute",
     "progress",
+    "restack",
     "verify",
 ]
 _HOMES = {
@@ -87,6 +89,7 @@ _HOMES = {
         "open_request",
         "merge_lora",
         "permute",
+        "restack",
     ),
     "output.module.load": ("LoadReport",),
     "common.ranks": ("Ranks",),

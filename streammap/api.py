@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from streammap.analysis.health import Health
     from streammap.analysis.summary import Summary
     from streammap.operators.convert import Convert
+    from streammap.operators.depth.restack import Restack
     from streammap.operators.merge_lora import MergeLora
     from streammap.operators.optimizer.carry import CarryOptimizer
     from streammap.operators.permute import Permute
@@ -241,6 +242,7 @@ class LazyCheckpoint:
         convert = _method(Convert)
         permute = _method(Permute)
         carry_optimizer = _method(CarryOptimizer)
+        restack = _method(Restack)
 
         def blend(self, *others: PlanLike, **options: Any) -> "LazyCheckpoint":
             """See operators/blend.py; further checkpoints come by place."""
@@ -507,11 +509,16 @@ if TYPE_CHECKING:
     class _Permute(Permute, _CallOptions):
         pass
 
+    @declared
+    class _Restack(Restack, _CallOptions):
+        pass
+
     coalesce = _one_call(Coalesce, _Coalesce)
     decoalesce = _one_call(Decoalesce, _Decoalesce)
     interpolate = _one_call(Interpolate, _Interpolate)
     convert = _one_call(Convert, _Convert)
     permute = _one_call(Permute, _Permute)
+    restack = _one_call(Restack, _Restack)
 
     @overload
     def blend(source: PlanLike, *others: PlanLike, output: PathLike, **options: Any) -> Report: ...

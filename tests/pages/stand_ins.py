@@ -67,11 +67,13 @@ def readme_models(folder: Path) -> Iterator[Environment]:
 
 @contextlib.contextmanager
 def scheme_models(folder: Path) -> Iterator[Environment]:
-    """A BERT of the Hub, with so many heads and layers, and 4 numbers a head."""
+    """A BERT and a GPT-2 of the Hub, with so many heads and layers, and 4 numbers a head."""
     sizes = tiny.Sizes(heads=12, layers=12, head_dim=4, mlp_per_head=8)
     with HubServer() as server:
         tiny.write(folder / "bert", tiny.bert(sizes), tiny.bert_config(sizes))
         server.add("google-bert/bert-base-uncased", folder / "bert")
+        tiny.write(folder / "gpt2", tiny.gpt2(sizes), tiny.gpt2_config(sizes))
+        server.add("openai-community/gpt2", folder / "gpt2")
         yield {"HF_ENDPOINT": server.url}
 
 

@@ -30,7 +30,7 @@ the code.
 """
 RUN_OPTIONS = {one.name: " ".join(one.about.help.split()) for one in options_of(SaveOptions)}
 """Options of a run and what is said of them; they are listed once, at LazyCheckpoint.save."""
-PLANNED = ("coalesce", "decoalesce", "interpolate", "permute")
+PLANNED = ("coalesce", "decoalesce", "interpolate", "permute", "restack")
 """Methods that take what the function of the same name takes."""
 
 

@@ -67,7 +67,9 @@ class LayerRequest:
                 hint=f"recipes are {', '.join(recipes.RECIPES)}",
             )
         table: dict[object, object] = {"recipe": self.recipe}
-        return _recipe({**table, **dict(self.parameters), **given}, where)
+        table.update(self.parameters)
+        table.update(given.items())
+        return _recipe(table, where)
 
     def as_json(self) -> object:
         """What `parse` reads."""
@@ -241,7 +243,8 @@ def _recipe(table: Mapping[object, object], where: str) -> LayerRequest:
             )
         if type(value) is not int or not 0 <= value <= MAX_LAYERS:
             raise SchemeError(
-                f"{where}: {known} is {str(value)[:40]!r}, expected 0 to {MAX_LAYERS}"
+                f"{where}: {known} is {str(value)[:40]!r}, expected 0 to {MAX_LAYERS}",
+                hint="give a whole number, such as 4",
             )
         parameters.append((known, value))
     return LayerRequest("recipe", recipe=name, parameters=tuple(parameters))

@@ -1,0 +1,1 @@
+"""Operators that change which layers there are."""
