@@ -46,6 +46,7 @@ _COMMANDS = {
         "Describe a checkpoint: its architecture, sizes, files and tensors.",
     ),
     "map": ("original:map_", "Run the original map tools' command line, flag by flag."),
+    "maps": ("maps:maps", "Write and check files of learned maps, which remap applies."),
     "plan": ("main:plan", "Show what a command would do, without doing it."),
     "scheme": ("original:scheme", "Print a scheme for given sizes."),
     "spec": ("specs:spec", "Write and test architecture specs."),

@@ -13,6 +13,7 @@ _OPERATORS: dict[str, tuple[str, str]] = {
     "coalesce": ("resize:Coalesce", "Shrink: units of a group become their mean."),
     "decoalesce": ("resize:Decoalesce", "Grow: units are copied; widening keeps the function."),
     "restack": ("depth.restack:Restack", "Change the depth: drop, repeat or insert layers."),
+    "remap": ("learned.remap:Remap", "Apply learned maps: matrices of axes, weights of layers."),
     "blend": ("blend:Blend", "Make any number of checkpoints one: means, sums, stacks."),
     "interpolate": ("interpolate:Interpolate", "Blend two checkpoints of one model."),
     "merge-lora": ("merge_lora:MergeLora", "Merge LoRA adapters into their model."),

@@ -313,7 +313,7 @@ class _Task:
         pairs = {**whole.pairs, **compensation.pairs}
         fields = {**resize_parts.fields(model, (whole, *parts)), **compensation.fields}
         every = {axis: m for part in (whole, *parts) for axis, m in part.chosen.items()}
-        sizes = _sizes(model, every, layers)
+        sizes = sizes_after(model, every, layers)
         if head_size is not None:
             sizes[head_size.axis] = head_size.size
         self._check_target(sizes)
@@ -454,7 +454,7 @@ class _Task:
         return options | {name: value for name, (value, usual) in rare.items() if value != usual}
 
 
-def _sizes(
+def sizes_after(
     model: Model, chosen: Mapping[str, AxisMap], layers: Mapping[str, AxisMap]
 ) -> dict[str, int]:
     """Axis -> new size, for each that changes; groups of query heads and heads of old maps too."""

@@ -198,11 +198,13 @@ def _tensors_of(axis_map: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
     if isinstance(axis_map, DenseMap):
         import torch
 
-        matrix = axis_map.matrix.to(torch.float32).contiguous()
+        is_double = axis_map.matrix.dtype == torch.float64
+        matrix = axis_map.matrix.to(torch.float64 if is_double else torch.float32).contiguous()
         import ctypes
 
-        content = ctypes.string_at(matrix.data_ptr(), 4 * matrix.numel())
-        return [("matrix", TensorSpec("F32", (axis_map.n_out, axis_map.n_in)), content)]
+        content = ctypes.string_at(matrix.data_ptr(), matrix.nbytes)
+        spec = TensorSpec("F64" if is_double else "F32", (axis_map.n_out, axis_map.n_in))
+        return [("matrix", spec, content)]
     places = [(i, j) for i, row in enumerate(axis_map.rows) for j, _ in row]
     values = [value for row in axis_map.rows for _, value in row]
     n, flat = len(values), itertools.chain.from_iterable(places)
@@ -332,7 +334,8 @@ def _matrix(matrix: "Tensor", small: int, large: int) -> "Tensor":
 
     plain = matrix.layout == torch.strided and matrix.is_floating_point()
     if plain and matrix.shape == (small, large):
-        copy = matrix.detach().to(torch.float32, copy=True)
+        is_double = matrix.dtype == torch.float64
+        copy = matrix.detach().to(torch.float64 if is_double else torch.float32, copy=True)
         if bool(torch.isfinite(copy).all()):
             return copy
     raise ValueError(f"expected a matrix of {small} x {large} finite numbers")

@@ -367,9 +367,9 @@ def concatenated(parts: Sequence[AxisMap]) -> AxisMap:
 def from_matrix(matrix: "Tensor") -> AxisMap:
     """A matrix as a BlockMap where it is sparse, else as a DenseMap; values are kept."""
     n_out, n_in = int(matrix.shape[0]), int(matrix.shape[1])
-    places = matrix.nonzero()
-    if places.shape[0] > 4 * max(n_out, n_in):
+    if int(matrix.count_nonzero()) > 4 * max(n_out, n_in):
         return DenseMap(matrix)
+    places = matrix.nonzero()
     rows: list[list[tuple[int, float]]] = [[] for _ in range(n_out)]
     values: list[float] = matrix[places[:, 0], places[:, 1]].tolist()
     for (i, j), value in zip(places.tolist(), values, strict=True):

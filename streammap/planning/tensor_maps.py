@@ -37,6 +37,8 @@ class NormCompensation:
     """Map of the norms' gains and biases: those of new units are 0."""
     gain: float
     """Factor on the gains."""
+    both: bool = False
+    """Whether readers have the producers' map, so that the norm before a tied head is no other."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +74,8 @@ class AxisChange:
     """Whether a tied head gets a tensor of its own."""
     by_layer: Mapping[Layer, LayerChange] = field(default_factory=dict)
     """Layer of the result -> the maps of axes that have others in each; they are not in `pairs`."""
+    families: Mapping[str, Mapping[str, AxisMap]] = field(default_factory=dict)
+    """Family -> depth axis -> R or G of its tensors, where it is another one than in `layers`."""
 
 
 def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
@@ -176,7 +180,7 @@ class Remapping:
         """Where a source tensor goes: indices of the result, each with a coefficient."""
         after: list[Sequence[tuple[int, float]]] = []
         for at, (index, value) in enumerate(zip(family.indices, values, strict=True)):
-            m = self._change.layers.get(index)
+            m = self._layers(family).get(index)
             if m is None:
                 after.append(((value, 1.0),))
             elif self._is_of_first(family, at):
@@ -197,6 +201,11 @@ class Remapping:
                 places = [((*t, j), c * d) for t, c in places for j, d in options]
             found += places
         return found
+
+    def _layers(self, family: Family) -> Mapping[str, AxisMap]:
+        """Depth axis -> the map of a family's layers."""
+        own = self._change.families.get(family.name)
+        return self._change.layers if own is None else {**self._change.layers, **own}
 
     def _is_of_first(self, family: Family, at: int) -> bool:
         """Whether a family is in the first layer alone, where that is of another kind."""
@@ -226,7 +235,7 @@ class Remapping:
         ModernBERT's layer 0 has no norm before its attention: only as layer 0 does it work.
         """
         for at, index in enumerate(family.indices):
-            m = self._change.layers.get(index)
+            m = self._layers(family).get(index)
             depth = self._model.architecture.depth.get(index, Depth())
             if m is None or not depth.first or any(values[at] == 0 for values in family.members):
                 continue
@@ -274,7 +283,7 @@ class Remapping:
 
     def _index_map(self, family: Family, index: str, here: _Here) -> AxisMap | None:
         if index in self._change.layers:
-            return self._change.layers[index]
+            return self._layers(family)[index]
         expression = family.index_expression(index)
         if isinstance(expression, Name) and expression.name not in self._model.sizes:
             return None
@@ -452,7 +461,7 @@ class Remapping:
             return None
         fill = self._fill(family, here)
         role = self._role(dim.role, key)
-        if fill is not None and role == "out":
+        if fill is not None and (role == "out" or fill.both):
             return fill.map
         m = here.maps.of(dim.expression, role)
         if m is not None and role == "keep" and not self._is_stack(dim):

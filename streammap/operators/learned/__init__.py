@@ -1,0 +1,1 @@
+"""Operators that apply maps from files of others."""
