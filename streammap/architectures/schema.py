@@ -382,6 +382,13 @@ class Architecture:
             axes += self.axes_in(alias) if alias is not None else [name]
         return axes
 
+    def plain(self, expression: Expression | None) -> str | None:
+        """The axis that an expression is alone, by an alias too; None where it is more than one."""
+        if not isinstance(expression, Name):
+            return None
+        alias = self.aliases.get(expression.name)
+        return expression.name if alias is None else self.plain(alias)
+
     def size(self, expression: Expression, sizes: Mapping[str, int]) -> int:
         """The value of a dimension expression, for given sizes of axes.
 

@@ -27,13 +27,11 @@ from streammap.architectures.model import Model
 from streammap.architectures.schema import Norm
 from streammap.planning import experts, maps
 from streammap.planning.experts import TopK
-from streammap.planning.maps import AxisMap, BlockMap, DenseMap, MapPair
+from streammap.planning.maps import AxisMap, BlockMap, MapPair
 from streammap.planning.tensor_maps import NormCompensation, Rule
 
 FIXED_EPS = 1e-5
 """Of norms whose epsilon config.json doesn't say: torch's own."""
-_MAX_DENSE = 2**25
-"""Elements; 256 MB in float64, while planning and in the run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,6 @@ def compensate(
         plain: Axis -> its maps without compensation.
         filled: Axes that an earlier growth gave zero units, on the way back down.
     """
-    pairs: dict[str, MapPair] = {}
     fills: dict[str, NormCompensation] = {}
     fields: dict[str, object] = {}
     notes: list[str] = []
@@ -76,11 +73,9 @@ def compensate(
     for axis, m in chosen.items():
         if rule == "exact" and isinstance(m, BlockMap):
             ratio = _ratio(m) if grows else _ratio_down(m) if axis in filled else None
-            fits = not grows or _kinds(model, axis) != {"layer"} or m.n_out * m.n_in <= _MAX_DENSE
-            if ratio is not None and ratio != 1.0 and fits and can_fill(model, axis):
-                fills[axis] = NormCompensation(m, math.sqrt(ratio))
-                if grows and _kinds(model, axis) == {"layer"}:
-                    pairs[axis] = MapPair(_mean_filled(m), plain[axis].into)
+            if ratio is not None and ratio != 1.0 and can_fill(model, axis):
+                means = grows and _kinds(model, axis) == {"layer"}
+                fills[axis] = NormCompensation(m, math.sqrt(ratio), means=means)
                 error = _scale_eps(model, axis, ratio, fields, notes)
                 if error:
                     eps_errors[axis] = error
@@ -88,7 +83,7 @@ def compensate(
             with_experts = experts.follow(model, axis, m, grows=grows, asked=top_k)
             fields |= with_experts.fields
             notes += with_experts.notes
-    return Compensation(pairs, fills, (), fields, tuple(notes), eps_errors)
+    return Compensation({}, fills, (), fields, tuple(notes), eps_errors)
 
 
 def _ratio(m: BlockMap) -> float | None:
@@ -132,9 +127,13 @@ def can_fill(model: Model, axis: str) -> bool:
         return False
     if kinds == {"rms"}:
         return True
-    # A unit that holds the mean of the others takes a dense map. It keeps holding it only where
-    # nothing but linears and residual additions come between norms, and no layer scale.
-    return all(norm.mean for norm in norms) and not _has_scales(model, axis)
+    # A unit that holds the mean of the others keeps holding it only where nothing but linears and
+    # residual additions come between norms, and no layer scale.
+    return (
+        all(norm.mean for norm in norms)
+        and not _has_scales(model, axis)
+        and not _is_made_with_others(model, axis)
+    )
 
 
 def _is_normed_with_others(model: Model, axis: str) -> bool:
@@ -148,6 +147,17 @@ def _is_normed_with_others(model: Model, axis: str) -> bool:
     )
 
 
+def _is_made_with_others(model: Model, axis: str) -> bool:
+    """Whether a dimension that makes units of the axis is no plain one: each needs a mean."""
+    spec = model.architecture
+    return any(
+        axis in spec.axes_in(dim.expression) and spec.plain(dim.expression) != axis
+        for family in model.families
+        for dim in family.dims
+        if dim.role == "out" and dim.expression is not None and family.rule.norm is None
+    )
+
+
 def _has_scales(model: Model, axis: str) -> bool:
     """Whether layers multiply each unit by a number of its own (layer scale)."""
     return any(
@@ -157,16 +167,6 @@ def _has_scales(model: Model, axis: str) -> bool:
         and not family.name.endswith("bias")
         for family in model.families
     )
-
-
-def _mean_filled(m: BlockMap) -> DenseMap:
-    """The map of a growth whose new units hold the mean of the others; readers still skip them."""
-    import torch
-
-    matrix = maps.to_matrix(m, like=torch.zeros(0, dtype=torch.float64))
-    empty = [i * m.block + k for i, row in enumerate(m.rows) if not row for k in range(m.block)]
-    matrix[empty] = 1.0 / m.n_in
-    return DenseMap(matrix)
 
 
 def eps_words(error: float) -> str:

@@ -19,6 +19,7 @@ from streammap.architectures.model import Family, Model, TiedHead
 from streammap.architectures.schema import Depth, DimSpec, Factor, Role
 from streammap.errors import ArchitectureError, PlanError, some
 from streammap.planning import graph, maps
+from streammap.planning.derived import mean_along
 from streammap.planning.dim_maps import DimMaps
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, MapPair
@@ -37,6 +38,8 @@ class NormCompensation:
     """Map of the norms' gains and biases: those of new units are 0."""
     gain: float
     """Factor on the gains."""
+    means: bool = False
+    """Whether new units of what makes the axis hold the mean of the others, instead of 0."""
     both: bool = False
     """Whether readers have the producers' map, so that the norm before a tied head is no other."""
 
@@ -383,12 +386,29 @@ class Remapping:
         offset = self._offset(family, key)
         is_compensated = factor != 1.0 or self._feeds(key) is not None or fill is not None
         if not offset or not is_compensated:
-            return graph.scale(graph.map_dims(blended, dims), factor)
+            return graph.scale(self._mapped(family, key, blended, dims, here), factor)
         # The gain of the norm is offset + weight (gemma: 1 + weight). What compensates it is meant
         # for the gain, so add the offset first and take it off the result. A plain mean or copy of
         # weights commutes with that, and is left alone: it can stay a copy of bytes.
         shifted = graph.map_dims(graph.shift(blended, offset), dims)
         return graph.shift(graph.scale(shifted, factor), -offset)
+
+    def _mapped(
+        self,
+        family: Family,
+        key: str,
+        form: LinearForm,
+        dims: Sequence[AxisMap | None],
+        here: _Here,
+    ) -> LinearForm:
+        """A form with its dimensions mapped; new units hold the mean of the others where asked."""
+        mapped, spec = graph.map_dims(form, dims), self._model.architecture
+        for d, dim in enumerate(family.dims if family.rule.norm is None else ()):
+            fill = here.fills.get(spec.plain(dim.expression) or "")
+            if fill is not None and fill.means and self._role(dim.role, key) == "out":
+                new = mean_along.spread(form, d, dims, fill.map)
+                mapped = graph.combine([(1.0, mapped), (1.0, new)])
+        return mapped
 
     def _offset(self, family: Family, key: str) -> float:
         """What a norm adds to its gain before it multiplies by it; gradients have no such part."""
