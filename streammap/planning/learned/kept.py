@@ -8,8 +8,6 @@ behind an activation: they may only be copied.
 Sources: SliceGPT, arXiv:2401.15024 (rotations); arXiv:2606.31963 (signed permutations).
 """
 
-from typing import TYPE_CHECKING
-
 from streammap.architectures import axis_facts, axis_words
 from streammap.architectures.expression import Name
 from streammap.architectures.model import Family, Model
@@ -17,9 +15,6 @@ from streammap.io.dtypes import to_torch
 from streammap.planning.exactness import Guarantee
 from streammap.planning.learned.matrices import Pair
 from streammap.planning.plan import Plan
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _MAX_WHOLE = 4096
 """Units of which C P is computed; of more, what it does to a few vectors."""
@@ -66,7 +61,7 @@ def guarantee(plan: Plan, axis: str, pair: Pair) -> Guarantee:
     if error > tolerance(pair):
         return "approximate", f"{shown}: C P differs from I by {error:.1e}"
     if axis not in spec.spaces.get("hidden", ()):
-        copies = _are_copies(pair.matrix)
+        copies = _are_copies(pair)
         if copies and axis in spec.spaces.get("mlp", ()) and axis not in _normed(model):
             return "exact", f"{shown}: units are copied, and C P = I"
         return "approximate", f"{shown}: what stands behind its units is not linear"
@@ -118,8 +113,11 @@ def _is_constant(plan: Plan, family: Family) -> bool:
     return True
 
 
-def _are_copies(matrix: "Tensor") -> bool:
-    return bool(((matrix != 0).sum(dim=1) == 1).all() and (matrix.sum(dim=1) == 1).all())
+def _are_copies(pair: Pair) -> bool:
+    """Whether each new unit is one of the old, or 0 and not read."""
+    p, n_members = pair.matrix, (pair.matrix != 0).sum(dim=1)
+    units = bool((n_members <= 1).all() and ((p == 0) | (p == 1)).all())
+    return units and bool((pair.reader[:, n_members == 0] == 0).all())
 
 
 def _normed(model: Model) -> frozenset[str]:
