@@ -102,6 +102,8 @@ def _of_gradients(change: AxisChange, moment: Moment) -> AxisChange:
         change,
         pairs=dual.exchanged(change.pairs, moment),
         silent={axis: layers for axis, layers in silent.items() if layers},
+        # Nothing reads a unit that holds the mean of the others: its gradient is 0.
+        fills={axis: replace(fill, means=False) for axis, fill in change.fills.items()},
         by_layer={layer: known[id(one)] for layer, one in change.by_layer.items()},
     )
 
