@@ -49,7 +49,17 @@ qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_vision roberta roberta-prela
 siglip siglip_vision_model smollm3 stablelm starcoder2 t5 timm:vision_transformer umt5 vit vit_mae
 wav2vec2 whisper xglm xlm-roberta
 """
-UNPROVED = {"idefics2_vision", "qwen2_vl_vision", "qwen2_5_vl_vision"}
+UNPROVED = {
+    "blip_2_qformer",
+    "got_ocr2_vision",
+    "idefics2_vision",
+    "instructblip_qformer",
+    "instructblipvideo_qformer",
+    "pix2struct_text_model",
+    "qwen2_5_vl_vision",
+    "qwen2_vl_vision",
+    "t5_gemma_module",
+}
 """Served, without a tiny model of their own: the models that include them have one."""
 
 RENAMED = {
