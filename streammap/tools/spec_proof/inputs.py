@@ -17,7 +17,12 @@ _BATCH, _N_TOKENS, _N_FRAMES = 2, 17, 20
 _FIRST_TOKEN = 10
 """Ids below it are padding, masks and images in the tiny models."""
 _PLACES = {
-    "get_image_features": ("image_token_id", "image_token_index", "image_patch_id", "video_token_id"),
+    "get_image_features": (
+        "image_token_id",
+        "image_token_index",
+        "image_patch_id",
+        "video_token_id",
+    ),
     "get_audio_features": ("audio_token_id", "audio_token_index"),
 }
 """What makes features -> the fields that say which token stands for one of them."""
@@ -29,7 +34,9 @@ class Net(Protocol):
     config: Any
     forward: Callable[..., object]
 
-    def modules(self) -> Iterator[Module]: ...
+    def modules(self) -> Iterator[Module]:
+        """All modules of the model."""
+        ...
 
 
 def make(net: Net) -> dict[str, Tensor]:
@@ -53,7 +60,8 @@ def make(net: Net) -> dict[str, Tensor]:
     if "qformer_input_ids" in takes:
         inputs["qformer_input_ids"] = _ids(_number(config.qformer_config, "vocab_size") or 0)
     if "flattened_patches" in takes:
-        inputs["flattened_patches"] = _patches_with_places(_number(config, "patch_embed_hidden_size") or 0)
+        size = _number(config, "patch_embed_hidden_size")
+        inputs["flattened_patches"] = _patches_with_places(size or 0)
     if "image_embeds_position_mask" in takes:
         # Kosmos-2 says with a mask where its queries over the image stand among the tokens.
         inputs["image_embeds_position_mask"] = torch.zeros(_BATCH, _N_TOKENS, dtype=torch.long)
@@ -141,8 +149,7 @@ def _with_places(
     kinds = torch.zeros_like(ids)
     for kind, (method, fields) in enumerate(_PLACES.items(), start=1):
         mark = next((m for f in fields if (m := getattr(net.config, f, None)) is not None), None)
-        n_places = 0 if mark is None else _n_places(net, method, inputs)
-        if not n_places:
+        if mark is None or not (n_places := _n_places(net, method, inputs)):
             continue
         places = torch.full((_BATCH, n_places), mark)
         ids = torch.cat([ids[:, :1], places, ids[:, 1:]], dim=1)
@@ -236,8 +243,9 @@ def _grid_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
     if seen.model_type == "paddleocr_vl_vision":
         shape = (shape[0], channels, seen.patch_size, seen.patch_size)
     merges = [n for n in ("merge_sizes", "image_merge_sizes") if n in takes]
+    name = "hidden_states" if alone and "hidden_states" in takes else "pixel_values"
     return dict.fromkeys(merges, torch.tensor([2] * _BATCH)) | {
-        "hidden_states" if alone and "hidden_states" in takes else "pixel_values": torch.randn(shape),
+        name: torch.randn(shape),
         "grid_thw" if alone else "image_grid_thw": torch.tensor([[1, side, side]] * _BATCH),
     }
 
