@@ -178,8 +178,12 @@ def test_what_changes_with_the_number_of_layers_is_in_the_spec(model: TinyModel)
         lists = (*depth.lists, *depth.index_lists, *depth.marks, *depth.patterns)
         for field in lists:
             config_fields.delete_field(raw, field)
-        count = spec.axes[axis].fields[0]
+        fields = spec.axes[axis].fields
+        there = (field for field in fields if config_fields.field_value(raw, field) is not None)
+        count = next(there, fields[0])
         above, dot, own = count.rpartition(".")
+        if isinstance(config_fields.field_value(raw, above) if above else None, list):
+            above, dot, own = above.rpartition(".")  # A list of counts, one for each stage.
         found = []
         for n in (4, 7, 12):
             config_fields.set_field(raw, count, n)

@@ -51,11 +51,18 @@ wav2vec2 whisper xglm xlm-roberta
 """
 UNPROVED = {
     "blip_2_qformer",
+    "exaone4_5_vision",
     "got_ocr2_vision",
+    "hunyuan_vl_vision",
     "idefics2_vision",
     "instructblip_qformer",
     "instructblipvideo_qformer",
+    "kimi_k25_vision",
+    "kosmos_2_text_model",
+    "ovis2_vision_model",
     "pix2struct_text_model",
+    "qwen2_5_omni_audio_encoder",
+    "qwen2_5_omni_vision_encoder",
     "qwen2_5_vl_vision",
     "qwen2_vl_vision",
     "t5_gemma_module",

@@ -218,6 +218,8 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
     several |= config.model_type == "instructblipvideo"  # It takes frames.
     shape = (_BATCH, *((n_views,) if several else ()), channels, side, side)
     inputs = {"pixel_values": torch.randn(shape)}
+    if config.model_type == "granite_docling":  # It asks for it always.
+        inputs["pixel_attention_mask"] = torch.ones(*shape[:2], dtype=torch.bool)
     if "image_sizes" in takes and _needs_sizes(net, seen):
         inputs["image_sizes"] = torch.tensor([size] * _BATCH)
     if "noise" in takes:
@@ -240,7 +242,7 @@ def _grid_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
     size = channels * (_number(seen, "temporal_patch_size") or 1) * seen.patch_size**2
     alone = "grid_thw" in takes
     shape: tuple[int, ...] = (_BATCH * side * side, size)
-    if seen.model_type == "paddleocr_vl_vision":
+    if seen.model_type in {"paddleocr_vl_vision", "kimi_k25_vision"}:
         shape = (shape[0], channels, seen.patch_size, seen.patch_size)
     merges = [n for n in ("merge_sizes", "image_merge_sizes") if n in takes]
     name = "hidden_states" if alone and "hidden_states" in takes else "pixel_values"
