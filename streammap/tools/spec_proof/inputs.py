@@ -220,6 +220,9 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
     inputs = {"pixel_values": torch.randn(shape)}
     if config.model_type == "granite_docling":  # It asks for it always.
         inputs["pixel_attention_mask"] = torch.ones(*shape[:2], dtype=torch.bool)
+    if "high_res_pixel_values" in takes:
+        side = config.high_res_vision_config.image_size
+        inputs["high_res_pixel_values"] = torch.randn(_BATCH, channels, side, side)
     if "image_sizes" in takes and _needs_sizes(net, seen):
         inputs["image_sizes"] = torch.tensor([size] * _BATCH)
     if "noise" in takes:
