@@ -46,12 +46,18 @@ KNOWN = {
 """What changes with the number of layers without being a list of the spec."""
 
 
+QUICK = ("gemma3", "gemma4", "qwen3_vl", "qwen3_5", "minimax_m3_vl")
+"""Of models in several parts those whose lists are in a part; the other parts are tried alone."""
+
+
 def models() -> Iterator[object]:
     mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     for arch in registry.names():
         for model in registry.tiny_models(arch):
+            in_parts = any(isinstance(part, Mapping) for part in model.config.values())
+            marks = (pytest.mark.slow,) if in_parts and model.name not in QUICK else ()
             if model.model_type in mapping:
-                yield pytest.param(model, id=model.name)
+                yield pytest.param(model, id=model.name, marks=marks)
 
 
 def config_of(raw: Mapping[str, object]) -> Any:

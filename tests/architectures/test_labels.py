@@ -59,6 +59,7 @@ UNPROVED = {
     "instructblipvideo_qformer",
     "kimi_k25_vision",
     "kosmos_2_text_model",
+    "minimax_m3_vl_vision",
     "ovis2_vision_model",
     "pix2struct_text_model",
     "qwen2_5_omni_audio_encoder",
