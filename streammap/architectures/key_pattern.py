@@ -21,7 +21,7 @@ from streammap.errors import ArchitectureError
 INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 """A part of a key that is a number: a layer, an expert."""
 _PIECE = re.compile(r"(\{[^{}]*\}|\*)")
-_LITERAL = re.compile(r"(?<=[.|:(])\d+(?=[\\|)]|$)")
+_LITERAL = re.compile(r"(?<=[.|:()])\d+(?=[\\|)]|$)")
 _NUMBER = "0|[1-9][0-9]{0,8}"
 _MAX_LENGTH = 4096
 _MAX_PATTERNS = 256

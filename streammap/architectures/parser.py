@@ -262,8 +262,15 @@ def _heads(scopes: Sequence[SpecScope]) -> tuple[LMHead, ...]:
         part = heads[own.of]
         path = f"{own.tied_by}." if own.tied_by else own.path
         # A file may have it under the part's name as well, in whatever way it spells the prefix.
-        keys = (*own.head, *part.head)
-        heads[own.of] = replace(part, head=keys, tied=own.tied, classes=own.classes, path=path)
+        heads[own.of] = replace(
+            part,
+            head=(*own.head, *part.head),
+            norm=own.norm or part.norm,
+            readers=(*own.readers, *part.readers),
+            tied=own.tied,
+            classes=own.classes,
+            path=path,
+        )
     return tuple(heads.values())
 
 

@@ -46,12 +46,18 @@ KNOWN = {
 """What changes with the number of layers without being a list of the spec."""
 
 
+QUICK = ("gemma3", "gemma4", "qwen3_vl", "qwen3_5", "minimax_m3_vl")
+"""Of models in several parts those whose lists are in a part; the other parts are tried alone."""
+
+
 def models() -> Iterator[object]:
     mapping = transformers.models.auto.configuration_auto.CONFIG_MAPPING
     for arch in registry.names():
         for model in registry.tiny_models(arch):
+            in_parts = any(isinstance(part, Mapping) for part in model.config.values())
+            marks = (pytest.mark.slow,) if in_parts and model.name not in QUICK else ()
             if model.model_type in mapping:
-                yield pytest.param(model, id=model.name)
+                yield pytest.param(model, id=model.name, marks=marks)
 
 
 def config_of(raw: Mapping[str, object]) -> Any:
@@ -178,8 +184,12 @@ def test_what_changes_with_the_number_of_layers_is_in_the_spec(model: TinyModel)
         lists = (*depth.lists, *depth.index_lists, *depth.marks, *depth.patterns)
         for field in lists:
             config_fields.delete_field(raw, field)
-        count = spec.axes[axis].fields[0]
+        fields = spec.axes[axis].fields
+        there = (field for field in fields if config_fields.field_value(raw, field) is not None)
+        count = next(there, fields[0])
         above, dot, own = count.rpartition(".")
+        if isinstance(config_fields.field_value(raw, above) if above else None, list):
+            above, dot, own = above.rpartition(".")  # A list of counts, one for each stage.
         found = []
         for n in (4, 7, 12):
             config_fields.set_field(raw, count, n)

@@ -221,6 +221,14 @@ def test_an_index_in_two_variables_is_one(text: str) -> None:
     assert _match(text, f"{key}3.") is None
 
 
+@pytest.mark.parametrize("text", ["{p}3.w", "m.3.w", "{p:m.}3.w"])
+def test_a_number_of_the_text_may_be_any_in_the_loose_form(text: str) -> None:
+    (pattern,) = key_pattern.compile_patterns(text, {"p": ["m.", "n.m."]})
+    assert pattern.match("m.3.w") == {}
+    assert pattern.match("m.0.w") is None
+    assert pattern.loose.fullmatch("m.0.w")
+
+
 @given(st.text(alphabet="ab{}:|*.0\\[(@=", max_size=20))
 def test_any_text_compiles_or_is_refused(text: str) -> None:
     with contextlib.suppress(ArchitectureError):

@@ -49,7 +49,25 @@ qwen3_5_text qwen3_moe qwen3_next qwen3_vl qwen3_vl_vision roberta roberta-prela
 siglip siglip_vision_model smollm3 stablelm starcoder2 t5 timm:vision_transformer umt5 vit vit_mae
 wav2vec2 whisper xglm xlm-roberta
 """
-UNPROVED = {"idefics2_vision", "qwen2_vl_vision", "qwen2_5_vl_vision"}
+UNPROVED = {
+    "blip_2_qformer",
+    "exaone4_5_vision",
+    "got_ocr2_vision",
+    "hunyuan_vl_vision",
+    "idefics2_vision",
+    "instructblip_qformer",
+    "instructblipvideo_qformer",
+    "kimi_k25_vision",
+    "kosmos_2_text_model",
+    "minimax_m3_vl_vision",
+    "ovis2_vision_model",
+    "pix2struct_text_model",
+    "qwen2_5_omni_audio_encoder",
+    "qwen2_5_omni_vision_encoder",
+    "qwen2_5_vl_vision",
+    "qwen2_vl_vision",
+    "t5_gemma_module",
+}
 """Served, without a tiny model of their own: the models that include them have one."""
 
 RENAMED = {

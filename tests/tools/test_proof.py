@@ -93,7 +93,8 @@ def test_vision_language_models_are_run_with_images(tmp_path: Path, model: TinyM
     tiny_models.build(model, tmp_path)
     before = tiny_models.outputs(tmp_path, model)
     weights = load_file(tmp_path / "model.safetensors")
-    patches = ("patch_embedding", "patch_embed", "patch_conv", "patch_embeddings", "patch_embedder")
+    patches = {f"patch_{name}" for name in ("embedding", "embeddings", "embed", "embedder")}
+    patches |= {"patch_conv", "patch_projection"}
     (first, *_) = (
         k for k in weights if k.endswith(".weight") and set(k.split(".")).intersection(patches)
     )

@@ -11,12 +11,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Conv1d, Module
 
 _BATCH, _N_TOKENS, _N_FRAMES = 2, 17, 20
 _FIRST_TOKEN = 10
 """Ids below it are padding, masks and images in the tiny models."""
 _PLACES = {
-    "get_image_features": ("image_token_id", "image_token_index", "image_patch_id"),
+    "get_image_features": (
+        "image_token_id",
+        "image_token_index",
+        "image_patch_id",
+        "video_token_id",
+    ),
     "get_audio_features": ("audio_token_id", "audio_token_index"),
 }
 """What makes features -> the fields that say which token stands for one of them."""
@@ -27,6 +33,10 @@ class Net(Protocol):
 
     config: Any
     forward: Callable[..., object]
+
+    def modules(self) -> Iterator[Module]:
+        """All modules of the model."""
+        ...
 
 
 def make(net: Net) -> dict[str, Tensor]:
@@ -45,10 +55,21 @@ def make(net: Net) -> dict[str, Tensor]:
         inputs["token_type_ids"] = torch.stack(columns, dim=-1)
     elif "token_type_ids" in takes and n_types:
         inputs["token_type_ids"] = torch.randint(n_types, (_BATCH, _N_TOKENS))
+    if "entity_ids" in takes:
+        inputs |= _entities(config)
+    if "qformer_input_ids" in takes:
+        inputs["qformer_input_ids"] = _ids(_number(config.qformer_config, "vocab_size") or 0)
+    if "flattened_patches" in takes:
+        size = _number(config, "patch_embed_hidden_size")
+        inputs["flattened_patches"] = _patches_with_places(size or 0)
+    if "image_embeds_position_mask" in takes:
+        # Kosmos-2 says with a mask where its queries over the image stand among the tokens.
+        inputs["image_embeds_position_mask"] = torch.zeros(_BATCH, _N_TOKENS, dtype=torch.long)
+        inputs["image_embeds_position_mask"][:, 1 : 1 + config.latent_query_num] = 1
     if "bbox" in takes:
         inputs["bbox"] = _boxes(_number(config, "max_2d_position_embeddings") or _N_TOKENS)
     if getattr(config, "audio_config", config) is not None:
-        inputs |= _sounds(config, takes)
+        inputs |= _sounds(net, takes)
     if "pixel_values" in takes or "grid_thw" in takes:
         inputs |= _images(net, takes)
     return inputs | _with_places(net, inputs, takes)
@@ -75,6 +96,22 @@ def _boxes(n_places: int) -> Tensor:
     return torch.cat([corner, corner + torch.randint(1, n_places // 2, corner.shape)], dim=-1)
 
 
+def _entities(config: Any) -> dict[str, Tensor]:
+    """Entities beside the words, and the words that each is named by, as LUKE takes them."""
+    places = torch.randint(_N_TOKENS, (_BATCH, 3, 2))
+    return {
+        "entity_ids": torch.randint(1, config.entity_vocab_size, (_BATCH, 3)),
+        "entity_position_ids": places,
+    }
+
+
+def _patches_with_places(size: int) -> Tensor:
+    """Flat patches, each behind its row and column, as Pix2Struct takes them."""
+    rows = torch.arange(1, 4).float()
+    places = torch.stack([rows.repeat(3), rows.repeat_interleave(3)], dim=-1).expand(_BATCH, -1, -1)
+    return torch.cat([places, torch.randn(_BATCH, 9, size)], dim=-1)
+
+
 def _number(config: Any, *names: str) -> int | None:
     """The first of some fields that the configuration, or a part of it, has as a number."""
     for part in (config, *_parts(config)):
@@ -89,7 +126,7 @@ def _number(config: Any, *names: str) -> int | None:
 
 def _parts(config: Any) -> Iterator[Any]:
     """A configuration's parts that see or hear, and itself."""
-    for name in ("vision_config", "audio_config", "encoder", "backbone_config"):
+    for name in ("vision_config", "audio_config", "encoder", "encoder_config", "backbone_config"):
         part = getattr(config, name, None)
         if part is not None and not isinstance(part, dict):
             yield part
@@ -112,14 +149,8 @@ def _with_places(
     kinds = torch.zeros_like(ids)
     for kind, (method, fields) in enumerate(_PLACES.items(), start=1):
         mark = next((m for f in fields if (m := getattr(net.config, f, None)) is not None), None)
-        make = _maker(net, method)
-        if mark is None or make is None:
+        if mark is None or not (n_places := _n_places(net, method, inputs)):
             continue
-        taken = inspect.signature(make).parameters
-        given = {name: x for name, x in inputs.items() if name in taken}
-        if not given:
-            continue
-        n_places = _n_features(make(**given)) // _BATCH
         places = torch.full((_BATCH, n_places), mark)
         ids = torch.cat([ids[:, :1], places, ids[:, 1:]], dim=1)
         kinds = torch.cat([kinds[:, :1], torch.full_like(places, kind), kinds[:, 1:]], dim=1)
@@ -129,12 +160,29 @@ def _with_places(
     return {"input_ids": ids, **dict.fromkeys(named, kinds)}
 
 
+def _n_places(net: Net, method: str, inputs: Mapping[str, Tensor]) -> int:
+    """How many features a model makes of each image or sound; 0 where it is given none."""
+    make = _maker(net, method)
+    if make is not None:
+        taken = inspect.signature(make).parameters
+        given = {name: x for name, x in inputs.items() if name in taken}
+        return _n_features(make(**given)) // _BATCH if given else 0
+    # Qwen2-Audio has no such method, only the lengths that its encoder gives.
+    tower = getattr(getattr(net, "model", None), "audio_tower", None)
+    heard = inputs.get("feature_attention_mask")
+    if tower is None or heard is None or method != "get_audio_features":
+        return 0
+    return int(tower._get_feat_extract_output_lengths(heard.sum(-1))[1].max())
+
+
 def _maker(net: Net, method: str) -> Callable[..., object] | None:
     """A method of a model, or of the one without a head inside it."""
-    for one in (getattr(net, "model", None), net):
-        found: Callable[..., object] | None = getattr(one, method, None)
-        if found is not None:
-            return found
+    names = (method, "get_video_features") if method == "get_image_features" else (method,)
+    for name in names:
+        for one in (getattr(net, "model", None), net):
+            found: Callable[..., object] | None = getattr(one, name, None)
+            if found is not None:
+                return found
     return None
 
 
@@ -152,6 +200,9 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
     config, seen = net.config, _seen(net.config)
     if "image_grid_thw" in takes or "grid_thw" in takes:
         return _grid_patches(seen, takes)
+    places = getattr(getattr(net, "model", None), "vision_embed_tokens", None)
+    if places is not None:  # Fuyu takes patches as they are.
+        return {"pixel_values": torch.randn(_BATCH, 4, places.in_features)}
     if "spatial_shapes" in takes:
         return _shaped_patches(seen)
     if "image_position_ids" in takes or "pixel_position_ids" in takes:
@@ -164,8 +215,14 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
         n_views = 1 + math.prod(size) // side**2
     channels = _number(seen, "num_channels", "in_channels", "in_chans") or 3
     several = n_views > 1 or "pixel_attention_mask" in takes
+    several |= config.model_type == "instructblipvideo"  # It takes frames.
     shape = (_BATCH, *((n_views,) if several else ()), channels, side, side)
     inputs = {"pixel_values": torch.randn(shape)}
+    if config.model_type == "granite_docling":  # It asks for it always.
+        inputs["pixel_attention_mask"] = torch.ones(*shape[:2], dtype=torch.bool)
+    if "high_res_pixel_values" in takes:
+        side = config.high_res_vision_config.image_size
+        inputs["high_res_pixel_values"] = torch.randn(_BATCH, channels, side, side)
     if "image_sizes" in takes and _needs_sizes(net, seen):
         inputs["image_sizes"] = torch.tensor([size] * _BATCH)
     if "noise" in takes:
@@ -187,10 +244,13 @@ def _grid_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
     channels = _number(seen, "in_channels", "in_chans", "num_channels") or 3
     size = channels * (_number(seen, "temporal_patch_size") or 1) * seen.patch_size**2
     alone = "grid_thw" in takes
-    return {
-        "hidden_states" if alone and "hidden_states" in takes else "pixel_values": torch.randn(
-            _BATCH * side * side, size
-        ),
+    shape: tuple[int, ...] = (_BATCH * side * side, size)
+    if seen.model_type in {"paddleocr_vl_vision", "kimi_k25_vision"}:
+        shape = (shape[0], channels, seen.patch_size, seen.patch_size)
+    merges = [n for n in ("merge_sizes", "image_merge_sizes") if n in takes]
+    name = "hidden_states" if alone and "hidden_states" in takes else "pixel_values"
+    return dict.fromkeys(merges, torch.tensor([2] * _BATCH)) | {
+        name: torch.randn(shape),
         "grid_thw" if alone else "image_grid_thw": torch.tensor([[1, side, side]] * _BATCH),
     }
 
@@ -219,9 +279,10 @@ def _placed_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]
     }
 
 
-def _sounds(config: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
+def _sounds(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
     """Sounds: the wave, or its spectrogram."""
     inputs: dict[str, Tensor] = {}
+    config = net.config
     mels = _number(config, "num_mel_bins", "n_mels", "input_feat_per_channel", "input_feat_size")
     if "input_values" in takes:
         strides: Sequence[int] | None = getattr(config, "conv_stride", None)
@@ -231,14 +292,16 @@ def _sounds(config: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
         else:
             inputs["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(strides or (64,)))
     if "input_features" in takes:
-        n_frames = _number(config, "max_source_positions")
-        size = _number(config, "feature_projection_input_dim")
-        if size is not None or n_frames is None or hasattr(config, "input_feat_per_channel"):
-            shape = (_BATCH, 2 * _N_FRAMES, size or mels or 1)
-        else:
-            shape = (_BATCH, mels or 1, 2 * n_frames)
+        size = _number(config, "feature_projection_input_dim") or mels or 1
+        n_seen = 2 * (_number(config, "max_source_positions") or _N_FRAMES)
+        # Convolutions over time want the frequencies first, as Whisper's.
+        convs = (m for m in net.modules() if isinstance(m, Conv1d))
+        first = not hasattr(config, "input_feat_per_channel") and any(
+            conv.in_channels == mels for conv in convs
+        )
+        n_seen = n_seen if first else 2 * _N_FRAMES
+        shape = (_BATCH, size, n_seen) if first else (_BATCH, n_seen, size)
         inputs["input_features"] = torch.randn(shape)
-        n_seen = shape[2] if shape[1] == mels else shape[1]
         for name in ("feature_attention_mask", "input_features_mask"):
             if name in takes:
                 inputs[name] = torch.ones(_BATCH, n_seen, dtype=torch.long)
