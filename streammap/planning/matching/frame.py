@@ -134,7 +134,8 @@ def _check_models(source: Plan, target: Plan, words: Words) -> None:
         if stored:
             raise PlanError(
                 f"{of_tied}'s head is tied to its embedding, {of_own} has {stored[0]}",
-                hint="give --untie: a tied head gets a tensor of its own",
+                hint="give --untie: a tied head gets a tensor of its own; in a recipe, name what "
+                "streammap convert MODEL OUT --untie makes of it",
             )
 
 
