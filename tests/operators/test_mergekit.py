@@ -304,6 +304,16 @@ def test_a_weight_that_is_missing_is_told(three: Path) -> None:
         streammap.open("x.yml")
 
 
+def test_vocabularies_that_differ_are_told_with_a_way_out(three: Path) -> None:
+    n = tiny.written(three / "A")["embeddings.word_embeddings.weight"].shape[0]
+    ok("convert", "A", "padded", "--vocab", n + 3, "--no-fsync")
+    with pytest.raises(PlanError, match=f"vocab: B {n}, padded {n + 3}") as refusal:
+        streammap.open("padded").blend("B")
+    assert f"streammap convert MODEL OUT --vocab {n + 3}" in str(refusal.value.hint)
+    ok("convert", "B", "as-long", "--vocab", n + 3, "--no-fsync")
+    streammap.open("padded").blend("as-long")
+
+
 def test_options_beside_a_recipe_are_refused(three: Path) -> None:
     (three / "x.yml").write_text(
         "{merge_method: dare_linear, base_model: C, parameters: {seed: 1}, "
