@@ -200,6 +200,7 @@ class Blend(Operator):
             )
         names = _names(plans)
         notes: list[str] = []
+        self._check_alone(plans)
         recipe = self._recipe(1 + len(others), has_base=base is not None)
         if self.untie:
             plans, told = frame.untied(dict(zip(names, plans, strict=True)))
@@ -215,6 +216,23 @@ class Blend(Operator):
             steps=(*(step for one in plans for step in one.steps), step),
             levels=() if recipe.slices else framed.levels,
         )
+
+    def _check_alone(self, plans: Sequence[Plan]) -> None:
+        """Refuse options for a blend that is one already.
+
+        Raises:
+            PlanError: one source, a recipe or another blend, and nothing that is for one.
+        """
+        steps = plans[0].steps
+        is_blend = bool(steps) and steps[-1].operator == self.name
+        says = any(one is not None for one in (self.slices, self.scale, self.weights))
+        if len(plans) == 1 and is_blend and not says:
+            raise PlanError(
+                "one checkpoint, which is a blend (or a recipe) already: options for its sources "
+                "come too late",
+                hint="write a recipe's numbers into it, such as parameters: {seed: 1}; or give "
+                "further checkpoints",
+            )
 
     def _recipe(self, n: int, *, has_base: bool) -> Recipe:
         """What is asked for, of n sources and perhaps a base behind them."""

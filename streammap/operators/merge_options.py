@@ -36,7 +36,7 @@ class Slices(Kind):
 
     def check_typed(self, text: str, name: str) -> None:
         """JSON, or a file that is there."""
-        numbers.check_typed(text, name)
+        numbers.check_typed(text, name, "JSON")
 
     def parse(self, value: Any, name: str) -> tuple[Slice, ...]:
         """The slices."""
@@ -82,7 +82,7 @@ class Shared(Kind):
 
     def check_typed(self, text: str, name: str) -> None:
         """JSON, or a file that is there."""
-        numbers.check_typed(text, name)
+        numbers.check_typed(text, name, "JSON")
 
     def parse(self, value: Any, name: str) -> Mapping[str, Setting]:
         """A setting for each parameter; true is 1."""

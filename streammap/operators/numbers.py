@@ -150,14 +150,17 @@ def _content(value: Any, name: str) -> object:
     return from_text(str(value), name) if isinstance(value, str | Path) else value
 
 
-def check_typed(text: str, name: str) -> None:
+def check_typed(text: str, name: str, what: str = "a number, JSON") -> None:
     """Refuse what is neither numbers nor JSON, nor a file that is there.
+
+    Args:
+        what: What is expected, for the message.
 
     Raises:
         PlanError: naming it.
     """
     if not _is_written(text):
-        _read(Path(text), name)
+        _read(Path(text), name, what)
 
 
 def _no_text(value: object, name: str) -> object:
@@ -179,7 +182,7 @@ def _is_plain(text: str) -> bool:
     return True
 
 
-def _read(path: Path, name: str) -> bytes:
+def _read(path: Path, name: str, what: str = "a number, JSON") -> bytes:
     from streammap.io.storage import resolve
 
     try:
@@ -189,8 +192,8 @@ def _read(path: Path, name: str) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise PlanError(
-            f"{name} is {str(path)[:60]!r}, expected a number, JSON or a file of it: {reason}",
-            hint="give a number such as 0.5, or check the path",
+            f"{name} is {str(path)[:60]!r}, expected {what} or a file of it: {reason}",
+            hint="check the path; JSON begins with [ or {",
         ) from error
     if len(content) > _MAX_NBYTES:
         raise PlanError(f"{name}: {path}: more than {_MAX_NBYTES} bytes", hint="is it the file?")

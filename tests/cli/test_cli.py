@@ -418,3 +418,15 @@ def test_a_scheme_on_the_way_up_knows_the_large_model_that_was_there(
         tmp_path / "small",
     )
     assert "both a map file and a scheme" in said
+
+
+def test_commands_that_hints_name_are_there() -> None:
+    package = Path(streammap.__file__).parent
+    named = {
+        word
+        for path in package.rglob("*.py")
+        for hint in re.findall(r"hint=[^)]*", path.read_text())
+        for word in re.findall(r"streammap ([a-z][a-z-]+)", hint)
+    }
+    assert "inspect" in named
+    assert named <= {*main.list_commands(click.Context(main))}

@@ -154,6 +154,58 @@ def test_scales_that_do_not_fit_are_refused() -> None:
         formats.find(specs(packed), QuantizationConfig({}))
 
 
+def _int8(zeros: torch.Tensor) -> Tensors:
+    weight = torch.zeros(20, 32, dtype=torch.int8)
+    return {"a.weight": weight, "a.weight_scale": torch.ones(20, 1), "a.weight_zero_point": zeros}
+
+
+def _int4(zeros: torch.Tensor) -> Tensors:
+    return {
+        "a.weight_packed": torch.zeros(16, 8, dtype=torch.int32),
+        "a.weight_scale": torch.ones(16, 2),
+        "a.weight_zero_point": zeros,
+    }
+
+
+def _nvfp4(**more: torch.Tensor) -> Tensors:
+    return {
+        "a.weight_packed": torch.zeros(4, 16, dtype=torch.uint8),
+        "a.weight_scale": torch.ones(4, 2),
+        **{f"a.weight_{name}": x for name, x in more.items()},
+    }
+
+
+def _gptq(**more: torch.Tensor) -> Tensors:
+    words = torch.zeros(8, 16, dtype=torch.int32)
+    zeros, scales = torch.zeros(2, 2, dtype=torch.int32), torch.ones(2, 16).half()
+    return {"a.qweight": words, "a.qzeros": zeros, "a.scales": scales} | {
+        f"a.{name}": x for name, x in more.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (_int8(torch.zeros(20, 0, dtype=torch.int8)), r"zero points \[20, 0\].*scales \[20, 1\]"),
+        (_int8(torch.zeros(20, 2, dtype=torch.int8)), r"zero points \[20, 2\]"),
+        (_int8(torch.zeros(10, 1, dtype=torch.int8)), r"zero points \[10, 1\]"),
+        (_int4(torch.zeros(16, 2, dtype=torch.int8)), "zero_point: dtype I8, expected I32"),
+        (_int4(torch.zeros(3, 2, dtype=torch.int32)), r"zero points \[3, 2\]"),
+        (_nvfp4(global_scale=torch.ones(3)), r"global_scale: shape \[3\], expected one number"),
+        (_nvfp4(scale_2=torch.ones(0)), r"scale_2: shape \[0\], expected one number"),
+        (_gptq(g_idx=torch.zeros(64, dtype=torch.int64)), "g_idx: dtype I64, expected I32"),
+        (_gptq(qzeros=torch.zeros(2, 2)), "qzeros: dtype F32, expected I32"),
+        (
+            {"a_blocks": torch.zeros(2, 3, 16, dtype=torch.uint8), "a_scales": torch.ones(2, 3)},
+            "a_scales: dtype F32, expected U8",
+        ),
+    ],
+)
+def test_parts_that_are_not_one_for_each_block_are_refused(tensors: Tensors, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        formats.find(specs(tensors), QuantizationConfig({}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, None), (8, 32), (2, None)])

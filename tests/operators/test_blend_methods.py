@@ -103,6 +103,8 @@ def test_too_few_sources_and_numbers_without_sense_are_refused(models: Path) -> 
         ("ties needs a base", {"method": "ties"}),
         ("no t for all", {"method": "slerp", "others": [b]}),
         ("slerp takes 2 sources, and there are 3", {"method": "slerp", "others": [b, b], "t": 0.5}),
+        ("density -0.5, expected", {"method": "ties", "base": b, "density": -0.5}),
+        ("density 50, expected", {"method": "dare_linear", "base": b, "density": 50}),
         ("gamma 2, expected", {"method": "breadcrumbs", "base": b, "parameters": {"gamma": 2}}),
         ("slerp has no parameter density", {"method": "slerp", "t": 0.5, "density": 0.5}),
     ]

@@ -203,6 +203,10 @@ def test_several_adapters_each_with_its_scale(model: Path, tmp_path: Path) -> No
         ({"alpha_pattern": {"self.query": 4}}, (4 / 3, 7 / 2)),
         ({"alpha_pattern": {r"encoder\.layer\.(0|1)\..*": 1}}, (1 / 3, 1 / 2)),
         ({"alpha_pattern": {"^encoder.layer.1.output.dense": 1}}, (7 / 3, 1 / 2)),
+        (
+            {"alpha_pattern": {r"encoder\.layer\.(1|0)\.[a-z]+\.(self\.)?[)a-z.]*": 1}},
+            (1 / 3, 1 / 2),
+        ),
         ({"alpha_pattern": {"query.extra": 1, "uery": 2}, "fan_in_fan_out": True}, (7 / 3, 7 / 2)),
     ],
 )
@@ -382,6 +386,9 @@ REFUSED: dict[str, tuple[State, dict[str, object], str]] = {
     "no alpha": (two(), {"lora_alpha": "x"}, "lora_alpha is x, expected a number"),
     "flag": (two(), {"use_rslora": 3}, "use_rslora is 3, expected true or false"),
     "slow pattern": (two(), {"alpha_pattern": {"(a*)*b": 1}}, "none of groups"),
+    "slow alternatives": (two(), {"rank_pattern": {"(a|aa)" * 40 + "b": 1}}, "10,000,000 ways"),
+    "slow options": (two(), {"rank_pattern": {"a?" * 60 + "a" * 60: 1}}, "10,000,000 ways"),
+    "slow escapes": (two(), {"rank_pattern": {r"\\*" * 9 + "b": 1}}, "10,000,000 ways"),
     "bad pattern": (two(), {"alpha_pattern": {"(": 1}}, "no regular expression"),
     "no such layer": (
         pair("encoder.layer.7.attention.self.query", 4, 4, 3),

@@ -20,7 +20,7 @@ import streammap
 from streammap.errors import CheckpointError, PlanError
 from streammap.operators.recipes import mergekit, yaml_file
 from tests.support import tiny
-from tests.support.typed import ok
+from tests.support.typed import ok, run
 
 SIZES = tiny.Sizes(heads=2, layers=4)
 _RUN = """
@@ -269,7 +269,24 @@ def test_a_recipe_is_a_source_like_any_other(three: Path) -> None:
         ({"models": "A"}, "models is 'A', expected a list"),
         ({"slices": [{"sources": [{"model": "A"}]}]}, "models and slices"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
-        ({"models": [{"model": "A", "parameters": {"weight": "much"}}]}, "'much', expected a num"),
+        (
+            {"models": [{"model": "A", "parameters": {"weight": "much"}}]},
+            r"x.yml: models\[0\].parameters.weight: 'much', expected a number",
+        ),
+        (
+            {"parameters": {"normalize": None}},
+            "x.yml: parameters.normalize: 'None', expected",
+        ),
+        *(
+            (
+                {
+                    "models": None,
+                    "slices": [{"sources": [{"model": "A", "layer_range": given}]}],
+                },
+                r"x.yml: slices\[0\].sources\[0\].layer_range is .*, expected the first",
+            )
+            for given in ("0-3", None, [0, -1], [2, 2], [0, 10**30], [0, 1, 2], [0.0, 2.0])
+        ),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(change: dict[str, object], message: str) -> None:
@@ -285,6 +302,33 @@ def test_a_weight_that_is_missing_is_told(three: Path) -> None:
     )
     with pytest.raises(PlanError, match="no weight for A"):
         streammap.open("x.yml")
+
+
+def test_vocabularies_that_differ_are_told_with_a_way_out(three: Path) -> None:
+    n = tiny.written(three / "A")["embeddings.word_embeddings.weight"].shape[0]
+    ok("convert", "A", "padded", "--vocab", n + 3, "--no-fsync")
+    with pytest.raises(PlanError, match=f"vocab: B {n}, padded {n + 3}") as refusal:
+        streammap.open("padded").blend("B")
+    assert f"streammap convert MODEL OUT --vocab {n + 3}" in str(refusal.value.hint)
+    ok("convert", "B", "as-long", "--vocab", n + 3, "--no-fsync")
+    streammap.open("padded").blend("as-long")
+
+
+def test_options_beside_a_recipe_are_refused(three: Path) -> None:
+    (three / "x.yml").write_text(
+        "{merge_method: dare_linear, base_model: C, parameters: {seed: 1}, "
+        "models: [{model: A, parameters: {weight: 1, density: 0.5}}]}"
+    )
+    said = run("blend", "x.yml", "-o", "out", "--seed", 2)
+    assert said.exit_code == 1
+    assert "options for its sources come too late" in said.output
+    assert "parameters: {seed: 1}" in said.output
+    with pytest.raises(PlanError, match="come too late"):
+        streammap.blend("x.yml", normalize=True)
+    one = streammap.blend("x.yml").read("pooler.dense.weight")
+    (three / "x.yml").write_text((three / "x.yml").read_text().replace("seed: 1", "seed: 2"))
+    other = streammap.blend("x.yml").read("pooler.dense.weight")
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

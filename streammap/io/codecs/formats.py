@@ -25,6 +25,7 @@ from streammap.errors import CheckpointError
 from streammap.io.codecs import encodings
 from streammap.io.codecs.coded import Coded
 from streammap.io.codecs.matrices import Codes, Groups, Numbers, RowWords
+from streammap.io.codecs.parts import check_parts
 from streammap.io.codecs.quantization_config import QuantizationConfig
 from streammap.io.dtypes import TensorSpec
 
@@ -66,6 +67,7 @@ def find(specs: Specs, config: QuantizationConfig, *, casts: bool = True) -> Dec
         for rule in _RULES.get(spec.dtype, ()):
             found = rule(key, spec, specs, config)
             if found is not None:
+                check_parts(found[1], specs)
                 coded[found[0]] = found[1]
                 break
     if not casts:
@@ -211,7 +213,7 @@ def _blocks(key: str, spec: TensorSpec, specs: Specs, config: QuantizationConfig
         Codes(key, columns, 4, encodings.fp4),
         rows,
         columns,
-        Numbers(scale, groups, "U8", encodings.exponents),
+        Numbers(scale, groups, _byte_dtype(specs[scale]), encodings.exponents),
         (1, nbytes * 2),
         is_transposed=True,
     )
@@ -322,6 +324,11 @@ def _scale_of(key: str, specs: Specs) -> str | None:
 def _dtype(scale: TensorSpec) -> str:
     """The dtype that a tensor with such scales is read in."""
     return "F16" if scale.dtype == "F16" else "BF16"
+
+
+def _byte_dtype(exponents: TensorSpec) -> str:
+    """What exponents are stored as: bytes, by one name or the other."""
+    return "F8_E8M0" if exponents.dtype == "F8_E8M0" else "U8"
 
 
 def _companion(key: str, name: str, specs: Specs) -> str:

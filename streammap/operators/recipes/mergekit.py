@@ -17,11 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, final
 
+from streammap.architectures.limits import MAX_LAYERS
+from streammap.common.declare import shown
 from streammap.errors import PlanError, some
 from streammap.operators.blend import Blend
 from streammap.operators.recipes import yaml_file
+from streammap.planning.merging import settings
 from streammap.planning.merging.merge import CONFIG_DTYPES, PROMOTED
 from streammap.planning.merging.methods import registry
+from streammap.planning.merging.settings import Setting
 
 SUFFIXES = (".yml", ".yaml")
 _KNOWN = (
@@ -184,19 +188,37 @@ class _Reader:
     def _span(self, value: object, name: str, method: str, base: str | None) -> dict[str, Any]:
         table = self._table(value, name, ("model", "layer_range", "parameters"))
         model = self._model(table.get("model"), f"{name}.model")
-        layers = self._list(table.get("layer_range"), f"{name}.layer_range")
         return {
             "source": None if model == base else self._number(model),
-            "layers": list(layers),
+            "layers": self._layers(table.get("layer_range"), f"{name}.layer_range"),
             "parameters": self._parameters(table, f"{name}.parameters", method),
         }
+
+    def _layers(self, value: object, name: str) -> list[int]:
+        """The first layer, and one past the last."""
+        match value:
+            case [int(first), int(end)] if 0 <= first < end <= MAX_LAYERS:
+                return [first, end]
+        raise self._error(
+            f"{name} is {shown(value)}, expected the first layer and one past the last",
+            "write layer_range: [0, 24]",
+        )
 
     def _parameters(self, table: Mapping[str, object], name: str, method: str) -> dict[str, object]:
         """Those that the method has; those of other methods are left out."""
         given = table.get("parameters")
         known = registry.load(method).parameters
         content = {} if given is None else self._table(given, name, (*known, *_ELSEWHERE))
-        return {key: value for key, value in content.items() if key in known}
+        return {
+            key: self._setting(value, f"{name}.{key}")
+            for key, value in content.items()
+            if key in known
+        }
+
+    def _setting(self, value: object, name: str) -> Setting:
+        """A number by place, whose errors name its place in the file."""
+        number = float(value) if isinstance(value, bool) else value
+        return settings.parse(number, what=f"{self._where}: {name}")
 
     def _model(self, value: object, name: str) -> str:
         """A model's path or name; with its revision as the Hub spells it, and its adapter."""

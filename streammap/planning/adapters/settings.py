@@ -7,6 +7,7 @@ The scale of a layer is alpha / r, or alpha / sqrt(r) with use_rslora (arXiv:231
 is a regular expression for the end of the layer's name; the first that fits counts.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -43,7 +44,9 @@ _CHANGED_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Ways to begin a training that change the model's own weights, which an adapter is then for."""
 _MOST_LETTERS = 300
 _MOST_PATTERNS = 10_000
-_MOST_REPEATS = 2
+_MOST_WAYS = 10_000_000
+"""In which all patterns of a table could match a name: what a regular expression could try."""
+_WAYS_OF_REPEATS = 1000
 
 
 @final
@@ -142,34 +145,64 @@ def _check_kind(config: Mapping[str, object], where: str) -> None:
 
 def _first(patterns: Mapping[str, N], module: str, default: N) -> N:
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compiled(pattern).match(module):
             return value
     return default
+
+
+@functools.lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern as peft reads it; `re` itself remembers 512, too few for one of each layer."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _patterns(config: Mapping[str, object], field: str, where: str) -> Mapping[str, object]:
     table = config.get(field) or {}
     if not isinstance(table, Mapping) or len(table) > _MOST_PATTERNS:
         raise CheckpointError(f"{where}: {field} is no table of patterns")
-    for pattern in table:
-        _check_pattern(str(pattern), f"{where}: {field}")
+    ways = 0
+    for pattern in map(str, table):
+        _check_pattern(pattern, f"{where}: {field}")
+        ways += _ways(pattern)
+        if ways > _MOST_WAYS:
+            raise CheckpointError(
+                f"{where}: {field}: {pattern[:60]!r}: a name could match in more than "
+                f"{_MOST_WAYS:,} ways (each repetition counts {_WAYS_OF_REPEATS})",
+                hint="write the names of the layers out",
+            )
     return table
 
 
 def _check_pattern(pattern: str, where: str) -> None:
-    """Refuse what is no regular expression, or one that could take for ever."""
-    repeats = re.findall(r"(?<!\\)[*+{]", pattern)
-    nested = re.search(r"\)[*+{]", pattern)
-    if len(pattern) > _MOST_LETTERS or len(repeats) > _MOST_REPEATS or nested:
+    """Refuse what is no regular expression, or repeats groups, which could take for ever."""
+    if len(pattern) > _MOST_LETTERS or re.search(r"\)[*+{]", pattern):
+        problem = "repeats a group" if len(pattern) <= _MOST_LETTERS else "a very long pattern"
         raise CheckpointError(
-            f"{where}: {pattern[:60]!r}: a pattern with {len(repeats)} repetitions, at most "
-            f"{_MOST_REPEATS} are tried, and none of groups",
+            f"{where}: {pattern[:60]!r}: {problem}: at most {_MOST_LETTERS} letters are tried, and "
+            "repetitions of none of groups",
             hint="write the names of the layers out",
         )
     try:
-        re.compile(rf"(.*\.)?({pattern})$")
+        _compiled(pattern)
     except (re.error, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{where}: {pattern!r}: no regular expression: {error}") from error
+
+
+def _ways(pattern: str) -> int:
+    """In how many ways a pattern could match, at most: alternatives, options, repetitions."""
+    made, alternatives = 1, [1]
+    for sign in re.findall(r"\\.|\(\?|[|()*+{?]", pattern, re.DOTALL):
+        if sign[0] == "(":
+            alternatives.append(1)
+        elif sign == ")" and len(alternatives) > 1:  # else it stands in brackets
+            made *= alternatives.pop()
+        elif sign == "|":
+            alternatives[-1] += 1
+        elif sign == "?":
+            made *= 2
+        elif sign in ("*", "+", "{"):
+            made *= _WAYS_OF_REPEATS
+    return made * math.prod(alternatives)
 
 
 def _rank(value: object, what: str, where: str) -> int:

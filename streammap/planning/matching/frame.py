@@ -121,9 +121,15 @@ def _check_models(source: Plan, target: Plan, words: Words) -> None:
     for axis, size in theirs.sizes.items():
         if axis in mine.sizes and mine.sizes[axis] != size:
             one, other = words.bare
+            hint = "blend two checkpoints of the same size"
+            if axis == "vocab":
+                largest = max(size, mine.sizes[axis])
+                hint += (
+                    f"; if only padding is missing: streammap convert MODEL OUT --vocab {largest}"
+                )
             raise PlanError(
                 f"{axis}: {one} {mine.sizes[axis]}, {other} {size}",
-                hint="blend two checkpoints of the same size",
+                hint=hint,
             )
     for tied, of_tied, own, of_own in (
         (mine, words.source, target, words.target),
@@ -134,7 +140,8 @@ def _check_models(source: Plan, target: Plan, words: Words) -> None:
         if stored:
             raise PlanError(
                 f"{of_tied}'s head is tied to its embedding, {of_own} has {stored[0]}",
-                hint="give --untie: a tied head gets a tensor of its own",
+                hint="give --untie: a tied head gets a tensor of its own; in a recipe, name what "
+                "streammap convert MODEL OUT --untie makes of it",
             )
 
 

@@ -103,7 +103,7 @@ class _Terms:
             raise CheckpointError(
                 f"{self.key}: {self.rule.name} asks for norms, and a source has numbers that are "
                 "not finite, or too large",
-                hint="streammap health counts NaN and infinite numbers of a checkpoint",
+                hint="streammap inspect CHECKPOINT --health counts NaN and infinite numbers",
             )
         try:
             return self.rule.coefficients(_matrix(products, self.n_vectors))

@@ -220,7 +220,7 @@ def _number(
     if about.default is None:
         raise PlanError(
             f"{key}: no {parameter} for {name}",
-            hint=f"end its rules with a number, or give a {parameter} for all",
+            hint=f"give a number for {parameter}, such as 0.5; rules end with one",
         )
     return about.default
 

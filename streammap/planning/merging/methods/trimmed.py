@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, final
 
+from streammap.errors import PlanError
 from streammap.planning.graph import LinearForm
 from streammap.planning.merging import task_vectors
 from streammap.planning.merging.methods.base import Method, Parameter, Part
@@ -40,8 +41,19 @@ class _Trimmed(Method):
         base: LinearForm | None,
         numbers: Mapping[str, float],
     ) -> LinearForm:
-        """The base, and what is left of the differences from it."""
+        """The base, and what is left of the differences from it.
+
+        Raises:
+            PlanError: a density that is no share; a percentage, say.
+        """
         assert base is not None
+        for part in parts:
+            if not 0 <= part.numbers["density"] <= 1:
+                raise PlanError(
+                    f"{key}: {self.name}: density {part.numbers['density']:g}, expected a share "
+                    "from 0 to 1",
+                    hint="give density 0.5 for a half",
+                )
         own = [{k: v for k, v in part.numbers.items() if k != "weight"} for part in parts]
         by_count = numbers.get("count_signs")
         rule = TaskRule(
