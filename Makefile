@@ -27,7 +27,7 @@ slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/ready
-	for table in speed memory tensors startup peers gpu; do $(BIN)/python -m bench.$$table || exit 1; done
+	for table in speed memory tensors startup dequantise peers align gpu; do $(BIN)/python -m bench.$$table || exit 1; done
 
 clean:
 	rm -rf $(VENV)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from streammap.analysis.verification import Verification, verify
     from streammap.api import (
         LazyCheckpoint,
+        align,
         blend,
         coalesce,
         convert,
@@ -56,6 +57,7 @@ __all__ = [
     "StreammapError",
     "Verification",
     "__version__",
+    "align",
     "blend",
     "coalesce",
     "convert",
@@ -77,6 +79,7 @@ _HOMES = {
     "analysis.verification": ("Verification", "verify"),
     "api": (
         "LazyCheckpoint",
+        "align",
         "blend",
         "coalesce",
         "convert",

@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from streammap.operators.depth.restack import Restack
     from streammap.operators.merge_lora import MergeLora
     from streammap.operators.optimizer.carry import CarryOptimizer
-    from streammap.operators.permute import Permute
+    from streammap.operators.ordering.align import Align
+    from streammap.operators.ordering.permute import Permute
     from streammap.output.module.load import LoadReport
     from streammap.planning.optimizer.steps import StepFactors
     from streammap.planning.request import Moved
@@ -117,6 +118,20 @@ class LazyCheckpoint:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return partial(_method(registry.load(known)), self)
 
+    def settled(self, options: Engine = Engine()) -> "LazyCheckpoint":  # noqa: B008 (a value)
+        """The checkpoint with all that has to be found by reading first; itself where nothing has.
+
+        `save`, `read` and others do this by themselves; what was found is kept.
+
+        Raises:
+            OutputError: the memory is too little for a search.
+        """
+        if self.plan.pending is None:
+            return self
+        from streammap.engine.searching import settle
+
+        return LazyCheckpoint(settle.settled(self.plan, options))
+
     def close(self) -> None:
         """Close the files of sources that no other checkpoint uses; a later read opens them again.
 
@@ -163,7 +178,8 @@ class LazyCheckpoint:
         """
         from streammap.engine import evaluate
 
-        return evaluate.read_tensor(self.plan, key, region, out=out, dtype=dtype, device=device)
+        plan = self.settled().plan
+        return evaluate.read_tensor(plan, key, region, out=out, dtype=dtype, device=device)
 
     def tensors(self) -> Iterator[tuple[str, "Tensor"]]:
         """(key, tensor) one after the other; only one is held at a time."""
@@ -174,7 +190,7 @@ class LazyCheckpoint:
         """The tensors as a mapping; each is computed when it is asked for, each time again."""
         from streammap.engine import evaluate
 
-        return evaluate.LazyState(self.plan)
+        return evaluate.LazyState(self.settled().plan)
 
     @property
     def config(self) -> Mapping[str, object] | None:
@@ -219,7 +235,8 @@ class LazyCheckpoint:
         """
         from streammap.analysis import health
 
-        return health.measure(self.plan, options, listener=options.progress)
+        plan = self.settled(options).plan
+        return health.measure(plan, options, listener=options.progress)
 
     def apply(self, operator: Operator, *, stream: bool = False) -> "LazyCheckpoint":
         """The checkpoint that an operator makes of this one; nothing is computed.
@@ -243,6 +260,7 @@ class LazyCheckpoint:
         permute = _method(Permute)
         carry_optimizer = _method(CarryOptimizer)
         restack = _method(Restack)
+        align = _method(Align)
 
         def blend(self, *others: PlanLike, **options: Any) -> "LazyCheckpoint":
             """See operators/blend.py; further checkpoints come by place."""
@@ -374,7 +392,7 @@ def load_into(
     options = Engine(memory=memory, threads=threads, reader=reader)
     place = None if device is None else torch.device(device)
     wanted = load.LoadOptions(place, dtype, strict, options)
-    return load.load(opened.plan, model, wanted, progress)
+    return load.load(opened.settled(options).plan, model, wanted, progress)
 
 
 def load_optimizer_into(
@@ -428,7 +446,9 @@ def diff(
     """
     from streammap.analysis import difference
 
-    first, second = (x.plan if isinstance(x, LazyCheckpoint) else x for x in (a, b))
+    first, second = (
+        x.settled(options).plan if isinstance(x, LazyCheckpoint) else x for x in (a, b)
+    )
     return difference.compare(first, second, options, listener=options.progress)
 
 
@@ -513,12 +533,17 @@ if TYPE_CHECKING:
     class _Restack(Restack, _CallOptions):
         pass
 
+    @declared
+    class _Align(Align, _CallOptions):
+        pass
+
     coalesce = _one_call(Coalesce, _Coalesce)
     decoalesce = _one_call(Decoalesce, _Decoalesce)
     interpolate = _one_call(Interpolate, _Interpolate)
     convert = _one_call(Convert, _Convert)
     permute = _one_call(Permute, _Permute)
     restack = _one_call(Restack, _Restack)
+    align = _one_call(Align, _Align)
 
     @overload
     def blend(source: PlanLike, *others: PlanLike, output: PathLike, **options: Any) -> Report: ...

@@ -10,6 +10,7 @@ from streammap.common import table
 from streammap.common.table import Column
 from streammap.common.units import format_count, format_nbytes
 from streammap.engine.options import Engine
+from streammap.engine.searching import settle
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TORCH_NAMES
 from streammap.io.optimizer.state import PREFIX
@@ -122,14 +123,17 @@ def summarize(plan: Plan, engine: Engine) -> Summary:
     promise, reason = plan.promise
     fitted, choice = run.fit(plan, engine), run.device(plan, engine)
     readings = run.readings(plan, engine)
+    searches = () if plan.pending is None else plan.pending.searches
+    for search in searches:
+        settle.check(search, engine)
     return Summary(
         rows=tuple(rows),
         sizes={name: pair for name, pair in plan.sized.items() if pair[0] != pair[1]},
         n_tensors=len(plan.targets),
         n_parameters=sum(form.spec.n_elements for form in plan.weights.values()),
-        nbytes_read=run.read_nbytes(plan),
+        nbytes_read=run.read_nbytes(plan) + sum(search.pass_nbytes for search in searches),
         nbytes_written=plan.nbytes,
-        peak_nbytes=fitted.peak_nbytes,
+        peak_nbytes=max([fitted.peak_nbytes, *map(settle.peak_nbytes, searches)]),
         n_threads=fitted.n_workers,
         device=choice.device,
         device_reason=choice.reason,

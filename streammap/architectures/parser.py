@@ -30,6 +30,7 @@ _MERGED = (
     "config",
     "written",
     "caveat",
+    "unsigned",
     "numbered",
     "layout",
 )
@@ -248,6 +249,7 @@ def _joined(
             **dict.fromkeys(axes if untested else (), untested),
             **{axis: text for one in tables for axis, text in one.caveat.items() if text},
         },
+        unsigned={axis: text for one in tables for axis, text in one.unsigned.items() if text},
     )
 
 

@@ -348,6 +348,8 @@ class Architecture:
     """End of a key in the runtime layout of experts -> those of what it is made of on the hub."""
     caveats: Mapping[str, str]
     """Axis -> why a change of it is never exact."""
+    unsigned: Mapping[str, str]
+    """Axis -> why its units can't be negated, though all norms over it are RMSNorms."""
     unserved: str
     """Why a model of this config.json is not served, though its model_type is; "" where it is."""
 

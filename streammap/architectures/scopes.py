@@ -95,6 +95,7 @@ class ScopeTables:
     config: Mapping[ConfigField, Expression] = field(default_factory=dict)
     written: Mapping[OwnName, Mapping[ConfigField, WrittenValue]] = field(default_factory=dict)
     caveat: Mapping[OwnName, str | None] = field(default_factory=dict)
+    unsigned: Mapping[OwnName, str | None] = field(default_factory=dict)
     layout: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     unserved: str = ""
     numbered: Mapping[OwnName, Numbered] = field(default_factory=dict)

@@ -1,6 +1,8 @@
 """Help screens: options under headings, in the order of what people look for, with examples."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -10,15 +12,18 @@ ERROR_CODE = "streammap.error_code"
 SOURCE, OUTPUT, HUB, OTHER = "Source", "Output", "Hub", "Other"
 _LAST = (SOURCE, OUTPUT, HUB, "Resources", OTHER)
 """Headings that stand last, in this order; those of an operator's own options stand before."""
+_WORDS = re.compile(r"[a-z][a-z0-9_]*(,[a-z][a-z0-9_]*)*")
 
 
 class Option(click.Option):
     """An option with a heading."""
 
-    def __init__(self, *args: Any, group: str = OTHER, **kwargs: Any) -> None:
-        """`group` is the heading."""
+    def __init__(self, *args: Any, group: str = OTHER, bare: str | None = None, **kwargs: Any):
+        """`group` is the heading; `bare` what the option means without a value, if it may."""
+        if bare is not None:
+            kwargs |= {"is_flag": False, "flag_value": bare}
         super().__init__(*args, **kwargs)
-        self.group = group
+        self.group, self.has_bare_value = group, bare is not None
 
     def get_help_extra(self, ctx: click.Context) -> Any:
         """Default and "required"; a lower bound of 1 goes without saying."""
@@ -34,6 +39,21 @@ class Command(click.Command):
         """`examples` are command lines without the program's name."""
         super().__init__(*args, **kwargs)
         self.examples = tuple(examples)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Give options that need no value the one that they mean, where none follows them."""
+        bare = {
+            name: parameter.flag_value
+            for parameter in self.params
+            if isinstance(parameter, Option) and parameter.has_bare_value
+            for name in parameter.opts
+        }
+        following = [*args, ""][1:]
+        made = [
+            f"{arg}={bare[arg]}" if arg in bare and not _is_word(after) else arg
+            for arg, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, made)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, heading by heading."""
@@ -72,6 +92,11 @@ def write_examples(examples: Sequence[str], formatter: click.HelpFormatter) -> N
         with formatter.section("Examples"):
             for line in examples:
                 formatter.write(f"{'':>{formatter.current_indent}}streammap {line}\n")
+
+
+def _is_word(text: str) -> bool:
+    """Whether a text is the value of an option that needs none: words, and no file or folder."""
+    return _WORDS.fullmatch(text) is not None and not Path(text).exists()
 
 
 def _place(heading: str) -> int:

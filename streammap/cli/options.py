@@ -119,6 +119,7 @@ def _parameter(one: Declared, prefix: str) -> click.Parameter:
     return Option(
         names,
         type=typed,
+        bare=one.kind.bare,
         **({"default": one.default, "show_default": True} if has_default else {}),
         required=one.is_required,
         multiple=form == "many",

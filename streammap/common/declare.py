@@ -51,6 +51,8 @@ class Kind:
 
     form: Form = "text"
     choices: tuple[str, ...] = ()
+    bare: str | None = None
+    """What the option means on a command line without a value; None where it needs one."""
     in_json: bool = True
     """Whether records hold it."""
     from_file: bool = False

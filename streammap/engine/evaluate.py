@@ -37,6 +37,7 @@ def read_tensor(
         PlanError: an `out` of another shape or given with a dtype or device; not a region.
         CheckpointError: a source can't be read.
     """
+    plan.check_settled()
     form = plan.form(key)
     wanted = regions.parse(() if region is None else region, form.spec.shape, key=key)
     shape = tuple(end - start for start, end in wanted)

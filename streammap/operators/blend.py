@@ -13,13 +13,14 @@ arithmetic); Tian et al., WSM, arXiv:2507.17634 (decay).
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 from streammap.common.declare import Choice, Real, Whole
 from streammap.errors import PlanError, some
 from streammap.operators.declare import (
+    Apply,
     Input,
     Operator,
     PlanLike,
@@ -30,6 +31,7 @@ from streammap.operators.declare import (
 )
 from streammap.operators.merge_options import DTYPES, Each, Shared, Slices
 from streammap.operators.numbers import ByPlace, PerSource, SettingLike
+from streammap.operators.ordering.align import AlignLike, Axes, aligned
 from streammap.planning.matching import frame
 from streammap.planning.merging import merge, settings
 from streammap.planning.merging.merge import Recipe
@@ -57,6 +59,7 @@ class Blend(Operator):
         "blend llama/ -o deep/ --slices '[[0, 0, 24], [0, 8, 32]]'",
         "blend a/ b/ -o between/ --method slerp --t 0.5",
         "blend code/ maths/ -o both/ --base llama/ --method ties --density 0.5",
+        "blend code/ maths/ -o both/ --align",
         "blend config.yml -o merged/",
     )
 
@@ -125,6 +128,14 @@ class Blend(Operator):
         help="Give a tied head a tensor of its own, where only some have that.",
         group=_WEIGHTS,
     )
+    align: AlignLike = option(
+        default=None,
+        help="Put the units of the others in the order of SRC first, of all in that of a base: "
+        "all units, or those of some axes (mlp,heads).",
+        group=_WEIGHTS,
+        kind=Axes(),
+        metavar="[AXES]",
+    )
     method: str | None = option(
         default=None,
         help="linear, slerp, karcher, model_stock, ties, dare_ties ...; by default, what the other "
@@ -181,6 +192,34 @@ class Blend(Operator):
             )
         if self.base is None and self.lambda_ is not None:
             raise PlanError("--lambda needs --base BASE", hint="give both, or neither")
+
+    def arranged(  # type: ignore[override]
+        self,
+        apply: Apply,
+        source: Plan,
+        *,
+        others: tuple[Plan, ...] = (),
+        base: Plan | None = None,
+    ) -> tuple[Operator, Plan, Mapping[str, object]]:
+        """With all units in the order of the first, or of the base, where that is asked for."""
+        inputs = {"others": others, **({} if base is None else {"base": base})}
+        if self.align is None:
+            return self, source, inputs
+        if self.slices is not None:
+            raise PlanError(
+                "--align and --slices: stacked layers have none that they stand beside",
+                hint="align checkpoints first, with `streammap align`, and stack the results",
+            )
+        if base is None and not others:
+            raise PlanError("--align: one checkpoint", hint="give those to align with it")
+        moved = others if base is None else (source, *others)
+        names = _names((source, *others))[-len(moved) :]
+        plans = dict(zip(names, moved, strict=True))
+        made = tuple(aligned(apply, self.align, base or source, plans).values())
+        alone = replace(self, align=None)
+        if base is None:
+            return alone, source, {"others": made}
+        return alone, made[0], {"others": made[1:], "base": base}
 
     def plan(
         self, source: Plan, *, others: tuple[Plan, ...] = (), base: Plan | None = None
@@ -352,8 +391,16 @@ def decay_weights(shape: Decay, n: int) -> list[float]:
 
 def _names(plans: Sequence[Plan]) -> list[str]:
     """What messages call the sources: the names of their folders, numbered where they are equal."""
-    names = [" + ".join(dict.fromkeys(s.name for s in plan.sources)) for plan in plans]
+    names = [" + ".join(_read_by(plan)) for plan in plans]
     return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
+
+
+def _read_by(plan: Plan) -> Iterable[str]:
+    """The sources whose tensors a plan reads: not one that it was only aligned with."""
+    if len(plan.sources) == 1:
+        return [plan.sources[0].name]
+    read = {id(load.source) for form in plan.targets.values() for load in form.loads()}
+    return dict.fromkeys(source.name for source in plan.sources if id(source) in read)
 
 
 def _told(recipe: Recipe, names: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ plan that was made by other means has no record: its `request` is None.
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
@@ -22,11 +22,13 @@ from streammap.operators.declare import Operator, PlanLike, inputs_of, is_adapte
 from streammap.operators.recipes import mergekit
 from streammap.planning import map_file, plan
 from streammap.planning.map_file import MapLevel
-from streammap.planning.plan import Plan
+from streammap.planning.plan import Find, Pending, Plan, Search
 from streammap.planning.request import MapDigests, OperatorCall
 
 View = Callable[[Plan], Plan]
 """What is taken of an opened model."""
+Plans = dict[str, "Plan | tuple[Plan, ...]"]
+"""Name of an input -> its plan, or those of several."""
 
 
 def open_source(
@@ -123,7 +125,7 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
             f"{operator.name} of a plan with its optimizer's state",
             hint="take the state along last: it then goes through all operators",
         )
-    plans: dict[str, Plan | tuple[Plan, ...]] = {}
+    plans: Plans = {}
     for one in inputs_of(operator):
         value, adapter = getattr(operator, one.name), is_adapter(one)
         if isinstance(value, tuple):
@@ -133,6 +135,7 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
     values, named = settled(operator, source), _here(declare.named_files(operator))
     operator = replace(operator, **values) if values else operator  # type: ignore[type-var]
     try:
+        operator, source, plans = _arranged(operator, source, plans, stream=stream)
         operator = operator.completed(source, **plans)
         made = operator.plan(source, **plans)
     except ArchitectureError as error:
@@ -143,19 +146,68 @@ def apply(operator: Operator, source: Plan, *, stream: bool = False) -> Plan:
         raise ArchitectureError(error.message, hint=hint) from error
     if made is source:
         return source  # its record says all
-    inputs = [
-        one for given in plans.values() for one in (given if isinstance(given, tuple) else (given,))
-    ]
-    named = tuple(
-        dict.fromkeys((*named, *(path for one in (source, *inputs) for path in one.named)))
-    )
-    made = replace(made, named=named)
+    inputs = (source, *_each(plans))
+    named = tuple(dict.fromkeys((*named, *(path for one in inputs for path in one.named))))
+    made = replace(made, named=named, pending=_pending(operator, source, plans))
     return made.with_request(_recorded(operator, {"source": source, **plans}))
 
 
-def _recorded(
-    operator: Operator, plans: Mapping[str, Plan | tuple[Plan, ...]]
-) -> OperatorCall | None:
+def _arranged(
+    operator: Operator, source: Plan, plans: Plans, *, stream: bool
+) -> tuple[Operator, Plan, Plans]:
+    made, first, inputs = operator.arranged(partial(apply, stream=stream), source, **plans)
+    return made, first, dict(inputs)
+
+
+def _pending(operator: Operator, source: Plan, plans: Plans) -> Pending | None:
+    """What has to be found before a plan can be run; None where nothing has to."""
+    waiting = [one.pending for one in (source, *_each(plans)) if one.pending is not None]
+    if waiting:
+        searches = tuple(dict.fromkeys(search for one in waiting for search in one.searches))
+        return _Again(operator, source, plans, searches)
+    search = operator.search(source, **plans)
+    return None if search is None else _Again(operator, source, plans, (search,))
+
+
+@final
+class _Again(Pending):
+    """An operator that is applied again once what it needs is found."""
+
+    def __init__(
+        self, operator: Operator, source: Plan, plans: Plans, searches: tuple[Search, ...]
+    ) -> None:
+        self._operator, self._source, self._plans = operator, source, plans
+        self.searches = searches
+
+    def settled(self, find: Find) -> Plan:
+        """See Pending: the inputs first, then the operator's own search."""
+        if self.known is not None:
+            return self.known
+        source = _settled(self._source, find)
+        plans: Plans = {
+            name: tuple(_settled(one, find) for one in given)
+            if isinstance(given, tuple)
+            else _settled(given, find)
+            for name, given in self._plans.items()
+        }
+        operator = self._operator
+        search = operator.search(source, **plans)
+        if search is not None:
+            operator = operator.found(find(search))
+        self.known = apply(replace(operator, **plans), source)  # type: ignore[type-var]
+        return self.known
+
+
+def _settled(plan: Plan, find: Find) -> Plan:
+    return plan if plan.pending is None else plan.pending.settled(find)
+
+
+def _each(plans: Plans) -> Iterator[Plan]:
+    for given in plans.values():
+        yield from given if isinstance(given, tuple) else (given,)
+
+
+def _recorded(operator: Operator, plans: Plans) -> OperatorCall | None:
     """The call that made a plan; None where one of its inputs has no record."""
     inputs: dict[str, OperatorCall | tuple[OperatorCall, ...]] = {}
     for name, given in plans.items():

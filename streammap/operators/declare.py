@@ -16,7 +16,7 @@ records that `apply` and `verify --recompute` can repeat. Inputs beside the sour
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Union, final
 
@@ -33,9 +33,11 @@ from streammap.common.declare import (
 from streammap.errors import PlanError
 
 if TYPE_CHECKING:  # help texts need the declarations alone
-    from streammap.planning.plan import Plan
+    from streammap.planning.map_file import MapLevel
+    from streammap.planning.plan import Plan, Search
 
 __all__ = [
+    "Apply",
     "HasPlan",
     "Input",
     "Operator",
@@ -61,6 +63,10 @@ PlanLike = Union[str, Path, "Plan", HasPlan]  # one of them is not imported
 """A checkpoint as an operator's input: where it is, or what was opened or planned."""
 
 
+Apply = Callable[["Operator", "Plan"], "Plan"]
+"""Makes the plan of an operator, with its record."""
+
+
 class Operator(ABC):
     """Turns plans into a plan. Subclasses are `declared`; they are values and never change."""
 
@@ -76,6 +82,23 @@ class Operator(ABC):
     def completed(self, source: "Plan", *more: Any, **inputs: Any) -> "Operator":
         """The operator with what it finds for itself, which its record has to hold."""
         return self
+
+    def arranged(
+        self, apply: "Apply", source: "Plan", **inputs: Any
+    ) -> "tuple[Operator, Plan, Mapping[str, Any]]":
+        """The operator and its inputs, where these are to be changed by operators of their own.
+
+        Their records hold those, so that what is asked for here is left out of this one's.
+        """
+        return self, source, inputs
+
+    def search(self, source: "Plan", *more: Any, **inputs: Any) -> "Search | None":
+        """What has to be found by reading before it can be run; None where nothing has to."""
+        return None
+
+    def found(self, level: "MapLevel") -> "Operator":
+        """The operator with what its search found."""
+        raise NotImplementedError
 
     @abstractmethod
     def plan(self, source: "Plan", *more: Any, **inputs: Any) -> "Plan":

@@ -3,13 +3,22 @@
 Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from streammap.errors import PlanError
-from streammap.operators.declare import Input, Operator, PlanLike, argument, declared, option
+from streammap.operators.declare import (
+    Apply,
+    Input,
+    Operator,
+    PlanLike,
+    argument,
+    declared,
+    option,
+)
 from streammap.operators.numbers import Alpha, SettingLike
+from streammap.operators.ordering.align import AlignLike, Axes, aligned
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.matching import frame
@@ -48,6 +57,23 @@ class Interpolate(Operator):
         help="Give a tied head a tensor of its own, where only one of the two has that.",
         group="Blend",
     )
+
+    align: AlignLike = option(
+        default=None,
+        help="Put the units of TGT in the order of SRC first: all, or those of some axes.",
+        group="Blend",
+        kind=Axes(),
+        metavar="[AXES]",
+    )
+
+    def arranged(  # type: ignore[override]
+        self, apply: Apply, source: Plan, *, target: Plan
+    ) -> tuple[Operator, Plan, Mapping[str, Plan]]:
+        """With the target's units in the source's order, where that is asked for."""
+        if self.align is None:
+            return self, source, {"target": target}
+        made = aligned(apply, self.align, source, {"the target": target})
+        return replace(self, align=None), source, {"target": made["the target"]}
 
     def plan(self, source: Plan, *, target: Plan) -> Plan:
         """The blended plan, in the frame of `target`: its names, dtypes, config.json and files.

@@ -1,7 +1,8 @@
 """Where a result goes: a folder or file of this machine, a URL, or a repository of the Hub."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from streammap.common.events import Listener
 from streammap.engine.options import Engine
+from streammap.engine.searching import settle
 from streammap.errors import CheckpointError, OutputError
 from streammap.io import filenames
 from streammap.io.storage import hub_name, resolve
 from streammap.io.storage.base import Sink
 from streammap.io.storage.resolve import PathLike
-from streammap.output import place, run, side_files
+from streammap.output import place, run, side_files, transaction, work_folder
 from streammap.output.loading import class_check
 from streammap.output.options import OutputOptions
 from streammap.output.run import Report
@@ -39,8 +41,10 @@ def save(plan: Plan, output: PathLike, options: SaveOptions, *, card: Card) -> R
     class_check.check(plan, options.class_check)
     where = OutputOptions(resolve.local_path(output), options)
     if resolve.is_url(output):
+        plan = settle.settled(plan, options)
         return _send(plan, _sink(plan, str(output), where, card), where, options.progress)
-    return run.run(plan, where, options.progress)
+    with _settled(plan, where) as found:
+        return run.run(found, where, options.progress)
 
 
 def check(plan: Plan, output: PathLike | None) -> None:
@@ -69,10 +73,33 @@ def push(plan: Plan, repo: str, options: PushOptions, *, card: Card) -> Report:
     """
     class_check.check(plan, options.class_check)
     where = OutputOptions(Path(), options)
+    plan = settle.settled(plan, options)
     from streammap.io.storage.hub_sink import MESSAGE, Push
 
     to = Push(repo, options.branch, options.private, options.message or MESSAGE)
     return _send(plan, _hub(plan, to, where, card), where, options.progress)
+
+
+@contextlib.contextmanager
+def _settled(plan: Plan, where: OutputOptions) -> Iterator[Plan]:
+    """The plan with what has to be found; it is kept in the work folder while that is there."""
+    if plan.pending is None:
+        yield plan
+        return
+    folder = work_folder.path_for(where.path, is_file=where.is_file)
+    transaction.check_place(plan, where)
+    run.fit(plan, where.save, where.ranks)
+    if where.save.restart:
+        for path in folder.glob(work_folder.FOUND):
+            path.unlink(missing_ok=True)
+    missing = [above for above in (folder, *folder.parents) if not above.exists()]
+    try:
+        yield settle.settled(plan, where.save, folder=folder)
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):  # of a run that can be resumed
+                path.rmdir()
+        raise
 
 
 def _check_name(output: PathLike) -> None:

@@ -142,6 +142,7 @@ def run(
         OutputError: the place is taken, too small, or can't be written.
         CheckpointError: a source changed or can't be read.
     """
+    plan.check_settled()
     started, cpu_started = time.perf_counter(), time.process_time()
     ranks = options.ranks
     fitted, choice = fit(plan, options.save, ranks), device(plan, options.save, ranks)

@@ -104,7 +104,7 @@ def run(
     """
     path = work_folder.path_for(options.path, is_file=options.is_file)
     side = tuple(side_files.collect(plan, single=options.single))
-    _check_place(plan, options, path)
+    check_place(plan, options)
     names = [*(s.name for s in shards), *(file.name for file in side), options.record]
     place.check_names(options.folder, names)
     if not options.may_replace_sources:
@@ -191,7 +191,7 @@ class _Transaction:
     def _begin(self) -> Commit | None:
         """Look at what is there; gives the commit that an earlier run began."""
         # A second look, now that the folder is locked: another run may have ended meanwhile.
-        _check_place(self._plan, self._options, self._work.path)
+        check_place(self._plan, self._options)
         if self._options.save.restart:
             if self._work.is_marked:
                 # What is in place is half of a result: none that could be kept.
@@ -413,7 +413,13 @@ class _Transaction:
         return True
 
 
-def _check_place(plan: Plan, options: OutputOptions, work: Path) -> None:
+def check_place(plan: Plan, options: OutputOptions) -> None:
+    """Refuse a place that is taken, or that holds a source.
+
+    Raises:
+        OutputError: saying what is there.
+    """
+    work = work_folder.path_for(options.path, is_file=options.is_file)
     sources = [] if options.may_replace_sources else [p for s in plan.sources for p in s.paths]
     is_half = WorkFolder(work).is_marked
     place.check_place(

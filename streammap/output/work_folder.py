@@ -3,6 +3,7 @@
     OUT/.streammap-run/            of a folder
     .NAME.streammap-run/           beside a single file NAME
         lock                       held by the run at work (flock: released by a crash)
+        *.found.map.safetensors    orders that a search found, see engine/searching/settle.py
         journal.jsonl              which tensors are durable, see journal.py
         ranks/                     messages between the processes of a launch, see coordination.py
         files/                     shards and side files, under their final names
@@ -25,6 +26,7 @@ from streammap.io import filenames
 SUFFIX, MARK = filenames.WORK_SUFFIX, filenames.COMMIT_MARK
 FILES, LOCK, RANKS = "files", "lock", "ranks"
 JOURNALS = "journal*.jsonl"
+FOUND = "*.found.map.safetensors"
 RESTART = "pass --restart to start over"
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of file systems without locks."""
@@ -99,8 +101,8 @@ class WorkFolder:
                     entry.unlink()
 
     def start_over(self) -> None:
-        """Discard what an earlier run left."""
-        self._clear(LOCK, RANKS)
+        """Discard what an earlier run left, but for what it found out before it began."""
+        self._clear(LOCK, RANKS, *(path.name for path in self.path.glob(FOUND)))
         make(self.files, [])
         self.keep_on_exit = False
 

@@ -280,6 +280,14 @@ def without_zeros(m: AxisMap) -> AxisMap:
     return BlockMap(rows, m.n_in_blocks, m.block)
 
 
+def without_signs(m: AxisMap) -> AxisMap:
+    """The same map with the size of each coefficient."""
+    if isinstance(m, DenseMap):
+        return DenseMap(m.matrix.abs())
+    rows = tuple(tuple((j, abs(value)) for j, value in row) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
+
+
 def scaled(m: AxisMap, factor: float) -> AxisMap:
     """`factor` times m."""
     if isinstance(m, DenseMap):

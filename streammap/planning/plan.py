@@ -5,7 +5,8 @@ the side files, what was done (`steps`) and what that guarantees. It is data: th
 tensors. Operators take plans and give plans, and a chain of them is one plan.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, final
@@ -42,6 +43,49 @@ class Step:
     """What a user might not expect: heads in no group, entries that are not used."""
     axes: Mapping[str, tuple[Promise, str]] = field(default_factory=dict)
     """Axis -> what its change promises, and why."""
+
+
+class Search(ABC):
+    """What is found by reading tensors, before a run begins."""
+
+    @property
+    @abstractmethod
+    def pass_nbytes(self) -> int:
+        """Bytes that one pass reads."""
+
+    @property
+    @abstractmethod
+    def peak_nbytes(self) -> int:
+        """Memory that the search takes, on top of what any run takes, at most."""
+
+    @property
+    @abstractmethod
+    def largest(self) -> str:
+        """What takes most of it, in words."""
+
+    @abstractmethod
+    def told(self) -> tuple[str, ...]:
+        """What it does and takes, for plans."""
+
+
+Find = Callable[[Search], MapLevel]
+"""Makes a search."""
+
+
+class Pending(ABC):
+    """What has to be found by reading before a plan can be run: it was made with stand-ins.
+
+    A plan that is made of such a one is pending too. `engine/searching` finds it.
+    """
+
+    searches: tuple[Search, ...] = ()
+    """Those that are known before any is done."""
+    known: "Plan | None" = None
+    """The plan with what was found, once it was."""
+
+    @abstractmethod
+    def settled(self, find: Find) -> "Plan":
+        """The plan with what is found."""
 
 
 @final
@@ -122,6 +166,8 @@ class Plan:
     """The optimizer's state that is among the tensors; None where there is none."""
     request: OperatorCall | None = None
     """What was asked; None where it was made by other means than operators/calls.py."""
+    pending: Pending | None = None
+    """What has to be found before it can be run; None where nothing has to."""
     resolved: Resolved = field(default_factory=Resolved, repr=False)
 
     def __repr__(self) -> str:
@@ -200,7 +246,9 @@ class Plan:
             for source in self.sources
             if source.wrappers
         ]
-        told = (note for step in self.steps for note in step.notes)
+        told = [note for step in self.steps for note in step.notes]
+        if self.pending is not None:
+            told += [note for search in self.pending.searches for note in search.told()]
         return tuple(dict.fromkeys((*odd, *left, *wrapped, *told)))
 
     @property
@@ -217,6 +265,18 @@ class Plan:
                 for note in source.notes:  # a tensor that a shard lacks, say, may be the cause
                     error.add_note(f"{source.name}: {note}")
             raise
+
+    def check_settled(self) -> None:
+        """Refuse to be run with stand-ins.
+
+        Raises:
+            PlanError: something has to be found first.
+        """
+        if self.pending is not None:
+            raise PlanError(
+                "this plan needs a search first, which was not made",
+                hint="streammap.engine.searching.settle.settled(plan, options) makes it",
+            )
 
     def with_request(self, request: OperatorCall | None) -> "Plan":
         """The same plan with its record."""

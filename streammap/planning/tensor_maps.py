@@ -79,6 +79,8 @@ class AxisChange:
     """Layer of the result -> the maps of axes that have others in each; they are not in `pairs`."""
     families: Mapping[str, Mapping[str, AxisMap]] = field(default_factory=dict)
     """Family -> depth axis -> R or G of its tensors, where it is another one than in `layers`."""
+    signed: bool = False
+    """Whether maps negate units. A norm is odd in each, so that its gain takes no sign."""
 
 
 def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
@@ -141,6 +143,8 @@ class Remapping:
         self._hidden = axis_facts.names_of(model, model.architecture.spaces.get("hidden", ()))
         self._inverted: dict[int, tuple[AxisMap, list[list[tuple[int, float]]]]] = {}
         """By identity; the map is kept, so that no other one gets its id."""
+        self._sizes_of: dict[int, tuple[AxisMap, AxisMap]] = {}
+        """The same for maps without their signs."""
         self.n_after = 0
         """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""
 
@@ -486,11 +490,18 @@ class Remapping:
         if fill is not None and (role == "out" or fill.both):
             return fill.map
         m = here.maps.of(dim.expression, role)
+        if m is not None and self._change.signed and family.rule.norm is not None:
+            m = self._unsigned(m)
         if m is not None and role == "keep" and not self._is_stack(dim):
             raise ArchitectureError(
                 f"{family.name}: {dim.text} is resized, but its dimension has no role in the spec"
             )
         return m
+
+    def _unsigned(self, m: AxisMap) -> AxisMap:
+        if id(m) not in self._sizes_of:
+            self._sizes_of[id(m)] = m, maps.without_signs(m)
+        return self._sizes_of[id(m)][1]
 
     def _is_stack(self, dim: DimSpec) -> bool:
         """Whether a dimension without a role is a stack of layers or experts."""

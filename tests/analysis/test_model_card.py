@@ -8,7 +8,7 @@ import streammap
 from streammap.analysis import model_card
 from streammap.api import LazyCheckpoint
 from streammap.engine.options import Engine
-from streammap.operators.permute import Permute
+from streammap.operators.ordering.permute import Permute
 from tests.support import tiny
 
 SIZES = tiny.Sizes(heads=4, layers=4)

@@ -43,6 +43,7 @@ lazy = {
     "tokens": lambda: big.convert(vocab_multiple=64, vocab_rows="normal"),
     "optimizer": lambda: big.coalesce(width=2, depth=2).carry_optimizer(),
     "blend": lambda: big.blend(*(streammap.open(folder) for _ in range(9))),
+    "align": lambda: big.blend(streammap.open(folder), align=True),
 }[what]()
 report = lazy.save(folder + "-" + what, fsync=False, overwrite=True, **options)
 print(json.dumps([report.peak_nbytes - before, report.planned_nbytes, report.peak_nbytes]))
@@ -190,6 +191,26 @@ def test_a_blend_of_ten_stays_in_32_mib(tmp_path: Path) -> None:
     write_gpt2(tmp_path / "big", vocab=50_000, dtype="BF16")
     added, planned, _ = run(tmp_path / "big", "blend", memory="32MiB")
     assert added <= planned <= 32 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("embed", [64, 640])
+def test_aligning_takes_what_the_plan_says(tmp_path: Path, embed: int) -> None:
+    """With embed 640, 2560 neurons: 50 MiB of similarities."""
+    pytest.importorskip("scipy.optimize")
+    write_gpt2(tmp_path / "big", vocab=30_000, layers=2, embed=embed)
+    with pytest.raises(RuntimeError, match="aligning takes at least") as refused:
+        run(tmp_path / "big", "align", memory="80MiB")
+    least = least_of(refused.value)
+    said = json.loads(_planned(tmp_path / "big"))
+    added, _, _ = run(tmp_path / "big", "align", memory=least)
+    assert added <= said <= int(least.removesuffix("MiB")) * MIB
+
+
+def _planned(folder: Path) -> str:
+    """Bytes that a plan says aligning takes."""
+    big = streammap.open(folder)
+    return str(big.blend(streammap.open(folder), align=True).summary(memory="1GiB").peak_nbytes)
 
 
 @pytest.mark.slow

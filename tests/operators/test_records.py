@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import streammap
 from streammap.errors import PlanError, SchemeError, StreammapError
 from streammap.operators import calls, registry, request_json
-from streammap.operators.permute import Permute
+from streammap.operators.ordering.permute import Permute
 from streammap.planning.request import OperatorCall
 from tests.support import tiny
 from tests.support.typed import ok, run

@@ -27,6 +27,7 @@ LANGUAGES = {"console", "python", "bash"}
 
 
 LONG = (
+    "docs/blending.md",
     "docs/object-stores.md",
     "docs/lora.md",
     "docs/quantised.md",

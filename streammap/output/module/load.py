@@ -107,6 +107,7 @@ def load(plan: Plan, module: nn.Module, options: LoadOptions, listener: Listener
         OutputError: the memory is too little.
         CheckpointError: a source can't be read.
     """
+    plan.check_settled()
     started = time.perf_counter()
     plan = plan.without_optimizer
     model = parameters.unwrapped(module)

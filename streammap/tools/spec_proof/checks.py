@@ -34,7 +34,8 @@ from streammap.architectures import config_fields, registry
 from streammap.architectures.schema import AxisKind, TinyModel
 from streammap.errors import ArchitectureError, PlanError, StreammapError, some
 from streammap.operators.kinds import RequestLike
-from streammap.operators.permute import Permute
+from streammap.operators.ordering.permute import Permute
+from streammap.planning.ordering import units
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
 from streammap.tools.spec_proof import missing_lists, tiny_models
@@ -210,7 +211,7 @@ class _Proof:
         return kept
 
     def permutation(self) -> float | None:
-        """Every width, and the experts, in random order."""
+        """Every width, and the experts, in random order; hidden units with random signs."""
         return self._same(
             lambda: self._permuted(()),
             lambda axis: self._permuted((axis,)),
@@ -339,7 +340,10 @@ class _Proof:
         return {"width": 2, "grouping": grouping}
 
     def _permuted(self, only: tuple[str, ...]) -> LazyCheckpoint:
-        operator = Permute(seed=0, only=only, without=self._model.exempt)
+        model = self._source.plan.model
+        chosen = [axis for axis in only or model.sizes if axis not in self._model.exempt]
+        signed = any(units.takes_signs(model, axis) for axis in chosen)
+        operator = Permute(seed=0, only=only, without=self._model.exempt, signed=signed)
         return self._source.apply(operator)
 
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:

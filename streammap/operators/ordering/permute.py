@@ -8,7 +8,6 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
-from streammap.architectures import config_fields
 from streammap.architectures.axis_facts import Layer
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Axis
@@ -17,7 +16,8 @@ from streammap.errors import PlanError
 from streammap.operators.declare import Operator, declared, option
 from streammap.planning import maps, planner
 from streammap.planning.by_layer import layered
-from streammap.planning.maps import BlockMap
+from streammap.planning.maps import BlockMap, MapPair
+from streammap.planning.ordering import units
 from streammap.planning.plan import Plan, Step
 from streammap.planning.tensor_maps import AxisChange
 
@@ -41,6 +41,9 @@ class Permute(Operator):
     each_layer: bool = option(
         default=False, help="Another order in each layer, for what lies inside of layers."
     )
+    signed: bool = option(
+        default=False, help="Negate hidden units too, at random, where all norms allow it."
+    )
 
     def plan(self, source: Plan) -> Plan:
         """The permuted plan.
@@ -52,30 +55,49 @@ class Permute(Operator):
         self._check_axes(model)
         chosen = dict(self._maps(model, random.Random(self.seed)))
         by_axis = self._by_layer(model, chosen) if self.each_layer else {}
+        negated = self._negated(model, chosen) if self.signed else {}
         pairs = {name: maps.pair_of(m) for name, m in chosen.items() if name not in by_axis}
-        options = {"seed": self.seed, **({"each_layer": True} if self.each_layer else {})}
+        pairs |= {name: MapPair(m, m) for name, m in negated.items()}
+        options: dict[str, object] = {"seed": self.seed}
+        options |= {name: True for name in ("each_layer", "signed") if getattr(self, name)}
         step = Step(self.name, options, "exact", "units change places")
         by_layer = layered.change(model, by_axis)
-        change = AxisChange(pairs, {}, {}, "exact", 1.0, by_layer=by_layer)
+        change = AxisChange(pairs, {}, {}, "exact", 1.0, by_layer=by_layer, signed=self.signed)
         return planner.remap(source, change, step)
 
     def _by_layer(
         self, model: Model, chosen: Mapping[str, BlockMap]
     ) -> dict[str, dict[Layer, BlockMap]]:
         """Axis -> layer -> its order, for the axes that may differ and all that goes with them."""
-        lying = {axis: layered.lies(model, axis) for axis in chosen}
-        free = {axis for axis, found in lying.items() if found.layers and found.shared is None}
-        for shared in model.architecture.shared_heads:
-            pair = {shared.heads, shared.kv} & chosen.keys()
-            if not pair <= free or len({lying[axis].layers for axis in pair}) > 1:
-                free -= pair
-        layers = sorted({layer for axis in free for layer in lying[axis].layers})
-        found: dict[str, dict[Layer, BlockMap]] = {axis: {} for axis in free}
+        lying = units.by_layer(model, chosen)
+        layers = sorted({layer for there in lying.values() for layer in there})
+        found: dict[str, dict[Layer, BlockMap]] = {axis: {} for axis in lying}
         for depth, number in layers:
             source = random.Random(f"{self.seed} {depth} {number}")
             for axis, m in self._maps(model, source):
-                if axis in free and (depth, number) in lying[axis].layers:
+                if (depth, number) in lying.get(axis, ()):
                     found[axis][depth, number] = m
+        return found
+
+    def _negated(self, model: Model, chosen: Mapping[str, BlockMap]) -> dict[str, BlockMap]:
+        """Axis -> its order with a random sign of each unit, for those that may have one.
+
+        Raises:
+            PlanError: no chosen axis may.
+        """
+        source = random.Random(f"{self.seed} signs")
+        found = {
+            axis: BlockMap(
+                tuple(((row[0][0], source.choice((1.0, -1.0))),) for row in m.rows), m.n_in
+            )
+            for axis, m in chosen.items()
+            if units.takes_signs(model, axis)
+        }
+        if not found:
+            raise PlanError(
+                f"--signed: no units of {model.name} may be negated",
+                hint="hidden units may, where all their norms are RMSNorms; leave --signed out",
+            )
         return found
 
     def _check_axes(self, model: Model) -> None:
@@ -87,9 +109,7 @@ class Permute(Operator):
                 )
 
     def _maps(self, model: Model, source: random.Random) -> Iterable[tuple[str, BlockMap]]:
-        of_heads: dict[str, list[str]] = {}
-        for shared in model.architecture.shared_heads:
-            of_heads.setdefault(shared.heads, []).append(shared.kv)
+        of_heads = units.sharing(model)
         made: dict[str, list[int]] = {}
         for axis in model.architecture.axes.values():
             if not self._is_free(model, axis) or axis.name in of_heads:
@@ -128,16 +148,12 @@ class Permute(Operator):
 
     def _places(self, model: Model, axis: Axis, source: random.Random) -> list[int]:
         size = model.sizes[axis.name]
-        about = model.architecture.experts.get(axis.name)
-        n_groups = 1
-        if about is not None and about.groups is not None:
-            value = config_fields.field_value(model.config, about.groups)
-            n_groups = value if isinstance(value, int) and value and size % value == 0 else 1
+        n_groups = units.n_groups(model, axis.name)
         inside = size // n_groups
         order = source.sample(range(n_groups), n_groups)
         return [g * inside + j for g in order for j in source.sample(range(inside), inside)]
 
     def _is_free(self, model: Model, axis: Axis) -> bool:
-        if axis.kind not in ("width", "expert") or not model.sizes.get(axis.name):
+        if not units.is_movable(model, axis):
             return False
         return axis.name not in self.without and (not self.only or axis.name in self.only)

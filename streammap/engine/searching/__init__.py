@@ -1,0 +1,1 @@
+"""What is found by reading before a run begins: orders of units."""

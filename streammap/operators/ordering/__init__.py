@@ -1,0 +1,1 @@
+"""Operators that put units in another order."""
