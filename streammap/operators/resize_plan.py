@@ -17,7 +17,7 @@ from streammap.architectures.model import Model
 from streammap.errors import PlanError
 from streammap.operators import map_lookup, resize_parts
 from streammap.operators.resize_options import Resize
-from streammap.operators.resize_parts import Part
+from streammap.operators.resize_parts import Copies, Part
 from streammap.planning import exactness, maps, planner, requests
 from streammap.planning.axis_maps import ResizeRequest
 from streammap.planning.by_layer import asked
@@ -43,6 +43,7 @@ def plan(
     head_dim: int | None = None,
     new_layers: NewLayers = "copy",
     blends: bool = False,
+    copies: Copies = Copies(),  # noqa: B008 (a value that never changes)
 ) -> Plan:
     """The resized plan.
 
@@ -52,12 +53,13 @@ def plan(
         head_dim: New size of a head, larger than before.
         new_layers: Whether added layers are copies, which run twice, or zero-initialised.
         blends: Whether the result is blended with the target, unit by unit.
+        copies: What tells them apart.
 
     Raises:
         SchemeError: groups that do not fit the model.
         PlanError: nothing to do, or a request that makes no sense.
     """
-    task = _Task(op, source, source.model, target, grows, head_dim, new_layers, blends)
+    task = _Task(op, source, source.model, target, grows, head_dim, new_layers, blends, copies)
     level, notes = task.level()
     return task.apply(level, notes)
 
@@ -75,6 +77,7 @@ class _Task:
     head_dim: int | None
     new_layers: NewLayers
     blends: bool
+    copies: Copies
 
     def level(self) -> tuple[MapLevel, list[str]]:
         """The maps to use, and notes on where they come from.
@@ -146,6 +149,8 @@ class _Task:
         notes: list[str] = []
         if groups is not None and groups.unused:
             notes.append(f"{', '.join(groups.unused)}: accepted, and not used")
+        if groups is not None and groups.copies and not self.grows:
+            notes.append(f"{', '.join(groups.copies)} of the scheme: for growing alone, not used")
         width, requested = self._requests()
         known = known if groups is not None else {}
         if self.target is not None:
@@ -280,7 +285,13 @@ class _Task:
         top_k = self._top_k({*chosen, *level.by_layer})
         everywhere = {axis: level.merging[axis] for axis in chosen}
         whole, *parts = resize_parts.made(
-            model, level, everywhere, grows=self.grows, rule=op.rule, top_k=top_k
+            model,
+            level,
+            everywhere,
+            grows=self.grows,
+            rule=op.rule,
+            top_k=top_k,
+            split=self.copies.split,
         )
         compensation = whole.compensation
         if head_size is not None:
@@ -309,8 +320,10 @@ class _Task:
         promise, reason = exactness.of_all(model, by_axis, reference=reference, untie=op.untie)
         options = self._options({**every, **layers}, parts)
         notes += resize_parts.notes(model, whole, parts)
-        if self.grows and not self.blends:
-            notes += resize_parts.twins(model, (whole, *parts))
+        twins = resize_parts.twins(model, (whole, *parts)) if self.grows else {}
+        apart = resize_parts.apart(model, (whole, *parts), self.copies, twins, fields)
+        if twins and apart.noise is None and not self.blends:
+            notes.append(resize_parts.twins_words(twins.values()))
         step = Step(op.name, options, promise, reason, tuple(notes), by_axis)
         change = AxisChange(
             pairs,
@@ -324,6 +337,7 @@ class _Task:
             fields,
             op.untie,
             {layer: part.change for part in parts for layer in part.layers},
+            apart,
         )
         filled = frozenset(axis for part in (whole, *parts) for axis in part.compensation.fills)
         kept = replace(level, filled=filled or level.filled)
@@ -443,6 +457,9 @@ class _Task:
         rare = {
             "head_dim": (self.head_dim, None),
             "kv_merge": (self.op.kv_merge, "mean"),
+            "noise": (self.copies.decibels, None),
+            "seed": (self.copies.seed, 0),
+            "split": (self.copies.split and self.copies.split.as_json(), None),
             "new_layers": (self.new_layers, "copy"),
             "top_k": (self.op.top_k, None),
             "untie": (self.op.untie, False),

@@ -19,6 +19,8 @@ from streammap.architectures.model import Family, Model, TiedHead
 from streammap.architectures.schema import Depth, DimSpec, Factor, Role
 from streammap.errors import ArchitectureError, PlanError, some
 from streammap.planning import graph, maps
+from streammap.planning.copies.apart import Apart, ApartRequest
+from streammap.planning.copies.noising import Grown
 from streammap.planning.dim_maps import DimMaps
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, MapPair
@@ -72,6 +74,8 @@ class AxisChange:
     """Whether a tied head gets a tensor of its own."""
     by_layer: Mapping[Layer, LayerChange] = field(default_factory=dict)
     """Layer of the result -> the maps of axes that have others in each; they are not in `pairs`."""
+    apart: ApartRequest = field(default_factory=ApartRequest)
+    """What tells copies apart."""
 
 
 def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
@@ -132,6 +136,9 @@ class Remapping:
         self._hidden = axis_facts.names_of(model, model.architecture.spaces.get("hidden", ()))
         self._inverted: dict[int, tuple[AxisMap, list[list[tuple[int, float]]]]] = {}
         """By identity; the map is kept, so that no other one gets its id."""
+        # Moments are of gradients, which copies have alike whatever their readers' noise.
+        apart = change.apart if self._moment is None else ApartRequest()
+        self.apart = Apart(model, apart, self._hidden, self._tied)
         self.n_after = 0
         """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""
 
@@ -247,7 +254,9 @@ class Remapping:
                     if name not in self._plan.targets:
                         factor = self._head_factor(tied)
                         factor = self._moment.factor(factor) if self._moment else factor
-                        made[name] = graph.scale(mapped, factor)
+                        grown = Grown.head(family, name, form, dims, factor)
+                        head = graph.scale(mapped, factor)
+                        made[name] = self.apart.made(head, grown, self._maps)
                     break
             made |= self._copies(tied, targets)
         return made
@@ -364,13 +373,16 @@ class Remapping:
             )
         offset = self._offset(family, key)
         is_compensated = factor != 1.0 or self._feeds(key) is not None or fill is not None
-        if not offset or not is_compensated:
-            return graph.scale(graph.map_dims(blended, dims), factor)
         # The gain of the norm is offset + weight (gemma: 1 + weight). What compensates it is meant
         # for the gain, so add the offset first and take it off the result. A plain mean or copy of
         # weights commutes with that, and is left alone: it can stay a copy of bytes.
-        shifted = graph.map_dims(graph.shift(blended, offset), dims)
-        return graph.shift(graph.scale(shifted, factor), -offset)
+        offset = offset if is_compensated else 0.0
+        whole = graph.shift(blended, offset) if offset else blended
+        made = graph.scale(graph.map_dims(whole, dims), factor)
+        if not silent:
+            grown = Grown(family, target, whole, dims, factor, offset)
+            made = self.apart.made(made, grown, here.maps)
+        return graph.shift(made, -offset) if offset else made
 
     def _offset(self, family: Family, key: str) -> float:
         """What a norm adds to its gain before it multiplies by it; gradients have no such part."""

@@ -34,6 +34,7 @@ LONG = (
     "docs/original.md",
     "docs/launchers.md",
     "docs/optimizer.md",
+    "docs/growing.md",
 )
 """Pages of many commands, each of which starts Python and torch anew: slow tests."""
 PROJECT_PAGE = "docs/package.md"
