@@ -136,7 +136,7 @@ class Remapping:
         self._hidden = axis_facts.names_of(model, model.architecture.spaces.get("hidden", ()))
         self._inverted: dict[int, tuple[AxisMap, list[list[tuple[int, float]]]]] = {}
         """By identity; the map is kept, so that no other one gets its id."""
-        # Moments are of gradients, which copies have alike whatever their readers' noise.
+        # Moments are of gradients, which noise is no part of.
         apart = change.apart if self._moment is None else ApartRequest()
         self.apart = Apart(model, apart, self._hidden, self._tied)
         self.n_after = 0
@@ -255,8 +255,7 @@ class Remapping:
                         factor = self._head_factor(tied)
                         factor = self._moment.factor(factor) if self._moment else factor
                         grown = Grown.head(family, name, form, dims, factor)
-                        head = graph.scale(mapped, factor)
-                        made[name] = self.apart.made(head, grown, self._maps)
+                        made[name] = self.apart.made(graph.scale(mapped, factor), grown, self._maps)
                     break
             made |= self._copies(tied, targets)
         return made
@@ -379,9 +378,8 @@ class Remapping:
         offset = offset if is_compensated else 0.0
         whole = graph.shift(blended, offset) if offset else blended
         made = graph.scale(graph.map_dims(whole, dims), factor)
-        if not silent:
-            grown = Grown(family, target, whole, dims, factor, offset)
-            made = self.apart.made(made, grown, here.maps)
+        grown = Grown(family, target, whole, dims, factor, offset)
+        made = made if silent else self.apart.made(made, grown, here.maps)
         return graph.shift(made, -offset) if offset else made
 
     def _offset(self, family: Family, key: str) -> float:
