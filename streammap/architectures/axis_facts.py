@@ -32,6 +32,12 @@ def is_expert(spec: Architecture, axis: str) -> bool:
     return axis in spec.axes and spec.axes[axis].kind == "expert"
 
 
+def is_read_by_shares(spec: Architecture, axis: str) -> bool:
+    """Whether those who read copies of its units have a share in each: kv heads are used whole."""
+    kv = {shared.kv for shared in spec.shared_heads}
+    return axis in spec.axes and spec.axes[axis].kind == "width" and axis not in kv
+
+
 def expert_layout(model: Model, axis: str) -> str:
     """How a checkpoint has its experts: "one by one", "stacked"; "" where the axis has none.
 

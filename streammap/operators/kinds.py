@@ -10,6 +10,8 @@ from streammap.common.declare import Choice, Form, Kind, Table, Whole, shown
 from streammap.errors import PlanError
 from streammap.operators.declare import OfSource
 from streammap.planning import requests
+from streammap.planning.copies import shares
+from streammap.planning.copies.shares import Split
 from streammap.planning.requests import AxisRequest
 
 if TYPE_CHECKING:  # help texts need the declarations alone
@@ -21,6 +23,7 @@ RequestLike = int | str | list[object] | tuple[object, ...] | Mapping[Any, objec
 """A factor, "to:SIZE", groups, or a table of these (also by layer): see planning/requests.py."""
 SchemeLike = Union[str, Path, Mapping[str, object], "Scheme"]  # not imported here
 TopK = Literal["keep", "scale"] | int
+SplitLike = float | str | list[float] | tuple[float, ...] | Split
 MapsLike = Union[str, Path, "tuple[MapLevel, ...]"]
 
 
@@ -130,6 +133,23 @@ class TopKOf(Kind):
 
 
 @final
+class SplitOf(Kind):
+    """The shares that readers of copies have in each."""
+
+    def check_typed(self, text: str, name: str) -> None:
+        """Shares; what are none is wrong usage, as a number is that is no number."""
+        self.parse(text, name)
+
+    def parse(self, value: Any, name: str) -> Split:
+        """A share, a list of shares (0.5,0.3,0.2), or remainder."""
+        return shares.parse(value, f"--{name}")
+
+    def encode(self, value: Any) -> object:
+        """A number, a list, or the word."""
+        return value.as_json()
+
+
+@final
 class ManyAxes(Kind):
     """Axis -> request."""
 
@@ -184,6 +204,8 @@ class SchemeOf(Kind):
         content |= {axis: _encoded(request) for axis, request in value.spaces.items()}
         if value.axes:
             content["axes"] = {axis: _encoded(request) for axis, request in value.axes.items()}
+        for name, one in value.copies.items():
+            content[name] = one.as_json() if isinstance(one, Split) else one
         return content | {name: [] for name in value.unused}
 
     def upgrade(self, value: object) -> object:

@@ -5,19 +5,23 @@ Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from streammap.common.declare import Choice, Whole
 from streammap.errors import PlanError
 from streammap.operators.declare import Input, PlanLike, declared, option
+from streammap.operators.kinds import SplitLike, SplitOf
 from streammap.operators.numbers import Alpha, SettingLike
 from streammap.operators.resize_options import HOW, Resize
+from streammap.planning.scheme import NOISE
 
 if TYPE_CHECKING:  # help texts need the declarations alone
+    from streammap.operators.resize_parts import Copies
     from streammap.planning.plan import Plan
 
 Direction = Literal["coalesce", "decoalesce"]
 BLEND = "Blend"
+LEARN = "Copies that learn"
 
 
 @declared
@@ -53,6 +57,7 @@ class Decoalesce(Resize):
     examples: ClassVar[tuple[str, ...]] = (
         "decoalesce small/ grown/ --blend-with bert-base-uncased/ --alpha 0.5",
         "decoalesce llama/ wide/ --hidden to:5120 --mlp 2",
+        "decoalesce llama/ wide/ --width 2 --noise 10 --seed 1",
         "decoalesce llama/ deep/ --layers 2 --new-layers zero",
         "decoalesce llama/ solar/ --layers 0:24,8:32",
     )
@@ -70,6 +75,30 @@ class Decoalesce(Resize):
         group=HOW,
         kind=Whole(least=1),
         metavar="N",
+    )
+    noise: float | None = option(
+        default=None,
+        help="Noise so many dB below the weights that read copies, adding up to 0 over these: the "
+        "function stays, and training tells copies apart. 10 is usual (HyperCloning).",
+        group=LEARN,
+        kind=NOISE,
+        metavar="DB",
+    )
+    seed: int | None = option(
+        default=None,
+        help="Which noise.  [default: 0]",
+        group=LEARN,
+        kind=Whole(),
+        metavar="N",
+    )
+    split: SplitLike | None = option(
+        default=None,
+        help="Shares of copies in what reads them: 0.7 (of what the copies before leave), "
+        "0.5,0.3,0.2, or remainder (as groups have them). The stored parts add up to the source's "
+        "numbers, to the bit where that can be.",
+        group=LEARN,
+        kind=SplitOf(),
+        metavar="S",
     )
     blend_with: PlanLike | None = option(
         default=None,
@@ -91,6 +120,23 @@ class Decoalesce(Resize):
         super().__post_init__()
         if self.alpha is not None and self.blend_with is None:
             raise PlanError("--alpha needs --blend-with BIG", hint="give both, or neither")
+        if "seed" in self._apart and "noise" not in self._apart:
+            raise PlanError("--seed needs --noise DB", hint="give both, or neither")
+
+    @property
+    def _apart(self) -> dict[str, Any]:
+        """What tells copies apart, by name; options win over what a scheme says."""
+        said = {} if self.groups is None else self.groups.copies
+        given = {"noise": self.noise, "seed": self.seed, "split": self.split}
+        return {**said, **{name: one for name, one in given.items() if one is not None}}
+
+    @property
+    def copies(self) -> "Copies":
+        """What tells copies apart."""
+        from streammap.operators.resize_parts import Copies
+
+        asked = self._apart
+        return Copies(asked.get("noise"), asked.get("seed", 0), asked.get("split"))
 
     def completed(self, source: "Plan", *, blend_with: "Plan | None" = None) -> "Decoalesce":
         """With the map that is not beside the source, but where a trainer leaves it."""
@@ -126,6 +172,7 @@ class Decoalesce(Resize):
             head_dim=self.head_dim,
             new_layers=self.new_layers,
             blends=blend_with is not None,
+            copies=self.copies,
         )
         if blend_with is None:
             return grown

@@ -14,15 +14,29 @@ from streammap.architectures.axis_facts import Layer
 from streammap.architectures.config_fields import field_value
 from streammap.architectures.model import Model
 from streammap.errors import PlanError
-from streammap.planning import exactness, maps
+from streammap.planning import exactness, experts, maps
 from streammap.planning.by_layer import asked, layered
 from streammap.planning.by_layer.layered import Alike
 from streammap.planning.by_layer.shared_rows import SharedRows
 from streammap.planning.compensation import Compensation, compensate
+from streammap.planning.copies.apart import ApartRequest
+from streammap.planning.copies.noising import NoiseRequest
+from streammap.planning.copies.shares import Split
 from streammap.planning.experts import TopK
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap, MapPair
 from streammap.planning.tensor_maps import LayerChange, Rule
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What tells copies apart."""
+
+    decibels: float | None = None
+    """Of noise in what reads them; None for none."""
+    seed: int = 0
+    split: Split | None = None
 
 
 @final
@@ -51,12 +65,14 @@ def made(
     grows: bool,
     rule: Rule,
     top_k: TopK | None,
+    split: Split | None = None,
 ) -> list[Part]:
     """The maps that hold everywhere, and after them those of layers that have others.
 
     Args:
         everywhere: Width or expert axis -> its merging map F, where it is one for all.
         top_k: What is asked of the number of experts that a token takes.
+        split: The shares that readers have in copies, where groups have no weights.
 
     Raises:
         SchemeError, PlanError: maps of layers that don't fit the model, or not one another.
@@ -81,7 +97,7 @@ def made(
         here: dict[str, AxisMap] = {axis: applied(m) for axis, m in one.maps.items()}
         # In a layer an identity counts too: the axis has no map that holds everywhere.
         named = [a for a, m in here.items() if one.layers or not m.is_identity]
-        pairs: dict[str, MapPair] = {axis: pair_of(one.maps[axis]) for axis in named}
+        pairs = {axis: pair_of(_shared(model, axis, one.maps[axis], split)) for axis in named}
         if grows and rule == "exact":
             _check_even(model, here)
         has_experts = any(axis_facts.is_expert(model.architecture, axis) for axis in here)
@@ -162,15 +178,60 @@ def notes(model: Model, whole: Part, parts: Sequence[Part]) -> list[str]:
     ]
 
 
-def twins(model: Model, parts: Iterable[Part]) -> list[str]:
-    """A note on copies that training can't tell apart."""
-    found = (exactness.twins(model, part.chosen, part.pairs) for part in parts)
-    units = dict.fromkeys(unit for one in found for unit in one)
-    words = (
-        f"copies ({', '.join(units)}) have equal gradients: they stay equal in training until a "
-        "blend (--blend-with), unequal weights of groups or dropout tell them apart"
+def _shared(model: Model, axis: str, m: AxisMap, split: Split | None) -> AxisMap:
+    """A merging map with the shares that are asked for, where weights read by shares."""
+    spec = model.architecture
+    reads = axis_facts.is_read_by_shares(spec, axis)
+    if split is None or not reads or not isinstance(m, BlockMap):
+        return m
+    return split.weighted(m, axis_words.units_of(spec, axis))
+
+
+def twins(model: Model, parts: Iterable[Part]) -> dict[str, str]:
+    """Axes whose copies training can't tell apart, with their units in words."""
+    return {
+        axis: units
+        for part in parts
+        for axis, units in exactness.twins(model, part.chosen, part.pairs).items()
+    }
+
+
+def twins_words(units: Iterable[str]) -> str:
+    """The note on such copies."""
+    return (
+        f"copies ({', '.join(dict.fromkeys(units))}) have equal gradients: they stay equal in "
+        "training until noise (--noise 10), unequal shares (--split), a blend (--blend-with) or "
+        "dropout tell them apart"
     )
-    return [words] if units else []
+
+
+def apart(
+    model: Model,
+    parts: Sequence[Part],
+    asked: Copies,
+    twins: Mapping[str, str],
+    fields: Mapping[str, object],
+) -> ApartRequest:
+    """What tells copies apart, with what is known of the axes.
+
+    Args:
+        twins: Axis -> units, where training could not tell copies apart without.
+        fields: New values of fields of config.json.
+    """
+    adds_up = asked.split is not None
+    if asked.decibels is None:
+        return ApartRequest(adds_up=adds_up)
+    copied: dict[str, list[AxisMap]] = {}
+    for part in parts:
+        for axis, m in part.chosen.items():
+            if axis_facts.is_expert(model.architecture, axis):
+                copied.setdefault(axis, []).append(m)
+    sums = frozenset(
+        axis
+        for axis, of_parts in copied.items()
+        if all(experts.takes_all_copies(model, axis, m, fields) for m in of_parts)
+    )
+    return ApartRequest(NoiseRequest(asked.decibels, asked.seed, twins, sums), adds_up)
 
 
 def differing(axis: str, parts: Sequence[Part]) -> str:

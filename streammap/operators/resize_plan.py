@@ -17,7 +17,7 @@ from streammap.architectures.model import Model
 from streammap.errors import PlanError, SchemeError
 from streammap.operators import map_lookup, resize_parts
 from streammap.operators.resize_options import Resize
-from streammap.operators.resize_parts import Part
+from streammap.operators.resize_parts import Copies, Part
 from streammap.planning import exactness, maps, planner, requests
 from streammap.planning.axis_maps import ResizeRequest
 from streammap.planning.by_layer import asked
@@ -44,6 +44,7 @@ def plan(
     head_dim: int | None = None,
     new_layers: NewLayers | None = None,
     blends: bool = False,
+    copies: Copies = Copies(),  # noqa: B008 (a value that never changes)
 ) -> Plan:
     """The resized plan.
 
@@ -54,6 +55,7 @@ def plan(
         new_layers: Whether added layers are copies, which run twice, or zero-initialised; None for
             what a recipe says, else copies.
         blends: Whether the result is blended with the target, unit by unit.
+        copies: What tells them apart.
 
     Raises:
         SchemeError: groups that do not fit the model.
@@ -61,7 +63,7 @@ def plan(
     """
     usual: NewLayers = "zero" if op.adds_zero_layers else "copy"
     new = new_layers or usual
-    task = _Task(op, source, source.model, target, grows, head_dim, new, blends)
+    task = _Task(op, source, source.model, target, grows, head_dim, new, blends, copies)
     level, notes = task.level()
     return task.apply(level, notes)
 
@@ -79,6 +81,7 @@ class _Task:
     head_dim: int | None
     new_layers: NewLayers
     blends: bool
+    copies: Copies
 
     def level(self) -> tuple[MapLevel, list[str]]:
         """The maps to use, and notes on where they come from.
@@ -150,6 +153,8 @@ class _Task:
         notes: list[str] = []
         if groups is not None and groups.unused:
             notes.append(f"{', '.join(groups.unused)}: accepted, and not used")
+        if groups is not None and groups.copies and not self.grows:
+            notes.append(f"{', '.join(groups.copies)} of the scheme: for growing alone, not used")
         width, requested = self._requests()
         sliced = {axis for axis, request in requested.items() if request.taken is not None}
         known = {axis: n for axis, n in known.items() if groups and axis not in sliced}
@@ -305,7 +310,13 @@ class _Task:
         top_k = self._top_k({*chosen, *level.by_layer})
         everywhere = {axis: level.merging[axis] for axis in chosen}
         whole, *parts = resize_parts.made(
-            model, level, everywhere, grows=self.grows, rule=op.rule, top_k=top_k
+            model,
+            level,
+            everywhere,
+            grows=self.grows,
+            rule=op.rule,
+            top_k=top_k,
+            split=self.copies.split,
         )
         compensation = whole.compensation
         if head_size is not None:
@@ -334,10 +345,12 @@ class _Task:
         promise, reason = exactness.of_all(model, by_axis, reference=reference, untie=op.untie)
         options = self._options({**every, **layers}, parts)
         notes += resize_parts.notes(model, whole, parts)
-        if self.grows and not self.blends:
-            notes += resize_parts.twins(model, (whole, *parts))
-            if not zeroed:
-                notes += fate.advice(model, [fate.of_map(m) for m in layers.values()])
+        twins = resize_parts.twins(model, (whole, *parts)) if self.grows else {}
+        apart = resize_parts.apart(model, (whole, *parts), self.copies, twins, fields)
+        if twins and apart.noise is None and not self.blends:
+            notes.append(resize_parts.twins_words(twins.values()))
+        if self.grows and not self.blends and not zeroed:
+            notes += fate.advice(model, [fate.of_map(m) for m in layers.values()])
         step = Step(op.name, options, promise, reason, tuple(notes), by_axis)
         change = AxisChange(
             pairs,
@@ -351,6 +364,7 @@ class _Task:
             fields,
             op.untie,
             {layer: part.change for part in parts for layer in part.layers},
+            apart=apart,
         )
         filled = frozenset(axis for part in (whole, *parts) for axis in part.compensation.fills)
         kept = replace(level, filled=filled or level.filled)
@@ -447,6 +461,9 @@ class _Task:
         rare = {
             "head_dim": (self.head_dim, None),
             "kv_merge": (self.op.kv_merge, "mean"),
+            "noise": (self.copies.decibels, None),
+            "seed": (self.copies.seed, 0),
+            "split": (self.copies.split and self.copies.split.as_json(), None),
             "new_layers": (self.new_layers, "copy"),
             "top_k": (self.op.top_k, None),
             "untie": (self.op.untie, False),

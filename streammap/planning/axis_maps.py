@@ -97,8 +97,7 @@ class AxisRequests:
 
     def _check_shares(self, axis: str) -> None:
         """Refuse weights of copies that no weight reads by shares: they would change nothing."""
-        kv = {shared.kv for shared in self._spec.shared_heads}
-        if self._spec.axes[axis].kind == "width" and axis not in kv:
+        if axis_facts.is_read_by_shares(self._spec, axis):
             return
         raise PlanError(
             f"{self.units(axis)}: weights of groups say how those who read the copies share them, "
@@ -178,7 +177,11 @@ class AxisRequests:
             # and let compensation.py correct the norm's gain and epsilon.
             groups = requests.copies(large, small)
             left = large - small * (large // small)
-            self.notes.append(f"{left} of {large} {self.units(axis)} are new, zero at first")
+            # What makes them, reads them and scales them is zero: so is the gradient of each.
+            self.notes.append(
+                f"{left} of {large} {self.units(axis)} are new, zero at first; training leaves "
+                "them so until a blend (--blend-with)"
+            )
             return maps.merging(groups, large)
         return maps.merging(requests.cyclic(large, small), large)
 

@@ -49,20 +49,20 @@ class DimMaps:
 
     def of(self, expression: Expression, role: Role) -> AxisMap | None:
         """The map of a dimension; None where it stays."""
-        if self._elsewhere is not None and self._own.isdisjoint(self._axes(expression)):
+        if self._elsewhere is not None and self._own.isdisjoint(self.axes(expression)):
             return self._elsewhere.of(expression, role)
         reads = role == "in"
         place = (expression, reads)
         if place not in self._known:
             m = None
-            if any(self._changes(name) for name in self._axes(expression)):
+            if any(self._changes(name) for name in self.axes(expression)):
                 m = self._map(expression, reads)
             if m is not None and self._elsewhere is not None:
                 m = self._rows.of(m)
             self._known[place] = None if m is None or m.is_identity else m
         return self._known[place]
 
-    def _axes(self, expression: Expression) -> frozenset[str]:
+    def axes(self, expression: Expression) -> frozenset[str]:
         """Axes and aliases that an expression is made of, query heads for their kv heads too."""
         if expression not in self._named:
             found: set[str] = set()

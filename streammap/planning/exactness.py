@@ -261,23 +261,23 @@ def is_even(m: BlockMap) -> bool:
 
 def twins(
     model: Model, chosen: Mapping[str, AxisMap], pairs: Mapping[str, MapPair]
-) -> tuple[str, ...]:
-    """What is copied so that training can't tell the copies apart: units of the axes, in words.
+) -> dict[str, str]:
+    """Axes that are copied so that training can't tell copies apart, with their units in words.
 
     Copies have equal gradients where those who read them have equal shares in each. Not so kv
     heads: their copies are read by other query heads.
     """
     spec = model.architecture
     kv = {shared.kv for shared in spec.shared_heads}
-    return tuple(
-        axis_words.units_of(spec, axis)
+    return {
+        axis: axis_words.units_of(spec, axis)
         for axis, m in chosen.items()
         if isinstance(m, BlockMap)
         and axis in spec.axes
         and axis not in kv
         and max(m.uses, default=0) > 1
         and not (isinstance(into := pairs[axis].into, BlockMap) and _tells_apart(m, into))
-    )
+    }
 
 
 def _tells_apart(m: BlockMap, into: BlockMap) -> bool:
@@ -295,7 +295,7 @@ def _tells_apart(m: BlockMap, into: BlockMap) -> bool:
 
 def _keeps_bits(form: LinearForm) -> bool:
     """Whether each number of the result is one of the source's times a power of two, or 0."""
-    return not any(_rounded_by(form))
+    return not any(_rounded_by(form)) and not any(True for _ in form.derived())
 
 
 def rounding(targets: Mapping[str, LinearForm]) -> str | None:
@@ -310,7 +310,9 @@ def rounding(targets: Mapping[str, LinearForm]) -> str | None:
         causes = [tuple(_rounded_by(form)) for form in forms]
         n_rounded = sum(map(bool, causes))
         if not n_rounded:
-            lines.append(f"{name}: no weight is rounded, all factors are powers of two")
+            has_parts = any(not made.rounds for form in forms for made in form.derived())
+            parts = ", or the parts of copies add up to the bit" if has_parts else ""
+            lines.append(f"{name}: no weight is rounded, all factors are powers of two{parts}")
             continue
         shown = some(list(dict.fromkeys(c for one in causes for c in one)), limit=_N_SHOWN)
         lines.append(
@@ -323,7 +325,8 @@ def rounding(targets: Mapping[str, LinearForm]) -> str | None:
 def _rounded_by(form: LinearForm) -> Iterator[str]:
     """Why numbers of a form are rounded."""
     for made in form.derived():
-        yield made.name
+        if made.rounds:
+            yield made.name
     if any(map(graph.is_constant, form.loads())):
         yield "norms store their gain less a constant"
     elif len(form.terms) > 1 or any(len(term.blend) > 1 for term in form.terms):

@@ -110,6 +110,23 @@ def takes_one(model: Model, axis: str, fields: Mapping[str, object]) -> bool:
     return all(fields.get(name, old) == 1 for name, old in top_k.items())
 
 
+def takes_all_copies(model: Model, axis: str, m: AxisMap, fields: Mapping[str, object]) -> bool:
+    """Whether a token takes all copies of each expert that it takes, with equal gates.
+
+    Then what they write may differ by what adds up to 0.
+    """
+    if not isinstance(m, BlockMap) or inexact(model, axis, m, fields) is not None:
+        return False
+    n_copies = set(m.uses)
+    if len(n_copies) != 1 or any(len(row) != 1 for row in m.rows):
+        return False
+    (n,) = n_copies
+    return all(
+        fields.get(name, old) == ([n * k for k in old] if isinstance(old, list) else n * old)
+        for name, old in _top_k(model, model.architecture.experts[axis]).items()
+    )
+
+
 def _top_k_fields(about: Experts) -> tuple[str, ...]:
     # Specs from before `top_k` have its fields under `multiply`.
     return about.top_k or tuple(name for name in about.multiply if "group" not in name)

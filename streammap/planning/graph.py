@@ -195,6 +195,8 @@ class Derived(ABC):
     """What is kept for it, what it found out included, as long as the plan or the run is there."""
     only_moves: bool = False
     """Whether its numbers are those of the forms, each as it is."""
+    rounds: bool = True
+    """Whether something of the function is lost where they are rounded to the result's dtype."""
 
     @property
     @abstractmethod

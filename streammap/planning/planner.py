@@ -61,6 +61,7 @@ def remap(
     if work.n_after:
         notes.append(f"{work.n_after} tensors of layers after the stack (MTP) are dropped")
     notes += _mixed(model, change)
+    notes += work.apart.notes()
     config = None
     if plan.config is not None:
         sources = {name: _sources(m, model, name) for name, m in change.layers.items()}

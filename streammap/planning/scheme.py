@@ -11,19 +11,26 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from streammap.architectures import schema
 from streammap.common import strict_json
-from streammap.errors import SchemeError
+from streammap.common.declare import Real, Whole
+from streammap.errors import PlanError, SchemeError
 from streammap.io.storage import resolve
 from streammap.planning import requests
+from streammap.planning.copies import shares
 from streammap.planning.requests import AxisRequest, Groups
 
 _MAX_NBYTES = 100_000_000
 UNUSED = ("reserved_heads", "reserved_layers")
 SPACES = ("width", *schema.SPACES, "layers")
 """Entries with a request each, see requests.py; `axes` holds further ones by the axis' own name."""
-_KEYS = ("width_scheme", "depth_scheme", *SPACES, "axes", *UNUSED)
+COPIES = ("noise", "seed", "split")
+"""Entries that say what tells copies apart, for growing alone."""
+_KEYS = ("width_scheme", "depth_scheme", *SPACES, "axes", *COPIES, *UNUSED)
+NOISE = Real(-20.0, 120.0, hint="10 is usual: --noise 10")
+"""Signal to noise, in dB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,8 @@ class Scheme:
     """Space ("hidden", "kv_heads", "width" ...) -> its request."""
     axes: Mapping[str, AxisRequest] = field(default_factory=dict)
     """Axis of the architecture spec -> its request."""
+    copies: Mapping[str, Any] = field(default_factory=dict)
+    """noise: a float, seed: an int, split: a Split; those that are given."""
 
     def as_json(self) -> dict[str, object]:
         """The scheme in the file's form."""
@@ -113,7 +122,18 @@ def _parse(content: Mapping[str, object], where: str) -> Scheme:
             if space in content
         },
         {str(k): requests.parse_request(v, f"{where}: axes: {k}") for k, v in axes.items()},
+        {name: _of_copies(name, content[name], where) for name in COPIES if name in content},
     )
+
+
+def _of_copies(name: str, value: object, where: str) -> object:
+    """What tells copies apart, read as the option of the same name is."""
+    try:
+        if name == "split":
+            return shares.parse(value, name)
+        return (NOISE if name == "noise" else Whole()).parse(value, name)
+    except PlanError as error:
+        raise SchemeError(f"{where}: {error.message}", hint=error.hint) from error
 
 
 def _groups(value: object, where: str) -> Groups | None:

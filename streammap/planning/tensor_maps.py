@@ -19,6 +19,8 @@ from streammap.architectures.model import Family, Model, TiedHead
 from streammap.architectures.schema import Depth, DimSpec, Factor, Role
 from streammap.errors import ArchitectureError, PlanError, some
 from streammap.planning import graph, maps
+from streammap.planning.copies.apart import Apart, ApartRequest
+from streammap.planning.copies.noising import Grown
 from streammap.planning.derived import mean_along
 from streammap.planning.dim_maps import DimMaps
 from streammap.planning.graph import LinearForm
@@ -81,6 +83,8 @@ class AxisChange:
     """Family -> depth axis -> R or G of its tensors, where it is another one than in `layers`."""
     signed: bool = False
     """Whether maps negate units. A norm is odd in each, so that its gain takes no sign."""
+    apart: ApartRequest = field(default_factory=ApartRequest)
+    """What tells copies apart."""
 
 
 def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
@@ -145,6 +149,9 @@ class Remapping:
         """By identity; the map is kept, so that no other one gets its id."""
         self._sizes_of: dict[int, tuple[AxisMap, AxisMap]] = {}
         """The same for maps without their signs."""
+        # Moments are of gradients, which noise is no part of.
+        apart = change.apart if self._moment is None else ApartRequest()
+        self.apart = Apart(model, apart, self._hidden, self._tied)
         self.n_after = 0
         """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""
 
@@ -276,7 +283,8 @@ class Remapping:
                     if name not in self._plan.targets:
                         factor = self._head_factor(tied)
                         factor = self._moment.factor(factor) if self._moment else factor
-                        made[name] = graph.scale(mapped, factor)
+                        grown = Grown.head(family, name, form, dims, factor)
+                        made[name] = self.apart.made(graph.scale(mapped, factor), grown, self._maps)
                     break
             made |= self._copies(tied, targets)
         return made
@@ -391,13 +399,15 @@ class Remapping:
             )
         offset = self._offset(family, key)
         is_compensated = factor != 1.0 or self._feeds(key) is not None or fill is not None
-        if not offset or not is_compensated:
-            return graph.scale(self._mapped(family, key, blended, dims, here), factor)
         # The gain of the norm is offset + weight (gemma: 1 + weight). What compensates it is meant
         # for the gain, so add the offset first and take it off the result. A plain mean or copy of
         # weights commutes with that, and is left alone: it can stay a copy of bytes.
-        shifted = graph.map_dims(graph.shift(blended, offset), dims)
-        return graph.shift(graph.scale(shifted, factor), -offset)
+        offset = offset if is_compensated else 0.0
+        whole = graph.shift(blended, offset) if offset else blended
+        made = graph.scale(self._mapped(family, key, whole, dims, here), factor)
+        grown = Grown(family, target, whole, dims, factor, offset)
+        made = made if silent else self.apart.made(made, grown, here.maps)
+        return graph.shift(made, -offset) if offset else made
 
     def _mapped(
         self,

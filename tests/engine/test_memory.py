@@ -35,6 +35,9 @@ lazy = {
     "copy": lambda: big,
     "coalesce": lambda: big.coalesce(width=2, depth=2),
     "decoalesce": lambda: big.decoalesce(width=2),
+    "noise": lambda: big.decoalesce(width=2, noise=10.0),
+    "three": lambda: big.decoalesce(mlp=3, noise=10.0),
+    "parts": lambda: big.decoalesce(width=2, split=0.7),
     "layers": lambda: big.decoalesce(layers=min(4, 10_000 // big.sizes["layer"])),
     "orders": lambda: big.permute(each_layer=True, only=("mlp",)),
     "fill": lambda: big.decoalesce(hidden="to:%d" % (big.sizes["embed"] * 3 // 2)),
@@ -259,6 +262,30 @@ def test_a_conversion_stays_in_its_budget(
     assert size > 20 * MIB
     added, planned, _ = run(tmp_path / "big", what, **options)
     assert added <= planned <= int(str(options["memory"]).removesuffix("MiB")) * MIB
+
+
+@pytest.mark.parametrize(
+    ("what", "memory"),
+    [
+        ("noise", "48MiB"),
+        pytest.param("noise", "256MiB", marks=pytest.mark.slow),
+        pytest.param("three", "48MiB", marks=pytest.mark.slow),
+        pytest.param("parts", "48MiB", marks=pytest.mark.slow),
+    ],
+)
+def test_copies_that_are_told_apart_stay_in_the_budget(
+    tmp_path: Path, what: str, memory: str
+) -> None:
+    write_gpt2(tmp_path / "big", vocab=4000, dtype="BF16")
+    added, planned, _ = run(tmp_path / "big", what, memory=memory)
+    assert added <= planned <= int(memory.removesuffix("MiB")) * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["noise", "three", "parts"])
+def test_many_tensors_whose_copies_are_told_apart_are_counted(tmp_path: Path, what: str) -> None:
+    write_gpt2(tmp_path / "many", vocab=64, layers=1000, embed=16)
+    check_many(tmp_path / "many", what, "64MiB")
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ LONG = (
     "docs/launchers.md",
     "docs/optimizer.md",
     "schemes/README.md",
+    "docs/growing.md",
 )
 """Pages of many commands, each of which starts Python and torch anew: slow tests."""
 PROJECT_PAGE = "docs/package.md"

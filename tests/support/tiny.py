@@ -41,6 +41,11 @@ class Sizes:
         return self.heads * self.mlp_per_head
 
 
+def cut(x: Tensor, dim: int, n: int) -> Tensor:
+    """A dimension as `n` parts, one behind the other [..., n, size / n, ...]."""
+    return x.reshape(*x.shape[:dim], n, -1, *x.shape[dim + 1 :])
+
+
 def random(shapes: Mapping[str, Sequence[int]], *, seed: int = 0) -> State:
     """Normal float32 tensors of these shapes."""
     source = torch.Generator().manual_seed(seed)

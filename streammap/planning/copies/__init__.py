@@ -1,0 +1,1 @@
+"""Copies of units that training can tell apart, while what reads them computes the same."""
