@@ -255,3 +255,53 @@ def test_what_is_transposed_is_not_read_over_a_network(tmp_path: Path) -> None:
     tiny.assert_same(tiny.opened(tmp_path / "in"), made.meant)
     with pytest.raises(CheckpointError, match=r"a\.qweight: AWQ of 4 bits is stored transposed"):
         streammap.open(upload(tmp_path / "in"))
+
+
+INTS = {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": 4}}}}
+
+
+def packed(folder: Path, shape: torch.Tensor) -> torch.Tensor:
+    """A checkpoint of 4-bit integers whose rows of 60 are filled up to 8 words; the integers."""
+    numbers = torch.randint(-8, 8, (12, 60), generator=torch.Generator().manual_seed(0))
+    whole = torch.nn.functional.pad(numbers + 8, (0, 4))
+    stored = {
+        "p.weight_packed": quantised.words(whole.view(12, 8, 8), 4),
+        "p.weight_scale": torch.ones(12, 2).bfloat16(),
+        "p.weight_shape": shape,
+    }
+    tiny.write(folder, stored, {"model_type": "mine", FIELD: INTS})
+    return numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_rows_of_packed_integers_end_where_their_shape_says(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    numbers = packed(tmp_path / "in", torch.tensor([12, 60], dtype=dtype))
+    ok("convert", tmp_path / "in", tmp_path / "out", "--dtype", "float32", "--no-fsync")
+    assert torch.equal(tiny.written(tmp_path / "out")["p.weight"], numbers.float())
+    part = streammap.open(tmp_path / "in").read("p.weight", region=(slice(3, 7), slice(29, 60)))
+    assert torch.equal(part, numbers[3:7, 29:].bfloat16())
+    ok("keep-quantised", tmp_path / "in", tmp_path / "kept", "--no-fsync")
+    tiny.assert_same(tiny.written(tmp_path / "kept"), tiny.written(tmp_path / "in"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        (torch.tensor([12, 56]), r"codes for \[12, 64\], and its shape says \[12, 56\]"),
+        (torch.tensor([12, 65]), r"its shape says \[12, 65\]"),
+        (torch.tensor([-12, 60]), r"its shape says \[-12, 60\]"),
+        (torch.tensor([60]), r"its shape says \[60\]"),
+        (torch.zeros(0, dtype=torch.int64), r"its shape says \[\]"),
+        (torch.tensor(60), "weight_shape: I64 .*, expected the sizes"),
+        (torch.tensor([12.0, 60.0]), "weight_shape: F32"),
+        (torch.zeros(10**5, dtype=torch.int64), "weight_shape: I64 "),
+    ],
+)
+def test_shapes_that_packed_integers_do_not_have_are_refused(
+    tmp_path: Path, shape: torch.Tensor, message: str
+) -> None:
+    packed(tmp_path / "in", shape)
+    with pytest.raises(CheckpointError, match=message):
+        streammap.open(tmp_path / "in")

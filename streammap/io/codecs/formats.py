@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from streammap.errors import CheckpointError
-from streammap.io.codecs import encodings
+from streammap.io.codecs import encodings, packed_shape
 from streammap.io.codecs.coded import Coded
 from streammap.io.codecs.matrices import Codes, Groups, Numbers, RowWords
 from streammap.io.codecs.parts import check_parts
@@ -53,10 +53,17 @@ class Decoded:
     """Stored keys that are read no more: codes under another key, scales, ranges of activations."""
 
 
-def find(specs: Specs, config: QuantizationConfig, *, casts: bool = True) -> Decoded:
+def find(
+    specs: Specs,
+    config: QuantizationConfig,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    casts: bool = True,
+) -> Decoded:
     """The quantised tensors among stored ones; those of other formats are left as they are.
 
     Args:
+        shapes: Of packed integers, by the name that they are read as (packed_shape.py).
         casts: Whether floats of 8 bits without scales are decoded too.
 
     Raises:
@@ -68,7 +75,9 @@ def find(specs: Specs, config: QuantizationConfig, *, casts: bool = True) -> Dec
             found = rule(key, spec, specs, config)
             if found is not None:
                 check_parts(found[1], specs)
-                coded[found[0]] = found[1]
+                name, each = found
+                shape = (shapes or {}).get(name)
+                coded[name] = each if shape is None else packed_shape.cut(each, shape)
                 break
     if not casts:
         coded = {key: each for key, each in coded.items() if each.scales is not None}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from streammap.errors import CheckpointError
 from streammap.io.checkpoint import Checkpoint
-from streammap.io.codecs import formats, quantization_config
+from streammap.io.codecs import formats, packed_shape, quantization_config
 from streammap.io.codecs.coded import Coded
 from streammap.io.codecs.quantization_config import QuantizationConfig
 from streammap.io.codecs.reader import DecodedTensors
@@ -28,7 +28,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     table = quantization_config.find(checkpoint.config or {})
     # Floats of 8 bits that are no model's are data, and stay what they are.
     is_model = checkpoint.config is not None
-    found = formats.find(specs, QuantizationConfig(table or {}), casts=is_model)
+    shapes = packed_shape.read(specs, checkpoint.reader)
+    found = formats.find(specs, QuantizationConfig(table or {}), shapes, casts=is_model)
     if not found.coded:
         return checkpoint
     if checkpoint.is_streamed:
