@@ -13,7 +13,7 @@ from streammap.errors import SchemeError
 
 @click.group(cls=Group, examples=("maps check ligo.safetensors bert-small/",))
 def maps() -> None:
-    """Write and check files of learned maps, which `remap` applies."""
+    """Write and check files of learned maps, which remap applies."""
 
 
 @maps.command(examples=("maps template bert-small/ ligo.safetensors --size hidden=768",))
