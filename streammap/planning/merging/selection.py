@@ -3,7 +3,8 @@
 Numbers are ordered by magnitude, and where magnitudes are equal by place: earlier ones are larger.
 So the k largest are one set, whatever the tiles. Where it ends is a Cut. It is found digit by digit
 (11 bits of the magnitude's pattern, whose order is that of magnitudes): each reading counts how
-many numbers have which digit. One more reading finds the place where equal magnitudes are cut.
+many numbers have which digit. Once few numbers are left that begin like a cut, one more reading
+collects and sorts these; where many are equal, it finds the place where they are cut instead.
 """
 
 import operator
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _DIGIT_BITS = 11
+_MAX_COLLECTED = 2**12
+"""Numbers that are sorted, at most."""
 Patterns = Callable[[int, int, FormReader], "Sequence[Tensor]"]
 """(first element, number of elements, reader) -> of each tensor the patterns there (`patterns`)."""
 
@@ -66,37 +69,47 @@ class Selection:
         """
         self._n_elements, self._given, self._counts = n_elements, given, counts
         opened = [_Open(i, 0, n, n_elements) for i, each in enumerate(counts) for n in each]
-        last = None
-        shift, self._n_digits = n_bits, -(-n_bits // _DIGIT_BITS)
+        self._digits: list[_Digit] = []
+        shift = n_bits
         while shift:
-            width = min(_DIGIT_BITS, shift)
-            last = _Digit(n_elements, given, last, opened, shift, shift - width)
+            width, before = min(_DIGIT_BITS, shift), self._digits[-1] if self._digits else None
+            self._digits.append(_Digit(n_elements, given, before, opened, shift, shift - width))
             shift -= width
-        self._last: _Digit | None = last
         self._cuts = Statistic(n_elements, self._equals, operator.iadd, self._places)
 
     def cuts(self, read: FormReader) -> Sequence[Sequence[Cut]]:
         """For each tensor, and each of its counts."""
+        found = iter(self._found(read))
+        return [[next(found) for _ in each] for each in self._counts]
+
+    def _found(self, read: FormReader) -> Sequence[Cut]:
+        if not self._digits:
+            return ()
+        for digit in self._digits:
+            if digit.is_last:
+                break
+            if all(one.n_equal <= _MAX_COLLECTED for one in digit.found.get(read)):
+                return digit.cuts.get(read)
         opened = self._opened(read)
         if any(one.is_cut for one in opened):
-            found = iter(self._cuts.get(read))
-        else:
-            found = iter([Cut(one.pattern, self._n_elements) for one in opened])
-        return [[next(found) for _ in each] for each in self._counts]
+            return self._cuts.get(read)
+        return [Cut(one.pattern, self._n_elements) for one in opened]
 
     @property
     def n_passes(self) -> int:
         """How often the tensors are read, at most."""
-        return self._n_digits + 1
+        return len(self._digits) + 1
 
     @property
     def scratch_nbytes(self) -> int:
-        """In one thread, beside the patterns: counts of digits, and numbers that are counted."""
+        """In one thread, beside the patterns: counts of digits, and numbers that are counted or
+        sorted.
+        """
         n_cuts = sum(map(len, self._counts))
-        return 8 * (3 * n_cuts * (1 << _DIGIT_BITS) + BLOCK)
+        return 8 * (3 * n_cuts * ((1 << _DIGIT_BITS) + _MAX_COLLECTED) + BLOCK)
 
     def _opened(self, read: FormReader) -> "Sequence[_Open]":
-        return () if self._last is None else self._last.found.get(read)
+        return self._digits[-1].found.get(read)
 
     def _equals(self, start: int, n: int, read: FormReader) -> list[list[int]]:
         """How many numbers of a block are equal to each cut's."""
@@ -164,6 +177,13 @@ class _Digit:
         self.found: Statistic[Tensor, list[_Open]] = Statistic(
             n_elements, self._count, _add, self._next, in_order=False
         )
+        self.cuts = Statistic(n_elements, self._collect, _joined, self._sorted, in_order=False)
+        """Where few numbers begin like each cut: all that is left to know."""
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no bit of a pattern is unknown after it."""
+        return self._shift == 0
 
     def _count(self, start: int, n: int, read: FormReader) -> "Tensor":
         """Of each cut, how many numbers that begin like it have which digit [cuts, digits]."""
@@ -197,8 +217,36 @@ class _Digit:
             found.append(_Open(one.tensor, pattern, left, n_equal))
         return found
 
+    def _collect(self, start: int, n: int, read: FormReader) -> "list[list[Tensor]]":
+        """Of each cut, the numbers that begin like it, and their places: int64 [2, numbers]."""
+        import torch
+
+        given, made = self._given(start, n, read), []
+        for one in self.found.get(read):
+            places = ((given[one.tensor] >> self._shift) == one.pattern).nonzero().view(-1)
+            patterns = given[one.tensor][places].long()
+            made.append([torch.stack([patterns, places + start])] if len(places) else [])
+        return made
+
+    def _sorted(self, collected: "list[list[Tensor]]", read: FormReader) -> list[Cut]:
+        import torch
+
+        found = []
+        for one, parts in zip(self.found.get(read), collected, strict=True):
+            patterns, places = torch.cat(parts, dim=1)
+            patterns, places = (x[places.argsort()] for x in (patterns, places))
+            last = patterns.argsort(descending=True, stable=True)[one.n - 1]
+            found.append(Cut(int(patterns[last]), int(places[last]) + 1))
+        return found
+
     def _cuts(self, read: FormReader) -> Sequence[_Open]:
         return self._opened if self._before is None else self._before.found.get(read)
+
+
+def _joined(total: "list[list[Tensor]]", block: "list[list[Tensor]]") -> "list[list[Tensor]]":
+    for ours, theirs in zip(total, block, strict=True):
+        ours += theirs
+    return total
 
 
 def _add(total: "Tensor", block: "Tensor") -> "Tensor":

@@ -13,9 +13,9 @@ from streammap.api import LazyCheckpoint
 from streammap.errors import StreammapError
 from streammap.output.run import read_nbytes
 from streammap.planning.derived import random_numbers
-from streammap.planning.graph import LinearForm
-from streammap.planning.merging import task_vectors
-from streammap.planning.merging.selection import Cut, chosen, patterns
+from streammap.planning.graph import FormReader, LinearForm
+from streammap.planning.merging import selection, task_vectors
+from streammap.planning.merging.selection import Cut, Selection, chosen, patterns
 from streammap.planning.merging.task_vectors import TaskRule
 from streammap.planning.merging.trimming import Trim
 from tests.planning.merging import dense
@@ -141,17 +141,51 @@ def test_float64_is_compared_in_all_its_digits(tmp_path: Path) -> None:
     assert torch.equal(made, want)
 
 
+@pytest.mark.parametrize("most", [0, 99, 4096])
 @pytest.mark.parametrize(
     ("density", "n_left"), [(0.0, 0), (1e-9, 1), (0.3, 30), (0.999, 99), (1.0, 100), (1.5, 100)]
 )
 def test_as_many_as_asked_are_left_and_equal_ones_by_place(
-    tmp_path: Path, density: float, n_left: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, density: float, n_left: int, most: int
 ) -> None:
+    """Whether they are collected and sorted, or cut at a place."""
+    monkeypatch.setattr(selection, "_MAX_COLLECTED", most)
     x = torch.stack([torch.zeros(100), torch.ones(100)])
     base, forms = opened(tmp_path, x)
     rule = TaskRule("ties", (1.0,), (Trim("magnitude", density),))
     made = lazy_of(tmp_path, x=task_vectors.derive("x", rule, forms, base)).read("x")
     assert made.tolist() == [1.0] * n_left + [0.0] * (100 - n_left)
+
+
+class _NoReader:
+    """Of what is given without forms."""
+
+    def __init__(self) -> None:
+        self.kept: dict[object, object] = {}
+
+    def __call__(self, form: LinearForm, start: int, view: memoryview) -> None:
+        raise AssertionError(form)
+
+
+@pytest.mark.parametrize("most", [0, 50, 4096])
+def test_the_largest_are_those_of_a_sorted_tensor(
+    monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Blocks of 2**14 numbers, many of them equal."""
+    monkeypatch.setattr(selection, "_MAX_COLLECTED", most)
+    n, source = 2**15 + 77, torch.Generator().manual_seed(3)
+    x = torch.stack([torch.randn(n, generator=source), torch.randn(n, generator=source).bfloat16()])
+    counts = [[1, n // 3, n], [n // 2, 5000]]
+
+    def given(start: int, size: int, read: FormReader) -> list[Tensor]:
+        return [patterns(each[start : start + size]) for each in x]
+
+    found = Selection(n, given, counts, n_bits=31).cuts(_NoReader())
+    for each, ends, wanted in zip(x, found, counts, strict=True):
+        order = each.abs().argsort(descending=True, stable=True)
+        for cut, count in zip(ends, wanted, strict=True):
+            left = chosen(patterns(each), cut, 0)
+            assert left.nonzero().view(-1).tolist() == order[:count].sort().values.tolist()
 
 
 def test_a_cut_takes_equal_numbers_up_to_its_place() -> None:
