@@ -4,6 +4,7 @@ What is wrong in a file's own form is tested with its parser; here is what the f
 """
 
 import json
+import math
 import os
 import socket
 import time
@@ -466,8 +467,9 @@ def test_a_small_map_file_can_not_ask_for_all_memory_on_either_side(
     assert map_file.load(_saved_map(tmp_path, lambda _: None))
 
 
-def test_a_matrix_too_large_for_float32_is_refused(tmp_path: Path) -> None:
-    torch.save({"R": torch.tensor([[1e300, 0.0]], dtype=torch.float64)}, tmp_path / "MapMatrix.bin")
+@pytest.mark.parametrize("number", [math.inf, math.nan])
+def test_a_matrix_of_infinite_numbers_is_refused(tmp_path: Path, number: float) -> None:
+    torch.save({"R": torch.tensor([[number, 0.0]])}, tmp_path / "MapMatrix.bin")
     with pytest.raises(SchemeError, match="expected a matrix of 1 x 2 finite numbers"):
         map_file.load(tmp_path)
 
