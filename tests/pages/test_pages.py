@@ -37,6 +37,7 @@ LONG = (
     "docs/optimizer.md",
     "schemes/README.md",
     "docs/growing.md",
+    "docs/recipes.md",
 )
 """Pages of many commands, each of which starts Python and torch anew: slow tests."""
 PROJECT_PAGE = "docs/package.md"
@@ -162,6 +163,9 @@ def test_dots_stand_for_lines() -> None:
     assert pattern(("a", "...", "c")).fullmatch("a\nb\nb\nc")
     assert pattern(("a", "...", "c")).fullmatch("a\nc")
     assert pattern(("a", "...")).fullmatch("a\nb")
+    assert pattern(("a", "...")).fullmatch("a")
+    assert not pattern(("a", "...")).fullmatch("ab")
+    assert pattern(("...",)).fullmatch("a\nb")
     assert pattern(("a ...", "b")).fullmatch("a much\nb")
     assert not pattern(("a", "...", "c")).fullmatch("b\nc")
 
