@@ -210,8 +210,8 @@ class Cycle:
         streammap.coalesce(large, small, width=2, depth=2, optimizer=self.optimizer)
         model = GPT2LMHeadModel.from_pretrained(small)
         trained = record.train(self._loaded(model, streammap.open(small)), stages[1])
-        noise = {} if self.noise is None else {"noise": self.noise, "seed": given.seed}
-        grown = streammap.open(trained).decoalesce(map=small, **noise)
+        seed = None if self.noise is None else given.seed
+        grown = streammap.open(trained).decoalesce(map=small, noise=self.noise, seed=seed)
         both = grown.interpolate(large, alpha=self.alpha)
         record.train(self._loaded(given.fresh(), both), stages[2])
         return record.curve

@@ -5,6 +5,7 @@ import socket
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def recipe_models(folder: Path) -> Iterator[Environment]:
         yield {"HF_ENDPOINT": server.url}
 
 
-def _train(model: torch.nn.Module, folder: Path) -> None:
+def _train(model: Any, folder: Path) -> None:
     """Save a model that is being trained, with its optimizer."""
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
     tokens = torch.arange(40).view(2, 20)
