@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import streammap
 from bench import harness
 from bench.harness import Options
-from bench.vcycle import CONTEXT, Text, text
+from bench.texts import CONTEXT, Text, text
 
 WAYS: Mapping[str, dict[str, Any] | None] = {
     "as they are": None,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 _WIDTH, _HEIGHT, _LEFT, _TOP = 640, 360, 60, 40
-_COLOURS = ("#4a7fb5", "#b5352a")
+_COLOURS = ("#4a7fb5", "#b5352a", "#3a8a4d", "#b58a1e", "#7a4fa0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def cost_to_reach(curve: Curve, loss: float) -> float | None:
 def as_text(curves: Sequence[Curve]) -> str:
     """Every point, a curve a block."""
     return "\n".join(
-        f"{curve.name:8s} " + " ".join(f"{x:.0f}:{y:.2f}" for x, y in curve.points)
+        f"{curve.name:18s} " + " ".join(f"{x:.0f}:{y:.2f}" for x, y in curve.points)
         for curve in curves
     )
 
@@ -75,7 +75,7 @@ def svg(title: str, curves: Sequence[Curve]) -> str:
     for i, curve in enumerate(curves):
         colour = _COLOURS[i % len(_COLOURS)]
         path = " L ".join(f"{x:.1f} {y:.1f}" for x, y in (at(*p) for p in curve.points))
-        x, y = _LEFT + _WIDTH - 90, _TOP + 18 + 18 * i
+        x, y = _LEFT + _WIDTH - 150, _TOP + 18 + 18 * i
         lines += [
             f'<path d="M {path}" fill="none" stroke="{colour}" stroke-width="2"/>',
             f'<text x="{x}" y="{y}" fill="{colour}">{escape(curve.name)}</text>',

@@ -10,8 +10,8 @@ from streammap.operators.declare import Operator
 
 _HERE = "streammap.operators."
 _OPERATORS: dict[str, tuple[str, str]] = {
-    "coalesce": ("resize:Coalesce", "Shrink: units of a group become their mean."),
-    "decoalesce": ("resize:Decoalesce", "Grow: units are copied; widening keeps the function."),
+    "coalesce": ("resize:Coalesce", "Shrink or prune: units of a group become their mean."),
+    "decoalesce": ("resize:Decoalesce", "Expand: copy units; widening is function-preserving."),
     "restack": ("depth.restack:Restack", "Change the depth: drop, repeat or insert layers."),
     "remap": ("learned.remap:Remap", "Apply learned maps: matrices of axes, weights of layers."),
     "blend": ("blend:Blend", "Make any number of checkpoints one: means, sums, stacks."),

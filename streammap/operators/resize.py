@@ -26,7 +26,10 @@ LEARN = "Copies that learn"
 
 @declared
 class Coalesce(Resize):
-    """Shrink: heads, neurons and layers of a group become their mean."""
+    """Shrink (merge or prune): heads, neurons and layers of a group become their mean.
+
+    What is in no group is pruned.
+    """
 
     examples: ClassVar[tuple[str, ...]] = (
         "coalesce bert-base-uncased/ small/ --width 2 --depth 2",
@@ -48,7 +51,7 @@ class Coalesce(Resize):
 
 @declared
 class Decoalesce(Resize):
-    """Grow: heads, neurons and layers are copied; widening is function-preserving.
+    """Grow (expand, widen, deepen): units are copied; widening is function-preserving.
 
     Without sizes or groups, the map saved when SRC was made is used: beside SRC, in the folder
     above, or in the folder that config.json says the model was loaded from.

@@ -195,9 +195,8 @@ def pattern(lines: tuple[str, ...], *more: tuple[str, str]) -> re.Pattern[str]:
             continue
         whole, dots = line.removesuffix(" ..."), line.endswith(" ...")
         parts.append(re.escape(alike(whole, *more)) + (".*" if dots else "") + r"\n")
-    joined = "".join(parts)
-    if lines and lines[-1] != "...":
-        joined = joined.removesuffix(r"\n")
-    else:
-        joined += ".*"
+    ends_open = lines[-1:] == ("...",)
+    joined = "".join(parts[:-1] if ends_open else parts).removesuffix(r"\n")
+    if ends_open:
+        joined += r"(?:\n.*)*" if joined else r"[\s\S]*"
     return re.compile(joined)

@@ -5,6 +5,7 @@ import socket
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,41 @@ def deit(folder: Path) -> Iterator[Environment]:
 
 
 @contextlib.contextmanager
+def recipe_models(folder: Path) -> Iterator[Environment]:
+    """Two models of the Hub with as many layers, heads and experts; one in mid-training."""
+    transformers = optional.library("transformers")
+    sizes = {**_LLAMA, "hidden_size": 32, "intermediate_size": 48, "num_key_value_heads": 8}
+    torch.manual_seed(0)
+    with HubServer() as server, optional.quiet():
+        for name, config in {
+            "meta-llama/Llama-2-7b-hf": transformers.LlamaConfig(
+                **{**sizes, "num_hidden_layers": 32}
+            ),
+            "mistralai/Mixtral-8x7B-v0.1": transformers.MixtralConfig(
+                **sizes, num_local_experts=8, num_experts_per_tok=2
+            ),
+        }.items():
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            model.save_pretrained(folder / name)
+            server.add(name, folder / name)
+        config = transformers.LlamaConfig(**sizes)
+        _train(transformers.LlamaForCausalLM(config), folder / "fresh" / "run")
+        yield {"HF_ENDPOINT": server.url}
+
+
+def _train(model: Any, folder: Path) -> None:
+    """Save a model that is being trained, with its optimizer."""
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    tokens = torch.arange(40).view(2, 20)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+
+@contextlib.contextmanager
 def bucket(folder: Path) -> Iterator[Environment]:
     """A store that speaks S3, with an empty bucket."""
     pytest.importorskip("s3fs", reason="pip install s3fs")
@@ -167,6 +203,7 @@ OF_PAGE: Mapping[str, Callable[[Path], contextlib.AbstractContextManager[Environ
     "docs/launchers.md": launched_alone,
     "docs/lora.md": adapters,
     "docs/original.md": deit,
+    "docs/recipes.md": recipe_models,
     "schemes/README.md": scheme_models,
     "docs/object-stores.md": bucket,
 }

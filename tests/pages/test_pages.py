@@ -37,6 +37,7 @@ LONG = (
     "docs/optimizer.md",
     "schemes/README.md",
     "docs/growing.md",
+    "docs/recipes.md",
 )
 """Pages of many commands, each of which starts Python and torch anew: slow tests."""
 PROJECT_PAGE = "docs/package.md"
@@ -122,7 +123,8 @@ def test_each_command_is_one(line: str) -> None:
 def test_the_readme_is_short_and_says_what_people_search_for() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 200
-    for word in ("function-preserving", "widen", "deepen", "shrink", "prune", "grow"):
+    words = "function-preserving grow widen deepen expand upscal shrink prune"
+    for word in words.split():
         assert word in text.lower(), word
 
 
@@ -162,6 +164,9 @@ def test_dots_stand_for_lines() -> None:
     assert pattern(("a", "...", "c")).fullmatch("a\nb\nb\nc")
     assert pattern(("a", "...", "c")).fullmatch("a\nc")
     assert pattern(("a", "...")).fullmatch("a\nb")
+    assert pattern(("a", "...")).fullmatch("a")
+    assert not pattern(("a", "...")).fullmatch("ab")
+    assert pattern(("...",)).fullmatch("a\nb")
     assert pattern(("a ...", "b")).fullmatch("a much\nb")
     assert not pattern(("a", "...", "c")).fullmatch("b\nc")
 
