@@ -160,7 +160,7 @@ def test_matrices_of_each_layer_are_einsum_in_float64(tmp_path: Path) -> None:
 def test_a_template_has_the_names_and_shapes_of_a_model(tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "small", double(tiny.bert(SIZES)), tiny.bert_config(SIZES))
     plain = tmp_path / "plain.safetensors"
-    assert f"hidden.matrix  [{SIZES.embed}, {SIZES.embed}]" in ok("maps", "template", source, plain)
+    assert f"embed.matrix  [{SIZES.embed}, {SIZES.embed}]" in ok("maps", "template", source, plain)
     same = streammap.open(source).remap(maps=plain)
     assert same.promise[0] in ("bit-exact", "exact")
     tiny.assert_same({key: same.read(key) for key in same.keys()}, tiny.written(source))  # noqa: SIM118
