@@ -165,11 +165,10 @@ def test_a_template_has_the_names_and_shapes_of_a_model(tmp_path: Path) -> None:
     assert same.promise[0] in ("bit-exact", "exact")
     tiny.assert_same({key: same.read(key) for key in same.keys()}, tiny.written(source))  # noqa: SIM118
     file = tmp_path / "filled.safetensors"
-    wanted = ("--size", "hidden=9", "--size", "mlp=10", "--size", "layer=5")
+    wanted = ("--size", "mlp=10", "--size", "layer=5")
     ok("maps", "template", source, file, *wanted)
     made = load_file(file)
     assert {name: list(x.shape) for name, x in made.items()} == {
-        "hidden.matrix": [9, SIZES.embed],
         "mlp.matrix": [10, SIZES.mlp],
         "layer.matrix": [5, SIZES.layers],
     }
