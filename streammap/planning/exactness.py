@@ -71,6 +71,8 @@ def of_axes(
             else:
                 units = axis_words.units_of(spec, axis)
                 guarantees[axis] = "exact", f"new {units} are zero, norms are compensated"
+        elif axis_facts.is_expert(spec, axis) and (torn := _torn(model, axis, m, fills.fields)):
+            guarantees[axis] = "approximate", f"{axis}: {torn}"
         elif axis_facts.is_expert(spec, axis) and grows and not _is_permutation(m):
             guarantees[axis] = _of_experts(model, axis, m, fills.fields)
         else:
@@ -242,6 +244,14 @@ def _of_experts(model: Model, axis: str, m: AxisMap, fields: Mapping[str, object
     if experts.takes_one(model, axis, fields):
         return "exact", "experts are copied, and the router takes one of them"
     return "exact", "experts are copied, and the router picks as many more"
+
+
+def _torn(model: Model, axis: str, m: AxisMap, fields: Mapping[str, object]) -> str | None:
+    """Why experts in another order change the function: routers may choose groups of them first."""
+    about = model.architecture.experts.get(axis)
+    if about is None or not isinstance(m, BlockMap) or not _is_permutation(m):
+        return None
+    return experts.why_regrouped(model, about, m, fields)
 
 
 def _is_permutation(m: AxisMap) -> bool:

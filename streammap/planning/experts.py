@@ -101,7 +101,7 @@ def inexact(model: Model, axis: str, m: AxisMap, fields: Mapping[str, object]) -
             why = _why_inexact(about, m, name, k, after)
             if why is not None:
                 return why
-    return _why_regrouped(model, about, m, fields)
+    return why_regrouped(model, about, m, fields)
 
 
 def takes_one(model: Model, axis: str, fields: Mapping[str, object]) -> bool:
@@ -224,10 +224,10 @@ def _why_inexact(about: Experts, m: BlockMap, name: str, k: int, after: object) 
     return None
 
 
-def _why_regrouped(
+def why_regrouped(
     model: Model, about: Experts, m: BlockMap, fields: Mapping[str, object]
 ) -> str | None:
-    """Why copies change which groups are chosen; None where they don't.
+    """Why experts in other places change which groups are chosen; None where they don't.
 
     A router that first chooses groups scores each by its best experts (the best two in DeepSeek): a
     group of the result must be a copy of one old group, not hold an expert twice.
@@ -242,5 +242,6 @@ def _why_regrouped(
     for start in range(0, m.n_out, size):
         copied = {j for i in range(start, start + size) for j, _ in m.members(i)}
         if len({j // size for j in copied}) != 1 or len(copied) != size:
-            return f"copies of experts inside one of the {n_groups} groups change its score"
+            found = f"inside one of the {n_groups} groups"
+            return f"experts of other groups, or copies, {found} change its score"
     return None

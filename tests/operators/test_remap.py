@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import streammap
@@ -17,7 +17,7 @@ from streammap.errors import SchemeError
 from streammap.tools.spec_proof import tiny_models
 from tests.support import tiny
 from tests.support.tiny import State
-from tests.support.typed import ok
+from tests.support.typed import ok, run
 
 F64 = torch.float64
 SIZES = tiny.Sizes(heads=2, layers=3, head_dim=3, vocab=5)
@@ -40,6 +40,13 @@ def saved(path: Path, maps: Mapping[str, Tensor]) -> Path:
 
 def double(state: State) -> State:
     return {key: x.to(F64) for key, x in state.items()}
+
+
+def refused(*arguments: object) -> str:
+    """What a command that must fail says."""
+    result = run(*arguments)
+    assert result.exit_code == 1, result.output
+    return result.output
 
 
 LIGO = {
@@ -120,6 +127,90 @@ def test_ligo_is_einsum_in_float64(ending: str, tmp_path: Path) -> None:
     # Matrix products add in an order of their own.
     for key, x in tiny.written(tmp_path / "cli").items():
         torch.testing.assert_close(tiny.written(tmp_path / "again")[key], x, rtol=1e-12, atol=1e-12)
+
+
+def test_matrices_of_each_layer_are_einsum_in_float64(tmp_path: Path) -> None:
+    state = double(tiny.bert(SIZES))
+    source = tiny.write(tmp_path / "small", state, tiny.bert_config(SIZES))
+    p = [random(9, SIZES.mlp, seed=20 + i) for i in range(SIZES.layers)]
+    c = [random(SIZES.mlp, 9, seed=30 + i) for i in range(SIZES.layers)]
+    maps = {f"mlp@{i}.matrix": p[i] for i in range(SIZES.layers)}
+    maps |= {f"mlp@{i}.reader": c[i] for i in (0, 2)}  # layer 1 is read by P transposed
+    file = saved(tmp_path / "maps.npz", maps)
+    expected = dict(state)
+    for i in range(SIZES.layers):
+        at = f"encoder.layer.{i}."
+        rows, bias = (state[f"{at}intermediate.dense.{part}"] for part in ("weight", "bias"))
+        expected[f"{at}intermediate.dense.weight"] = torch.einsum("ij,jk->ik", p[i], rows)
+        expected[f"{at}intermediate.dense.bias"] = torch.einsum("ij,j->i", p[i], bias)
+        reader = p[i].T if i == 1 else c[i]
+        read = state[f"{at}output.dense.weight"]
+        expected[f"{at}output.dense.weight"] = torch.einsum("ik,kl->il", read, reader)
+    lazy = streammap.open(source).remap(maps=file)
+    assert lazy.promise[0] == "approximate"
+    lazy.save(tmp_path / "python", fsync=False, class_check="never")
+    ok("remap", source, tmp_path / "cli", "--maps", file, *QUICK)
+    for folder in ("python", "cli"):
+        found = tiny.written(tmp_path / folder)
+        assert found.keys() == expected.keys()
+        for key, x in expected.items():
+            torch.testing.assert_close(found[key], x, rtol=1e-12, atol=1e-12)
+
+
+def test_a_template_has_the_names_and_shapes_of_a_model(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "small", double(tiny.bert(SIZES)), tiny.bert_config(SIZES))
+    plain = tmp_path / "plain.safetensors"
+    assert f"embed.matrix  [{SIZES.embed}, {SIZES.embed}]" in ok("maps", "template", source, plain)
+    same = streammap.open(source).remap(maps=plain)
+    assert same.promise[0] in ("bit-exact", "exact")
+    tiny.assert_same({key: same.read(key) for key in same.keys()}, tiny.written(source))  # noqa: SIM118
+    file = tmp_path / "filled.safetensors"
+    wanted = ("--size", "mlp=10", "--size", "layer=5")
+    ok("maps", "template", source, file, *wanted)
+    made = load_file(file)
+    assert {name: list(x.shape) for name, x in made.items()} == {
+        "mlp.matrix": [10, SIZES.mlp],
+        "layer.matrix": [5, SIZES.layers],
+    }
+    for x in made.values():
+        assert torch.equal(x, torch.eye(*x.shape))
+    said = ok("maps", "check", file, source)
+    assert f"mlp  {SIZES.mlp} -> 10" in said
+    about = json.loads(ok("maps", "check", file, source, "--json"))
+    assert about["guarantee"] == streammap.open(source).remap(maps=file).promise[0]
+    assert about["maps"]["layer"][:2] == [SIZES.layers, 5]
+    assert about["axes"].keys() >= {"mlp", "layer"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--size", "hidden"), "--size hidden: expected AXIS=N"),
+        (("--size", "hidden=0"), "expected AXIS=N"),
+        (("--size", "vocab=9"), "has no axis 'vocab' that can be mapped"),
+        (("--size", "width=9"), "has no axis 'width' that can be mapped"),
+    ],
+)
+def test_templates_that_fit_no_model_are_refused(
+    arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    source = tiny.write(tmp_path / "small", tiny.bert(SIZES), tiny.bert_config(SIZES))
+    file = tmp_path / "maps.safetensors"
+    said = refused("maps", "template", source, file, *arguments)
+    assert message in said
+    assert "hint" in said
+    assert not file.exists()
+
+
+def test_a_template_replaces_no_file(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "small", tiny.bert(SIZES), tiny.bert_config(SIZES))
+    file = tiny.file(tmp_path / "maps.safetensors", b"mine")
+    assert "is there already" in refused("maps", "template", source, file)
+    assert file.read_bytes() == b"mine"
+    assert "expected a name ending in .safetensors" in refused(
+        "maps", "template", source, tmp_path / "maps.npz"
+    )
+    assert "hint" in refused("maps", "check", file, source)
 
 
 REFUSED: tuple[tuple[dict[str, Tensor], str], ...] = (

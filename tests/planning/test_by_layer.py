@@ -132,6 +132,14 @@ LAYOUTS = (
         Side(r"((?:encoder|decoder)\.block\.\d+)\..*\.wi\.weight", 0),
         Side(r"((?:encoder|decoder)\.block\.\d+)\..*\.wo\.weight", 1, reads=True),
     )),
+    Layout("bert", "bert", "mlp", 92, numbered(0, 5), (
+        Side(r"bert\.encoder\.layer\.(\d+)\.intermediate\..*", 0),
+        Side(r"bert\.encoder\.layer\.(\d+)\.output\.dense\.weight", 1, reads=True),
+    )),
+    Layout("qwen_moe", "qwen3_moe", "moe_mlp", 44, ("0", "2", "3", "4"), (
+        *sides(AT + r"mlp\.experts\.\d+\.(?:gate|up)_proj\..*",
+               AT + r"mlp\.experts\.\d+\.down_proj\.weight"),
+    )),
     Layout("whisper", "whisper", "dec_mlp", 76, numbered(0, 4), (
         Side(r"model\.decoder\.layers\.(\d+)\.fc1\..*", 0),
         Side(r"model\.decoder\.layers\.(\d+)\.fc2\.weight", 1, reads=True),
@@ -240,6 +248,91 @@ def test_each_layer_keeps_its_own_experts(bench: Bench, tmp_path: Path, fused: b
                 assert torch.equal(result.read(key.format(new)), state[key.format(old)])
 
 
+def test_fused_experts_keep_neurons_of_their_own_in_each_layer(
+    bench: Bench, tmp_path: Path
+) -> None:
+    source = bench.source(truth.named("qwen_moe", "qwen3_moe"))
+    model = transformers.Qwen3MoeForCausalLM.from_pretrained(source)
+    state = {key: x.clone() for key, x in model.state_dict().items()}
+    folder = truth.write(tmp_path / "source", state, truth.config_of(source))
+    kept = {i: random.Random(i).sample(range(44), 22) for i in (0, 2, 3, 4)}
+    lazy = streammap.open(folder)
+    result = lazy.coalesce(axes={"moe_mlp": {i: [[j] for j in kept[i]] for i in kept}})
+    for i, units in kept.items():
+        key = f"model.layers.{i}.mlp.experts.gate_up_proj"
+        rows = [*units, *(44 + unit for unit in units)]
+        assert torch.equal(result.read(key), state[key][:, rows])
+        key = f"model.layers.{i}.mlp.experts.down_proj"
+        assert torch.equal(result.read(key), state[key][:, :, units])
+    groups = {i: shuffled(44, 2, i) for i in kept}
+    grown = lazy.decoalesce(axes={"moe_mlp": groups})
+    assert grown.promise[0] == "exact"
+    back = streammap.open(bench.saved(grown)).coalesce()
+    for key, x in state.items():
+        assert torch.equal(back.read(key), x), key
+
+
+# DeepSeek's routers choose groups of experts first: 2 groups of 4, one of them chosen.
+
+
+def ordered(seed: object) -> list[int]:
+    """The 8 experts in another order, with each group's together."""
+    rng = random.Random(str(seed))
+    groups = [rng.sample(range(4), 4), rng.sample(range(4, 8), 4)]
+    rng.shuffle(groups)
+    return [*groups[0], *groups[1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2_groups"])
+def test_groups_of_experts_are_kept_in_each_layer(bench: Bench, name: str) -> None:
+    model = truth.named("deepseek", name)
+    source = bench.source(model)
+    lazy = streammap.open(source)
+    layers = [
+        i
+        for i in range(5)
+        if f"model.layers.{i}.mlp.gate.weight" in lazy.keys()  # noqa: SIM118
+    ]
+    moved = lazy.coalesce(experts={i: [[j] for j in ordered(i)] for i in layers})
+    assert moved.promise[0] in ("bit-exact", "exact"), moved.promise
+    assert moved.config is not None
+    assert (moved.config["n_group"], moved.config["topk_group"]) == (2, 1)
+    assert bench.error(moved, source, model) < SAME
+    torn = {i: ordered(i) for i in layers}
+    torn[layers[-1]] = [0, 4, 1, 5, 2, 6, 3, 7]
+    broken = lazy.coalesce(experts={i: [[j] for j in torn[i]] for i in layers})
+    assert broken.promise[0] == "approximate", broken.promise
+    assert f"layer {layers[-1]}" in broken.promise[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v2_groups"])
+def test_copies_of_groups_of_experts_have_an_order_in_each_layer(bench: Bench, name: str) -> None:
+    model = truth.named("deepseek", name)
+    source = bench.source(model)
+    lazy = streammap.open(source)
+    layers = [
+        i
+        for i in range(5)
+        if f"model.layers.{i}.mlp.gate.weight" in lazy.keys()  # noqa: SIM118
+    ]
+    asked: dict[int, Groups] = {}
+    for i in layers:  # experts of the result in the order of their sources, twice
+        of = [*ordered(i), *ordered(f"{i} again")]
+        asked[i] = [[k for k, j in enumerate(of) if j == old] for old in range(8)]
+    grown = lazy.decoalesce(experts=asked)
+    assert grown.config is not None
+    assert (grown.config["n_group"], grown.config["topk_group"]) == (4, 2)
+    if grown.promise[0] == "exact":
+        assert bench.error(grown, source, model) < SAME
+    back = streammap.open(bench.saved(grown)).coalesce()
+    assert back.config is not None
+    assert (back.config["n_group"], back.config["topk_group"]) == (2, 1)
+    for key, x in truth.state_of(source).items():
+        assert torch.equal(back.read(key), x), key
+
+
 def test_an_axis_of_some_layers_asks_for_these_alone(bench: Bench) -> None:
     lazy = streammap.open(bench.source(truth.named("deepseek", "deepseek_v3")))
     sparse = {str(i): chosen(8, 4, i) for i in range(2, 5)}
@@ -251,6 +344,19 @@ def test_an_axis_of_some_layers_asks_for_these_alone(bench: Bench) -> None:
         lazy.coalesce(experts={"0": pairs["2"], **pairs})
     with pytest.raises(SchemeError, match="nothing is said of layer 4, expected"):
         lazy.coalesce(experts={i: pairs[i] for i in ("2", "3")})
+
+
+@pytest.mark.slow
+def test_channels_that_are_divided_by_their_mean_are_copied_evenly(bench: Bench) -> None:
+    model = truth.named("convnext", "convnextv2")
+    source = bench.source(model)
+    lazy = streammap.open(source)
+    n = lazy.sizes["m1"]
+    uneven: Groups = [[i, *(range(n, n + 16) if i == 0 else ())] for i in range(n)]
+    assert lazy.decoalesce(axes={"m1": uneven}).promise[0] == "approximate"
+    even = lazy.decoalesce(axes={"m1": 2})
+    assert even.promise[0] == "exact"
+    assert bench.error(even, source, model) < SAME
 
 
 # Growing, and the way back.

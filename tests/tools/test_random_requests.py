@@ -11,7 +11,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
 from streammap.architectures.schema import TinyModel
 from streammap.errors import StreammapError
+from streammap.planning.by_layer import layered
 from streammap.tools.spec_proof import checks, tiny_models
 from tests.support import truth
 from tests.support.truth import Bench, Outputs
@@ -183,13 +184,60 @@ def resized(rng: random.Random, n: int, kind: str) -> Any:
     }
 
 
-def broken(case: Case, bench: Bench, counts: Counter[str]) -> Iterator[str]:
+def request_by_layer(rng: random.Random, lazy: LazyCheckpoint) -> dict[str, Any]:
+    """Options of a growth of one axis or two by maps of their own in each layer."""
+    model = lazy.plan.model
+    places = {
+        axis: found.layers
+        for axis, size in lazy.sizes.items()
+        if size and model.architecture.axes[axis].kind in ("width", "expert")
+        if (found := layered.lies(model, axis)).layers and found.shared is None
+    }
+    asked: dict[str, Any] = {}
+    for axis in rng.sample(sorted(places), min(len(places), rng.choice((1, 1, 2)))):
+        n = lazy.sizes[axis]
+        n_new = 2 * n if rng.random() < 0.7 else n + rng.randint(1, n)
+        asked[axis] = {
+            f"{depth}.{number}": one_layer(rng, n, n_new) for depth, number in places[axis]
+        }
+    options: dict[str, Any] = {"axes": asked}
+    if rng.random() < 0.3:
+        depth = rng.choice(model.architecture.depth_axes)
+        options["axes"] = {**asked, depth: 2}
+        options["new_layers"] = "zero"
+    if any(model.architecture.axes[axis].kind == "expert" for axis in asked):
+        options["top_k"] = rng.choice(("keep", "scale", 2))
+    return options
+
+
+def one_layer(rng: random.Random, n: int, n_new: int) -> Any:
+    """The request of one layer: units in any order, even shares or weights; or twice as many."""
+    if n_new == 2 * n and rng.random() < 0.3:
+        return {"factor": 2, "grouping": rng.choice(("stacked", "adjacent"))}
+    units = rng.sample(range(n_new), n_new)
+    groups = [[unit] for unit in units[:n]]
+    for unit in units[n:]:
+        rng.choice(groups).append(unit)
+    if rng.random() < 0.6:
+        return groups
+    shares = [[rng.choice((1, 2, 3)) for _ in group] for group in groups]
+    return {
+        "groups": [
+            {"members": group, "weights": own} for group, own in zip(groups, shares, strict=True)
+        ]
+    }
+
+
+Request = Callable[[random.Random, LazyCheckpoint], dict[str, Any]]
+
+
+def broken(case: Case, bench: Bench, counts: Counter[str], drawn_by: Request) -> Iterator[str]:
     """What does not hold of a request."""
     rng = random.Random(case.seed)
     options: dict[str, Any] = {}
     try:
         source = streammap.open(case.folder)
-        options = request(rng, source)
+        options = drawn_by(rng, source)
         lazy = source.decoalesce(**options)
         promise = lazy.promise[0]
         grown = bench.saved(lazy)
@@ -226,7 +274,8 @@ def difference(found: Outputs, expected: Outputs) -> float | None:
 
 
 @pytest.mark.slow
-def test_random_requests_keep_their_promises(scratch: Path) -> None:
+@pytest.mark.parametrize("drawn_by", [request, request_by_layer])
+def test_random_requests_keep_their_promises(scratch: Path, drawn_by: Request) -> None:
     counts: Counter[str] = Counter()
     failures: list[str] = []
     for seed in range(FIRST, FIRST + N_REQUESTS):
@@ -235,7 +284,7 @@ def test_random_requests_keep_their_promises(scratch: Path) -> None:
             counts["not made"] += 1
             continue
         try:
-            failures += broken(case, Bench(scratch), counts)
+            failures += broken(case, Bench(scratch), counts, drawn_by)
         except Exception as error:
             failures.append(f"{case}: {type(error).__name__} {error}")
     sys.stdout.write(f"{N_REQUESTS} requests: {dict(counts)}, broken: {len(failures)}\n")

@@ -57,6 +57,8 @@ def guarantee(plan: Plan, axis: str, pair: Pair) -> Guarantee:
     """The guarantee of the maps of one axis, with the reason."""
     model = plan.model
     spec, shown = model.architecture, axis_words.shown(model.architecture, axis)
+    if _is_identity(pair):
+        return "bit-exact", f"{shown}: units stay as they are"
     error = error_of(pair)
     if error > tolerance(pair):
         return "approximate", f"{shown}: C P differs from I by {error:.1e}"
@@ -111,6 +113,18 @@ def _is_constant(plan: Plan, family: Family) -> bool:
         if not bool((gains == gains[0]).all()):
             return False
     return True
+
+
+def _is_identity(pair: Pair) -> bool:
+    """Whether nothing changes, as in a template that is not filled in."""
+    import torch
+
+    n_new, n_old = pair.matrix.shape
+    if n_new != n_old or int(pair.matrix.count_nonzero()) != n_old:
+        return False
+    ones = (pair.matrix.diagonal(), pair.reader.diagonal())
+    counted = int(pair.reader.count_nonzero()) == n_old
+    return counted and all(bool(torch.eq(x, 1).all()) for x in ones)
 
 
 def _are_copies(pair: Pair) -> bool:

@@ -1,0 +1,1 @@
+"""Maps of many segments, which are applied unit by unit."""
