@@ -3,11 +3,13 @@
 import importlib
 from collections.abc import Mapping
 
+_SEQ2SEQ = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"
 _AUTO = (
     "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    _SEQ2SEQ,
     "MODEL_FOR_MASKED_LM_MAPPING",
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_CTC_MAPPING",
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     "MODEL_MAPPING",
 )
@@ -33,7 +35,9 @@ def find(config: Mapping[str, object], finished: object) -> type | None:
         if isinstance(found, type) and hasattr(found, "base_model_prefix"):
             return found
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    for mapping in _AUTO:
+    # The decoder alone of a model of two is for generation only.
+    whole = getattr(finished, "is_encoder_decoder", False)
+    for mapping in sorted(_AUTO, key=_SEQ2SEQ.__ne__) if whole else _AUTO:
         options = getattr(auto, mapping, {})
         if type(finished) in options:
             chosen: type | tuple[type, ...] = options[type(finished)]

@@ -46,11 +46,12 @@ def shorten(bench: Workbench) -> None:
                 break
 
 
-def prove_sizes(m: AxisNaming) -> tuple[str, ...]:
-    """Build a model whose sizes all differ from the probed ones, and keep it if it is tiny.
+def prove_sizes(m: AxisNaming) -> tuple[Workbench, tuple[str, ...]]:
+    """Build a model whose sizes all differ from the probed ones.
 
     Returns:
-        What the sizes of that model contradict, one line each.
+        The tiny model, which is that one or the probed one where that is tiny already; and what
+        the sizes contradict, one line each.
     """
     hidden = m.fields.get(m.residual())
     large = hidden is not None and hidden.value > _SMALL
@@ -65,7 +66,7 @@ def prove_sizes(m: AxisNaming) -> tuple[str, ...]:
     )
     snapshot = m.bench.snapshot(tiny)
     if snapshot is None:
-        return ("the model that checks all sizes at once can't be built",)
+        return m.bench, ("the model that checks all sizes at once can't be built",)
 
     def size(symbol: str) -> Fraction:
         for table in (m.solution.head_sizes, m.solution.groups):
@@ -79,9 +80,8 @@ def prove_sizes(m: AxisNaming) -> tuple[str, ...]:
         for polynomial, size_there in zip(dims, snapshot.shapes.get(key, ()), strict=False):
             if polynomial is not None and solve.value_of(polynomial, size) != size_there:
                 wrong[template(key)] = None
-    if large:
-        m.bench.adopt(tiny)
-    return tuple(f"{key}: its sizes differ in the model that checks them" for key in wrong)
+    lines = tuple(f"{key}: its sizes differ in the model that checks them" for key in wrong)
+    return m.bench.with_changes(tiny) if large else m.bench, lines
 
 
 def _tiny(m: AxisNaming) -> dict[str, object]:
