@@ -61,23 +61,26 @@ def infer(config: Mapping[str, object], *, name: str, scratch: Path | None = Non
     naming = AxisNaming(bench, structure, solve.solve(bench, structure))
     unresolved, kept = naming.unexplained()
     kept = (*kept, *SpecRules(naming).constants())
-    tiny, wrong = shrink.prove_sizes(naming)
-    unresolved = (*unresolved, *wrong)
-    notes = [f"# Not explained: {line}." for line in unresolved]
-    notes += [f"# Kept as it is: {line}." for line in kept]
 
-    def text(naming: AxisNaming) -> str:
+    def text(naming: AxisNaming, tiny: Workbench) -> str:
+        notes = [f"# Kept as it is: {line}." for line in kept]
         rules = SpecRules(naming)
         tables = [rules.rules(), SpecTables(naming, rules).text()]
         model = _proof(tiny, naming.known.untested)
         return "\n".join([*notes, *tables, facts.proved(naming, tiny.fields), *model])
 
-    proved = None if scratch is None else repair.prove(naming, text, scratch)
+    if scratch is None:
+        tiny, wrong = shrink.prove_sizes(naming, shrink.tiny_sizes(naming)[0])
+        toml, proved, n_probes = text(naming, tiny), None, tiny.n_probes
+    else:
+        proved = repair.prove(naming, text, scratch)
+        toml, wrong, n_probes = proved.toml, proved.unresolved, proved.n_probes
+    unresolved = (*unresolved, *wrong)
     return Inferred(
-        toml=text(naming) if proved is None else proved.toml,
+        toml="\n".join([*(f"# Not explained: {line}." for line in unresolved), toml]),
         model_type=bench.model_type,
         unresolved=unresolved,
-        n_probes=bench.n_probes + tiny.n_probes,
+        n_probes=bench.n_probes + n_probes,
         seconds=time.perf_counter() - start,
         report=None if proved is None else proved.report,
         left_out=None if proved is None else {**proved.known.frozen, **proved.known.inexact},

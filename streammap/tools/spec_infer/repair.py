@@ -6,17 +6,23 @@ the proof names the axis that it concerns, and kept where the proof gets better 
 none of them helps is not resized, and the spec says so: what is left is what was proved.
 """
 
+import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammap.architectures import registry
+from streammap.tools.spec_infer import shrink, solve
 from streammap.tools.spec_infer.amendments import NO_RULE, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
+from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_proof import checks
 from streammap.tools.spec_proof.checks import Check, CheckName, ProofReport
 
 _MAX_ROUNDS = 24
+_MAX_JOINED = 4
+_OUTPUT = re.compile(r"hidden_size$|output_dim$|projection_dim$|^dim$|embed_dim$|d_model$")
 _GATES = ("renormalised", "softmax", "own")
 _LAYERS = "layers that were added to a tiny model changed its function"
 _EXPERTS = "experts that were added to a tiny model changed its function"
@@ -29,10 +35,17 @@ class Proved:
     toml: str
     report: ProofReport
     known: Amendments
-    n_proofs: int
+    unresolved: tuple[str, ...]
+    """What the tiny model contradicts, one line each."""
+    n_probes: int
+    """Models that were built to find a tiny one."""
 
 
-def prove(naming: AxisNaming, text: Callable[[AxisNaming], str], scratch: Path) -> Proved:
+_Text = Callable[[AxisNaming, Workbench], str]
+"""Writes a spec, with a tiny model."""
+
+
+def prove(naming: AxisNaming, text: _Text, scratch: Path) -> Proved:
     """Prove a draft, and amend it as long as that helps.
 
     Args:
@@ -40,9 +53,9 @@ def prove(naming: AxisNaming, text: Callable[[AxisNaming], str], scratch: Path) 
         text: Writes the spec.
         scratch: Folder for tiny models.
     """
-    proof = _Proof(naming, text, scratch)
     known = Amendments()
-    report = proof.of(known)
+    proof, wrong = _running(naming, text, scratch)
+    naming, report = proof.naming, proof.of(known)
     for _ in range(_MAX_ROUNDS):
         failed = next((check for check in report.checks if not check.passed), None)
         if failed is None or failed.name == "source":
@@ -58,28 +71,54 @@ def prove(naming: AxisNaming, text: Callable[[AxisNaming], str], scratch: Path) 
         if better is None:
             break
         known, report = better, proof.of(better)
-    return Proved(proof.toml(known), report, known, proof.n_proofs)
+    return Proved(proof.toml(known), report, known, wrong, proof.tiny.n_probes)
+
+
+def _running(naming: AxisNaming, text: _Text, scratch: Path) -> tuple["_Proof", tuple[str, ...]]:
+    """A tiny model that runs; where none does, the first."""
+    first: tuple[_Proof, tuple[str, ...]] | None = None
+    for i, other in enumerate(itertools.islice(_joined(naming), _MAX_JOINED)):
+        for j, sizes in enumerate(shrink.tiny_sizes(other)):
+            tiny, wrong = shrink.prove_sizes(other, sizes)
+            folder = scratch / f"{i}-{j}"
+            folder.mkdir()
+            found = _Proof(other, tiny, text, folder), wrong
+            first = first or found
+            if found[0].of(Amendments(), "source").passed:
+                return found
+    assert first is not None
+    return first
+
+
+def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
+    """As it is; or with the output of an encoder as wide as the text model, which adds it up."""
+    yield naming
+    hidden = naming.residual()
+    text = next((s for s in naming.names if s.startswith("text_config.hidden_size")), hidden)
+    for symbol in naming.names:
+        scope, _, leaf = symbol.rpartition(".")
+        if symbol not in (hidden, text) and scope and _OUTPUT.search(leaf):
+            solution = solve.joined(naming.solution, symbol, text)
+            yield AxisNaming(naming.bench, naming.anatomy, solution)
 
 
 class _Proof:
     """Specs written, and proved."""
 
-    def __init__(
-        self, naming: AxisNaming, text: Callable[[AxisNaming], str], scratch: Path
-    ) -> None:
-        self._naming, self._text, self._scratch = naming, text, scratch
+    def __init__(self, naming: AxisNaming, tiny: Workbench, text: _Text, scratch: Path) -> None:
+        self.naming, self.tiny, self._text, self._scratch = naming, tiny, text, scratch
         self.n_proofs = 0
 
     def toml(self, known: Amendments) -> str:
         """The spec."""
-        return self._text(self._naming.amended(known))
+        return self._text(self.naming.amended(known), self.tiny)
 
     def of(self, known: Amendments, only: CheckName | None = None) -> ProofReport:
         """Its proof, or one check of it."""
         self.n_proofs += 1
         folder = self._scratch / str(self.n_proofs)
         folder.mkdir()
-        file = folder / f"{self._naming.bench.model_type}.toml"
+        file = folder / f"{self.naming.bench.model_type}.toml"
         file.write_text(self.toml(known), encoding="utf-8")
         (tiny,) = registry.tiny_models(str(file))
         wanted = checks.CHECKS if only is None else (only,)

@@ -314,7 +314,7 @@ class _Proof:
         if not self._axes("depth"):
             return grown, {}
         failures = []
-        for way in _WAYS:
+        for way in _DEEPER:
             try:
                 return grown.decoalesce(axes=self._layers(way)), self._layers(way)
             except PlanError as failure:
@@ -431,6 +431,11 @@ def _doubled_but_first(n: int) -> RequestLike:
     return {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
 
 
+def _repeated_but_first(n: int) -> RequestLike:
+    # As above, where layers take turns by their number: each keeps its place in the turn.
+    return {"groups": [[0], *([i, i + n - 1] for i in range(1, n))]}
+
+
 def _every_other_doubled(n: int) -> RequestLike:
     # Layers behind the first new one get numbers of other kinds.
     starts = [i + i // 2 for i in range(n + 1)]
@@ -443,6 +448,7 @@ def _all_but_one(n: int) -> RequestLike:
 
 _Way = Callable[[int], RequestLike]
 _WAYS: tuple[_Way, ...] = (_repeated, _doubled, _doubled_but_first)
+_DEEPER = (*_WAYS, _repeated_but_first)
 
 
 class _WrongError(Exception):
