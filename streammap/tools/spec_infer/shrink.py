@@ -133,17 +133,32 @@ def _tiny(m: AxisNaming) -> dict[str, object]:
             if plain_name(s) == "heads" and s.rpartition(".")[0] == scope
         ]
         sizes[hidden] = math.lcm(*counts, 1) * 8
-    return sizes | _kv_heads(m, sizes) | _tokens(m.bench)
+    return sizes | _following(m, sizes) | _tokens(m.bench)
 
 
-def _kv_heads(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
-    """Counts of kv heads that make no dimension, which go with the heads."""
+def _following(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
+    """Fields that equal others: widths, and counts of kv heads that make no dimension."""
     heads = {s.rpartition(".")[0]: n for s, n in sizes.items() if plain_name(s) == "heads"}
-    return {
+    equal: dict[str, object] = {a: sizes[b] for a, b in m.solution.same.items() if b in sizes}
+    for name, value in config_changes.leaves(m.bench.fields):
+        if name.endswith("mrope_section") and isinstance(value, list):
+            equal[name] = _sections(m, sizes, len(value))
+    return equal | {
         field.name: heads[field.scope]
         for field in m.fields.values()
         if field.leaf == "num_key_value_heads" and field.name not in sizes and field.scope in heads
     }
+
+
+def _sections(m: AxisNaming, sizes: Mapping[str, object], n: int) -> list[int]:
+    """Parts of half a head, which turn by time, row and column."""
+    field = next((s for s in sizes if plain_name(s) == "head_dim"), "")
+    head = int(str(sizes.get(field, 0)))
+    for hidden, heads in m.solution.head_sizes.values():
+        if not head and "vision" not in hidden:
+            head = int(str(sizes[hidden])) // int(str(sizes[heads]))
+    part = max(1, (head or 8) // 2 // (n + 1))
+    return [*[part] * (n - 1), (head or 8) // 2 - part * (n - 1)]
 
 
 def _in_proportion(m: AxisNaming) -> dict[str, object]:
@@ -159,13 +174,14 @@ def _in_proportion(m: AxisNaming) -> dict[str, object]:
     fewer = _halvings(heads.values(), 2)
     smaller = _halvings(head_sizes.values(), 8)
     narrower = _halvings(widths.values(), 8)
-    if head_sizes:
-        narrower = min(narrower, fewer * smaller)
+    pairs = m.solution.head_sizes.values()
+    derived = [m.fields[hidden].value // m.fields[n].value for hidden, n in pairs]
+    narrower = min(narrower, fewer * (_halvings(derived, 8) if derived else smaller))
     sizes: dict[str, object] = {s: n // fewer for s, n in heads.items()}
     sizes |= {s: n // smaller for s, n in head_sizes.items()}
     sizes |= {s: n // narrower for s, n in widths.items()}
     sizes |= {s: 97 for s, f in chosen.items() if "vocab" in f.leaf and "type" not in f.leaf}
-    return sizes | _kv_heads(m, sizes) | _tokens(m.bench)
+    return sizes | _following(m, sizes) | _tokens(m.bench)
 
 
 def _halvings(sizes: Iterable[int], least: int) -> int:
