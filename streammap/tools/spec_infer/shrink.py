@@ -38,6 +38,8 @@ def shorten(bench: Workbench) -> None:
                 bench.adopt({field.name: value})
     for field in numbers:
         named = re.search(r"layer|depth|block|group", field.leaf)
+        if PER_TOKEN.search(field.leaf):
+            continue  # groups of experts
         if not named or field.leaf.endswith(("_period", "_offset")) or field.value <= 4:
             continue
         full = bench.base()
