@@ -71,7 +71,8 @@ def follow(
         # of the same kind.
         for i, j in enumerate(sources):
             if _in_period(period, before, i) != _in_period(period, before, j):
-                name = layer_rules.field_of(period[0], before) or "model_type"
+                written = layer_rules.written(period[0], before)
+                name = written or layer_rules.field_of(period[0], before) or "model_type"
                 raise PlanError(
                     f"{what} {i} would come from {j}, but config.json's {name} "
                     f"({layer_rules.number(period[0], before)}) makes them two kinds",
