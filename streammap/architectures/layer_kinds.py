@@ -70,13 +70,18 @@ def follow(
         # Loaders work the kind out from a layer's number, so that a layer may only move to a number
         # of the same kind.
         for i, j in enumerate(sources):
-            if _in_period(period, config, i) != _in_period(period, config, j):
-                name = layer_rules.field_of(period[0], config) or "model_type"
+            if _in_period(period, before, i) != _in_period(period, before, j):
+                written = layer_rules.written(period[0], before)
+                name = written or layer_rules.field_of(period[0], before) or "model_type"
                 raise PlanError(
                     f"{what} {i} would come from {j}, but config.json's {name} "
-                    f"({layer_rules.number(period[0], config)}) makes them two kinds",
+                    f"({layer_rules.number(period[0], before)}) makes them two kinds",
                     hint=f"take groups that keep a layer's place in the period of {name}",
                 )
+        # A period that follows from the number of layers is written before that changes.
+        field = layer_rules.written(period[0], before)
+        if field is not None:
+            config_fields.set_field(config, field, layer_rules.number(period[0], before))
     there = [f for f in depth.delete if config_fields.field_value(config, f) is not None]
     for field in there:
         config_fields.delete_field(config, field)

@@ -8,7 +8,7 @@ in the specs ([[depth.*.derived]]).
 from collections.abc import Mapping, Sequence
 
 from streammap.architectures import config_fields
-from streammap.architectures.schema import Depth, LayerRule, Numbers
+from streammap.architectures.schema import QUOTIENT, Depth, LayerRule, Numbers
 from streammap.errors import PlanError, printable
 
 Config = Mapping[str, object]
@@ -19,10 +19,11 @@ _MAX_WORD = 80
 def number(sources: Numbers, config: Config) -> int | None:
     """The first of some fields and numbers that is there; of a list, how many entries it has.
 
-    None where no source is there, or the first is not a whole number.
+    A quotient "=a/b" is there where its fields are whole numbers, and b is not 0. None where no
+    source is there, or the first is not a whole number.
     """
     for source in sources:
-        value = config_fields.field_value(config, source) if isinstance(source, str) else source
+        value = _value(source, config)
         if isinstance(value, list):
             return len(value)
         if value is not None:
@@ -30,9 +31,29 @@ def number(sources: Numbers, config: Config) -> int | None:
     return None
 
 
+def written(sources: Numbers, config: Config) -> str | None:
+    """The field that keeps a number which follows from others: the first, where it isn't there."""
+    there = next((s for s in sources if _value(s, config) is not None), None)
+    first = next(iter(sources), None)
+    return first if isinstance(first, str) and isinstance(there, str) and there != first else None
+
+
+def _value(source: str | int, config: Config) -> object:
+    if isinstance(source, int):
+        return source
+    if not source.startswith(QUOTIENT):
+        return config_fields.field_value(config, source)
+    above, below = (
+        config_fields.field_value(config, name) for name in source.removeprefix(QUOTIENT).split("/")
+    )
+    if type(above) is not int or type(below) is not int or below == 0:
+        return None
+    return above // below
+
+
 def field_of(sources: Numbers, config: Config) -> str | None:
     """The field that gives a number, or would give it: the first that is there, or the first."""
-    fields = [source for source in sources if isinstance(source, str)]
+    fields = [s for s in sources if isinstance(s, str) and not s.startswith(QUOTIENT)]
     there = [f for f in fields if config_fields.field_value(config, f) is not None]
     return next(iter([*there, *fields]), None)
 

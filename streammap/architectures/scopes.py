@@ -20,6 +20,7 @@ from streammap.architectures.expression import Expression, Number, parse_express
 from streammap.architectures.key_pattern import KeyPattern, compile_patterns
 from streammap.architectures.schema import (
     KEEP,
+    QUOTIENT,
     REST,
     Axis,
     AxisKind,
@@ -316,11 +317,19 @@ class SpecScope:
     def _numbers(self, value: object, where: str) -> Numbers:
         entries = value if isinstance(value, list) else [value]
         return tuple(
-            self._path + entry
+            self._quotient(entry, where)
+            if isinstance(entry, str) and entry.startswith(QUOTIENT)
+            else self._path + entry
             if isinstance(entry, str) and not entry.removeprefix("-").isdecimal()
             else whole_number(entry, where)
             for entry in entries
         )
+
+    def _quotient(self, text: str, where: str) -> str:
+        names = text.removeprefix(QUOTIENT).split("/")
+        if len(names) != 2 or not all(names):
+            raise ArchitectureError(f"{where}: {text!r}, expected '=field/field'")
+        return QUOTIENT + "/".join(self._path + name for name in names)
 
     def _holds(self, value: object, where: str) -> Holds:
         conditions = as_list(value, where)

@@ -1,6 +1,7 @@
 """Commands about architecture specs: `architectures`, `spec verify`, `spec infer`."""
 
 import json
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,8 +52,6 @@ def verify(ctx: click.Context, /, names: tuple[str, ...], model: str | None, as_
     through files and from_pretrained. A spec without such a model fails.
     Needs transformers: pip install transformers.
     """
-    import tempfile
-
     from streammap.tools.spec_proof import checks
 
     reports: list[ProofReport] = []
@@ -84,7 +83,7 @@ def verify(ctx: click.Context, /, names: tuple[str, ...], model: str | None, as_
     "proves",
     default=True,
     show_default=True,
-    help="Test it on a tiny model; the report goes to stderr.",
+    help="Prove and amend it on a tiny model; the report goes to stderr.",
 )
 @json_option
 @click.pass_context
@@ -94,30 +93,29 @@ def infer(
     """Write a spec for an unsupported model type, by probing its model class.
 
     Only transformers' own classes are used; no code of the checkpoint is run. CHECKPOINT is its
-    folder or its config.json. Exit code 1: the spec fails its test, and its first line says so.
+    folder or its config.json. What its proof does not show is not resized or not promised, and
+    the first lines say so. Exit code 1: the spec fails its proof all the same.
     Needs transformers: pip install transformers.
     """
     from streammap.io.json_files import read_config
     from streammap.tools.spec_infer import infer as inference
-    from streammap.tools.spec_proof import checks
 
     config = read_config(source)
-    inferred = inference.infer(config, name=name or str(config.get("model_type", "mine")))
-    reports = []
-    if proves:
-        import tempfile
-
-        with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
-            file = Path(folder) / f"{name or inferred.model_type}.toml"
-            file.write_text(inferred.toml)
-            reports = list(checks.verify(str(file), scratch=Path(folder) / "models"))
+    name = name or str(config.get("model_type", "mine"))
+    with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
+        inferred = inference.infer(config, name=name, scratch=Path(folder) if proves else None)
+    reports = [] if inferred.report is None else [inferred.report]
+    left_out = inferred.left_out or {}
     failures = [_failure(report) for report in reports if not report.passed]
-    toml = "".join([*(f"# FAILED: {line}\n" for line in failures), inferred.toml])
+    lines = [f"# FAILED: {line}\n" for line in failures]
+    lines += [f"# Not promised: {axis}: {why}.\n" for axis, why in left_out.items()]
+    toml = "".join([*lines, inferred.toml])
     if as_json:
         report_json = {
             "model_type": inferred.model_type,
             "toml": toml,
             "unresolved": list(inferred.unresolved),
+            "left_out": dict(left_out),
             "n_probes": inferred.n_probes,
             "seconds": inferred.seconds,
             "reports": [asdict(report) for report in reports],
@@ -128,6 +126,8 @@ def infer(
     click.echo(f"{inferred.n_probes} probes in {inferred.seconds:.1f} s", err=True)
     for line in inferred.unresolved:
         click.echo(f"not resolved: {line}", err=True)
+    for axis, why in left_out.items():
+        click.echo(f"not promised: {axis}: {why}", err=True)
     for report in reports:
         click.echo(_lines_of(report), err=True)
     ctx.exit(1 if failures else 0)

@@ -11,5 +11,7 @@ WORK_SUFFIX = ".streammap-run"
 COMMIT_MARK = "commit.json"
 """In that folder while a whole result is being put in place."""
 
+SPEC = "streammap.spec.toml"
+"""Of a result of a model that only a spec of the user's own serves: that spec."""
 RECORD = "streammap.json"
 """Of a result: where it came from, see output/record.py."""

@@ -12,9 +12,10 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, final
 
+from streammap.architectures import registry as specs
 from streammap.common import declare
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, SchemeError, some
-from streammap.io import adapter_files, filenames, json_files
+from streammap.io import adapter_files, filenames, json_files, safe_open
 from streammap.io.checkpoint import Checkpoint, open_checkpoint
 from streammap.io.storage import resolve
 from streammap.operators import registry
@@ -65,6 +66,7 @@ def open_source(
     if isinstance(config, Mapping):
         opened = replace(opened, config=config, config_text=None)
     levels = _levels(opened) if maps is None else maps
+    arch = _carried_spec(opened) if arch is None else arch
     options: dict[str, object] = {"path": opened.address}
     if config is not None and opened.config is not None:
         options["config"] = dict(opened.config)
@@ -330,6 +332,18 @@ def _here(named: Iterable[str | PurePath]) -> tuple[Path, ...]:
     """The files of this machine among those that were named."""
     texts = [os.fspath(one) for one in named]
     return tuple(resolve.local_path(text) for text in texts if not resolve.is_elsewhere(text))
+
+
+def _carried_spec(opened: Checkpoint) -> str | None:
+    """The spec file that a result has beside its weights, where no known spec serves its model."""
+    place = opened.place
+    if place is None or place.file is not None or not opened.is_local:
+        return None
+    file = opened.path / filenames.SPEC
+    if not file.is_file() or not safe_open.is_own(opened.path, file):
+        return None
+    model_type = (opened.config or {}).get("model_type")
+    return None if model_type in specs.model_types() else str(file)
 
 
 def _recorded_arch(source: Plan) -> str | None:

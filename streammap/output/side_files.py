@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import final
 
 from streammap.errors import CheckpointError, OutputError, some
-from streammap.io import folder_files, json_files, lfs_pointer, safe_open
+from streammap.io import filenames, folder_files, json_files, lfs_pointer, safe_open
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.folder_files import Fate
 from streammap.io.storage.base import Storage
@@ -36,6 +36,7 @@ MAX_FETCHED_NBYTES = 100_000_000
 _MAX_NBYTES = 1_000_000_000
 _MAX_TOTAL_NBYTES = 4_000_000_000
 _MAX_FILES = 10_000
+_MAX_SPEC_NBYTES = 1_000_000
 
 
 @final
@@ -91,6 +92,9 @@ def collect(plan: Plan, *, single: str | None = None) -> Iterator[SideFile]:
     if plan.levels:
         name = map_file.NAME if single is None else map_file.beside(Path(single)).name
         yield SideFile(name, map_file.encode(plan.levels))
+    if single is None and plan.architecture is not None and plan.architecture.endswith(".toml"):
+        spec = safe_open.content(Path(plan.architecture), limit=_MAX_SPEC_NBYTES)
+        yield SideFile(filenames.SPEC, spec)
     if plan.config is not None and single is None:
         yield SideFile("config.json", _config(plan, plan.config))
 

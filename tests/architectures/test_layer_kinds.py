@@ -22,6 +22,19 @@ def followed(depth: Depth, config: Config, sources: Sequence[int]) -> Config:
     return found
 
 
+def test_a_period_that_follows_from_counts_is_written_before_they_change() -> None:
+    depth = Depth(periods=((("step", "=n_layers/n_sparse", "n_layers"), (1,)),))
+    config: Config = {"n_layers": 5, "n_sparse": 2}
+    assert len(set(layer_kinds.kinds(depth, config, 5))) == 2
+    assert followed(depth, config, [0, 1, 2, 3, 4, 3, 4]) == {**config, "step": 2}
+    with pytest.raises(PlanError, match=r"3 would come from 2, but config.json's step \(2\)"):
+        followed(depth, config, [0, 1, 2, 2, 3, 4])
+    told: Config = {**config, "step": 1}
+    assert followed(depth, told, [0, 1, 1, 2, 3, 4]) == told
+    none: Config = {"n_layers": 4, "n_sparse": 0}
+    assert followed(depth, none, [0, 1, 2, 3, 0]) == {**none, "step": 4}
+
+
 # Lists.
 
 

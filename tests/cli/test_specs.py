@@ -111,7 +111,7 @@ def test_infer_fails_where_its_proof_does(tmp_path: Path, monkeypatch: pytest.Mo
     place.write_text(json.dumps({"model_type": "openai-gpt", **sizes}))
     wrong = Check("growth", passed=False, error=0.5, message="heads: 5.0e-01\nmore")
     report = ProofReport("openai-gpt", (wrong,))
-    monkeypatch.setattr(checks, "verify", lambda *_, **__: (report,))
+    monkeypatch.setattr(checks, "prove", lambda *_, **__: report)
     first = "# FAILED: openai-gpt: growth: heads: 5.0e-01"
     found = typed.run("spec", "infer", place)
     assert found.exit_code == 1

@@ -1,6 +1,7 @@
 """What a result records of its request, and the same result made from it again."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -301,19 +302,31 @@ def test_any_tree_is_a_request_or_the_projects_own_error(tree: object) -> None:
         pass
 
 
-def test_a_result_of_a_spec_of_ones_own_says_which_it_was(tmp_path: Path) -> None:
+def test_a_result_of_a_spec_of_ones_own_carries_it(tmp_path: Path) -> None:
     spec = tiny.file(
         tmp_path / "mine.toml", 'schema = 1\nextends = "bert"\nmodel_types = ["mine"]\n'
     )
     config = {**tiny.bert_config(SIZES), "model_type": "mine"}
     mine = tiny.write(tmp_path / "mine", tiny.bert(SIZES), config)
     ok("coalesce", mine, tmp_path / "small", "--width", 2, "--arch", spec)
+    carried = tmp_path / "small" / "streammap.spec.toml"
+    assert carried.read_bytes() == spec.read_bytes()
+    ok("coalesce", tmp_path / "small", tmp_path / "smaller", "--depth", 2)
+    assert (tmp_path / "smaller" / carried.name).read_bytes() == spec.read_bytes()
+    assert streammap.open(tmp_path / "smaller").plan.model.name
+    carried.unlink()
     found = run("plan", "coalesce", tmp_path / "small", "--depth", 2)
     assert found.exit_code == 1
     assert f"hint: its record says that it was made with --arch {spec}: give that" in found.stderr
     ok("plan", "coalesce", tmp_path / "small", "--depth", 2, "--arch", spec)
     spec.unlink()
     assert "spec infer" in run("plan", "coalesce", tmp_path / "small", "--depth", 2).stderr
+
+
+def test_a_spec_beside_a_known_model_is_passed_by(big: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(big, tmp_path / "copy")
+    (copy / "streammap.spec.toml").write_text("schema = 2")
+    assert streammap.open(copy).plan.architecture is None
 
 
 def test_names_that_are_near_are_told(big: Path) -> None:

@@ -6,6 +6,7 @@ The expected rules are written out by hand, from the classes' own code.
 import tomllib
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -303,3 +304,53 @@ def test_what_is_refused(config: Table, message: str) -> None:
 def test_code_that_comes_with_a_known_model_type_is_passed_by() -> None:
     config = {**CONFIGS["bert"], "auto_map": {"AutoModel": "modeling_other.OtherBert"}}
     assert infer(config, name="bert").toml == inferred("bert").toml
+
+
+SMALL: dict[str, object] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 92,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 10,
+}
+
+
+def test_a_factor_of_the_forward_pass_is_found_by_the_proof(tmp_path: Path) -> None:
+    config: Table = {"model_type": "gemma2", **SMALL}
+    draft = tomllib.loads(infer(config, name="gemma2").toml)
+    assert "forward_scale" not in draft
+    found = infer(config, name="gemma2", scratch=tmp_path)
+    assert found.report is not None
+    assert found.report.passed
+    assert not found.left_out
+    amended = tomllib.loads(found.toml)
+    assert amended.pop("forward_scale") == {"model.embed_tokens.weight": "embed**0.5"}
+    assert amended == draft
+
+
+@pytest.mark.slow
+def test_what_no_rule_explains_is_not_resized(tmp_path: Path) -> None:
+    # Sines of the width are added to the embeddings.
+    config: Table = {
+        "model_type": "m2m_100",
+        "vocab_size": 97,
+        "d_model": 48,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 6,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 92,
+        "decoder_ffn_dim": 76,
+        "max_position_embeddings": 61,
+    }
+    found = infer(config, name="m2m_100", scratch=tmp_path)
+    assert found.report is not None
+    assert found.report.passed
+    assert found.left_out
+    spec = registry.parse(found.toml, name="m2m_100")
+    kinds = {name: axis.kind for name, axis in spec.axes.items()}
+    assert kinds["embed"] == "frozen"
+    assert kinds["enc_mlp"] == kinds["dec_mlp"] == "width"
+    assert spec.caveats["embed"] == found.left_out["embed"]

@@ -3,11 +3,13 @@
 import importlib
 from collections.abc import Mapping
 
+_SEQ2SEQ = "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING"
+_IMAGE_TEXT = "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING"
 _AUTO = (
     "MODEL_FOR_CAUSAL_LM_MAPPING",
-    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    _SEQ2SEQ,
     "MODEL_FOR_MASKED_LM_MAPPING",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    _IMAGE_TEXT,
     "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     "MODEL_MAPPING",
 )
@@ -33,9 +35,17 @@ def find(config: Mapping[str, object], finished: object) -> type | None:
         if isinstance(found, type) and hasattr(found, "base_model_prefix"):
             return found
     auto = importlib.import_module("transformers.models.auto.modeling_auto")
-    for mapping in _AUTO:
+    first = _first_asked(finished)
+    for mapping in sorted(_AUTO, key=first.__ne__):
         options = getattr(auto, mapping, {})
         if type(finished) in options:
             chosen: type | tuple[type, ...] = options[type(finished)]
             return chosen[0] if isinstance(chosen, list | tuple) else chosen
     return None
+
+
+def _first_asked(finished: object) -> str:
+    """The mapping that has the whole of a model in parts; others have its decoder alone."""
+    if getattr(finished, "is_encoder_decoder", False):
+        return _SEQ2SEQ
+    return _IMAGE_TEXT if hasattr(finished, "text_config") else _AUTO[0]

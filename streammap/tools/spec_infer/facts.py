@@ -8,21 +8,22 @@ from collections.abc import Iterator
 
 from streammap.planning.matching import config_difference
 from streammap.tools.spec_infer import config_changes
+from streammap.tools.spec_infer.config_changes import Fields
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.write_rules import toml_key, toml_value
 
 _OTHER = ("model_type", "is_encoder_decoder", "add_cross_attention", "vocab_size")
 
 
-def proved(naming: AxisNaming) -> str:
-    """The table, one field a line; sizes are no switches."""
-    lines = [f"{toml_key(name)} = {toml_value(value)}" for name, value in _switches(naming)]
+def proved(naming: AxisNaming, fields: Fields) -> str:
+    """The table, one field of the tiny model's config a line; sizes are no switches."""
+    lines = [f"{toml_key(name)} = {toml_value(value)}" for name, value in _switches(naming, fields)]
     return "\n".join(["[proved]", *lines, ""])
 
 
-def _switches(naming: AxisNaming) -> Iterator[tuple[str, object]]:
+def _switches(naming: AxisNaming, fields: Fields) -> Iterator[tuple[str, object]]:
     sizes = {field.name for symbol, field in naming.fields.items() if symbol in naming.names}
-    for name, value in config_changes.leaves(naming.bench.fields):
+    for name, value in config_changes.leaves(fields):
         if name in sizes or name.rpartition(".")[2] in _OTHER or config_difference.is_silent(name):
             continue
         if isinstance(value, bool | int | str) and "_token" not in name:

@@ -3,19 +3,21 @@
 `probe` builds the model with one config field changed after the other, `solve` finds which fields
 make up which dimension, `naming` turns these into axes and roles (with `module_roles`), and
 `write_rules` and `write_tables` into TOML in the format of architectures/README.md. Shapes show
-sizes, but neither the order inside a dimension nor factors of the forward pass: the text marks its
-guesses, and `streammap spec verify` finds what is wrong.
+sizes, but neither the order inside a dimension nor factors of the forward pass: `repair` proves the
+draft on a tiny model, tries what may be missing, and takes back what it can't prove.
 """
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from streammap.tools.spec_infer import facts, module_roles, shrink, solve
+from streammap.tools.spec_infer import facts, module_roles, repair, shrink, solve
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_infer.write_rules import SpecRules, toml_value
 from streammap.tools.spec_infer.write_tables import SpecTables
+from streammap.tools.spec_proof.checks import ProofReport
 
 _GUESS = 88
 """For sizes that are null in config.json, which means "as usual"."""
@@ -32,14 +34,20 @@ class Inferred:
     n_probes: int
     """Models that were built."""
     seconds: float
+    report: ProofReport | None = None
+    """Its proof, where one was asked for."""
+    left_out: Mapping[str, str] | None = None
+    """Axes that the proof did not show -> why; the spec does not resize or promise them."""
 
 
-def infer(config: Mapping[str, object], *, name: str) -> Inferred:
+def infer(config: Mapping[str, object], *, name: str, scratch: Path | None = None) -> Inferred:
     """A spec for the model of a config.json.
 
     Args:
         config: Its content. Code that it names is never run.
         name: What messages call it.
+        scratch: A folder for tiny models, which prove and amend the spec; without one it is a
+            draft.
 
     Raises:
         ArchitectureError: a model that transformers does not have, or can't build.
@@ -51,20 +59,40 @@ def infer(config: Mapping[str, object], *, name: str) -> Inferred:
     bench.explicit(_GUESS)
     structure = module_roles.describe_model(bench.net())
     naming = AxisNaming(bench, structure, solve.solve(bench, structure))
-    text = SpecRules(naming)
-    tables = [text.rules(), SpecTables(naming, text).text()]
     unresolved, kept = naming.unexplained()
-    kept = (*kept, *text.constants())
-    unresolved = (*unresolved, *shrink.prove_sizes(naming))
-    proof = [
+    kept = (*kept, *SpecRules(naming).constants())
+
+    def text(naming: AxisNaming, tiny: Workbench) -> str:
+        notes = [f"# Kept as it is: {line}." for line in kept]
+        rules = SpecRules(naming)
+        tables = [rules.rules(), SpecTables(naming, rules).text()]
+        model = _proof(tiny, naming.known.untested)
+        return "\n".join([*notes, *tables, facts.proved(naming, tiny.fields), *model])
+
+    if scratch is None:
+        tiny, wrong = shrink.prove_sizes(naming, shrink.tiny_sizes(naming)[0])
+        toml, proved, n_probes = text(naming, tiny), None, tiny.n_probes
+    else:
+        proved = repair.prove(naming, text, scratch)
+        toml, wrong, n_probes = proved.toml, proved.unresolved, proved.n_probes
+    unresolved = (*unresolved, *wrong)
+    return Inferred(
+        toml="\n".join([*(f"# Not explained: {line}." for line in unresolved), toml]),
+        model_type=bench.model_type,
+        unresolved=unresolved,
+        n_probes=bench.n_probes + n_probes,
+        seconds=time.perf_counter() - start,
+        report=None if proved is None else proved.report,
+        left_out=None if proved is None else {**proved.known.frozen, **proved.known.inexact},
+    )
+
+
+def _proof(bench: Workbench, untested: tuple[str, ...]) -> list[str]:
+    return [
         "[[proof.models]]",
         f"name = {toml_value(bench.model_type)}",
         f"class = {toml_value(bench.class_name)}",
         f"config = {toml_value(shrink.proof_config(bench))}",
+        *([f"except = {toml_value(untested)}"] if untested else []),
         "",
     ]
-    notes = [f"# Not explained: {line}." for line in unresolved]
-    notes += [f"# Kept as it is: {line}." for line in kept]
-    toml = "\n".join([*notes, *tables, facts.proved(naming), *proof])
-    seconds = time.perf_counter() - start
-    return Inferred(toml, bench.model_type, unresolved, bench.n_probes, seconds)

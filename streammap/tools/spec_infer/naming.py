@@ -5,6 +5,7 @@
 its dimensions makes its axis and which one reads it. The names are those of the shipped specs.
 """
 
+import copy
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from streammap.architectures import config_fields
 from streammap.architectures.key_pattern import INDEX
 from streammap.tools.spec_infer import solve
+from streammap.tools.spec_infer.amendments import Amendments
 from streammap.tools.spec_infer.module_roles import ModelStructure, ModulePart
 from streammap.tools.spec_infer.probe import Workbench, template
 from streammap.tools.spec_infer.solve import Explained, Monomial, Polynomial, Solution
@@ -68,6 +70,14 @@ class AxisNaming:
         self.names = self._named()
         self.tensors = tuple(self._grouped())
         self.kinds = self._axis_kinds()
+        self.known = Amendments()
+
+    def amended(self, known: Amendments) -> "AxisNaming":
+        """The same, with what proofs have shown."""
+        other = copy.copy(self)
+        other.known = known
+        other.kinds = {n: "frozen" if n in known.frozen else kind for n, kind in self.kinds.items()}
+        return other
 
     def unexplained(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """What no field explains, and what depends on fields that are never resized."""
@@ -136,7 +146,10 @@ class AxisNaming:
 
     def text_of(self, tensors: NamedTensors, i: int) -> str:
         """One dimension of tensors as a spec has it."""
-        return self.expression(tensors.dims[i], per_head="query_key_value" in tensors.part.path)
+        per_head = self.known.per_head
+        if per_head is None:
+            per_head = "query_key_value" in tensors.part.path
+        return self.expression(tensors.dims[i], per_head=per_head)
 
     def _used(self) -> list[str]:
         symbols: dict[str, None] = {}
@@ -302,7 +315,8 @@ class AxisNaming:
         symbols = sorted(monomial, key=lambda pair: (self._rank(pair[0]), pair[0]))
         text = "*".join(self.names[s] for s, e in symbols for _ in range(e))
         text = self.aliases().get(text, text)
-        return "*".join([str(factor)] * (factor != 1 or not text) + [text] * bool(text))
+        words = [str(factor)] * (factor != 1 or not text) + [text] * bool(text)
+        return "*".join(reversed(words) if self.known.interleaved else words)
 
     def _rank(self, symbol: str) -> int:
         """Slowest first: layers, heads, their groups, sizes, head sizes."""

@@ -210,6 +210,13 @@ class Workbench:
         self._cache.clear()
         return True
 
+    def with_changes(self, changes: Changes) -> "Workbench":
+        """Another one, of the changed configuration."""
+        other = copy.copy(self)
+        other.fields = config_changes.changed(self.fields, changes)
+        other.n_probes, other._cache = 0, {}
+        return other
+
     def explicit(self, guess: int) -> None:
         """Give sizes that are null (n_inner: "as usual") a value, so that they can be probed."""
         before = self.base()

@@ -10,7 +10,7 @@ hidden_size (attention that does not know head_dim). There the names q, k, v and
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 
@@ -98,6 +98,12 @@ def solve(bench: Workbench, anatomy: ModelStructure) -> Solution:
     for field, other in same.items():
         dims = _everywhere(dims, ((field, 1),), ((other, 1),))
     return Solution(dims, counts, same, unresolved, head_sizes, groups)
+
+
+def joined(solution: Solution, field: str, other: str) -> Solution:
+    """The same, where one field must be as large as another, though the shapes don't say so."""
+    dims = _everywhere(solution.dims, ((field, 1),), ((other, 1),))
+    return replace(solution, dims=dims, same={**solution.same, field: other})
 
 
 def value_of(polynomial: Polynomial, sizes: Callable[[str], Fraction]) -> Fraction:

@@ -26,7 +26,14 @@ class SpecTables:
 
     def text(self) -> str:
         """All tables."""
-        parts = [self._norm(), self._head(), self._experts(), *self._depth(), self._config()]
+        parts = [
+            self._norm(),
+            self._head(),
+            self._experts(),
+            *self._depth(),
+            self._config(),
+            *self._shown(),
+        ]
         return "\n".join(part for part in parts if part)
 
     def _norm(self) -> str:
@@ -54,7 +61,8 @@ class SpecTables:
         lines += [f"plain = {toml_value(other)}"] if other and offset else []
         lines += [f"eps = {toml_value(eps)}"] if eps else []
         last = self._last_norm(self._m.anatomy.base)
-        if last is not None and kind == "layer" and self._m.in_stack(last):
+        post = last is not None and kind == "layer" and self._m.in_stack(last)
+        if post if self._m.known.post is None else self._m.known.post:
             lines.append("post = true")
         return "\n".join(lines) + "\n"
 
@@ -114,7 +122,17 @@ class SpecTables:
         ]
         if not self._m.bench.flag("tie_word_embeddings"):
             lines.insert(4, "tied = false")
+        if copies := self._copies(f"{head}.weight"):
+            lines.append(f"copies = {toml_value(copies)}")
+        if scale := self._m.known.head_scale:
+            lines.append(f"scale = {toml_value(scale)}")
         return "\n".join(lines) + "\n"
+
+    def _copies(self, head: str) -> dict[str, str]:
+        """Keys besides the head's that are looked for once it is untied -> what they hold."""
+        untied = self._m.bench.snapshot({"tie_word_embeddings": False})
+        there = {} if untied is None else untied.shapes
+        return {k: v for k, v in self._m.anatomy.tied.items() if k in there and k != head}
 
     def _experts(self) -> str:
         if "expert" not in self._m.kinds.values():
@@ -122,7 +140,11 @@ class SpecTables:
         fields = [n for n in self._m.fields if PER_TOKEN.search(n.rpartition(".")[2])]
         groups = [name for name in fields if _GROUPS.search(name)]
         top_k = [name for name in fields if name not in groups]
-        lines = ["[experts]"] if fields else []
+        known, axes = self._m.known, [n for n, k in self._m.kinds.items() if k == "expert"]
+        why = next((known.inexact[axis] for axis in axes if axis in known.inexact), "")
+        lines = ["[experts]"] if fields or known.gates or why else []
+        lines += [f"gates = {toml_value(known.gates)}"] if known.gates else []
+        lines += [f"inexact = {toml_value(why)}"] if why else []
         lines += [f"top_k = {toml_value(top_k)}"] if top_k else []
         lines += [f"multiply = {toml_value(groups)}"] if groups else []
         lines += [f'groups = "{n}"' for n in fields if n.rpartition(".")[2] == "n_group"]
@@ -196,6 +218,19 @@ class SpecTables:
             and any(n != every for n in layers)
             and all(n in (every, {0}, every - {0}) for n in layers)
         )
+
+    def _shown(self) -> Iterator[str]:
+        """What proofs have shown."""
+        known = self._m.known
+        tables = {
+            "forward_scale": known.scale,
+            "caveat": {**known.frozen, **known.inexact},
+            "unsigned": known.unsigned,
+        }
+        for name, entries in tables.items():
+            if entries:
+                lines = [f"{toml_key(k)} = {toml_value(v)}" for k, v in entries.items()]
+                yield "\n".join([f"[{name}]", *lines, ""])
 
     def _config(self) -> str:
         lines = [

@@ -72,6 +72,8 @@ class Check:
     """Largest difference / largest number, of the outputs; None where nothing was compared."""
     message: str
     """What went wrong, or why nothing was compared."""
+    axes: tuple[str, ...] = ()
+    """Those whose change alone goes wrong, where a change of all axes does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +130,29 @@ def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[ProofR
     return tuple(prove(m, arch, scratch / m.name) for _, m in chosen([arch], name=name))
 
 
-def prove(model: TinyModel, arch: str, scratch: Path) -> ProofReport:
-    """Check one tiny model; the checks after "source" need a source."""
+def prove(
+    model: TinyModel, arch: str, scratch: Path, *, only: Sequence[CheckName] = CHECKS
+) -> ProofReport:
+    """Check one tiny model; the checks after "source" need a source.
+
+    Args:
+        model: The model.
+        arch: The spec's name or file.
+        scratch: Folder that the models are written to.
+        only: The checks to make; "source" is always made.
+    """
     work = _Proof(model, arch, scratch)
+    checks: Mapping[CheckName, Callable[[], float | None]] = {
+        "growth": work.growth,
+        "round trip": work.round_trip,
+        "permutation": work.permutation,
+        "shrink": work.shrink,
+        "promises": work.promises,
+        "missing": work.missing,
+    }
     results = [_check("source", work.build)]
     if results[0].passed:
-        results += [
-            _check("growth", work.growth),
-            _check("round trip", work.round_trip),
-            _check("permutation", work.permutation),
-            _check("shrink", work.shrink),
-            _check("promises", work.promises),
-            _check("missing", work.missing),
-        ]
+        results += [_check(name, check) for name, check in checks.items() if name in only]
     return ProofReport(model.name, tuple(results))
 
 
@@ -302,7 +314,7 @@ class _Proof:
         if not self._axes("depth"):
             return grown, {}
         failures = []
-        for way in _WAYS:
+        for way in _DEEPER:
             try:
                 return grown.decoalesce(axes=self._layers(way)), self._layers(way)
             except PlanError as failure:
@@ -377,21 +389,27 @@ class _Proof:
         try:
             error = self._error(whole())
         except Exception as failure:
-            raise PlanError(f"{_told(failure)}; {self._by_axis(alone, axes)}") from failure
+            told, wrong = self._by_axis(alone, axes)
+            raise _WrongError(None, f"{_told(failure)}; {told}", wrong) from failure
         if error is not None and not error < TOLERANCE:
-            raise _WrongError(error, self._by_axis(alone, axes))
+            raise _WrongError(error, *self._by_axis(alone, axes))
         return error
 
-    def _by_axis(self, alone: Callable[[str], LazyCheckpoint], axes: Sequence[str]) -> str:
-        faults = []
+    def _by_axis(
+        self, alone: Callable[[str], LazyCheckpoint], axes: Sequence[str]
+    ) -> tuple[str, tuple[str, ...]]:
+        """What a change of each axis alone gives, in words, and those that go wrong."""
+        faults, wrong = [], []
         for axis in axes:
             try:
                 error = self._error(alone(axis))
             except Exception as failure:
                 faults.append(f"{axis}: {_told(failure)}")
+                wrong.append(axis)
             else:
                 faults.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
-        return f"each axis alone: {', '.join(faults)}"
+                wrong += [axis] * (error is not None and not error < TOLERANCE)
+        return f"each axis alone: {', '.join(faults)}", tuple(wrong)
 
     def _told_error(self, name: str, lazy: LazyCheckpoint) -> float | None:
         try:
@@ -413,6 +431,11 @@ def _doubled_but_first(n: int) -> RequestLike:
     return {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
 
 
+def _repeated_but_first(n: int) -> RequestLike:
+    # As above, where layers take turns by their number: each keeps its place in the turn.
+    return {"groups": [[0], *([i, i + n - 1] for i in range(1, n))]}
+
+
 def _every_other_doubled(n: int) -> RequestLike:
     # Layers behind the first new one get numbers of other kinds.
     starts = [i + i // 2 for i in range(n + 1)]
@@ -425,21 +448,22 @@ def _all_but_one(n: int) -> RequestLike:
 
 _Way = Callable[[int], RequestLike]
 _WAYS: tuple[_Way, ...] = (_repeated, _doubled, _doubled_but_first)
+_DEEPER = (*_WAYS, _repeated_but_first)
 
 
 class _WrongError(Exception):
-    """A check that compared, and found a difference."""
+    """A check that found what is wrong: a difference, and the axes that make it."""
 
-    def __init__(self, error: float, message: str) -> None:
+    def __init__(self, error: float | None, message: str, axes: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.error = error
+        self.error, self.axes = error, axes
 
 
 def _check(name: CheckName, check: Callable[[], float | None]) -> Check:
     try:
         error = check()
     except _WrongError as found:
-        return Check(name, passed=False, error=found.error, message=str(found))
+        return Check(name, False, found.error, str(found), found.axes)
     # Model code that gets a wrong shape raises whatever it likes; all of it is the spec's failure.
     except Exception as failure:
         return Check(name, passed=False, error=None, message=_told(failure))

@@ -146,6 +146,10 @@ def _with_places(
     ids = inputs.get("input_ids")
     if ids is None:
         return {}
+    marks = [getattr(net.config, f, None) for fields in _PLACES.values() for f in fields]
+    plain = next(i for i in range(_FIRST_TOKEN, _FIRST_TOKEN + len(marks) + 1) if i not in marks)
+    for mark in filter(None, marks):
+        ids = ids.masked_fill(ids == mark, plain)
     kinds = torch.zeros_like(ids)
     for kind, (method, fields) in enumerate(_PLACES.items(), start=1):
         mark = next((m for f in fields if (m := getattr(net.config, f, None)) is not None), None)
@@ -155,7 +159,7 @@ def _with_places(
         ids = torch.cat([ids[:, :1], places, ids[:, 1:]], dim=1)
         kinds = torch.cat([kinds[:, :1], torch.full_like(places, kind), kinds[:, 1:]], dim=1)
     if not kinds.any():
-        return {}
+        return {"input_ids": ids}
     named = [name for name in ("mm_token_type_ids", "token_type_ids") if name in takes]
     return {"input_ids": ids, **dict.fromkeys(named, kinds)}
 

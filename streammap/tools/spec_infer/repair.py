@@ -1,0 +1,219 @@
+"""A draft that is proved, and amended until it passes.
+
+What shapes don't show makes the same few faults again and again: a factor sqrt(hidden size) behind
+the embeddings, norms taken for pre-norms, the order inside a fused dimension. Each is tried where
+the proof names the axis that it concerns, and kept where the proof gets better by it. An axis that
+none of them helps is not resized, and the spec says so: what is left is what was proved.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from streammap.architectures import registry
+from streammap.tools.spec_infer import shrink, solve
+from streammap.tools.spec_infer.amendments import NO_RULE, Amendments
+from streammap.tools.spec_infer.naming import AxisNaming
+from streammap.tools.spec_infer.probe import Workbench
+from streammap.tools.spec_proof import checks
+from streammap.tools.spec_proof.checks import Check, CheckName, ProofReport
+
+_MAX_ROUNDS = 24
+_MAX_JOINED = 4
+_OUTPUT = re.compile(r"hidden_size$|output_dim$|projection_dim$|^dim$|embed_dim$|d_model$")
+_GATES = ("renormalised", "softmax", "own")
+_LAYERS = "layers that were added to a tiny model changed its function"
+_EXPERTS = "experts that were added to a tiny model changed its function"
+
+
+@dataclass(frozen=True, slots=True)
+class Proved:
+    """A spec after its proof."""
+
+    toml: str
+    report: ProofReport
+    known: Amendments
+    unresolved: tuple[str, ...]
+    """What the tiny model contradicts, one line each."""
+    n_probes: int
+    """Models that were built to find a tiny one."""
+
+
+_Text = Callable[[AxisNaming, Workbench], str]
+"""Writes a spec, with a tiny model."""
+
+
+def prove(naming: AxisNaming, text: _Text, scratch: Path) -> Proved:
+    """Prove a draft, and amend it as long as that helps.
+
+    Args:
+        naming: What is known of the model.
+        text: Writes the spec.
+        scratch: Folder for tiny models.
+    """
+    known = Amendments()
+    proof, wrong = _running(naming, text, scratch)
+    naming, report = proof.naming, proof.of(known)
+    for _ in range(_MAX_ROUNDS):
+        failed = next((check for check in report.checks if not check.passed), None)
+        if failed is None or failed.name == "source":
+            break
+        better = next(
+            (
+                c
+                for c in _candidates(naming, known, failed)
+                if _helps(proof.of(c, failed.name), failed)
+            ),
+            None,
+        )
+        if better is None:
+            break
+        known, report = better, proof.of(better)
+    return Proved(proof.toml(known), report, known, wrong, proof.tiny.n_probes)
+
+
+def _running(naming: AxisNaming, text: _Text, scratch: Path) -> tuple["_Proof", tuple[str, ...]]:
+    """A tiny model that runs; where none does, the first."""
+    first: tuple[_Proof, tuple[str, ...]] | None = None
+    for i, other in enumerate(itertools.islice(_joined(naming), _MAX_JOINED)):
+        for j, sizes in enumerate(shrink.tiny_sizes(other)):
+            tiny, wrong = shrink.prove_sizes(other, sizes)
+            folder = scratch / f"{i}-{j}"
+            folder.mkdir()
+            found = _Proof(other, tiny, text, folder), wrong
+            first = first or found
+            if found[0].of(Amendments(), "source").passed:
+                return found
+    assert first is not None
+    return first
+
+
+def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
+    """As it is; or with the output of an encoder as wide as the text model, which adds it up."""
+    yield naming
+    hidden = naming.residual()
+    text = next((s for s in naming.names if s.startswith("text_config.hidden_size")), hidden)
+    for symbol in naming.names:
+        scope, _, leaf = symbol.rpartition(".")
+        if symbol not in (hidden, text) and scope and _OUTPUT.search(leaf):
+            solution = solve.joined(naming.solution, symbol, text)
+            yield AxisNaming(naming.bench, naming.anatomy, solution)
+
+
+class _Proof:
+    """Specs written, and proved."""
+
+    def __init__(self, naming: AxisNaming, tiny: Workbench, text: _Text, scratch: Path) -> None:
+        self.naming, self.tiny, self._text, self._scratch = naming, tiny, text, scratch
+        self.n_proofs = 0
+
+    def toml(self, known: Amendments) -> str:
+        """The spec."""
+        return self._text(self.naming.amended(known), self.tiny)
+
+    def of(self, known: Amendments, only: CheckName | None = None) -> ProofReport:
+        """Its proof, or one check of it."""
+        self.n_proofs += 1
+        folder = self._scratch / str(self.n_proofs)
+        folder.mkdir()
+        file = folder / f"{self.naming.bench.model_type}.toml"
+        file.write_text(self.toml(known), encoding="utf-8")
+        (tiny,) = registry.tiny_models(str(file))
+        wanted = checks.CHECKS if only is None else (only,)
+        return checks.prove(tiny, str(file), folder / "models", only=wanted)
+
+
+def _helps(report: ProofReport, before: Check) -> bool:
+    """Whether a check passes, or fails for fewer axes."""
+    after = report.checks[-1]
+    if after.passed and after.name == before.name:
+        return True
+    return after.name == before.name and 0 < len(after.axes) < len(before.axes)
+
+
+def _candidates(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[Amendments]:
+    """Amendments that may be what is missing, the likely ones first."""
+    if failed.axes:
+        for axis in failed.axes:
+            yield from _rules(naming, known, failed, axis)
+        for axis in failed.axes:
+            yield _frozen(naming, known, axis)
+        yield _all_frozen(naming, known, failed.axes)
+    elif failed.name == "promises":
+        yield from _promises(naming, known, failed)
+    elif failed.name in ("shrink", "missing", "growth"):
+        yield from _without_depth(naming, known)
+
+
+def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> Iterator[Amendments]:
+    if axis == naming.names.get(naming.residual()):
+        if failed.name == "permutation":
+            yield replace(known, unsigned={**known.unsigned, axis: "signs changed the function"})
+        scales = _scales(naming, axis)
+        posts = [known.post, not _is_post(naming, known)]
+        for post in posts:
+            for scale in ({}, scales):
+                for head_scale in ("", f"{axis}**-0.5"):
+                    one = replace(known, post=post, scale=scale, head_scale=head_scale)
+                    if one != known:
+                        yield one
+    elif not known.interleaved or known.per_head is None:
+        yield replace(known, interleaved=not known.interleaved)
+        yield replace(known, per_head=known.per_head is not True)
+
+
+def _is_post(naming: AxisNaming, known: Amendments) -> bool:
+    return bool(known.post)
+
+
+def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:
+    """The embeddings' output times sqrt(hidden size), as in "Attention is all you need"."""
+    anatomy = naming.anatomy
+    patterns = [
+        tensors.pattern
+        for tensors in naming.tensors
+        if (tensors.part.kind == "embedding" and tensors.part.path == anatomy.input_embedding)
+        or (
+            anatomy.input_embedding
+            and anatomy.tied.get(tensors.pattern) == anatomy.keys.get(anatomy.input_embedding)
+            and "embed" in tensors.pattern
+        )
+    ]
+    return dict.fromkeys(patterns, f"{axis}**0.5")
+
+
+def _frozen(naming: AxisNaming, known: Amendments, axis: str) -> Amendments:
+    if naming.kinds.get(axis) == "expert":
+        return replace(
+            known, untested=(*known.untested, axis), inexact={**known.inexact, axis: NO_RULE}
+        )
+    return replace(known, frozen={**known.frozen, axis: NO_RULE})
+
+
+def _all_frozen(naming: AxisNaming, known: Amendments, axes: tuple[str, ...]) -> Amendments:
+    for axis in axes:
+        known = _frozen(naming, known, axis)
+    return known
+
+
+def _promises(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[Amendments]:
+    if "experts:" in failed.message:
+        yield from (replace(known, gates=gates) for gates in _GATES)
+        experts = dict.fromkeys(_axes(naming, "expert"), _EXPERTS)
+        yield replace(known, inexact={**known.inexact, **experts})
+    layers = [axis for axis in _axes(naming, "depth") if axis not in known.inexact]
+    for some in (*([axis] for axis in layers), layers):
+        yield replace(known, inexact={**known.inexact, **dict.fromkeys(some, _LAYERS)})
+
+
+def _without_depth(naming: AxisNaming, known: Amendments) -> Iterator[Amendments]:
+    layers = [axis for axis in _axes(naming, "depth") if axis not in known.untested]
+    for some in (*([axis] for axis in layers), layers):
+        inexact = {**known.inexact, **dict.fromkeys(some, NO_RULE)}
+        yield replace(known, inexact=inexact, untested=(*known.untested, *some))
+
+
+def _axes(naming: AxisNaming, kind: str) -> list[str]:
+    return [axis for axis, one in naming.kinds.items() if one == kind]
