@@ -17,7 +17,6 @@ from typing import final
 from streammap.common.ranges import Range
 from streammap.common.weighed_cache import WeighedCache
 from streammap.engine import group_sums, pullback
-from streammap.engine.irregular.slots import Slot, slots_of
 from streammap.engine.memory import MAX_NUMBERS, N_PLACES
 from streammap.engine.program import OUT, WORK, Op, OpKind, Program, Strip, View, contiguous
 from streammap.engine.pullback import Pullback
@@ -26,7 +25,7 @@ from streammap.io.dtypes import DTYPE_BITS
 from streammap.planning import graph
 from streammap.planning.graph import TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap
-from streammap.planning.segments import Segment, Segments
+from streammap.planning.segments import Segment
 
 _ALIGN_NBYTES = 64
 _MAX_MOVES = 64
@@ -34,8 +33,6 @@ _MAX_PROGRAMS = 1024
 _OP_WEIGHT = 8
 """An operation with its views is as large as so many numbers."""
 _HALVES = ("BF16", "F16")
-_TAKEN = (*_HALVES, "F32", "F64")
-"""What is taken by number as it is."""
 
 
 def program(recipe: Recipe, chunk_nbytes: int) -> Program:
@@ -115,24 +112,12 @@ class _ProgramBuilder:
         coefficient, load = term.blend[0]
         if len(form.terms) > 1 or len(term.blend) > 1 or coefficient == 0.0:
             return False
-        if not any(term.maps) or (form.wide and coefficient != 1.0):
+        if not any(term.maps) or not _moves(term) or (form.wide and coefficient != 1.0):
             return False
         if not graph.is_stored(load, form.spec.dtype):
             return False
         (part,) = self._parts[0]
-        if _moves(term):
-            self._place(part, self._read(part, load), out, coefficient)
-            return True
-        if coefficient != 1.0 or form.spec.dtype not in _TAKEN or not _chooses(term):
-            return False
-        held, dims = self._read(part, load), [(d, dim) for d, dim in enumerate(part) if dim.changes]
-        for number, (d, dim) in enumerate(dims, 1):
-            shape = (*held.shape[:d], dim.n_out, *held.shape[d + 1 :])
-            to = out if number == len(dims) else self._new(held.dtype, shape)
-            self._map(dim, held, to, d)
-            held = to
-        if not dims:
-            self._put(out, held, 1.0)
+        self._place(part, self._read(part, load), out, coefficient)
         return True
 
     def _place(self, part: Part, held: View, out: View, coefficient: float) -> None:
@@ -314,26 +299,14 @@ class _ProgramBuilder:
         """Copy what a chunk is made of to scratch, in the accumulator's dtype, and scale it."""
         converts = staged.dtype != to.dtype  # kernels that mix dtypes take memory of their own
         number = 1.0 if converts else weight
-        ranges = part[self._dim].pulled.ranges
         if isinstance(part[self._dim].m, DenseMap):
             self._put(to, staged, number)
-        elif len(ranges) > _MAX_MOVES:
-            self._put(to, self._taken(staged, ranges), number)
         else:
-            for move in _side_by_side(ranges):
+            for move in _side_by_side(part[self._dim].pulled.ranges):
                 place = to.blocks(self._dim, move, source=False)
                 self._put(place, staged.blocks(self._dim, move, source=True), number)
         if converts:
             self._put(to, to, weight)
-
-    def _taken(self, staged: View, ranges: Sequence[Range]) -> View:
-        """Units of a source that lie in many places, side by side."""
-        indices = tuple(i for start, end in ranges for i in range(start, end))
-        d = self._dim
-        shape = (*staged.shape[:d], len(indices), *staged.shape[d + 1 :])
-        taken = self._new(staged.dtype, shape)
-        self._ops.append(Op("take", taken.folded(d), (staged.folded(d),), indices=indices))
-        return taken
 
     def _map(self, dim: DimRead, held: View, to: View, d: int) -> float:
         """Apply a dimension's map; gives a factor that is still to be applied."""
@@ -344,16 +317,14 @@ class _ProgramBuilder:
             return 1.0
         assert isinstance(dim.m, BlockMap)
         factor = dim.m.common or 1.0
-        found = dim.pulled.segments or Segments()
-        if len(found) > _MAX_MOVES:
-            # Of a dimension that no tile cuts, all tiles and chunks take the same.
-            slots = slots_of(found, to.shape[d], shared=d > self._dim)
-            self._take(slots, held, to, d, is_scaled=not dim.m.common)
-        elif dim.m.common:
-            plain = [replace(s, coefficient=s.coefficient and 1.0) for s in found]
-            self._move(plain, held, to, d)
+        segments = [
+            replace(s, coefficient=s.coefficient and 1.0) if dim.m.common else s
+            for s in dim.pulled.segments or ()
+        ]
+        if len(segments) > _MAX_MOVES:
+            self._take(segments, held, to, d)
         else:
-            self._move(found, held, to, d)
+            self._move(segments, held, to, d)
         return factor
 
     def _move(self, segments: Sequence[Segment], held: View, to: View, d: int) -> None:
@@ -385,26 +356,30 @@ class _ProgramBuilder:
                 self._ops.append(Op("add", place, (place, source)))
                 self._used = mark
 
-    def _take(
-        self, slots: Sequence[Slot], held: View, to: View, d: int, *, is_scaled: bool
-    ) -> None:
+    def _take(self, segments: Sequence[Segment], held: View, to: View, d: int) -> None:
         """An irregular map: units by number, one slot of its rows after the other."""
         mark = self._used
-        for slot in slots:
-            target = to
-            if slot.adds:
-                shape = (*to.shape[:d], len(slot.indices), *to.shape[d + 1 :])
+        for slot in _slots(segments):
+            units = [unit for segment in slot for unit in _units(segment)]
+            kept = [(to_unit, at, c) for to_unit, at, c in units if c != 0.0]
+            if not slot[0].adds:
+                target, places = to, dict.fromkeys(range(to.shape[d]), (0, 1.0))
+                places |= {to_unit: (at, c) for to_unit, at, c in kept}
+            else:
+                places = {to_unit: (at, c) for to_unit, at, c in kept}
+                shape = (*to.shape[:d], len(places), *to.shape[d + 1 :])
                 target = self._new(held.dtype, shape)
-            taken = target.folded(d)
-            self._ops.append(Op("take", taken, (held.folded(d),), indices=slot.indices))
-            if is_scaled and slot.is_scaled:
-                self._ops.append(Op("scale", taken, numbers=slot.numbers))
-            if slot.into:
-                self._ops.append(Op("put", to.folded(d), (taken,), indices=slot.into))
-            elif slot.adds:
-                self._ops.append(Op("add", to, (to, target)))
-            elif slot.empty:
-                self._ops.append(Op("clear", to.folded(d), indices=slot.empty))
+            indices = tuple(at for at, _ in places.values())
+            numbers = tuple(c for _, c in places.values())
+            self._ops.append(Op("take", target.folded(d), (held.folded(d),), indices=indices))
+            if any(number != 1.0 for number in numbers):
+                self._ops.append(Op("scale", target.folded(d), numbers=numbers))
+            empty = tuple(to_unit for to_unit, _, c in units if c == 0.0)
+            if slot[0].adds:
+                into = tuple(places)
+                self._ops.append(Op("put", to.folded(d), (target.folded(d),), indices=into))
+            elif empty:
+                self._ops.append(Op("clear", to.folded(d), indices=empty))
             self._used = mark
 
     def _read(self, part: Part, *sources: TensorRef) -> View:
@@ -462,14 +437,6 @@ def _moves(term: Term) -> bool:
     )
 
 
-def _chooses(term: Term) -> bool:
-    """Whether a term's maps choose numbers, one or none for each place, and leave them as is."""
-    return all(
-        m is None or (isinstance(m, BlockMap) and m.longest <= 1 and m.common == 1.0)
-        for m in term.maps
-    )
-
-
 def _moves_exactly(term: Term, dtype: str) -> bool:
     """Whether they move a number to each place, by a factor that takes no rounding."""
     for m in term.maps:
@@ -504,3 +471,24 @@ def _alike(a: Segment, b: Segment) -> bool:
     return a.coefficient == b.coefficient == 1.0 and (
         (a.out_start, a.out_step, a.count, a.length) == (b.out_start, b.out_step, b.count, b.length)
     )
+
+
+def _units(segment: Segment) -> Iterator[tuple[int, int, float]]:
+    """(unit of the result, unit of the source, coefficient) of every move."""
+    for k, i in itertools.product(range(segment.count), range(segment.length)):
+        to = segment.out_start + k * segment.out_step + i
+        yield to, segment.in_start + k * segment.in_step + i, segment.coefficient
+
+
+def _slots(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments by the slot of the rows that they are of; a slot writes to no unit twice."""
+    slots: list[list[Segment]] = [[]]
+    taken: set[int] = set()
+    for segment in segments:
+        units = {to for to, _, _ in _units(segment)}
+        if slots[-1] and (segment.adds != slots[-1][0].adds or taken & units):
+            slots.append([])
+            taken = set()
+        slots[-1].append(segment)
+        taken |= units
+    return slots

@@ -47,8 +47,6 @@ _PLACE_NBYTES, _ROW_NBYTES, _PAIR_NBYTES = 8, 56, 108
 have rows and pairs in common, or each their own."""
 _SEGMENT_NBYTES, _NUMBER_NBYTES = 240, 250
 """What is kept for a segment of a map that has many, and for a unit that a program names."""
-_TAKEN_NBYTES = 80
-"""What is kept for a member of such a map in the tables that it is applied by."""
 MAX_CALLS, _CALL_NBYTES = 2**12, 2500
 """Calls that a worker keeps, bound to its buffers: an irregular map has thousands."""
 MAX_SEGMENTS = MAX_NUMBERS = 2**17
@@ -237,7 +235,6 @@ class _Needs:
         if self._has_irregular:
             n_segments = N_IRREGULAR * n_members + MAX_SEGMENTS
             maps_nbytes += _SEGMENT_NBYTES * n_segments + _NUMBER_NBYTES * MAX_NUMBERS
-            maps_nbytes += _TAKEN_NBYTES * N_IRREGULAR * n_members
         tensors_nbytes = self._targets_nbytes + _SLOT_NBYTES * len(keys) + _LETTER_NBYTES * letters
         return tensors_nbytes + maps_nbytes
 

@@ -1,1 +1,0 @@
-"""Maps of many segments, which are applied unit by unit."""
