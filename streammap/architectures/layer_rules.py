@@ -19,8 +19,8 @@ _MAX_WORD = 80
 def number(sources: Numbers, config: Config) -> int | None:
     """The first of some fields and numbers that is there; of a list, how many entries it has.
 
-    A quotient "=a/b" is there where its fields are whole numbers, and b is not 0. None where no
-    source is there, or the first is not a whole number.
+    A quotient "=a/b", of fields or numbers, is there where both are whole numbers; where b is 0 it
+    is a. None where no source is there, or the first is not a whole number.
     """
     for source in sources:
         value = _value(source, config)
@@ -44,11 +44,12 @@ def _value(source: str | int, config: Config) -> object:
     if not source.startswith(QUOTIENT):
         return config_fields.field_value(config, source)
     above, below = (
-        config_fields.field_value(config, name) for name in source.removeprefix(QUOTIENT).split("/")
+        int(name) if name.isdecimal() else config_fields.field_value(config, name)
+        for name in source.removeprefix(QUOTIENT).split("/")
     )
-    if type(above) is not int or type(below) is not int or below == 0:
+    if type(above) is not int or type(below) is not int:
         return None
-    return above // below
+    return above // below if below else above
 
 
 def field_of(sources: Numbers, config: Config) -> str | None:

@@ -44,7 +44,7 @@ Constraint = Annotated[tuple[str, Expression, Expression], "constraint"]
 Numbers = Annotated[tuple[str | int, ...], "numbers"]
 """Config fields and numbers, from one of them or a list; the first that is there counts."""
 QUOTIENT = "="
-"""What a source begins with that is a quotient of two fields: "=num_layers/num_sparse_layers"."""
+"""What a source begins with that is a quotient of fields or numbers: "=num_layers/num_sparse"."""
 Entry = Annotated[str | int, "entry"]
 """An entry of a per-layer list."""
 Holds = Annotated[bool, "conditions"]

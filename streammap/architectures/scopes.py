@@ -329,7 +329,8 @@ class SpecScope:
         names = text.removeprefix(QUOTIENT).split("/")
         if len(names) != 2 or not all(names):
             raise ArchitectureError(f"{where}: {text!r}, expected '=field/field'")
-        return QUOTIENT + "/".join(self._path + name for name in names)
+        fields = (name if name.isdecimal() else self._path + name for name in names)
+        return QUOTIENT + "/".join(fields)
 
     def _holds(self, value: object, where: str) -> Holds:
         conditions = as_list(value, where)

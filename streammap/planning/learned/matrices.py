@@ -101,7 +101,9 @@ def read(path: Path) -> tuple[MapLevel, ...]:
         kept = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
         merging[f"{axis.replace('@', '#')}^{part}"] = DenseMap(kept.contiguous())
     if not merging:
-        raise SchemeError(f"{path.name}: no maps in it", hint="streammap maps template SRC FILE writes one")
+        raise SchemeError(
+            f"{path.name}: no maps in it", hint="streammap maps template SRC FILE writes one"
+        )
     return (MapLevel(merging, where=str(path)),)
 
 
