@@ -28,7 +28,8 @@ from streammap.planning.graph import Derived, LinearForm
 from streammap.planning.maps import N_IRREGULAR, BlockMap, DenseMap
 
 DEFAULT_NBYTES = 256 * 2**20
-"""What a run may take if no budget is given; where the least is more, it takes the least."""
+"""What a run may take if no budget is given. Where its least is more, it may take that, and room
+for tiles."""
 BASE_NBYTES = 14 * 2**20
 """Measured, with room to spare; tests/test_memory.py holds runs to it."""
 _SLOT_NBYTES = 1050
