@@ -102,7 +102,8 @@ class _ProgramBuilder:
     def _round(self, out: View, source: View) -> None:
         """Numbers in the result's dtype; counted, where some may be lost."""
         halved = source.dtype == "F64" and out.dtype in _HALVES
-        kind: OpKind = "round" if halved or self._form.narrows else "copy"
+        overflows = source.dtype == "F32" and out.dtype == "F16"
+        kind: OpKind = "round" if halved or overflows or self._form.narrows else "copy"
         self._ops.append(Op(kind, out, (source,)))
 
     def _moved(self, out: View) -> bool:

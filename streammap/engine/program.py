@@ -127,6 +127,11 @@ class Program:
     read_nbytes: int
     """The largest request."""
 
+    @property
+    def counts(self) -> bool:
+        """Whether it tells what rounding loses."""
+        return any(op.kind == "round" for op in self.ops)
+
 
 def contiguous(place: int, dtype: str, offset: int, shape: tuple[int, ...]) -> View:
     """A view of elements that stand in order, row by row."""

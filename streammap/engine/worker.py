@@ -249,7 +249,7 @@ class Worker:
             first, n = job.recipe.tile.start + start // item, (end - start) // item
             reads = iter(zip(loads, self._places, strict=False))
             program = pieces.program
-            if form.narrows and n * item < pieces.nbytes:
+            if program.counts and n * item < pieces.nbytes:
                 program = elementwise.program_of(form, n, self._memory.limits)
 
             def read(first: int = first, n: int = n, reads: Reads = reads) -> None:

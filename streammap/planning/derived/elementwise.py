@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec, to_torch
+from streammap.planning.derived.statistic import block_of
 from streammap.planning.graph import Derived, FormReader, LinearForm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 2**14
-"""Numbers that are computed at once: few enough for a processor's cache."""
 _FEW = 128
 _EACH_NBYTES = 24
 """Of a number of a form in a block, at most: as it is read, in float64, and in between."""
@@ -30,17 +29,27 @@ class Elementwise(Derived):
         return spec_of(self.inputs)
 
     @property
+    def each_nbytes(self) -> int:
+        """What each number of a block takes: of the forms, and of what is computed."""
+        return _EACH_NBYTES * (len(self.inputs) + self.n_scratch)
+
+    @property
+    def block(self) -> int:
+        """Numbers that are computed at once."""
+        return block_of(self.each_nbytes)
+
+    @property
     def scratch_nbytes(self) -> int:
-        """A block of each form, and of what is computed."""
-        return BLOCK * _EACH_NBYTES * (len(self.inputs) + self.n_scratch)
+        """A block."""
+        return self.block * self.each_nbytes
 
     def fill(self, start: int, view: memoryview, read: FormReader) -> None:
         """A block at a time."""
         import torch
 
-        out = torch.frombuffer(view, dtype=to_torch(self.tensor.dtype))
-        for first in range(0, len(out), BLOCK):
-            n = min(BLOCK, len(out) - first)
+        out, block = torch.frombuffer(view, dtype=to_torch(self.tensor.dtype)), self.block
+        for first in range(0, len(out), block):
+            n = min(block, len(out) - first)
             parts = [numbers(form, start + first, n, read) for form in self.inputs]
             out[first : first + n] = self.values(start + first, parts, read)
 
@@ -63,14 +72,16 @@ def numbers(form: LinearForm, start: int, n: int, read: FormReader) -> "Tensor":
     return found if form.spec.dtype == "F64" else found.to(torch.float32)
 
 
+def number_nbytes(form: LinearForm) -> int:
+    """What `numbers` takes for each."""
+    stored = DTYPE_BITS[form.spec.dtype] // 8
+    return stored if stored >= 4 else stored + 4
+
+
 def total(x: "Tensor") -> float:
-    """The sum of numbers [n], in float64 and always in the same order."""
-    return totals(x.double().view(1, -1))[0]
-
-
-def totals(x: "Tensor") -> Sequence[float]:
-    """The sums of rows in float64 [rows, n], always in the same order."""
-    return [math.fsum(row) for row in _folded(x, 1, _FEW).tolist()]
+    """The sum of numbers [n], always in the same order; of many in float32, the last in float64."""
+    few = _folded(x, 0, max(_FEW, len(x) // 8)).double()
+    return math.fsum(_folded(few, 0, _FEW).tolist())
 
 
 def sums(x: "Tensor", *, dim: int) -> "Tensor":

@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, final
 
 from streammap.io.dtypes import TensorSpec, to_torch
-from streammap.planning.derived.elementwise import BLOCK, numbers
+from streammap.planning.derived.elementwise import numbers
+from streammap.planning.derived.statistic import BLOCK
 from streammap.planning.graph import Derived, FormReader, LinearForm
 
 if TYPE_CHECKING:

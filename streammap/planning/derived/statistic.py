@@ -14,13 +14,27 @@ from typing import Any, Generic, TypeVar, final
 
 from streammap.planning.graph import FormReader
 
-BLOCK = 2**14
-"""Numbers of a block."""
+BLOCK, _LARGEST = 2**14, 2**17
+"""Numbers of a block: so few that they stay in a processor's cache, so many that calls of kernels
+do not count."""
+_BLOCK_NBYTES = 2**21
+"""Four threads have room for a block each in a run of 32 MiB."""
 N_AHEAD = 8
 """Blocks whose results may wait for an earlier one, at most."""
 B = TypeVar("B")
 R = TypeVar("R")
 _beginning = threading.Lock()
+
+
+def block_of(each_nbytes: int) -> int:
+    """Numbers of a block that each take so many bytes while they are computed with.
+
+    A power of two, whatever the memory of a run: sums are added up block by block.
+    """
+    n = BLOCK
+    while n < _LARGEST and 2 * n * each_nbytes <= _BLOCK_NBYTES:
+        n *= 2
+    return n
 
 
 @final
@@ -36,6 +50,7 @@ class Statistic(Generic[B, R]):
         *,
         in_order: bool = True,
         lasts: bool = True,
+        block: int = BLOCK,
     ) -> None:
         """Compute nothing yet.
 
@@ -46,20 +61,21 @@ class Statistic(Generic[B, R]):
             in_order: False where any order gives the same bits, as with counts: no block waits.
             lasts: False where the result is too large to be kept for each tensor of a model: it
                 goes when all threads read something else, and may have to be found out again.
+            block: Numbers of a block.
         """
         self._n_elements, self._of_block = n_elements, of_block
         self._add, self._finish, self._in_order = add, finish, in_order
-        self._lasts = lasts
+        self._lasts, self._block = lasts, block
         self._round: _Round[B] | None = None
         self._found: Callable[[], _Held[R] | None] = _nothing
 
     def __getstate__(self) -> tuple[object, ...]:
         given = self._n_elements, self._of_block, self._add, self._finish
-        return *given, self._in_order, self._lasts
+        return *given, self._in_order, self._lasts, self._block
 
-    def __setstate__(self, state: tuple[int, Any, Any, Any, bool, bool]) -> None:
-        n, of_block, add, finish, in_order, lasts = state
-        self.__init__(n, of_block, add, finish, in_order=in_order, lasts=lasts)
+    def __setstate__(self, state: tuple[int, Any, Any, Any, bool, bool, int]) -> None:
+        n, of_block, add, finish, in_order, lasts, block = state
+        self.__init__(n, of_block, add, finish, in_order=in_order, lasts=lasts, block=block)
 
     def get(self, read: FormReader) -> R:
         """The result; threads that ask at once share the work.
@@ -80,8 +96,8 @@ class Statistic(Generic[B, R]):
                         self._round = None
                     current.end()
                     break
-                start = number * BLOCK
-                n = min(BLOCK, self._n_elements - start)
+                start = number * self._block
+                n = min(self._block, self._n_elements - start)
                 current.give(number, self._of_block(start, n, read))
             except BaseException:
                 current.give_up(number)
@@ -94,7 +110,7 @@ class Statistic(Generic[B, R]):
         """The round that is under way; None where it has ended meanwhile."""
         with _beginning:
             if self._round is None and self._found() is None:
-                self._round = _Round(-(-self._n_elements // BLOCK), self._add, self._in_order)
+                self._round = _Round(-(-self._n_elements // self._block), self._add, self._in_order)
             return self._round
 
 

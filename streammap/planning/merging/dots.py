@@ -15,8 +15,8 @@ from streammap.errors import CheckpointError, PlanError, StreammapError
 from streammap.io.dtypes import TensorSpec, to_torch
 from streammap.planning import graph
 from streammap.planning.derived import elementwise
-from streammap.planning.derived.elementwise import BLOCK, Elementwise, numbers, sums, totals
-from streammap.planning.derived.statistic import N_AHEAD, Statistic
+from streammap.planning.derived.elementwise import Elementwise, numbers, sums, total
+from streammap.planning.derived.statistic import BLOCK, N_AHEAD, Statistic
 from streammap.planning.graph import Derived, FormReader, LinearForm
 from streammap.planning.merging.directions import Dots, Rule
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 By = Literal["whole", "rows", "columns"]
 _MAX_COLUMNS = 2**16
-_N_AT_ONCE = 6
-"""Pairs whose products are added up at once."""
+_SHORT = {"BF16", "F16"}
+_LARGE = 2.0**100
+"""A sum of squares for which float32 may have no room; where it has no bits for small ones, the
+rules take the tensor for zero."""
 
 
 def derive(
@@ -59,13 +61,15 @@ def derive(
             hint="take the whole tensor for a vector, or its rows",
         )
     made: Derived
+    given = dtype or forms[0].spec.dtype
     if by == "whole" or len(shape) < 2:
-        made = _Whole(inputs, key, rule, base is not None)
+        is_short = {given, *(form.spec.dtype for form in inputs)} <= _SHORT
+        made = _Whole(inputs, key, rule, base is not None, is_short)
     elif by == "rows":
         made = _ByRow(inputs, key, rule, base is not None)
     else:
         made = _ByColumn(inputs, key, rule, base is not None)
-    return graph.derive(made, dtype=dtype or forms[0].spec.dtype)
+    return graph.derive(made, dtype=given)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,39 +120,48 @@ class _Terms:
 @final
 @dataclass(frozen=True, eq=False)
 class _Whole(_Terms, Elementwise):
+    is_short: bool
+    """Whether all are of 16 bits, the result too: float32 has digits to spare, if it has room for
+    the numbers."""
     n_passes: int = field(default=2, init=False)
     found: Statistic[Sequence[float], Sequence[float]] = field(init=False)
 
     def __post_init__(self) -> None:
         n = self.inputs[0].spec.n_elements
-        found = Statistic(n, self._products, _both, self._finish)
+        found = Statistic(n, self._products, _both, self._finish, block=self.block)
         object.__setattr__(self, "found", found)
 
     @property
     def formula(self) -> Mapping[str, object]:
-        return {**self.rule.formula, "base": self.has_base}
+        return {**self.rule.formula, "base": self.has_base, "short": self.is_short}
 
     @property
-    def scratch_nbytes(self) -> int:
-        return _blocks_nbytes(self)
+    def each_nbytes(self) -> int:
+        return _each_nbytes(self, wide=not self.is_short)
 
     def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
         """The sum of coefficient * vector."""
-        return _combined(_vectors(parts, self.has_base), self.found.get(read))
-
-    def _products(self, start: int, n: int, read: FormReader) -> Sequence[float]:
         import torch
 
+        coefficients = self.found.get(read)
+        if self.is_short:
+            made = _combined(_vectors(parts, self.has_base, wide=False), coefficients)
+            if all(math.isfinite(x.item()) for x in torch.aminmax(made)):
+                return made
+            parts = [numbers(form, start, len(made), read) for form in self.inputs]
+        return _combined(_vectors(parts, self.has_base), coefficients)
+
+    def _products(self, start: int, n: int, read: FormReader) -> Sequence[float]:
+        if self.is_short:
+            found = self._products_in(start, n, read, wide=False)
+            if all(abs(product) < _LARGE for product in found):
+                return found
+        return self._products_in(start, n, read, wide=True)
+
+    def _products_in(self, start: int, n: int, read: FormReader, *, wide: bool) -> list[float]:
         parts = [numbers(form, start, n, read) for form in self.inputs]
-        vectors, _ = _vectors(parts, self.has_base)
-        pairs, found = list(_pairs(vectors)), list[float]()
-        for first in range(0, len(pairs), _N_AT_ONCE):
-            some = pairs[first : first + _N_AT_ONCE]
-            made = torch.empty((len(some), n), dtype=torch.float64)
-            for i, (a, b) in enumerate(some):
-                torch.mul(a, b, out=made[i])
-            found += totals(made)
-        return found
+        vectors, _ = _vectors(parts, self.has_base, wide=wide)
+        return [total(a * b) for a, b in _pairs(vectors)]
 
     def _finish(self, products: Sequence[float], read: FormReader) -> Sequence[float]:
         return self.coefficients(products)
@@ -163,7 +176,7 @@ class _ByColumn(_Terms, Elementwise):
     def __post_init__(self) -> None:
         n = self.inputs[0].spec.n_elements
         # A vector of coefficients each: too much to be kept for every tensor of a model.
-        found = Statistic(n, self._products, _add, self._finish, lasts=False)
+        found = Statistic(n, self._products, _add, self._finish, lasts=False, block=self.block)
         object.__setattr__(self, "found", found)
 
     @property
@@ -175,10 +188,16 @@ class _ByColumn(_Terms, Elementwise):
         return math.prod(self.inputs[0].spec.shape[1:])
 
     @property
+    def each_nbytes(self) -> int:
+        """With the number of its column."""
+        return _each_nbytes(self, wide=True) + 24
+
+    @property
     def scratch_nbytes(self) -> int:
         """With the sums and the coefficients of all columns."""
         columns = 8 * self.n_columns * (3 * self.n_pairs + self.n_vectors)
-        return _blocks_nbytes(self) + columns + N_AHEAD * 8 * self.n_columns * self.n_pairs
+        ahead = N_AHEAD * 8 * self.n_columns * self.n_pairs
+        return super().scratch_nbytes + columns + ahead
 
     def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
         """The sum of coefficient * vector."""
@@ -224,7 +243,7 @@ class _ByRow(_Terms, Derived):
 
     @property
     def scratch_nbytes(self) -> int:
-        return _blocks_nbytes(self)
+        return BLOCK * (_each_nbytes(self, wide=True) + 24)
 
     def fill(self, start: int, view: memoryview, read: FormReader) -> None:
         """Some rows at a time, or a part of one."""
@@ -265,18 +284,24 @@ class _ByRow(_Terms, Derived):
         return found
 
 
-def _blocks_nbytes(made: _Terms) -> int:
-    """Blocks of numbers as they are stored, in float32 and in float64, and of products."""
-    n_products = min(made.n_pairs, _N_AT_ONCE)
-    return BLOCK * 8 * (3 * len(made.inputs) + 2 * n_products + 2)
+def _each_nbytes(made: _Terms, *, wide: bool) -> int:
+    """Of a number of each form: as it is stored, and in float32 (float64); of a product, its sums
+    and the result.
+    """
+    item = 8 if wide else 4
+    read = sum(map(elementwise.number_nbytes, made.inputs))
+    return read + item * (wide * len(made.inputs) + 3)
 
 
-def _vectors(parts: Sequence["Tensor"], has_base: bool) -> "tuple[Sequence[Tensor], Tensor | None]":
-    """The vectors, and the base, in float64."""
+def _vectors(
+    parts: Sequence["Tensor"], has_base: bool, *, wide: bool = True
+) -> "tuple[Sequence[Tensor], Tensor | None]":
+    """The vectors, and the base, in float64 or as they are; written over the parts, perhaps."""
+    found = [part.double() if wide else part for part in parts]
     if not has_base:
-        return [part.double() for part in parts], None
-    base = parts[-1].double()
-    return [part.double().sub_(base) for part in parts[:-1]], base
+        return found, None
+    base = found.pop()
+    return [part.sub_(base) for part in found], base
 
 
 def _combined(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, final
 
-from streammap.planning.derived.statistic import BLOCK, Statistic
+from streammap.planning.derived.statistic import Statistic
 from streammap.planning.graph import FormReader
 
 if TYPE_CHECKING:
@@ -23,6 +23,9 @@ _MAX_COLLECTED = 2**12
 """Numbers that are sorted, at most."""
 Patterns = Callable[[int, int, FormReader], "Sequence[Tensor]"]
 """(first element, number of elements, reader) -> of each tensor the patterns there (`patterns`)."""
+
+
+_Collected = list[list[tuple[int, int]]]
 
 
 class Cut(NamedTuple):
@@ -58,7 +61,13 @@ class Selection:
     """Where the largest numbers end, of several tensors at once and for several counts."""
 
     def __init__(
-        self, n_elements: int, given: Patterns, counts: Sequence[Sequence[int]], *, n_bits: int
+        self,
+        n_elements: int,
+        given: Patterns,
+        counts: Sequence[Sequence[int]],
+        *,
+        n_bits: int,
+        block: int,
     ) -> None:
         """Find nothing yet.
 
@@ -66,16 +75,20 @@ class Selection:
             given: Gives the patterns of the tensors.
             counts: For each tensor, how many are the largest: 1 to `n_elements` each.
             n_bits: Of a pattern: 31 of float32, 63 of float64.
+            block: Numbers that are asked for at once.
         """
         self._n_elements, self._given, self._counts = n_elements, given, counts
+        self._block = block
         opened = [_Open(i, 0, n, n_elements) for i, each in enumerate(counts) for n in each]
         self._digits: list[_Digit] = []
         shift = n_bits
         while shift:
             width, before = min(_DIGIT_BITS, shift), self._digits[-1] if self._digits else None
-            self._digits.append(_Digit(n_elements, given, before, opened, shift, shift - width))
+            self._digits.append(
+                _Digit(n_elements, given, before, opened, shift, shift - width, block)
+            )
             shift -= width
-        self._cuts = Statistic(n_elements, self._equals, operator.iadd, self._places)
+        self._cuts = Statistic(n_elements, self._equals, operator.iadd, self._places, block=block)
 
     def cuts(self, read: FormReader) -> Sequence[Sequence[Cut]]:
         """For each tensor, and each of its counts."""
@@ -106,7 +119,7 @@ class Selection:
         sorted.
         """
         n_cuts = sum(map(len, self._counts))
-        return 8 * (3 * n_cuts * ((1 << _DIGIT_BITS) + _MAX_COLLECTED) + BLOCK)
+        return 8 * (3 * n_cuts * ((1 << _DIGIT_BITS) + _MAX_COLLECTED) + self._block)
 
     def _opened(self, read: FormReader) -> "Sequence[_Open]":
         return self._digits[-1].found.get(read)
@@ -125,8 +138,8 @@ class Selection:
                 while left > counts[number]:
                     left -= counts[number]
                     number += 1
-                start = number * BLOCK
-                given = self._given(start, min(BLOCK, self._n_elements - start), read)
+                start = number * self._block
+                given = self._given(start, min(self._block, self._n_elements - start), read)
                 equal = (given[one.tensor] == one.pattern).nonzero().view(-1)
                 end = start + int(equal[left - 1]) + 1
             found.append(Cut(one.pattern, end))
@@ -164,6 +177,7 @@ class _Digit:
         opened: Sequence[_Open],
         known: int,
         shift: int,
+        block: int,
     ) -> None:
         """Find nothing yet.
 
@@ -175,9 +189,11 @@ class _Digit:
         self._given, self._before, self._opened = given, before, opened
         self._known, self._shift = known, shift
         self.found: Statistic[Tensor, list[_Open]] = Statistic(
-            n_elements, self._count, _add, self._next, in_order=False
+            n_elements, self._count, _add, self._next, in_order=False, block=block
         )
-        self.cuts = Statistic(n_elements, self._collect, _joined, self._sorted, in_order=False)
+        self.cuts = Statistic(
+            n_elements, self._collect, _joined, self._sorted, in_order=False, block=block
+        )
         """Where few numbers begin like each cut: all that is left to know."""
 
     @property
@@ -217,33 +233,29 @@ class _Digit:
             found.append(_Open(one.tensor, pattern, left, n_equal))
         return found
 
-    def _collect(self, start: int, n: int, read: FormReader) -> "list[list[Tensor]]":
-        """Of each cut, the numbers that begin like it, and their places: int64 [2, numbers]."""
-        import torch
-
+    def _collect(self, start: int, n: int, read: FormReader) -> _Collected:
+        """Of each cut, the numbers that begin like it: (pattern, place)."""
         given, made = self._given(start, n, read), []
         for one in self.found.get(read):
             places = ((given[one.tensor] >> self._shift) == one.pattern).nonzero().view(-1)
-            patterns = given[one.tensor][places].long()
-            made.append([torch.stack([patterns, places + start])] if len(places) else [])
+            # As Python's: small tensors that stay would lie scattered over the heap, and what is
+            # between them would be lost to blocks.
+            found = given[one.tensor][places].tolist()
+            made.append([(x, start + at) for x, at in zip(found, places.tolist(), strict=True)])
         return made
 
-    def _sorted(self, collected: "list[list[Tensor]]", read: FormReader) -> list[Cut]:
-        import torch
-
+    def _sorted(self, collected: _Collected, read: FormReader) -> list[Cut]:
         found = []
-        for one, parts in zip(self.found.get(read), collected, strict=True):
-            patterns, places = torch.cat(parts, dim=1)
-            patterns, places = (x[places.argsort()] for x in (patterns, places))
-            last = patterns.argsort(descending=True, stable=True)[one.n - 1]
-            found.append(Cut(int(patterns[last]), int(places[last]) + 1))
+        for one, numbers in zip(self.found.get(read), collected, strict=True):
+            pattern, place = sorted(numbers, key=lambda x: (-x[0], x[1]))[one.n - 1]
+            found.append(Cut(pattern, place + 1))
         return found
 
     def _cuts(self, read: FormReader) -> Sequence[_Open]:
         return self._opened if self._before is None else self._before.found.get(read)
 
 
-def _joined(total: "list[list[Tensor]]", block: "list[list[Tensor]]") -> "list[list[Tensor]]":
+def _joined(total: _Collected, block: _Collected) -> _Collected:
     for ours, theirs in zip(total, block, strict=True):
         ours += theirs
     return total

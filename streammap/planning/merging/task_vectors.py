@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal, final
 from streammap.errors import PlanError
 from streammap.io.dtypes import DTYPE_BITS, to_torch
 from streammap.planning import graph
-from streammap.planning.derived.elementwise import BLOCK, Elementwise, numbers, sums
-from streammap.planning.derived.statistic import Statistic
+from streammap.planning.derived.elementwise import Elementwise, number_nbytes, numbers, sums
+from streammap.planning.derived.statistic import Statistic, block_of
 from streammap.planning.graph import FormReader, LinearForm
 from streammap.planning.merging import trimming
 from streammap.planning.merging.trimming import Trim
@@ -100,9 +100,10 @@ class TaskVectors(Elementwise):
 
     def __post_init__(self) -> None:
         rule, n, masks = self.rule, self.inputs[0].spec.n_elements, None
+        block = block_of(self._compared_nbytes)
         if any(trim.kind != "all" for trim in rule.trims):
-            masks = trimming.Masks(self.tensor, self.key, rule.trims, rule.seed, self._low)
-        found = Statistic(n, self._lengths_of_block, _add, self._factors)
+            masks = trimming.Masks(self.tensor, self.key, rule.trims, rule.seed, self._low, block)
+        found = Statistic(n, self._lengths_of_block, _add, self._factors, block=block)
         object.__setattr__(self, "_masks", masks)
         object.__setattr__(self, "_lengths", found)
         more = 0 if masks is None else masks.n_passes + self._asks_lengths
@@ -122,37 +123,63 @@ class TaskVectors(Elementwise):
         return {**asdict(self.rule), "key": self.key if is_random else None}
 
     @property
-    def scratch_nbytes(self) -> int:
-        """Blocks of numbers as they are stored and read, of differences, and of votes."""
+    def each_nbytes(self) -> int:
+        """Of numbers as they are read, of differences, of the base, of votes and a sum."""
         item = DTYPE_BITS[self.tensor.dtype] // 8
-        each = item * (2 * len(self.inputs) + 4) + 16 * len(self.rule.weights) + 64
-        return BLOCK * each + (0 if self._masks is None else self._masks.scratch_nbytes)
+        read = sum(map(number_nbytes, self.inputs))
+        each = read + 8 * (len(self.inputs) + 4) + 3 * item
+        return each + trimming.each_nbytes(self.rule.trims)
+
+    @property
+    def _compared_nbytes(self) -> int:
+        """Of numbers that are only compared: of differences, patterns, and what is counted."""
+        item = DTYPE_BITS[self.tensor.dtype] // 8
+        read = sum(map(number_nbytes, self.inputs))
+        each = read + 2 * item * len(self.inputs) + 8 + 32 * self._asks_lengths
+        return each + trimming.each_nbytes(self.rule.trims)
+
+    @property
+    def scratch_nbytes(self) -> int:
+        """A block, of one kind or the other, and what the masks take beside it."""
+        if self._masks is None:
+            return super().scratch_nbytes
+        compared = block_of(self._compared_nbytes) * self._compared_nbytes
+        return max(super().scratch_nbytes, compared) + self._masks.scratch_nbytes
 
     def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
         """The base, and what is left of the differences."""
-        import torch
-
         rule = self.rule
         vectors = self._left(start, parts, read)
         for vector, weight in zip(vectors, rule.weights, strict=True):
             vector.mul_(weight)
-        divisor: Tensor | float
-        if rule.elect is None:
-            total = sum(rule.weights)
-            divisor = 1.0 if abs(total) < 1e-8 else total
+        if rule.elect is not None:
+            mixed = self._elected(vectors)
         else:
-            votes = (v.sign() for v in vectors) if rule.elect == "count" else vectors
-            direction = torch.where(_added(votes) >= 0, 1.0, -1.0)
-            divisor = torch.zeros_like(vectors[0])
-            for vector, weight in zip(vectors, rule.weights, strict=True):
-                agrees = (vector * direction > 0).double()
-                vector.mul_(agrees)
-                divisor += agrees.mul_(weight)
-            divisor[divisor == 0] = 1.0
-        mixed = _added(vectors)
-        if rule.normalize:
-            mixed /= divisor
+            mixed, total = _added(vectors), sum(rule.weights)
+            if rule.normalize and abs(total) >= 1e-8:
+                mixed /= total
         return mixed.mul_(rule.scale).add_(parts[-1])
+
+    def _elected(self, vectors: "Sequence[Tensor]") -> "Tensor":
+        """The sum of what has the sign that was elected; normalised, if the rule says so.
+
+        Numbers are multiplied by signs, not chosen by them: that is several times faster.
+        """
+        import torch
+
+        votes = (v.sign() for v in vectors) if self.rule.elect == "count" else vectors
+        direction = _added(votes).add_(0.0)  # there is no -0.0: of 0 the sign is 1
+        torch.copysign(torch.ones((), dtype=direction.dtype), direction, out=direction)
+        for vector in vectors:
+            vector.mul_(direction).clamp_(min=0.0)
+        divisor = None
+        if self.rule.normalize:
+            divisor = torch.zeros_like(direction)
+            for vector, weight in zip(vectors, self.rule.weights, strict=True):
+                divisor.add_(vector.sign(), alpha=weight)
+            divisor.masked_fill_(divisor == 0.0, 1.0)
+        mixed = _added(vectors).mul_(direction)
+        return mixed if divisor is None else mixed.div_(divisor)
 
     def _left(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "list[Tensor]":
         """What is left of each difference, float64 [n]."""

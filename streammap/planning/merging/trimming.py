@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal, final
 from streammap.errors import PlanError
 from streammap.io.dtypes import TensorSpec
 from streammap.planning.derived import random_numbers
-from streammap.planning.derived.elementwise import BLOCK
 from streammap.planning.graph import FormReader
 from streammap.planning.merging.selection import Selection, chosen, patterns
 
@@ -88,12 +87,14 @@ class Masks:
         trims: Sequence[Trim],
         seed: int,
         differences: Differences,
+        block: int,
     ) -> None:
         """Find nothing yet.
 
         Args:
             tensor: The dtype of differences, and their shape.
             key: With the seed and the model's number, it names the stream of random numbers.
+            block: Numbers that are asked for at once, at most.
         """
         self._row = tensor.shape[-1] if tensor.shape else 1
         self._key, self._seed = key, seed
@@ -101,7 +102,8 @@ class Masks:
         n = tensor.n_elements
         self._counts = [trim.counts(n) if trim.is_sorted and n else () for trim in trims]
         n_bits = 63 if tensor.dtype == "F64" else 31
-        self._selection = Selection(n, self._patterns, self._counts, n_bits=n_bits)
+        self._block = block
+        self._selection = Selection(n, self._patterns, self._counts, n_bits=n_bits, block=block)
 
     @property
     def n_passes(self) -> int:
@@ -112,17 +114,14 @@ class Masks:
     @property
     def is_random(self) -> bool:
         """Whether random numbers decide."""
-        return any(trim.is_partial and trim.kind in ("random", "ranks") for trim in self._trims)
+        return _is_random(self._trims)
 
     @property
     def scratch_nbytes(self) -> int:
-        """In one thread."""
-        n, nbytes = len(self._trims), 0
-        if self.is_random:
-            nbytes += BLOCK * random_numbers.EACH_NBYTES
+        """In one thread, beside `each_nbytes` of a block."""
+        nbytes = 0
         if any(trim.is_partial and trim.kind == "ranks" for trim in self._trims):
-            rows = BLOCK + 2 * self._row
-            nbytes += rows * 8 * (3 * n + 6)
+            nbytes += 2 * self._row * _rank_nbytes(self._trims)
         if any(self._counts):
             nbytes += self._selection.scratch_nbytes
         return nbytes
@@ -167,7 +166,7 @@ class Masks:
         length = self._row
         first, last = start // length * length, -(-(start + n) // length) * length
         made = torch.empty((len(self._trims), last - first), dtype=torch.float64)
-        step = max(1, BLOCK // length) * length
+        step = max(1, self._block // length) * length
         for at in range(first, last, step):
             size = min(step, last - at)
             for i, x in enumerate(self._differences(at, size, read)):
@@ -176,6 +175,21 @@ class Masks:
         found = list(made[:, start - first :][:, :n])
         read.kept[start, n] = found
         return found
+
+
+def each_nbytes(trims: Sequence[Trim]) -> int:
+    """What each number of a block takes while it is found out what is left."""
+    n_ranked = any(trim.is_partial and trim.kind == "ranks" for trim in trims)
+    drawn = random_numbers.EACH_NBYTES if _is_random(trims) else 0
+    return drawn + n_ranked * _rank_nbytes(trims)
+
+
+def _is_random(trims: Sequence[Trim]) -> bool:
+    return any(trim.is_partial and trim.kind in ("random", "ranks") for trim in trims)
+
+
+def _rank_nbytes(trims: Sequence[Trim]) -> int:
+    return 8 * (3 * len(trims) + 6)
 
 
 def _by_rank(magnitudes: "Tensor", trim: Trim) -> "Tensor":

@@ -11,7 +11,6 @@ from torch import Tensor
 import streammap
 from streammap.api import LazyCheckpoint
 from streammap.errors import StreammapError
-from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.merging import dots
 from streammap.planning.merging.directions import (
@@ -182,15 +181,20 @@ def test_too_many_columns_are_refused_before_anything_is_read(source: Path) -> N
         dots.derive("long", NuSlerp((1, 1)), models[:2], by="columns")
 
 
-def test_half_precision_is_rounded_once_from_what_it_is_in_float32(tmp_path: Path) -> None:
-    a, b = (near("wide")[i].bfloat16() for i in (1, 2))
+@pytest.mark.parametrize("scale", [1.0, 2.0**124])
+def test_half_precision_is_the_nearest_but_next_to_ties(tmp_path: Path, scale: float) -> None:
+    """In float32, or in float64 where float32 has no room for squares."""
+    a, b = (near("wide")[i].mul(scale).bfloat16() for i in (1, 2))
     tiny.write(tmp_path, {"a": a, "b": b}, {})
     targets = streammap.open(tmp_path).plan.targets
-    form = dots.derive("a", Slerp(0.3), [targets["a"], targets["b"]])
+    forms = [targets["a"], targets["b"]]
+    form = dots.derive("a", Slerp(0.3), forms)
     assert form.spec.dtype == "BF16"
-    expected = dense.slerp(torch.stack([a, b]).double(), 0.3).float()
-    assert torch.equal(lazy_of(tmp_path, {"a": form}).read("a"), expected.bfloat16())
-    wide = graph.LinearForm(replace(form.spec, dtype="F32"), form.terms)
+    exact = dense.slerp(torch.stack([a, b]).double(), 0.3)
+    half = torch.exp2(torch.frexp(exact).exponent - 9)
+    error = (lazy_of(tmp_path, {"a": form}).read("a").double() - exact).abs()
+    assert bool((error <= half + 2.0**-22 * (a.double().abs() + b.double().abs())).all())
+    wide = dots.derive("a", Slerp(0.3), forms, dtype="F32")
     torch.testing.assert_close(
-        lazy_of(tmp_path, {"a": wide}).read("a"), expected, rtol=1e-7, atol=0
+        lazy_of(tmp_path, {"a": wide}).read("a"), exact.float(), rtol=1e-7, atol=0
     )

@@ -13,6 +13,7 @@ from streammap.api import LazyCheckpoint
 from streammap.errors import StreammapError
 from streammap.output.run import read_nbytes
 from streammap.planning.derived import random_numbers
+from streammap.planning.derived.statistic import BLOCK
 from streammap.planning.graph import FormReader, LinearForm
 from streammap.planning.merging import selection, task_vectors
 from streammap.planning.merging.selection import Cut, Selection, chosen, patterns
@@ -180,7 +181,7 @@ def test_the_largest_are_those_of_a_sorted_tensor(
     def given(start: int, size: int, read: FormReader) -> list[Tensor]:
         return [patterns(each[start : start + size]) for each in x]
 
-    found = Selection(n, given, counts, n_bits=31).cuts(_NoReader())
+    found = Selection(n, given, counts, n_bits=31, block=BLOCK).cuts(_NoReader())
     for each, ends, wanted in zip(x, found, counts, strict=True):
         order = each.abs().argsort(descending=True, stable=True)
         for cut, count in zip(ends, wanted, strict=True):

@@ -1,7 +1,8 @@
 """Weighted sums: sum of w_i x_i, divided by the sum of w_i where that is asked for.
 
 Computed in float64 and rounded once. Equal weights are one sum and one division, so that the mean
-is the one in float64, rounded.
+is the one in float64, rounded. An average of 16-bit tensors with unequal weights is computed in
+float32, which has 2**15 times their digits, and rounded once.
 
 Source: Wortsman et al., Model soups, ICML 2022, arXiv:2203.05482.
 """
@@ -14,6 +15,8 @@ from streammap.errors import PlanError
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.merging.methods.base import Method, Parameter, Part
+
+_SHORT = {"BF16", "F16"}
 
 
 @final
@@ -63,8 +66,16 @@ def normalized(key: str, weights: Sequence[float]) -> list[float]:
 
 
 def weighted(parts: Sequence[tuple[float, LinearForm]]) -> LinearForm:
-    """A sum in float64; one source alone, times 1, is that source's bytes."""
+    """A weighted sum; one source alone, times 1, is that source's bytes."""
     counted = [(weight, form) for weight, form in parts if weight != 0.0]
     if len(counted) == 1 and counted[0][0] == 1.0:
         return counted[0][1]
-    return graph.combine(parts, wide=True)
+    return graph.combine(parts, wide=not _is_short(counted))
+
+
+def _is_short(parts: Sequence[tuple[float, LinearForm]]) -> bool:
+    """Whether float32 has digits to spare: no term cancels another, and all are of 16 bits."""
+    weights = [weight for weight, _ in parts]
+    dtypes = {ref.spec.dtype for _, form in parts for ref in form.loads()}
+    dtypes |= {form.spec.dtype for _, form in parts}
+    return len(set(weights)) > 1 and min(weights) > 0.0 and dtypes <= _SHORT
