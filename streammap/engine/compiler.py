@@ -138,7 +138,7 @@ class _ProgramBuilder:
         """(1 - w) a + w b of 16-bit sources: one kernel, which rounds once."""
         dtype, terms = self._form.spec.dtype, self._form.terms
         sides = [(number, *pair) for number, term in enumerate(terms) for pair in term.blend]
-        if len(sides) != 2 or dtype not in _HALVES or self._form.wide:
+        if len(sides) != 2 or dtype not in _HALVES or self._form.accumulator == "F64":
             return False
         (_, u, a), (_, w, b) = sides
         if u == 0.0 or w == 0.0 or u != 1.0 - w:

@@ -39,7 +39,7 @@ def flat_key(form: LinearForm) -> FlatKey | None:
         tuple((c, load.spec.dtype, graph.is_constant(load)) for c, load in term.blend)
         for term in form.terms
     )
-    return (form.spec.dtype, form.accumulator, *blends)
+    return (form.spec.dtype, form.accumulator, form.wide, *blends)
 
 
 def loads_of(form: LinearForm) -> list[TensorRef]:

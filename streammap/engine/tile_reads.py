@@ -97,6 +97,7 @@ def form_key(form: LinearForm) -> object:
     return (
         form.spec,
         form.accumulator,
+        form.wide,
         tuple(
             (
                 term.maps,

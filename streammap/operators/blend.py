@@ -7,7 +7,8 @@
     task arithmetic      --base BASE --lambda 0.7   base + lambda * sum of w_i (x_i - base)
     stacked layers       --slices '[[0, 0, 24], [1, 8, 32]]'
 
-All is computed in float64 and rounded once. Sources: Ilharco et al., arXiv:2212.04089 (task
+All is computed in float64 and rounded once, but for averages and slerp of 16-bit tensors, which are
+computed in float32. Sources: Ilharco et al., arXiv:2212.04089 (task
 arithmetic); Tian et al., WSM, arXiv:2507.17634 (decay).
 """
 

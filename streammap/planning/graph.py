@@ -16,7 +16,7 @@ Derived tensor: a source like any other, computed from forms while it is read.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Protocol, final
 
@@ -70,6 +70,7 @@ class TensorRef:
 
 Blend = tuple[tuple[float, TensorRef], ...]
 _MAX_F32_ADDENDS = 4
+_HALVES = {"BF16", "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,8 @@ class LinearForm:
     spec: TensorSpec
     terms: tuple[Term, ...]
     wide: bool = False
-    """Whether it is computed in float64 whatever its dtype, and rounded once."""
+    """Whether it is computed in float64 whatever its dtype, and rounded once; but for a short
+    average."""
 
     @property
     def accumulator(self) -> str:
@@ -112,10 +114,23 @@ class LinearForm:
         of 8 it is not.
         """
         wide = any(ref.spec.dtype == "F64" for ref in self.reads())
-        if self.wide or wide or self.spec.dtype == "F64":
+        if (self.wide and not self.is_short_average) or wide or self.spec.dtype == "F64":
             return "F64"
         long = any(term.n_addends > _MAX_F32_ADDENDS for term in self.terms)
         return "F64" if self.spec.dtype == "F32" and long else "F32"
+
+    @property
+    def is_short_average(self) -> bool:
+        """Whether it is an average of 16-bit tensors in 16 bits, with unequal weights.
+
+        Float32 has 2**16 times their digits; the mean with equal weights is one sum and one
+        division, and is rounded from float64.
+        """
+        if not {self.spec.dtype, *(ref.spec.dtype for ref in self.reads())} <= _HALVES:
+            return False
+        weights = {c for term in self.terms for c, _ in term.blend}
+        moves = any(m is not None for term in self.terms for m in term.maps)
+        return not moves and len(weights) > 1 and min(weights) > 0.0
 
     @property
     def narrows(self) -> bool:
@@ -214,6 +229,11 @@ class Derived(ABC):
         """Its dtype and shape; F32, unless its forms have more digits."""
 
     @property
+    def exact(self) -> "Derived":
+        """Itself, or the same computed with more digits, for a result that has these."""
+        return self
+
+    @property
     @abstractmethod
     def scratch_nbytes(self) -> int:
         """Memory that `fill` takes in one thread, with all that it keeps, at most."""
@@ -302,6 +322,25 @@ def combine(
         terms = [Term(t.maps, tuple((0.0, f) for _, f in t.blend)) for t in kept[0][1].terms[:1]]
     wide = wide or any(form.wide for _, form in kept)
     return _collected(TensorSpec(dtype or spec.dtype, spec.shape), terms, wide=wide)
+
+
+def cast(form: LinearForm, dtype: str) -> LinearForm:
+    """The same numbers, rounded to another dtype."""
+    if form.spec.dtype == dtype:
+        return form
+    spec, terms = TensorSpec(dtype, form.spec.shape), form.terms
+    if dtype not in _HALVES:
+        terms = tuple(
+            replace(term, blend=tuple((c, _exact(ref)) for c, ref in term.blend)) for term in terms
+        )
+    return replace(form, spec=spec, terms=terms)
+
+
+def _exact(ref: TensorRef) -> TensorRef:
+    if not isinstance(ref.source, Derived):
+        return ref
+    exact = ref.source.exact
+    return ref if exact is ref.source else replace(ref, source=exact)
 
 
 def scale(form: LinearForm, factor: float) -> LinearForm:

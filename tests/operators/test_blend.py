@@ -94,6 +94,38 @@ def test_weights_are_taken_as_they_are(four: list[Path], tmp_path: Path) -> None
     assert_sum(dict(normal.tensors()), [1 / 8, 2 / 8, 5 / 8])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_average_of_16_bit_tensors_is_the_nearest_but_next_to_ties(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Unequal weights are added up in float32; others, and for a wider result, in float64."""
+    torch.manual_seed(0)
+    sources = [torch.randn(300, 100).to(dtype) for _ in range(3)]
+    first, *others = (
+        streammap.open(tiny.write(tmp_path / str(i), {"x": x}, None)) for i, x in enumerate(sources)
+    )
+    stacked = torch.stack(sources).double()
+
+    def exact(weights: Sequence[float]) -> Tensor:
+        return torch.tensordot(torch.tensor(weights, dtype=torch.float64), stacked, 1)
+
+    for weights, bits in (([0.2, 0.3, 0.5], 22), ([1.2, 0.3, -0.5], 50)):
+        blended = first.blend(*others, weights=weights)
+        error = (blended.read("x").double() - exact(weights)).abs()
+        half = torch.exp2(torch.frexp(exact(weights)).exponent - 1.0) * torch.finfo(dtype).eps / 2
+        assert bool((error <= half + 2.0**-bits * stacked.abs().sum(0)).all())
+        assert torch.equal(blended.convert(dtype="float32").read("x"), exact(weights).float())
+
+
+def test_what_rounding_loses_is_counted_once(tmp_path: Path) -> None:
+    """Not again in a small tensor, whose buffers still hold the numbers of the large one."""
+    states = {"x": torch.full((300_000,), 6e4).half(), "z": torch.ones(7).half()}
+    paths = [tiny.write(tmp_path / name, states, None) for name in ("a", "b")]
+    report = streammap.blend(*paths, weights=[1, 1], output=tmp_path / "out", threads=1)
+    assert isinstance(report, Report)
+    assert report.n_overflowed == 300_000
+
+
 def test_one_weight_alone_copies_bytes(four: list[Path]) -> None:
     one = streammap.blend(*four[:2], weights=[1, 0])
     assert one.promise[0] == "bit-exact"

@@ -183,7 +183,8 @@ def test_a_run_that_is_killed_in_either_pass_ends_with_the_same_bytes(
     tmp_path: Path, method: str, places: tuple[int, ...]
 ) -> None:
     for i, name in enumerate(("base", "a", "b")):
-        tiny.write(tmp_path / name, tiny.random({"x": (200, 300), "y": (99, 301)}, seed=i), {})
+        shapes = {"x": (400, 600), "y": (199, 301)}
+        tiny.write(tmp_path / name, tiny.random(shapes, seed=i), {})
     folder = str(tmp_path)
     for last in (*places, 0):
         done = subprocess.run(

@@ -9,7 +9,8 @@ from typing import final
 
 from streammap.errors import PlanError, some
 from streammap.io import dtypes
-from streammap.io.dtypes import FLOATS, TORCH_NAMES, TensorSpec
+from streammap.io.dtypes import FLOATS, TORCH_NAMES
+from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.plan import Plan, Promise
 
@@ -97,7 +98,7 @@ def cast(plan: Plan, rules: DtypeRules) -> tuple[Plan, tuple[Promise, str], tupl
         if form.spec.dtype not in plain:
             left += [form.spec.dtype] * form.spec.dtype.startswith("F")
             continue
-        targets[key] = LinearForm(TensorSpec(wanted, form.spec.shape), form.terms)
+        targets[key] = graph.cast(form, wanted)
         if dtypes.holds(wanted, form.spec.dtype):
             wider += 1
         else:

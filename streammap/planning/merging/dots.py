@@ -8,7 +8,7 @@ first number is computed; those of rows as they are met.
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, final
 
 from streammap.errors import CheckpointError, PlanError, StreammapError
@@ -134,6 +134,10 @@ class _Whole(_Terms, Elementwise):
     @property
     def formula(self) -> Mapping[str, object]:
         return {**self.rule.formula, "base": self.has_base, "short": self.is_short}
+
+    @property
+    def exact(self) -> Derived:
+        return replace(self, is_short=False) if self.is_short else self
 
     @property
     def each_nbytes(self) -> int:

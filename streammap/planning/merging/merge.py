@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 from streammap.errors import ArchitectureError, CheckpointError, PlanError
-from streammap.io.dtypes import TensorSpec
+from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.matching import frame, pairing
 from streammap.planning.matching.frame import Match, Words
@@ -158,7 +158,7 @@ class _Merge:
         dtype = self._frame.targets[key].spec.dtype
         if recipe.dtype == PROMOTED:
             dtype = promoted([form.spec.dtype for form in forms])
-        return cast(made, dtype)
+        return graph.cast(made, dtype)
 
     def _taking_part(self, here: Slice | None) -> list[tuple[int, Settings]]:
         """The sources of a tensor, with what is said of them in its slice."""
@@ -192,14 +192,9 @@ class _Merge:
     def _cast(self, form: LinearForm) -> LinearForm:
         """A tensor in the dtype that was asked for by name."""
         dtype = self._recipe.dtype
-        return form if dtype in (None, PROMOTED) or not form.spec.is_float else cast(form, dtype)
-
-
-def cast(form: LinearForm, dtype: str | None) -> LinearForm:
-    """The same numbers, rounded to another dtype."""
-    if dtype is None or form.spec.dtype == dtype:
-        return form
-    return replace(form, spec=TensorSpec(dtype, form.spec.shape))
+        if dtype is None or dtype == PROMOTED or not form.spec.is_float:
+            return form
+        return graph.cast(form, dtype)
 
 
 def promoted(dtypes: Sequence[str]) -> str:

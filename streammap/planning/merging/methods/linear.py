@@ -16,8 +16,6 @@ from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.merging.methods.base import Method, Parameter, Part
 
-_SHORT = {"BF16", "F16"}
-
 
 @final
 class Linear(Method):
@@ -66,16 +64,8 @@ def normalized(key: str, weights: Sequence[float]) -> list[float]:
 
 
 def weighted(parts: Sequence[tuple[float, LinearForm]]) -> LinearForm:
-    """A weighted sum; one source alone, times 1, is that source's bytes."""
+    """A sum in float64; one source alone, times 1, is that source's bytes."""
     counted = [(weight, form) for weight, form in parts if weight != 0.0]
     if len(counted) == 1 and counted[0][0] == 1.0:
         return counted[0][1]
-    return graph.combine(parts, wide=not _is_short(counted))
-
-
-def _is_short(parts: Sequence[tuple[float, LinearForm]]) -> bool:
-    """Whether float32 has digits to spare: no term cancels another, and all are of 16 bits."""
-    weights = [weight for weight, _ in parts]
-    dtypes = {ref.spec.dtype for _, form in parts for ref in form.loads()}
-    dtypes |= {form.spec.dtype for _, form in parts}
-    return len(set(weights)) > 1 and min(weights) > 0.0 and dtypes <= _SHORT
+    return graph.combine(parts, wide=True)
