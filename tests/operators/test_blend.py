@@ -107,7 +107,8 @@ def test_an_average_of_16_bit_tensors_is_the_nearest_but_next_to_ties(
     stacked = torch.stack(sources).double()
 
     def exact(weights: Sequence[float]) -> Tensor:
-        return torch.tensordot(torch.tensor(weights, dtype=torch.float64), stacked, 1)
+        made: Tensor = torch.tensordot(torch.tensor(weights, dtype=torch.float64), stacked, 1)
+        return made
 
     for weights, bits in (([0.2, 0.3, 0.5], 22), ([1.2, 0.3, -0.5], 50)):
         blended = first.blend(*others, weights=weights)
