@@ -18,8 +18,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from streammap.common.declare import Choice, Real, Whole
+from streammap.common.declare import Choice, Real, Whole, shown
 from streammap.errors import PlanError, some
+from streammap.io import vocabularies
 from streammap.operators.declare import (
     Apply,
     Input,
@@ -137,6 +138,11 @@ class Blend(Operator):
         kind=Axes(),
         metavar="[AXES]",
     )
+    same_tokenizer: bool = option(
+        default=False,
+        help="Refuse checkpoints whose tokenizers give other numbers to tokens.",
+        group=_WEIGHTS,
+    )
     method: str | None = option(
         default=None,
         help="linear, slerp, karcher, model_stock, ties, dare_ties ...; by default, what the other "
@@ -241,6 +247,8 @@ class Blend(Operator):
         names = _names(plans)
         notes: list[str] = []
         self._check_alone(plans)
+        if self.same_tokenizer:
+            _check_tokenizers(plans, names)
         recipe = self._recipe(1 + len(others), has_base=base is not None)
         if self.untie:
             plans, told = frame.untied(dict(zip(names, plans, strict=True)))
@@ -388,6 +396,42 @@ def decay_weights(shape: Decay, n: int) -> list[float]:
     }[shape]
     w = [1.0, *map(of, x), 0.0]
     return [before - after for before, after in itertools.pairwise(w)]
+
+
+def _check_tokenizers(plans: Sequence[Plan], names: Sequence[str]) -> None:
+    """Refuse tokenizers that differ: rows of embeddings would be those of other tokens.
+
+    Raises:
+        PlanError: two differ, or one is missing.
+        CheckpointError: one can't be read.
+    """
+    first: vocabularies.Vocabulary | None = None
+    for plan, name in zip(plans, names, strict=True):
+        place = None if plan.side is None else plan.side.place
+        found = None if place is None else vocabularies.read(place)
+        if found is None:
+            raise PlanError(
+                f"{name}: no tokenizer that could be compared",
+                hint="leave --same-tokenizer out (tokenizer_source in a recipe), or add its files",
+            )
+        if first is None:
+            first = found
+        elif found != first:
+            raise PlanError(
+                f"{names[0]} and {name}: {_difference(first, found)}, and vocabularies are not "
+                "joined here",
+                hint="give checkpoints with one tokenizer; or leave --same-tokenizer out "
+                "(tokenizer_source in a recipe), and rows are taken by their numbers",
+            )
+
+
+def _difference(a: vocabularies.Vocabulary, b: vocabularies.Vocabulary) -> str:
+    """The first token that has another number."""
+    if isinstance(a, bytes) or isinstance(b, bytes):
+        return "their tokenizers' files differ"
+    token = next(one for one in (*a, *b) if a.get(one) != b.get(one))
+    numbers = " and ".join("none" if t.get(token) is None else str(t[token]) for t in (a, b))
+    return f"token {shown(token)} has the numbers {numbers}"
 
 
 def _names(plans: Sequence[Plan]) -> list[str]:

@@ -5,6 +5,7 @@ STREAMMAP_MERGEKIT names.
 """
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -258,7 +259,8 @@ def test_a_recipe_is_a_source_like_any_other(three: Path) -> None:
     ("change", "message"),
     [
         ({"merge_method": "sce"}, "merge_method 'sce' is not done here"),
-        ({"tokenizer_source": "union"}, "tokenizer_source is not done here"),
+        ({"tokenizer": {"tokens": {"a": {}}}}, "tokenizer.tokens is not done here"),
+        ({"tokenizer_source": 3}, "tokenizer_source is '3', expected a model"),
         ({"chat_template": "auto"}, "chat_template is not done here"),
         ({"modules": {"text": {}}}, "modules is not done here"),
         ({"mergemethod": 1}, "the recipe has mergemethod"),
@@ -293,6 +295,31 @@ def test_what_is_not_known_is_refused_by_name(change: dict[str, object], message
     recipe: dict[str, object] = {"merge_method": "linear", "models": [{"model": "A"}]}
     with pytest.raises(PlanError, match=message):
         mergekit.parse(recipe | change, "x.yml").operator((), None)
+
+
+@pytest.mark.parametrize("source", ["base", "union", "B"])
+def test_equal_tokenizers_need_no_union(three: Path, source: str) -> None:
+    recipe = three / "x.yml"
+    recipe.write_text(
+        "{merge_method: linear, models: [{model: A, parameters: {weight: 1}}, {model: B, "
+        f"parameters: {{weight: 1}}}}], tokenizer_source: {source}}}"
+    )
+    assert "A: no tokenizer that could be compared" in run("blend", recipe, "-o", "out").stderr
+    table = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<s>"}]}
+    listed: Any = {"model": {"vocab": [["a", -0.5], ["b", -1.5], ["<s>", 0.0]]}}
+    (three / "A" / "tokenizer.json").write_text(json.dumps(table))
+    (three / "B" / "tokenizer.json").write_text(json.dumps(listed))
+    ok("plan", "blend", recipe)
+    listed["model"]["vocab"][1:] = [["c", 0.0], ["b", 0.0]]
+    (three / "B" / "tokenizer.json").write_text(json.dumps(listed))
+    said = run("plan", "blend", recipe).stderr
+    assert "A and B: token 'b' has the numbers 1 and 2, and vocabularies are not joined" in said
+    ok("plan", "blend", "A", "B")
+    (three / "B" / "tokenizer.json").write_text('{"model": {"vocab": 7}}')
+    assert (
+        "B/tokenizer.json: no vocabulary"
+        in run("plan", "blend", "A", "B", "--same-tokenizer").stderr
+    )
 
 
 def test_a_weight_that_is_missing_is_told(three: Path) -> None:

@@ -34,11 +34,9 @@ _KNOWN = (
 )
 _REFUSED = {
     "modules": "parts of several models are not put together",
-    "tokenizer": "vocabularies are not joined; the tokenizer is that of the base, or first model",
-    "tokenizer_source": "vocabularies are not joined; the tokenizer is that of the base, or first "
-    "model",
     "chat_template": "the tokenizer's files are copied as they are",
 }
+_JOINING = ("tokens", "pad_to_multiple_of")
 _ELSEWHERE = (
     *("density", "weight", "normalize", "rescale", "lambda", "epsilon", "gamma", "t", "scale"),
     *("int8_mask", "nuslerp_flatten", "nuslerp_row_wise", "max_iter", "tol", "eps", "filter_wise"),
@@ -136,6 +134,8 @@ class _Reader:
         if shared:
             options["parameters"] = shared
         options["as_dtype"] = self._dtype(table)
+        if self._names_tokenizer(table):
+            options["same_tokenizer"] = True
         return self._opened(options, base if takes_base else None)
 
     def _opened(self, options: dict[str, Any], base: str | None) -> Opened:
@@ -253,6 +253,24 @@ class _Reader:
                 )
         value = table.get("out_dtype") or table.get("dtype")
         return PROMOTED if value is None else _DTYPES[str(value).removeprefix("torch.")]
+
+    def _names_tokenizer(self, table: Mapping[str, object]) -> bool:
+        """Whether a tokenizer is named: of equal ones each is the union, the base's, a model's."""
+        source = table.get("tokenizer_source")
+        if table.get("tokenizer") is not None:
+            inner = self._table(table["tokenizer"], "tokenizer", ("source", *_JOINING))
+            for name in _JOINING:
+                if inner.get(name):
+                    raise self._error(
+                        f"tokenizer.{name} is not done here: vocabularies are not joined",
+                        "leave it out",
+                    )
+            source = inner.get("source", "union")
+        if source is None:
+            return False
+        if source not in ("base", "union"):
+            self._model(source, "tokenizer_source")
+        return True
 
     def _table(self, value: object, name: str, known: Sequence[str]) -> Mapping[str, object]:
         if not isinstance(value, Mapping):
