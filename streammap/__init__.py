@@ -11,20 +11,11 @@ if TYPE_CHECKING:
     from streammap.analysis.verification import Verification, verify
     from streammap.api import (
         LazyCheckpoint,
-        align,
-        blend,
-        coalesce,
-        convert,
-        decoalesce,
         diff,
-        interpolate,
         load_into,
         load_optimizer_into,
-        merge_lora,
         open,
         open_request,
-        permute,
-        restack,
     )
     from streammap.common.ranks import Ranks
     from streammap.common.version import VERSION as __version__
@@ -35,6 +26,17 @@ if TYPE_CHECKING:
         PlanError,
         SchemeError,
         StreammapError,
+    )
+    from streammap.one_call import (
+        align,
+        blend,
+        coalesce,
+        convert,
+        decoalesce,
+        interpolate,
+        merge_lora,
+        permute,
+        restack,
     )
     from streammap.output.module.load import LoadReport
     from streammap.output.run import Report
@@ -79,17 +81,19 @@ _HOMES = {
     "analysis.verification": ("Verification", "verify"),
     "api": (
         "LazyCheckpoint",
+        "diff",
+        "load_into",
+        "load_optimizer_into",
+        "open",
+        "open_request",
+    ),
+    "one_call": (
         "align",
         "blend",
         "coalesce",
         "convert",
         "decoalesce",
-        "diff",
         "interpolate",
-        "load_into",
-        "load_optimizer_into",
-        "open",
-        "open_request",
         "merge_lora",
         "permute",
         "restack",
@@ -112,7 +116,7 @@ if not TYPE_CHECKING:
         if name not in __all__:
             registry = import_module("streammap.operators.registry")
             if name.replace("_", "-") in registry.names():
-                return getattr(import_module("streammap.api"), name)
+                return getattr(import_module("streammap.one_call"), name)
             raise AttributeError(f"module 'streammap' has no attribute {name!r}")
         if name == "progress":
             return import_module("streammap.progress")

@@ -6,31 +6,27 @@
     grown = streammap.open("bert-small-trained").decoalesce(map="bert-small")
     grown.interpolate(big, alpha=0.5).save("bert-base-2")
 
-Each operator of operators/registry.py is a method of LazyCheckpoint, and a function here that
-opens, plans and saves in one call. Their options are declared by the operators.
+Each operator of operators/registry.py is a method of LazyCheckpoint, and a function of one_call.py.
+Their options are declared by the operators.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast, final, overload
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast, final
 from weakref import WeakKeyDictionary, WeakSet
 
-from streammap.common import declare, garbage
-from streammap.common.declare import declared, option, takes
+from streammap.common import garbage
+from streammap.common.declare import takes
 from streammap.common.events import Listener, nobody
 from streammap.common.units import format_nbytes
 from streammap.engine.options import MEMORY, Engine, RunOptions
-from streammap.errors import PlanError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.base import Reader
 from streammap.io.storage.resolve import PathLike
 from streammap.operators import calls, registry
-from streammap.operators.declare import Operator, PlanLike, inputs_of
-from streammap.operators.finish import Finish, following
+from streammap.operators.declare import Operator, PlanLike
 from streammap.operators.interpolate import Interpolate
 from streammap.operators.recipes import mergekit
 from streammap.operators.resize import Coalesce, Decoalesce
@@ -75,7 +71,7 @@ def _method(
     return takes(operator, n_first=1)(call)
 
 
-def _card(plan: Plan, engine: Engine, name: str) -> str:
+def card(plan: Plan, engine: Engine, name: str) -> str:
     """The model card of a repository's README.md."""
     from streammap.analysis import model_card
 
@@ -279,7 +275,7 @@ class LazyCheckpoint:
             PlanError: a result that its class in transformers or timm, where that was asked
                 (`class_check`), would not load.
         """
-        return destination.save(self.plan, output, options, card=_card)
+        return destination.save(self.plan, output, options, card=card)
 
     @takes(PushOptions)
     def push_to_hub(self, repo: str, options: PushOptions) -> Report:
@@ -292,7 +288,7 @@ class LazyCheckpoint:
         Raises:
             OutputError: no token, no right to write; a branch with a model, without `overwrite`.
         """
-        return destination.push(self.plan, repo, options, card=_card)
+        return destination.push(self.plan, repo, options, card=card)
 
 
 def open(
@@ -450,133 +446,3 @@ def diff(
         x.settled(options).plan if isinstance(x, LazyCheckpoint) else x for x in (a, b)
     )
     return difference.compare(first, second, options, listener=options.progress)
-
-
-@declared
-class _CallOptions(Finish, SaveOptions):
-    """What a one-call function takes beside its operator's options."""
-
-    stream: bool = option(
-        default=False, help="Read models of the Hub as needed, not through the Hub's cache."
-    )
-
-
-def _one_call(
-    operator: type[Operator], all_options: Callable[P, _CallOptions]
-) -> Callable[Concatenate[PathLike, PathLike, P], Report]:
-    """An operator as one call: open the source, plan, save."""
-
-    def call(source: PathLike, output: PathLike, options: _CallOptions) -> Report:
-        made, how = declare.part(operator, options), declare.part(SaveOptions, options)
-        with open(source, stream=options.stream).apply(made, stream=options.stream) as planned:
-            done = functools.reduce(
-                LazyCheckpoint.apply, following(operator, vars(options)), planned
-            )
-            return destination.save(done.plan, output, how, card=_card)
-
-    call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
-    call.__doc__ = f"{inspect.cleandoc(operator.__doc__ or '')}\n\nSaved to `output`, in one call."
-    return takes(all_options, leads=operator)(call)
-
-
-def _call_of_many(
-    operator: type[Operator], all_options: Callable[..., _CallOptions]
-) -> Callable[..., "LazyCheckpoint | Report"]:
-    """An operator with any number of sources as one call; the output has to be named."""
-
-    def call(
-        source: PlanLike, output: PathLike | None = None, given: Any = None
-    ) -> "LazyCheckpoint | Report":
-        made, how = declare.part(operator, given), declare.part(SaveOptions, given)
-        opened = LazyCheckpoint(calls.plan_of(source, stream=given.stream))
-        planned = opened.apply(made, stream=given.stream)
-        planned = functools.reduce(LazyCheckpoint.apply, following(operator, vars(given)), planned)
-        if output is not None:
-            with planned:
-                return destination.save(planned.plan, output, how, card=_card)
-        if how != SaveOptions():
-            raise PlanError(
-                f"{operator.name}: options of a result, and no output",
-                hint='give output="out", or give them to `save`',
-            )
-        return planned
-
-    call.__name__ = call.__qualname__ = operator.name.replace("-", "_")
-    told = "Planned; saved to `output` in one call where one is given."
-    call.__doc__ = f"{inspect.cleandoc(operator.__doc__ or '')}\n\n{told}"
-    return takes(all_options, leads=operator)(call)
-
-
-if TYPE_CHECKING:
-
-    @declared
-    class _Coalesce(Coalesce, _CallOptions):
-        pass
-
-    @declared
-    class _Decoalesce(Decoalesce, _CallOptions):
-        pass
-
-    @declared
-    class _Interpolate(Interpolate, _CallOptions):
-        pass
-
-    @declared
-    class _Convert(Convert, _CallOptions):
-        pass
-
-    @declared
-    class _Permute(Permute, _CallOptions):
-        pass
-
-    @declared
-    class _Restack(Restack, _CallOptions):
-        pass
-
-    @declared
-    class _Align(Align, _CallOptions):
-        pass
-
-    coalesce = _one_call(Coalesce, _Coalesce)
-    decoalesce = _one_call(Decoalesce, _Decoalesce)
-    interpolate = _one_call(Interpolate, _Interpolate)
-    convert = _one_call(Convert, _Convert)
-    permute = _one_call(Permute, _Permute)
-    restack = _one_call(Restack, _Restack)
-    align = _one_call(Align, _Align)
-
-    @overload
-    def blend(source: PlanLike, *others: PlanLike, output: PathLike, **options: Any) -> Report: ...
-    @overload
-    def blend(source: PlanLike, *others: PlanLike, **options: Any) -> LazyCheckpoint: ...
-    def blend(source: PlanLike, *others: PlanLike, **options: Any) -> LazyCheckpoint | Report:
-        """See operators/blend.py."""
-
-    @overload
-    def merge_lora(
-        source: PlanLike, *adapters: PlanLike, output: PathLike, **options: Any
-    ) -> Report: ...
-    @overload
-    def merge_lora(source: PlanLike, *adapters: PlanLike, **options: Any) -> LazyCheckpoint: ...
-    def merge_lora(
-        source: PlanLike, *adapters: PlanLike, **options: Any
-    ) -> LazyCheckpoint | Report:
-        """See operators/merge_lora.py."""
-
-else:
-
-    def __getattr__(name: str) -> Callable[..., "LazyCheckpoint | Report"]:
-        """Any operator as one call, made when it is first used."""
-        known = name.replace("_", "-")
-        if name.startswith("_") or known not in registry.names():
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return _made(registry.load(known))
-
-
-@functools.cache
-def _made(operator: type[Operator]) -> Callable[..., "LazyCheckpoint | Report"]:
-    options: Any = declared(type(operator.__name__, (operator, _CallOptions), {}))
-    takes_many = any(
-        one.about.positional and one.kind.form == "many" for one in inputs_of(operator)
-    )
-    return (_call_of_many if takes_many else _one_call)(operator, options)

@@ -17,8 +17,9 @@ from typing import final
 from streammap.analysis import result_files, survey
 from streammap.analysis.survey import SavedRecord, Survey
 from streammap.architectures import quantization
-from streammap.common.declare import Anything, Names, declared, option, takes
+from streammap.common.declare import declared, option, takes
 from streammap.common.events import Listener
+from streammap.common.kinds import Anything, Names
 from streammap.common.units import format_nbytes
 from streammap.engine.options import Engine, RunOptions
 from streammap.errors import ArchitectureError, CheckpointError, StreammapError, redacted

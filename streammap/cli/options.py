@@ -8,7 +8,8 @@ import click
 from click.shell_completion import CompletionItem
 
 from streammap.cli.help import HUB, SOURCE, Option
-from streammap.common.declare import Declared, Kind, Whole, flag_of, options_of
+from streammap.common.declare import Declared, flag_of, options_of
+from streammap.common.kinds import Kind, Whole
 from streammap.engine.options import Engine
 from streammap.errors import StreammapError, redacted
 from streammap.operators.declare import Input

@@ -3,8 +3,9 @@
 import re
 from typing import Any, final
 
-from streammap.common.declare import Anything, Kind, Whole, check, declared, option, shown
+from streammap.common.declare import check, declared, option
 from streammap.common.events import Listener, nobody
+from streammap.common.kinds import Anything, Kind, Whole, shown
 from streammap.common.units import parse_size
 from streammap.errors import OutputError, PlanError
 from streammap.io.storage.base import Reader

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from streammap.common.declare import Choice, Real, Whole, shown
+from streammap.common.kinds import Choice, Real, Whole, shown
 from streammap.errors import PlanError, some
 from streammap.io import vocabularies
 from streammap.operators.declare import (

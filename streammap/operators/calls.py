@@ -14,6 +14,7 @@ from typing import Any, final
 
 from streammap.architectures import registry as specs
 from streammap.common import declare
+from streammap.common.kinds import shown
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, SchemeError, some
 from streammap.io import adapter_files, filenames, json_files, safe_open
 from streammap.io.checkpoint import Checkpoint, open_checkpoint
@@ -293,7 +294,7 @@ class _Builder:
             raise PlanError(f"open: unknown option {some(sorted(unknown))}")
         config, place = call.options.get("config"), self._moved.get(path, path)
         if config is not None and not isinstance(config, Mapping):
-            raise PlanError(f"open: config is {declare.shown(config)}, expected an object")
+            raise PlanError(f"open: config is {shown(config)}, expected an object")
         by_digest = isinstance(call.options.get("maps"), MapDigests)
         try:
             near = map_file.find(resolve.locate(place, stream=False)) if by_digest else ()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import final
 
-from streammap.common.declare import Table
+from streammap.common.kinds import Table
 from streammap.errors import ArchitectureError, CheckpointError, PlanError, some
 from streammap.io.dtypes import TensorSpec
 from streammap.operators.declare import Operator, declared, option

@@ -5,7 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Union, final
 
-from streammap.common.declare import Kind, Whole, encode
+from streammap.common.declare import encode
+from streammap.common.kinds import Kind, Whole
 from streammap.errors import PlanError
 from streammap.operators.declare import Operator, declared, option
 

@@ -20,16 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Union, final
 
-from streammap.common.declare import (
-    Declared,
-    Kind,
-    argument,
-    check,
-    declared,
-    option,
-    options_of,
-    shown,
-)
+from streammap.common.declare import Declared, argument, check, declared, option, options_of
+from streammap.common.kinds import Kind, shown
 from streammap.errors import PlanError
 
 if TYPE_CHECKING:  # help texts need the declarations alone

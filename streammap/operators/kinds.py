@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Union, cast, final, runtime_checkable
 
-from streammap.common.declare import Choice, Form, Kind, Table, Whole, shown
+from streammap.common.kinds import Choice, Form, Kind, Table, Whole, shown
 from streammap.errors import PlanError
 from streammap.operators.declare import OfSource
 from streammap.planning import requests

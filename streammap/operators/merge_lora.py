@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, final
 
-from streammap.common.declare import Form, Kind, shown
+from streammap.common.kinds import Form, Kind, shown
 from streammap.errors import PlanError
 from streammap.operators.declare import Input, Operator, PlanLike, argument, declared, option
 from streammap.planning.adapters import merging

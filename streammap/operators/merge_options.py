@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from streammap.architectures.limits import MAX_LAYERS
-from streammap.common.declare import Choice, Form, Kind, shown
+from streammap.common.kinds import Choice, Form, Kind, shown
 from streammap.errors import PlanError
 from streammap.operators import numbers
 from streammap.planning.merging import settings

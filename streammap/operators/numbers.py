@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from streammap.common import strict_json
-from streammap.common.declare import Kind, shown
+from streammap.common.kinds import Kind, shown
 from streammap.errors import PlanError
 from streammap.planning.merging import settings
 from streammap.planning.merging.settings import Setting

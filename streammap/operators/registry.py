@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 from importlib import import_module
 
-from streammap.common.declare import shown
+from streammap.common.kinds import shown
 from streammap.errors import PlanError
 from streammap.operators.declare import Operator
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from streammap.common.declare import Choice, Whole
+from streammap.common.kinds import Choice, Whole
 from streammap.errors import PlanError
 from streammap.operators.declare import Input, PlanLike, declared, option
 from streammap.operators.kinds import SplitLike, SplitOf

@@ -2,7 +2,8 @@
 
 from typing import Literal, final
 
-from streammap.common.declare import Anything, declared, option
+from streammap.common.declare import declared, option
+from streammap.common.kinds import Anything
 from streammap.common.ranks import Ranks
 from streammap.engine.options import RunOptions, Size
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from streammap.architectures import schema
 from streammap.common import strict_json
-from streammap.common.declare import Real, Whole
+from streammap.common.kinds import Real, Whole
 from streammap.errors import PlanError, SchemeError
 from streammap.io.storage import resolve
 from streammap.planning import requests

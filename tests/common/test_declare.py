@@ -8,17 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streammap.common import declare
-from streammap.common.declare import (
-    Anything,
-    Names,
-    Real,
-    Table,
-    Whole,
-    argument,
-    declared,
-    option,
-    takes,
-)
+from streammap.common.declare import argument, declared, option, takes
+from streammap.common.kinds import Anything, Names, Real, Table, Whole
 from streammap.errors import PlanError
 
 

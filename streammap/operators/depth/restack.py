@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, final
 
-from streammap.common.declare import Choice, Kind, Whole
+from streammap.common.kinds import Choice, Kind, Whole
 from streammap.errors import PlanError
 from streammap.operators.declare import Operator, check, declared, option
 from streammap.planning.depth import layer_request, recipes

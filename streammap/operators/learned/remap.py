@@ -5,7 +5,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Union, cast, final
 
-from streammap.common.declare import Kind, shown
+from streammap.common.kinds import Kind, shown
 from streammap.errors import PlanError, SchemeError
 from streammap.operators.declare import Operator, declared, option
 

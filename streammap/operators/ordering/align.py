@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, cast, final
 
-from streammap.common.declare import Form, Kind, Whole, shown
+from streammap.common.kinds import Form, Kind, Whole, shown
 from streammap.errors import PlanError
 from streammap.operators.declare import (
     Apply,

@@ -11,7 +11,7 @@ from typing import ClassVar
 from streammap.architectures.axis_facts import Layer
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Axis
-from streammap.common.declare import Names
+from streammap.common.kinds import Names
 from streammap.errors import PlanError
 from streammap.operators.declare import Operator, declared, option
 from streammap.planning import maps, planner

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast, final
 
 from streammap.architectures.limits import MAX_LAYERS
-from streammap.common.declare import shown
+from streammap.common.kinds import shown
 from streammap.errors import PlanError, some
 from streammap.operators.blend import Blend
 from streammap.operators.recipes import yaml_file

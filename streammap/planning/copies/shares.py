@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import final
 
-from streammap.common.declare import shown
+from streammap.common.kinds import shown
 from streammap.errors import PlanError
 from streammap.planning import maps
 from streammap.planning.maps import BlockMap

@@ -3,7 +3,7 @@
 import functools
 from importlib import import_module
 
-from streammap.common.declare import shown
+from streammap.common.kinds import shown
 from streammap.errors import PlanError
 from streammap.planning.merging.methods.base import Method
 
