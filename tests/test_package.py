@@ -25,7 +25,7 @@ TESTING = {"testing", "io", "common", "errors"}
 PLANNERS = ("api", "one_call", "cli.main", "analysis.summary")
 """What makes and prints a plan, and so must not wait seconds for torch."""
 MAX_MODULES = 20
-MAX_ENTRIES = 16
+MAX_ENTRIES, MAX_LINES = 16, 500
 
 
 @dataclass(slots=True)
@@ -201,6 +201,12 @@ def test_folders_can_be_taken_in_at_a_glance() -> None:
     entries = {path.name for path in PACKAGE.iterdir() if not path.name.startswith(("_", "."))}
     assert len(entries - {"py.typed"}) <= MAX_ENTRIES, sorted(entries)
     assert "operators" in entries
+
+
+def test_modules_are_short() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert len(lengths) > 100
+    assert [str(path) for path, n in lengths.items() if n > MAX_LINES] == []
 
 
 OFFENDERS = {
