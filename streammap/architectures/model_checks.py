@@ -1,19 +1,16 @@
 """Whether a checkpoint's tensors are all those of its model, in the shapes of config.json."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from streammap.architectures import config_fields, key_pattern, layer_kinds
 from streammap.architectures.key_pattern import KeyPattern, first_match
+from streammap.architectures.model import Family, Model
 from streammap.architectures.schema import DimSpec
 from streammap.errors import CheckpointError
 from streammap.io.dtypes import TensorSpec
 
-if TYPE_CHECKING:
-    from streammap.architectures.model import Family, Model
 
-
-def check_shapes(model: "Model", specs: Mapping[str, TensorSpec]) -> None:
+def check_shapes(model: Model, specs: Mapping[str, TensorSpec]) -> None:
     """Refuse tensors whose shapes are not those that config.json says.
 
     Raises:
@@ -35,7 +32,7 @@ def check_shapes(model: "Model", specs: Mapping[str, TensorSpec]) -> None:
             )
 
 
-def _expected(model: "Model", family: "Family", dim: DimSpec) -> int | None:
+def _expected(model: Model, family: Family, dim: DimSpec) -> int | None:
     if dim.expression is None:
         return None
     try:
@@ -49,7 +46,7 @@ def _expected(model: "Model", family: "Family", dim: DimSpec) -> int | None:
         ) from missing
 
 
-def check_complete(model: "Model") -> None:
+def check_complete(model: Model) -> None:
     """Refuse layers that lack tensors, layers that config.json doesn't count, missing tensors.
 
     Raises:
@@ -75,7 +72,7 @@ def check_complete(model: "Model") -> None:
         )
 
 
-def _unmet(model: "Model") -> Iterable[str]:
+def _unmet(model: Model) -> Iterable[str]:
     """Required patterns that no family fits; alternatives of one text count as one."""
     by_text: dict[str, list[KeyPattern]] = {}
     for required in model.architecture.required:
@@ -86,7 +83,7 @@ def _unmet(model: "Model") -> Iterable[str]:
             yield key_pattern.sample(patterns[0])
 
 
-def _check_surplus(model: "Model", axis: str) -> None:
+def _check_surplus(model: Model, axis: str) -> None:
     n_layers = model.sizes[axis]
     depth = model.architecture.depth.get(axis)
     tail = 0
@@ -109,7 +106,7 @@ def _check_surplus(model: "Model", axis: str) -> None:
         )
 
 
-def _missing(model: "Model", axis: str) -> tuple[list[str], int]:
+def _missing(model: Model, axis: str) -> tuple[list[str], int]:
     """Some of the keys that layers lack and others of their kind have, and how many these are."""
     members: dict[layer_kinds.LayerKind, list[int]] = {}
     for i, kind in enumerate(model.kinds(axis)):

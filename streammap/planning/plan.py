@@ -129,10 +129,10 @@ class Resolved:
             is_same = targets is plan.targets and config is plan.config
             if is_same and architecture == plan.architecture:
                 return model
-        from streammap.architectures import model as models
+        from streammap.architectures import resolving
 
         specs = {key: form.spec for key, form in plan.weights.items()}
-        model = models.resolve(specs, plan.config, name=plan.architecture)
+        model = resolving.resolve(specs, plan.config, name=plan.architecture)
         self._kept = [(plan.targets, plan.config, plan.architecture, model), *self._kept[:3]]
         return model
 

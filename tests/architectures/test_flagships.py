@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from streammap.api import LazyCheckpoint
-from streammap.architectures import axis_facts, model
+from streammap.architectures import axis_facts, resolving
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
 from streammap.io.formats import safetensors_header
@@ -92,7 +92,7 @@ def test_every_key_of_a_flagship_is_known_in_both_layouts(name: str) -> None:
     assert len(published) == of.n_published
     for shapes, layout in ((in_memory, "stacked"), (published, "one by one")):
         specs = specs_of(shapes)
-        found = model.resolve(specs, config)
+        found = resolving.resolve(specs, config)
         assert (found.n_layers, found.sizes["expert"]) == (of.n_layers, of.n_experts)
         assert axis_facts.expert_layout(found, "expert") == layout
         assert sum(len(family.members) for family in found.families) == len(shapes)

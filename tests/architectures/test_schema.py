@@ -11,7 +11,7 @@ from types import MappingProxyType
 import pytest
 
 from streammap.architectures import axis_sizes as sizes
-from streammap.architectures import expression, model, registry
+from streammap.architectures import expression, registry, resolving
 from streammap.architectures.key_pattern import KeyPattern
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Architecture, TensorRule
@@ -215,7 +215,7 @@ def _resolve(
     shapes: Shapes, config: Mapping[str, object] | None, *, name: str | None = None
 ) -> Model:
     specs = {key: TensorSpec("F32", shape) for key, shape in shapes.items()}
-    return model.resolve(specs, config, name=name)
+    return resolving.resolve(specs, config, name=name)
 
 
 def _bert(**config: object) -> Model:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from streammap.architectures import config_fields, model, registry
+from streammap.architectures import config_fields, registry, resolving
 from streammap.architectures.expression import Name, Number, Operation
 from streammap.architectures.key_pattern import first_match
 from streammap.architectures.model import Model
@@ -95,7 +95,7 @@ def parsed(text: str, config: Mapping[str, object] | None = None) -> Architectur
 
 def resolved(name: str, shapes: Shapes, config: Config) -> Model:
     specs = {key: TensorSpec("F32", shape) for key, shape in shapes.items()}
-    return model.resolve(specs, config, name=name)
+    return resolving.resolve(specs, config, name=name)
 
 
 def rules(spec: Architecture, key: str) -> list[tuple[int, str]]:
