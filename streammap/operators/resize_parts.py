@@ -196,15 +196,6 @@ def twins(model: Model, parts: Iterable[Part]) -> dict[str, str]:
     }
 
 
-def twins_words(units: Iterable[str]) -> str:
-    """The note on such copies."""
-    return (
-        f"copies ({', '.join(dict.fromkeys(units))}) have equal gradients: they stay equal in "
-        "training until noise (--noise 10), unequal shares (--split), a blend (--blend-with) or "
-        "dropout tell them apart"
-    )
-
-
 def apart(
     model: Model,
     parts: Sequence[Part],

@@ -347,11 +347,10 @@ class _Task:
         notes += resize_parts.notes(model, whole, parts)
         twins = resize_parts.twins(model, (whole, *parts)) if self.grows else {}
         apart = resize_parts.apart(model, (whole, *parts), self.copies, twins, fields)
-        if twins and apart.noise is None and not self.blends:
-            notes.append(resize_parts.twins_words(twins.values()))
         if self.grows and not self.blends and not zeroed:
             notes += fate.advice(model, [fate.of_map(m) for m in layers.values()])
-        step = Step(op.name, options, promise, reason, tuple(notes), by_axis)
+        left = tuple(dict.fromkeys(twins.values())) if apart.noise is None else ()
+        step = Step(op.name, options, promise, reason, tuple(notes), by_axis, left)
         change = AxisChange(
             pairs,
             layers,

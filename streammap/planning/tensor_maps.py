@@ -16,7 +16,7 @@ from streammap.architectures.axis_facts import Layer
 from streammap.architectures.expression import Name
 from streammap.architectures.key_pattern import KeyPattern, first_match, sample
 from streammap.architectures.model import Family, Model, TiedHead
-from streammap.architectures.schema import Depth, DimSpec, Factor, Role
+from streammap.architectures.schema import Architecture, Depth, DimSpec, Factor, Role
 from streammap.errors import ArchitectureError, PlanError, some
 from streammap.planning import graph, maps
 from streammap.planning.copies.apart import Apart, ApartRequest
@@ -93,7 +93,7 @@ def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
     return float(base**factor.exponent) if base else 1.0
 
 
-def _of_gradients(change: AxisChange, moment: Moment) -> AxisChange:
+def _of_gradients(change: AxisChange, moment: Moment, spec: Architecture) -> AxisChange:
     """The change of gradients that goes with one of weights; factors are told by the moment."""
     silent = {
         axis: change.silent.get(axis, frozenset())
@@ -101,12 +101,12 @@ def _of_gradients(change: AxisChange, moment: Moment) -> AxisChange:
         for axis, m in change.layers.items()
     }
     known = {
-        id(one): replace(one, pairs=dual.exchanged(one.pairs, moment))
+        id(one): replace(one, pairs=dual.exchanged(one.pairs, moment, spec, change.pairs))
         for one in dict.fromkeys(change.by_layer.values())
     }
     return replace(
         change,
-        pairs=dual.exchanged(change.pairs, moment),
+        pairs=dual.exchanged(change.pairs, moment, spec),
         silent={axis: layers for axis, layers in silent.items() if layers},
         # Nothing reads a unit that holds the mean of the others: its gradient is 0.
         fills={axis: replace(fill, means=False) for axis, fill in change.fills.items()},
@@ -130,7 +130,7 @@ class Remapping:
     ) -> None:
         self._moment = None if plan.moment is None else plan.moment.of_gradients
         if self._moment is not None:
-            change = _of_gradients(change, self._moment)
+            change = _of_gradients(change, self._moment, model.architecture)
         self._plan, self._model, self._change, self._sizes = plan, model, change, sizes
         stacked = {
             name: _stacked(m, change.silent.get(name, frozenset()))
@@ -149,8 +149,8 @@ class Remapping:
         """By identity; the map is kept, so that no other one gets its id."""
         self._sizes_of: dict[int, tuple[AxisMap, AxisMap]] = {}
         """The same for maps without their signs."""
-        # Moments are of gradients, which noise is no part of.
-        apart = change.apart if self._moment is None else ApartRequest()
+        # Noise and parts that add up are of weights: neither gradients nor steps follow them.
+        apart = change.apart if plan.moment is None else ApartRequest()
         self.apart = Apart(model, apart, self._hidden, self._tied)
         self.n_after = 0
         """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""

@@ -111,6 +111,7 @@ class CarryOptimizer(Operator):
             "bit-exact",
             "the optimizer's state goes with the weights",
             (*told, *steps.notes(found, n)),
+            parts_twins=self.new_state == "zero",
         )
 
 
