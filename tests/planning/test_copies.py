@@ -10,7 +10,7 @@ import streammap
 from streammap.api import LazyCheckpoint
 from streammap.architectures.schema import TinyModel
 from streammap.errors import PlanError
-from tests.support import tiny, truth
+from tests.support import optimized, tiny, truth
 from tests.support.truth import Bench
 from tests.support.typed import Options
 
@@ -132,10 +132,7 @@ def trained(folder: Path, model: TinyModel, n_steps: int = 8) -> dict[str, torch
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     torch.manual_seed(0)
     ids = torch.randint(10, 90, (2, 12))
-    for _ in range(n_steps):
-        optimizer.zero_grad()
-        net(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
+    optimized.train(optimizer, lambda: net(input_ids=ids, labels=ids).loss, n_steps)
     return dict(net.state_dict())
 
 
