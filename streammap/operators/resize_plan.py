@@ -321,6 +321,7 @@ class _Task:
         compensation = whole.compensation
         if head_size is not None:
             compensation = head_size.added_to(compensation)
+            notes += head_size.notes
         pairs = {**whole.pairs, **compensation.pairs}
         fields = {**resize_parts.fields(model, (whole, *parts)), **compensation.fields}
         every = {axis: m for part in (whole, *parts) for axis, m in part.chosen.items()}

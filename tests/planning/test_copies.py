@@ -177,6 +177,19 @@ def test_the_plan_says_which_copies_stay_equal(bench: Bench) -> None:
     assert not twins(lazy.coalesce(width=2))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"hidden": "to:72"}, {"head_dim": 24}], ids=str)
+def test_units_that_are_new_and_zero_stay_so(bench: Bench, options: Options) -> None:
+    model = truth.named("llama", "llama")
+    lazy = streammap.open(bench.source(model)).decoalesce(**options)
+    assert any("zero at first; training leaves them so" in note for note in lazy.plan.notes)
+    state, n_zero = trained(bench.saved(lazy), model), 0
+    for key, x in lazy.tensors():
+        n_zero += int((x == 0).sum())
+        assert bool((state[key][x == 0] == 0).all()), key
+    assert n_zero > 1000
+
+
 # 16 bits.
 
 
