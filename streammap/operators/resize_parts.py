@@ -25,7 +25,7 @@ from streammap.planning.copies.shares import Split
 from streammap.planning.experts import TopK
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap, MapPair
-from streammap.planning.tensor_maps import LayerChange, Rule
+from streammap.planning.tensor_maps.axis_change import LayerChange, Rule
 
 
 @final

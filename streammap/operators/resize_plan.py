@@ -28,7 +28,7 @@ from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.plan import Plan, Step
 from streammap.planning.requests import GROUPINGS, AxisRequest
-from streammap.planning.tensor_maps import AxisChange
+from streammap.planning.tensor_maps.axis_change import AxisChange
 
 NewLayers = Literal["copy", "zero"]
 _SHRINK_FACTOR, _GROW_FACTOR = 2.0, 0.5
