@@ -124,6 +124,9 @@ def test_noise_leaves_the_rates_of_the_steps(trained: Path) -> None:
     )
     assert noisy == plain
     assert len(plain) == 21
+    shares = streammap.open(trained).decoalesce(width=3, split=0.7).carry_optimizer()
+    assert not shares.step_factors
+    assert "21 parameters have no one learning rate that keeps the steps" in shares.plan.notes
 
 
 def test_layers_keep_their_own(trained: Path, tmp_path: Path) -> None:

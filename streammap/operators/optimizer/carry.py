@@ -14,7 +14,6 @@ from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.optimizer import moments, parameters, steps
 from streammap.planning.optimizer.state import OptimizerState
-from streammap.planning.optimizer.steps import StepFactors
 from streammap.planning.plan import Moment, Plan, Step
 from streammap.planning.request import OperatorCall
 
@@ -78,6 +77,7 @@ class CarryOptimizer(Operator):
             {name: (weights.targets[key], gradients[key]) for key, name in carried.items()}
         )
         untrained = states.untrained(weights, carried)
+        rates = steps.notes(found, len(names), len(states.checkpoints))
         state = OptimizerState(
             entries,
             parameters.grouped(frame.groups, {name: old for name, (_, old) in begun.items()}),
@@ -88,7 +88,7 @@ class CarryOptimizer(Operator):
             source,
             targets={**source.targets, **targets},
             sources=(*source.sources, *states.checkpoints),
-            steps=(*source.steps, self._step(len(names), means, found, untrained)),
+            steps=(*source.steps, self._step(len(names), means, rates, untrained)),
             optimizer=state,
             request=None,
         )
@@ -97,7 +97,7 @@ class CarryOptimizer(Operator):
         self,
         n: int,
         means: Iterable[str],
-        found: Mapping[str, StepFactors],
+        rates: Iterable[str],
         untrained: Sequence[str],
     ) -> Step:
         told = [f"the optimizer's state goes along: {', '.join(means)} of {n} parameters"]
@@ -110,7 +110,7 @@ class CarryOptimizer(Operator):
             {"new_state": self.new_state},
             "bit-exact",
             "the optimizer's state goes with the weights",
-            (*told, *steps.notes(found, n)),
+            (*told, *rates),
             parts_twins=self.new_state == "zero",
         )
 

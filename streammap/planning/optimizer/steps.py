@@ -47,13 +47,14 @@ def factors(forms: Mapping[str, tuple[LinearForm, LinearForm]]) -> dict[str, Ste
     return found
 
 
-def notes(found: Mapping[str, StepFactors], n: int) -> list[str]:
+def notes(found: Mapping[str, StepFactors], n: int, n_models: int) -> list[str]:
     """What the factors are, for people.
 
     Args:
         n: Parameters of the result.
+        n_models: Models that it is made of.
     """
-    if not found:
+    if n_models > 1 and not found:
         return ["which learning rate keeps the steps is not known: several models are added up"]
     by_factors: dict[StepFactors, list[str]] = {}
     for name, one in found.items():
