@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import streammap
-from bench import harness
+from bench import harness, training
 from bench.harness import Options
 from bench.texts import CONTEXT, Text, text
 
@@ -30,7 +29,7 @@ WAYS: Mapping[str, dict[str, Any] | None] = {
     "all aligned, no signs": {"signs": False},
     "all aligned": {},
 }
-LEARNING_RATE, N_WARMUP = 2e-3, 40
+N_WARMUP = 40
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -52,25 +51,19 @@ def trained(seed: int, n_steps: int, known: Text) -> LlamaForCausalLM:
         max_position_embeddings=CONTEXT,
     )
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.01)
-    model.train()
-    for step, batch in enumerate(itertools.islice(known.batches(seed), n_steps)):
-        rate = min((step + 1) / N_WARMUP, 1.0, 2 * (n_steps - step) / n_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate
-        model(input_ids=batch, labels=batch).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def rate(step: int) -> float:
+        return min((step + 1) / N_WARMUP, 1.0, 2 * (n_steps - step) / n_steps)
+
+    batches = itertools.islice(known.batches(seed), n_steps)
+    for _ in training.train(model, training.adamw(model), rate, batches):
+        pass
     return model
 
 
-@torch.no_grad()
 def loss_of(folder: Path, known: Text) -> float:
-    """Mean cross-entropy a byte, in nats."""
-    model = LlamaForCausalLM.from_pretrained(folder)
-    losses = [float(model(input_ids=batch, labels=batch).loss) for batch in known.held_out]
-    return statistics.fmean(losses)
+    """Mean cross-entropy a byte of a saved model, in nats."""
+    return training.loss_of(LlamaForCausalLM.from_pretrained(folder), known)
 
 
 def measured(folder: Path, seeds: tuple[int, int], n_steps: int, known: Text) -> dict[str, float]:

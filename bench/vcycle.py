@@ -20,16 +20,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import streammap
-from bench import curves, harness
+from bench import curves, harness, training
 from bench.curves import Curve
 from bench.harness import Options
 from bench.plot import svg_path
@@ -37,7 +38,7 @@ from bench.texts import Text, text
 from streammap.api import LazyCheckpoint
 
 CONTEXT, BATCH = 64, 8
-LEARNING_RATE, N_WARMUP = 2e-3, 20
+N_WARMUP = 20
 PLAIN = "plain"
 WAYS: Mapping[str, tuple[bool, float | None]] = {
     "V-cycle": (False, None),
@@ -76,16 +77,6 @@ Train = Callable[[Trained, Stage, Text, Told, Path], Path]
 """Trains a model for a stage; returns the folder where it and its optimizer's state are saved."""
 
 
-@torch.no_grad()
-def loss_of(model: GPT2LMHeadModel, known: Text) -> float:
-    """Mean cross-entropy a byte, in nats, on text that was not trained on."""
-    was_training = model.training
-    model.train(False)
-    losses = [float(model(input_ids=batch, labels=batch).loss) for batch in known.held_out]
-    model.train(was_training)
-    return sum(losses) / len(losses)
-
-
 def rate(stage: Stage, step: int) -> float:
     """The learning rate's factor at a step: warm-up, then constant or falling."""
     rest = (stage.n_steps - step) / max(stage.n_steps - N_WARMUP, 1) if stage.decays else 1.0
@@ -95,15 +86,8 @@ def rate(stage: Stage, step: int) -> float:
 def by_hand(trained: Trained, stage: Stage, known: Text, told: Told, folder: Path) -> Path:
     """Training in plain PyTorch."""
     model, optimizer = trained.model, trained.optimizer
-    schedule = _schedule(optimizer, stage)
-    model.train()
     batches = itertools.islice(known.batches(stage.seed), stage.n_steps)
-    for step, batch in enumerate(batches, 1):
-        model(input_ids=batch, labels=batch).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    for step in training.train(model, optimizer, partial(rate, stage), batches):
         told(step)
     model.save_pretrained(folder)
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
@@ -141,21 +125,17 @@ def by_trainer(trained: Trained, stage: Stage, known: Text, told: Told, folder: 
         args=arguments,
         train_dataset=Rows(),
         callbacks=[Steps(), Switch(at=stage.n_steps, then=saved.append)],
-        optimizers=(trained.optimizer, _schedule(trained.optimizer, stage)),
+        optimizers=(
+            trained.optimizer,
+            training.scheduled(trained.optimizer, partial(rate, stage)),
+        ),
     ).train()
     return saved[0]
 
 
-def _schedule(optimizer: torch.optim.Optimizer, stage: Stage) -> torch.optim.lr_scheduler.LambdaLR:
-    for group in optimizer.param_groups:  # a state that went along has its last stage's rate
-        group.update(lr=LEARNING_RATE, initial_lr=LEARNING_RATE)
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(stage, step))
-
-
 def with_optimizer(model: GPT2LMHeadModel) -> Trained:
     """A model with an optimizer that has no state yet."""
-    named = model.named_parameters()
-    return Trained(model, torch.optim.AdamW(named, LEARNING_RATE, weight_decay=0.01))
+    return Trained(model, training.adamw(model))
 
 
 def cost(model: GPT2LMHeadModel, large: GPT2LMHeadModel) -> float:
@@ -247,7 +227,7 @@ class Record:
         return given.train(trained, stage, given.known, told, folder)
 
     def _measure(self, model: GPT2LMHeadModel, stage: Stage, step: int) -> None:
-        self._points.append((self._spent, loss_of(model, self._given.known)))
+        self._points.append((self._spent, training.loss_of(model, self._given.known)))
         seconds = time.perf_counter() - self._started
         print(
             f"{self._given.seed} {self._name:18s} {stage.name:6s} step {step:4d} "

@@ -4,7 +4,7 @@ An index maps keys to files of the same folder: {"weight_map": {"wte.weight": "m
 """
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -168,7 +168,7 @@ def _read_file(storage: Storage, name: str, problems: Problems) -> WeightFile | 
         )
     stat = storage.stat(name)
     slots, text = (
-        safetensors_header.read_from(name, _ranges(storage, name), stat.nbytes)
+        safetensors_header.read_from(name, ranges(storage, name), stat.nbytes)
         if path is None
         else safetensors_header.read(path)
     )
@@ -178,18 +178,27 @@ def _read_file(storage: Storage, name: str, problems: Problems) -> WeightFile | 
 def _read_torch_file(storage: Storage, name: str, path: Path | None) -> WeightFile:
     from streammap.io.formats import torch_zip
 
-    content = torch_zip.read(path or Path(name), None if path else _ranges(storage, name))
-    if storage.is_streamed and any(slot.strides is not None for slot in content.slots):
-        raise CheckpointError(
-            f"{storage.where(name)}: holds transposed tensors, which can't be read over a network",
-            hint="use it without --stream, or download the file first",
-        )
+    content = torch_zip.read(path or Path(name), None if path else ranges(storage, name))
+    check_strides(storage, name, content.slots)
     text = repr([(slot.key, slot.spec, slot.start) for slot in content.slots]).encode()
     digest = hashlib.sha256(text).hexdigest()
     return WeightFile(name, storage.stat(name), content.slots, digest, content.nest, content.others)
 
 
-def _ranges(storage: Storage, name: str) -> "RangeReader":
+def check_strides(storage: Storage, name: str, slots: Iterable[Slot]) -> None:
+    """Refuse tensors that are not stored row by row, where each read goes over a network.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    if storage.is_streamed and any(slot.strides is not None for slot in slots):
+        raise CheckpointError(
+            f"{storage.where(name)}: holds transposed tensors, which can't be read over a network",
+            hint="use it without --stream, or download the file first",
+        )
+
+
+def ranges(storage: Storage, name: str) -> "RangeReader":
     """A file elsewhere, to read its beginning and end."""
     from streammap.io.storage.range_reader import RangeReader
 

@@ -115,7 +115,8 @@ class Interpolate(Operator):
         else:
             promise, reason = "approximate", "the mean of two models' weights is a third model"
         options = {"alpha": Alpha().encode(self.alpha), **({"untie": True} if self.untie else {})}
-        return Step(self.name, options, promise, reason, tuple(notes))
+        blends = numbers != {1.0}
+        return Step(self.name, options, promise, reason, tuple(notes), parts_twins=blends)
 
 
 def _blend(target: Plan, match: Match, alpha: "Setting") -> dict[str, LinearForm]:

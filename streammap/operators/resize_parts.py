@@ -25,7 +25,7 @@ from streammap.planning.copies.shares import Split
 from streammap.planning.experts import TopK
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap, MapPair
-from streammap.planning.tensor_maps import LayerChange, Rule
+from streammap.planning.tensor_maps.axis_change import LayerChange, Rule
 
 
 @final
@@ -194,15 +194,6 @@ def twins(model: Model, parts: Iterable[Part]) -> dict[str, str]:
         for part in parts
         for axis, units in exactness.twins(model, part.chosen, part.pairs).items()
     }
-
-
-def twins_words(units: Iterable[str]) -> str:
-    """The note on such copies."""
-    return (
-        f"copies ({', '.join(dict.fromkeys(units))}) have equal gradients: they stay equal in "
-        "training until noise (--noise 10), unequal shares (--split), a blend (--blend-with) or "
-        "dropout tell them apart"
-    )
 
 
 def apart(

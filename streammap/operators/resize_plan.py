@@ -28,7 +28,7 @@ from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, BlockMap
 from streammap.planning.plan import Plan, Step
 from streammap.planning.requests import GROUPINGS, AxisRequest
-from streammap.planning.tensor_maps import AxisChange
+from streammap.planning.tensor_maps.axis_change import AxisChange
 
 NewLayers = Literal["copy", "zero"]
 _SHRINK_FACTOR, _GROW_FACTOR = 2.0, 0.5
@@ -321,6 +321,7 @@ class _Task:
         compensation = whole.compensation
         if head_size is not None:
             compensation = head_size.added_to(compensation)
+            notes += head_size.notes
         pairs = {**whole.pairs, **compensation.pairs}
         fields = {**resize_parts.fields(model, (whole, *parts)), **compensation.fields}
         every = {axis: m for part in (whole, *parts) for axis, m in part.chosen.items()}
@@ -347,11 +348,10 @@ class _Task:
         notes += resize_parts.notes(model, whole, parts)
         twins = resize_parts.twins(model, (whole, *parts)) if self.grows else {}
         apart = resize_parts.apart(model, (whole, *parts), self.copies, twins, fields)
-        if twins and apart.noise is None and not self.blends:
-            notes.append(resize_parts.twins_words(twins.values()))
         if self.grows and not self.blends and not zeroed:
             notes += fate.advice(model, [fate.of_map(m) for m in layers.values()])
-        step = Step(op.name, options, promise, reason, tuple(notes), by_axis)
+        left = tuple(dict.fromkeys(twins.values())) if apart.noise is None else ()
+        step = Step(op.name, options, promise, reason, tuple(notes), by_axis, left)
         change = AxisChange(
             pairs,
             layers,

@@ -177,11 +177,8 @@ class AxisRequests:
             # and let compensation.py correct the norm's gain and epsilon.
             groups = requests.copies(large, small)
             left = large - small * (large // small)
-            # What makes them, reads them and scales them is zero: so is the gradient of each.
-            self.notes.append(
-                f"{left} of {large} {self.units(axis)} are new, zero at first; training leaves "
-                "them so until a blend (--blend-with)"
-            )
+            told = f"{left} of {large} {self.units(axis)} are new, zero at first"
+            self.notes.append(f"{told}; {maps.STAY_ZERO}")
             return maps.merging(groups, large)
         return maps.merging(requests.cyclic(large, small), large)
 
@@ -190,7 +187,7 @@ class AxisRequests:
         used = [member for group in groups for member in group]
         left = sorted(set(range(n_large)) - set(used))
         if left:
-            fate = "zero in the result" if self._grows else "dropped"
+            fate = f"zero in the result; {maps.STAY_ZERO}" if self._grows else "dropped"
             self.notes.append(f"{self.units(axis)} {some(left)} of {n_large}: in no group, {fate}")
         twice = sorted({a for a, b in itertools.pairwise(sorted(used)) if a == b})
         if twice:

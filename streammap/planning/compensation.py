@@ -28,7 +28,7 @@ from streammap.architectures.schema import Norm
 from streammap.planning import experts, maps
 from streammap.planning.experts import TopK
 from streammap.planning.maps import AxisMap, BlockMap, MapPair
-from streammap.planning.tensor_maps import NormCompensation, Rule
+from streammap.planning.tensor_maps.axis_change import NormCompensation, Rule
 
 FIXED_EPS = 1e-5
 """Of norms whose epsilon config.json doesn't say: torch's own."""

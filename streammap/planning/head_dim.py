@@ -122,6 +122,13 @@ class HeadSize:
         return self.map.n_out
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What training does to the channels of a growth."""
+        n_new = self.size - self.map.n_in
+        told = f"{n_new} of {self.size} channels of a head are new, zero at first"
+        return (f"{told}; {maps.STAY_ZERO}",) if n_new > 0 else ()
+
+    @property
     def promise(self) -> tuple[Promise, str]:
         """The guarantee of the growth, with the reason."""
         if self.size < self.map.n_in:

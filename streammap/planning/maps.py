@@ -27,6 +27,8 @@ from streammap.planning.segments import Row, Segments
 if TYPE_CHECKING:
     from torch import Tensor
 
+STAY_ZERO = "training leaves them so until a blend (--blend-with)"
+"""Of units that nothing maps to, and that nothing reads: the gradient of each is zero too."""
 N_IRREGULAR = 4
 """Maps of many segments whose segments are kept: those that a run is at work on."""
 

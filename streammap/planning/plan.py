@@ -30,6 +30,12 @@ PROMISES: tuple[Promise, ...] = ("bit-exact", "exact", "exact up to eps", "appro
 """From the strongest to the weakest; exactness.py says what they mean."""
 
 
+_TWINS = (
+    "copies ({}) have equal gradients: they stay equal in training until noise (--noise 10), "
+    "unequal shares (--split), a blend (--blend-with) or dropout tell them apart"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One operator of a chain, for people and for the provenance file."""
@@ -43,6 +49,10 @@ class Step:
     """What a user might not expect: heads in no group, entries that are not used."""
     axes: Mapping[str, tuple[Promise, str]] = field(default_factory=dict)
     """Axis -> what its change promises, and why."""
+    twins: tuple[str, ...] = ()
+    """Units whose copies have equal gradients, so that only a later step tells them apart."""
+    parts_twins: bool = False
+    """Whether it tells copies apart that steps before made."""
 
 
 class Search(ABC):
@@ -247,6 +257,9 @@ class Plan:
             if source.wrappers
         ]
         told = [note for step in self.steps for note in step.notes]
+        parted = max((i for i, step in enumerate(self.steps) if step.parts_twins), default=0)
+        twins = dict.fromkeys(units for step in self.steps[parted:] for units in step.twins)
+        told += [_TWINS.format(", ".join(twins))] if twins else []
         if self.pending is not None:
             told += [note for search in self.pending.searches for note in search.told()]
         return tuple(dict.fromkeys((*odd, *left, *wrapped, *told)))

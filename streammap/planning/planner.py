@@ -27,7 +27,8 @@ from streammap.planning.graph import LinearForm
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap
 from streammap.planning.plan import Plan, Step
-from streammap.planning.tensor_maps import AxisChange, Remapping
+from streammap.planning.tensor_maps.axis_change import AxisChange
+from streammap.planning.tensor_maps.remapping import Remapping
 
 _MAX_TENSORS = 500_000
 

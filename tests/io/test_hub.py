@@ -16,7 +16,7 @@ from streammap.errors import CheckpointError
 from streammap.io.storage import hub_name, retry
 from streammap.testing.hubserver import HubServer
 from tests.cli.test_cli import refused
-from tests.support import tiny
+from tests.support import optimized, tiny
 from tests.support.typed import ok
 
 SIZES = tiny.Sizes(heads=4, layers=4, vocab=3000)
@@ -73,6 +73,20 @@ def test_a_model_of_the_hub_gives_the_bytes_of_its_folder(
     same_but_for_origin(tmp_path / "out", tmp_path / "local")
     assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text().count("4") == 1
     assert not (tmp_path / "out" / "onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_optimizer_s_state_comes_along(hub: HubServer, tmp_path: Path, stream: bool) -> None:
+    folder = tmp_path / "bert"
+    names = streammap.open(folder).plan.specs
+    state = {name: {"exp_avg": torch.rand(spec.shape)} for name, spec in names.items()}
+    optimized.write(folder / optimized.FILE, state)
+    hub.add("org/trained", folder)
+    streammap.coalesce(folder, tmp_path / "local", width=2, optimizer=True)
+    streammap.coalesce("org/trained", tmp_path / "out", width=2, optimizer=True, stream=stream)
+    same_but_for_origin(tmp_path / "out", tmp_path / "local")
+    assert (tmp_path / "out" / optimized.FILE).exists()
 
 
 def test_planning_and_inspecting_fetch_kilobytes(hub: HubServer, tmp_path: Path) -> None:

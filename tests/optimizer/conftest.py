@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from streammap.common import optional
+from tests.support import optimized
 
 
 @pytest.fixture(scope="package")
@@ -31,10 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         groups = [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=1e-3)
         x = torch.arange(12).view(2, 6)
-        for _ in range(2):
-            optimizer.zero_grad()
-            model(input_ids=x, labels=x).loss.backward()
-            optimizer.step()
+        optimized.train(optimizer, lambda: model(input_ids=x, labels=x).loss, 2)
         model.save_pretrained(folder)
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(optimizer.state_dict(), folder / optimized.FILE)
     return folder

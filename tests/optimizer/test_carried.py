@@ -1,7 +1,9 @@
 """An optimizer's state through every kind of operator: files, forms, records, modules."""
 
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +92,41 @@ def test_new_units_may_begin_at_zero(trained: Path, tmp_path: Path) -> None:
     assert torch.equal(kept, first)
     assert not new.any()
     assert first.any()
+
+
+def test_moments_from_zero_tell_copies_apart(trained: Path, tmp_path: Path) -> None:
+    """The plan says of equal moments that copies stay equal, of others it does not."""
+    transformers = pytest.importorskip("transformers")
+    name = "model.layers.0.mlp.up_proj.weight"
+    for new_state in ("copy", "zero"):
+        wide = streammap.open(trained).decoalesce(mlp=2).carry_optimizer(new_state=new_state)
+        wide.save(tmp_path / new_state, fsync=False)
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / new_state)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        streammap.load_optimizer_into(optimizer, model, wide)
+        optimized.train(optimizer, partial(_loss, model), 1)
+        first, second = model.get_parameter(name).detach().chunk(2)
+        assert torch.equal(first, second) == (new_state == "copy")
+        stay = any("they stay equal in training" in note for note in wide.plan.notes)
+        assert stay == (new_state == "copy")
+
+
+def _loss(model: Any) -> Tensor:
+    x = torch.arange(12).view(2, 6)
+    loss: Tensor = model(input_ids=x, labels=x).loss
+    return loss
+
+
+def test_noise_leaves_the_rates_of_the_steps(trained: Path) -> None:
+    plain, noisy = (
+        streammap.open(trained).decoalesce(width=2, noise=noise).carry_optimizer().step_factors
+        for noise in (None, 10.0)
+    )
+    assert noisy == plain
+    assert len(plain) == 21
+    shares = streammap.open(trained).decoalesce(width=3, split=0.7).carry_optimizer()
+    assert not shares.step_factors
+    assert "21 parameters have no one learning rate that keeps the steps" in shares.plan.notes
 
 
 def test_layers_keep_their_own(trained: Path, tmp_path: Path) -> None:

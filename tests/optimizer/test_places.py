@@ -111,6 +111,10 @@ def test_a_bucket_takes_it_too(source: Path) -> None:
     assert {"optimizer.pt", "model.safetensors.index.json"} <= names
     with fsspec.open("memory://optimizer-test/out/optimizer.pt", "rb") as file:
         assert len(optimized.named(torch.load(file))) == len(lazy.plan.weights)
+    back = streammap.open("memory://optimizer-test/out").coalesce(mlp=2).carry_optimizer()
+    for key, x in back.tensors():
+        if key.endswith(".exp_avg"):
+            assert torch.equal(x, streammap.open(source).carry_optimizer().read(key))
 
 
 @pytest.mark.slow

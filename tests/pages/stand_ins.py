@@ -12,7 +12,7 @@ import torch
 
 from streammap.common import optional
 from streammap.testing.hubserver import HubServer
-from tests.support import tiny
+from tests.support import optimized, tiny
 
 Environment = Mapping[str, str]
 _LLAMA = {
@@ -152,12 +152,9 @@ def _train(model: Any, folder: Path) -> None:
     """Save a model that is being trained, with its optimizer."""
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
     tokens = torch.arange(40).view(2, 20)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
+    optimized.train(optimizer, lambda: model(input_ids=tokens, labels=tokens).loss, 2)
     model.save_pretrained(folder)
-    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    torch.save(optimizer.state_dict(), folder / optimized.FILE)
 
 
 @contextlib.contextmanager

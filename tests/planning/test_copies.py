@@ -10,7 +10,7 @@ import streammap
 from streammap.api import LazyCheckpoint
 from streammap.architectures.schema import TinyModel
 from streammap.errors import PlanError
-from tests.support import tiny, truth
+from tests.support import optimized, tiny, truth
 from tests.support.truth import Bench
 from tests.support.typed import Options
 
@@ -132,10 +132,7 @@ def trained(folder: Path, model: TinyModel, n_steps: int = 8) -> dict[str, torch
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     torch.manual_seed(0)
     ids = torch.randint(10, 90, (2, 12))
-    for _ in range(n_steps):
-        optimizer.zero_grad()
-        net(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
+    optimized.train(optimizer, lambda: net(input_ids=ids, labels=ids).loss, n_steps)
     return dict(net.state_dict())
 
 
@@ -178,6 +175,19 @@ def test_the_plan_says_which_copies_stay_equal(bench: Bench) -> None:
     for one in options:
         assert not twins(lazy.decoalesce(**one)), one
     assert not twins(lazy.coalesce(width=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"hidden": "to:72"}, {"head_dim": 24}], ids=str)
+def test_units_that_are_new_and_zero_stay_so(bench: Bench, options: Options) -> None:
+    model = truth.named("llama", "llama")
+    lazy = streammap.open(bench.source(model)).decoalesce(**options)
+    assert any("zero at first; training leaves them so" in note for note in lazy.plan.notes)
+    state, n_zero = trained(bench.saved(lazy), model), 0
+    for key, x in lazy.tensors():
+        n_zero += int((x == 0).sum())
+        assert bool((state[key][x == 0] == 0).all()), key
+    assert n_zero > 1000
 
 
 # 16 bits.

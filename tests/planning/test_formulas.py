@@ -16,7 +16,7 @@ import streammap
 from streammap.api import LazyCheckpoint
 from streammap.engine import memory, tile_reads
 from streammap.planning.requests import Grouping
-from streammap.planning.tensor_maps import Rule
+from streammap.planning.tensor_maps.axis_change import Rule
 from tests.support import oracle, tiny
 from tests.support.oracle import Change, Direction, Widths
 from tests.support.tiny import Config, Sizes, State

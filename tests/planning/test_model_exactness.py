@@ -15,7 +15,7 @@ from torch import Tensor
 import streammap
 from streammap.planning import requests
 from streammap.planning.requests import Grouping
-from streammap.planning.tensor_maps import RULES, Rule
+from streammap.planning.tensor_maps.axis_change import RULES, Rule
 from tests.support import tiny
 
 transformers = pytest.importorskip("transformers")

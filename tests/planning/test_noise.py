@@ -21,7 +21,7 @@ from streammap.common.ranks import Ranks
 from streammap.errors import PlanError, StreammapError
 from streammap.planning.copies import zero_sum
 from streammap.testing import faults
-from tests.support import tiny, truth
+from tests.support import optimized, tiny, truth
 from tests.support.tiny import State, cut
 from tests.support.truth import Bench
 from tests.support.typed import Options, ok, run
@@ -379,13 +379,16 @@ def trained(folder: Path, model: TinyModel, n_steps: int = 20) -> tuple[State, S
         inputs["decoder_input_ids"] = ids
     before = {key: x.detach().clone() for key, x in net.state_dict().items()}
     torch.manual_seed(0)
-    wanted: Tensor | None = None
-    for _ in range(n_steps):
-        optimizer.zero_grad()
+    wanted: list[Tensor] = []
+
+    def loss() -> Tensor:
         out = net(**inputs)[0]
-        wanted = torch.randn(out.shape[:-1], dtype=out.dtype) if wanted is None else wanted
-        (out.square().mean(-1) - wanted).square().mean().backward()
-        optimizer.step()
+        if not wanted:
+            wanted.append(torch.randn(out.shape[:-1], dtype=out.dtype))
+        error: Tensor = (out.square().mean(-1) - wanted[0]).square().mean()
+        return error
+
+    optimized.train(optimizer, loss, n_steps)
     return before, {key: x.detach() for key, x in net.state_dict().items()}
 
 

@@ -6,6 +6,7 @@ optimizer_0/, optimizer/    folders of torch.distributed.checkpoint beside the w
 FILE.pt                 the weights' own file, where it holds both
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from streammap.errors import CheckpointError
@@ -14,6 +15,7 @@ from streammap.io.checkpoint import Checkpoint
 from streammap.io.formats import dcp_metadata
 from streammap.io.optimizer import dcp_folder, torch_file
 from streammap.io.optimizer.state import OptimizerFile
+from streammap.io.storage import resolve
 
 FILES = ("optimizer.pt", "optimizer.bin")
 _FOLDERS = ("optimizer_0", "optimizer")
@@ -25,13 +27,7 @@ def of(source: Checkpoint) -> OptimizerFile:
     Raises:
         CheckpointError: there is none, it is broken, or its optimizer's state has no map.
     """
-    if not source.is_local:
-        raise CheckpointError(
-            f"{source.label}: an optimizer's state is read on this machine only",
-            hint="download the folder first",
-        )
-    for place in _places(source):
-        found = dcp_folder.read(place) if place.is_dir() else torch_file.read(place)
+    for found in _elsewhere(source) if source.origin else _here(source):
         if found is not None:
             return found
     raise CheckpointError(
@@ -39,6 +35,22 @@ def of(source: Checkpoint) -> OptimizerFile:
         f"weights, or optim.state.* in a folder of torch.distributed.checkpoint",
         hint="leave --optimizer out: the optimizer starts fresh",
     )
+
+
+def _here(source: Checkpoint) -> Iterator[OptimizerFile | None]:
+    for place in _places(source):
+        yield dcp_folder.read(place) if place.is_dir() else torch_file.read(place)
+
+
+def _elsewhere(source: Checkpoint) -> Iterator[OptimizerFile | None]:
+    """Torch's files alone: folders of torch.distributed.checkpoint are read on this machine."""
+    place = source.place
+    assert place is not None
+    own = place.file if place.file and place.file.endswith(filenames.TORCH) else None
+    folder = place.address.rpartition("/")[0] if place.file else place.address
+    for name in (*((own,) if own else ()), *(name for name in FILES if place.has(name))):
+        file = resolve.locate(f"{folder}/{name}", stream=place.is_streamed)
+        yield torch_file.read_from(file, name)
 
 
 def _places(source: Checkpoint) -> list[Path]:

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from streammap.errors import CheckpointError
+from streammap.io import weight_files
 from streammap.io.checkpoint import Checkpoint, SourceFile
 from streammap.io.formats import torch_zip
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.formats.torch_pickle import StoredTensor, UnsupportedTensor
 from streammap.io.optimizer import state
 from streammap.io.optimizer.state import Form, Group, OptimizerFile
+from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalStorage
 from streammap.io.tensor_readers import FileTensors
 
@@ -28,17 +30,27 @@ _MOST_NUMBER = 2**63
 
 
 def read(path: Path) -> OptimizerFile | None:
+    """The state in a file of this machine; see `read_from`."""
+    return read_from(LocalStorage(path), path.name)
+
+
+def read_from(storage: Storage, where: str) -> OptimizerFile | None:
     """The state in a file; None where it has none.
+
+    Args:
+        storage: The file.
+        where: Its name.
 
     Raises:
         CheckpointError: a pickle that asks for more than tensors and plain values, a state that is
             broken or that has no map.
     """
-    content, storages = torch_zip.contents(path, None)
+    path = storage.path(where)
+    elsewhere = None if path is not None else weight_files.ranges(storage, where)
+    content, storages = torch_zip.contents(path or Path(where), elsewhere)
     table = _found(content)
     if table is None:
         return None
-    where = path.name
     groups, names = _groups(where, table["param_groups"])
     entries: dict[str, dict[str, float | None]] = {}
     slots: dict[str, Slot] = {}
@@ -60,7 +72,9 @@ def read(path: Path) -> OptimizerFile | None:
                 entries[name][entry] = None  # told by `check`, by its name
     state.check(where, entries, groups)
     is_named = any("param_names" in group for group in table["param_groups"])
-    return OptimizerFile(_opened(path, slots), entries, groups, Form("torch", is_named=is_named))
+    weight_files.check_strides(storage, where, slots.values())
+    opened = _opened(storage, where, slots)
+    return OptimizerFile(opened, entries, groups, Form("torch", is_named=is_named))
 
 
 def _found(content: object) -> dict[str, Any] | None:
@@ -126,15 +140,14 @@ def _steps(where: str, name: str, value: float) -> float:
     return float(value)
 
 
-def _opened(path: Path, slots: Mapping[str, Slot]) -> Checkpoint:
-    storage = LocalStorage(path)
-    stat = storage.stat(path.name)
+def _opened(storage: Storage, name: str, slots: Mapping[str, Slot]) -> Checkpoint:
+    stat = storage.stat(name)
     digest = state.digest_of(slots.values())
-    files = {path.name: storage.open(path.name, stat)}
-    file_of = dict.fromkeys(slots, path.name)
+    files = {name: storage.open(name, stat)}
+    file_of = dict.fromkeys(slots, name)
     return Checkpoint(
-        path,
-        (SourceFile.of(path.name, stat, digest),),
+        Path(str(storage) if storage.origin else storage.address),
+        (SourceFile.of(name, stat, digest),),
         slots,
         file_of,
         None,

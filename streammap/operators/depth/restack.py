@@ -186,7 +186,7 @@ class Restack(Operator):
         from streammap.planning.depth import fate
         from streammap.planning.maps import BlockMap
         from streammap.planning.plan import Step
-        from streammap.planning.tensor_maps import AxisChange
+        from streammap.planning.tensor_maps.axis_change import AxisChange
 
         model, (where, asked) = source.model, self._asked()
         new_layers = self.new_layers or (

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.planning.map_file import MapLevel
     from streammap.planning.maps import AxisMap, MapPair
     from streammap.planning.plan import Plan
-    from streammap.planning.tensor_maps import NormCompensation
+    from streammap.planning.tensor_maps.axis_change import NormCompensation
 
 LearnedLike = Union[str, Path, "tuple[MapLevel, ...]"]
 
@@ -71,7 +71,7 @@ class Remap(Operator):
         from streammap.planning import exactness, maps, planner
         from streammap.planning.learned import matrices
         from streammap.planning.plan import Step
-        from streammap.planning.tensor_maps import AxisChange, LayerChange
+        from streammap.planning.tensor_maps.axis_change import AxisChange, LayerChange
 
         level, *others = cast("tuple[MapLevel, ...]", self.maps)
         if others or level.by_layer:
@@ -126,7 +126,7 @@ def _fill(model: "Model", axis: str, pair: "Pair") -> "NormCompensation | None":
     from streammap.architectures import axis_facts
     from streammap.planning import maps
     from streammap.planning.learned import kept
-    from streammap.planning.tensor_maps import NormCompensation
+    from streammap.planning.tensor_maps.axis_change import NormCompensation
 
     if axis not in axis_facts.normed_axes(model) or not kept.is_rotation(pair):
         return None

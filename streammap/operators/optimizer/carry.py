@@ -4,17 +4,16 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal, final
 
-from streammap.errors import PlanError, some
+from streammap.errors import CheckpointError, PlanError, some
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.optimizer import find
 from streammap.io.optimizer.state import PREFIX, STEP, OptimizerFile, key_of
 from streammap.operators.declare import Operator, declared, option
-from streammap.operators.optimizer import parameter_order
+from streammap.operators.optimizer import class_names, parameter_order
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.optimizer import moments, parameters, steps
 from streammap.planning.optimizer.state import OptimizerState
-from streammap.planning.optimizer.steps import StepFactors
 from streammap.planning.plan import Moment, Plan, Step
 from streammap.planning.request import OperatorCall
 
@@ -59,21 +58,26 @@ class CarryOptimizer(Operator):
         }
         first = next(iter(means))
         weights = states.through(source.request, first, Moment(0))
-        names = moments.carried(weights, states.checkpoints)
+        carried = states.called(weights, moments.carried(weights, states.checkpoints))
+        names = list(carried.values())
         targets: dict[str, LinearForm] = {}
         entries: dict[str, tuple[str, str]] = {}
-        for name in names:
-            kept = {what: forms[name] for what, forms in made.items()}
+        for stored, name in carried.items():
+            kept = {what: forms[stored] for what, forms in made.items()}
             for what, form in (states.step(kept[first], first) | kept).items():
                 if means.get(what) == 2:
                     moments.check_squares(f"{name}.{what}", form)
                 key = key_of(name, what)
                 targets[key], entries[key] = form, (name, what)
-        begun = {name: states.begun(made[first][name], first) for name in names}
+        begun = {name: states.begun(made[first][key], first) for key, name in carried.items()}
         frame = begun[names[0]][0]
         plain = states.through(source.request, first, Moment(1)).targets if states.resets else None
-        found = steps.factors({name: weights.targets[name] for name in names}, plain or made[first])
-        untrained = states.untrained(weights, set(names))
+        gradients = plain or made[first]
+        found = steps.factors(
+            {name: (weights.targets[key], gradients[key]) for key, name in carried.items()}
+        )
+        untrained = states.untrained(weights, carried)
+        rates = steps.notes(found, len(names), len(states.checkpoints))
         state = OptimizerState(
             entries,
             parameters.grouped(frame.groups, {name: old for name, (_, old) in begun.items()}),
@@ -84,7 +88,7 @@ class CarryOptimizer(Operator):
             source,
             targets={**source.targets, **targets},
             sources=(*source.sources, *states.checkpoints),
-            steps=(*source.steps, self._step(len(names), means, found, untrained)),
+            steps=(*source.steps, self._step(len(names), means, rates, untrained)),
             optimizer=state,
             request=None,
         )
@@ -93,7 +97,7 @@ class CarryOptimizer(Operator):
         self,
         n: int,
         means: Iterable[str],
-        found: Mapping[str, StepFactors],
+        rates: Iterable[str],
         untrained: Sequence[str],
     ) -> Step:
         told = [f"the optimizer's state goes along: {', '.join(means)} of {n} parameters"]
@@ -106,7 +110,8 @@ class CarryOptimizer(Operator):
             {"new_state": self.new_state},
             "bit-exact",
             "the optimizer's state goes with the weights",
-            (*told, *steps.notes(found, n)),
+            (*told, *rates),
+            parts_twins=self.new_state == "zero",
         )
 
 
@@ -118,6 +123,7 @@ class _States:
         self.resets = resets
         self._found: dict[str, OptimizerFile] = {}
         self._named: dict[str, OptimizerFile] = {}
+        self._keys: dict[str, Mapping[str, str]] = {}
 
     def of(self, source: Checkpoint) -> OptimizerFile:
         """The state that belongs to an opened checkpoint."""
@@ -135,9 +141,17 @@ class _States:
         from streammap.operators import calls
 
         def opened(plan: Plan) -> Plan:
-            return moments.of(plan, self._of_plan(plan, what), what, moment)
+            file = self._of_plan(plan)
+            keys = self._keys_of(plan, file, what)
+            return moments.of(plan, file, keys, what, moment)
 
         return calls.build(call, view=opened)
+
+    def called(self, plan: Plan, keys: Sequence[str]) -> dict[str, str]:
+        """Key of a result -> the name of its parameter, as the sources' states have them."""
+        if any(self._keys.values()):
+            return class_names.of(plan, keys)
+        return {key: key for key in keys}
 
     def begun(self, form: LinearForm, what: str) -> tuple[OptimizerFile, str]:
         """Whose state a mean of the result begins with: the first that it is computed from."""
@@ -170,7 +184,18 @@ class _States:
         is_zero = all(c == 0.0 for term in form.terms for c, _ in term.blend)
         return {STEP: graph.scale(made, 0.0 if is_zero else 1.0)}
 
-    def _of_plan(self, plan: Plan, what: str) -> OptimizerFile:
+    def _keys_of(self, plan: Plan, file: OptimizerFile, what: str) -> Mapping[str, str]:
+        """Name in a state -> key of the plan that it is opened for, where its class renames it."""
+        address = plan.sources[0].address
+        if address not in self._keys:
+            self._keys[address] = {}
+            try:
+                moments.of(plan, file, {}, what, Moment(0))
+            except CheckpointError:
+                self._keys[address] = class_names.keys(plan, file.entries)
+        return self._keys[address]
+
+    def _of_plan(self, plan: Plan) -> OptimizerFile:
         source = plan.sources[0]
         if source.address not in self._named:
             file = self.of(source)

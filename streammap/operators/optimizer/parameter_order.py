@@ -5,19 +5,14 @@ order of `named_parameters`, or, as transformers' Trainer gives them, those with
 and then the others. The class is made on the meta device, without numbers.
 """
 
-import importlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
 
-from streammap.common import optional
-from streammap.errors import CheckpointError, some
+from streammap.errors import CheckpointError
 from streammap.io.optimizer import torch_file
 from streammap.io.optimizer.state import OptimizerFile, key_of
+from streammap.operators.optimizer import class_names
 from streammap.planning.plan import Plan
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _NAMED = "make the optimizer as AdamW(model.named_parameters()): its state then has names"
 _NO_DECAY = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
@@ -77,7 +72,8 @@ def _orders(
 
 def _shapes(plan: Plan) -> Iterator[tuple[str, tuple[tuple[int, ...], bool]]]:
     """Parameter -> its shape, and whether a LayerNorm has it, in the order of the class."""
-    model = _model(plan)
+    because = "the optimizer's state has numbers for its parameters"
+    model = class_names.model_of(plan, because, _NAMED)
     import torch
 
     norms = {
@@ -88,42 +84,3 @@ def _shapes(plan: Plan) -> Iterator[tuple[str, tuple[tuple[int, ...], bool]]]:
     }
     for name, parameter in model.named_parameters():
         yield name, (tuple(parameter.shape), name in norms)
-
-
-def _model(plan: Plan) -> "nn.Module":
-    """The model of config.json on the meta device.
-
-    Raises:
-        CheckpointError: transformers is not there, or has no class of it.
-    """
-    label = plan.sources[0].label
-    refused = f"{label}: the optimizer's state has numbers for its parameters, and "
-    try:
-        import torch
-
-        library = importlib.import_module("transformers")
-    except ImportError as error:
-        raise CheckpointError(
-            f"{refused}transformers, whose class would tell their names, is not installed",
-            hint=f"pip install transformers; or {_NAMED}",
-        ) from error
-    config: dict[str, Any] = dict(plan.config or {})
-    classes = config.get("architectures")
-    named: Sequence[object] = classes if isinstance(classes, list) else ()
-    for name in named:
-        cls = getattr(library, str(name), None)
-        if isinstance(cls, type) and hasattr(cls, "config_class") and "auto_map" not in config:
-            try:
-                with optional.quiet(hide_warnings=True), torch.device("meta"):
-                    made: nn.Module = cls(cls.config_class.from_dict(config))
-            except (
-                Exception
-            ) as error:  # a class can raise anything of a config that it doesn't like
-                raise CheckpointError(
-                    f"{refused}{name} can't be made: {str(error)[:200]}", hint=_NAMED
-                ) from error
-            return made
-    raise CheckpointError(
-        f"{refused}transformers has no class {some([str(name) for name in named]) or 'for it'}",
-        hint=_NAMED,
-    )

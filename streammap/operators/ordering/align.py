@@ -27,7 +27,7 @@ from streammap.planning import planner
 from streammap.planning.by_layer import layered
 from streammap.planning.maps import MapPair
 from streammap.planning.plan import Plan, Step
-from streammap.planning.tensor_maps import AxisChange
+from streammap.planning.tensor_maps.axis_change import AxisChange
 
 if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.planning.map_file import MapLevel

@@ -19,7 +19,7 @@ from streammap.planning.by_layer import layered
 from streammap.planning.maps import BlockMap, MapPair
 from streammap.planning.ordering import units
 from streammap.planning.plan import Plan, Step
-from streammap.planning.tensor_maps import AxisChange
+from streammap.planning.tensor_maps.axis_change import AxisChange
 
 
 @declared

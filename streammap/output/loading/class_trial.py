@@ -22,8 +22,8 @@ from types import ModuleType
 from typing import Literal, Protocol, cast
 
 from streammap.architectures import key_pattern
+from streammap.architectures.classes import model_class
 from streammap.common import optional
-from streammap.output.loading import model_class
 
 Shape = tuple[int, ...]
 Library = Literal["transformers", "timm"]

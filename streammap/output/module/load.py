@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor, nn
 
+from streammap.architectures.classes.names import Pretrained
 from streammap.common import text, torch_threads
 from streammap.common.events import Finished, Listener, Started, nobody
 from streammap.common.losses import Losses
@@ -24,7 +25,6 @@ from streammap.io.dtypes import to_torch
 from streammap.output import run
 from streammap.output.module import names as runtimenames
 from streammap.output.module import parameters
-from streammap.output.module.names import Pretrained
 from streammap.output.module.parameters import FillTarget, SharedTensor
 from streammap.output.module.symbolic import Assembly, SourceRegion
 from streammap.planning.plan import Plan

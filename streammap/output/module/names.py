@@ -8,11 +8,11 @@ used, and its conversions are run on symbolic tensors (symbolic.py).
 import copy
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast, final
+from typing import TYPE_CHECKING, cast
 
-from streammap.common import optional
+from streammap.architectures.classes.names import ClassNames, Pretrained, Transform
 from streammap.errors import PlanError
 from streammap.io.dtypes import TensorSpec
 from streammap.output.module import symbolic
@@ -30,41 +30,6 @@ class Match:
     """Name in the module -> the tensors of the checkpoint that make it."""
     unexpected: tuple[str, ...]
     """Keys that nothing in the module takes."""
-
-
-class Pretrained(Protocol):
-    """A model of transformers: the part of its interface that is used here."""
-
-    base_model_prefix: str
-    all_tied_weights_keys: Mapping[str, str]
-    config: object
-    _keys_to_ignore_on_load_missing: Iterable[str] | None
-    _keys_to_ignore_on_load_unexpected: Iterable[str] | None
-    _weight_conversions: list[object]
-
-    def named_buffers(self) -> "Iterable[tuple[str, torch.Tensor]]":
-        """Buffers by name."""
-        ...
-
-    def initialize_weights(self) -> None:
-        """Initialise all tensors but those marked with _is_hf_initialized."""
-        ...
-
-    def _get_dtype_plan(self, dtype: "torch.dtype") -> "Mapping[str, torch.dtype]": ...
-
-
-class _Transform(Protocol):
-    """A renaming or conversion of transformers."""
-
-    source_patterns: list[str]
-
-    def add_tensor(
-        self, target_key: str, source_key: str, source_pattern: str, future: object
-    ) -> None: ...
-    def convert(
-        self, layer_name: str, *, model: object, config: object
-    ) -> Mapping[str, object]: ...
-    def was_used(self) -> bool: ...
 
 
 def match(
@@ -125,8 +90,8 @@ def _converted(
     specs: Mapping[str, TensorSpec],
     expected: Mapping[str, "torch.Tensor"],
 ) -> Match:
-    names = _Names(model, expected)
-    waiting: dict[str, tuple[_Transform, list[str]]] = {}
+    names = ClassNames(model, expected)
+    waiting: dict[str, tuple[Transform, list[str]]] = {}
     assemblies: dict[str, Assembly] = {}
     unexpected: list[str] = []
     for key in sorted(specs, key=names.order):
@@ -146,32 +111,8 @@ def _converted(
     return Match(assemblies, tuple(unexpected))
 
 
-@final
-class _Names:
-    """Names on disk -> names in a model of transformers."""
-
-    def __init__(self, model: Pretrained, expected: Mapping[str, object]) -> None:
-        loading = optional.library("transformers.core_model_loading")
-        mapping = optional.library("transformers.conversion_mapping")
-        self.order: Callable[[str], list[tuple[object, ...]]] = loading.dot_natural_key
-        self.transforms: list[_Transform] = mapping.get_model_conversion_mapping(model)
-        self._prefix, self._expected = model.base_model_prefix, expected
-        self._rename: Callable[..., tuple[str, str | None]] = loading.rename_source_key
-        self._renamings = [t for t in self.transforms if isinstance(t, loading.WeightRenaming)]
-        self._converters = [t for t in self.transforms if isinstance(t, loading.WeightConverter)]
-        self._known = {p: t for t in self._converters for p in t.source_patterns}
-
-    def renamed(self, key: str) -> tuple[str, str, _Transform | None]:
-        """Name in the module, and the pattern and conversion that apply."""
-        where = (self._prefix, self._expected)
-        name, pattern = self._rename(key, self._renamings, self._converters, *where)
-        if name not in self._expected and key in self._expected:
-            name, pattern = self._rename(key, [], [], *where)
-        return name, pattern or "", None if pattern is None else self._known[pattern]
-
-
 def _moved(
-    model: Pretrained, name: str, converter: _Transform, sources: list[str]
+    model: Pretrained, name: str, converter: Transform, sources: list[str]
 ) -> dict[str, Assembly]:
     """What a conversion makes of its sources: one parameter or several."""
     try:

@@ -19,7 +19,7 @@ from streammap.architectures.schema import Architecture
 from streammap.errors import PlanError, SchemeError, some
 from streammap.planning import maps
 from streammap.planning.maps import AxisMap
-from streammap.planning.tensor_maps import LayerChange
+from streammap.planning.tensor_maps.axis_change import LayerChange
 
 LayerMaps = Mapping[Layer, AxisMap]
 """A map of one axis for each layer that it lies in."""

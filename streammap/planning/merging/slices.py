@@ -17,7 +17,7 @@ from streammap.planning.maps import BlockMap
 from streammap.planning.merging import places
 from streammap.planning.merging.settings import Place, Setting
 from streammap.planning.plan import Plan, Step
-from streammap.planning.tensor_maps import AxisChange
+from streammap.planning.tensor_maps.axis_change import AxisChange
 
 Settings = Mapping[str, Setting]
 

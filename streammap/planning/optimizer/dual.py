@@ -12,6 +12,11 @@ one: with even shares each gets an even part. On the way down the exchange is th
     exp_avg      a mean of gradients: the exchanged maps
     exp_avg_sq   a mean of their squares: the exchanged maps, each coefficient squared
 
+Kv heads are read whole, by query heads: a copy's gradient is the share that these have of it. Where
+readers have unequal shares in hidden units (a split, noise) a norm before them sends back a part
+that is even, and noise one that no mean knows: copies then have parts that add up to the gradient,
+and may differ each from its own.
+
 Where several gradients are added up, their squares add up as if they were independent. Layers are
 not read one by another as units are: a copy of a layer gets a copy of its state, a mean of layers
 the mean of theirs, and a zero-initialised layer begins at 0, as its gradients do.
@@ -21,8 +26,10 @@ Source: the chain rule; squares, Shen et al., arXiv:2203.06211; resets, SPARKLIN
 
 from collections.abc import Mapping, Sequence
 from math import gcd
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from streammap.architectures.schema import Architecture
 from streammap.errors import PlanError
 from streammap.planning import maps
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap, MapPair
@@ -31,13 +38,42 @@ if TYPE_CHECKING:
     from streammap.planning.plan import Moment
 
 
-def exchanged(pairs: Mapping[str, MapPair], moment: "Moment") -> dict[str, MapPair]:
+def exchanged(
+    pairs: Mapping[str, MapPair],
+    moment: "Moment",
+    spec: Architecture,
+    beside: Mapping[str, MapPair] = MappingProxyType({}),
+) -> dict[str, MapPair]:
     """The maps of gradients that go with maps of weights, axis by axis.
+
+    Args:
+        beside: Maps of further axes that hold in the same layers.
 
     Raises:
         PlanError: new units that can't be told from old ones are to begin at 0.
     """
-    return {axis: _pair(axis, pair, moment) for axis, pair in pairs.items()}
+    read = dict(pairs)
+    for shared in spec.shared_heads:
+        kv, heads = pairs.get(shared.kv), {**beside, **pairs}.get(shared.heads)
+        if kv is not None and heads is not None:
+            read[shared.kv] = MapPair(kv.out, _shares_of_kv(kv.into, heads.into))
+    return {axis: _pair(axis, pair, moment) for axis, pair in read.items()}
+
+
+def _shares_of_kv(kv: AxisMap, heads: AxisMap) -> AxisMap:
+    """The shares of copied kv heads: those of the query heads that read each, on average."""
+    if not isinstance(kv, BlockMap) or not isinstance(heads, BlockMap):
+        return kv
+    kv, heads = maps.reblocked(kv, 1), maps.reblocked(heads, 1)
+    if kv.longest != 1 or heads.longest != 1:
+        return kv  # merged heads
+    group, source_group = heads.n_out // kv.n_out, heads.n_in // kv.n_in
+    rows = []
+    for i, row in enumerate(kv.rows):
+        readers = heads.rows[i * group : (i + 1) * group]
+        share = sum(value for reader in readers for _, value in reader) / source_group
+        rows.append(tuple((j, share) for j, _ in row))
+    return BlockMap(tuple(rows), kv.n_in)
 
 
 def repeated(layers: AxisMap) -> frozenset[int]:

@@ -1,6 +1,6 @@
 """Plans of an optimizer's means: a plan of weights, with other tensors under the same keys."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from streammap.architectures import axis_facts
@@ -14,20 +14,26 @@ from streammap.planning.plan import Moment, Plan, Resolved
 _OTHERS = "is it the state of this model's optimizer? save both in one step"
 
 
-def of(source: Plan, file: OptimizerFile, what: str, moment: Moment) -> Plan:
+def of(
+    source: Plan, file: OptimizerFile, keys: Mapping[str, str], what: str, moment: Moment
+) -> Plan:
     """A source's plan with one mean of each parameter in the place of the weights.
 
     The optimizer may have the experts in the layout of the class, where the weights have them one
     by one, and has a tied tensor once.
 
     Args:
+        keys: Name in the state -> key of the plan, where that is another one.
         what: exp_avg, say.
         moment: What that is.
 
     Raises:
         CheckpointError: parameters that are not the source's, or of other shapes.
     """
-    targets = {name: graph.load(file.checkpoint, key_of(name, what)) for name in file.entries}
+    targets = {
+        keys.get(name, name): graph.load(file.checkpoint, key_of(name, what))
+        for name in file.entries
+    }
     _check(source, file, what, targets)
     made = replace(
         source,

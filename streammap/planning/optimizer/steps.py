@@ -33,30 +33,28 @@ class StepFactors:
     weight_decay: float = 1.0
 
 
-def factors(
-    weights: Mapping[str, LinearForm], gradients: Mapping[str, LinearForm]
-) -> dict[str, StepFactors]:
+def factors(forms: Mapping[str, tuple[LinearForm, LinearForm]]) -> dict[str, StepFactors]:
     """Parameter -> the factors with which the steps stay, for each that has them.
 
     Args:
-        weights: Parameter -> how it is computed.
-        gradients: Parameter -> how its mean gradient is.
+        forms: Parameter -> how it is computed, and how its mean gradient is.
     """
     found = {}
-    for name, form in weights.items():
-        of_weight, of_gradient = _scale(form), _scale(gradients[name])
+    for name, (weight, gradient) in forms.items():
+        of_weight, of_gradient = _scale(weight), _scale(gradient)
         if of_weight and of_gradient:
             found[name] = StepFactors(of_weight, of_gradient, 1.0 / of_weight)
     return found
 
 
-def notes(found: Mapping[str, StepFactors], n: int) -> list[str]:
+def notes(found: Mapping[str, StepFactors], n: int, n_models: int) -> list[str]:
     """What the factors are, for people.
 
     Args:
         n: Parameters of the result.
+        n_models: Models that it is made of.
     """
-    if not found:
+    if n_models > 1 and not found:
         return ["which learning rate keeps the steps is not known: several models are added up"]
     by_factors: dict[StepFactors, list[str]] = {}
     for name, one in found.items():

@@ -38,7 +38,7 @@ from streammap.planning import requests, scheme
 from streammap.planning.plan import Plan
 from streammap.planning.requests import Groups
 from streammap.planning.scheme import Scheme
-from streammap.planning.tensor_maps import Rule
+from streammap.planning.tensor_maps.axis_change import Rule
 
 GroupsLike = Sequence[Sequence[int]]
 

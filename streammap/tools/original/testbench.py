@@ -32,7 +32,7 @@ from streammap.errors import SchemeError
 from streammap.planning import requests, scheme
 from streammap.planning.requests import Groups
 from streammap.planning.scheme import Scheme
-from streammap.planning.tensor_maps import Rule
+from streammap.planning.tensor_maps.axis_change import Rule
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from streammap.architectures import config_fields, layer_rules
+from streammap.architectures.classes import model_class
 from streammap.architectures.key_pattern import INDEX
 from streammap.common import optional
 from streammap.errors import ArchitectureError
-from streammap.output.loading import model_class
 from streammap.tools.spec_infer import config_changes
 from streammap.tools.spec_infer.config_changes import Changes, Fields
 

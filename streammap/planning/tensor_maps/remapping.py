@@ -8,13 +8,12 @@ undone, norms over axes with zero units are corrected, zero-initialised layers a
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from dataclasses import dataclass
 
 from streammap.architectures import axis_facts
 from streammap.architectures.axis_facts import Layer
 from streammap.architectures.expression import Name
-from streammap.architectures.key_pattern import KeyPattern, first_match, sample
+from streammap.architectures.key_pattern import first_match, sample
 from streammap.architectures.model import Family, Model, TiedHead
 from streammap.architectures.schema import Depth, DimSpec, Factor, Role
 from streammap.errors import ArchitectureError, PlanError, some
@@ -25,93 +24,19 @@ from streammap.planning.derived import mean_along
 from streammap.planning.dim_maps import DimMaps
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import AxisMap, MapPair
-from streammap.planning.optimizer import dual
-from streammap.planning.plan import Moment, Plan
-
-Rule = Literal["exact", "reference"]
-RULES: tuple[Rule, ...] = ("exact", "reference")
-
-
-@dataclass(frozen=True, slots=True)
-class NormCompensation:
-    """Correction of the norms over an axis that grows by zero units (see compensation.py)."""
-
-    map: AxisMap
-    """Map of the norms' gains and biases: those of new units are 0."""
-    gain: float
-    """Factor on the gains."""
-    means: bool = False
-    """Whether new units of what makes the axis hold the mean of the others, instead of 0."""
-    both: bool = False
-    """Whether readers have the producers' map, so that the norm before a tied head is no other."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LayerChange:
-    """The maps that axes have in one layer of the result, or in several that are alike."""
-
-    pairs: Mapping[str, MapPair]
-    fills: Mapping[str, NormCompensation] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class AxisChange:
-    """The maps of a model's axes, and what goes with them."""
-
-    pairs: Mapping[str, MapPair]
-    """Width or expert axis, or alias -> its maps; others stay."""
-    layers: Mapping[str, AxisMap]
-    """Depth axis -> R or G; others stay."""
-    sizes: Mapping[str, int]
-    """Axis -> new size, for each axis that changes."""
-    rule: Rule
-    embedding_factor: float
-    """Factor of the rule "reference" on embeddings."""
-    fills: Mapping[str, NormCompensation] = field(default_factory=dict)
-    """Axis -> how its norms are compensated, where it grows by zero units."""
-    silent: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    """Depth axis -> zero-initialised layers of the result: what they add to the stream is 0."""
-    factors: tuple[tuple[tuple[KeyPattern, ...], float], ...] = ()
-    """Further factors on tensors."""
-    fields: Mapping[str, object] = field(default_factory=dict)
-    """config.json fields to set."""
-    untie: bool = False
-    """Whether a tied head gets a tensor of its own."""
-    by_layer: Mapping[Layer, LayerChange] = field(default_factory=dict)
-    """Layer of the result -> the maps of axes that have others in each; they are not in `pairs`."""
-    families: Mapping[str, Mapping[str, AxisMap]] = field(default_factory=dict)
-    """Family -> depth axis -> R or G of its tensors, where it is another one than in `layers`."""
-    signed: bool = False
-    """Whether maps negate units. A norm is odd in each, so that its gain takes no sign."""
-    apart: ApartRequest = field(default_factory=ApartRequest)
-    """What tells copies apart."""
+from streammap.planning.plan import Plan
+from streammap.planning.tensor_maps.axis_change import (
+    AxisChange,
+    LayerChange,
+    NormCompensation,
+    of_gradients,
+)
 
 
 def value_of(factor: Factor, model: Model, sizes: Mapping[str, int]) -> float:
     """The number that a factor of a spec stands for, for given sizes."""
     base = model.architecture.size(factor.expression, sizes)
     return float(base**factor.exponent) if base else 1.0
-
-
-def _of_gradients(change: AxisChange, moment: Moment) -> AxisChange:
-    """The change of gradients that goes with one of weights; factors are told by the moment."""
-    silent = {
-        axis: change.silent.get(axis, frozenset())
-        | (dual.repeated(m) if moment.resets else frozenset())
-        for axis, m in change.layers.items()
-    }
-    known = {
-        id(one): replace(one, pairs=dual.exchanged(one.pairs, moment))
-        for one in dict.fromkeys(change.by_layer.values())
-    }
-    return replace(
-        change,
-        pairs=dual.exchanged(change.pairs, moment),
-        silent={axis: layers for axis, layers in silent.items() if layers},
-        # Nothing reads a unit that holds the mean of the others: its gradient is 0.
-        fills={axis: replace(fill, means=False) for axis, fill in change.fills.items()},
-        by_layer={layer: known[id(one)] for layer, one in change.by_layer.items()},
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +55,7 @@ class Remapping:
     ) -> None:
         self._moment = None if plan.moment is None else plan.moment.of_gradients
         if self._moment is not None:
-            change = _of_gradients(change, self._moment)
+            change = of_gradients(change, self._moment, model.architecture)
         self._plan, self._model, self._change, self._sizes = plan, model, change, sizes
         stacked = {
             name: _stacked(m, change.silent.get(name, frozenset()))
@@ -149,8 +74,8 @@ class Remapping:
         """By identity; the map is kept, so that no other one gets its id."""
         self._sizes_of: dict[int, tuple[AxisMap, AxisMap]] = {}
         """The same for maps without their signs."""
-        # Moments are of gradients, which noise is no part of.
-        apart = change.apart if self._moment is None else ApartRequest()
+        # Noise and parts that add up are of weights: neither gradients nor steps follow them.
+        apart = change.apart if plan.moment is None else ApartRequest()
         self.apart = Apart(model, apart, self._hidden, self._tied)
         self.n_after = 0
         """Tensors of layers after the stack (multi-token prediction), which a new depth drops."""
