@@ -24,7 +24,7 @@ from streammap.io import dtypes
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.base import Reader
 from streammap.planning import maps
-from streammap.planning.maps import AxisMap, BlockMap
+from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 
 if TYPE_CHECKING:
     from streammap.io.storage.mapping import MappedPart
@@ -116,6 +116,11 @@ class LinearForm:
             return "F64"
         long = any(term.n_addends > _MAX_F32_ADDENDS for term in self.terms)
         return "F64" if self.spec.dtype == "F32" and long else "F32"
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is multiplied with a matrix."""
+        return any(isinstance(m, DenseMap) for term in self.terms for m in term.maps)
 
     @property
     def narrows(self) -> bool:

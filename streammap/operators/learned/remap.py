@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.architectures.axis_facts import Layer
     from streammap.architectures.model import Model
     from streammap.planning.exactness import Guarantee
-    from streammap.planning.learned.matrices import Learned, Pair
+    from streammap.planning.learned.matrices import Learned
+    from streammap.planning.learned.pair import Pair
     from streammap.planning.map_file import MapLevel
     from streammap.planning.maps import AxisMap, MapPair
     from streammap.planning.plan import Plan
@@ -115,23 +116,22 @@ def _map_pair(pair: "Pair") -> "MapPair":
     from streammap.planning.maps import MapPair
 
     out = maps.from_matrix(pair.matrix)
-    if pair.reader.equal(pair.matrix.T):
+    if pair.is_transposed:
         return MapPair(out, out)
-    # A view: the matrix is there once.
-    return MapPair(out, maps.from_matrix(pair.reader.T))
+    return MapPair(out, maps.from_matrix(pair.reader.transposed()))
 
 
 def _fill(model: "Model", axis: str, pair: "Pair") -> "NormCompensation | None":
     """Norms under a rotation: their gains stay, or change places where units do."""
     from streammap.architectures import axis_facts
     from streammap.planning import maps
-    from streammap.planning.learned import kept
+    from streammap.planning.dense.matrix import Changed
     from streammap.planning.tensor_maps import NormCompensation
 
-    if axis not in axis_facts.normed_axes(model) or not kept.is_rotation(pair):
+    if axis not in axis_facts.normed_axes(model) or not pair.is_rotation:
         return None
-    places = maps.from_matrix(pair.matrix.abs()) if kept.is_signed(pair) else None
-    return NormCompensation(places or maps.identity(len(pair.matrix)), 1.0, both=True)
+    places = maps.from_matrix(Changed(pair.matrix, "abs")) if pair.is_signed else None
+    return NormCompensation(places or maps.identity(pair.matrix.shape[0]), 1.0, both=True)
 
 
 def _by_layer(model: "Model", learned: "Learned") -> "dict[Layer, dict[str, MapPair]]":
