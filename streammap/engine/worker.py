@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, final
 from streammap.common import ranges
 from streammap.common.losses import NOTHING, Losses
 from streammap.common.ranges import PIECE_NBYTES, Range, Tile
+from streammap.common.torch_threads import begin_thread
 from streammap.common.weighed_cache import WeighedCache
 from streammap.engine import elementwise
 from streammap.engine.compiler import Programs
@@ -99,6 +100,7 @@ class Worker:
             reader: How files of this machine are read.
             matrices: Dense maps on the device to compute on; None for the processor.
         """
+        begin_thread()
         self._memory, self._programs = memory, programs
         self._grid, self._reader = grid, reader
         limits = memory.largest
@@ -279,14 +281,16 @@ class Worker:
         requests = job.recipe.requests
         chosen = [self._place(request) for request in requests]
         numbers = tuple(number for number, _ in chosen)
-        # Each tile cuts its matrices at another place.
-        calls = self._calls(program, numbers, keeps=not job.recipe.is_dense)
+        # Each tile cuts its matrices at another place. What they are multiplied with is not mapped:
+        # how a product is rounded depends on where in a cache line its operands begin, too.
+        is_dense = job.recipe.is_dense
+        calls = self._calls(program, numbers, keeps=not is_dense)
         reads = iter(zip(requests, chosen, strict=True))
 
         def read() -> None:
             request, (number, is_held) = next(reads)
             if not is_held:
-                self._fill(self._places[number], request.stretches())
+                self._fill(self._places[number], request.stretches(), maps=not is_dense)
 
         self._run(program, numbers, calls, read)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, final
 
 from streammap.common.ranges import Range
+from streammap.common.torch_threads import torch_threads
 from streammap.io.dtypes import DTYPE_BITS, to_torch
 
 if TYPE_CHECKING:
@@ -105,7 +106,8 @@ class Matrix(ABC):
 
     def is_finite(self) -> bool:
         """Whether it has no infinite number and no NaN."""
-        return all(bool(block.isfinite().all()) for _, _, block in self.parts())
+        with torch_threads():
+            return all(bool(block.isfinite().all()) for _, _, block in self.parts())
 
     def row_sums(self) -> "Tensor":
         """The sum of each row. Shapes: rows x 1."""

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, final
 
+from streammap.common.torch_threads import torch_threads
 from streammap.planning.dense import stored
 from streammap.planning.dense.matrix import PART, Matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MAX_WHOLE = 4096
+_MAX_WHOLE = 2048
 """Units of which C P is computed; of more, what it does to a few vectors."""
 _N_VECTORS = 8
 
@@ -28,6 +29,10 @@ class Pair:
     @cached_property
     def error(self) -> float:
         """How far C P is from I: its largest number, or that of what it adds to random vectors."""
+        with torch_threads():
+            return self._error()
+
+    def _error(self) -> float:
         import torch
 
         (n_new, n_old), most = self.matrix.shape, 0.0
