@@ -27,7 +27,6 @@ from streammap.operators import registry
 from streammap.operators.declare import Input, inputs_of
 from streammap.planning import map_file
 from streammap.planning.map_file import MapLevel
-from streammap.planning.maps import DenseMap
 from streammap.planning.request import MapDigests, OperatorCall
 
 _MAX_CALLS = 200
@@ -86,8 +85,7 @@ def _packed(maps: object, operator: str) -> object:
         return {"sha256": list(maps.sha256)}
     if not isinstance(maps, tuple) or not maps:
         return ""
-    dense = [m.matrix for level in maps for m in level.named.values() if isinstance(m, DenseMap)]
-    if sum(matrix.nbytes for matrix in dense) > _MAX_DENSE_NBYTES:
+    if map_file.dense_nbytes(maps) > _MAX_DENSE_NBYTES:
         return {"sha256": [level.digest for level in maps]}
     text = base64.b64encode(zlib.compress(map_file.encode(maps), 9)).decode()
     # Orders that were found are nowhere but here: a result's map file has those that it shrank by.

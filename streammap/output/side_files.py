@@ -56,7 +56,12 @@ class SideFile:
     storage: Storage | None = None
     """Where it is fetched from."""
     nbytes: int = 0
-    """Size in the source's folder."""
+    """Size in the source's folder; of what is made of pieces, about."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is made of pieces, and not to be held."""
+        return self.pieces is not None and self.nbytes > MAX_FETCHED_NBYTES
 
     def parts(self) -> Iterable[bytes]:
         """All of it, part by part.
@@ -104,7 +109,8 @@ def collect(plan: Plan, *, single: str | None = None) -> Iterator[SideFile]:
             yield _resized(file, plan.sized)
     if plan.levels:
         name = map_file.NAME if single is None else map_file.beside(Path(single)).name
-        yield SideFile(name, pieces=partial(map_file.pieces, plan.levels))
+        made = partial(map_file.pieces, plan.levels)
+        yield SideFile(name, pieces=made, nbytes=map_file.dense_nbytes(plan.levels))
     if single is None and plan.architecture is not None and plan.architecture.endswith(".toml"):
         spec = safe_open.content(Path(plan.architecture), limit=_MAX_SPEC_NBYTES)
         yield SideFile(filenames.SPEC, spec)

@@ -202,6 +202,12 @@ def pieces(levels: tuple[MapLevel, ...]) -> Iterator[bytes]:
         yield from part.pieces()
 
 
+def dense_nbytes(levels: Iterable[MapLevel]) -> int:
+    """Bytes of all matrices; what is sparse takes little."""
+    found = (m for level in levels for m in level.named.values())
+    return sum(m.matrix.nbytes for m in found if isinstance(m, DenseMap))
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """A tensor of a map file."""
