@@ -61,6 +61,11 @@ class Remap(Operator):
         metavar="FILE",
     )
 
+    fold_gains: bool = option(
+        default=False,
+        help="Fold the gains of norms into the weights that read them: a rotation is then exact.",
+    )
+
     def plan(self, source: "Plan") -> "Plan":
         """The mapped plan.
 
@@ -82,6 +87,10 @@ class Remap(Operator):
             )
         model = source.model
         learned = matrices.of_model(level, model)
+        notes: list[str] = []
+        if self.fold_gains:
+            source, notes = _folded(source, learned)
+            model = source.model
         pairs = {axis: _map_pair(pair) for axis, pair in learned.pairs.items()}
         fills = {
             axis: fill for axis, one in learned.pairs.items() if (fill := _fill(model, axis, one))
@@ -97,7 +106,8 @@ class Remap(Operator):
         by_axis = _guarantees(source, learned, layers)
         promise, reason = exactness.worst(by_axis)
         shapes = {axis: [m.n_in, m.n_out, m.describe()] for axis, m in {**outs, **layers}.items()}
-        step = Step(self.name, {"maps": shapes}, promise, reason, (), by_axis)
+        options = {"maps": shapes} | ({"fold_gains": True} if self.fold_gains else {})
+        step = Step(self.name, options, promise, reason, tuple(notes), by_axis)
         change = AxisChange(
             pairs,
             layers,
@@ -109,6 +119,27 @@ class Remap(Operator):
             families=families,
         )
         return planner.remap(source, change, step, levels=(*source.levels, level))
+
+
+def _folded(source: "Plan", learned: "Learned") -> "tuple[Plan, list[str]]":
+    """The plan with the gains of norms folded where units are rotated, and notes.
+
+    Raises:
+        PlanError: no map is a rotation, or gains that can't be folded.
+    """
+    from streammap.planning.learned import fold
+
+    notes = []
+    for axis, pair in learned.pairs.items():
+        if pair.is_rotation:
+            source, note = fold.folded(source, axis)
+            notes.append(note)
+    if not notes:
+        raise PlanError(
+            "--fold-gains: no map is a rotation (square, orthogonal, read by its transpose)",
+            hint="leave it out",
+        )
+    return source, notes
 
 
 def _map_pair(pair: "Pair") -> "MapPair":

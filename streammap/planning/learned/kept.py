@@ -12,6 +12,7 @@ from streammap.architectures import axis_facts, axis_words
 from streammap.architectures.expression import Name
 from streammap.architectures.model import Family, Model
 from streammap.io.dtypes import to_torch
+from streammap.planning import graph
 from streammap.planning.exactness import Guarantee
 from streammap.planning.learned.pair import Pair
 from streammap.planning.plan import Plan
@@ -57,7 +58,7 @@ def _inexact(plan: Plan, axis: str, pair: Pair) -> str | None:
         if not pair.is_rotation or family.rule.norm.kind != "rms":
             return f"{family.name} normalises it, and P is no rotation under an RMS norm"
         if not pair.is_signed and not _is_constant(plan, family):
-            return f"gains of {family.name} differ: fold them into what reads it first"
+            return f"gains of {family.name} differ: fold them into what reads it (--fold-gains)"
     if model.tied and not pair.is_rotation:
         return "the head is tied to the embedding, and reads it by P"
     return None
@@ -68,7 +69,10 @@ def _is_constant(plan: Plan, family: Family) -> bool:
     import torch
 
     for key in family.members.values():
-        ref = plan.targets[key].copied
+        form = plan.targets[key]
+        if graph.is_zero(form) or all(graph.is_constant(load) for load in form.loads()):
+            continue
+        ref = form.copied
         if ref is None or not ref.spec.is_float:
             return False
         content = bytearray(ref.spec.nbytes)
