@@ -25,7 +25,6 @@ from streammap.io.checkpoint import Checkpoint
 from streammap.io.codecs.coded import SCRATCH_NBYTES
 from streammap.io.storage.base import Network
 from streammap.planning.dense import blocks
-from streammap.planning.derived.low_rank import PRODUCT_NBYTES
 from streammap.planning.graph import Derived, LinearForm
 from streammap.planning.maps import N_IRREGULAR, BlockMap, DenseMap
 
@@ -73,6 +72,8 @@ N_PLACES = 3
 """Parts of sources that a worker keeps."""
 _MAX_WORKERS = 8
 _MAX_ITEM_NBYTES = 8
+_LIBRARY_NBYTES, _MULTIPLYING_NBYTES = 8 * 2**20, 5 * 2**20
+"""What the library that multiplies matrices takes, once and in each worker; measured."""
 _STEP_NBYTES = 4096
 DENSE_TILE_NBYTES = MAX_TILE_NBYTES
 """A tile of a form with dense maps, and the part of a source that it reads at once."""
@@ -154,10 +155,11 @@ class Memory:
         """What is taken whatever the tiles are."""
         is_dense = self.block_nbytes is not None
         each = self.sink_nbytes + self.derived_nbytes + self.decode_nbytes
-        each += (self.block_nbytes or 0) + PRODUCT_NBYTES * is_dense
+        each += (self.block_nbytes or 0) + _MULTIPLYING_NBYTES * is_dense
         network = self.client_nbytes + self.ahead_nbytes
         held = self.tensors_nbytes + self.matrices_nbytes
-        return BASE_NBYTES + held + network + each * self.n_workers
+        base = BASE_NBYTES + _LIBRARY_NBYTES * is_dense
+        return base + held + network + each * self.n_workers
 
     @property
     def peak_nbytes(self) -> int:
@@ -240,7 +242,7 @@ class _Needs:
         """What a worker takes for derived tensors: scratch, and a worker for each level of them."""
         inner = (N_PLACES + 1 + _SCRATCH_CHUNKS) * self.inner_tile_nbytes
         if self.inner_block_nbytes is not None:
-            inner += self.inner_block_nbytes + PRODUCT_NBYTES
+            inner += self.inner_block_nbytes + _LIBRARY_NBYTES + _MULTIPLYING_NBYTES
         return self._depth * (self._scratch_nbytes + inner)
 
     @cached_property

@@ -11,7 +11,7 @@ from streammap.planning.dense.matrix import PART, Matrix
 if TYPE_CHECKING:
     from torch import Tensor
 
-_MAX_WHOLE = 2048
+_MAX_WHOLE = 256
 """Units of which C P is computed; of more, what it does to a few vectors."""
 _N_VECTORS = 8
 
