@@ -434,7 +434,7 @@ class _ProgramBuilder:
 
     def _shared(self, to: View, source: View, factor: float) -> None:
         """Put a sum, times the factor that all of it share: a mean is divided by its number."""
-        n = _divisor(factor) if self._form.wide else None
+        n = group_sums.whole_divisor(factor) if self._form.wide else None
         if n is None:
             self._put(to, source, factor)
         else:
@@ -455,14 +455,6 @@ class _ProgramBuilder:
         self._used += -(-nbytes // _ALIGN_NBYTES) * _ALIGN_NBYTES
         self._peak = max(self._peak, self._used)
         return contiguous(WORK, dtype, offset, shape)
-
-
-def _divisor(factor: float) -> int | None:
-    """The whole number that a factor is one part of; None for others, and for powers of two."""
-    if not 0.0 < factor < 1.0 or math.frexp(factor)[0] == 0.5:
-        return None
-    n = round(1.0 / factor)
-    return n if 1.0 / n == factor else None
 
 
 def _moves(term: Term) -> bool:

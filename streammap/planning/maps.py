@@ -404,22 +404,21 @@ def matrix_of(m: AxisMap, dtype: str) -> Matrix:
     """M as a matrix; a sparse one in `dtype`."""
     if isinstance(m, DenseMap):
         return m.matrix
-    sparse = Sparse(m, dtype)
-    is_small = m.n_out * m.n_in <= _SMALL
-    return Held(sparse.read((0, m.n_out), (0, m.n_in))) if is_small else sparse
+    found = Sparse(m, dtype)
+    small = m.n_out * m.n_in <= _SMALL
+    return Held(found.read((0, m.n_out), (0, m.n_in))) if small else found
 
 
 def to_matrix(m: AxisMap, *, like: "Tensor") -> "Tensor":
     """M as a tensor with the dtype of `like`. Shapes: n_out x n_in."""
-    is_double = like.element_size() == 8
-    matrix = matrix_of(m, "F64" if is_double else "F32")
+    matrix = matrix_of(m, "F64" if like.element_size() == 8 else "F32")
     return matrix.read((0, m.n_out), (0, m.n_in)).to(like.dtype)
 
 
 def _wider(parts: Sequence[AxisMap]) -> str:
     """The dtype of maps of which one is dense."""
-    dtypes = {part.matrix.dtype for part in parts if isinstance(part, DenseMap)}
-    return "F64" if "F64" in dtypes else "F32"
+    double = any(m.matrix.dtype == "F64" for m in parts if isinstance(m, DenseMap))
+    return "F64" if double else "F32"
 
 
 def _kron_dense(left: AxisMap, right: AxisMap) -> Matrix:
