@@ -19,11 +19,12 @@ _MAP = """
 import sys, torch
 from pathlib import Path
 from streammap.planning import map_file
+from streammap.planning.dense.matrix import Held
 from streammap.planning.maps import DenseMap
 n, out = int(sys.argv[1]), Path(sys.argv[2])
 torch.manual_seed(0)
-dense = DenseMap(torch.rand(n // 2, n) / n)
-out.write_bytes(map_file.encode((map_file.Level({"embed": dense}),)))
+dense = DenseMap(Held(torch.rand(n // 2, n) / n))
+out.write_bytes(map_file.encode((map_file.MapLevel({"embed": dense}),)))
 """
 _TRANSFERS = """
 import json, sys, time, torch

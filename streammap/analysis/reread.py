@@ -22,7 +22,6 @@ from streammap.io.dtypes import DTYPE_BITS, to_torch
 from streammap.io.problems import Finding
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
-from streammap.planning.maps import DenseMap
 from streammap.planning.plan import Plan
 
 _ROUNDING = {"F16": 2e-3, "BF16": 2e-2, "F32": 1e-5, "F64": 1e-12}
@@ -211,7 +210,7 @@ def _differ(form: LinearForm, a: memoryview, b: memoryview) -> tuple[int, object
     differs = x != y
     dtype = to_torch(form.spec.dtype)
     p, q = x.view(dtype), y.view(dtype)
-    if any(isinstance(m, DenseMap) for term in form.terms for m in term.maps):
+    if form.is_dense:
         size = float(q.abs().nan_to_num().max()) * _ROUNDING[form.spec.dtype]
         differs &= ~torch.isclose(p.double(), q.double(), rtol=0.0, atol=size, equal_nan=True)
     if not bool(differs.any()):

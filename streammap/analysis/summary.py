@@ -177,6 +177,8 @@ def formula(form: LinearForm, names: Mapping[int, str]) -> str:
         return "copied"
     blends = [[(c, f) for c, f in term.blend if not graph.is_constant(f)] for term in form.terms]
     terms = [Term(t.maps, tuple(b)) for t, b in zip(form.terms, blends, strict=True) if b]
+    if not terms:
+        return "constant"
     several = len({id(ref.source) for term in terms for _, ref in term.blend}) > 1
     words = " + ".join(_term_words(term, names if several else {}) for term in terms)
     if any(map(graph.is_constant, form.loads())):

@@ -36,7 +36,7 @@ _MERGED = (
 )
 _STACKED = ("modules", "tensors", "buffers", "drop")
 _INHERITED = ("constraints", "required", "include", "same_axis", "unserved")
-_OWN = ("schema", "extends", "model_types", "detect", "proof", "proved", "depth")
+_OWN = ("schema", "extends", "model_types", "detect", "proof", "proved", "depth", "reads")
 _MAX_EXTENDS = 8
 _MAX_NESTED = 16
 _MAX_NAMES = 200
@@ -236,6 +236,7 @@ def _joined(
         required=tuple(pattern for one in tables for pattern in one.required.keys),
         heads=_heads(scopes),
         weightless=tuple(axis for one in tables for axis in one.norm.weightless),
+        reads=tuple(pair for one in tables for pair in one.reads.items() if pair[1]),
         forward_scale=tuple(factor for scope in scopes for factor in scope.forward_scale),
         experts={axis: value for scope in scopes for axis, value in scope.experts.items()},
         rope={axis: value for scope in scopes for axis, value in scope.rope.items()},

@@ -334,6 +334,8 @@ class Architecture:
     heads: tuple[LMHead, ...]
     weightless: tuple[str, ...]
     """Axes that norms without weights normalise."""
+    reads: tuple[tuple[tuple[KeyPattern, ...], tuple[KeyPattern, ...]], ...]
+    """Norms, and all that reads them, of the same indices."""
     forward_scale: tuple[tuple[KeyPattern, Factor], ...]
     experts: Mapping[str, Experts]
     """Expert axis -> what config.json says of it."""

@@ -90,6 +90,7 @@ class ScopeTables:
     norm: Norm = field(default_factory=Norm)
     head: LMHead | None = None
     forward_scale: Mapping[KeyPatterns, Factor] = field(default_factory=dict)
+    reads: Mapping[ModulePatterns, ModulePatterns] = field(default_factory=dict)
     experts: Experts | None = None
     rope: Rope | None = None
     depth: Mapping[OwnName, Depth] = field(default_factory=dict)

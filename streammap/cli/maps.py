@@ -37,11 +37,9 @@ def template(source: str, file: Path, sizes: tuple[str, ...]) -> None:
         raise SchemeError(f"{file}: expected a name ending in .safetensors", hint="rename it")
     with api.open(source) as opened:
         made = templates.template(opened.plan.model, asked)
-    from safetensors.torch import save_file
-
-    save_file(made, file)
-    for name, matrix in made.items():
-        click.echo(f"{name}  {list(matrix.shape)}")
+    templates.write(file, made)
+    for name, shape in made.items():
+        click.echo(f"{name}  {list(shape)}")
 
 
 @maps.command(examples=("maps check ligo.safetensors bert-small/",))

@@ -1,6 +1,7 @@
 """How many threads a torch kernel takes while runs are under way."""
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -45,3 +46,15 @@ def one_thread_each() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def begin_thread() -> None:
+    """Let kernels that this thread calls keep to `torch_threads`.
+
+    Products ask a library of their own, which knows torch's setting in a thread only once torch
+    was asked for it there.
+    """
+    if "torch" in sys.modules:
+        import torch
+
+        torch.get_num_threads()

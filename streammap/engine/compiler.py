@@ -5,7 +5,8 @@ added up in the order of the blend, then each dimension is mapped in turn, membe
 order of its row (or all in one go, see pooling.py: that depends on the form, not on the tile). Sums
 are kept in the form's accumulator; a factor that all members share is applied after the sum (1/n as
 a division, where a form is wide), and the result is rounded once. So tiles of any size give the
-same bits, but for matrix products, whose kernels add in an order of their own. No torch here.
+same bits, but for matrix products, whose kernels add in an order of their own: the tiles of these
+are the same in each run. No torch here.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from streammap.engine.program import OUT, WORK, Op, OpKind, Program, Strip, View
 from streammap.engine.pullback import Pullback
 from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
 from streammap.io.dtypes import DTYPE_BITS
-from streammap.planning import graph
+from streammap.planning import graph, segments
 from streammap.planning.graph import TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap
 from streammap.planning.segments import Segment
@@ -124,7 +125,7 @@ class _ProgramBuilder:
     def _place(self, part: Part, held: View, out: View, coefficient: float) -> None:
         """Move each element to all of its places."""
         dims = [(d, dim.pulled.segments) for d, dim in enumerate(part) if dim.pulled.segments]
-        for chosen in itertools.product(*(segments for _, segments in dims)):
+        for chosen in itertools.product(*(moves for _, moves in dims)):
             to, source, factor = out, held, coefficient
             # From the last dimension on: `blocks` moves those behind it.
             for (d, _), segment in reversed(list(zip(dims, chosen, strict=True))):
@@ -183,12 +184,10 @@ class _ProgramBuilder:
             total = target if direct else self._new(dtype, target.shape)
             is_first = True
             for number, term in enumerate(self._form.terms):
-                self._number = number
-                for part in self._parts[number]:
-                    mark = self._used
-                    self._add(term, part, (start, end), total, is_first=is_first)
-                    self._used = mark
-                    is_first = False
+                self._number, mark = number, self._used
+                self._add(term, self._parts[number], (start, end), total, is_first=is_first)
+                self._used = mark
+                is_first = False
             if not direct:
                 self._round(target, total)
 
@@ -214,10 +213,16 @@ class _ProgramBuilder:
         step = -(-n // n_chunks)
         return [(start, min(start + step, n)) for start in range(0, n, step)]
 
-    def _add(self, term: Term, whole: Part, rows: Range, total: View, *, is_first: bool) -> None:
-        """Add a part of a term to the total, or put it there."""
-        held, part, factor = self._blend(term, whole, rows, total, is_first=is_first)
-        dims = [(d, dim) for d, dim in enumerate(part) if dim.changes]
+    def _add(
+        self, term: Term, parts: Sequence[Part], rows: Range, total: View, *, is_first: bool
+    ) -> None:
+        """Add a term to the total, or put it there."""
+        if len(parts) > 1:
+            held, part, factor = self._strips(term, parts, rows, total, is_first=is_first)
+            dims = [(d, part[d]) for d in range(self._dim + 1, len(part)) if part[d].changes]
+        else:
+            held, part, factor = self._blend(term, parts[0], rows, total, is_first=is_first)
+            dims = [(d, dim) for d, dim in enumerate(part) if dim.changes]
         for number, (d, dim) in enumerate(dims):
             lands = is_first and number == len(dims) - 1
             shape = (*held.shape[:d], dim.n_out, *held.shape[d + 1 :])
@@ -232,6 +237,32 @@ class _ProgramBuilder:
             self._shared(scaled, held, factor)
             held = scaled
         self._ops.append(Op("add", total, (total, held)))
+
+    def _strips(
+        self, term: Term, parts: Sequence[Part], rows: Range, total: View, *, is_first: bool
+    ) -> tuple[View, Part, float]:
+        """The sum of a term's strips, mapped as far as they are strips: the rest is mapped once."""
+        first = parts[0]
+        lands = is_first and not any(dim.changes for dim in first[self._dim + 1 :])
+        shape = [dim.n_out for dim in first[: self._dim + 1]]
+        shape += [dim.pulled.n_in for dim in first[self._dim + 1 :]]
+        summed = total if lands else self._new(total.dtype, tuple(shape))
+        common = 1.0
+        for number, strip in enumerate(parts):
+            mark = self._used
+            held, part, common = self._blend(term, strip, rows, total, is_first=False)
+            dims = [(d, dim) for d, dim in enumerate(part[: self._dim + 1]) if dim.changes]
+            for at, (d, dim) in enumerate(dims):
+                is_last, adds = at == len(dims) - 1, number > 0
+                direct = is_last and (isinstance(dim.m, DenseMap) or not adds)
+                to_shape = (*held.shape[:d], dim.n_out, *held.shape[d + 1 :])
+                to = summed if direct else self._new(total.dtype, to_shape)
+                common *= self._map(dim, held, to, d, adds=direct and adds)
+                held = to
+                if is_last and not direct:
+                    self._ops.append(Op("add", summed, (summed, held)))
+            self._used = mark
+        return summed, first, common
 
     def _blend(
         self, term: Term, whole: Part, rows: Range, total: View, *, is_first: bool
@@ -276,12 +307,12 @@ class _ProgramBuilder:
         if load.spec.dtype != dtype or any(d.pulled.n_in != 1 for d in whole[: self._dim]):
             return None
         staged, dim = self._read(whole, load), whole[self._dim]
-        segments = dim.pulled.segments
-        if segments is None:
+        moves = dim.pulled.segments
+        if moves is None:
             if isinstance(dim.m, DenseMap):
                 return staged, whole
             return staged.narrow(self._dim, *rows), self._within(whole, rows)
-        pulled = Pullback(dim.pulled.ranges, pullback.clipped(segments, *rows))
+        pulled = Pullback(dim.pulled.ranges, pullback.clipped(moves, *rows))
         return staged, self._with(whole, pulled, rows)
 
     def _within(self, whole: Part, rows: Range) -> Part:
@@ -309,35 +340,41 @@ class _ProgramBuilder:
         if converts:
             self._put(to, to, weight)
 
-    def _map(self, dim: DimRead, held: View, to: View, d: int) -> float:
-        """Apply a dimension's map; gives a factor that is still to be applied."""
+    def _map(self, dim: DimRead, held: View, to: View, d: int, *, adds: bool = False) -> float:
+        """Apply a dimension's map; gives a factor that is still to be applied.
+
+        Args:
+            adds: Whether a dense map adds to what is there.
+        """
         if isinstance(dim.m, DenseMap):
             ((start, end),) = dim.pulled.ranges
             strip = Strip(dim.m, dim.rows, (start, end))
-            self._ops.append(Op("matmul", to.folded(d), (held.folded(d),), matrix=strip))
+            sides = to.folded(d), (held.folded(d),)
+            self._ops.append(Op("matmul", *sides, number=float(adds), matrix=strip))
             return 1.0
         assert isinstance(dim.m, BlockMap)
         factor = dim.m.common or 1.0
-        segments = [
+        moves = [
             replace(s, coefficient=s.coefficient and 1.0) if dim.m.common else s
             for s in dim.pulled.segments or ()
         ]
-        if len(segments) > _MAX_MOVES:
-            self._take(segments, held, to, d)
+        if len(moves) > _MAX_MOVES:
+            self._take(moves, held, to, d)
         else:
-            self._move(segments, held, to, d)
+            self._move(moves, held, to, d)
         return factor
 
-    def _move(self, segments: Sequence[Segment], held: View, to: View, d: int) -> None:
+    def _move(self, moves: Sequence[Segment], held: View, to: View, d: int) -> None:
         """A regular map: one strided kernel for each segment."""
-        # The first n segments write, all others add. Where the next n add to the same blocks, the
+        # The first n moves write, all others add. Where the next n add to the same blocks, the
         # two are one kernel, which writes each block once instead of twice.
-        n = sum(1 for s in segments if not s.adds)
-        paired = len(segments) >= 2 * n and all(
-            b.adds and _alike(a, b) for a, b in zip(segments[:n], segments[n : 2 * n], strict=True)
+        n = sum(1 for s in moves if not s.adds)
+        paired = len(moves) >= 2 * n and all(
+            b.adds and segments.alike(a, b)
+            for a, b in zip(moves[:n], moves[n : 2 * n], strict=True)
         )
         mark = self._used
-        for i, segment in enumerate(segments):
+        for i, segment in enumerate(moves):
             place = to.blocks(d, segment, source=False)
             if segment.coefficient == 0.0:
                 if not segment.adds:
@@ -345,7 +382,7 @@ class _ProgramBuilder:
                 continue
             source = held.blocks(d, segment, source=True)
             if paired and i < n:
-                other = held.blocks(d, segments[n + i], source=True)
+                other = held.blocks(d, moves[n + i], source=True)
                 self._ops.append(Op("add", place, (source, other)))
             elif not segment.adds:
                 self._put(place, source, segment.coefficient)
@@ -357,11 +394,11 @@ class _ProgramBuilder:
                 self._ops.append(Op("add", place, (place, source)))
                 self._used = mark
 
-    def _take(self, segments: Sequence[Segment], held: View, to: View, d: int) -> None:
+    def _take(self, moves: Sequence[Segment], held: View, to: View, d: int) -> None:
         """An irregular map: units by number, one slot of its rows after the other."""
         mark = self._used
-        for slot in _slots(segments):
-            units = [unit for segment in slot for unit in _units(segment)]
+        for slot in segments.slots(moves):
+            units = [unit for segment in slot for unit in segments.units(segment)]
             kept = [(to_unit, at, c) for to_unit, at, c in units if c != 0.0]
             if not slot[0].adds:
                 target, places = to, dict.fromkeys(range(to.shape[d]), (0, 1.0))
@@ -398,7 +435,7 @@ class _ProgramBuilder:
 
     def _shared(self, to: View, source: View, factor: float) -> None:
         """Put a sum, times the factor that all of it share: a mean is divided by its number."""
-        n = _divisor(factor) if self._form.wide else None
+        n = group_sums.whole_divisor(factor) if self._form.wide else None
         if n is None:
             self._put(to, source, factor)
         else:
@@ -419,14 +456,6 @@ class _ProgramBuilder:
         self._used += -(-nbytes // _ALIGN_NBYTES) * _ALIGN_NBYTES
         self._peak = max(self._peak, self._used)
         return contiguous(WORK, dtype, offset, shape)
-
-
-def _divisor(factor: float) -> int | None:
-    """The whole number that a factor is one part of; None for others, and for powers of two."""
-    if not 0.0 < factor < 1.0 or math.frexp(factor)[0] == 0.5:
-        return None
-    n = round(1.0 / factor)
-    return n if 1.0 / n == factor else None
 
 
 def _moves(term: Term) -> bool:
@@ -465,31 +494,3 @@ def _side_by_side(ranges: Sequence[Range]) -> Iterator[Segment]:
     for start, end in ranges:
         yield Segment(at, 0, start, 0, 1, end - start, 1.0, False)
         at += end - start
-
-
-def _alike(a: Segment, b: Segment) -> bool:
-    """Whether two segments write to the same places, with coefficient 1."""
-    return a.coefficient == b.coefficient == 1.0 and (
-        (a.out_start, a.out_step, a.count, a.length) == (b.out_start, b.out_step, b.count, b.length)
-    )
-
-
-def _units(segment: Segment) -> Iterator[tuple[int, int, float]]:
-    """(unit of the result, unit of the source, coefficient) of every move."""
-    for k, i in itertools.product(range(segment.count), range(segment.length)):
-        to = segment.out_start + k * segment.out_step + i
-        yield to, segment.in_start + k * segment.in_step + i, segment.coefficient
-
-
-def _slots(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Segments by the slot of the rows that they are of; a slot writes to no unit twice."""
-    slots: list[list[Segment]] = [[]]
-    taken: set[int] = set()
-    for segment in segments:
-        units = {to for to, _, _ in _units(segment)}
-        if slots[-1] and (segment.adds != slots[-1][0].adds or taken & units):
-            slots.append([])
-            taken = set()
-        slots[-1].append(segment)
-        taken |= units
-    return slots

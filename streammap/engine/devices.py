@@ -12,9 +12,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, final
 
+from streammap.common.ranges import Range
 from streammap.engine.memory import Limits
 from streammap.errors import OutputError
 from streammap.io.buffers import Buffer
+from streammap.planning.dense.matrix import Matrix
 from streammap.planning.graph import LinearForm
 from streammap.planning.maps import DenseMap
 
@@ -109,20 +111,36 @@ class DeviceBuffer:
 
 @final
 class Matrices:
-    """Dense maps on a device, each once for all workers."""
+    """Blocks of dense maps on a device, each once for all workers as long as there is room."""
 
     def __init__(self, device: str) -> None:
         """None yet."""
         self.device = device
-        self._held: dict[int, Tensor] = {}
+        self._held: dict[object, tuple[Matrix, Tensor]] = {}
+        """With the matrix, so that no other one gets its id."""
+        self._nbytes = 0
         self._lock = threading.Lock()
 
-    def on_device(self, m: DenseMap) -> "Tensor":
-        """The map's matrix."""
+    def part(self, m: DenseMap, rows: Range, columns: Range, dtype: "torch.dtype") -> "Tensor":
+        """Rows and columns of a map."""
+        key = id(m.matrix), rows, columns, dtype
         with self._lock:
-            if id(m) not in self._held:
-                self._held[id(m)] = m.matrix.to(self.device)
-            return self._held[id(m)]
+            if key in self._held:
+                return self._held[key][1]
+            part = m.matrix.read(rows, columns).to(self.device, dtype, copy=True)
+            if self._nbytes + part.nbytes <= self._room():
+                self._held[key] = m.matrix, part
+                self._nbytes += part.nbytes
+            return part
+
+    def _room(self) -> int:
+        import torch
+
+        device = torch.device(self.device)
+        if device.type != "cuda":
+            return _MAX_HELD_NBYTES
+        free, _ = torch.cuda.mem_get_info(device)
+        return (free + self._nbytes) // 2
 
 
 @final

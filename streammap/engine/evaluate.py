@@ -126,7 +126,7 @@ class TileReader:
     def __init__(self, room: Memory, *, widest: int = 1) -> None:
         """Room for a tile, and for `widest` times its bytes where dtypes differ."""
         self._worker = Worker(room, Programs(), grid=whole_tiles)
-        self._whole = Buffer(room.dense_limits.out_nbytes * widest)
+        self._whole = Buffer(room.largest.out_nbytes * widest)
 
     def read(self, form: LinearForm, tile: Tile | None, start: int, n: int) -> memoryview:
         """The bytes of n elements, from element `start` on; valid until the next call.

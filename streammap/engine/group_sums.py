@@ -46,3 +46,11 @@ def _run(m: AxisMap | None) -> int:
     if not isinstance(m, BlockMap):
         return 1
     return min((segment.length for segment in m.segments), default=1)
+
+
+def whole_divisor(factor: float) -> int | None:
+    """The whole number that a factor is one part of; None for others, and for powers of two."""
+    if not 0.0 < factor < 1.0 or math.frexp(factor)[0] == 0.5:
+        return None
+    n = round(1.0 / factor)
+    return n if 1.0 / n == factor else None

@@ -1,7 +1,7 @@
 """Operations of a program as calls of torch on buffers. None of them takes memory of its own."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from streammap.common.losses import Losses
-from streammap.engine.program import Op, View
+from streammap.common.ranges import Range
+from streammap.engine.program import Op, Strip, View
 from streammap.planning.maps import DenseMap
 
 Call = Callable[[], object]
@@ -28,6 +29,8 @@ _LEAST_NORMAL_BITS = 0x80
 """The bits of bfloat16's least normal number, which is float32's too."""
 Note = Callable[[Losses], object]
 """Told of numbers that rounding lost."""
+PartOf = Callable[[DenseMap, Range, Range, torch.dtype], Tensor]
+"""Gives rows and columns of a map, valid until it is asked again."""
 
 
 class _Typed(Protocol):
@@ -37,7 +40,7 @@ class _Typed(Protocol):
 def bind(
     op: Op,
     buffers: Callable[[int], _Typed],
-    matrix_of: Callable[[DenseMap], Tensor],
+    part_of: PartOf,
     note: Note,
 ) -> Call:
     """The call that does what `op` says, on the buffers of its places."""
@@ -77,7 +80,8 @@ def bind(
             numbers = torch.tensor(op.numbers, dtype=out.dtype, device=out.device)
             return partial(torch.mul, out, numbers.view(1, -1, 1), out=out)
         case "matmul":
-            return _product(op, sources, out, matrix_of)
+            assert op.matrix is not None
+            return partial(_product, op.matrix, bool(op.number), sources[0], out, part_of)
     raise AssertionError(op.kind)
 
 
@@ -163,17 +167,19 @@ def _indices(op: Op, out: Tensor) -> Tensor:
     return torch.tensor(op.indices, dtype=torch.int64, device=out.device)
 
 
-def _product(
-    op: Op, sources: Sequence[Tensor], out: Tensor, matrix_of: Callable[[DenseMap], Tensor]
-) -> Call:
-    """Out = matrix times source, over the middle one of three dimensions."""
-    strip = op.matrix
-    assert strip is not None
-    whole = matrix_of(strip.dense)
-    matrix = whole[slice(*strip.rows), slice(*strip.columns)].to(out.dtype)
-    (source,) = sources
-    if out.shape[2] == 1:
-        return partial(torch.mm, source[:, :, 0], matrix.T, out=out[:, :, 0])
-    if out.shape[0] == 1:
-        return partial(torch.mm, matrix, source[0], out=out[0])
-    return partial(torch.matmul, matrix, source, out=out)
+def _product(strip: Strip, adds: bool, source: Tensor, out: Tensor, part_of: PartOf) -> None:
+    """Out = matrix times source, over the middle one of three dimensions; or that is added to it.
+
+    The order depends on the matrix and the shapes alone: on these go all of a tensor's bits.
+    """
+    for rows, columns in strip.blocks():
+        matrix = part_of(strip.dense, rows, columns, out.dtype)
+        to = out[:, slice(*(i - strip.rows[0] for i in rows))]
+        read = source[:, slice(*(i - strip.columns[0] for i in columns))]
+        beta = float(adds or columns[0] > strip.columns[0])
+        if to.shape[2] == 1:
+            flat = to[:, :, 0]
+            torch.addmm(flat, read[:, :, 0], matrix.T, beta=beta, out=flat)
+            continue
+        for one, other in zip(to, read, strict=True):
+            torch.addmm(one, matrix, other, beta=beta, out=one)

@@ -107,8 +107,10 @@ def run_here(
     """The same in the caller's own thread: a single tensor is not worth starting others."""
     worker, lane = Worker(memory, Programs(), grid=sink.grid), sink.lane()
     # As in a run: a product of several threads would be rounded otherwise.
-    derives = any(True for form in targets.values() for _ in form.derived())
-    with torch_threads() if derives else nullcontext():
+    multiplies = any(
+        form.is_dense or any(True for _ in form.derived()) for form in targets.values()
+    )
+    with torch_threads() if multiplies else nullcontext():
         for bundle in schedule.bundles(targets, memory, grid=sink.grid, rows=rows or {}):
             for _ in _pushed(bundle, worker, lane):
                 pass

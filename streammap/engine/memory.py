@@ -2,14 +2,15 @@
 
     base       streammap's modules and torch's kernels, once they are used
     tensors    the plan and bookkeeping of the run: for each tensor of a source or of the result
-    matrices   dense maps, which are held
+    matrices   dense maps that are no files
     network    a client and what it fetched ahead, where sources are read over one
     workers    each: a few places for parts of sources, a tile of the result, and scratch; where
-               tensors are derived, what deriving takes, and a small worker for what it reads
+               tensors are derived, what deriving takes, and a small worker for what it reads;
+               where there are dense maps, a block of one, and what products take
 
 The tile is what the budget leaves room for, up to 2 MiB: larger ones are not faster. It is computed
-in chunks that stay in a processor's cache. Each tile of a dense map reads the whole source, so
-these tiles are larger if the budget is.
+in chunks that stay in a processor's cache. What products of matrices add up to depends on the tile,
+so that tiles with dense maps are of one size, whatever the budget.
 """
 
 import math
@@ -23,7 +24,7 @@ from streammap.errors import OutputError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.codecs.coded import SCRATCH_NBYTES
 from streammap.io.storage.base import Network
-from streammap.planning.derived.low_rank import PRODUCT_NBYTES
+from streammap.planning.dense import blocks
 from streammap.planning.graph import Derived, LinearForm
 from streammap.planning.maps import N_IRREGULAR, BlockMap, DenseMap
 
@@ -70,10 +71,14 @@ _INNER_TILE_NBYTES = 2**18
 N_PLACES = 3
 """Parts of sources that a worker keeps."""
 _MAX_WORKERS = 8
-_MAX_DENSE_NBYTES = 64 * 2**20
 _MAX_ITEM_NBYTES = 8
+_LIBRARY_NBYTES, _MULTIPLYING_NBYTES = 8 * 2**20, 5 * 2**20
+"""What the library that multiplies matrices takes, once and in each worker; measured."""
 _STEP_NBYTES = 4096
-_DENSE_PART = 8
+DENSE_TILE_NBYTES = MAX_TILE_NBYTES
+"""A tile of a form with dense maps, and the part of a source that it reads at once."""
+DENSE_WORK_NBYTES = 8 * 2**20
+"""What it is computed in: four times as much, where it is kept in float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +102,10 @@ class Memory:
     tensors_nbytes: int
     """What is kept for each tensor, together."""
     tile_nbytes: int
-    dense_tile_nbytes: int
-    """0 where there is no dense map."""
+    block_nbytes: int | None
+    """Room for a block of a dense map in each worker; None where there is no dense map."""
     matrices_nbytes: int
+    """Dense maps that are held."""
     ahead_nbytes: int = 0
     """What is fetched ahead of its use, if sources are read over a network."""
     client_nbytes: int = 0
@@ -110,14 +116,16 @@ class Memory:
     """What deriving a tensor takes in each worker; 0 where none is derived."""
     inner_tile_nbytes: int = 0
     """The tile of what derived tensors are computed from."""
+    inner_block_nbytes: int | None = None
+    """The same as `block_nbytes` for these."""
     decode_nbytes: int = 0
     """What decoding quantised tensors takes for each worker."""
 
     @cached_property
     def inner(self) -> "Memory":
         """For what derived tensors are computed from: a worker within each of these."""
-        tile = self.inner_tile_nbytes
-        return Memory(1, 0, tile, tile, 0, inner_tile_nbytes=tile)
+        tile, block = self.inner_tile_nbytes, self.inner_block_nbytes
+        return Memory(1, 0, tile, block, 0, inner_tile_nbytes=tile, inner_block_nbytes=block)
 
     @cached_property
     def limits(self) -> Limits:
@@ -127,19 +135,31 @@ class Memory:
 
     @cached_property
     def dense_limits(self) -> Limits:
-        """For forms with dense maps."""
-        largest = max(self.tile_nbytes, self.dense_tile_nbytes)
-        work = max(self.limits.work_nbytes, _SCRATCH_CHUNKS * self.dense_tile_nbytes)
-        return Limits(largest, self.tile_nbytes, work, work)
+        """For forms with dense maps: the same in all runs."""
+        work = DENSE_WORK_NBYTES
+        return Limits(DENSE_TILE_NBYTES, DENSE_TILE_NBYTES, work, work)
+
+    @cached_property
+    def largest(self) -> Limits:
+        """For all forms of the run."""
+        a, b = self.limits, self.limits if self.block_nbytes is None else self.dense_limits
+        return Limits(
+            max(a.out_nbytes, b.out_nbytes),
+            max(a.read_nbytes, b.read_nbytes),
+            max(a.chunk_nbytes, b.chunk_nbytes),
+            max(a.work_nbytes, b.work_nbytes),
+        )
 
     @property
     def fixed_nbytes(self) -> int:
         """What is taken whatever the tiles are."""
-        products = PRODUCT_NBYTES * self.n_workers if self.matrices_nbytes else 0
-        network = self.client_nbytes + self.ahead_nbytes
+        is_dense = self.block_nbytes is not None
         each = self.sink_nbytes + self.derived_nbytes + self.decode_nbytes
+        each += (self.block_nbytes or 0) + _MULTIPLYING_NBYTES * is_dense
+        network = self.client_nbytes + self.ahead_nbytes
         held = self.tensors_nbytes + self.matrices_nbytes
-        return BASE_NBYTES + held + products + network + each * self.n_workers
+        base = BASE_NBYTES + _LIBRARY_NBYTES * is_dense
+        return base + held + network + each * self.n_workers
 
     @property
     def peak_nbytes(self) -> int:
@@ -157,7 +177,7 @@ class Memory:
 
 
 def _peak(m: Memory) -> int:
-    limits = m.dense_limits
+    limits = m.largest
     each = N_PLACES * limits.read_nbytes + limits.out_nbytes + limits.work_nbytes
     return m.fixed_nbytes + m.n_workers * each
 
@@ -168,7 +188,9 @@ class _Needs:
 
     def __init__(self) -> None:
         self.matrices: dict[int, int] = {}
-        """Bytes of each dense map."""
+        """Bytes of each matrix that is held."""
+        self.block_nbytes: int | None = None
+        self.inner_block_nbytes: int | None = None
         self.inner_tile_nbytes = 0
         self._targets_nbytes = self._scratch_nbytes = self._depth = 0
         self._sources: dict[int, Checkpoint] = {}
@@ -184,15 +206,25 @@ class _Needs:
         self._targets_nbytes += _TARGET_NBYTES + _LOAD_NBYTES * (n_loads - 1)
         for term in form.terms:
             self._targets_nbytes += _MAPS_NBYTES * any(m is not None for m in term.maps)
-            self.matrices |= {id(m): m.matrix.nbytes for m in term.maps if isinstance(m, DenseMap)}
             for m in term.maps:
-                if isinstance(m, BlockMap) and len(m.rows) > _LARGE_MAP:
+                if isinstance(m, DenseMap):
+                    self._add_dense(m, form.accumulator, depth)
+                elif m is not None and len(m.rows) > _LARGE_MAP:
                     self._large[id(m)] = m
             for _, ref in term.blend:
                 if isinstance(ref.source, Checkpoint):
                     self._sources[id(ref.source)] = ref.source
                 elif isinstance(ref.source, Derived):
                     self._add_derived(ref.source, depth + 1)
+
+    def _add_dense(self, m: DenseMap, accumulator: str, depth: int) -> None:
+        self.matrices |= {id(tensor): tensor.nbytes for tensor in m.matrix.held()}
+        nbytes = blocks.room(m.matrix, accumulator)
+        if depth:
+            self.inner_block_nbytes = max(self.inner_block_nbytes or 0, nbytes)
+            self.inner_tile_nbytes = max(self.inner_tile_nbytes, DENSE_TILE_NBYTES)
+        else:
+            self.block_nbytes = max(self.block_nbytes or 0, nbytes)
 
     def _add_derived(self, made: Derived, depth: int) -> None:
         self._depth = max(self._depth, depth)
@@ -209,6 +241,8 @@ class _Needs:
     def derived_nbytes(self) -> int:
         """What a worker takes for derived tensors: scratch, and a worker for each level of them."""
         inner = (N_PLACES + 1 + _SCRATCH_CHUNKS) * self.inner_tile_nbytes
+        if self.inner_block_nbytes is not None:
+            inner += self.inner_block_nbytes + _LIBRARY_NBYTES + _MULTIPLYING_NBYTES
         return self._depth * (self._scratch_nbytes + inner)
 
     @cached_property
@@ -306,7 +340,8 @@ def fit(
     for form in forms:
         needs.add(form)
         least = max(least, _least(form))
-    matrices = needs.matrices
+    is_dense = needs.block_nbytes is not None
+    least = max(least, DENSE_TILE_NBYTES * is_dense)
     wanted = n_workers or min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
     ahead = 0
     if "ranges" in networks:
@@ -316,13 +351,14 @@ def fit(
         wanted,
         needs.nbytes,
         least,
-        0,
-        sum(matrices.values()),
+        needs.block_nbytes,
+        sum(needs.matrices.values()),
         ahead,
         client,
         sink_nbytes + needs.calls_nbytes,
         needs.derived_nbytes,
         needs.inner_tile_nbytes,
+        needs.inner_block_nbytes,
         SCRATCH_NBYTES if needs.decodes else 0,
     )
     if budget is None:
@@ -330,7 +366,10 @@ def fit(
         fits_default = fewest.peak_nbytes <= DEFAULT_NBYTES
         budget = DEFAULT_NBYTES if fits_default else memory.peak_nbytes + 4 * _TILES_NBYTES
     # Fewer workers rather than tiles so small that each costs more than it holds.
-    while n_workers is None and memory.n_workers > 1 and memory.room(budget) < 8 * least:
+    while n_workers is None and memory.n_workers > 1:
+        fits = memory.peak_nbytes <= budget if is_dense else memory.room(budget) >= 8 * least
+        if fits:
+            break
         memory = replace(memory, n_workers=memory.n_workers - 1)
     if memory.peak_nbytes > budget:
         needed = -(-memory.peak_nbytes // 2**20)
@@ -340,13 +379,4 @@ def fit(
             hint=f"pass --memory {needed}MiB, or more",
         )
     tile = min(memory.room(min(budget, memory.fixed_nbytes + _TILES_NBYTES)), MAX_TILE_NBYTES)
-    memory = replace(memory, tile_nbytes=max(least, tile))
-    if not matrices:
-        return memory
-    # Not all of it: larger tiles read the source less often, but soon that gains little.
-    share = (budget - memory.fixed_nbytes) // _DENSE_PART
-    each = share // memory.n_workers - N_PLACES * memory.tile_nbytes
-    dense = min(each // (1 + _SCRATCH_CHUNKS), _MAX_DENSE_NBYTES)
-    return replace(
-        memory, dense_tile_nbytes=max(memory.tile_nbytes, dense // _STEP_NBYTES * _STEP_NBYTES)
-    )
+    return replace(memory, tile_nbytes=max(least, tile))

@@ -48,7 +48,7 @@ class Engine:
     memory: str | int = option(
         default=MEMORY,
         help="Memory that a run may add to the process, on top of the torch import; auto is "
-        "256MiB, or what very many tensors or dense maps need.",
+        "256MiB, or what very many tensors need.",
         group=RESOURCES,
         kind=_Memory(),
         metavar="SIZE",

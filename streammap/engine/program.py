@@ -7,10 +7,12 @@ No torch here: kernels.py makes calls of it.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from streammap.common.ranges import Range
+from streammap.planning.dense import matrix as matrices
 from streammap.planning.maps import DenseMap
 from streammap.planning.segments import Segment
 
@@ -99,7 +101,7 @@ class Op:
     sources: tuple[View, ...] = ()
     number: float = 0.0
     """The factor of "mul", the divisor of "div" and "pool", the value of "fill", the second
-    source's weight in "blend"."""
+    source's weight in "blend"; 1 where "matmul" adds to what is there."""
     indices: tuple[int, ...] = ()
     """Of "take", "put" (adds to them) and "clear": units of dimension 1 of a folded view."""
     numbers: tuple[float, ...] = ()
@@ -115,6 +117,16 @@ class Strip:
     dense: DenseMap
     rows: Range
     columns: Range
+
+    def blocks(self) -> Iterator[tuple[Range, Range]]:
+        """Rows and columns that are multiplied with at once, in their order."""
+        n_rows, n_columns = self.dense.matrix.shape
+        if self.rows == (0, n_rows) and self.columns == (0, n_columns):
+            yield from self.dense.matrix.blocks()
+            return
+        step = max(1, matrices.BLOCK // (self.columns[1] - self.columns[0]))
+        for start in range(*self.rows, step):
+            yield (start, min(start + step, self.rows[1])), self.columns
 
 
 @dataclass(frozen=True, slots=True)

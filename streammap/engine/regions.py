@@ -70,7 +70,8 @@ def parse(region: slice | Sequence[slice], shape: tuple[int, ...], *, key: str) 
 
 def region_read(form: LinearForm, region: Region) -> RegionRead:
     """What to compute for a region."""
-    for dim in range(1, len(region)):
+    # Products are computed as they are for the whole tensor, so that they have the same bits.
+    for dim in range(1, 0 if form.is_dense else len(region)):
         form, taken = _without(form, dim, region[dim])
         if taken:
             start, end = region[dim]

@@ -7,6 +7,7 @@ same bytes (a layer copied to four places, rows that are copies) are one job wit
 Places are keys, and offsets within tensors: where in which file these are is the sink's business.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from streammap.errors import PlanError
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm, TensorRef
-from streammap.planning.maps import AxisMap, BlockMap, DenseMap
+from streammap.planning.maps import AxisMap, BlockMap
 
 RANGE_NBYTES = 8 * 2**20
 """Bytes of a job that is read or computed piece by piece: it takes memory for one piece only."""
@@ -223,14 +224,16 @@ def _tiles(group: list[Target], shared: object, cut: Cut) -> Iterator[Bundle]:
 
 
 def _wanted(tiles: tuple[Tile, ...], target: Target) -> Iterator[Tile]:
-    """The parts of tiles that are in the target's rows."""
+    """The parts of tiles that are in the target's rows; of products the tiles, so that they are
+    multiplied as in every run.
+    """
     if target.rows is None:
         yield from tiles
         return
     for tile in tiles:
         part = ranges.clipped(tile, target.form.spec.shape, *target.rows)
         if part is not None:
-            yield part
+            yield tile if target.form.is_dense else part
 
 
 def _maps(form: LinearForm) -> tuple[tuple[AxisMap | None, ...], ...]:
@@ -239,8 +242,7 @@ def _maps(form: LinearForm) -> tuple[tuple[AxisMap | None, ...], ...]:
 
 def limits_of(form: LinearForm, memory: Memory) -> Limits:
     """What a tile of the form may take."""
-    dense = any(isinstance(m, DenseMap) for maps in _maps(form) for m in maps)
-    return memory.dense_limits if dense else memory.limits
+    return memory.dense_limits if form.is_dense else memory.limits
 
 
 def cut_of(form: LinearForm, limits: Limits) -> Cut:
@@ -265,6 +267,18 @@ def cut_of(form: LinearForm, limits: Limits) -> Cut:
         f"a number of {spec} takes more than {limits.read_nbytes} bytes",
         hint="give the run more memory",
     )
+
+
+def grid_tile(form: LinearForm, cut: Cut, element: int) -> Tile:
+    """The tile of a cut that has an element of a form, counted from the form's first."""
+    shape, index, rest = form.spec.shape, [], element
+    for d in range(cut.dim + 1):
+        inner = math.prod(shape[d + 1 :])
+        index.append(rest // inner)
+        rest %= inner
+    start = index[-1] // cut.rows * cut.rows
+    end = min(start + cut.rows, shape[cut.dim])
+    return ranges.tile_at(shape, tuple(index[:-1]), start, end)
 
 
 def _heaviest(dims: list[AxisMap | None]) -> int:

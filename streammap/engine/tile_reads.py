@@ -21,7 +21,7 @@ from streammap.planning.maps import BlockMap, DenseMap
 
 STRIP = 512
 """Units that a dense map takes in at once, at most."""
-_STRIP_NBYTES = 2**19
+_STRIP_NBYTES = 2**20
 """Or fewer, where a unit has many bytes."""
 
 

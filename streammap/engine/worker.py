@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, final
 
 from streammap.common import ranges
 from streammap.common.losses import NOTHING, Losses
-from streammap.common.ranges import PIECE_NBYTES
+from streammap.common.ranges import PIECE_NBYTES, Range, Tile
+from streammap.common.torch_threads import begin_thread
 from streammap.common.weighed_cache import WeighedCache
 from streammap.engine import elementwise
 from streammap.engine.compiler import Programs
@@ -24,7 +25,9 @@ from streammap.engine.schedule import (
     Grid,
     Job,
     TensorOffset,
+    cut_of,
     fits,
+    grid_tile,
     limits_of,
     whole_tiles,
 )
@@ -35,10 +38,12 @@ from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import DTYPE_BITS
 from streammap.io.storage.base import Reader
 from streammap.io.storage.mapping import MappedPart
+from streammap.planning.dense.blocks import Blocks
 from streammap.planning.graph import Derived, LinearForm, TensorRef
 from streammap.planning.maps import DenseMap
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 Call = Callable[[], object]
@@ -95,9 +100,11 @@ class Worker:
             reader: How files of this machine are read.
             matrices: Dense maps on the device to compute on; None for the processor.
         """
+        begin_thread()
         self._memory, self._programs = memory, programs
         self._grid, self._reader = grid, reader
-        limits = memory.dense_limits
+        limits = memory.largest
+        self._blocks = Blocks()
         self._out = Buffer(limits.out_nbytes)
         self._places = [_Place(limits.read_nbytes) for _ in range(N_PLACES)]
         self._order = list(range(N_PLACES))
@@ -274,15 +281,16 @@ class Worker:
         requests = job.recipe.requests
         chosen = [self._place(request) for request in requests]
         numbers = tuple(number for number, _ in chosen)
-        # A call for a dense map holds its strip of the matrix in the accumulator's dtype: keeping
-        # it would hold the matrix a second time.
-        calls = self._calls(program, numbers, keeps=not job.recipe.is_dense)
+        # Each tile cuts its matrices at another place. What they are multiplied with is not mapped:
+        # how a product is rounded depends on where in a cache line its operands begin, too.
+        is_dense = job.recipe.is_dense
+        calls = self._calls(program, numbers, keeps=not is_dense)
         reads = iter(zip(requests, chosen, strict=True))
 
         def read() -> None:
             request, (number, is_held) = next(reads)
             if not is_held:
-                self._fill(self._places[number], request.stretches())
+                self._fill(self._places[number], request.stretches(), maps=not is_dense)
 
         self._run(program, numbers, calls, read)
 
@@ -323,7 +331,7 @@ class Worker:
         with side.stream():
             for op in self._means(job)[0].ops:
                 if op.kind != "read":
-                    bind(op, buffer, side.matrices.on_device, self._note)()
+                    bind(op, buffer, side.matrices.part, self._note)()
                     continue
                 request = next(requests)
                 held = side.held(request.cache_key)
@@ -368,7 +376,11 @@ class Worker:
         def buffer(request: int) -> "Buffer | _Place":
             return special[request] if request < 0 else self._places[numbers[request]]
 
-        return bind(op, buffer, _matrix, self._note)
+        return bind(op, buffer, self._part, self._note)
+
+    def _part(self, m: DenseMap, rows: Range, columns: Range, dtype: "torch.dtype") -> "Tensor":
+        """Rows and columns of a dense map, valid until it is asked again."""
+        return self._blocks.part(m.matrix, rows, columns, dtype)
 
     def _fill(self, place: _Place, stretches: Iterable[Stretch], *, maps: bool = True) -> None:
         """Read stretches of bytes, one after the other; a single one may be mapped instead."""
@@ -415,6 +427,7 @@ class WorkerReader:
         """Take nothing yet; `memory` is that of the worker it reads for."""
         self.kept: dict[object, object] = {}
         self._owner: Derived | None = None
+        self._memory = memory.inner
         self._worker = Worker(memory.inner, Programs(), grid=whole_tiles, reader=reader)
 
     @property
@@ -437,15 +450,29 @@ class WorkerReader:
         if bare is not None:
             self._worker.read(bare, start * bits // 8, view)
             return
-        shared, at = form_key(form), 0
-        for tile in ranges.boxes(form.spec.shape, start, start + len(view) * 8 // bits):
+        shared, end = form_key(form), start + len(view) * 8 // bits
+        for tile in self._tiles(form, start, end):
             self._worker.begin()
-            job = Compute(shared, Recipe(form, tile), (TensorOffset("", at),))
-            for part in self._worker.split(job):
-                first = part.places[0].offset
+            at = (tile.offset - start) * bits // 8
+            for part in self._worker.split(
+                Compute(shared, Recipe(form, tile), (TensorOffset("", 0),))
+            ):
+                first = at + part.places[0].offset
                 for offset, piece in self._worker.compute(part):
-                    view[first + offset : first + offset + len(piece)] = piece
-            at += job.nbytes
+                    low, high = max(0, first + offset), min(len(view), first + offset + len(piece))
+                    if low < high:
+                        view[low:high] = piece[low - first - offset : high - first - offset]
+
+    def _tiles(self, form: LinearForm, start: int, end: int) -> Iterator[Tile]:
+        """Tiles that have elements of a form; of products, those that have the same in each run."""
+        if not form.is_dense:
+            yield from ranges.boxes(form.spec.shape, start, end)
+            return
+        cut = cut_of(form, limits_of(form, self._memory))
+        while start < end:
+            tile = grid_tile(form, cut, start)
+            yield tile
+            start = tile.offset + tile.n_elements
 
     def close(self) -> None:
         """Give back what is mapped."""
@@ -459,7 +486,3 @@ def _unbound(program: Program) -> Calls:
 def decodes(load: TensorRef) -> bool:
     """Whether a tensor is computed from stored parts as it is read."""
     return isinstance(load.source, Checkpoint) and load.key in load.source.parts_of
-
-
-def _matrix(m: DenseMap) -> "Tensor":
-    return m.matrix

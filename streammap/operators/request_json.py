@@ -32,6 +32,7 @@ from streammap.planning.request import MapDigests, OperatorCall
 _MAX_CALLS = 200
 _MAX_INLINE = 256 * 1024
 """Longest text of maps; larger ones go by digest."""
+_MAX_DENSE_NBYTES = 4 * 2**20
 _MAX_MAPS_NBYTES = 64 * 2**20
 
 
@@ -84,6 +85,8 @@ def _packed(maps: object, operator: str) -> object:
         return {"sha256": list(maps.sha256)}
     if not isinstance(maps, tuple) or not maps:
         return ""
+    if map_file.dense_nbytes(maps) > _MAX_DENSE_NBYTES:
+        return {"sha256": [level.digest for level in maps]}
     text = base64.b64encode(zlib.compress(map_file.encode(maps), 9)).decode()
     # Orders that were found are nowhere but here: a result's map file has those that it shrank by.
     if len(text) > _MAX_INLINE and operator != "align":

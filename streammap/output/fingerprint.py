@@ -149,14 +149,13 @@ def _parts(form: LinearForm, number: dict[int, int], maps: dict[int, bytes]) -> 
 def _map(axis_map: AxisMap, known: dict[int, bytes]) -> bytes:
     """A digest of a map. Many tensors share one, so it is computed once."""
     if id(axis_map) not in known:
+        digest = hashlib.sha256()
         if isinstance(axis_map, BlockMap):
-            text = repr((axis_map.n_in, axis_map.block, axis_map.rows)).encode()
+            digest.update(repr((axis_map.n_in, axis_map.block, axis_map.rows)).encode())
         else:
-            import ctypes
-
-            matrix = axis_map.matrix.contiguous()
-            text = ctypes.string_at(matrix.data_ptr(), matrix.nbytes)
-        known[id(axis_map)] = hashlib.sha256(text).digest()
+            for piece in axis_map.matrix.pieces():
+                digest.update(piece)
+        known[id(axis_map)] = digest.digest()
     return known[id(axis_map)]
 
 

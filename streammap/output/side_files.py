@@ -12,8 +12,9 @@ import fnmatch
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import final
 
@@ -47,22 +48,39 @@ class SideFile:
     name: str
     """Relative to the result's folder, with slashes."""
     content: bytes | None = None
-    """None where it is copied."""
+    """None where it is copied, or made of pieces."""
+    pieces: Callable[[], Iterable[bytes]] | None = None
+    """Makes new content that may be large, a piece at a time."""
     path: Path | None = None
     """Where it is copied from; None where it has to be fetched."""
     storage: Storage | None = None
     """Where it is fetched from."""
     nbytes: int = 0
-    """Size in the source's folder."""
+    """Size in the source's folder; of what is made of pieces, about."""
+
+    @property
+    def is_large(self) -> bool:
+        """Whether it is made of pieces, and not to be held."""
+        return self.pieces is not None and self.nbytes > MAX_FETCHED_NBYTES
+
+    def parts(self) -> Iterable[bytes]:
+        """All of it, part by part.
+
+        Raises:
+            CheckpointError: it can't be read.
+        """
+        return [self.read()] if self.pieces is None else self.pieces()
 
     def read(self) -> bytes:
-        """All of it.
+        """All of it at once.
 
         Raises:
             CheckpointError: it can't be read.
         """
         if self.content is not None:
             return self.content
+        if self.pieces is not None:
+            return b"".join(self.pieces())
         if self.path is not None:
             return safe_open.content(self.path, limit=_MAX_NBYTES)
         assert self.storage is not None
@@ -91,7 +109,8 @@ def collect(plan: Plan, *, single: str | None = None) -> Iterator[SideFile]:
             yield _resized(file, plan.sized)
     if plan.levels:
         name = map_file.NAME if single is None else map_file.beside(Path(single)).name
-        yield SideFile(name, map_file.encode(plan.levels))
+        made = partial(map_file.pieces, plan.levels)
+        yield SideFile(name, pieces=made, nbytes=map_file.dense_nbytes(plan.levels))
     if single is None and plan.architecture is not None and plan.architecture.endswith(".toml"):
         spec = safe_open.content(Path(plan.architecture), limit=_MAX_SPEC_NBYTES)
         yield SideFile(filenames.SPEC, spec)

@@ -305,7 +305,7 @@ class _Transaction:
             if file.path is not None:
                 out.copy(file.name, file.path)
             else:
-                out.add(file.name, file.read())
+                out.add_parts(file.name, file.parts())
         side, writer = tuple(out.written), self._writer
         files = {name: out.of_shard(name, writer.of_shard(name)) for name in shards} | out.written
         content = record.encode(self._plan, files, writer.tensors(), writer.losses)

@@ -198,13 +198,16 @@ class _Upload:
     def complete(self, side: Sequence[SideFile]) -> None:
         """Send the files beside the shards; the last of them make it a model."""
         sink, single = self._sink, self._sink.file
-        small = {file.name: file.read() for file in side}
+        are_large = [file for file in side if file.is_large]
+        large = {file.name: self._send_side(file) for file in are_large}
+        small = {file.name: file.read() for file in side if not file.is_large}
         if single is None:
             weights = layout.holding(self._shards, self._plan.weights)
             if len(weights) > 1:
                 small[layout.INDEX] = layout.index(weights)
             small |= dict(sink.extras())
         files = {shard.name: self._sent.written(shard.name) for shard in self._shards}
+        files |= large
         files |= {
             name: Written(len(content), crc32.crc32(content)) for name, content in small.items()
         }
@@ -217,6 +220,17 @@ class _Upload:
             record.encode(self._plan, files, tensors, self._sent.lost())
         )
         sink.put_all({name: small[name] for name in commit.in_order(tuple(small))})
+
+    def _send_side(self, file: SideFile) -> Written:
+        """Send a file that may be large, by way of the spool."""
+        path, nbytes, crc = self._options.path / file.name, 0, 0
+        with path.open("wb") as spooled:
+            for part in file.parts():
+                spooled.write(part)
+                nbytes, crc = nbytes + len(part), crc32.crc32(part, crc)
+        self._sink.put(file.name, path)
+        path.unlink()
+        return Written(nbytes, crc)
 
 
 def _whole(shard: Shard) -> RunResult:

@@ -16,6 +16,7 @@ from streammap.architectures.schema import Architecture
 from streammap.errors import PlanError, SchemeError, some
 from streammap.planning import maps, requests
 from streammap.planning.maps import BlockMap
+from streammap.planning.plan import STAY_ZERO
 from streammap.planning.requests import MAX_PARTS, AxisRequest, Grouping
 
 KvMerge = Literal["mean", "first"]
@@ -178,7 +179,7 @@ class AxisRequests:
             groups = requests.copies(large, small)
             left = large - small * (large // small)
             told = f"{left} of {large} {self.units(axis)} are new, zero at first"
-            self.notes.append(f"{told}; {maps.STAY_ZERO}")
+            self.notes.append(f"{told}; {STAY_ZERO}")
             return maps.merging(groups, large)
         return maps.merging(requests.cyclic(large, small), large)
 
@@ -187,7 +188,7 @@ class AxisRequests:
         used = [member for group in groups for member in group]
         left = sorted(set(range(n_large)) - set(used))
         if left:
-            fate = f"zero in the result; {maps.STAY_ZERO}" if self._grows else "dropped"
+            fate = f"zero in the result; {STAY_ZERO}" if self._grows else "dropped"
             self.notes.append(f"{self.units(axis)} {some(left)} of {n_large}: in no group, {fate}")
         twice = sorted({a for a, b in itertools.pairwise(sorted(used)) if a == b})
         if twice:

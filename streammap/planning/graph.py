@@ -24,7 +24,7 @@ from streammap.io import dtypes
 from streammap.io.dtypes import TensorSpec
 from streammap.io.storage.base import Reader
 from streammap.planning import maps
-from streammap.planning.maps import AxisMap, BlockMap
+from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 
 if TYPE_CHECKING:
     from streammap.io.storage.mapping import MappedPart
@@ -131,6 +131,11 @@ class LinearForm:
         weights = {c for term in self.terms for c, _ in term.blend}
         moves = any(m is not None for term in self.terms for m in term.maps)
         return not moves and len(weights) > 1 and min(weights) > 0.0
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is multiplied with a matrix."""
+        return any(isinstance(m, DenseMap) for term in self.terms for m in term.maps)
 
     @property
     def narrows(self) -> bool:

@@ -23,7 +23,7 @@ from streammap.errors import PlanError
 from streammap.planning import maps
 from streammap.planning.compensation import FIXED_EPS, Compensation, eps_error, eps_words
 from streammap.planning.maps import BlockMap
-from streammap.planning.plan import Promise
+from streammap.planning.plan import STAY_ZERO, Promise
 from streammap.planning.requests import MAX_PARTS
 
 _EXACT_TYPES = ("default", "llama3", "yarn")
@@ -126,7 +126,7 @@ class HeadSize:
         """What training does to the channels of a growth."""
         n_new = self.size - self.map.n_in
         told = f"{n_new} of {self.size} channels of a head are new, zero at first"
-        return (f"{told}; {maps.STAY_ZERO}",) if n_new > 0 else ()
+        return (f"{told}; {STAY_ZERO}",) if n_new > 0 else ()
 
     @property
     def promise(self) -> tuple[Promise, str]:

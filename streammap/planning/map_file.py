@@ -5,7 +5,8 @@ axis, its merging map F (small x large): as non-zeros ("i.heads.places" [n, 2] a
 [n], over blocks of metadata's "block" units), or as a matrix ("i.heads.matrix"). The names of axes
 are the architecture spec's; "mlp@layer.3" is the map of an axis in one layer of the small model,
 where each layer has another. The format's own library writes and reads it, and a CRC-32 of all that
-it says is in its metadata: a damaged map is refused.
+it says is in its metadata: a damaged map is refused. Matrices stay in the file, and are read
+from it a block at a time.
 
 A file of the original tools is read too (`MapMatrix.bin`, with embed_F, qk_F, v_F, inter_F and R):
 its axes become "embed", "qk", "v", "mlp" and "layer".
@@ -18,8 +19,9 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -27,13 +29,16 @@ from streammap.architectures.axis_facts import Layer
 from streammap.common import strict_json
 from streammap.errors import CheckpointError, SchemeError
 from streammap.io import safe_open
-from streammap.io.dtypes import TensorSpec, to_torch
+from streammap.io.dtypes import DTYPE_BITS, TensorSpec
 from streammap.io.formats import safetensors_header
 from streammap.io.formats.safetensors_header import Slot
 from streammap.io.storage import resolve
 from streammap.io.storage.base import Storage
 from streammap.io.storage.local import LocalFile
+from streammap.io.tensor_readers import FileTensors
 from streammap.planning import maps
+from streammap.planning.dense import stored
+from streammap.planning.dense.matrix import PART, Matrix
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 
 if TYPE_CHECKING:
@@ -46,9 +51,10 @@ NAMES = (NAME, ORIGINAL)
 _ABOUT = "streammap"
 """Entry of the header's metadata."""
 _ORIGINAL_AXES = {"embed_F": "embed", "qk_F": "qk", "v_F": "v", "inter_F": "mlp"}
-_MAX_NBYTES = 8 * 2**30
+_MAX_MEMBERS = 2**26
 _MAX_UNITS = 2**40
 _MAX_EMPTY_ROWS = 2**20
+_PIECE_NBYTES = 2**20
 _LAYERED = re.compile(r"([^@]+)@([^@]+)\.(0|[1-9][0-9]{0,5})")
 """A map of an axis in one layer: axis, depth axis, number."""
 
@@ -88,7 +94,9 @@ class MapLevel:
         digest = hashlib.sha256()
         for name, axis_map in self.named.items():
             digest.update(f"{name} {axis_map.n_out} {axis_map.n_in} ".encode())
-            digest.update(_content_of(axis_map))
+            for part in _parts_of(axis_map):
+                for piece in part.pieces():
+                    digest.update(piece)
         if self.filled:
             digest.update(" ".join(sorted(self.filled)).encode())
         return digest.hexdigest()
@@ -132,19 +140,29 @@ def load(source: str | Path) -> tuple[MapLevel, ...]:
 
 
 def _load(storage: Storage, name: str) -> tuple[MapLevel, ...]:
-    nbytes, path = storage.stat(name).nbytes, storage.path(name)
-    if nbytes > _MAX_NBYTES:
-        raise SchemeError(f"{storage.where(name)}: {nbytes} bytes, at most {_MAX_NBYTES}")
+    path = storage.path(name)
     if path is None:
         import tempfile
 
+        # Matrices keep the file open, and so there, once its folder is gone.
         with tempfile.TemporaryDirectory(prefix="streammap-") as folder:
             path = Path(folder) / name
-            path.write_bytes(storage.read(name, limit=_MAX_NBYTES))
+            _fetch(storage, name, path)
             levels = _load_path(path)
     else:
         levels = _load_path(path)
     return tuple(replace(level, where=storage.where(name)) for level in levels)
+
+
+def _fetch(storage: Storage, name: str, path: Path) -> None:
+    """Copy a file from elsewhere, piece by piece."""
+    stat = storage.stat(name)
+    there, piece = storage.open(name, stat), memoryview(bytearray(_PIECE_NBYTES))
+    with path.open("wb") as file:
+        for start in range(0, stat.nbytes, _PIECE_NBYTES):
+            view = piece[: min(_PIECE_NBYTES, stat.nbytes - start)]
+            there.read_into(start, view)
+            file.write(view)
 
 
 def _load_path(path: Path) -> tuple[MapLevel, ...]:
@@ -155,8 +173,13 @@ def _load_path(path: Path) -> tuple[MapLevel, ...]:
 
 
 def encode(levels: tuple[MapLevel, ...]) -> bytes:
-    """The bytes of a map file."""
-    parts: list[tuple[str, TensorSpec, bytes]] = []
+    """The bytes of a map file, for maps that are small; see `pieces`."""
+    return b"".join(pieces(levels))
+
+
+def pieces(levels: tuple[MapLevel, ...]) -> Iterator[bytes]:
+    """The bytes of a map file, a piece at a time: matrices may be larger than the memory."""
+    parts: list[_Part] = []
     levels_: list[object] = []
     for i, level in enumerate(levels):
         axes: dict[str, dict[str, int]] = {}
@@ -164,58 +187,59 @@ def encode(levels: tuple[MapLevel, ...]) -> bytes:
             axes[name] = {"small": axis_map.n_out, "large": axis_map.n_in}
             if isinstance(axis_map, BlockMap):
                 axes[name]["block"] = axis_map.block
-            for suffix, spec, content in _tensors_of(axis_map):
-                parts.append((f"{i}.{name}.{suffix}", spec, content))
+            at = f"{i}.{name}."
+            parts += (replace(part, key=f"{at}{part.key}") for part in _parts_of(axis_map))
         sizes = {name: list(pair) for name, pair in sorted(level.sizes.items())}
         entry: dict[str, object] = {"axes": axes, "sizes": sizes}
         levels_.append({**entry, "filled": sorted(level.filled)} if level.filled else entry)
     about: dict[str, object] = {"version": 1, "levels": levels_}
     about["crc32"] = _sum(about, parts)
-    from safetensors.torch import save
+    # Widest first, as the format's own library does it: then all are aligned.
+    parts.sort(key=lambda part: (-DTYPE_BITS[part.spec.dtype], part.key))
+    specs = [(part.key, part.spec) for part in parts]
+    yield safetensors_header.encode(specs, {_ABOUT: json.dumps(about)})
+    for part in parts:
+        yield from part.pieces()
 
-    tensors = {key: _tensor(spec, content) for key, spec, content in parts}
-    return save(tensors, {_ABOUT: json.dumps(about)})
+
+def dense_nbytes(levels: Iterable[MapLevel]) -> int:
+    """Bytes of all matrices; what is sparse takes little."""
+    found = (m for level in levels for m in level.named.values())
+    return sum(m.matrix.nbytes for m in found if isinstance(m, DenseMap))
 
 
-def _sum(about: Mapping[str, object], parts: Iterable[tuple[str, TensorSpec, bytes]]) -> str:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A tensor of a map file."""
+
+    key: str
+    spec: TensorSpec
+    pieces: Callable[[], Iterable[bytes]]
+    """Its bytes."""
+
+
+def _sum(about: Mapping[str, object], parts: Iterable[_Part]) -> str:
     """CRC-32 of all that a map file says, however it is laid out."""
     crc = zlib.crc32(json.dumps(about, sort_keys=True).encode())
-    for key, spec, content in sorted(parts, key=lambda part: part[0]):
-        crc = zlib.crc32(content, zlib.crc32(f"{key} {spec} ".encode(), crc))
+    for part in sorted(parts, key=lambda part: part.key):
+        crc = zlib.crc32(f"{part.key} {part.spec} ".encode(), crc)
+        for piece in part.pieces():
+            crc = zlib.crc32(piece, crc)
     return f"{crc:08x}"
 
 
-def _tensor(spec: TensorSpec, content: bytes) -> "Tensor":
-    import torch
-
-    dtype = to_torch(spec.dtype)
-    if not content:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(bytearray(content), dtype=dtype).reshape(spec.shape)
-
-
-def _tensors_of(axis_map: AxisMap) -> list[tuple[str, TensorSpec, bytes]]:
+def _parts_of(axis_map: AxisMap) -> list[_Part]:
     if isinstance(axis_map, DenseMap):
-        import torch
-
-        is_double = axis_map.matrix.dtype == torch.float64
-        matrix = axis_map.matrix.to(torch.float64 if is_double else torch.float32).contiguous()
-        import ctypes
-
-        content = ctypes.string_at(matrix.data_ptr(), matrix.nbytes)
-        spec = TensorSpec("F64" if is_double else "F32", (axis_map.n_out, axis_map.n_in))
-        return [("matrix", spec, content)]
+        matrix = axis_map.matrix
+        return [_Part("matrix", TensorSpec(matrix.dtype, matrix.shape), matrix.pieces)]
     places = [(i, j) for i, row in enumerate(axis_map.rows) for j, _ in row]
     values = [value for row in axis_map.rows for _, value in row]
     n, flat = len(values), itertools.chain.from_iterable(places)
+    packed = struct.pack(f"<{n}d", *values), struct.pack(f"<{2 * n}i", *flat)
     return [
-        ("values", TensorSpec("F64", (n,)), struct.pack(f"<{n}d", *values)),
-        ("places", TensorSpec("I32", (n, 2)), struct.pack(f"<{2 * n}i", *flat)),
+        _Part("values", TensorSpec("F64", (n,)), lambda: [packed[0]]),
+        _Part("places", TensorSpec("I32", (n, 2)), lambda: [packed[1]]),
     ]
-
-
-def _content_of(axis_map: AxisMap) -> bytes:
-    return b"".join(content for _, _, content in _tensors_of(axis_map))
 
 
 def _load_ours(path: Path) -> tuple[MapLevel, ...]:
@@ -225,8 +249,11 @@ def _load_ours(path: Path) -> tuple[MapLevel, ...]:
     try:
         about = strict_json.loads(json.loads(text)["__metadata__"][_ABOUT].encode())
         entries = _checked(path, slots, about)
+        found = {slot.key: slot for slot in slots}
+        stat = path.stat()
+        file = LocalFile(path, stat.st_size, stat.st_mtime_ns)
         with safetensors.safe_open(path, framework="pt") as tensors:
-            return tuple(_level(tensors, i, entry) for i, entry in enumerate(entries))
+            return tuple(_level(found, file, tensors, i, entry) for i, entry in enumerate(entries))
     except (
         KeyError,
         TypeError,
@@ -258,7 +285,7 @@ def _checked(path: Path, slots: Sequence[Slot], about: Any) -> Any:
         return about["levels"]
     written = about.pop("crc32")
     with os.fdopen(safe_open.open_file(path), "rb") as file:
-        parts = ((slot.key, slot.spec, _bytes_of(file, slot)) for slot in slots)
+        parts = (_Part(slot.key, slot.spec, partial(_bytes_of, file, slot)) for slot in slots)
         found = _sum(about, parts)
     if found != written:
         raise SchemeError(
@@ -268,20 +295,25 @@ def _checked(path: Path, slots: Sequence[Slot], about: Any) -> Any:
     return about["levels"]
 
 
-def _bytes_of(file: BinaryIO, slot: Slot) -> bytes:
+def _bytes_of(file: BinaryIO, slot: Slot) -> Iterator[bytes]:
     file.seek(slot.start)
-    return file.read(slot.spec.nbytes)
+    for start in range(0, slot.spec.nbytes, _PIECE_NBYTES):
+        yield file.read(min(_PIECE_NBYTES, slot.spec.nbytes - start))
 
 
-def _level(tensors: Any, i: int, entry: Mapping[str, Mapping[str, Mapping[str, int]]]) -> MapLevel:
+def _level(
+    slots: Mapping[str, Slot],
+    file: LocalFile,
+    tensors: Any,
+    i: int,
+    entry: Mapping[str, Mapping[str, Mapping[str, int]]],
+) -> MapLevel:
     merging: dict[str, AxisMap] = {}
-    keys = set(tensors.keys())
     for name, axis in entry["axes"].items():
         small, large = _count(axis["small"]), _count(axis["large"])
-        if f"{i}.{name}.matrix" in keys:
-            merging[name] = DenseMap(
-                _matrix(tensors.get_tensor(f"{i}.{name}.matrix"), small, large)
-            )
+        slot = slots.get(f"{i}.{name}.matrix")
+        if slot is not None:
+            merging[name] = DenseMap(_matrix(stored.of_slot(file, slot), small, large))
             continue
         block = _count(axis["block"])
         if small % block or large % block:
@@ -329,22 +361,19 @@ def _count(value: object) -> int:
     return value
 
 
-def _matrix(matrix: "Tensor", small: int, large: int) -> "Tensor":
-    import torch
-
-    plain = matrix.layout == torch.strided and matrix.is_floating_point()
-    if plain and matrix.shape == (small, large):
-        is_double = matrix.dtype == torch.float64
-        copy = matrix.detach().to(torch.float64 if is_double else torch.float32, copy=True)
-        if bool(torch.isfinite(copy).all()):
-            return copy
-    raise ValueError(f"expected a matrix of {small} x {large} finite numbers")
+def _matrix(matrix: Matrix | None, small: int, large: int) -> Matrix:
+    """The matrix, if it is what a map of these sizes can be."""
+    if matrix is None or matrix.shape != (small, large) or not matrix.is_finite():
+        raise ValueError(f"expected a matrix of {small} x {large} finite numbers")
+    return matrix
 
 
 def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block: int) -> BlockMap:
     n = int(values.numel())
     if places.shape != (n, 2) or values.shape != (n,) or not values.is_floating_point():
         raise ValueError("expected places of [n, 2] and values of [n]")
+    if n > _MAX_MEMBERS:
+        raise ValueError(f"{n} members, at most {_MAX_MEMBERS}")
     if places.is_floating_point() or not bool(values.isfinite().all()):
         raise ValueError("expected integer places and finite values")
     for size, word in ((n_out, "rows"), (n_in, "columns")):
@@ -360,7 +389,6 @@ def _block_map(places: "Tensor", values: "Tensor", n_out: int, n_in: int, block:
 
 def _load_original(path: Path) -> MapLevel:
     from streammap.io.formats import torch_zip
-    from streammap.io.tensor_readers import FileTensors
 
     try:
         content = torch_zip.table(path)
@@ -385,8 +413,20 @@ def _load_original(path: Path) -> MapLevel:
         if len(shape) != 2 or slots[name].spec.nbytes > stat.st_size:
             raise SchemeError(f"{path}: {name} is not a matrix")
         try:
-            merging[axis] = maps.from_matrix(_matrix(tensors.tensor(name), *shape))
+            matrix = _original(slots.get(name), file, tensors)
+            merging[axis] = maps.from_matrix(_matrix(matrix, shape[0], shape[1]))
         except ValueError as error:
             raise SchemeError(f"{path}: {name}: {error}", hint="give a scheme") from error
-    file.close()
     return MapLevel(merging)
+
+
+def _original(slot: Slot | None, file: LocalFile, tensors: FileTensors) -> Matrix | None:
+    """A matrix of a torch file; one that does not lie row by row is copied."""
+    if slot is None or slot.strides is None:
+        return None if slot is None else stored.of_slot(file, slot)
+    if not slot.spec.is_float:
+        return None
+    n_rows, n_columns = slot.spec.shape
+    tensor, step = tensors.tensor(slot.key), max(1, PART // max(1, n_columns))
+    strips = (tensor[start : start + step] for start in range(0, n_rows, step))
+    return stored.kept(strips, (n_rows, n_columns), "F64" if slot.spec.dtype == "F64" else "F32")

@@ -21,16 +21,19 @@ from math import gcd
 from typing import TYPE_CHECKING, final, overload
 from weakref import WeakValueDictionary
 
+from streammap.io.dtypes import to_torch
 from streammap.planning import segments
+from streammap.planning.dense import stored
+from streammap.planning.dense.matrix import Changed, Held, Matrix, Place, Placed, Sparse
 from streammap.planning.segments import Row, Segments
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STAY_ZERO = "training leaves them so until a blend (--blend-with)"
-"""Of units that nothing maps to, and that nothing reads: the gradient of each is zero too."""
 N_IRREGULAR = 4
 """Maps of many segments whose segments are kept: those that a run is at work on."""
+_SMALL = 2**16
+"""Numbers of a sparse map that is held as a matrix where it stands beside dense ones."""
 
 
 @final
@@ -134,7 +137,7 @@ def _segments_of(m: BlockMap) -> Segments:
 class DenseMap:
     """A map given as a matrix (learned, or loaded from a file): n_out x n_in."""
 
-    matrix: "Tensor"
+    matrix: Matrix
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, DenseMap) and other.matrix is self.matrix
@@ -145,12 +148,12 @@ class DenseMap:
     @property
     def n_in(self) -> int:
         """Units read."""
-        return int(self.matrix.shape[1])
+        return self.matrix.shape[1]
 
     @property
     def n_out(self) -> int:
         """Units made."""
-        return int(self.matrix.shape[0])
+        return self.matrix.shape[0]
 
     @property
     def is_identity(self) -> bool:
@@ -159,7 +162,8 @@ class DenseMap:
 
     def members(self, unit: int) -> Row:
         """The (in unit, coefficient) pairs of one out unit."""
-        values: list[float] = self.matrix[unit].tolist()
+        row = self.matrix.read((unit, unit + 1), (0, self.n_in))
+        values: list[float] = row[0].tolist()
         return tuple((j, value) for j, value in enumerate(values) if value != 0.0)
 
     def describe(self) -> str:
@@ -213,7 +217,7 @@ def first_of(m: BlockMap) -> BlockMap:
 def transposed(m: AxisMap) -> AxisMap:
     """The transpose."""
     if isinstance(m, DenseMap):
-        return DenseMap(m.matrix.T.contiguous())
+        return DenseMap(m.matrix.transposed())
     rows: list[list[tuple[int, float]]] = [[] for _ in range(m.n_in_blocks)]
     for i, row in enumerate(m.rows):
         for j, value in row:
@@ -224,8 +228,8 @@ def transposed(m: AxisMap) -> AxisMap:
 def row_normalized(m: AxisMap) -> AxisMap:
     """Each row divided by its sum; members of a row that sums to 0 count alike."""
     if isinstance(m, DenseMap):
-        sums = m.matrix.sum(dim=1, keepdim=True)
-        return DenseMap(m.matrix / sums.masked_fill(sums == 0, 1.0))
+        sums = m.matrix.row_sums()
+        return DenseMap(Changed(m.matrix, "over", sums.masked_fill(sums == 0, 1.0)))
     rows = []
     for row in m.rows:
         total = sum(value for _, value in row)
@@ -285,15 +289,26 @@ def without_zeros(m: AxisMap) -> AxisMap:
 def without_signs(m: AxisMap) -> AxisMap:
     """The same map with the size of each coefficient."""
     if isinstance(m, DenseMap):
-        return DenseMap(m.matrix.abs())
+        return DenseMap(Changed(m.matrix, "abs"))
     rows = tuple(tuple((j, abs(value)) for j, value in row) for row in m.rows)
+    return BlockMap(rows, m.n_in_blocks, m.block)
+
+
+def squared(m: AxisMap) -> AxisMap:
+    """The same map with each coefficient squared."""
+    if isinstance(m, DenseMap):
+        return DenseMap(Changed(m.matrix, "square"))
+    rows = tuple(tuple((j, value * value) for j, value in row) for row in m.rows)
     return BlockMap(rows, m.n_in_blocks, m.block)
 
 
 def scaled(m: AxisMap, factor: float) -> AxisMap:
     """`factor` times m."""
     if isinstance(m, DenseMap):
-        return DenseMap(m.matrix * factor)
+        import torch
+
+        number = torch.tensor([[factor]], dtype=to_torch(m.matrix.dtype))
+        return DenseMap(Changed(m.matrix, "times", number))
     rows = tuple(tuple((j, value * factor) for j, value in row) for row in m.rows)
     return BlockMap(rows, m.n_in_blocks, m.block)
 
@@ -312,10 +327,8 @@ def reblocked(m: BlockMap, block: int) -> BlockMap:
 def compose(after: AxisMap, before: AxisMap) -> AxisMap:
     """The map that does `before` and then `after`."""
     if isinstance(after, DenseMap) or isinstance(before, DenseMap):
-        dtype_of = after if isinstance(after, DenseMap) else before
-        assert isinstance(dtype_of, DenseMap)
-        like = dtype_of.matrix
-        return DenseMap(to_matrix(after, like=like) @ to_matrix(before, like=like))
+        dtype = _wider([after, before])
+        return DenseMap(stored.product(matrix_of(after, dtype), matrix_of(before, dtype)))
     composed = _composed.get((after, before))
     if composed is None:
         composed = _composed[after, before] = _compose_blocks(after, before)
@@ -342,9 +355,7 @@ def _compose_blocks(after: BlockMap, before: BlockMap) -> BlockMap:
 def kron(left: AxisMap, right: AxisMap) -> AxisMap:
     """The map of an ordered product of axes, `left` the slower."""
     if isinstance(left, DenseMap) or isinstance(right, DenseMap):
-        like = left if isinstance(left, DenseMap) else right
-        assert isinstance(like, DenseMap)
-        return DenseMap(_kron_dense(left, right, like.matrix))
+        return DenseMap(_kron_dense(left, right))
     if right.is_identity:
         return BlockMap(left.rows, left.n_in_blocks, left.block * right.n_in)
     outer = reblocked(left, 1)
@@ -360,9 +371,8 @@ def concatenated(parts: Sequence[AxisMap]) -> AxisMap:
     """The map of a sum of axes: each part acts on its own stretch (block diagonal)."""
     if len(parts) == 1:
         return parts[0]
-    dense = next((part for part in parts if isinstance(part, DenseMap)), None)
-    if dense is not None:
-        return DenseMap(_block_diagonal(parts, dense.matrix))
+    if any(isinstance(part, DenseMap) for part in parts):
+        return DenseMap(_block_diagonal(parts))
     blocks = [part for part in parts if isinstance(part, BlockMap)]
     block = gcd(*(part.block for part in blocks))
     rows: list[Row] = []
@@ -374,44 +384,63 @@ def concatenated(parts: Sequence[AxisMap]) -> AxisMap:
     return BlockMap(tuple(rows), offset, block)
 
 
-def from_matrix(matrix: "Tensor") -> AxisMap:
+def from_matrix(matrix: Matrix) -> AxisMap:
     """A matrix as a BlockMap where it is sparse, else as a DenseMap; values are kept."""
-    n_out, n_in = int(matrix.shape[0]), int(matrix.shape[1])
-    if int(matrix.count_nonzero()) > 4 * max(n_out, n_in):
-        return DenseMap(matrix)
-    places = matrix.nonzero()
+    n_out, n_in = matrix.shape
     rows: list[list[tuple[int, float]]] = [[] for _ in range(n_out)]
-    values: list[float] = matrix[places[:, 0], places[:, 1]].tolist()
-    for (i, j), value in zip(places.tolist(), values, strict=True):
-        rows[i].append((j, value))
-    fine = BlockMap(tuple(tuple(row) for row in rows), n_in)
-    return _coarsest(fine)
+    n_left = 4 * max(n_out, n_in)
+    for (first, _), (left, _), block in matrix.parts():
+        n_left -= int(block.count_nonzero())
+        if n_left < 0:
+            return DenseMap(matrix)
+        places = block.nonzero()
+        values: list[float] = block[places[:, 0], places[:, 1]].tolist()
+        for (i, j), value in zip(places.tolist(), values, strict=True):
+            rows[first + i].append((left + j, value))
+    return _coarsest(BlockMap(tuple(map(tuple, rows)), n_in))
+
+
+def matrix_of(m: AxisMap, dtype: str) -> Matrix:
+    """M as a matrix; a sparse one in `dtype`."""
+    if isinstance(m, DenseMap):
+        return m.matrix
+    found = Sparse(m, dtype)
+    small = m.n_out * m.n_in <= _SMALL
+    return Held(found.read((0, m.n_out), (0, m.n_in))) if small else found
 
 
 def to_matrix(m: AxisMap, *, like: "Tensor") -> "Tensor":
-    """M as a matrix with the dtype of `like`. Shapes: n_out x n_in."""
-    if isinstance(m, DenseMap):
-        return m.matrix.to(like.dtype)
-    matrix = like.new_zeros((m.n_out, m.n_in))
-    for unit in range(m.n_out):
-        for j, value in m.members(unit):
-            matrix[unit, j] += value
-    return matrix
+    """M as a tensor with the dtype of `like`. Shapes: n_out x n_in."""
+    matrix = matrix_of(m, "F64" if like.element_size() == 8 else "F32")
+    return matrix.read((0, m.n_out), (0, m.n_in)).to(like.dtype)
 
 
-def _kron_dense(left: AxisMap, right: AxisMap, like: "Tensor") -> "Tensor":
-    a, b = to_matrix(left, like=like), to_matrix(right, like=like)
-    product = a[:, None, :, None] * b[None, :, None, :]
-    return product.reshape(left.n_out * right.n_out, left.n_in * right.n_in)
+def _wider(parts: Sequence[AxisMap]) -> str:
+    """The dtype of maps of which one is dense."""
+    double = any(m.matrix.dtype == "F64" for m in parts if isinstance(m, DenseMap))
+    return "F64" if double else "F32"
 
 
-def _block_diagonal(parts: Sequence[AxisMap], like: "Tensor") -> "Tensor":
-    whole = like.new_zeros((sum(p.n_out for p in parts), sum(p.n_in for p in parts)))
+def _kron_dense(left: AxisMap, right: AxisMap) -> Matrix:
+    inner = matrix_of(right, _wider([left, right]))
+    height, width = inner.shape
+    places = []
+    for i in range(left.n_out):
+        factors: dict[int, float] = {}
+        for j, value in left.members(i):
+            factors[j] = factors.get(j, 0.0) + value
+        places += [Place(i * height, j * width, value, inner) for j, value in factors.items()]
+    return Placed((left.n_out * height, left.n_in * width), tuple(places), inner.dtype)
+
+
+def _block_diagonal(parts: Sequence[AxisMap]) -> Matrix:
+    dtype = _wider(parts)
+    places = []
     row = column = 0
     for part in parts:
-        whole[row : row + part.n_out, column : column + part.n_in] = to_matrix(part, like=like)
+        places.append(Place(row, column, 1.0, matrix_of(part, dtype)))
         row, column = row + part.n_out, column + part.n_in
-    return whole
+    return Placed((row, column), tuple(places), dtype)
 
 
 def _coarsest(fine: BlockMap) -> BlockMap:

@@ -28,6 +28,8 @@ FORMAT = 1
 Promise = Literal["bit-exact", "exact", "exact up to eps", "approximate"]
 PROMISES: tuple[Promise, ...] = ("bit-exact", "exact", "exact up to eps", "approximate")
 """From the strongest to the weakest; exactness.py says what they mean."""
+STAY_ZERO = "training leaves them so until a blend (--blend-with)"
+"""Of units that nothing maps to, and that nothing reads: the gradient of each is zero too."""
 
 
 _TWINS = (

@@ -1,5 +1,6 @@
 """A block map as few regular runs of block moves, each of which is one kernel over views."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -151,3 +152,31 @@ def _runs(
             count += 1
         yield out, out_step, source, in_step, count, value
         at += count
+
+
+def alike(a: Segment, b: Segment) -> bool:
+    """Whether two segments write to the same places, with coefficient 1."""
+    return a.coefficient == b.coefficient == 1.0 and (
+        (a.out_start, a.out_step, a.count, a.length) == (b.out_start, b.out_step, b.count, b.length)
+    )
+
+
+def units(segment: Segment) -> Iterator[tuple[int, int, float]]:
+    """(unit of the result, unit of the source, coefficient) of every move."""
+    for k, i in itertools.product(range(segment.count), range(segment.length)):
+        to = segment.out_start + k * segment.out_step + i
+        yield to, segment.in_start + k * segment.in_step + i, segment.coefficient
+
+
+def slots(moves: Sequence[Segment]) -> list[list[Segment]]:
+    """Segments by the slot of the rows that they are of; a slot writes to no unit twice."""
+    found: list[list[Segment]] = [[]]
+    taken: set[int] = set()
+    for segment in moves:
+        places = {to for to, _, _ in units(segment)}
+        if found[-1] and (segment.adds != found[-1][0].adds or taken & places):
+            found.append([])
+            taken = set()
+        found[-1].append(segment)
+        taken |= places
+    return found

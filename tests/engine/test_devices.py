@@ -13,6 +13,7 @@ from streammap.errors import OutputError
 from streammap.io.buffers import Buffer
 from streammap.output import run as executor
 from streammap.planning import graph, maps
+from streammap.planning.dense import matrix
 from streammap.planning.maps import DenseMap
 from tests.engine.test_evaluate import Held
 from tests.support import tiny
@@ -43,7 +44,7 @@ def made(big: LazyCheckpoint, what: str) -> LazyCheckpoint:
 
 def dense(n: int, columns: int) -> graph.LinearForm:
     form = Held().load(torch.randn(n, columns))
-    return graph.map_dims(form, [DenseMap(torch.randn(n, n)), None])
+    return graph.map_dims(form, [DenseMap(matrix.Held(torch.randn(n, n))), None])
 
 
 def test_copies_and_sums_stay_on_the_processor() -> None:

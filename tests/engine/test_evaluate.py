@@ -36,6 +36,9 @@ from streammap.io.dtypes import DTYPE_BITS, FLOATS, FROM_TORCH, TensorSpec, to_t
 from streammap.io.storage.base import Reader
 from streammap.io.storage.mapping import MappedPart
 from streammap.planning import graph, maps
+from streammap.planning.dense import matrix as matrices
+from streammap.planning.dense import stored
+from streammap.planning.dense.matrix import Matrix
 from streammap.planning.graph import LinearForm, TensorRef, Term
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
 from streammap.planning.segments import Row
@@ -123,6 +126,19 @@ BLOCKS = Kind(ANY, has_dense=False, is_exact=False)
 EXACT = Kind(SIMPLE, has_dense=False, is_exact=True)
 
 
+def _lying(x: Tensor, lies: str) -> Matrix:
+    """A matrix in memory, or in a file row by row or column by column."""
+    if lies == "held":
+        return matrices.Held(x)
+    by_columns = lies == "columns"
+    plain = (x.T if by_columns else x).contiguous()
+    spool = stored.Spool()
+    spool.append(stored.view_of(plain))
+    shape = (plain.shape[0], plain.shape[1])
+    made = stored.Stored(spool, 0, shape, "F64" if x.dtype == torch.float64 else "F32")
+    return made.transposed() if by_columns else made
+
+
 @st.composite
 def maps_to(draw: st.DrawFn, n: int, kind: Kind) -> tuple[AxisMap | None, int]:
     """A map that makes n units, or None, and the units that it reads."""
@@ -132,7 +148,9 @@ def maps_to(draw: st.DrawFn, n: int, kind: Kind) -> tuple[AxisMap | None, int]:
     if which == 3:
         n_in, seed = draw(st.integers(1, 5)), draw(st.integers(0, 99))
         matrix = torch.randn(n, n_in, generator=torch.Generator().manual_seed(seed))
-        return DenseMap(matrix.double() if draw(st.booleans()) else matrix), n_in
+        kept = matrix.double() if draw(st.booleans()) else matrix
+        lies = draw(st.sampled_from(("held", "stored", "columns")))
+        return DenseMap(_lying(kept, lies)), n_in
     block = draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0]))
     n_in_blocks = draw(st.integers(1, 4))
     entry = st.tuples(st.integers(0, n_in_blocks - 1), st.sampled_from(kind.coefficients))
@@ -182,7 +200,7 @@ def _mapped(x: Tensor, dims: Sequence[AxisMap | None], *, absolute: bool) -> Ten
 
 def _matrix(m: AxisMap, *, absolute: bool = False) -> Tensor:
     if isinstance(m, DenseMap):
-        matrix = m.matrix.double()
+        matrix = maps.to_matrix(m, like=torch.zeros(0, dtype=torch.float64))
         return matrix.abs() if absolute else matrix
     rows = [[(j, abs(value) if absolute else value) for j, value in row] for row in m.rows]
     return oracle.from_rows(rows, m.n_in_blocks, m.block)
@@ -217,15 +235,19 @@ def _patched(patch: pytest.MonkeyPatch, form: LinearForm, room: Room) -> Memory:
     patch.setattr(tile_reads, "STRIP", STRIP)
     patch.setattr(group_sums, "MIN_RUN", 1)
     patch.setattr(worker, "Buffer", poisoned)
-    return _memory(max(room.tile, least), room.dense)
+    if room.dense:
+        patch.setattr(memory, "DENSE_TILE_NBYTES", max(room.dense, least))
+        patch.setattr(memory, "DENSE_WORK_NBYTES", 4 * max(room.dense, least))
+        patch.setattr(matrices, "BLOCK", max(2, room.dense // 64))
+    return _memory(max(room.tile, least))
 
 
-def _memory(tile_nbytes: int, dense_tile_nbytes: int = 0) -> Memory:
+def _memory(tile_nbytes: int) -> Memory:
     return Memory(
         n_workers=1,
         tensors_nbytes=0,
         tile_nbytes=tile_nbytes,
-        dense_tile_nbytes=dense_tile_nbytes,
+        block_nbytes=0,
         matrices_nbytes=0,
     )
 
@@ -282,7 +304,8 @@ def test_a_dense_map_takes_its_source_in_strips(n_in: int, dim: int) -> None:
     torch.manual_seed(n_in)
     shape = [3, 4, 2]
     shape[dim] = n_in
-    m = DenseMap(torch.randint(-4, 5, (5, n_in)).float())
+    matrix = torch.randint(-4, 5, (5, n_in)).float()
+    m = DenseMap(matrices.Held(matrix))
     for dtype in (torch.float32, torch.bfloat16):
         source = Held()
         parts = [torch.randint(-4, 5, shape).to(dtype) for _ in range(2)]
@@ -290,14 +313,14 @@ def test_a_dense_map_takes_its_source_in_strips(n_in: int, dim: int) -> None:
         one = graph.map_dims(source.load(parts[0]), dims)
         two = graph.combine([(0.5, one), (0.5, graph.map_dims(source.load(parts[1]), dims))])
         for form, x in ((one, parts[0].double()), (two, (parts[0].double() + parts[1]) / 2)):
-            wanted = oracle.along(x, m.matrix.double(), dim).to(dtype)
+            wanted = oracle.along(x, matrix.double(), dim).to(dtype)
             for room in ROOMS:
                 assert torch.equal(_read(form, room), wanted)
 
 
 def test_a_dense_map_is_forgotten_with_its_form() -> None:
     """It can be large: no cache of the process holds it."""
-    m = DenseMap(torch.randn(3, 4))
+    m = DenseMap(matrices.Held(torch.randn(3, 4)))
     matrix = weakref.ref(m.matrix)
     form = graph.map_dims(Held().load(torch.randn(4, 4)), [m, m])
     assert _read(form).shape == (3, 3)

@@ -332,7 +332,7 @@ def test_promises_are_computed(tmp_path: Path) -> None:
         named = {name.replace("_", "."): x for name, x in maps.items()}
         return lazy.remap(maps=saved(tmp_path / "maps.safetensors", named)).promise
 
-    assert "fold them into what reads it first" in promise(gains, embed_matrix=ROTATION)[1]
+    assert "fold them into what reads it (--fold-gains)" in promise(gains, embed_matrix=ROTATION)[1]
     assert "C P differs from I by" in promise(folded, embed_matrix=ROTATION * 1.01)[1]
     wide = torch.cat([torch.eye(8, dtype=F64), random(2, 8)])
     reader = torch.eye(8, 10, dtype=F64)

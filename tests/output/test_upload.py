@@ -16,6 +16,7 @@ import streammap
 from streammap.api import LazyCheckpoint
 from streammap.errors import OutputError
 from streammap.io.storage import retry
+from streammap.output import side_files
 from streammap.testing.hubserver import HubServer
 from tests.cli.test_cli import refused
 from tests.io.test_hub import bert, hub, same_but_for_origin
@@ -75,6 +76,15 @@ def test_a_result_at_a_url_is_that_of_a_folder(
     assert report.n_shards > 1
     assert not list(spool.iterdir()), "nothing stays here"
     tiny.assert_same(dict(streammap.open(url).tensors()), tiny.opened(tmp_path / "local"))
+
+
+def test_a_large_map_is_sent_by_way_of_the_spool(
+    url: str, small: LazyCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_files, "MAX_FETCHED_NBYTES", -1)
+    small.save(tmp_path / "here", fsync=False)
+    small.save(url)
+    same(fetched(url, tmp_path / "there"), tmp_path / "here")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".pth", marks=pytest.mark.slow)])

@@ -73,7 +73,7 @@ class Numbers:
 
     def __init__(self, reader: Reader) -> None:
         tile = _INNER_TILE_NBYTES
-        room = Memory(1, 0, tile, tile, 0, inner_tile_nbytes=tile)
+        room = Memory(1, 0, tile, None, 0, inner_tile_nbytes=tile, inner_block_nbytes=0)
         self._read = WorkerReader(room, reader=reader)
         self._raw = Buffer(_READ * 8)
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # help texts need the declarations alone
     from streammap.architectures.axis_facts import Layer
     from streammap.architectures.model import Model
     from streammap.planning.exactness import Guarantee
-    from streammap.planning.learned.matrices import Learned, Pair
+    from streammap.planning.learned.matrices import Learned
+    from streammap.planning.learned.pair import Pair
     from streammap.planning.map_file import MapLevel
     from streammap.planning.maps import AxisMap, MapPair
     from streammap.planning.plan import Plan
@@ -60,6 +61,11 @@ class Remap(Operator):
         metavar="FILE",
     )
 
+    fold_gains: bool = option(
+        default=False,
+        help="Fold the gains of norms into the weights that read them: a rotation is then exact.",
+    )
+
     def plan(self, source: "Plan") -> "Plan":
         """The mapped plan.
 
@@ -81,6 +87,10 @@ class Remap(Operator):
             )
         model = source.model
         learned = matrices.of_model(level, model)
+        notes: list[str] = []
+        if self.fold_gains:
+            source, notes = _folded(source, learned)
+            model = source.model
         pairs = {axis: _map_pair(pair) for axis, pair in learned.pairs.items()}
         fills = {
             axis: fill for axis, one in learned.pairs.items() if (fill := _fill(model, axis, one))
@@ -96,7 +106,8 @@ class Remap(Operator):
         by_axis = _guarantees(source, learned, layers)
         promise, reason = exactness.worst(by_axis)
         shapes = {axis: [m.n_in, m.n_out, m.describe()] for axis, m in {**outs, **layers}.items()}
-        step = Step(self.name, {"maps": shapes}, promise, reason, (), by_axis)
+        options = {"maps": shapes} | ({"fold_gains": True} if self.fold_gains else {})
+        step = Step(self.name, options, promise, reason, tuple(notes), by_axis)
         change = AxisChange(
             pairs,
             layers,
@@ -110,28 +121,48 @@ class Remap(Operator):
         return planner.remap(source, change, step, levels=(*source.levels, level))
 
 
+def _folded(source: "Plan", learned: "Learned") -> "tuple[Plan, list[str]]":
+    """The plan with the gains of norms folded where units are rotated, and notes.
+
+    Raises:
+        PlanError: no map is a rotation, or gains that can't be folded.
+    """
+    from streammap.planning.learned import fold
+
+    notes = []
+    for axis, pair in learned.pairs.items():
+        if pair.is_rotation:
+            source, note = fold.folded(source, axis)
+            notes.append(note)
+    if not notes:
+        raise PlanError(
+            "--fold-gains: no map is a rotation (square, orthogonal, read by its transpose)",
+            hint="leave it out",
+        )
+    return source, notes
+
+
 def _map_pair(pair: "Pair") -> "MapPair":
     from streammap.planning import maps
     from streammap.planning.maps import MapPair
 
     out = maps.from_matrix(pair.matrix)
-    if pair.reader.equal(pair.matrix.T):
+    if pair.is_transposed:
         return MapPair(out, out)
-    # A view: the matrix is there once.
-    return MapPair(out, maps.from_matrix(pair.reader.T))
+    return MapPair(out, maps.from_matrix(pair.reader.transposed()))
 
 
 def _fill(model: "Model", axis: str, pair: "Pair") -> "NormCompensation | None":
     """Norms under a rotation: their gains stay, or change places where units do."""
     from streammap.architectures import axis_facts
     from streammap.planning import maps
-    from streammap.planning.learned import kept
+    from streammap.planning.dense.matrix import Changed
     from streammap.planning.tensor_maps.axis_change import NormCompensation
 
-    if axis not in axis_facts.normed_axes(model) or not kept.is_rotation(pair):
+    if axis not in axis_facts.normed_axes(model) or not pair.is_rotation:
         return None
-    places = maps.from_matrix(pair.matrix.abs()) if kept.is_signed(pair) else None
-    return NormCompensation(places or maps.identity(len(pair.matrix)), 1.0, both=True)
+    places = maps.from_matrix(Changed(pair.matrix, "abs")) if pair.is_signed else None
+    return NormCompensation(places or maps.identity(pair.matrix.shape[0]), 1.0, both=True)
 
 
 def _by_layer(model: "Model", learned: "Learned") -> "dict[Layer, dict[str, MapPair]]":

@@ -10,7 +10,8 @@
     layer.q_proj.matrix      [new, old]   the same for tensors whose keys have this part, or match
                                           it, with * for any text; the longest that fits counts
 
-Coefficients may be of any sign. float64 stays, other floats are computed with as float32.
+Coefficients may be of any sign. float64 stays, other floats are computed with as float32. A matrix
+stays in its file, and is read a block at a time: it may be larger than the memory.
 
 In memory such a file is a level of maps with names of its own ("hidden^matrix", "mlp#3^reader"),
 which records hold, and which no other operator takes for one of its own.
@@ -20,39 +21,26 @@ DotResize, arXiv:2507.04517.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from streammap.architectures import axis_words
 from streammap.architectures.axis_facts import Layer
 from streammap.architectures.model import Model
 from streammap.errors import CheckpointError, SchemeError, some
+from streammap.io.dtypes import TORCH_NAMES
+from streammap.io.storage.local import LocalFile
 from streammap.planning import maps
+from streammap.planning.dense import stored
+from streammap.planning.dense.matrix import Matrix
+from streammap.planning.learned.pair import Pair
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap, DenseMap
 
-if TYPE_CHECKING:
-    import zipfile
-
-    from torch import Tensor
-
 PARTS = ("matrix", "reader")
-_MAX_NBYTES = 8 * 2**30
-_MAX_ENTRIES = 100_000
 _LAYER = re.compile(r"([^@]+)@(?:([A-Za-z_][\w.]*)\.)?(0|[1-9][0-9]{0,5})")
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The matrices of one axis."""
-
-    matrix: "Tensor"
-    """P [new, old]."""
-    reader: "Tensor"
-    """C [old, new]."""
 
 
 @final
@@ -64,9 +52,9 @@ class Learned:
     """Width axis or alias -> its matrices in all layers."""
     by_layer: Mapping[str, Mapping[Layer, Pair]]
     """Axis -> layer of the result -> its matrices; of one size in all."""
-    layers: Mapping[str, "Tensor"]
+    layers: Mapping[str, Matrix]
     """Depth axis -> weights of layers [new, old]."""
-    families: Mapping[str, Mapping[str, "Tensor"]]
+    families: Mapping[str, Mapping[str, Matrix]]
     """Depth axis -> part of a key, or a pattern -> weights of layers there."""
 
 
@@ -77,7 +65,7 @@ def read(path: Path) -> tuple[MapLevel, ...]:
         SchemeError: the file is no safetensors or npz, or a name or shape in it is wrong.
     """
     merging: dict[str, AxisMap] = {}
-    for name, tensor in _tensors(path):
+    for name, dtype, shape, matrix in _matrices(path):
         axis, _, part = name.rpartition(".")
         if not axis or part not in PARTS:
             raise SchemeError(
@@ -85,21 +73,18 @@ def read(path: Path) -> tuple[MapLevel, ...]:
                 "NAME.reader",
                 hint="`streammap maps template` writes a file with the names of a model",
             )
-        if tensor.dim() != 2 or not tensor.numel() or not tensor.is_floating_point():
+        if matrix is None or not all(shape):
             raise SchemeError(
-                f"{path.name}: {name}: {str(tensor.dtype).removeprefix('torch.')} of shape "
-                f"{list(tensor.shape)}, expected a matrix of floating-point numbers",
-                hint="give [new, old] for matrix, [old, new] for reader",
+                f"{path.name}: {name}: {dtype} of shape {list(shape)}, expected a matrix of "
+                "floating-point numbers",
+                hint="give [new, old] for matrix, [old, new] for reader, in float32 or float64",
             )
-        if not bool(tensor.isfinite().all()):
+        if not matrix.is_finite():
             raise SchemeError(
                 f"{path.name}: {name} has numbers that are infinite or NaN",
                 hint="look at what made the file",
             )
-        import torch
-
-        kept = tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
-        merging[f"{axis.replace('@', '#')}^{part}"] = DenseMap(kept.contiguous())
+        merging[f"{axis.replace('@', '#')}^{part}"] = DenseMap(matrix)
     if not merging:
         raise SchemeError(
             f"{path.name}: no maps in it", hint="streammap maps template SRC FILE writes one"
@@ -107,67 +92,25 @@ def read(path: Path) -> tuple[MapLevel, ...]:
     return (MapLevel(merging, where=str(path)),)
 
 
-def _tensors(path: Path) -> "Iterator[tuple[str, Tensor]]":
-    """Names and tensors of a file, in its order."""
+def _matrices(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], Matrix | None]]:
+    """Name, dtype and shape of each tensor of a file; and the tensor, if it is a matrix."""
     from streammap.io.formats import safetensors_header
+    from streammap.planning.learned import npz
 
     try:
-        nbytes = path.stat().st_size
-        if nbytes > _MAX_NBYTES:
-            raise SchemeError(f"{path.name}: {nbytes} bytes, at most {_MAX_NBYTES}")
         if path.suffix == ".npz":
-            yield from _arrays(path)
+            yield from npz.matrices(path)
             return
-        slots, _ = safetensors_header.read(path)  # within bounds; the library takes any header
-        if len(slots) > _MAX_ENTRIES:
-            raise SchemeError(f"{path.name}: {len(slots)} entries, at most {_MAX_ENTRIES}")
-        import safetensors
-
-        with safetensors.safe_open(path, framework="pt") as opened:
-            for slot in slots:
-                yield slot.key, opened.get_tensor(slot.key)
+        slots, _ = safetensors_header.read(path)
+        stat = path.stat()
+        file = LocalFile(path, stat.st_size, stat.st_mtime_ns)
+        for slot in slots:
+            dtype = TORCH_NAMES.get(slot.spec.dtype, slot.spec.dtype)
+            yield slot.key, dtype, slot.spec.shape, stored.of_slot(file, slot)
     except OSError as error:
         raise SchemeError(f"{path}: {error.strerror or error}", hint="check the path") from error
     except CheckpointError as error:
         raise SchemeError(f"map file {error.message}", hint=error.hint) from error
-
-
-def _arrays(path: Path) -> "Iterator[tuple[str, Tensor]]":
-    import zipfile
-
-    import torch
-
-    from streammap.common import optional
-
-    numpy = optional.library("numpy")
-    try:
-        with path.open("rb") as file:
-            _check_zip(path, zipfile.ZipFile(file).infolist())
-            arrays = numpy.load(file, allow_pickle=False)
-            for name in arrays.files:
-                array = arrays[name]
-                if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4, 8):
-                    raise SchemeError(
-                        f"{path.name}: {name[:80]}: {array.dtype} of shape {list(array.shape)}, "
-                        "expected a matrix of floating-point numbers",
-                        hint="save float32 or float64",
-                    )
-                native = array.astype(array.dtype.newbyteorder("="))
-                yield name, torch.from_numpy(native)
-    except (ValueError, EOFError, zipfile.BadZipFile, KeyError, AttributeError) as error:
-        raise SchemeError(
-            f"{path.name}: not an npz of matrices: {error}", hint="numpy.savez writes one"
-        ) from error
-
-
-def _check_zip(path: Path, members: "Sequence[zipfile.ZipInfo]") -> None:
-    """Refuse what would unpack to more than could be a file of matrices."""
-    nbytes = sum(member.file_size for member in members)
-    if nbytes > _MAX_NBYTES or len(members) > _MAX_ENTRIES:
-        raise SchemeError(
-            f"{path.name}: {nbytes} bytes in {len(members)} entries, at most {_MAX_NBYTES} in "
-            f"{_MAX_ENTRIES}"
-        )
 
 
 def of_model(level: MapLevel, model: Model) -> Learned:
@@ -176,12 +119,12 @@ def of_model(level: MapLevel, model: Model) -> Learned:
     Raises:
         SchemeError: a name that the model doesn't have, or a shape that doesn't fit it.
     """
-    found = {name: _matrix(m) for name, m in level.merging.items()}
+    found = {name: maps.matrix_of(m, "F64") for name, m in level.merging.items()}
     depths = [axis for axis in model.architecture.depth_axes if model.sizes.get(axis)]
     pairs: dict[str, Pair] = {}
     by_layer: dict[str, dict[Layer, Pair]] = {}
-    layers: dict[str, Tensor] = {}
-    families: dict[str, dict[str, Tensor]] = {}
+    layers: dict[str, Matrix] = {}
+    families: dict[str, dict[str, Matrix]] = {}
     for name, matrix in found.items():
         place, _, part = name.replace("#", "@").partition("^")
         if part not in PARTS:
@@ -221,14 +164,6 @@ def of_model(level: MapLevel, model: Model) -> Learned:
     return Learned(pairs, by_layer, layers, families)
 
 
-def _matrix(m: AxisMap) -> "Tensor":
-    if isinstance(m, DenseMap):
-        return m.matrix
-    import torch
-
-    return maps.to_matrix(m, like=torch.zeros(0, dtype=torch.float64))
-
-
 def _placed(place: str, model: Model, depths: list[str]) -> tuple[str, Layer | None]:
     """The axis or alias that a name is about, and the layer, if it is about one."""
     spec, found = model.architecture, _LAYER.fullmatch(place)
@@ -253,15 +188,15 @@ def _placed(place: str, model: Model, depths: list[str]) -> tuple[str, Layer | N
     return axis, (depth, int(found[3]))
 
 
-def _pair(place: str, axis: str, matrix: "Tensor", reader: "Tensor | None", model: Model) -> Pair:
+def _pair(place: str, axis: str, matrix: Matrix, reader: Matrix | None, model: Model) -> Pair:
     size = model.sizes.get(axis)
     if size is None:
         size = model.size(model.architecture.aliases[axis])
     _check(f"{place}.matrix", matrix, size, axis_words.shown(model.architecture, axis))
     if reader is None:
-        return Pair(matrix, matrix.T)
+        return Pair(matrix, matrix.transposed())
     n_new, n_old = matrix.shape
-    if tuple(reader.shape) != (n_old, n_new):
+    if reader.shape != (n_old, n_new):
         raise SchemeError(
             f"{place}.reader: shape {list(reader.shape)}, expected [{n_old}, {n_new}] (old, new) "
             f"for {place}.matrix [{n_new}, {n_old}]",
@@ -270,7 +205,7 @@ def _pair(place: str, axis: str, matrix: "Tensor", reader: "Tensor | None", mode
     return Pair(matrix, reader)
 
 
-def _check(name: str, matrix: "Tensor", n_old: int, what: str) -> None:
+def _check(name: str, matrix: Matrix, n_old: int, what: str) -> None:
     if matrix.shape[1] != n_old:
         raise SchemeError(
             f"{name}: shape {list(matrix.shape)}, expected [new, {n_old}]: the model has {n_old} "
@@ -280,13 +215,13 @@ def _check(name: str, matrix: "Tensor", n_old: int, what: str) -> None:
 
 
 def _check_sizes(
-    layers: Mapping[str, "Tensor"], families: Mapping[str, Mapping[str, "Tensor"]]
+    layers: Mapping[str, Matrix], families: Mapping[str, Mapping[str, Matrix]]
 ) -> None:
     """Weights of layers make one number of them."""
     for depth, table in families.items():
-        given = {f"{depth}.{part}.matrix": len(matrix) for part, matrix in table.items()}
+        given = {f"{depth}.{part}.matrix": matrix.shape[0] for part, matrix in table.items()}
         if depth in layers:
-            given[f"{depth}.matrix"] = len(layers[depth])
+            given[f"{depth}.matrix"] = layers[depth].shape[0]
         if len(set(given.values())) > 1:
             raise SchemeError(
                 f"{depth}: "

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from streammap.architectures.schema import Architecture
 from streammap.errors import PlanError
 from streammap.planning import maps
-from streammap.planning.maps import AxisMap, BlockMap, DenseMap, MapPair
+from streammap.planning.maps import AxisMap, BlockMap, MapPair
 
 if TYPE_CHECKING:
     from streammap.planning.plan import Moment
@@ -87,16 +87,8 @@ def _pair(axis: str, pair: MapPair, moment: "Moment") -> MapPair:
         new = _new_units(axis, pair.out)
         out, into = _emptied(out, new), _emptied(into, new)
     if moment.power == 2:
-        out, into = _squared(out), _squared(into)
+        out, into = maps.squared(out), maps.squared(into)
     return MapPair(out, into)
-
-
-def _squared(m: AxisMap) -> AxisMap:
-    """The map with each coefficient squared."""
-    if isinstance(m, DenseMap):
-        return DenseMap(m.matrix**2)
-    rows = tuple(tuple((j, value * value) for j, value in row) for row in m.rows)
-    return BlockMap(rows, m.n_in_blocks, m.block)
 
 
 def _new_units(axis: str, out: AxisMap) -> tuple[frozenset[int], int]:
