@@ -218,6 +218,7 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
         size = tuple(config.image_grid_pinpoints[0])
         n_views = 1 + math.prod(size) // side**2
     channels = _number(seen, "num_channels", "in_channels", "in_chans") or 3
+    n_views = getattr(config, "num_frames", None) or n_views
     several = n_views > 1 or "pixel_attention_mask" in takes
     several |= config.model_type == "instructblipvideo"  # It takes frames.
     shape = (_BATCH, *((n_views,) if several else ()), channels, side, side)
