@@ -237,7 +237,7 @@ def _without(features: Sequence[str], net: _Net) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if "sinusoidal" in features:
             for part in net.modules():
-                if "Sinusoidal" in type(part).__name__:
+                if "Sinus" in type(part).__name__ or "SinePosition" in type(part).__name__:
                     stack.callback(part.register_forward_hook(_zeros).remove)
                 for name, x in list(vars(part).items()):
                     if "position" in name and isinstance(x, Tensor):  # A table that no file has.
