@@ -296,7 +296,7 @@ def _leading(flags: Sequence[bool], field: str, what: str) -> int:
     count = sum(flags)
     if not all(flags[:count]):
         raise PlanError(
-            f"config.json's {field} counts {what} at one end of the stack, and they would not stand there",
+            f"config.json's {field} counts {what} at one end, and they would leave it",
             hint="take groups that keep the kinds of layers apart and in order",
         )
     return count
