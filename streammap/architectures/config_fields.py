@@ -1,7 +1,7 @@
 """Fields of a config.json by path, and the conditions of specs on them.
 
 A path is dotted: "a.b" is b inside a, "a.*.b" the b of the first entry of a that has one, "a.-1"
-the last item of a list.
+the last item of a list, "a.*" all of its items, which are equal.
 """
 
 import fnmatch
@@ -37,7 +37,8 @@ def set_field(config: dict[str, object], path: str, value: object) -> None:
     *parts, last = path.split(".")
     for table in _tables(config, parts):
         if isinstance(table, list):
-            table[int(last)] = value
+            for at in range(len(table)) if last == "*" else (int(last),):
+                table[at] = value
         else:
             table[last] = value
 
@@ -90,8 +91,9 @@ def _has(config: Mapping[str, object], path: str) -> bool:
 
 def _value(value: object, parts: list[str]) -> object:
     for i, part in enumerate(parts):
-        if part == "*" and isinstance(value, Mapping):
-            inner = (_value(entry, parts[i + 1 :]) for entry in value.values())
+        if part == "*" and isinstance(value, Mapping | list):
+            entries = value if isinstance(value, list) else value.values()
+            inner = (_value(entry, parts[i + 1 :]) for entry in entries)
             return next((entry_value for entry_value in inner if entry_value is not None), None)
         if isinstance(value, list) and re.fullmatch(r"-?\d{1,6}", part):
             at = int(part)
