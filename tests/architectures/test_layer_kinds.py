@@ -310,9 +310,7 @@ def test_a_last_index_is_that_of_the_last_layer_of_its_kind() -> None:
     ids=["count", "last"],
 )
 def test_layers_of_the_leading_kind_must_lead(depth: Depth) -> None:
-    expected = (
-        r"first counts layer at one end, and they would leave it\n  hint: "
-    )
+    expected = r"first counts layer at one end, and they would leave it\n  hint: "
     with pytest.raises(PlanError, match=expected):
         followed(depth, {"first": 1}, [0, 2, 0, 2])
 
