@@ -807,3 +807,10 @@ def test_a_spec_promises_nothing_with_other_switches_than_it_was_tested_with(
     found = set(spec.caveats.values()) - {"base says so"}
     assert found == ({told} if told else set())
     assert not told or spec.caveats.keys() == spec.axes.keys()
+
+
+def test_what_a_whole_says_of_a_parts_layers_is_added_to_what_the_part_says() -> None:
+    (model, *_) = registry.tiny_models("qianfan")
+    depth = registry.load("qianfan", {"model_type": "qianfan_ocr", **model.config}).depth
+    assert depth["vision.layer"].states == (("vision_feature_layer", -1),)
+    assert "vision_config.out_indices" in depth["vision.layer"].delete
