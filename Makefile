@@ -2,6 +2,7 @@
 # make test   sets up, then lint, types and tests
 # make check  lint, types, and the contract between packages; the rest of the tests is left out
 # make slow   the tests that take longer
+# make zoo    proves every spec on its tiny models; PART=1/2 and PART=2/2 halve it (ten minutes each on 2 cores)
 # make bench  prints all tables (an hour)
 # make clean  removes the environment
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check slow bench clean
+.PHONY: demo test check slow zoo bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/streammap demo
@@ -25,6 +26,10 @@ check: $(VENV)/ready
 
 slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
+
+PART ?= 1/1
+zoo: $(VENV)/ready
+	$(BIN)/python -m pytest tests/tools/test_proof.py -n auto --dist worksteal --part $(PART)
 
 bench: $(VENV)/ready
 	for table in speed memory tensors startup dequantise peers align gpu; do $(BIN)/python -m bench.$$table || exit 1; done

@@ -1,4 +1,4 @@
-"""Profiles of hypothesis: "ci", quick and always the same, and HYPOTHESIS_PROFILE=deep."""
+"""Profiles of hypothesis: "ci", quick and always the same, and HYPOTHESIS_PROFILE=deep; --part."""
 
 import os
 from pathlib import Path
@@ -17,3 +17,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that all examples of a module's random tests write to."""
     return tmp_path_factory.mktemp("scratch")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--part", metavar="K/N", help="only every Nth test, from the Kth on: 1/4 ... 4/4"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if part:
+        k, n = map(int, part.split("/"))
+        chosen = items[k - 1 :: n]
+        del items[k - 1 :: n]
+        config.hook.pytest_deselected(items=items[:])
+        items[:] = chosen

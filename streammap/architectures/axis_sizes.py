@@ -152,9 +152,12 @@ def _called(
             raise ArchitectureError(
                 f"function shape({', '.join(arguments)}): expected a key and a number"
             )
-        key, dim = arguments
-        if key not in specs or int(dim) >= len(specs[key].shape):
-            raise CheckpointError(f"{key}: expected in this architecture, not there")
+        pattern, dim = arguments
+        compiled = key_pattern.compile_patterns(pattern, {})
+        found = (key for key in specs if key_pattern.first_match(compiled, key) is not None)
+        key = next(found, None)
+        if key is None or int(dim) >= len(specs[key].shape):
+            raise CheckpointError(f"{pattern}: expected in this architecture, not there")
         return specs[key].shape[int(dim)]
     if function == "count":
         compiled = key_pattern.compile_patterns(arguments[0], {})

@@ -1,12 +1,13 @@
 """Fields of a config.json by path, and the conditions of specs on them.
 
 A path is dotted: "a.b" is b inside a, "a.*.b" the b of the first entry of a that has one, "a.-1"
-the last item of a list.
+the last item of a list, "a.*" all of its items, which are equal.
 """
 
 import fnmatch
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 
 from streammap.errors import ArchitectureError, PlanError
 
@@ -32,21 +33,22 @@ def set_field(config: dict[str, object], path: str, value: object) -> None:
     A table on the way that is not there, or null, is made.
 
     Raises:
-        PlanError: a part of the path is not a table.
+        PlanError: a part of the path is not a table, or a list that is not there.
     """
-    *parts, last = path.split(".")
-    for table in _tables(config, parts):
+    last = path.split(".")[-1]
+    for table in _tables(config, path.split(".")):
         if isinstance(table, list):
-            table[int(last)] = value
+            for at in range(len(table)) if last == "*" else (int(last),):
+                table[at] = value
         else:
             table[last] = value
 
 
 def delete_field(config: dict[str, object], path: str) -> None:
     """Remove a field where it is there. `config` is changed."""
-    *parts, last = path.split(".")
-    if not parts or field_value(config, ".".join(parts)) is not None:
-        for table in _tables(config, parts):
+    above, _, last = path.rpartition(".")
+    if not above or field_value(config, above) is not None:
+        for table in _tables(config, path.split(".")):
             if isinstance(table, dict):
                 table.pop(last, None)
 
@@ -90,8 +92,9 @@ def _has(config: Mapping[str, object], path: str) -> bool:
 
 def _value(value: object, parts: list[str]) -> object:
     for i, part in enumerate(parts):
-        if part == "*" and isinstance(value, Mapping):
-            inner = (_value(entry, parts[i + 1 :]) for entry in value.values())
+        if part == "*" and isinstance(value, Mapping | list):
+            entries = value if isinstance(value, list) else value.values()
+            inner = (_value(entry, parts[i + 1 :]) for entry in entries)
             return next((entry_value for entry_value in inner if entry_value is not None), None)
         if isinstance(value, list) and re.fullmatch(r"-?\d{1,6}", part):
             at = int(part)
@@ -104,13 +107,19 @@ def _value(value: object, parts: list[str]) -> object:
 
 
 def _tables(config: dict[str, object], parts: list[str]) -> list[dict[str, object] | list[object]]:
+    """What the last part of a path is in."""
     tables: list[dict[str, object] | list[object]] = [config]
-    for part in parts:
+    for part, after in pairwise(parts):
         inner: list[dict[str, object] | list[object]] = []
         for table in tables:
             if isinstance(table, list):
                 raise PlanError(f"config.json: {part} of a list can't be written")
             if part != "*" and table.get(part) is None:
+                if after.lstrip("-").isdecimal():
+                    raise PlanError(
+                        f"config.json has no list {part}, of which item {after} would change",
+                        hint=f"write {part} into config.json as the model's class has it",
+                    )
                 table[part] = {}
             values = list(table.values()) if part == "*" else [table[part]]
             for value in values:

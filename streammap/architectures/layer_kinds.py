@@ -63,7 +63,7 @@ def follow(
     _follow_numbers(depth, before, config, sources, n_before)
     _follow_marks(depth, before, config, members or [[j] for j in sources], n_before)
     _follow_tables(depth, config, sources)
-    _follow_counts(depth, config, sources, what)
+    _follow_counts(depth, config, sources, what, n_before)
     _follow_runs(depth, config, len(sources), what, n_before)
     notes = list(layer_rules.follow_inputs(depth, before, config, sources, n_before))
     for period in depth.periods:
@@ -190,20 +190,26 @@ def _follow_states(
 
 def _follow_tables(depth: Depth, config: dict[str, object], sources: Sequence[int]) -> None:
     for field in depth.tables:
-        old = config_fields.field_value(config, field)
-        if isinstance(old, Mapping):
-            new_table = {str(i): old[str(j)] for i, j in enumerate(sources) if str(j) in old}
-            config_fields.set_field(config, field, new_table)
+        table = config_fields.field_value(config, field)
+        if isinstance(table, Mapping):
+            # transformers pads the numbers: "05" is layer 5 of ten or more.
+            old = {key.lstrip("0") or "0": entry for key, entry in table.items()}
+            width = len(str(len(sources) - 1))
+            new = {f"{i:0{width}}": old[str(j)] for i, j in enumerate(sources) if str(j) in old}
+            config_fields.set_field(config, field, new)
 
 
 def _follow_counts(
-    depth: Depth, config: dict[str, object], sources: Sequence[int], what: str
+    depth: Depth, config: dict[str, object], sources: Sequence[int], what: str, n_before: int
 ) -> None:
-    """Fields that count leading layers, or name the last one that leads."""
-    for counts in depth.prefix_counts:
+    """Fields that count leading or trailing layers, or name the last one that leads."""
+    for counts in (*depth.prefix_counts, *depth.suffix_counts):
         count, field = layer_rules.number(counts, config), layer_rules.field_of(counts, config)
         if count is not None and field is not None and count > 0:
-            new_count = _leading([j < count for j in sources], field, what)
+            trails = counts in depth.suffix_counts
+            n_leading = n_before - count if trails else count
+            new_leading = _leading([j < n_leading for j in sources], field, what)
+            new_count = len(sources) - new_leading if trails else new_leading
             if new_count != count:
                 config_fields.set_field(config, field, new_count)
     for field in depth.last_index:
@@ -247,20 +253,18 @@ def _listed(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[l
 
 def _counted(depth: Depth, config: Mapping[str, object], n_layers: int) -> list[list[str]]:
     """Of each count, on which side of it a layer is."""
-    ends: tuple[tuple[Numbers, int], ...] = (
-        *((counts, 0) for counts in depth.prefix_counts),
-        *(((field,), 1) for field in depth.last_index),
+    ends: tuple[tuple[Numbers, int, int], ...] = (
+        *((counts, 0, 1) for counts in depth.prefix_counts),
+        *((counts, n_layers, -1) for counts in depth.suffix_counts),
+        *(((field,), 1, 1) for field in depth.last_index),
     )
     facts = []
-    for counts, rest in ends:
+    for counts, start, sign in ends:
         count, field = layer_rules.number(counts, config), layer_rules.field_of(counts, config)
         if count is not None and field is not None and count >= 0:
-            facts.append(
-                [
-                    f"{'before' if i < count + rest else 'after'} {field} {count}"
-                    for i in range(n_layers)
-                ]
-            )
+            end = start + sign * count
+            words = [f"{'before' if i < end else 'after'} {field} {count}" for i in range(n_layers)]
+            facts.append(words)
     return facts
 
 
@@ -292,7 +296,7 @@ def _leading(flags: Sequence[bool], field: str, what: str) -> int:
     count = sum(flags)
     if not all(flags[:count]):
         raise PlanError(
-            f"config.json's {field} counts leading layers of {what}, and they would not lead",
+            f"config.json's {field} counts {what} at one end, and they would leave it",
             hint="take groups that keep the kinds of layers apart and in order",
         )
     return count

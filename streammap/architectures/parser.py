@@ -6,13 +6,13 @@ config.json, and joins the specs that are included with the one that includes th
 
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 from streammap.architectures import config_fields
 from streammap.architectures import expression as expressions
 from streammap.architectures.decode import Decoder, Tables, as_list, as_table, string
 from streammap.architectures.expression import Expression, Name
-from streammap.architectures.schema import Architecture, LMHead, TinyModel
+from streammap.architectures.schema import Architecture, Depth, LMHead, TinyModel
 from streammap.architectures.scopes import SpecScope
 from streammap.errors import ArchitectureError
 
@@ -201,14 +201,14 @@ def _joined(
 ) -> Architecture:
     own, tables = scopes[0].tables, [scope.tables for scope in scopes]
     axes = {axis.name: axis for scope in scopes for axis in scope.axes}
-    fields = {path: value for one in tables for path, value in one.config.items()}
+    written = {path: value for one in tables for path, value in one.config.items()}
     for other, axis in whole.same_axis.items():
         if other == axis:
             continue  # Config.json decided that it is an axis of its own.
         # The axis goes, its config field stays: it is written with the axis that stands for it.
         listed = axes.pop(other).fields if other in axes else ()
         there = [path for path in listed if config_fields.field_value(config, path) is not None]
-        fields |= {path: Name(axis) for path in there[:1]}
+        written |= {path: Name(axis) for path in there[:1]}
     if not any(axis.kind == "depth" for axis in axes.values()):
         raise ArchitectureError("expected an axis of kind depth")
     for axis_name in (name for one in tables for name in one.written):
@@ -240,9 +240,9 @@ def _joined(
         forward_scale=tuple(factor for scope in scopes for factor in scope.forward_scale),
         experts={axis: value for scope in scopes for axis, value in scope.experts.items()},
         rope={axis: value for scope in scopes for axis, value in scope.rope.items()},
-        depth={axis: value for one in tables for axis, value in one.depth.items()},
+        depth=_depths(scopes),
         numbered={axis: value for one in tables for axis, value in one.numbered.items()},
-        config=fields,
+        config=written,
         written={axis: value for one in tables for axis, value in one.written.items()},
         layout={end: hub for one in tables for end, hub in one.layout.items() if hub},
         unserved=next((one.unserved for one in tables if one.unserved), ""),
@@ -252,6 +252,17 @@ def _joined(
         },
         unsigned={axis: text for one in tables for axis, text in one.unsigned.items() if text},
     )
+
+
+def _depths(scopes: Sequence[SpecScope]) -> dict[str, Depth]:
+    """What is said of single layers; what the whole says of a part's is added to what that says."""
+    joined: dict[str, Depth] = {}
+    for scope in reversed(scopes):
+        for axis, depth in scope.tables.depth.items():
+            said = {one.name: getattr(depth, one.name) for one in fields(depth)}
+            said = {name: value for name, value in said.items() if value != getattr(Depth(), name)}
+            joined[axis] = replace(joined.get(axis, Depth()), **said)
+    return joined
 
 
 def _heads(scopes: Sequence[SpecScope]) -> tuple[LMHead, ...]:

@@ -255,6 +255,8 @@ class Depth:
     """What loaders make of missing lists; of rules for one list the first counts."""
     prefix_counts: tuple[Numbers, ...] = ()
     """How many leading layers are of another kind."""
+    suffix_counts: tuple[Numbers, ...] = ()
+    """How many trailing layers are of another kind."""
     last_index: tuple[ConfigField, ...] = ()
     """The last layer of another kind."""
     periods: tuple[tuple[Numbers, ...], ...] = ()

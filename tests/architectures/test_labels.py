@@ -61,6 +61,7 @@ UNPROVED = {
     "kosmos_2_text_model",
     "minimax_m3_vl_vision",
     "ovis2_vision_model",
+    "pp_chart2table_vision",
     "pix2struct_text_model",
     "qwen2_5_omni_audio_encoder",
     "qwen2_5_omni_vision_encoder",

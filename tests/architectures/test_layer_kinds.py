@@ -283,6 +283,18 @@ def test_a_prefix_count_counts_the_leading_layers_of_its_kind() -> None:
     assert followed(depth, {}, [2, 0]) == {}
 
 
+def test_a_suffix_count_counts_the_trailing_layers_of_its_kind() -> None:
+    depth = Depth(suffix_counts=(("last",),))
+    config: Config = {"last": 1}
+    kinds = (("before last 1",),) * 2 + (("after last 1",),)
+    assert layer_kinds.kinds(depth, config, 3) == kinds
+    assert followed(depth, config, [0, 0, 1, 1, 2, 2]) == {"last": 2}
+    assert followed(depth, {"last": 2}, [0, 2]) == {"last": 1}
+    assert followed(depth, {"last": 0}, [2, 0]) == {"last": 0}
+    with pytest.raises(PlanError, match="last counts layer at one end"):
+        followed(depth, config, [0, 2, 1])
+
+
 def test_a_last_index_is_that_of_the_last_layer_of_its_kind() -> None:
     depth = Depth(last_index=("end",))
     config: Config = {"end": 1}
@@ -298,7 +310,7 @@ def test_a_last_index_is_that_of_the_last_layer_of_its_kind() -> None:
     ids=["count", "last"],
 )
 def test_layers_of_the_leading_kind_must_lead(depth: Depth) -> None:
-    expected = r"first counts leading layers of layer, and they would not lead\n  hint: "
+    expected = r"first counts layer at one end, and they would leave it\n  hint: "
     with pytest.raises(PlanError, match=expected):
         followed(depth, {"first": 1}, [0, 2, 0, 2])
 
@@ -356,6 +368,10 @@ def test_a_table_follows_the_numbers_of_its_layers() -> None:
         "per_layer": {"0": {"a": 1}, "1": {"a": 1}, "3": {"a": 3}}
     }
     assert followed(depth, {}, [0, 0]) == {}
+    padded: Config = {"per_layer": {"02": {"a": 3}, "10": {"a": 1}}}
+    assert followed(depth, padded, [2, 3, *range(11)]) == {
+        "per_layer": {"00": {"a": 3}, "04": {"a": 3}, "12": {"a": 1}}
+    }
 
 
 def test_a_pattern_is_unrolled() -> None:

@@ -762,6 +762,7 @@ def test_a_path_reaches_inside_tables_and_lists() -> None:
         ("l.-1", 3),
         ("l.0", 1),
         ("l.3", None),
+        ("l.*", 1),
         ("l.x", None),
         ("n.x", None),
         ("b", None),
@@ -769,14 +770,19 @@ def test_a_path_reaches_inside_tables_and_lists() -> None:
         assert config_fields.field_value(config, path) == value, path
     config_fields.set_field(config, "a.*.b", 7)
     config_fields.set_field(config, "l.-1", 9)
+    config["e"] = [4, 4]
+    config_fields.set_field(config, "e.*", 8)
     config_fields.set_field(config, "new.inner", 5)
     config_fields.delete_field(config, "n")
     config_fields.delete_field(config, "a.x.b")
     assert config == {
         "a": {"x": {}, "y": {"b": 7}},
         "l": [1, 2, 9],
+        "e": [8, 8],
         "new": {"inner": 5},
     }
+    with pytest.raises(PlanError, match=r"config\.json has no list sizes, of which item 2 "):
+        config_fields.set_field({}, "sizes.2", 5)
     with pytest.raises(PlanError, match=r"config\.json: new is 3, expected a table"):
         config_fields.set_field({"new": 3}, "new.inner", 5)
 
@@ -801,3 +807,10 @@ def test_a_spec_promises_nothing_with_other_switches_than_it_was_tested_with(
     found = set(spec.caveats.values()) - {"base says so"}
     assert found == ({told} if told else set())
     assert not told or spec.caveats.keys() == spec.axes.keys()
+
+
+def test_what_a_whole_says_of_a_parts_layers_is_added_to_what_the_part_says() -> None:
+    (model, *_) = registry.tiny_models("qianfan")
+    depth = registry.load("qianfan", {"model_type": "qianfan_ocr", **model.config}).depth
+    assert depth["vision.layer"].states == (("vision_feature_layer", -1),)
+    assert "vision_config.out_indices" in depth["vision.layer"].delete

@@ -206,7 +206,11 @@ def requests(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Changes of widths, depths and experts at random."""
     axes = source.plan.model.architecture.axes
-    names = [n for n, size in source.sizes.items() if size > 1 and axes[n].kind != "group"]
+    names = [
+        n
+        for n, size in source.sizes.items()
+        if size > 1 and axes[n].kind not in ("group", "frozen")
+    ]
     for _ in range(N_REQUESTS):
         name = generator.choice(names)
         size = source.sizes[name]
@@ -218,5 +222,7 @@ def requests(
             case 2:
                 yield "decoalesce", {"axes": {name: {"size": size + generator.randint(1, size)}}}
             case _:
-                divisors = [n for n in range(2, size + 1) if size % n == 0]
-                yield "coalesce", {"axes": {name: generator.choice(divisors)}}
+                # Some classes divide by the number of layers less one.
+                least = 2 if axes[name].kind == "depth" else 1
+                divisors = [n for n in range(2, size // least + 1) if size % n == 0] or [1]
+                yield "coalesce", {"axes": {name: {"factor": generator.choice(divisors)}}}

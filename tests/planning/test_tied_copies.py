@@ -35,9 +35,15 @@ def test_a_tied_head_may_have_a_copy(tmp_path: Path, model: TinyModel) -> None:
     state = load_file(tmp_path / "tied" / "model.safetensors")
     copies = {}
     for tied in opened.model.tied_heads:
-        embedding = next(key for key in state if tied.is_embedding(key))
+        # A model around another has the other's keys behind a prefix that is not read.
+        wrapped, name = next(
+            (key[: -len(name)], name)
+            for key in state
+            for name in (key, key.removeprefix("model."))
+            if tied.is_embedding(name)
+        )
         if tied.head.head and not any(map(tied.is_head, state)):
-            copies[sample(tied.head.head[0])] = state[embedding].clone()
+            copies[wrapped + sample(tied.head.head[0])] = state[wrapped + name].clone()
     if not copies:
         pytest.skip("no tied head, or one that has a copy already")
     expected = truth.outputs(tmp_path / "tied", model)
@@ -56,7 +62,9 @@ def test_a_tied_head_may_have_a_copy(tmp_path: Path, model: TinyModel) -> None:
             continue
         grown.save(tmp_path / f"out{n}", fsync=False)
         error = truth.difference(truth.outputs(tmp_path / f"out{n}", model), expected)
-        assert (error < 1e-9) == (grown.promise[0] in {"exact", "bit-exact"}), (untie, error)
+        exact = grown.promise[0] in {"exact", "bit-exact"}
+        # Without the positions that a width changes, what is not promised may hold.
+        assert (error < 1e-9) == exact or (error < 1e-9 and model.neutral), (untie, error)
         if not untie:
             written = load_file(tmp_path / f"out{n}" / "model.safetensors")
             for name, x in copies.items():

@@ -70,7 +70,8 @@ def make(net: Net) -> dict[str, Tensor]:
         inputs["bbox"] = _boxes(_number(config, "max_2d_position_embeddings") or _N_TOKENS)
     if getattr(config, "audio_config", config) is not None:
         inputs |= _sounds(net, takes)
-    if "pixel_values" in takes or "grid_thw" in takes:
+    sees = getattr(config, "visual_embed", True)
+    if sees and ("pixel_values" in takes or "grid_thw" in takes):
         inputs |= _images(net, takes)
     return inputs | _with_places(net, inputs, takes)
 
@@ -211,13 +212,14 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
         return _shaped_patches(seen)
     if "image_position_ids" in takes or "pixel_position_ids" in takes:
         return _placed_patches(seen, takes)
-    side = _number(seen, "image_size") or 4 * (_number(seen, "patch_size") or 4)
+    side = _number(seen, "image_size", "input_size") or 4 * (_number(seen, "patch_size") or 4)
     size, n_views = (side, side), 1
     if getattr(config, "image_grid_pinpoints", None):
         # The whole image at the size of a view, and the views that it is cut into.
         size = tuple(config.image_grid_pinpoints[0])
         n_views = 1 + math.prod(size) // side**2
     channels = _number(seen, "num_channels", "in_channels", "in_chans") or 3
+    n_views = getattr(config, "num_frames", None) or n_views
     several = n_views > 1 or "pixel_attention_mask" in takes
     several |= config.model_type == "instructblipvideo"  # It takes frames.
     shape = (_BATCH, *((n_views,) if several else ()), channels, side, side)

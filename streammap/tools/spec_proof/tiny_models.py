@@ -237,8 +237,12 @@ def _without(features: Sequence[str], net: _Net) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if "sinusoidal" in features:
             for part in net.modules():
-                if "Sinusoidal" in type(part).__name__:
+                if "Sinus" in type(part).__name__ or "SinePosition" in type(part).__name__:
                     stack.callback(part.register_forward_hook(_zeros).remove)
+                for name, x in list(vars(part).items()):
+                    if "position" in name and isinstance(x, Tensor):  # A table that no file has.
+                        stack.callback(setattr, part, name, x)
+                        setattr(part, name, torch.zeros_like(x))
         if "alibi" in features:
             # The slopes come from functions of the model's own module.
             module = importlib.import_module(type(net).__module__)
