@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammap.architectures import registry
-from streammap.tools.spec_infer import shrink, solve
+from streammap.tools.spec_infer import solve, tiny_sizes
 from streammap.tools.spec_infer.amendments import NO_RULE, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
@@ -78,8 +78,8 @@ def _running(naming: AxisNaming, text: _Text, scratch: Path) -> tuple["_Proof", 
     """A tiny model that runs; where none does, the first."""
     first: tuple[_Proof, tuple[str, ...]] | None = None
     for i, other in enumerate(itertools.islice(_joined(naming), _MAX_JOINED)):
-        for j, sizes in enumerate(shrink.tiny_sizes(other)):
-            tiny, wrong = shrink.prove_sizes(other, sizes)
+        for j, sizes in enumerate(tiny_sizes.proposals(other)):
+            tiny, wrong = tiny_sizes.prove_sizes(other, sizes)
             folder = scratch / f"{i}-{j}"
             folder.mkdir()
             found = _Proof(other, tiny, text, folder), wrong
