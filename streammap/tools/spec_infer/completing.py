@@ -47,7 +47,9 @@ def _usual(bench: Workbench, name: str) -> int:
     if plain_name(name) == "head_dim" and {"embed", "heads"} <= beside.keys():
         return beside["embed"] // beside["heads"]
     if "heads" in leaf:
-        return _FEW
+        return 1 if "kv" in leaf else _FEW
+    if "head_dim" in leaf and "head_dim" in beside:
+        return beside["head_dim"]
     return _HEAD_SIZE if "head" in leaf else _FEW if re.search("ratio|layers", leaf) else _MANY
 
 

@@ -24,6 +24,8 @@ _PERIOD = re.compile(r"step|period|interval|every|freq|pattern|_n_layers")
 _OFFSETS = (-1, 0)
 
 _Word = Mapping[str, object]
+_Period = tuple[tuple[str, int], int]
+"""A field with its value, and the offset."""
 
 
 class DepthRules:
@@ -50,9 +52,6 @@ class DepthRules:
         lists = self._m.bench.lists(scope)
         some = [k for k, v in lists.items() if self._is_index_list(k, v, field)]
         pairs = [(k, k.replace("period", "offset")) for k in leaves if k.endswith("_period")]
-        periods: list[list[object]] = [
-            [joined(scope, k) for k in pair] for pair in pairs if pair[1] in leaves
-        ]
         prefixes = list(self._prefix_counts(field, name))
         told: list[list[object]] = [
             *(list(map(json.dumps, lists[k])) for k in self._full_lists(field)),
@@ -61,11 +60,14 @@ class DepthRules:
         ]
         kinds = list(self._layers_of(name).values())
         first: _Word = {}
-        if not periods and not _are_told(kinds, told, field.value):
-            told_first = [*told, [i == 0 for i in range(field.value)]]
-            if _n_told(kinds, told_first, field.value) > _n_told(kinds, told, field.value):
-                first, told = {"first": True}, told_first
+        periods: list[_Period] = []
+        offsets = [[joined(scope, k) for k in pair] for pair in pairs if pair[1] in leaves]
+        if not offsets:
             periods = list(self._stepped(field, kinds, told))
+            told += [[(i - o) % p[1] == 0 for i in range(field.value)] for p, o in periods]
+            with_first = [*told, [i == 0 for i in range(field.value)]]
+            if _n_told(kinds, with_first, field.value) > _n_told(kinds, told, field.value):
+                first = {"first": True}
         named = {
             "lists": self._full_lists(field),
             "index_lists": some,
@@ -74,7 +76,7 @@ class DepthRules:
             "last_index": [k for k in leaves if k.endswith("layer_end_index")],
         }
         words: dict[str, object] = {k: [joined(scope, n) for n in v] for k, v in named.items() if v}
-        words |= {"periods": periods} if periods else {}
+        words |= {"periods": offsets or periods} if offsets or periods else {}
         words |= {"tail": "num_nextn_predict_layers"} if _TAIL in leaves else {}
         return words | first
 
@@ -92,18 +94,20 @@ class DepthRules:
 
     def _stepped(
         self, field: Field, kinds: Sequence[set[int]], told: Sequence[Sequence[object]]
-    ) -> Iterator[list[object]]:
+    ) -> Iterator[_Period]:
         """Fields that make every n-th layer one of another kind."""
-        known, layers = list(told), range(field.value)
-        for other in self._m.bench.numbers():
+        known, layers, bench = list(told), range(field.value), self._m.bench
+        for other in bench.numbers():
             if other.scope != field.scope or not _PERIOD.search(other.leaf):
                 continue
             for offset in _OFFSETS:
                 more = [*known, [(i - offset) % other.value == 0 for i in layers]]
                 if _n_told(kinds, more, field.value) > _n_told(kinds, known, field.value):
-                    yield [[other.name, other.value], offset]
-                    known = more
-                    break
+                    changed = bench.snapshot({other.name: other.value + 1})
+                    if changed is None or changed.shapes.keys() != bench.base().shapes.keys():
+                        yield (other.name, other.value), offset
+                        known = more
+                        break
 
     def _layers_of(self, name: str) -> dict[str, set[int]]:
         """Pattern -> the layers that have it."""
@@ -177,10 +181,6 @@ def _n_told(kinds: Sequence[set[int]], told: Sequence[Sequence[object]], n_layer
         all(same <= layers or same.isdisjoint(layers) for same in alike.values())
         for layers in kinds
     )
-
-
-def _are_told(kinds: Sequence[set[int]], told: Sequence[Sequence[object]], n_layers: int) -> bool:
-    return _n_told(kinds, told, n_layers) == len(kinds)
 
 
 def _table(head: str, words: _Word) -> str:

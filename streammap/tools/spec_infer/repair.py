@@ -135,14 +135,14 @@ def _helps(report: ProofReport, before: Check) -> bool:
 
 def _candidates(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[Amendments]:
     """Amendments that may be what is missing, the likely ones first."""
-    if failed.axes:
+    if failed.name == "promises":
+        yield from _promises(naming, known, failed)
+    elif failed.axes:
         for axis in failed.axes:
             yield from _rules(naming, known, failed, axis)
         for axis in failed.axes:
             yield _frozen(naming, known, axis)
         yield _all_frozen(naming, known, failed.axes)
-    elif failed.name == "promises":
-        yield from _promises(naming, known, failed)
     elif failed.name in ("shrink", "missing", "growth"):
         yield from _without_depth(naming, known)
 
@@ -204,7 +204,8 @@ def _promises(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[
         experts = dict.fromkeys(_axes(naming, "expert"), _EXPERTS)
         yield replace(known, inexact={**known.inexact, **experts})
     layers = [axis for axis in _axes(naming, "depth") if axis not in known.inexact]
-    for some in (*([axis] for axis in layers), layers):
+    alone = [axis for axis in layers if axis in failed.axes]
+    for some in (alone, layers) if alone else (layers,):
         yield replace(known, inexact={**known.inexact, **dict.fromkeys(some, _LAYERS)})
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from streammap.tools.spec_infer import probe
@@ -32,7 +33,10 @@ def shorten(bench: Workbench) -> None:
             short = None if n >= field.value or changes is None else bench.snapshot(changes)
             if short is not None and _kinds(short) == _kinds(full):
                 assert changes is not None
-                bench.adopt(changes)
+                # Where layers differ, two of them show too little of the order that they have.
+                deeper = _stack(bench, field, n + 2) if _differ(short, n) else None
+                if deeper is None or not bench.adopt(deeper):
+                    bench.adopt(changes)
                 break
 
 
@@ -52,7 +56,19 @@ def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | 
     return changes
 
 
+def _differ(snapshot: Snapshot, n_layers: int) -> bool:
+    """Whether some tensors of a stack are not in each of its layers."""
+    stacks = [start for start, n in snapshot.counts.items() if n == n_layers]
+    found = Counter(template(key) for key in snapshot.shapes)
+    return any(
+        n % n_layers for key, n in found.items() if any(key.startswith(start) for start in stacks)
+    )
+
+
 def _kinds(snapshot: Snapshot) -> set[tuple[str, tuple[int, ...]]]:
-    return {(template(key), shape) for key, shape in snapshot.shapes.items()}
-
-
+    """Keys without their numbers, and shapes; outside layers a dimension may count the layers."""
+    kinds = set()
+    for key, shape in snapshot.shapes.items():
+        name = template(key)
+        kinds.add((name, shape if name != key else ()))
+    return kinds

@@ -183,6 +183,9 @@ def _by_value(m: AxisNaming) -> dict[str, object]:
         while n_units * unit in of_value.values():
             n_units += 1
         of_value[value] = min(value, n_units * unit)
+    # Lengths, numbers of places and the like: powers of two, which strides divide.
+    kept = [f for f in fields if m.kinds[m.names[f.name]] == "frozen" and f.name not in sizes]
+    sizes |= {f.name: min(f.value, 64) for f in kept if f.value not in of_value}
     every = [f for f in m.bench.numbers() if f.name not in sizes and f.value in of_value]
     sizes |= {f.name: of_value[f.value] for f in every if f in widths or "size" in f.leaf}
     sizes |= {f.name: 97 for f in fields if "vocab" in f.leaf and "type" not in f.leaf}
@@ -231,11 +234,15 @@ def _halvings(sizes: Iterable[int], least: int) -> int:
 
 def _tokens(bench: Workbench) -> dict[str, object]:
     """Numbers of tokens that the tiny vocabulary has, below those that text is drawn from."""
-    fields = {
+    given = dict(config_changes.leaves(bench.fields))
+    # A class whose marks are null by default reads no images or sounds without them.
+    unnamed = [k for k, n in given.items() if n is None and _MARK.search(k) and _TOKEN.search(k)]
+    fields: dict[str, int] = {
         name: value
-        for name, value in config_changes.leaves(bench.fields)
+        for name, value in given.items()
         if _TOKEN.search(name) and type(value) is int
     }
+    fields |= {name: _N_SPECIAL + max(fields.values(), default=0) + i for i, name in enumerate(unnamed)}
     marks = sorted({n for n in fields.values() if n >= _N_SPECIAL})
     taken = {n for n in fields.values() if n < _N_SPECIAL}
     free = [n for n in range(1, _N_SPECIAL) if n not in taken] or [_N_SPECIAL - 1]

@@ -18,8 +18,9 @@ source's as often as it was copied.
 
 import copy
 import json
+import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -240,21 +241,37 @@ class _Proof:
         }
         for way in (*_WAYS, _every_other_doubled) if self._axes("depth") else ():
             asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
-        errors, wrong = [0.0], []
+        errors, wrong, axes = [0.0], [], dict[str, None]()
         for name, options in asked.items():
-            try:
-                lazy = self._source.decoalesce(**options)
-            except StreammapError:
-                continue  # A refusal promises nothing.
-            allowed = _ALLOWED.get(lazy.promise[0])
-            error = None if allowed is None else self._told_error(name, lazy)
-            if allowed is not None and error is not None:
-                errors.append(error)
-                if not error <= allowed:
-                    wrong.append(f"{name}: {error:.1e}, though it is called {lazy.promise[0]}")
+            error, allowed = self._kept_promise(name, options)
+            errors.append(error)
+            if not error <= allowed[1]:
+                wrong.append(f"{name}: {error:.1e}, though it is called {allowed[0]}")
+                axes |= dict.fromkeys(self._breaking(name, options))
         if wrong:
-            raise _WrongError(max(errors), ", ".join(wrong))
+            raise _WrongError(max(errors), ", ".join(wrong), tuple(axes))
         return max(errors)
+
+    def _kept_promise(
+        self, name: str, options: Mapping[str, Any]
+    ) -> tuple[float, tuple[Promise, float]]:
+        """The error of a growth, and its promise with what that allows."""
+        try:
+            lazy = self._source.decoalesce(**options)
+        except StreammapError:
+            return 0.0, ("approximate", math.inf)  # A refusal promises nothing.
+        promise = lazy.promise[0]
+        allowed = _ALLOWED.get(promise)
+        error = None if allowed is None else self._told_error(name, lazy)
+        return error or 0.0, (promise, math.inf if allowed is None else allowed)
+
+    def _breaking(self, name: str, options: Mapping[str, Any]) -> Iterator[str]:
+        """The axes whose growth alone breaks a promise, of a growth of several."""
+        asked: Mapping[str, RequestLike] = options.get("axes", {})
+        for axis, request in asked.items():
+            error, (_, allowed) = self._kept_promise(name, {**options, "axes": {axis: request}})
+            if not error <= allowed:
+                yield axis
 
     def missing(self) -> float | None:
         """Other depths of the model, from a config.json without the lists that loaders derive."""

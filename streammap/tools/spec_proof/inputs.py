@@ -70,7 +70,8 @@ def make(net: Net) -> dict[str, Tensor]:
         inputs["bbox"] = _boxes(_number(config, "max_2d_position_embeddings") or _N_TOKENS)
     if getattr(config, "audio_config", config) is not None:
         inputs |= _sounds(net, takes)
-    if "pixel_values" in takes or "grid_thw" in takes:
+    sees = getattr(config, "vision_config", config) is not None
+    if sees and ("pixel_values" in takes or "grid_thw" in takes):
         inputs |= _images(net, takes)
     return inputs | _with_places(net, inputs, takes)
 
