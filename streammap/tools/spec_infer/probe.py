@@ -160,6 +160,11 @@ class Workbench:
             with optional.quiet(hide_warnings=True):
                 finished = self._config_class(**copy.deepcopy(given))
                 self._net_class = _net_class(finished, config, name)
+                own: _ConfigClass = getattr(self._net_class, "config_class", self._config_class)
+                if own is not self._config_class and not isinstance(finished, cast("type", own)):
+                    # A type that borrows another's model: what is null takes that one's defaults.
+                    named = {k: v for k, v in finished.to_dict().items() if v is not None or k in given}
+                    self._config_class, finished = own, own(**_plain(named))
                 self.finished: Fields = finished.to_dict()
                 self.fields: dict[str, object] = _plain(self.finished)
         except ArchitectureError:

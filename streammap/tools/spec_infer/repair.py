@@ -159,6 +159,7 @@ def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> I
                     one = replace(known, post=post, scale=scale, head_scale=head_scale)
                     if one != known:
                         yield one
+        yield from (replace(known, head_norm=key) for key in _norms(naming))
     elif not known.interleaved or known.per_head is None:
         yield replace(known, interleaved=not known.interleaved)
         yield replace(known, per_head=known.per_head is not True)
@@ -184,12 +185,28 @@ def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:
     return dict.fromkeys(patterns, f"{axis}**0.5")
 
 
+def _norms(naming: AxisNaming) -> list[str]:
+    """Norms of hidden units outside the layers, which may be the one before the head."""
+    width = naming.residual()
+    keys = [naming.anatomy.keys.get(norm.path, "") for norm in naming.anatomy.norms]
+    return [
+        key
+        for key in keys
+        if key
+        and not naming.in_stack(key)
+        and solve.sole(naming.solution.dims[key][-1]) == (width, 1)
+    ]
+
+
 def _frozen(naming: AxisNaming, known: Amendments, axis: str) -> Amendments:
     if naming.kinds.get(axis) == "expert":
         return replace(
             known, untested=(*known.untested, axis), inexact={**known.inexact, axis: NO_RULE}
         )
-    return replace(known, frozen={**known.frozen, axis: NO_RULE})
+    # A width that is heads times a head size is resized with its heads, or not at all.
+    pairs = [{naming.names.get(s) for s in pair} for pair in naming.solution.head_sizes.values()]
+    together = [axis, *(str(n) for pair in pairs if axis in pair for n in pair if n != axis)]
+    return replace(known, frozen={**known.frozen, **dict.fromkeys(together, NO_RULE)})
 
 
 def _all_frozen(naming: AxisNaming, known: Amendments, axes: tuple[str, ...]) -> Amendments:
@@ -201,6 +218,7 @@ def _all_frozen(naming: AxisNaming, known: Amendments, axes: tuple[str, ...]) ->
 def _promises(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[Amendments]:
     if "experts:" in failed.message:
         yield from (replace(known, gates=gates) for gates in _GATES)
+        yield from (replace(known, single=True, gates=gates) for gates in _GATES)
         experts = dict.fromkeys(_axes(naming, "expert"), _EXPERTS)
         yield replace(known, inexact={**known.inexact, **experts})
     layers = [axis for axis in _axes(naming, "depth") if axis not in known.inexact]

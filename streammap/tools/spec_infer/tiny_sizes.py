@@ -13,7 +13,7 @@ from fractions import Fraction
 from streammap.tools.spec_infer import config_changes, solve
 from streammap.tools.spec_infer.config_changes import Changes
 from streammap.tools.spec_infer.naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
-from streammap.tools.spec_infer.probe import Workbench, template
+from streammap.tools.spec_infer.probe import Field, Workbench, template
 from streammap.tools.spec_infer.solve import Solution
 
 _SMALL = 160
@@ -56,7 +56,17 @@ def _reduced(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, object]
                 found, model = halved, smaller
         if model.n_elements == before:
             return None
-    return None if model is None else found
+    return None if model is None else _accepted(bench, found)
+
+
+def _accepted(bench: Workbench, sizes: dict[str, object]) -> dict[str, object] | None:
+    """Sizes that the configuration class accepts: where it does not, without some of them."""
+    some = (sizes, *({k: v for k, v in sizes.items() if k != name} for name in sizes))
+    for found in some:
+        model = bench.with_changes(found).snapshot({})
+        if model is not None and model.n_elements <= _MAX_ELEMENTS:
+            return found
+    return None
 
 
 def prove_sizes(m: AxisNaming, sizes: Mapping[str, object]) -> tuple[Workbench, tuple[str, ...]]:
@@ -185,11 +195,19 @@ def _by_value(m: AxisNaming) -> dict[str, object]:
         of_value[value] = min(value, n_units * unit)
     # Lengths, numbers of places and the like: powers of two, which strides divide.
     kept = [f for f in fields if m.kinds[m.names[f.name]] == "frozen" and f.name not in sizes]
-    sizes |= {f.name: min(f.value, 64) for f in kept if f.value not in of_value}
+    sizes |= {f.name: _kept(f, of_value) for f in kept}
     every = [f for f in m.bench.numbers() if f.name not in sizes and f.value in of_value]
     sizes |= {f.name: of_value[f.value] for f in every if f in widths or "size" in f.leaf}
     sizes |= {f.name: 97 for f in fields if "vocab" in f.leaf and "type" not in f.leaf}
     return sizes | _following(m, sizes) | _tokens(m.bench)
+
+
+def _kept(field: Field, of_value: Mapping[int, int]) -> int:
+    """A size that is never resized: as a width that it equals or is a multiple of, or small."""
+    below = [n for n in of_value if n > 1 and field.value % n == 0 and field.value // n <= _MAX_RATIO]
+    if re.search(r"(dim|size)$", field.leaf) and below:
+        return of_value[max(below)] * (field.value // max(below))
+    return min(field.value, 64)
 
 
 def _wide_as_heads(m: AxisNaming, few: Mapping[int, int]) -> dict[int, int]:

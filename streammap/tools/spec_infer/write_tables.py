@@ -88,6 +88,7 @@ class SpecTables:
             if anatomy.base and not n.path.startswith(f"{anatomy.base}.")
         ]
         norm = anatomy.keys.get(own[-1]) if own else self._last_norm(anatomy.decoder)
+        norm = self._m.known.head_norm or norm
         if norm is None or self._m.solution.dims[norm][-1] != width:
             # A linear between the two: OPT-350m's project_out.
             norm = next(
@@ -141,7 +142,7 @@ class SpecTables:
         lines = ["[experts]"] if fields or known.gates or why else []
         lines += [f"gates = {toml_value(known.gates)}"] if known.gates else []
         lines += [f"inexact = {toml_value(why)}"] if why else []
-        lines += [f"top_k = {toml_value(top_k)}"] if top_k else []
+        lines += [f"top_k = {toml_value(top_k)}"] if top_k and not known.single else []
         lines += [f"multiply = {toml_value(groups)}"] if groups else []
         lines += [f'groups = "{n}"' for n in fields if n.rpartition(".")[2] == "n_group"]
         return "\n".join([*lines, ""])

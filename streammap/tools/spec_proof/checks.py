@@ -20,7 +20,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -74,7 +74,7 @@ class Check:
     message: str
     """What went wrong, or why nothing was compared."""
     axes: tuple[str, ...] = ()
-    """Those whose change alone goes wrong, where a change of all axes does."""
+    """Those whose change alone goes wrong, where a change of all axes does; broken promises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,11 +243,16 @@ class _Proof:
             asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
         errors, wrong, axes = [0.0], [], dict[str, None]()
         for name, options in asked.items():
-            error, allowed = self._kept_promise(name, options)
+            try:
+                error, (promise, allowed) = self._kept_promise(name, options)
+            except PlanError as failure:
+                wrong.append(str(failure))
+                axes[name] = None
+                continue
             errors.append(error)
-            if not error <= allowed[1]:
-                wrong.append(f"{name}: {error:.1e}, though it is called {allowed[0]}")
-                axes |= dict.fromkeys(self._breaking(name, options))
+            if not error <= allowed:
+                wrong.append(f"{name}: {error:.1e}, though it is called {promise}")
+                axes |= dict.fromkeys(self._breaking(name, options) or (name,))
         if wrong:
             raise _WrongError(max(errors), ", ".join(wrong), tuple(axes))
         return max(errors)
@@ -265,13 +270,14 @@ class _Proof:
         error = None if allowed is None else self._told_error(name, lazy)
         return error or 0.0, (promise, math.inf if allowed is None else allowed)
 
-    def _breaking(self, name: str, options: Mapping[str, Any]) -> Iterator[str]:
+    def _breaking(self, name: str, options: Mapping[str, Any]) -> list[str]:
         """The axes whose growth alone breaks a promise, of a growth of several."""
         asked: Mapping[str, RequestLike] = options.get("axes", {})
+        broken = []
         for axis, request in asked.items():
             error, (_, allowed) = self._kept_promise(name, {**options, "axes": {axis: request}})
-            if not error <= allowed:
-                yield axis
+            broken += [axis] * (not error <= allowed)
+        return broken
 
     def missing(self) -> float | None:
         """Other depths of the model, from a config.json without the lists that loaders derive."""
