@@ -7,6 +7,7 @@ proportions of the given model; the first that runs is taken.
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 
@@ -42,12 +43,9 @@ def _reduced(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, object]
     found, model = dict(sizes), bench.snapshot(sizes)
     while model is not None and model.n_elements > _MAX_ELEMENTS:
         before = model.n_elements
-        for field in sorted(bench.numbers(), key=lambda f: -f.value):
-            value = found.get(field.name, field.value)
-            if not isinstance(value, int) or value < 4 or value % 2:
-                continue
-            halved = {**found, field.name: value // 2}
-            smaller = bench.snapshot(halved)
+        for value, names in sorted(_equal_fields(bench, found).items(), reverse=True):
+            halved = found | dict.fromkeys(names, value[0] // 2)
+            smaller = bench.snapshot(halved) if value[0] >= 4 and value[0] % 2 == 0 else None
             if (
                 smaller is not None
                 and smaller.shapes.keys() == model.shapes.keys()
@@ -57,6 +55,18 @@ def _reduced(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, object]
         if model.n_elements == before:
             return None
     return None if model is None else _accepted(bench, found)
+
+
+def _equal_fields(
+    bench: Workbench, sizes: Mapping[str, object]
+) -> dict[tuple[int, int], list[str]]:
+    """(tiny value, given value) -> the fields that have them: models couple some of these."""
+    found: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for field in bench.numbers():
+        value = sizes.get(field.name, field.value)
+        if isinstance(value, int):
+            found[value, field.value].append(field.name)
+    return found
 
 
 def _accepted(bench: Workbench, sizes: dict[str, object]) -> dict[str, object] | None:
