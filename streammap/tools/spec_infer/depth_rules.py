@@ -53,13 +53,13 @@ class DepthRules:
         some = [k for k, v in lists.items() if self._is_index_list(k, v, field)]
         pairs = [(k, k.replace("period", "offset")) for k in leaves if k.endswith("_period")]
         prefixes = list(self._prefix_counts(field, name))
-        told: list[list[object]] = [
+        told: list[Sequence[object]] = [
             *(list(map(json.dumps, lists[k])) for k in self._full_lists(field)),
             *([i in lists[k] for i in range(field.value)] for k in some),
             *([i < int(str(leaves[k])) for i in range(field.value)] for k in prefixes),
         ]
         kinds = list(self._layers_of(name).values())
-        first: _Word = {}
+        first: dict[str, object] = {}
         periods: list[_Period] = []
         offsets = [[joined(scope, k) for k in pair] for pair in pairs if pair[1] in leaves]
         if not offsets:
@@ -133,7 +133,7 @@ class DepthRules:
                     yield other.leaf
 
     def _derived(self, field: Field, leaf: str) -> _Word:
-        """How the class makes a list that is not there; {} where it doesn't, or by no simple rule."""
+        """How the class makes a list that is not there; {} where by no simple rule."""
         name = joined(field.scope, leaf)
         made = {n: self._m.bench.made_list(name, {field.name: n}) for n in _DEPTHS}
         if any(entries is None or len(entries) != n for n, entries in made.items()):

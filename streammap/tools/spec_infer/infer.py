@@ -12,7 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammap.tools.spec_infer import completing, facts, module_roles, repair, shrink, solve, tiny_sizes
+from streammap.tools.spec_infer import (
+    completing,
+    facts,
+    module_roles,
+    repair,
+    shrink,
+    solve,
+    tiny_sizes,
+)
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_infer.words import toml_value

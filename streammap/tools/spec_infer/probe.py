@@ -163,7 +163,8 @@ class Workbench:
                 own: _ConfigClass = getattr(self._net_class, "config_class", self._config_class)
                 if own is not self._config_class and not isinstance(finished, cast("type", own)):
                     # A type that borrows another's model: what is null takes that one's defaults.
-                    named = {k: v for k, v in finished.to_dict().items() if v is not None or k in given}
+                    every = finished.to_dict().items()
+                    named = {k: v for k, v in every if v is not None or k in given}
                     self._config_class, finished = own, own(**_plain(named))
                 self.finished: Fields = finished.to_dict()
                 self.fields: dict[str, object] = _plain(self.finished)
@@ -216,7 +217,7 @@ class Workbench:
         return found
 
     def made_list(self, field: str, changes: Changes) -> list[object] | None:
-        """The list that the configuration class, or the model's, makes of a `field` that is not there."""
+        """The list that the configuration class makes of a `field` that is not there."""
         with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
             fields = config_changes.changed(self.fields, {**changes, field: None})
             value = config_fields.field_value(self._config_class(**fields).to_dict(), field)
@@ -366,7 +367,8 @@ class Workbench:
             for name, value in vars(module).items()
             if type(value) is int and name[0] != "_"
         }
-        templates, n_elements = frozenset(map(template, shapes)), sum(map(math.prod, shapes.values()))
+        n_elements = sum(map(math.prod, shapes.values()))
+        templates = frozenset(map(template, shapes))
         return Snapshot(shapes, attributes, templates, n_elements, _index_counts(shapes))
 
 

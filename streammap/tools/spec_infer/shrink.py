@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
 
 from streammap.tools.spec_infer import probe
 from streammap.tools.spec_infer.probe import Snapshot, Workbench, template

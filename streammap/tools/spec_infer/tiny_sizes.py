@@ -8,14 +8,12 @@ proportions of the given model; the first that runs is taken.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 
 from streammap.tools.spec_infer import config_changes, solve
-from streammap.tools.spec_infer.config_changes import Changes
 from streammap.tools.spec_infer.naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
 from streammap.tools.spec_infer.probe import Field, Workbench, template
-from streammap.tools.spec_infer.solve import Solution
 
 _SMALL = 160
 """A hidden size up to this may be that of a tiny model already."""
@@ -214,7 +212,7 @@ def _by_value(m: AxisNaming) -> dict[str, object]:
 
 def _kept(field: Field, of_value: Mapping[int, int]) -> int:
     """A size that is never resized: as a width that it equals or is a multiple of, or small."""
-    below = [n for n in of_value if n > 1 and field.value % n == 0 and field.value // n <= _MAX_RATIO]
+    below = [n for n in of_value if 1 <= field.value / n <= _MAX_RATIO and field.value % n == 0]
     if re.search(r"(dim|size)$", field.leaf) and below:
         return of_value[max(below)] * (field.value // max(below))
     return min(field.value, 64)
@@ -266,11 +264,10 @@ def _tokens(bench: Workbench) -> dict[str, object]:
     # A class whose marks are null by default reads no images or sounds without them.
     unnamed = [k for k, n in given.items() if n is None and _MARK.search(k) and _TOKEN.search(k)]
     fields: dict[str, int] = {
-        name: value
-        for name, value in given.items()
-        if _TOKEN.search(name) and type(value) is int
+        name: value for name, value in given.items() if _TOKEN.search(name) and type(value) is int
     }
-    fields |= {name: _N_SPECIAL + max(fields.values(), default=0) + i for i, name in enumerate(unnamed)}
+    unused = _N_SPECIAL + max(fields.values(), default=0)
+    fields |= {name: unused + i for i, name in enumerate(unnamed)}
     marks = sorted({n for n in fields.values() if n >= _N_SPECIAL})
     taken = {n for n in fields.values() if n < _N_SPECIAL}
     free = [n for n in range(1, _N_SPECIAL) if n not in taken] or [_N_SPECIAL - 1]

@@ -8,7 +8,7 @@ from fractions import Fraction
 from streammap.tools.spec_infer import probe, solve
 from streammap.tools.spec_infer.naming import AxisNaming, NamedTensors
 from streammap.tools.spec_infer.probe import template
-from streammap.tools.spec_infer.words import toml_key, toml_value
+from streammap.tools.spec_infer.words import toml_value
 
 _LARGE = 32
 """A dimension of this size should have a reason."""

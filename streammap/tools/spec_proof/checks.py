@@ -39,7 +39,8 @@ from streammap.operators.ordering.permute import Permute
 from streammap.planning.ordering import units
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
-from streammap.tools.spec_proof import missing_lists, tiny_models
+from streammap.tools.spec_proof import layer_ways, missing_lists, tiny_models
+from streammap.tools.spec_proof.layer_ways import Way
 
 CheckName = Literal[
     "source", "growth", "round trip", "permutation", "shrink", "promises", "missing"
@@ -239,7 +240,9 @@ class _Proof:
             "head_dim": {"head_dim": head_dim},
             "untie": {**self._widths("stacked"), "untie": True},
         }
-        for way in (*_WAYS, _every_other_doubled) if self._axes("depth") else ():
+        for way in (
+            (*layer_ways.WAYS, layer_ways.every_other_doubled) if self._axes("depth") else ()
+        ):
             asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
         errors, wrong, axes = [0.0], [], dict[str, None]()
         for name, options in asked.items():
@@ -305,11 +308,14 @@ class _Proof:
 
     def _as_with_lists(self, name: str) -> float:
         """The largest difference between results of the model with and without its lists."""
-        some = self._layers(_every_other_doubled)
+        some = self._layers(layer_ways.every_other_doubled)
+        fewer = self._layers(layer_ways.all_but_one)
         asked: dict[str, Callable[[LazyCheckpoint], LazyCheckpoint]] = {
             "zero-initialised layers": lambda lazy: lazy.decoalesce(axes=some, new_layers="zero"),
             "copied layers": lambda lazy: lazy.decoalesce(axes=some),
-            "layers left out": lambda lazy: lazy.coalesce(axes=self._layers(_all_but_one)),
+            "layers left out": lambda lazy: lazy.coalesce(
+                axes=self._layers(layer_ways.all_but_one)
+            ),
         }
         errors = [0.0]
         for what, make in asked.items():
@@ -337,14 +343,14 @@ class _Proof:
         if not self._axes("depth"):
             return grown, {}
         failures = []
-        for way in _DEEPER:
+        for way in layer_ways.DEEPER:
             try:
                 return grown.decoalesce(axes=self._layers(way)), self._layers(way)
             except PlanError as failure:
                 failures.append(_told(failure))
         raise PlanError("; ".join(failures))
 
-    def _layers(self, way: "_Way") -> dict[str, RequestLike]:
+    def _layers(self, way: Way) -> dict[str, RequestLike]:
         return {axis: way(self._source.sizes[axis]) for axis in self._axes("depth")}
 
     def _rounds(self) -> bool:
@@ -439,39 +445,6 @@ class _Proof:
             return self._error(lazy)
         except Exception as failure:
             raise PlanError(f"{name}: {_told(failure)}") from failure
-
-
-def _repeated(n: int) -> RequestLike:
-    return {"factor": 2, "grouping": "stacked"}
-
-
-def _doubled(n: int) -> RequestLike:
-    return {"factor": 2, "grouping": "adjacent"}
-
-
-def _doubled_but_first(n: int) -> RequestLike:
-    # Where the first layer has other tensors than the rest, it can't stand in a second place.
-    return {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
-
-
-def _repeated_but_first(n: int) -> RequestLike:
-    # As above, where layers take turns by their number: each keeps its place in the turn.
-    return {"groups": [[0], *([i, i + n - 1] for i in range(1, n))]}
-
-
-def _every_other_doubled(n: int) -> RequestLike:
-    # Layers behind the first new one get numbers of other kinds.
-    starts = [i + i // 2 for i in range(n + 1)]
-    return {"groups": [list(range(starts[i], starts[i + 1])) for i in range(n)]}
-
-
-def _all_but_one(n: int) -> RequestLike:
-    return {"groups": [[i] for i in range(n) if i != 1 or n == 1]}
-
-
-_Way = Callable[[int], RequestLike]
-_WAYS: tuple[_Way, ...] = (_repeated, _doubled, _doubled_but_first)
-_DEEPER = (*_WAYS, _repeated_but_first)
 
 
 class _WrongError(Exception):
