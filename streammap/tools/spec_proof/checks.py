@@ -313,9 +313,7 @@ class _Proof:
         asked: dict[str, Callable[[LazyCheckpoint], LazyCheckpoint]] = {
             "zero-initialised layers": lambda lazy: lazy.decoalesce(axes=some, new_layers="zero"),
             "copied layers": lambda lazy: lazy.decoalesce(axes=some),
-            "layers left out": lambda lazy: lazy.coalesce(
-                axes=self._layers(layer_ways.all_but_one)
-            ),
+            "layers left out": lambda lazy: lazy.coalesce(axes=fewer),
         }
         errors = [0.0]
         for what, make in asked.items():
