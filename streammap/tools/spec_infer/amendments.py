@@ -17,6 +17,8 @@ class Amendments:
     """What the head's input is multiplied by."""
     head_norm: str = ""
     """Key of the norm before the head; "": the last one that the model has."""
+    derives: bool = True
+    """Whether the rules of lists that the class derives are written."""
     single: bool = False
     """Whether a token takes one expert whatever their number."""
     post: bool | None = None

@@ -43,7 +43,7 @@ class DepthRules:
                 words = self._words(field, name)
                 if words:
                     yield _table(f"[depth.{name}]", words)
-                for full in self._full_lists(field):
+                for full in self._full_lists(field) if self._m.known.derives else ():
                     if rule := self._derived(field, full):
                         yield _table(f"[[depth.{name}.derived]]", rule)
 
@@ -63,7 +63,7 @@ class DepthRules:
         periods: list[_Period] = []
         offsets = [[joined(scope, k) for k in pair] for pair in pairs if pair[1] in leaves]
         if not offsets:
-            periods = list(self._stepped(field, kinds, told))
+            periods = list(self._stepped(field, name, kinds, told))
             told += [[(i - o) % p[1] == 0 for i in range(field.value)] for p, o in periods]
             with_first = [*told, [i == 0 for i in range(field.value)]]
             if _n_told(kinds, with_first, field.value) > _n_told(kinds, told, field.value):
@@ -93,7 +93,7 @@ class DepthRules:
         return [k for k in probe.REBUILT if isinstance(finished.get(k), (list, str))]
 
     def _stepped(
-        self, field: Field, kinds: Sequence[set[int]], told: Sequence[Sequence[object]]
+        self, field: Field, name: str, kinds: Sequence[set[int]], told: Sequence[Sequence[object]]
     ) -> Iterator[_Period]:
         """Fields that make every n-th layer one of another kind."""
         known, layers, bench = list(told), range(field.value), self._m.bench
@@ -102,12 +102,17 @@ class DepthRules:
                 continue
             for offset in _OFFSETS:
                 more = [*known, [(i - offset) % other.value == 0 for i in layers]]
-                if _n_told(kinds, more, field.value) > _n_told(kinds, known, field.value):
-                    changed = bench.snapshot({other.name: other.value + 1})
-                    if changed is None or changed.shapes.keys() != bench.base().shapes.keys():
-                        yield (other.name, other.value), offset
-                        known = more
-                        break
+                better = _n_told(kinds, more, field.value) > _n_told(kinds, known, field.value)
+                if better and self._moves(other, name):
+                    yield (other.name, other.value), offset
+                    known = more
+                    break
+
+    def _moves(self, other: Field, name: str) -> bool:
+        """Whether a field says which tensors the layers of a stack have."""
+        changed = self._m.bench.snapshot({other.name: other.value + 1})
+        keys = () if changed is None else changed.shapes.keys() ^ self._m.bench.base().shapes.keys()
+        return any(f"{{{name}}}" in self._m.pattern(key) for key in keys)
 
     def _layers_of(self, name: str) -> dict[str, set[int]]:
         """Pattern -> the layers that have it."""
@@ -161,7 +166,7 @@ class DepthRules:
     def _every(self, field: Field, name: str, every: int) -> object:
         """The field that holds a period, with its value; or the value alone."""
         for other in self._m.bench.numbers():
-            if other.scope == field.scope and other.value == every:
+            if other.scope == field.scope and other.value == every and other != field:
                 changes = {field.name: _DEPTHS[0], other.name: every + 1}
                 made = self._m.bench.made_list(name, changes)
                 if made != self._m.bench.made_list(name, {field.name: _DEPTHS[0]}):

@@ -63,6 +63,7 @@ class AxisNaming:
     def __init__(self, bench: Workbench, anatomy: ModelStructure, solution: Solution) -> None:
         """Name the axes, and group the tensors."""
         self.bench, self.anatomy, self.solution = bench, anatomy, solution
+        self.known = Amendments()
         self.fields = {field.name: field for field in bench.numbers()}
         self.unresolved: list[str] = []
         self.dims = dict(solution.dims) | {k: solution.dims[v] for k, v in anatomy.tied.items()}
@@ -70,7 +71,6 @@ class AxisNaming:
         self.names = self._named()
         self.tensors = tuple(self._grouped())
         self.kinds = self._axis_kinds()
-        self.known = Amendments()
 
     def amended(self, known: Amendments) -> "AxisNaming":
         """The same, with what proofs have shown."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammap.architectures import registry
+from streammap.errors import ArchitectureError
 from streammap.tools.spec_infer import solve, tiny_sizes
 from streammap.tools.spec_infer.amendments import NO_RULE, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
@@ -52,6 +53,9 @@ def prove(naming: AxisNaming, text: _Text, scratch: Path) -> Proved:
         naming: What is known of the model.
         text: Writes the spec.
         scratch: Folder for tiny models.
+
+    Raises:
+        ArchitectureError: no sizes make a tiny model.
     """
     known = Amendments()
     proof, wrong = _running(naming, text, scratch)
@@ -86,7 +90,11 @@ def _running(naming: AxisNaming, text: _Text, scratch: Path) -> tuple["_Proof", 
             first = first or found
             if found[0].of(Amendments(), "source").passed:
                 return found
-    assert first is not None
+    if first is None:
+        raise ArchitectureError(
+            f"{naming.bench.model_type}: no tiny model of its class can be built",
+            hint="give a config.json with small sizes, or write a spec by hand",
+        )
     return first
 
 
@@ -144,6 +152,8 @@ def _candidates(naming: AxisNaming, known: Amendments, failed: Check) -> Iterato
             yield _frozen(naming, known, axis)
         yield _all_frozen(naming, known, failed.axes)
     elif failed.name in ("shrink", "missing", "growth"):
+        if failed.name == "missing":
+            yield replace(known, derives=False)
         yield from _without_depth(naming, known)
 
 
