@@ -33,7 +33,10 @@ def proposals(m: AxisNaming) -> tuple[dict[str, object], ...]:
     if (hidden is None or hidden.value <= _SMALL) and m.bench.base().n_elements <= _MAX_ELEMENTS:
         return ({},)
     proposed = (_all_different(m), _by_value(m), _in_proportion(m))
-    return tuple(found for sizes in proposed if (found := _reduced(m.bench, sizes)) is not None)
+    found = [sizes for one in proposed if (sizes := _reduced(m.bench, one)) is not None]
+    # Last, for a forward pass that compares ids with marks that are null.
+    null = [k for k, n in config_changes.leaves(m.bench.fields) if n is None and _TOKEN.search(k)]
+    return (*found, *({**dict.fromkeys(null, 1), **sizes} for sizes in found[:1] if null))
 
 
 def _reduced(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, object] | None:
