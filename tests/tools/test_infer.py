@@ -13,7 +13,10 @@ import pytest
 
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
+from streammap.tools.spec_infer import completing, module_roles, shrink, solve, tiny_sizes
 from streammap.tools.spec_infer.infer import Inferred, infer
+from streammap.tools.spec_infer.naming import AxisNaming
+from streammap.tools.spec_infer.probe import Workbench
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -257,7 +260,9 @@ def test_experts_kept_apart_in_files_are_an_index() -> None:
 def test_layers_of_two_kinds() -> None:
     config: dict[str, object] = {"model_type": "gpt_oss", "num_hidden_layers": 4}
     found = tomllib.loads(infer(config, name="gpt_oss").toml)
-    assert found["depth"] == {"layer": {"lists": ["layer_types"]}}
+    derived = {"list": "layer_types", "when": ["model_type == gpt_oss"], "every": 2, "offset": -1}
+    kinds = {"yes": "full_attention", "no": "sliding_attention"}
+    assert found["depth"] == {"layer": {"lists": ["layer_types"], "derived": [derived | kinds]}}
     assert found["tensors"]["{L}mlp.experts.down_proj"] == "expert, mlp:in, embed:out"
     assert found["tensors"]["{L}mlp.experts.down_proj_bias"] == "expert, embed:out"
 
@@ -328,6 +333,65 @@ def test_a_factor_of_the_forward_pass_is_found_by_the_proof(tmp_path: Path) -> N
     amended = tomllib.loads(found.toml)
     assert amended.pop("forward_scale") == {"model.embed_tokens.weight": "embed**0.5"}
     assert amended == draft
+
+
+def test_lists_that_only_the_built_model_has_and_the_rule_of_those_that_are_derived() -> None:
+    # Longformer makes one window a layer of a number; ModernBERT's first layer lacks a norm.
+    longformer = tomllib.loads(infer({"model_type": "longformer"}, name="longformer").toml)
+    assert longformer["depth"]["layer"]["lists"] == ["attention_window"]
+    modernbert = tomllib.loads(infer({"model_type": "modernbert"}, name="modernbert").toml)
+    depth = modernbert["depth"]["layer"]
+    assert depth["first"] is True
+    assert depth["lists"] == ["layer_types"]
+    assert depth["derived"][0]["every"] == 3
+    assert depth["derived"][0]["yes"] == "full_attention"
+
+
+def test_every_n_th_layer_by_a_field() -> None:
+    config: Table = {
+        "model_type": "nllb-moe",
+        "encoder_layers": 4,
+        "decoder_layers": 4,
+        "encoder_sparse_step": 2,
+        "decoder_sparse_step": 2,
+        "num_experts": 4,
+    }
+    depth = tomllib.loads(infer(config, name="nllb-moe").toml)["depth"]
+    assert depth["enc_layer"] == {"periods": [[["encoder_sparse_step", 2], -1]]}
+    assert depth["dec_layer"] == {"periods": [[["decoder_sparse_step", 2], -1]]}
+
+
+def test_sizes_that_a_configuration_lacks_are_filled() -> None:
+    bench = Workbench({"model_type": "ministral"}, name="ministral")
+    assert bench.snapshot({}) is None
+    completing.complete(bench)
+    assert bench.fields["head_dim"] == 4096 // 32
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "t5"])
+def test_each_tiny_model_is_tiny_and_keeps_what_is_equal(name: str) -> None:
+    bench = Workbench(CONFIGS[name], name=name)
+    shrink.shorten(bench)
+    structure = module_roles.describe_model(bench.net())
+    naming = AxisNaming(bench, structure, solve.solve(bench, structure))
+    proposed = tiny_sizes.proposals(naming)
+    assert len(proposed) >= 3
+    for sizes in proposed:
+        model = bench.with_changes(sizes).snapshot({})
+        assert model is not None
+        assert model.n_elements < 2_000_000
+        assert model.templates == bench.base().templates
+    heads = [proposed[1].get(f, 0) for f in ("num_attention_heads", "num_key_value_heads")]
+    assert name == "t5" or heads == [8, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ministral", "modernbert", "electra", "lfm3", "longformer"])
+def test_default_configurations_that_pass_their_proof(name: str, tmp_path: Path) -> None:
+    found = infer({"model_type": name}, name=name, scratch=tmp_path)
+    assert found.report is not None
+    assert found.report.passed
+    assert not found.left_out
 
 
 @pytest.mark.slow

@@ -15,6 +15,12 @@ class Amendments:
     """Config.json's factors of the forward pass: a tensor's pattern -> [forward_scale]'s."""
     head_scale: str = ""
     """What the head's input is multiplied by."""
+    head_norm: str = ""
+    """Key of the norm before the head; "": the last one that the model has."""
+    derives: bool = True
+    """Whether the rules of lists that the class derives are written."""
+    single: bool = False
+    """Whether a token takes one expert whatever their number."""
     post: bool | None = None
     """Whether norms stand after the residual addition; None: as the order of modules says."""
     per_head: bool | None = None

@@ -10,7 +10,7 @@ from streammap.planning.matching import config_difference
 from streammap.tools.spec_infer import config_changes
 from streammap.tools.spec_infer.config_changes import Fields
 from streammap.tools.spec_infer.naming import AxisNaming
-from streammap.tools.spec_infer.write_rules import toml_key, toml_value
+from streammap.tools.spec_infer.words import toml_key, toml_value
 
 _OTHER = ("model_type", "is_encoder_decoder", "add_cross_attention", "vocab_size")
 

@@ -12,10 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from streammap.tools.spec_infer import facts, module_roles, repair, shrink, solve
+from streammap.tools.spec_infer import (
+    completing,
+    facts,
+    module_roles,
+    repair,
+    shrink,
+    solve,
+    tiny_sizes,
+)
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
-from streammap.tools.spec_infer.write_rules import SpecRules, toml_value
+from streammap.tools.spec_infer.words import toml_value
+from streammap.tools.spec_infer.write_rules import SpecRules
 from streammap.tools.spec_infer.write_tables import SpecTables
 from streammap.tools.spec_proof.checks import ProofReport
 
@@ -55,6 +64,7 @@ def infer(config: Mapping[str, object], *, name: str, scratch: Path | None = Non
     """
     start = time.perf_counter()
     bench = Workbench(config, name=name)
+    completing.complete(bench)
     shrink.shorten(bench)
     bench.explicit(_GUESS)
     structure = module_roles.describe_model(bench.net())
@@ -70,7 +80,7 @@ def infer(config: Mapping[str, object], *, name: str, scratch: Path | None = Non
         return "\n".join([*notes, *tables, facts.proved(naming, tiny.fields), *model])
 
     if scratch is None:
-        tiny, wrong = shrink.prove_sizes(naming, shrink.tiny_sizes(naming)[0])
+        tiny, wrong = tiny_sizes.prove_sizes(naming, next(iter(tiny_sizes.proposals(naming)), {}))
         toml, proved, n_probes = text(naming, tiny), None, tiny.n_probes
     else:
         proved = repair.prove(naming, text, scratch)
@@ -92,7 +102,7 @@ def _proof(bench: Workbench, untested: tuple[str, ...]) -> list[str]:
         "[[proof.models]]",
         f"name = {toml_value(bench.model_type)}",
         f"class = {toml_value(bench.class_name)}",
-        f"config = {toml_value(shrink.proof_config(bench))}",
+        f"config = {toml_value(tiny_sizes.proof_config(bench))}",
         *([f"except = {toml_value(untested)}"] if untested else []),
         "",
     ]

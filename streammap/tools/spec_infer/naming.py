@@ -63,6 +63,7 @@ class AxisNaming:
     def __init__(self, bench: Workbench, anatomy: ModelStructure, solution: Solution) -> None:
         """Name the axes, and group the tensors."""
         self.bench, self.anatomy, self.solution = bench, anatomy, solution
+        self.known = Amendments()
         self.fields = {field.name: field for field in bench.numbers()}
         self.unresolved: list[str] = []
         self.dims = dict(solution.dims) | {k: solution.dims[v] for k, v in anatomy.tied.items()}
@@ -70,7 +71,6 @@ class AxisNaming:
         self.names = self._named()
         self.tensors = tuple(self._grouped())
         self.kinds = self._axis_kinds()
-        self.known = Amendments()
 
     def amended(self, known: Amendments) -> "AxisNaming":
         """The same, with what proofs have shown."""
@@ -307,9 +307,12 @@ class AxisNaming:
         terms = {self._product(m, 1): f for m, f in polynomial.items()}
         if terms == {"q": 1, "kv": 2} and self.solution.groups:
             return "kv_heads*(q_group+2)*head_dim"
-        if len(terms) == 1 and terms.get("q", 0) > 1 and not self.solution.groups:
-            return f"heads*{terms['q']}*head_dim"
-        return None
+        ((monomial, factor), *more) = polynomial.items()
+        names = [self.names[s] for s, _ in sorted(monomial, key=lambda p: (self._rank(p[0]), p[0]))]
+        has_heads = any(is_heads(s) for s, _ in monomial)
+        if more or factor == 1 or not has_heads or not names[-1].endswith("head_dim"):
+            return None
+        return "*".join([*names[:-1], str(factor), names[-1]])
 
     def _product(self, monomial: Monomial, factor: int) -> str:
         symbols = sorted(monomial, key=lambda pair: (self._rank(pair[0]), pair[0]))

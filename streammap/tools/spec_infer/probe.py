@@ -10,6 +10,7 @@ have is refused.
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ class Snapshot:
 
     templates: frozenset[str]
     """The keys, every number in them "*"."""
+    n_elements: int
+    """Numbers in all tensors."""
     counts: Mapping[str, int]
     """Beginning of keys up to a number ("layers.", "layers.*.experts.") -> the highest + 1."""
 
@@ -92,6 +95,7 @@ class Net(Module, Protocol):
     """A model of transformers."""
 
     base_model_prefix: str
+    config: _Config
     _keys_to_ignore_on_save: Iterable[str] | None
 
     @property
@@ -151,10 +155,17 @@ class Workbench:
         self.model_type, self._config_class = _config_class(config, name)
         self.n_probes = 0
         self._cache: dict[str, Snapshot | None] = {}
+        self._built: Fields | None = None
         try:
             with optional.quiet(hide_warnings=True):
                 finished = self._config_class(**copy.deepcopy(given))
                 self._net_class = _net_class(finished, config, name)
+                own: _ConfigClass = getattr(self._net_class, "config_class", self._config_class)
+                if own is not self._config_class and not isinstance(finished, cast("type", own)):
+                    # A type that borrows another's model: what is null takes that one's defaults.
+                    every = finished.to_dict().items()
+                    named = {k: v for k, v in every if v is not None or k in given}
+                    self._config_class, finished = own, own(**_plain(named))
                 self.finished: Fields = finished.to_dict()
                 self.fields: dict[str, object] = _plain(self.finished)
         except ArchitectureError:
@@ -198,23 +209,35 @@ class Workbench:
 
     def lists(self, scope: str) -> dict[str, list[object]]:
         """The list-valued fields of one part of the configuration."""
-        inside = config_fields.field_value(self.fields, scope) if scope else self.fields
-        entries = inside.items() if isinstance(inside, dict) else ()
-        return {k: v for k, v in entries if isinstance(v, list)}
+        found: dict[str, list[object]] = {}
+        for fields in (self._built_fields(), self.fields):
+            inside = config_fields.field_value(fields, scope) if scope else fields
+            entries = inside.items() if isinstance(inside, dict) else ()
+            found |= {k: v for k, v in entries if isinstance(v, list)}
+        return found
+
+    def made_list(self, field: str, changes: Changes) -> list[object] | None:
+        """The list that the configuration class makes of a `field` that is not there."""
+        with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
+            fields = config_changes.changed(self.fields, {**changes, field: None})
+            value = config_fields.field_value(self._config_class(**fields).to_dict(), field)
+            return value if isinstance(value, list) else None
+        return None
 
     def adopt(self, changes: Changes) -> bool:
         """Go on from a changed configuration, where a model can be built of it."""
-        if self.snapshot(changes) is None:
+        other = self.with_changes(changes)
+        if other.snapshot({}) is None:
             return False
-        self.fields = config_changes.changed(self.fields, changes)
-        self._cache.clear()
+        self.fields, self._cache, self._built = other.fields, other._cache, None
+        self.n_probes += other.n_probes
         return True
 
     def with_changes(self, changes: Changes) -> "Workbench":
         """Another one, of the changed configuration."""
         other = copy.copy(self)
         other.fields = config_changes.changed(self.fields, changes)
-        other.n_probes, other._cache = 0, {}
+        other.n_probes, other._cache, other._built = 0, {}, None
         return other
 
     def explicit(self, guess: int) -> None:
@@ -250,6 +273,12 @@ class Workbench:
             value = config_fields.field_value(self._config_class(**fields).to_dict(), field)
             return value if isinstance(value, int) and not isinstance(value, bool) else None
         return None
+
+    def _built_fields(self) -> Fields:
+        """The configuration as the model has changed it: one entry a layer where there was one."""
+        if self._built is None:
+            self._built = _plain(self.net().config.to_dict()) if self.snapshot({}) else {}
+        return self._built
 
     def flag(self, field: str) -> bool:
         """What a configuration without this field means."""
@@ -316,7 +345,7 @@ class Workbench:
             with optional.quiet(hide_warnings=True):
                 self._plainly({})
         except Exception as error:
-            return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            return " ".join(str(error).split())[:300] or type(error).__name__
         return "no reason given"
 
     def _net(self, finished: _Config) -> Net:
@@ -338,7 +367,9 @@ class Workbench:
             for name, value in vars(module).items()
             if type(value) is int and name[0] != "_"
         }
-        return Snapshot(shapes, attributes, frozenset(map(template, shapes)), _index_counts(shapes))
+        n_elements = sum(map(math.prod, shapes.values()))
+        templates = frozenset(map(template, shapes))
+        return Snapshot(shapes, attributes, templates, n_elements, _index_counts(shapes))
 
 
 def template(key: str) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammap.architectures import registry
-from streammap.tools.spec_infer import shrink, solve
+from streammap.errors import ArchitectureError
+from streammap.tools.spec_infer import solve, tiny_sizes
 from streammap.tools.spec_infer.amendments import NO_RULE, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
@@ -52,6 +53,9 @@ def prove(naming: AxisNaming, text: _Text, scratch: Path) -> Proved:
         naming: What is known of the model.
         text: Writes the spec.
         scratch: Folder for tiny models.
+
+    Raises:
+        ArchitectureError: no sizes make a tiny model.
     """
     known = Amendments()
     proof, wrong = _running(naming, text, scratch)
@@ -78,15 +82,19 @@ def _running(naming: AxisNaming, text: _Text, scratch: Path) -> tuple["_Proof", 
     """A tiny model that runs; where none does, the first."""
     first: tuple[_Proof, tuple[str, ...]] | None = None
     for i, other in enumerate(itertools.islice(_joined(naming), _MAX_JOINED)):
-        for j, sizes in enumerate(shrink.tiny_sizes(other)):
-            tiny, wrong = shrink.prove_sizes(other, sizes)
+        for j, sizes in enumerate(tiny_sizes.proposals(other)):
+            tiny, wrong = tiny_sizes.prove_sizes(other, sizes)
             folder = scratch / f"{i}-{j}"
             folder.mkdir()
             found = _Proof(other, tiny, text, folder), wrong
             first = first or found
             if found[0].of(Amendments(), "source").passed:
                 return found
-    assert first is not None
+    if first is None:
+        raise ArchitectureError(
+            f"{naming.bench.model_type}: no tiny model of its class can be built",
+            hint="give a config.json with small sizes, or write a spec by hand",
+        )
     return first
 
 
@@ -135,15 +143,17 @@ def _helps(report: ProofReport, before: Check) -> bool:
 
 def _candidates(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[Amendments]:
     """Amendments that may be what is missing, the likely ones first."""
-    if failed.axes:
+    if failed.name == "promises":
+        yield from _promises(naming, known, failed)
+    elif failed.axes:
         for axis in failed.axes:
             yield from _rules(naming, known, failed, axis)
         for axis in failed.axes:
             yield _frozen(naming, known, axis)
         yield _all_frozen(naming, known, failed.axes)
-    elif failed.name == "promises":
-        yield from _promises(naming, known, failed)
     elif failed.name in ("shrink", "missing", "growth"):
+        if failed.name == "missing":
+            yield replace(known, derives=False)
         yield from _without_depth(naming, known)
 
 
@@ -159,6 +169,7 @@ def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> I
                     one = replace(known, post=post, scale=scale, head_scale=head_scale)
                     if one != known:
                         yield one
+        yield from (replace(known, head_norm=key) for key in _norms(naming))
     elif not known.interleaved or known.per_head is None:
         yield replace(known, interleaved=not known.interleaved)
         yield replace(known, per_head=known.per_head is not True)
@@ -184,12 +195,28 @@ def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:
     return dict.fromkeys(patterns, f"{axis}**0.5")
 
 
+def _norms(naming: AxisNaming) -> list[str]:
+    """Norms of hidden units outside the layers, which may be the one before the head."""
+    width = naming.residual()
+    keys = [naming.anatomy.keys.get(norm.path, "") for norm in naming.anatomy.norms]
+    return [
+        key
+        for key in keys
+        if key
+        and not naming.in_stack(key)
+        and solve.sole(naming.solution.dims[key][-1]) == (width, 1)
+    ]
+
+
 def _frozen(naming: AxisNaming, known: Amendments, axis: str) -> Amendments:
     if naming.kinds.get(axis) == "expert":
         return replace(
             known, untested=(*known.untested, axis), inexact={**known.inexact, axis: NO_RULE}
         )
-    return replace(known, frozen={**known.frozen, axis: NO_RULE})
+    # A width that is heads times a head size is resized with its heads, or not at all.
+    pairs = [{naming.names.get(s) for s in pair} for pair in naming.solution.head_sizes.values()]
+    together = [axis, *(str(n) for pair in pairs if axis in pair for n in pair if n != axis)]
+    return replace(known, frozen={**known.frozen, **dict.fromkeys(together, NO_RULE)})
 
 
 def _all_frozen(naming: AxisNaming, known: Amendments, axes: tuple[str, ...]) -> Amendments:
@@ -201,10 +228,12 @@ def _all_frozen(naming: AxisNaming, known: Amendments, axes: tuple[str, ...]) ->
 def _promises(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[Amendments]:
     if "experts:" in failed.message:
         yield from (replace(known, gates=gates) for gates in _GATES)
+        yield from (replace(known, single=True, gates=gates) for gates in _GATES)
         experts = dict.fromkeys(_axes(naming, "expert"), _EXPERTS)
         yield replace(known, inexact={**known.inexact, **experts})
     layers = [axis for axis in _axes(naming, "depth") if axis not in known.inexact]
-    for some in (*([axis] for axis in layers), layers):
+    alone = [axis for axis in layers if axis in failed.axes]
+    for some in (alone, layers) if alone else (layers,):
         yield replace(known, inexact={**known.inexact, **dict.fromkeys(some, _LAYERS)})
 
 

@@ -1,28 +1,12 @@
-"""Small models: few layers before the probing, small sizes after it.
-
-Building takes time for layers and experts, so that of both a few are left, of every kind that there
-is. When the sizes are explained, a model with other sizes checks all of them at once; where the
-given model is no tiny one already, it becomes the spec's tiny model.
-"""
+"""Fewer layers and experts before the probing: that is what building a model takes time for."""
 
 import json
-import math
 import re
-from collections.abc import Iterable, Mapping
-from fractions import Fraction
+from collections import Counter
 
-from streammap.tools.spec_infer import config_changes, probe, solve
-from streammap.tools.spec_infer.naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
+from streammap.tools.spec_infer import probe
 from streammap.tools.spec_infer.probe import Snapshot, Workbench, template
-from streammap.tools.spec_infer.write_tables import INDEX_LIST, PER_TOKEN
-
-_SMALL = 160
-"""A hidden size up to this is that of a tiny model already."""
-_N_SPECIAL = 10
-"""Tokens below this number are no text in tiny models."""
-_TOKEN = re.compile(r"token_(id|index)$|patch_id$")
-_MARK = re.compile(r"(image|video|audio)_(token|patch)")
-_TINY_WIDTHS = (92, 76, 44, 38, 28, 26, 22, 34, 46, 52, 58, 62, 68, 74)
+from streammap.tools.spec_infer.words import INDEX_LIST, PER_TOKEN
 
 
 def shorten(bench: Workbench) -> None:
@@ -48,173 +32,11 @@ def shorten(bench: Workbench) -> None:
             short = None if n >= field.value or changes is None else bench.snapshot(changes)
             if short is not None and _kinds(short) == _kinds(full):
                 assert changes is not None
-                bench.adopt(changes)
+                # Where layers differ, two of them show too little of the order that they have.
+                deeper = _stack(bench, field, n + 2) if _differ(short, n) else None
+                if deeper is None or not bench.adopt(deeper):
+                    bench.adopt(changes)
                 break
-
-
-def tiny_sizes(m: AxisNaming) -> tuple[dict[str, object], ...]:
-    """Sizes that may make a tiny model: all different, or in the proportions of the given ones."""
-    hidden = m.fields.get(m.residual())
-    if hidden is None or hidden.value <= _SMALL:
-        return ({},)
-    return _tiny(m), _in_proportion(m)
-
-
-def prove_sizes(m: AxisNaming, sizes: Mapping[str, object]) -> tuple[Workbench, tuple[str, ...]]:
-    """Build a model whose sizes all differ from the probed ones.
-
-    Args:
-        m: What is known of the model.
-        sizes: Those of the tiny model; empty where the probed one is tiny already.
-
-    Returns:
-        The tiny model, which is that one or the probed one where that is tiny already; and what
-        the sizes contradict, one line each.
-    """
-    tiny = sizes or {
-        s: 3 * m.fields[s].value
-        for s, name in m.names.items()
-        if s in m.fields and m.kinds[name] != "depth"
-    }
-    snapshot = m.bench.snapshot(tiny)
-    if snapshot is None:
-        return m.bench, ("the model that checks all sizes at once can't be built",)
-
-    def size(symbol: str) -> Fraction:
-        for table in (m.solution.head_sizes, m.solution.groups):
-            if symbol in table:
-                above, below = table[symbol]
-                return size(above) / size(below)
-        return Fraction(int(str(tiny.get(symbol, m.fields[symbol].value))))
-
-    wrong: dict[str, None] = {}
-    for key, dims in m.solution.dims.items():
-        for polynomial, size_there in zip(dims, snapshot.shapes.get(key, ()), strict=False):
-            if polynomial is not None and solve.value_of(polynomial, size) != size_there:
-                wrong[template(key)] = None
-    lines = tuple(f"{key}: its sizes differ in the model that checks them" for key in wrong)
-    return m.bench.with_changes(tiny) if sizes else m.bench, lines
-
-
-def _tiny(m: AxisNaming) -> dict[str, object]:
-    """Small sizes in the proportions that constructors ask for."""
-    sizes: dict[str, object] = {}
-    widths = iter(_TINY_WIDTHS * 9)
-    groups = {kv: heads for heads, kv in m.solution.groups.values()}
-    least = min((f.value for s, f in m.fields.items() if HEAD_SIZE.search(f.leaf)), default=1)
-    for symbol, name in m.names.items():
-        field = m.fields.get(symbol)
-        kind = m.kinds[name]
-        if field is None or kind == "depth" or symbol in sizes:
-            continue
-        leaf = field.leaf
-        if "vocab" in leaf:
-            sizes[symbol] = 97 if "type" not in leaf else field.value
-        elif symbol in groups:
-            n = min(field.value, 2)
-            times = min(3, m.fields[groups[symbol]].value // field.value)
-            sizes |= {symbol: n, groups[symbol]: n * times}
-        elif is_heads(symbol) and kind == "width":
-            sizes[symbol] = min(field.value, 6)
-        elif HEAD_SIZE.search(leaf):
-            # One may be a part of another: the rotary part of a head is less than all of it.
-            sizes[symbol] = min(field.value, 8 * min(3, field.value // least))
-        elif kind == "frozen" or kind == "expert":
-            sizes[symbol] = min(field.value, 61)
-        elif name.endswith("embed"):
-            sizes[symbol] = 48
-        else:
-            sizes[symbol] = min(field.value, next(widths))
-    for heads, kv in m.solution.groups.values():
-        sizes[heads] = int(str(sizes[kv])) * min(3, m.fields[heads].value // m.fields[kv].value)
-    for hidden in {h for h, _ in m.solution.head_sizes.values()} | {m.residual()}:
-        scope = hidden.rpartition(".")[0]
-        counts = [
-            int(str(n))
-            for s, n in sizes.items()
-            if plain_name(s) == "heads" and s.rpartition(".")[0] == scope
-        ]
-        sizes[hidden] = math.lcm(*counts, 1) * 8
-    return sizes | _following(m, sizes) | _tokens(m.bench)
-
-
-def _following(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
-    """Fields that equal others: widths, and counts of kv heads that make no dimension."""
-    heads = {s.rpartition(".")[0]: n for s, n in sizes.items() if plain_name(s) == "heads"}
-    equal: dict[str, object] = {a: sizes[b] for a, b in m.solution.same.items() if b in sizes}
-    for name, value in config_changes.leaves(m.bench.fields):
-        if name.endswith("mrope_section") and isinstance(value, list):
-            equal[name] = _sections(m, sizes, len(value))
-    return equal | {
-        field.name: heads[field.scope]
-        for field in m.fields.values()
-        if field.leaf == "num_key_value_heads" and field.name not in sizes and field.scope in heads
-    }
-
-
-def _sections(m: AxisNaming, sizes: Mapping[str, object], n: int) -> list[int]:
-    """Parts of half a head, which turn by time, row and column."""
-    field = next((s for s in sizes if plain_name(s) == "head_dim"), "")
-    head = int(str(sizes.get(field, 0)))
-    for hidden, heads in m.solution.head_sizes.values():
-        if not head and "vision" not in hidden:
-            head = int(str(sizes[hidden])) // int(str(sizes[heads]))
-    part = max(1, (head or 8) // 2 // (n + 1))
-    return [*[part] * (n - 1), (head or 8) // 2 - part * (n - 1)]
-
-
-def _in_proportion(m: AxisNaming) -> dict[str, object]:
-    """All widths divided by one number, and heads by another, as far as they can be."""
-    chosen = {s: m.fields[s] for s in m.names if s in m.fields and m.kinds[m.names[s]] != "depth"}
-    heads = {s: f.value for s, f in chosen.items() if is_heads(s)}
-    head_sizes = {s: f.value for s, f in chosen.items() if HEAD_SIZE.search(f.leaf)}
-    widths = {
-        s: f.value
-        for s, f in chosen.items()
-        if s not in heads and s not in head_sizes and m.kinds[m.names[s]] == "width"
-    }
-    fewer = _halvings(heads.values(), 2)
-    smaller = _halvings(head_sizes.values(), 8)
-    narrower = _halvings(widths.values(), 8)
-    pairs = m.solution.head_sizes.values()
-    derived = [m.fields[hidden].value // m.fields[n].value for hidden, n in pairs]
-    narrower = min(narrower, fewer * (_halvings(derived, 8) if derived else smaller))
-    sizes: dict[str, object] = {s: n // fewer for s, n in heads.items()}
-    sizes |= {s: n // smaller for s, n in head_sizes.items()}
-    sizes |= {s: n // narrower for s, n in widths.items()}
-    sizes |= {s: 97 for s, f in chosen.items() if "vocab" in f.leaf and "type" not in f.leaf}
-    return sizes | _following(m, sizes) | _tokens(m.bench)
-
-
-def _halvings(sizes: Iterable[int], least: int) -> int:
-    """The largest power of two that divides all of some sizes, so that none gets below `least`."""
-    known, divisor = tuple(sizes), 1
-    while known and all(n % (2 * divisor) == 0 and n // (2 * divisor) >= least for n in known):
-        divisor *= 2
-    return divisor
-
-
-def _tokens(bench: Workbench) -> dict[str, object]:
-    """Numbers of tokens that the tiny vocabulary has, below those that text is drawn from."""
-    fields = {
-        name: value
-        for name, value in config_changes.leaves(bench.fields)
-        if _TOKEN.search(name) and type(value) is int
-    }
-    marks = sorted({n for n in fields.values() if n >= _N_SPECIAL})
-    taken = {n for n in fields.values() if n < _N_SPECIAL}
-    free = [n for n in range(1, _N_SPECIAL) if n not in taken] or [_N_SPECIAL - 1]
-    # Those that stand for images and sounds first: where numbers are few, others share one.
-    marks.sort(key=lambda n: not any(_MARK.search(k) for k, v in fields.items() if v == n))
-    number = {n: free[min(i, len(free) - 1)] for i, n in enumerate(marks)}
-    return {name: number[n] for name, n in fields.items() if n in number}
-
-
-def proof_config(bench: Workbench) -> dict[str, object]:
-    """The tiny model's config.json, without what its class has by itself."""
-    config = _different(bench.fields, bench.defaults())
-    config.pop("model_type", None)
-    return config
 
 
 def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | None:
@@ -222,7 +44,9 @@ def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | 
     changes: dict[str, object] = {field.name: n}
     for leaf, entries in bench.lists(field.scope).items():
         name = f"{field.scope}.{leaf}".lstrip(".")
-        if len(entries) == field.value:
+        if INDEX_LIST.search(leaf) and entries == list(range(field.value)):
+            changes[name] = entries[:n]
+        elif len(entries) == field.value:
             if {json.dumps(e) for e in entries[:n]} != {json.dumps(e) for e in entries}:
                 return None
             changes[name] = entries[:n]
@@ -231,19 +55,19 @@ def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | 
     return changes
 
 
+def _differ(snapshot: Snapshot, n_layers: int) -> bool:
+    """Whether some tensors of a stack are not in each of its layers."""
+    stacks = [start for start, n in snapshot.counts.items() if n == n_layers]
+    found = Counter(template(key) for key in snapshot.shapes)
+    return any(
+        n % n_layers for key, n in found.items() if any(key.startswith(start) for start in stacks)
+    )
+
+
 def _kinds(snapshot: Snapshot) -> set[tuple[str, tuple[int, ...]]]:
-    return {(template(key), shape) for key, shape in snapshot.shapes.items()}
-
-
-def _different(fields: Mapping[str, object], usual: Mapping[str, object]) -> dict[str, object]:
-    """The entries that a class does not have by itself; TOML has no null."""
-    kept_entries: dict[str, object] = {}
-    for name, value in fields.items():
-        if isinstance(value, dict):
-            inside = usual.get(name)
-            kept = _different(value, inside if isinstance(inside, dict) else {})
-            if kept and value != inside:
-                kept_entries[name] = kept if isinstance(inside, dict) else _different(value, {})
-        elif value is not None and value != usual.get(name):
-            kept_entries[name] = value
-    return kept_entries
+    """Keys without their numbers, and shapes; outside layers a dimension may count the layers."""
+    kinds = set()
+    for key, shape in snapshot.shapes.items():
+        name = template(key)
+        kinds.add((name, shape if name != key else ()))
+    return kinds

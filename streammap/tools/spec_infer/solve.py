@@ -128,8 +128,11 @@ def sole(polynomial: Polynomial | None) -> tuple[str, int] | None:
 def _probe(bench: Workbench) -> Probed:
     base = bench.base()
     fields, steps, singles = {}, {}, {}
+    taken = {field.value for field in bench.numbers()}
     for field in bench.numbers():
-        for value in (2 * field.value, field.value + 1, 3 * field.value):
+        # A size that another field has may leave tensors out, as projections between the two.
+        free = [n * field.value for n in (2, 3) if n * field.value not in taken]
+        for value in (*free[:1], 2 * field.value, field.value + 1, 3 * field.value):
             snapshot = bench.snapshot({field.name: value})
             if snapshot is not None:
                 if snapshot != base:

@@ -1,7 +1,5 @@
 """The text of an inferred spec: axes, modules and tensors, in the format of the README there."""
 
-import json
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +8,7 @@ from fractions import Fraction
 from streammap.tools.spec_infer import probe, solve
 from streammap.tools.spec_infer.naming import AxisNaming, NamedTensors
 from streammap.tools.spec_infer.probe import template
+from streammap.tools.spec_infer.words import toml_value
 
 _LARGE = 32
 """A dimension of this size should have a reason."""
@@ -272,21 +271,3 @@ class SpecRules:
             if pattern.startswith(start):
                 return f"{{{name}}}" + pattern.removeprefix(start)
         return pattern
-
-
-def toml_value(value: object) -> str:
-    """A TOML value."""
-    if isinstance(value, Mapping):
-        return (
-            "{" + ", ".join(f"{toml_key(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
-        )
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_value(v) for v in value if v is not None) + "]"
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else str(value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else str(value)
-
-
-def toml_key(name: str) -> str:
-    """A TOML key, in quotes where it needs them."""
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)

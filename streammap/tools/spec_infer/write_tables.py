@@ -1,20 +1,16 @@
 """What an inferred spec says beyond tensors: norm, head, experts, depth, config."""
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 
-from streammap.architectures.key_pattern import INDEX
-from streammap.tools.spec_infer import probe
+from streammap.tools.spec_infer.depth_rules import DepthRules
 from streammap.tools.spec_infer.naming import AxisNaming
-from streammap.tools.spec_infer.write_rules import SpecRules, toml_key, toml_value
+from streammap.tools.spec_infer.words import PER_TOKEN, toml_key, toml_value
+from streammap.tools.spec_infer.write_rules import SpecRules
 
-PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
-"""Fields that must grow with the number of experts."""
 _GROUPS = re.compile(r"group$")
-"""Those of them that count groups."""
-INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
-"""Lists of layer numbers."""
+"""Fields that grow with the experts and count groups of them."""
 
 
 class SpecTables:
@@ -30,7 +26,7 @@ class SpecTables:
             self._norm(),
             self._head(),
             self._experts(),
-            *self._depth(),
+            *DepthRules(self._m).tables(),
             self._config(),
             *self._shown(),
         ]
@@ -92,6 +88,7 @@ class SpecTables:
             if anatomy.base and not n.path.startswith(f"{anatomy.base}.")
         ]
         norm = anatomy.keys.get(own[-1]) if own else self._last_norm(anatomy.decoder)
+        norm = self._m.known.head_norm or norm
         if norm is None or self._m.solution.dims[norm][-1] != width:
             # A linear between the two: OPT-350m's project_out.
             norm = next(
@@ -145,79 +142,10 @@ class SpecTables:
         lines = ["[experts]"] if fields or known.gates or why else []
         lines += [f"gates = {toml_value(known.gates)}"] if known.gates else []
         lines += [f"inexact = {toml_value(why)}"] if why else []
-        lines += [f"top_k = {toml_value(top_k)}"] if top_k else []
+        lines += [f"top_k = {toml_value(top_k)}"] if top_k and not known.single else []
         lines += [f"multiply = {toml_value(groups)}"] if groups else []
         lines += [f'groups = "{n}"' for n in fields if n.rpartition(".")[2] == "n_group"]
         return "\n".join([*lines, ""])
-
-    def _depth(self) -> Iterator[str]:
-        for symbol, name in self._m.names.items():
-            if self._m.kinds[name] != "depth":
-                continue
-            field = self._m.fields[symbol]
-            lists = self._m.bench.lists(field.scope)
-            full = [k for k, v in lists.items() if len(v) == field.value]
-            some = [k for k in lists if k not in full and INDEX_LIST.search(k)]
-            some = [k for k in some if all(type(e) is int for e in lists[k])]
-            entries = {
-                "lists": full,
-                "index_lists": some,
-                "prefix_counts": list(self._prefix_counts(field, name)),
-                "delete": [
-                    k
-                    for k in probe.REBUILT
-                    if isinstance(self._m.bench.finished.get(k), (list, str))
-                ],
-            }
-            scope = f"{field.scope}." if field.scope else ""
-            lines = [
-                f"{k} = {toml_value([scope + leaf for leaf in v])}" for k, v in entries.items() if v
-            ]
-            leaves = self._m.leaves(field.scope)
-            pairs = [(k, k.replace("period", "offset")) for k in leaves if k.endswith("_period")]
-            periods = [[scope + k for k in pair] for pair in pairs if pair[1] in leaves]
-            lines += [f"periods = {toml_value(periods)}"] if periods else []
-            ends = [scope + k for k in leaves if k.endswith("layer_end_index")]
-            lines += [f"last_index = {toml_value(ends)}"] if ends else []
-            if "num_nextn_predict_layers" in leaves:
-                lines.append('tail = "num_nextn_predict_layers"')
-            is_told = full or periods or entries["prefix_counts"] or any(lists[k] for k in some)
-            if not is_told and self._first_is_odd(name):
-                lines.append("first = true")
-            if lines:
-                yield "\n".join([f"[depth.{name}]", *lines]) + "\n"
-
-    def _layers_of(self, name: str) -> dict[str, set[int]]:
-        """Pattern -> the layers that have it."""
-        layers: dict[str, set[int]] = defaultdict(set)
-        for key in self._m.solution.dims:
-            pattern = self._m.pattern(key)
-            start, index, _ = pattern.partition(f"{{{name}}}")
-            if index:
-                number = list(INDEX.finditer(key))[
-                    len(re.findall(r"\{|(?<![^.])\d+(?![^.])", start))
-                ]
-                layers[pattern].add(int(number[0]))
-        return layers
-
-    def _prefix_counts(self, field: probe.Field, name: str) -> Iterator[str]:
-        layers = self._layers_of(name)
-        for other in self._m.fields.values():
-            if other.scope == field.scope and 0 < other.value < field.value:
-                more = self._m.bench.snapshot({other.name: other.value + 1})
-                same = more is not None and more.shapes.keys() == self._m.bench.base().shapes.keys()
-                named = re.search(r"layer|dense|first", other.leaf)
-                if named and not same and set(range(other.value)) in layers.values():
-                    yield other.leaf
-
-    def _first_is_odd(self, name: str) -> bool:
-        layers = list(self._layers_of(name).values())
-        every: set[int] = set().union(*layers) if layers else set()
-        return (
-            len(every) > 1
-            and any(n != every for n in layers)
-            and all(n in (every, {0}, every - {0}) for n in layers)
-        )
 
     def _shown(self) -> Iterator[str]:
         """What proofs have shown."""

@@ -18,6 +18,7 @@ a position are compared in order of size, each of the source's as often as it wa
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ from streammap.operators.ordering.permute import Permute
 from streammap.planning.ordering import units
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
-from streammap.tools.spec_proof import missing_lists, tiny_models
+from streammap.tools.spec_proof import layer_ways, missing_lists, tiny_models
+from streammap.tools.spec_proof.layer_ways import Way
 
 CheckName = Literal[
     "source", "growth", "round trip", "permutation", "shrink", "promises", "missing"
@@ -73,7 +75,7 @@ class Check:
     message: str
     """What went wrong, or why nothing was compared."""
     axes: tuple[str, ...] = ()
-    """Those whose change alone goes wrong, where a change of all axes does."""
+    """Those whose change alone goes wrong, where a change of all axes does; broken promises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,23 +240,47 @@ class _Proof:
             "head_dim": {"head_dim": head_dim},
             "untie": {**self._widths("stacked"), "untie": True},
         }
-        for way in (*_WAYS, _every_other_doubled) if self._axes("depth") else ():
+        for way in (
+            (*layer_ways.WAYS, layer_ways.every_other_doubled) if self._axes("depth") else ()
+        ):
             asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
-        errors, wrong = [0.0], []
+        errors, wrong, axes = [0.0], [], dict[str, None]()
         for name, options in asked.items():
             try:
-                lazy = self._source.decoalesce(**options)
-            except StreammapError:
-                continue  # A refusal promises nothing.
-            allowed = _ALLOWED.get(lazy.promise[0])
-            error = None if allowed is None else self._told_error(name, lazy)
-            if allowed is not None and error is not None:
-                errors.append(error)
-                if not error <= allowed:
-                    wrong.append(f"{name}: {error:.1e}, though it is called {lazy.promise[0]}")
+                error, (promise, allowed) = self._kept_promise(name, options)
+            except PlanError as failure:
+                wrong.append(str(failure))
+                axes[name] = None
+                continue
+            errors.append(error)
+            if not error <= allowed:
+                wrong.append(f"{name}: {error:.1e}, though it is called {promise}")
+                axes |= dict.fromkeys(self._breaking(name, options) or (name,))
         if wrong:
-            raise _WrongError(max(errors), ", ".join(wrong))
+            raise _WrongError(max(errors), ", ".join(wrong), tuple(axes))
         return max(errors)
+
+    def _kept_promise(
+        self, name: str, options: Mapping[str, Any]
+    ) -> tuple[float, tuple[Promise, float]]:
+        """The error of a growth, and its promise with what that allows."""
+        try:
+            lazy = self._source.decoalesce(**options)
+        except StreammapError:
+            return 0.0, ("approximate", math.inf)  # A refusal promises nothing.
+        promise = lazy.promise[0]
+        allowed = _ALLOWED.get(promise)
+        error = None if allowed is None else self._told_error(name, lazy)
+        return error or 0.0, (promise, math.inf if allowed is None else allowed)
+
+    def _breaking(self, name: str, options: Mapping[str, Any]) -> list[str]:
+        """The axes whose growth alone breaks a promise, of a growth of several."""
+        asked: Mapping[str, RequestLike] = options.get("axes", {})
+        broken = []
+        for axis, request in asked.items():
+            error, (_, allowed) = self._kept_promise(name, {**options, "axes": {axis: request}})
+            broken += [axis] * (not error <= allowed)
+        return broken
 
     def missing(self) -> float | None:
         """Other depths of the model, from a config.json without the lists that loaders derive."""
@@ -282,11 +308,12 @@ class _Proof:
 
     def _as_with_lists(self, name: str) -> float:
         """The largest difference between results of the model with and without its lists."""
-        some = self._layers(_every_other_doubled)
+        some = self._layers(layer_ways.every_other_doubled)
+        fewer = self._layers(layer_ways.all_but_one)
         asked: dict[str, Callable[[LazyCheckpoint], LazyCheckpoint]] = {
             "zero-initialised layers": lambda lazy: lazy.decoalesce(axes=some, new_layers="zero"),
             "copied layers": lambda lazy: lazy.decoalesce(axes=some),
-            "layers left out": lambda lazy: lazy.coalesce(axes=self._layers(_all_but_one)),
+            "layers left out": lambda lazy: lazy.coalesce(axes=fewer),
         }
         errors = [0.0]
         for what, make in asked.items():
@@ -314,14 +341,14 @@ class _Proof:
         if not self._axes("depth"):
             return grown, {}
         failures = []
-        for way in _DEEPER:
+        for way in layer_ways.DEEPER:
             try:
                 return grown.decoalesce(axes=self._layers(way)), self._layers(way)
             except PlanError as failure:
                 failures.append(_told(failure))
         raise PlanError("; ".join(failures))
 
-    def _layers(self, way: "_Way") -> dict[str, RequestLike]:
+    def _layers(self, way: Way) -> dict[str, RequestLike]:
         return {axis: way(self._source.sizes[axis]) for axis in self._axes("depth")}
 
     def _rounds(self) -> bool:
@@ -416,39 +443,6 @@ class _Proof:
             return self._error(lazy)
         except Exception as failure:
             raise PlanError(f"{name}: {_told(failure)}") from failure
-
-
-def _repeated(n: int) -> RequestLike:
-    return {"factor": 2, "grouping": "stacked"}
-
-
-def _doubled(n: int) -> RequestLike:
-    return {"factor": 2, "grouping": "adjacent"}
-
-
-def _doubled_but_first(n: int) -> RequestLike:
-    # Where the first layer has other tensors than the rest, it can't stand in a second place.
-    return {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
-
-
-def _repeated_but_first(n: int) -> RequestLike:
-    # As above, where layers take turns by their number: each keeps its place in the turn.
-    return {"groups": [[0], *([i, i + n - 1] for i in range(1, n))]}
-
-
-def _every_other_doubled(n: int) -> RequestLike:
-    # Layers behind the first new one get numbers of other kinds.
-    starts = [i + i // 2 for i in range(n + 1)]
-    return {"groups": [list(range(starts[i], starts[i + 1])) for i in range(n)]}
-
-
-def _all_but_one(n: int) -> RequestLike:
-    return {"groups": [[i] for i in range(n) if i != 1 or n == 1]}
-
-
-_Way = Callable[[int], RequestLike]
-_WAYS: tuple[_Way, ...] = (_repeated, _doubled, _doubled_but_first)
-_DEEPER = (*_WAYS, _repeated_but_first)
 
 
 class _WrongError(Exception):

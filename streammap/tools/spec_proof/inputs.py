@@ -71,6 +71,7 @@ def make(net: Net) -> dict[str, Tensor]:
     if getattr(config, "audio_config", config) is not None:
         inputs |= _sounds(net, takes)
     sees = getattr(config, "visual_embed", True)
+    sees = sees and getattr(config, "vision_config", config) is not None
     if sees and ("pixel_values" in takes or "grid_thw" in takes):
         inputs |= _images(net, takes)
     return inputs | _with_places(net, inputs, takes)

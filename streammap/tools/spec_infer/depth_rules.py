@@ -1,0 +1,192 @@
+"""[depth] of an inferred spec: what config.json says of single layers, and what of it is derived.
+
+Which layers have which tensors is known from the probed model. Lists, leading layers and periods
+are written where they tell these layers apart, so that every kind of layer has an explanation; a
+list that the class makes itself gets the rule by which it does, found from other depths.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+from streammap.architectures.key_pattern import INDEX
+from streammap.tools.spec_infer import probe
+from streammap.tools.spec_infer.config_changes import joined
+from streammap.tools.spec_infer.naming import AxisNaming
+from streammap.tools.spec_infer.probe import Field
+from streammap.tools.spec_infer.words import INDEX_LIST, toml_value
+
+_DEPTHS = (12, 13, 7)
+"""Layers of the models whose lists show the rule that makes them."""
+_EVERY = range(2, 9)
+_PERIOD = re.compile(r"step|period|interval|every|freq|pattern|_n_layers")
+_OFFSETS = (-1, 0)
+
+_Word = Mapping[str, object]
+_Period = tuple[tuple[str, int], int]
+"""A field with its value, and the offset."""
+
+
+class DepthRules:
+    """What config.json says of the layers of a model's stacks."""
+
+    def __init__(self, naming: AxisNaming) -> None:
+        """For the stacks of `naming`."""
+        self._m = naming
+
+    def tables(self) -> Iterator[str]:
+        """One for each stack, and what is derived of it."""
+        for symbol, name in self._m.names.items():
+            if self._m.kinds[name] == "depth":
+                field = self._m.fields[symbol]
+                words = self._words(field, name)
+                if words:
+                    yield _table(f"[depth.{name}]", words)
+                for full in self._full_lists(field) if self._m.known.derives else ():
+                    if rule := self._derived(field, full):
+                        yield _table(f"[[depth.{name}.derived]]", rule)
+
+    def _words(self, field: Field, name: str) -> _Word:
+        scope, leaves = field.scope, self._m.leaves(field.scope)
+        lists = self._m.bench.lists(scope)
+        some = [k for k, v in lists.items() if self._is_index_list(k, v, field)]
+        pairs = [(k, k.replace("period", "offset")) for k in leaves if k.endswith("_period")]
+        prefixes = list(self._prefix_counts(field, name))
+        told: list[Sequence[object]] = [
+            *(list(map(json.dumps, lists[k])) for k in self._full_lists(field)),
+            *([i in lists[k] for i in range(field.value)] for k in some),
+            *([i < int(str(leaves[k])) for i in range(field.value)] for k in prefixes),
+        ]
+        kinds = list(self._layers_of(name).values())
+        first: dict[str, object] = {}
+        periods: list[_Period] = []
+        offsets = [[joined(scope, k) for k in pair] for pair in pairs if pair[1] in leaves]
+        if not offsets:
+            periods = list(self._stepped(field, name, kinds, told))
+            told += [[(i - o) % p[1] == 0 for i in range(field.value)] for p, o in periods]
+            with_first = [*told, [i == 0 for i in range(field.value)]]
+            if _n_told(kinds, with_first, field.value) > _n_told(kinds, told, field.value):
+                first = {"first": True}
+        named = {
+            "lists": self._full_lists(field),
+            "index_lists": some,
+            "prefix_counts": prefixes,
+            "delete": self._rebuilt(),
+            "last_index": [k for k in leaves if k.endswith("layer_end_index")],
+        }
+        words: dict[str, object] = {k: [joined(scope, n) for n in v] for k, v in named.items() if v}
+        words |= {"periods": offsets or periods} if offsets or periods else {}
+        words |= {"tail": "num_nextn_predict_layers"} if _TAIL in leaves else {}
+        return words | first
+
+    def _full_lists(self, field: Field) -> list[str]:
+        lists = self._m.bench.lists(field.scope)
+        return [k for k, v in lists.items() if len(v) == field.value and k not in probe.REBUILT]
+
+    def _is_index_list(self, leaf: str, entries: Sequence[object], field: Field) -> bool:
+        numbers = all(type(e) is int and e < field.value for e in entries)
+        return numbers and leaf not in self._full_lists(field) and bool(INDEX_LIST.search(leaf))
+
+    def _rebuilt(self) -> list[str]:
+        finished = self._m.bench.finished
+        return [k for k in probe.REBUILT if isinstance(finished.get(k), (list, str))]
+
+    def _stepped(
+        self, field: Field, name: str, kinds: Sequence[set[int]], told: Sequence[Sequence[object]]
+    ) -> Iterator[_Period]:
+        """Fields that make every n-th layer one of another kind."""
+        known, layers, bench = list(told), range(field.value), self._m.bench
+        for other in bench.numbers():
+            if other.scope != field.scope or not _PERIOD.search(other.leaf):
+                continue
+            for offset in _OFFSETS:
+                more = [*known, [(i - offset) % other.value == 0 for i in layers]]
+                better = _n_told(kinds, more, field.value) > _n_told(kinds, known, field.value)
+                if better and self._moves(other, name):
+                    yield (other.name, other.value), offset
+                    known = more
+                    break
+
+    def _moves(self, other: Field, name: str) -> bool:
+        """Whether a field says which tensors the layers of a stack have."""
+        changed = self._m.bench.snapshot({other.name: other.value + 1})
+        keys = () if changed is None else changed.shapes.keys() ^ self._m.bench.base().shapes.keys()
+        return any(f"{{{name}}}" in self._m.pattern(key) for key in keys)
+
+    def _layers_of(self, name: str) -> dict[str, set[int]]:
+        """Pattern -> the layers that have it."""
+        layers: dict[str, set[int]] = defaultdict(set)
+        for key in self._m.solution.dims:
+            pattern = self._m.pattern(key)
+            start, index, _ = pattern.partition(f"{{{name}}}")
+            if index:
+                number = list(INDEX.finditer(key))[
+                    len(re.findall(r"\{|(?<![^.])\d+(?![^.])", start))
+                ]
+                layers[pattern].add(int(number[0]))
+        return layers
+
+    def _prefix_counts(self, field: Field, name: str) -> Iterator[str]:
+        layers = self._layers_of(name)
+        for other in self._m.fields.values():
+            if other.scope == field.scope and 0 < other.value < field.value:
+                more = self._m.bench.snapshot({other.name: other.value + 1})
+                same = more is not None and more.shapes.keys() == self._m.bench.base().shapes.keys()
+                named = re.search(r"layer|dense|first", other.leaf)
+                if named and not same and set(range(other.value)) in layers.values():
+                    yield other.leaf
+
+    def _derived(self, field: Field, leaf: str) -> _Word:
+        """How the class makes a list that is not there; {} where by no simple rule."""
+        name = joined(field.scope, leaf)
+        made = {n: self._m.bench.made_list(name, {field.name: n}) for n in _DEPTHS}
+        if any(entries is None or len(entries) != n for n, entries in made.items()):
+            return {}
+        word: _Word = {"list": name, "when": [f"model_type == {self._m.bench.model_type}"]}
+        lists = {n: list(map(json.dumps, entries or ())) for n, entries in made.items()}
+        kinds = sorted({entry for entries in lists.values() for entry in entries})
+        if len(kinds) == 1:
+            return {**word, "yes": json.loads(kinds[0])}
+        for yes, no in (kinds, kinds[::-1]) if len(kinds) == 2 else ():
+            for every, offset in ((n, o) for n in _EVERY for o in _OFFSETS):
+                rule = [
+                    [yes if (i - offset) % every == 0 else no for i in range(n)] for n in _DEPTHS
+                ]
+                if rule == list(lists.values()):
+                    values = {"yes": json.loads(yes), "no": json.loads(no)}
+                    return {
+                        **word,
+                        "every": self._every(field, name, every),
+                        "offset": offset,
+                        **values,
+                    }
+        return {}
+
+    def _every(self, field: Field, name: str, every: int) -> object:
+        """The field that holds a period, with its value; or the value alone."""
+        for other in self._m.bench.numbers():
+            if other.scope == field.scope and other.value == every and other != field:
+                changes = {field.name: _DEPTHS[0], other.name: every + 1}
+                made = self._m.bench.made_list(name, changes)
+                if made != self._m.bench.made_list(name, {field.name: _DEPTHS[0]}):
+                    return [other.name, every]
+        return every
+
+
+_TAIL = "num_nextn_predict_layers"
+
+
+def _n_told(kinds: Sequence[set[int]], told: Sequence[Sequence[object]], n_layers: int) -> int:
+    """How many sets of layers are told by facts of single layers."""
+    alike: dict[tuple[object, ...], set[int]] = defaultdict(set)
+    for i in range(n_layers):
+        alike[tuple(fact[i] for fact in told)].add(i)
+    return sum(
+        all(same <= layers or same.isdisjoint(layers) for same in alike.values())
+        for layers in kinds
+    )
+
+
+def _table(head: str, words: _Word) -> str:
+    return "\n".join([head, *(f"{k} = {toml_value(v)}" for k, v in words.items())]) + "\n"

@@ -1,0 +1,301 @@
+"""Sizes of tiny models: found from what is known of the fields, and by trying.
+
+A class couples more of its sizes than shapes tell: a projector that reshapes what an encoder gives,
+parts that must be equally wide. So there are several proposals, from sizes that all differ to the
+proportions of the given model; the first that runs is taken.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+
+from streammap.tools.spec_infer import config_changes, solve
+from streammap.tools.spec_infer.naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
+from streammap.tools.spec_infer.probe import Field, Workbench, template
+
+_SMALL = 160
+"""A hidden size up to this may be that of a tiny model already."""
+_MAX_ELEMENTS = 2_000_000
+"""A model of more numbers is not tiny: each check of a proof would take seconds."""
+_N_SPECIAL = 10
+"""Tokens below this number are no text in tiny models."""
+_TOKEN = re.compile(r"token_(id|index)$|patch_id$")
+_MARK = re.compile(r"(image|video|audio)_(token|patch)")
+_TINY_WIDTHS = (92, 76, 44, 38, 28, 26, 22, 34, 46, 52, 58, 62, 68, 74)
+_MAX_RATIO = 8
+
+
+def proposals(m: AxisNaming) -> tuple[dict[str, object], ...]:
+    """Sizes that may make a tiny model: all different, or in the proportions of the given ones."""
+    hidden = m.fields.get(m.residual())
+    if (hidden is None or hidden.value <= _SMALL) and m.bench.base().n_elements <= _MAX_ELEMENTS:
+        return ({},)
+    proposed = (_all_different(m), _by_value(m), _in_proportion(m))
+    found = [sizes for one in proposed if (sizes := _reduced(m.bench, one)) is not None]
+    # Last, for a forward pass that compares ids with marks that are null.
+    null = [k for k, n in config_changes.leaves(m.bench.fields) if n is None and _TOKEN.search(k)]
+    return (*found, *({**dict.fromkeys(null, 1), **sizes} for sizes in found[:1] if null))
+
+
+def _reduced(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, object] | None:
+    """Sizes, halved until the model is tiny; None where it can't be built or stays large."""
+    found, model = dict(sizes), bench.snapshot(sizes)
+    while model is not None and model.n_elements > _MAX_ELEMENTS:
+        before = model.n_elements
+        for value, names in sorted(_equal_fields(bench, found).items(), reverse=True):
+            halved = found | dict.fromkeys(names, value[0] // 2)
+            smaller = bench.snapshot(halved) if value[0] >= 4 and value[0] % 2 == 0 else None
+            if (
+                smaller is not None
+                and smaller.shapes.keys() == model.shapes.keys()
+                and smaller.n_elements < 0.95 * model.n_elements
+            ):
+                found, model = halved, smaller
+        if model.n_elements == before:
+            return None
+    return None if model is None else _accepted(bench, found)
+
+
+def _equal_fields(
+    bench: Workbench, sizes: Mapping[str, object]
+) -> dict[tuple[int, int], list[str]]:
+    """(tiny value, given value) -> the fields that have them: models couple some of these."""
+    found: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for field in bench.numbers():
+        value = sizes.get(field.name, field.value)
+        if isinstance(value, int):
+            found[value, field.value].append(field.name)
+    return found
+
+
+def _accepted(bench: Workbench, sizes: dict[str, object]) -> dict[str, object] | None:
+    """Sizes that the configuration class accepts: where it does not, without some of them."""
+    some = (sizes, *({k: v for k, v in sizes.items() if k != name} for name in sizes))
+    for found in some:
+        model = bench.with_changes(found).snapshot({})
+        if model is not None and model.n_elements <= _MAX_ELEMENTS:
+            return found
+    return None
+
+
+def prove_sizes(m: AxisNaming, sizes: Mapping[str, object]) -> tuple[Workbench, tuple[str, ...]]:
+    """Build a model whose sizes all differ from the probed ones.
+
+    Args:
+        m: What is known of the model.
+        sizes: Those of the tiny model; empty where the probed one is tiny already.
+
+    Returns:
+        The tiny model, which is that one or the probed one where that is tiny already; and what
+        the sizes contradict, one line each.
+    """
+    tiny = sizes or {
+        s: 3 * m.fields[s].value
+        for s, name in m.names.items()
+        if s in m.fields and m.kinds[name] != "depth"
+    }
+    snapshot = m.bench.snapshot(tiny)
+    if snapshot is None:
+        return m.bench, ("the model that checks all sizes at once can't be built",)
+
+    def size(symbol: str) -> Fraction:
+        for table in (m.solution.head_sizes, m.solution.groups):
+            if symbol in table:
+                above, below = table[symbol]
+                return size(above) / size(below)
+        return Fraction(int(str(tiny.get(symbol, m.fields[symbol].value))))
+
+    wrong: dict[str, None] = {}
+    for key, dims in m.solution.dims.items():
+        for polynomial, size_there in zip(dims, snapshot.shapes.get(key, ()), strict=False):
+            if polynomial is not None and solve.value_of(polynomial, size) != size_there:
+                wrong[template(key)] = None
+    lines = tuple(f"{key}: its sizes differ in the model that checks them" for key in wrong)
+    return m.bench.with_changes(tiny) if sizes else m.bench, lines
+
+
+def _all_different(m: AxisNaming) -> dict[str, object]:
+    """Small sizes in the proportions that constructors ask for."""
+    sizes: dict[str, object] = {}
+    widths = iter(_TINY_WIDTHS * 9)
+    groups = {kv: heads for heads, kv in m.solution.groups.values()}
+    least = min((f.value for s, f in m.fields.items() if HEAD_SIZE.search(f.leaf)), default=1)
+    for symbol, name in m.names.items():
+        field = m.fields.get(symbol)
+        kind = m.kinds[name]
+        if field is None or kind == "depth" or symbol in sizes:
+            continue
+        leaf = field.leaf
+        if "vocab" in leaf:
+            sizes[symbol] = 97 if "type" not in leaf else field.value
+        elif symbol in groups:
+            n = min(field.value, 2)
+            times = min(3, m.fields[groups[symbol]].value // field.value)
+            sizes |= {symbol: n, groups[symbol]: n * times}
+        elif is_heads(symbol) and kind == "width":
+            sizes[symbol] = min(field.value, 6)
+        elif HEAD_SIZE.search(leaf):
+            # One may be a part of another: the rotary part of a head is less than all of it.
+            sizes[symbol] = min(field.value, 8 * min(3, field.value // least))
+        elif kind == "frozen" or kind == "expert":
+            sizes[symbol] = min(field.value, 61)
+        elif name.endswith("embed"):
+            sizes[symbol] = 48
+        else:
+            sizes[symbol] = min(field.value, next(widths))
+    for heads, kv in m.solution.groups.values():
+        sizes[heads] = int(str(sizes[kv])) * min(3, m.fields[heads].value // m.fields[kv].value)
+    for hidden in {h for h, _ in m.solution.head_sizes.values()} | {m.residual()}:
+        scope = hidden.rpartition(".")[0]
+        counts = [
+            int(str(n))
+            for s, n in sizes.items()
+            if plain_name(s) == "heads" and s.rpartition(".")[0] == scope
+        ]
+        sizes[hidden] = math.lcm(*counts, 1) * 8
+    return sizes | _following(m, sizes) | _tokens(m.bench)
+
+
+def _following(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
+    """Fields that equal others: widths, and counts of kv heads that make no dimension."""
+    heads = {s.rpartition(".")[0]: n for s, n in sizes.items() if plain_name(s) == "heads"}
+    equal: dict[str, object] = {a: sizes[b] for a, b in m.solution.same.items() if b in sizes}
+    for name, value in config_changes.leaves(m.bench.fields):
+        if name.endswith("mrope_section") and isinstance(value, list):
+            equal[name] = _sections(m, sizes, len(value))
+    return equal | {
+        field.name: heads[field.scope]
+        for field in m.fields.values()
+        if field.leaf == "num_key_value_heads" and field.name not in sizes and field.scope in heads
+    }
+
+
+def _sections(m: AxisNaming, sizes: Mapping[str, object], n: int) -> list[int]:
+    """Parts of half a head, which turn by time, row and column."""
+    field = next((s for s in sizes if plain_name(s) == "head_dim"), "")
+    head = int(str(sizes.get(field, 0)))
+    for hidden, heads in m.solution.head_sizes.values():
+        if not head and "vision" not in hidden:
+            head = int(str(sizes[hidden])) // int(str(sizes[heads]))
+    part = max(1, (head or 8) // 2 // (n + 1))
+    return [*[part] * (n - 1), (head or 8) // 2 - part * (n - 1)]
+
+
+def _by_value(m: AxisNaming) -> dict[str, object]:
+    """Fields of one value keep one value, and small multiples stay multiples."""
+    fields = [m.fields[s] for s, n in m.names.items() if s in m.fields and m.kinds[n] != "depth"]
+    heads = {f.name: f.value for f in fields if is_heads(f.name)}
+    head_sizes = {f.name: f.value for f in fields if HEAD_SIZE.search(f.leaf)}
+    shared = math.gcd(*heads.values()) if heads else 1
+    few = {n: n // shared * min(2, shared) for n in heads.values()}
+    least = min(head_sizes.values(), default=1)
+    sizes: dict[str, object] = {name: few[n] for name, n in heads.items()}
+    sizes |= {name: 8 * min(3, n // least) for name, n in head_sizes.items()}
+    of_value = _wide_as_heads(m, few)
+    unit, n_units = 8 * math.lcm(*few.values()) if math.lcm(*few.values()) <= 24 else 48, 1
+    widths = [f for f in fields if f.name not in sizes and m.kinds[m.names[f.name]] == "width"]
+    for value in sorted({f.value for f in widths} - of_value.keys()):
+        below = [n for n in of_value if value % n == 0 and value // n <= _MAX_RATIO]
+        if below:
+            of_value[value] = of_value[max(below)] * (value // max(below))
+            continue
+        while n_units * unit in of_value.values():
+            n_units += 1
+        of_value[value] = min(value, n_units * unit)
+    # Lengths, numbers of places and the like: powers of two, which strides divide.
+    kept = [f for f in fields if m.kinds[m.names[f.name]] == "frozen" and f.name not in sizes]
+    sizes |= {f.name: _kept(f, of_value) for f in kept}
+    every = [f for f in m.bench.numbers() if f.name not in sizes and f.value in of_value]
+    sizes |= {f.name: of_value[f.value] for f in every if f in widths or "size" in f.leaf}
+    sizes |= {f.name: 97 for f in fields if "vocab" in f.leaf and "type" not in f.leaf}
+    return sizes | _following(m, sizes) | _tokens(m.bench)
+
+
+def _kept(field: Field, of_value: Mapping[int, int]) -> int:
+    """A size that is never resized: as a width that it equals or is a multiple of, or small."""
+    below = [n for n in of_value if 1 <= field.value / n <= _MAX_RATIO and field.value % n == 0]
+    if re.search(r"(dim|size)$", field.leaf) and below:
+        return of_value[max(below)] * (field.value // max(below))
+    return min(field.value, 64)
+
+
+def _wide_as_heads(m: AxisNaming, few: Mapping[int, int]) -> dict[int, int]:
+    """Hidden sizes that are heads times head size -> that size of the tiny model."""
+    return {
+        m.fields[hidden].value: 8 * few[m.fields[heads].value]
+        for hidden, heads in m.solution.head_sizes.values()
+        if m.fields[heads].value in few
+    }
+
+
+def _in_proportion(m: AxisNaming) -> dict[str, object]:
+    """All widths divided by one number, and heads by another, as far as they can be."""
+    chosen = {s: m.fields[s] for s in m.names if s in m.fields and m.kinds[m.names[s]] != "depth"}
+    heads = {s: f.value for s, f in chosen.items() if is_heads(s)}
+    head_sizes = {s: f.value for s, f in chosen.items() if HEAD_SIZE.search(f.leaf)}
+    widths = {
+        s: f.value
+        for s, f in chosen.items()
+        if s not in heads and s not in head_sizes and m.kinds[m.names[s]] == "width"
+    }
+    fewer = _halvings(heads.values(), 2)
+    smaller = _halvings(head_sizes.values(), 8)
+    narrower = _halvings(widths.values(), 8)
+    pairs = m.solution.head_sizes.values()
+    derived = [m.fields[hidden].value // m.fields[n].value for hidden, n in pairs]
+    narrower = min(narrower, fewer * (_halvings(derived, 8) if derived else smaller))
+    sizes: dict[str, object] = {s: n // fewer for s, n in heads.items()}
+    sizes |= {s: n // smaller for s, n in head_sizes.items()}
+    sizes |= {s: n // narrower for s, n in widths.items()}
+    sizes |= {s: 97 for s, f in chosen.items() if "vocab" in f.leaf and "type" not in f.leaf}
+    return sizes | _following(m, sizes) | _tokens(m.bench)
+
+
+def _halvings(sizes: Iterable[int], least: int) -> int:
+    """The largest power of two that divides all of some sizes, so that none gets below `least`."""
+    known, divisor = tuple(sizes), 1
+    while known and all(n % (2 * divisor) == 0 and n // (2 * divisor) >= least for n in known):
+        divisor *= 2
+    return divisor
+
+
+def _tokens(bench: Workbench) -> dict[str, object]:
+    """Numbers of tokens that the tiny vocabulary has, below those that text is drawn from."""
+    given = dict(config_changes.leaves(bench.fields))
+    # A class whose marks are null by default reads no images or sounds without them.
+    unnamed = [k for k, n in given.items() if n is None and _MARK.search(k) and _TOKEN.search(k)]
+    fields: dict[str, int] = {
+        name: value for name, value in given.items() if _TOKEN.search(name) and type(value) is int
+    }
+    unused = _N_SPECIAL + max(fields.values(), default=0)
+    fields |= {name: unused + i for i, name in enumerate(unnamed)}
+    marks = sorted({n for n in fields.values() if n >= _N_SPECIAL})
+    taken = {n for n in fields.values() if n < _N_SPECIAL}
+    free = [n for n in range(1, _N_SPECIAL) if n not in taken] or [_N_SPECIAL - 1]
+    # Those that stand for images and sounds first: where numbers are few, others share one.
+    marks.sort(key=lambda n: not any(_MARK.search(k) for k, v in fields.items() if v == n))
+    number = {n: free[min(i, len(free) - 1)] for i, n in enumerate(marks)}
+    return {name: number[n] for name, n in fields.items() if n in number}
+
+
+def proof_config(bench: Workbench) -> dict[str, object]:
+    """The tiny model's config.json, without what its class has by itself."""
+    config = _different(bench.fields, bench.defaults())
+    config.pop("model_type", None)
+    return config
+
+
+def _different(fields: Mapping[str, object], usual: Mapping[str, object]) -> dict[str, object]:
+    """The entries that a class does not have by itself; TOML has no null."""
+    kept_entries: dict[str, object] = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            inside = usual.get(name)
+            kept = _different(value, inside if isinstance(inside, dict) else {})
+            if kept and value != inside:
+                kept_entries[name] = kept if isinstance(inside, dict) else _different(value, {})
+        elif value is not None and value != usual.get(name):
+            kept_entries[name] = value
+    return kept_entries

@@ -1,0 +1,29 @@
+"""Words of config.json and of TOML that several parts of an inferred spec know."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+
+PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
+"""Fields that must grow with the number of experts."""
+INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
+"""Lists of layer numbers."""
+
+
+def toml_value(value: object) -> str:
+    """A TOML value."""
+    if isinstance(value, Mapping):
+        return (
+            "{" + ", ".join(f"{toml_key(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
+        )
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(toml_value(v) for v in value if v is not None) + "]"
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else str(value)
+
+
+def toml_key(name: str) -> str:
+    """A TOML key, in quotes where it needs them."""
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
