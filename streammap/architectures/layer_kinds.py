@@ -208,14 +208,15 @@ def _follow_counts(
         if count is not None and field is not None and count > 0:
             trails = counts in depth.suffix_counts
             n_leading = n_before - count if trails else count
-            new_leading = _leading([j < n_leading for j in sources], field, what)
+            whose = f"{'trailing' if trails else 'leading'} {what}s"
+            new_leading = _leading([j < n_leading for j in sources], field, whose)
             new_count = len(sources) - new_leading if trails else new_leading
             if new_count != count:
                 config_fields.set_field(config, field, new_count)
     for field in depth.last_index:
         old = config_fields.field_value(config, field)
         if isinstance(old, int) and old >= 0:
-            new_count = _leading([j <= old for j in sources], field, what)
+            new_count = _leading([j <= old for j in sources], field, f"leading {what}s")
             config_fields.set_field(config, field, new_count - 1)
 
 
@@ -296,7 +297,7 @@ def _leading(flags: Sequence[bool], field: str, what: str) -> int:
     count = sum(flags)
     if not all(flags[:count]):
         raise PlanError(
-            f"config.json's {field} counts {what} at one end, and they would leave it",
+            f"config.json's {field} counts {what}, and they would stand elsewhere",
             hint="take groups that keep the kinds of layers apart and in order",
         )
     return count

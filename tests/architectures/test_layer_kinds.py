@@ -291,7 +291,7 @@ def test_a_suffix_count_counts_the_trailing_layers_of_its_kind() -> None:
     assert followed(depth, config, [0, 0, 1, 1, 2, 2]) == {"last": 2}
     assert followed(depth, {"last": 2}, [0, 2]) == {"last": 1}
     assert followed(depth, {"last": 0}, [2, 0]) == {"last": 0}
-    with pytest.raises(PlanError, match="last counts layer at one end"):
+    with pytest.raises(PlanError, match="last counts trailing layers"):
         followed(depth, config, [0, 2, 1])
 
 
@@ -310,7 +310,7 @@ def test_a_last_index_is_that_of_the_last_layer_of_its_kind() -> None:
     ids=["count", "last"],
 )
 def test_layers_of_the_leading_kind_must_lead(depth: Depth) -> None:
-    expected = r"first counts layer at one end, and they would leave it\n  hint: "
+    expected = r"first counts leading layers, and they would stand elsewhere\n  hint: "
     with pytest.raises(PlanError, match=expected):
         followed(depth, {"first": 1}, [0, 2, 0, 2])
 

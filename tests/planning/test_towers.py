@@ -196,27 +196,21 @@ def test_whisper_without_its_decoder_is_incomplete_by_its_class(tmp_path: Path) 
     assert "decoder.layers.0.self_attn.q_proj.weight: missing" in refused.stderr
 
 
-def test_gemma4_with_wider_mlps_is_refused_with_the_cause_and_what_works(tmp_path: Path) -> None:
-    config = transformers.Gemma4TextConfig(
+def test_what_no_spec_can_say_is_refused_with_the_cause_and_what_works(tmp_path: Path) -> None:
+    config = transformers.ConvBertConfig(
         vocab_size=97,
+        embedding_size=24,
         hidden_size=48,
         intermediate_size=92,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=10,
-        global_head_dim=16,
-        hidden_size_per_layer_input=14,
-        vocab_size_per_layer_input=97,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        use_double_wide_mlp=True,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_groups=2,
     )
     source = tmp_path / "src"
-    _filled(transformers.Gemma4ForCausalLM(config)).save_pretrained(source)
+    _filled(transformers.ConvBertModel(config)).save_pretrained(source)
     refused = run("plan", "decoalesce", source, "--mlp", "2")
     assert refused.exit_code == 1
-    assert "config.json: use_double_wide_mlp: layers that share keys and values" in refused.stderr
+    assert "config.json: num_groups: linears in groups of channels" in refused.stderr
     assert "interpolate, diff and inspect --health need no spec" in refused.stderr
     ok("plan", "interpolate", source, source, "--alpha", "0.5")
     ok("inspect", source, "--health")
