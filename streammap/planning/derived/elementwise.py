@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from streammap.io.dtypes import DTYPE_BITS, TensorSpec, to_torch
@@ -78,10 +78,15 @@ def number_nbytes(form: LinearForm) -> int:
     return stored if stored >= 4 else stored + 4
 
 
-def total(x: "Tensor") -> float:
-    """The sum of numbers [n], always in the same order; of many in float32, the last in float64."""
-    few = _folded(x, 0, max(_FEW, len(x) // 8)).double()
-    return math.fsum(_folded(few, 0, _FEW).tolist())
+def totals(terms: Iterable["Tensor"]) -> list[float]:
+    """The sum of each of some tensors [n], always in the same order.
+
+    Numbers are added in their own dtype until an eighth of them is left, and these in float64.
+    """
+    import torch
+
+    few = torch.stack([_folded(x, 0, max(_FEW, len(x) // 8)) for x in terms]).double()
+    return [math.fsum(row) for row in _folded(few, 1, _FEW).tolist()]
 
 
 def sums(x: "Tensor", *, dim: int) -> "Tensor":

@@ -9,13 +9,13 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Literal, NamedTuple, final
 
 from streammap.errors import CheckpointError, PlanError, StreammapError
 from streammap.io.dtypes import TensorSpec, to_torch
 from streammap.planning import graph
 from streammap.planning.derived import elementwise
-from streammap.planning.derived.elementwise import Elementwise, numbers, sums, total
+from streammap.planning.derived.elementwise import Elementwise, numbers, sums, totals
 from streammap.planning.derived.statistic import BLOCK, N_AHEAD, Statistic
 from streammap.planning.graph import Derived, FormReader, LinearForm
 from streammap.planning.merging.directions import Dots, Rule
@@ -117,6 +117,12 @@ class _Terms:
             ) from error
 
 
+class _Found(NamedTuple):
+    coefficients: Sequence[float]
+    is_small: bool
+    """Whether float32 has room for all numbers, and what they are multiplied with."""
+
+
 @final
 @dataclass(frozen=True, eq=False)
 class _Whole(_Terms, Elementwise):
@@ -124,7 +130,7 @@ class _Whole(_Terms, Elementwise):
     """Whether all are of 16 bits, the result too: float32 has digits to spare, if it has room for
     the numbers."""
     n_passes: int = field(default=2, init=False)
-    found: Statistic[Sequence[float], Sequence[float]] = field(init=False)
+    found: Statistic[Sequence[float], _Found] = field(init=False)
 
     def __post_init__(self) -> None:
         n = self.inputs[0].spec.n_elements
@@ -145,15 +151,9 @@ class _Whole(_Terms, Elementwise):
 
     def values(self, start: int, parts: Sequence["Tensor"], read: FormReader) -> "Tensor":
         """The sum of coefficient * vector."""
-        import torch
-
-        coefficients = self.found.get(read)
-        if self.is_short:
-            made = _combined(_vectors(parts, self.has_base, wide=False), coefficients)
-            if all(math.isfinite(x.item()) for x in torch.aminmax(made)):
-                return made
-            parts = [numbers(form, start, len(made), read) for form in self.inputs]
-        return _combined(_vectors(parts, self.has_base), coefficients)
+        found = self.found.get(read)
+        vectors = _vectors(parts, self.has_base, wide=not (self.is_short and found.is_small))
+        return _combined(vectors, found.coefficients)
 
     def _products(self, start: int, n: int, read: FormReader) -> Sequence[float]:
         if self.is_short:
@@ -165,10 +165,12 @@ class _Whole(_Terms, Elementwise):
     def _products_in(self, start: int, n: int, read: FormReader, *, wide: bool) -> list[float]:
         parts = [numbers(form, start, n, read) for form in self.inputs]
         vectors, _ = _vectors(parts, self.has_base, wide=wide)
-        return [total(a * b) for a, b in _pairs(vectors)]
+        return totals(a * b for a, b in _pairs(vectors))
 
-    def _finish(self, products: Sequence[float], read: FormReader) -> Sequence[float]:
-        return self.coefficients(products)
+    def _finish(self, products: Sequence[float], read: FormReader) -> _Found:
+        coefficients = self.coefficients(products)
+        largest = max(map(abs, (*products, *coefficients)))
+        return _Found(coefficients, largest < _LARGE)
 
 
 @final
