@@ -22,7 +22,7 @@ from streammap.api import LazyCheckpoint
 from streammap.engine import memory
 from streammap.output import fingerprint, layout, run
 from streammap.planning import graph, maps
-from streammap.planning.derived.elementwise import Elementwise, numbers, total
+from streammap.planning.derived.elementwise import Elementwise, numbers, totals
 from streammap.planning.derived.statistic import BLOCK, N_AHEAD, Statistic
 from streammap.planning.graph import FormReader, LinearForm
 from streammap.planning.plan import Plan, Step
@@ -59,7 +59,7 @@ class Scaled(Elementwise):
         return product
 
     def _block(self, start: int, n: int, read: FormReader) -> float:
-        return total(numbers(self.inputs[1], start, n, read).double() ** 2)
+        return totals([numbers(self.inputs[1], start, n, read).double() ** 2])[0]
 
 
 def _root(squares: float, read: FormReader) -> float:

@@ -291,12 +291,12 @@ class _ByRow(_Terms, Derived):
 
 
 def _each_nbytes(made: _Terms, *, wide: bool) -> int:
-    """Of a number of each form: as it is stored, and in float32 (float64); of a product, its sums
-    and the result.
+    """Of a number of each form: as it is stored, and in float32 (float64); of a product, its sums,
+    the result, and what is left of all products.
     """
     item = 8 if wide else 4
     read = sum(map(elementwise.number_nbytes, made.inputs))
-    return read + item * (wide * len(made.inputs) + 3)
+    return read + item * (wide * len(made.inputs) + 4) + 2 * made.n_pairs
 
 
 def _vectors(
