@@ -193,6 +193,7 @@ class _Needs:
         self.inner_block_nbytes: int | None = None
         self.inner_tile_nbytes = 0
         self._targets_nbytes = self._scratch_nbytes = self._depth = 0
+        self._n_elements = self._n_by_small_calls = 0
         self._sources: dict[int, Checkpoint] = {}
         self._large: dict[int, BlockMap] = {}
 
@@ -202,6 +203,10 @@ class _Needs:
         Args:
             depth: How many derived tensors it is inside of.
         """
+        if not depth:
+            self._n_elements += form.spec.n_elements
+            if any(made.by_small_calls for made in form.derived()):
+                self._n_by_small_calls += form.spec.n_elements
         n_loads = sum(len(term.blend) for term in form.terms)
         self._targets_nbytes += _TARGET_NBYTES + _LOAD_NBYTES * (n_loads - 1)
         for term in form.terms:
@@ -236,6 +241,11 @@ class _Needs:
             self.inner_tile_nbytes = max(self.inner_tile_nbytes, *tiles)
         for form in made.inputs:
             self.add(form, depth)
+
+    @property
+    def is_for_one(self) -> bool:
+        """Whether one thread is as fast as several, and takes less of the processor."""
+        return 2 * self._n_by_small_calls > self._n_elements
 
     @property
     def derived_nbytes(self) -> int:
@@ -326,7 +336,7 @@ def fit(
     Args:
         budget: Bytes that the run may add to the process; None for the default.
         n_workers: Threads; by default one a processor, but two at least, and fewer where the
-            budget is small.
+            budget is small; one where most is computed by many small calls.
         networks: How sources come over a network.
         n_sharing: Processes that have the processors together.
         sink_nbytes: What the sink takes for each worker.
@@ -342,7 +352,8 @@ def fit(
         least = max(least, _least(form))
     is_dense = needs.block_nbytes is not None
     least = max(least, DENSE_TILE_NBYTES * is_dense)
-    wanted = n_workers or min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
+    several = 1 if needs.is_for_one else min(max(2, n_processors() // n_sharing), _MAX_WORKERS)
+    wanted = n_workers or several
     ahead = 0
     if "ranges" in networks:
         ahead = max(min(MAX_AHEAD_NBYTES, (budget or 2**40) // 4), MIN_AHEAD_NBYTES)

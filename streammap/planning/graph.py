@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Protocol, final
+from typing import TYPE_CHECKING, ClassVar, Protocol, final
 
 from streammap.io import dtypes
 from streammap.io.dtypes import TensorSpec
@@ -215,6 +215,8 @@ class Derived(ABC):
     """What is kept for it, what it found out included, as long as the plan or the run is there."""
     only_moves: bool = False
     """Whether its numbers are those of the forms, each as it is."""
+    by_small_calls: ClassVar[bool] = False
+    """Whether threads that compute it wait for the interpreter's lock more than they gain."""
     rounds: bool = True
     """Whether something of the function is lost where they are rounded to the result's dtype."""
 

@@ -17,7 +17,7 @@ from streammap.planning.graph import FormReader
 BLOCK, _LARGEST = 2**14, 2**17
 """Numbers of a block: so few that they stay in a processor's cache, so many that calls of kernels
 do not count."""
-_BLOCK_NBYTES = 2**21
+_BLOCK_NBYTES = 9 * 2**18
 """Four threads have room for a block each in a run of 32 MiB."""
 N_AHEAD = 8
 """Blocks whose results may wait for an earlier one, at most."""

@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal, NamedTuple, final
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, final
 
 from streammap.errors import CheckpointError, PlanError, StreammapError
 from streammap.io.dtypes import TensorSpec, to_torch
@@ -80,6 +80,7 @@ class _Terms:
     key: str
     rule: Rule
     has_base: bool
+    by_small_calls: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

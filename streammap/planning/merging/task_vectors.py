@@ -15,7 +15,7 @@ else is computed in float64.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, ClassVar, Literal, final
 
 from streammap.errors import PlanError
 from streammap.io.dtypes import DTYPE_BITS, to_torch
@@ -93,6 +93,7 @@ class TaskVectors(Elementwise):
     rule: TaskRule
     inputs: tuple[LinearForm, ...]
     """Those of the models, and the base's."""
+    by_small_calls: ClassVar[bool] = True
     n_passes: int = field(init=False)
     kept_nbytes: int = field(init=False)
     _masks: trimming.Masks | None = field(init=False)
