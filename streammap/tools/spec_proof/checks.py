@@ -12,8 +12,8 @@ library, which must find each key it wants and no other:
     missing      config.json without the lists that loaders derive: layers come and go as with them
 
 Outputs are compared number by number where they are logits. Hidden states, of a model without a
-head, have a width that is resized, and units that a permutation may negate: there the magnitudes of
-a position are compared in order of size, each of the source's as often as it was copied.
+head, have a width that is resized: there the sorted numbers of a position are compared, each of the
+source's as often as it was copied. Where a permutation negates units, magnitudes are.
 """
 
 import copy
@@ -158,20 +158,23 @@ def prove(
     return ProofReport(model.name, tuple(results))
 
 
-def difference(found: Tensor, expected: Tensor, *, in_order: bool) -> float:
+def difference(found: Tensor, expected: Tensor, *, in_order: bool, signed: bool = False) -> float:
     """How far an output is from the expected one, relative to its largest number.
 
     Args:
-        in_order: Whether the last dimension is one that no axis has. Where it is not, the
-            magnitudes are sorted, and the expected ones repeated.
+        in_order: Whether the last dimension is one that no axis has. Where it is not, its numbers
+            are sorted, and the expected ones repeated.
+        signed: Whether its units may be negated: then magnitudes are sorted.
 
     Raises:
         PlanError: another shape.
     """
     if not in_order and found.shape[:-1] == expected.shape[:-1]:
         n_copies = found.shape[-1] // expected.shape[-1]
-        expected = expected.abs().sort().values.repeat_interleave(n_copies, dim=-1)
-        found = found.abs().sort().values
+        if signed:
+            found, expected = found.abs(), expected.abs()
+        expected = expected.sort().values.repeat_interleave(n_copies, dim=-1)
+        found = found.sort().values
     if found.shape != expected.shape:
         raise PlanError(f"shape {list(found.shape)} of outputs, expected {list(expected.shape)}")
     return _relative(found, expected)
@@ -399,11 +402,13 @@ class _Proof:
     def _error(self, lazy: LazyCheckpoint) -> float | None:
         """How far a resized model's outputs are from the source's."""
         results = self._run(lazy, "resized")
+        signed = any(step.options.get("signed", False) for step in lazy.plan.steps)
         errors = []
         for output, x in self._expected.items():
             if "logits" not in output or results[output].shape != x.shape:
                 self._hidden.add(output)
-            errors.append(difference(results[output], x, in_order=output not in self._hidden))
+            in_order = output not in self._hidden
+            errors.append(difference(results[output], x, in_order=in_order, signed=signed))
         return max(errors, default=None)
 
     def _same(
