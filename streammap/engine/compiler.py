@@ -22,7 +22,7 @@ from streammap.engine.memory import MAX_NUMBERS, N_PLACES
 from streammap.engine.program import OUT, WORK, Op, OpKind, Program, Strip, View, contiguous
 from streammap.engine.pullback import Pullback
 from streammap.engine.tile_reads import DimRead, Part, ReadRequest, Recipe
-from streammap.io.dtypes import DTYPE_BITS
+from streammap.io.dtypes import DTYPE_BITS, HALVES
 from streammap.planning import graph, segments
 from streammap.planning.graph import TensorRef, Term
 from streammap.planning.maps import BlockMap, DenseMap
@@ -33,7 +33,6 @@ _MAX_MOVES = 64
 _MAX_PROGRAMS = 1024
 _OP_WEIGHT = 8
 """An operation with its views is as large as so many numbers."""
-_HALVES = ("BF16", "F16")
 
 
 def program(recipe: Recipe, chunk_nbytes: int) -> Program:
@@ -102,7 +101,7 @@ class _ProgramBuilder:
 
     def _round(self, out: View, source: View) -> None:
         """Numbers in the result's dtype; counted, where some may be lost."""
-        halved = source.dtype == "F64" and out.dtype in _HALVES
+        halved = source.dtype == "F64" and out.dtype in HALVES
         overflows = source.dtype == "F32" and out.dtype == "F16"
         kind: OpKind = "round" if halved or overflows or self._form.narrows else "copy"
         self._ops.append(Op(kind, out, (source,)))
@@ -139,7 +138,7 @@ class _ProgramBuilder:
         """(1 - w) a + w b of 16-bit sources: one kernel, which rounds once."""
         dtype, terms = self._form.spec.dtype, self._form.terms
         sides = [(number, *pair) for number, term in enumerate(terms) for pair in term.blend]
-        if len(sides) != 2 or dtype not in _HALVES or self._form.accumulator == "F64":
+        if len(sides) != 2 or dtype not in HALVES or self._form.accumulator == "F64":
             return False
         (_, u, a), (_, w, b) = sides
         if u == 0.0 or w == 0.0 or u != 1.0 - w:

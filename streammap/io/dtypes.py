@@ -41,6 +41,8 @@ DTYPE_BITS = {
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 """The dtypes that streammap computes with; all others are copied byte for byte."""
+HALVES = frozenset({"F16", "BF16"})
+"""Those of 16 bits."""
 
 _NARROWER: dict[str, tuple[str, ...]] = {
     "F16": ("F8_E4M3", "F8_E5M2"),

@@ -1,14 +1,13 @@
 """Which token has which number: what the tokenizer's files beside a checkpoint say."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from streammap.errors import CheckpointError
 from streammap.io import json_files
 from streammap.io.storage.base import Storage
 
-_FAST, _ADDED = "tokenizer.json", "added_tokens.json"
-_TABLES = ("vocab.json",)
+_FAST, _TABLE, _ADDED = "tokenizer.json", "vocab.json", "added_tokens.json"
 _OTHERS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt")
 Vocabulary = Mapping[str, int] | bytes
 """Token -> its number; or a file that is compared byte for byte."""
@@ -22,12 +21,9 @@ def read(storage: Storage) -> Vocabulary | None:
     """
     if storage.has(_FAST):
         return _of_fast(json_files.read_stored(storage, _FAST)[0], storage.where(_FAST))
-    for name in _TABLES:
-        if storage.has(name):
-            tables = [name, *([_ADDED] if storage.has(_ADDED) else [])]
-            return _joined(
-                (json_files.read_stored(storage, one)[0], storage.where(one)) for one in tables
-            )
+    if storage.has(_TABLE):
+        tables = filter(storage.has, (_TABLE, _ADDED))
+        return _joined((json_files.read_stored(storage, x)[0], storage.where(x)) for x in tables)
     for name in _OTHERS:
         if storage.has(name):
             return storage.read(name, limit=json_files.MAX_JSON_NBYTES)
@@ -49,7 +45,8 @@ def _of_fast(content: Mapping[str, Any], where: str) -> Mapping[str, int]:
     return _joined([(vocabulary, where), (more, where)])
 
 
-def _joined(tables: Any) -> Mapping[str, int]:
+def _joined(tables: Iterable[tuple[object, str]]) -> Mapping[str, int]:
+    """Tables in one; each with its file's name, for messages."""
     made: dict[str, int] = {}
     for table, where in tables:
         if not isinstance(table, Mapping) or not all(

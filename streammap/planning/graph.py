@@ -21,7 +21,7 @@ from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Protocol, final
 
 from streammap.io import dtypes
-from streammap.io.dtypes import TensorSpec
+from streammap.io.dtypes import HALVES, TensorSpec
 from streammap.io.storage.base import Reader
 from streammap.planning import maps
 from streammap.planning.maps import AxisMap, BlockMap, DenseMap
@@ -70,7 +70,6 @@ class TensorRef:
 
 Blend = tuple[tuple[float, TensorRef], ...]
 _MAX_F32_ADDENDS = 4
-_HALVES = {"BF16", "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ class LinearForm:
         Float32 has 2**16 times their digits; the mean with equal weights is one sum and one
         division, and is rounded from float64.
         """
-        if not {self.spec.dtype, *(ref.spec.dtype for ref in self.reads())} <= _HALVES:
+        if not {self.spec.dtype, *(ref.spec.dtype for ref in self.reads())} <= HALVES:
             return False
         weights = {c for term in self.terms for c, _ in term.blend}
         moves = any(m is not None for term in self.terms for m in term.maps)
@@ -336,7 +335,7 @@ def cast(form: LinearForm, dtype: str) -> LinearForm:
     if form.spec.dtype == dtype:
         return form
     spec, terms = TensorSpec(dtype, form.spec.shape), form.terms
-    if dtype not in _HALVES:
+    if dtype not in HALVES:
         terms = tuple(
             replace(term, blend=tuple((c, _exact(ref)) for c, ref in term.blend)) for term in terms
         )

@@ -7,15 +7,14 @@ from typing import TYPE_CHECKING, final
 
 from streammap.io.dtypes import TensorSpec, to_torch
 from streammap.planning.derived.elementwise import numbers, spec_of
+from streammap.planning.derived.statistic import BLOCK
 from streammap.planning.graph import Derived, FormReader, LinearForm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_BLOCK = 2**14
-"""Numbers that are computed at once."""
 _EACH_NBYTES = 40
-"""Of such a number: as it is read, its place, its gain, and the result, in float64."""
+"""Of a number of a block: as it is read, its place, its gain, and the result, in float64."""
 
 
 @final
@@ -49,7 +48,7 @@ class TimesGain(Derived):
     @property
     def scratch_nbytes(self) -> int:
         """A block, and all gains."""
-        return (_BLOCK + self.gain.spec.n_elements) * _EACH_NBYTES
+        return (BLOCK + self.gain.spec.n_elements) * _EACH_NBYTES
 
     def fill(self, start: int, view: memoryview, read: FormReader) -> None:
         """A block at a time; the gains are kept."""
@@ -61,8 +60,8 @@ class TimesGain(Derived):
         gain = read.kept["gain"]
         assert isinstance(gain, torch.Tensor)
         inner = math.prod(self.weight.spec.shape[self.dim + 1 :])
-        for at in range(0, len(out), _BLOCK):
-            n = min(_BLOCK, len(out) - at)
+        for at in range(0, len(out), BLOCK):
+            n = min(BLOCK, len(out) - at)
             units = torch.arange(start + at, start + at + n)
             units.div_(inner, rounding_mode="floor").remainder_(len(gain))
             weight: Tensor = numbers(self.weight, start + at, n, read).double()

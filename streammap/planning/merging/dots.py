@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, final
 
 from streammap.errors import CheckpointError, PlanError, StreammapError
-from streammap.io.dtypes import TensorSpec, to_torch
+from streammap.io.dtypes import HALVES, TensorSpec, to_torch
 from streammap.planning import graph
 from streammap.planning.derived import elementwise
 from streammap.planning.derived.elementwise import Elementwise, numbers, sums, totals
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 By = Literal["whole", "rows", "columns"]
 _MAX_COLUMNS = 2**16
-_SHORT = {"BF16", "F16"}
 _LARGE = 2.0**100
 """A sum of squares for which float32 may have no room; where it has no bits for small ones, the
 rules take the tensor for zero."""
@@ -63,7 +62,7 @@ def derive(
     made: Derived
     given = dtype or forms[0].spec.dtype
     if by == "whole" or len(shape) < 2:
-        is_short = {given, *(form.spec.dtype for form in inputs)} <= _SHORT
+        is_short = {given, *(form.spec.dtype for form in inputs)} <= HALVES
         made = _Whole(inputs, key, rule, base is not None, is_short)
     elif by == "rows":
         made = _ByRow(inputs, key, rule, base is not None)

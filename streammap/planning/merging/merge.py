@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import final
 
 from streammap.errors import ArchitectureError, CheckpointError, PlanError
+from streammap.io.dtypes import HALVES
 from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.matching import frame, pairing
@@ -199,7 +200,7 @@ class _Merge:
 
 def promoted(dtypes: Sequence[str]) -> str:
     """The smallest dtype that has all numbers of these: F32 for F16 and BF16."""
-    if {"F16", "BF16"} <= set(dtypes) <= {"F16", "BF16"}:
+    if set(dtypes) == HALVES:
         return "F32"
     return max(dtypes, key=_ORDER.index)
 

@@ -108,8 +108,7 @@ class Masks:
     @property
     def n_passes(self) -> int:
         """How often differences are read before the first number is computed."""
-        sorts_rows = any(trim.is_partial and trim.kind == "ranks" for trim in self._trims)
-        return sorts_rows + (self._selection.n_passes if any(self._counts) else 0)
+        return _sorts_rows(self._trims) + (self._selection.n_passes if any(self._counts) else 0)
 
     @property
     def is_random(self) -> bool:
@@ -119,9 +118,7 @@ class Masks:
     @property
     def scratch_nbytes(self) -> int:
         """In one thread, beside `each_nbytes` of a block."""
-        nbytes = 0
-        if any(trim.is_partial and trim.kind == "ranks" for trim in self._trims):
-            nbytes += 2 * self._row * _rank_nbytes(self._trims)
+        nbytes = 2 * self._row * _rank_nbytes(self._trims)
         if any(self._counts):
             nbytes += self._selection.scratch_nbytes
         return nbytes
@@ -179,17 +176,19 @@ class Masks:
 
 def each_nbytes(trims: Sequence[Trim]) -> int:
     """What each number of a block takes while it is found out what is left."""
-    n_ranked = any(trim.is_partial and trim.kind == "ranks" for trim in trims)
-    drawn = random_numbers.EACH_NBYTES if _is_random(trims) else 0
-    return drawn + n_ranked * _rank_nbytes(trims)
+    return _rank_nbytes(trims) + _is_random(trims) * random_numbers.EACH_NBYTES
 
 
 def _is_random(trims: Sequence[Trim]) -> bool:
     return any(trim.is_partial and trim.kind in ("random", "ranks") for trim in trims)
 
 
+def _sorts_rows(trims: Sequence[Trim]) -> bool:
+    return any(trim.is_partial and trim.kind == "ranks" for trim in trims)
+
+
 def _rank_nbytes(trims: Sequence[Trim]) -> int:
-    return 8 * (3 * len(trims) + 6)
+    return _sorts_rows(trims) * 8 * (3 * len(trims) + 6)
 
 
 def _by_rank(magnitudes: "Tensor", trim: Trim) -> "Tensor":
