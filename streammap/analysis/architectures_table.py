@@ -1,6 +1,6 @@
 """The table of `streammap architectures`: the model types served, and what is exact for each."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from streammap.architectures import axis_facts, axis_sizes, registry
@@ -91,18 +91,21 @@ def _row(model_type: str, name: str) -> ArchitectureRow:
         why = _inexact_experts(model, axis)
         if why is not None:
             caveats.setdefault(axis, why)
-    spoilt = _coupled(spec, set(caveats))
+    # What is frozen stays as it is when others grow.
+    kinds = {axis: about.kind for axis, about in spec.axes.items()}
+    spoilt = _coupled(spec, {axis for axis in caveats if kinds[axis] != "frozen"})
     exact = tuple(
         space.replace("_", " ")
         for space, axes in spec.spaces.items()
-        if any(_can_grow(model, axis) and axis not in spoilt for axis in axes)
+        if (there := [axis for axis in axes if model.sizes.get(axis) != 0])
+        and all(_can_grow(model, axis, axes) and axis not in spoilt for axis in there)
     )
-    hidden = spec.spaces.get("hidden", ())
+    hidden = [axis for axis in spec.spaces.get("hidden", ()) if axis not in spoilt]
     return ArchitectureRow(
         model_type,
         name,
         exact,
-        any_size="hidden" in exact and any(_any_size(model, axis) for axis in hidden),
+        any_size=any(_can_grow(model, x, hidden) and _any_size(model, x) for x in hidden),
         silent_layers=not is_post and not set(spec.depth_axes) & set(caveats),
         head_size=any(_can_widen(spec, axis) for axis in spec.rope),
         caveats=tuple(f"{axis}: {why}" for axis, why in caveats.items()),
@@ -156,17 +159,17 @@ def _coupled(spec: Architecture, axes: set[str]) -> set[str]:
     return coupled
 
 
-def _can_grow(model: Model, axis: str) -> bool:
-    """Whether an axis is there, and is one that grows by itself."""
+def _can_grow(model: Model, axis: str, beside: Collection[str]) -> bool:
+    """Whether an axis grows, by itself or with others beside it."""
     spec = model.architecture
     about = spec.axes[axis]
-    if model.sizes.get(axis) == 0:
-        return False
     if about.kind == "expert":
         return axis in spec.experts
-    # Kv heads without a field of their own are the query heads.
-    is_own = isinstance(axis_sizes.axis_origin(about, model.config), str)
-    return about.kind == "width" and (is_own or axis not in spec.spaces.get("kv_heads", ()))
+    # Kv heads without a field of their own are the query heads, or other kv heads.
+    origin = axis_sizes.axis_origin(about, model.config)
+    followed = () if origin is None or isinstance(origin, str) else expressions.names(origin)
+    is_query = axis in spec.spaces.get("kv_heads", ()) and not {*beside}.issuperset(followed)
+    return about.kind == "width" and not is_query
 
 
 def _tiny_config(model_type: str, name: str) -> Mapping[str, object]:

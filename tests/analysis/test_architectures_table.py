@@ -64,7 +64,7 @@ def test_a_row_says_what_plans_say(tmp_path: Path, row: ArchitectureRow, model: 
     to_any = [
         {"axes": {axis: f"={int(sizes[axis] * factor)}"}}
         for axis in hidden
-        for factor in (3 / 2, 4 / 3, 7 / 6)
+        for factor in (3 / 2, 4 / 3, 6 / 5, 7 / 6)
     ]
     assert any_of(lazy, to_any) == row.any_size
     exact = set()
