@@ -372,7 +372,7 @@ def load_into(
             Otherwise the report lists them.
         progress: Called with each progress event.
         memory: Memory that this may add to the process, on top of the module.
-        threads: Threads that read and compute; None for one a processor, at most 8.
+        threads: Threads that read and compute; None for a run's default (--threads).
         reader: How files of this machine are read: "pread", "mmap", or "auto".
 
     Raises:
@@ -412,7 +412,7 @@ def load_optimizer_into(
         lazy: A checkpoint with its optimizer's state: lazy.carry_optimizer().
         progress: Called with each progress event.
         memory: Memory that this may add to the process, on top of the moments.
-        threads: Threads that read and compute; None for one a processor, at most 8.
+        threads: Threads that read and compute; None for a run's default (--threads).
         reader: How files of this machine are read: "pread", "mmap", or "auto".
 
     Raises:

@@ -48,14 +48,15 @@ class Engine:
     memory: str | int = option(
         default=MEMORY,
         help="Memory that a run may add to the process, on top of the torch import; auto is "
-        "256MiB, or what very many tensors need.",
+        "256MiB, or what very many tensors or dense maps need.",
         group=RESOURCES,
         kind=_Memory(),
         metavar="SIZE",
     )
     threads: int | None = option(
         default=None,
-        help="Threads that read, compute and write.  [default: one a processor, at most 8]",
+        help="Threads that read, compute and write.  [default: one a processor, 2 to 8; one for "
+        "slerp, ties and their kin]",
         group=RESOURCES,
         kind=Whole(least=1),
         metavar="N",
@@ -87,7 +88,7 @@ class Engine:
 
     @property
     def n_threads(self) -> int | None:
-        """Threads; None for one a processor, at most 8."""
+        """Threads; None for the default."""
         return self.threads
 
 
