@@ -10,7 +10,9 @@ from torch import Tensor
 
 import streammap
 from streammap.api import LazyCheckpoint
+from streammap.engine import memory
 from streammap.errors import StreammapError
+from streammap.planning import graph
 from streammap.planning.graph import LinearForm
 from streammap.planning.merging import dots
 from streammap.planning.merging.directions import (
@@ -194,7 +196,28 @@ def test_half_precision_is_the_nearest_but_next_to_ties(tmp_path: Path, scale: f
     half = torch.exp2(torch.frexp(exact).exponent - 9)
     error = (lazy_of(tmp_path, {"a": form}).read("a").double() - exact).abs()
     assert bool((error <= half + 2.0**-22 * (a.double().abs() + b.double().abs())).all())
-    wide = dots.derive("a", Slerp(0.3), forms, dtype="F32")
-    torch.testing.assert_close(
-        lazy_of(tmp_path, {"a": wide}).read("a"), exact.float(), rtol=1e-7, atol=0
-    )
+    for wide in (dots.derive("a", Slerp(0.3), forms, dtype="F32"), graph.cast(form, "F32")):
+        found = lazy_of(tmp_path, {"a": wide}).read("a")
+        torch.testing.assert_close(found, exact.float(), rtol=1e-7, atol=0)
+
+
+def test_terms_that_float32_has_no_room_for_add_up_in_float64(tmp_path: Path) -> None:
+    """Of tensors that are nearly opposite, each counts twice and more."""
+    torch.manual_seed(0)
+    a = torch.randn(300, 100).clamp(-3, 3)
+    b = 0.1 * torch.randn(300, 100).clamp(-3, 3) - a
+    x = torch.stack([a, b]).mul(2.0**126 / 3).bfloat16()
+    tiny.write(tmp_path, {"a": x[0], "b": x[1]}, {})
+    targets = streammap.open(tmp_path).plan.targets
+    form = dots.derive("a", Slerp(0.5), [targets["a"], targets["b"]])
+    exact = dense.slerp(x.double(), 0.5)
+    found = lazy_of(tmp_path, {"a": form}).read("a").double()
+    assert bool(((found - exact).abs() <= 2.0**-8 * exact.abs()).all())
+
+
+def test_small_calls_take_one_thread_where_most_is_computed_by_them(source: Path) -> None:
+    _, a, b, c = forms_of(source, "wide")
+    blended = dots.derive("a", Slerp(0.3), [a, b])
+    assert memory.fit([blended], budget=None, n_workers=None).n_workers == 1
+    assert memory.fit([blended, a, b, c], budget=None, n_workers=None).n_workers > 1
+    assert memory.fit([blended], budget=None, n_workers=4).n_workers == 4
