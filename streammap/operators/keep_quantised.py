@@ -99,11 +99,11 @@ def _stored(key: str, form: LinearForm) -> Iterator[tuple[str, LinearForm]]:
                 "a copy",
                 hint=_HINT,
             )
-    terms = (
+    terms = tuple(
         Term(term.maps, tuple((c, _of_stored(load)) for c, load in term.blend))
         for term in form.terms
     )
-    yield key, LinearForm(form.spec, tuple(terms))
+    yield key, replace(form, terms=terms)
 
 
 def _read(form: LinearForm) -> Iterator[TensorRef]:

@@ -19,6 +19,7 @@ from tests.support.typed import ok, run
 SIZES = tiny.Sizes(heads=4, layers=4, head_dim=3, mlp_per_head=5)
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"}
 FIELD = "quantization_config"
+MEAN, WIDE = (0.3, -0.6, 0.9), "embeddings=float32,pooler=float32,bfloat16"
 
 
 def is_linear(key: str) -> bool:
@@ -227,6 +228,19 @@ def test_what_is_computed_is_not_kept(both: Path) -> None:
 def test_plain_weights_are_kept_too(both: Path) -> None:
     streammap.open(both / "plain").keep_quantised().save(both / "out")
     tiny.assert_same(tiny.written(both / "out"), tiny.written(both / "plain"))
+
+
+def test_a_mean_beside_codes_that_are_kept_is_rounded_once(tmp_path: Path) -> None:
+    sources = [pair(tmp_path / str(i), fp8(seed=i)) / "in" for i in range(3)]
+    # The first one's codes and nothing of the others', and a mean of all other tensors.
+    shares = [[{"filter": "encoder", "value": float(i == 0)}, w] for i, w in enumerate(MEAN)]
+    mean = streammap.blend(*sources, weights=shares, method="linear", dtype=WIDE)
+    mean.save(tmp_path / "plain")
+    mean.keep_quantised().save(tmp_path / "kept")
+    plain, kept = tiny.written(tmp_path / "plain"), tiny.written(tmp_path / "kept")
+    apart = [key for key in plain if not key.startswith("encoder")]
+    assert apart
+    tiny.assert_same({key: kept[key] for key in apart}, {key: plain[key] for key in apart})
 
 
 # Elsewhere.
