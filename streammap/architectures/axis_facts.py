@@ -145,3 +145,29 @@ def writes(family: Family, hidden: tuple[str, ...]) -> bool:
     is_linear = family.rule.kind in ("linear", "conv1d", "conv")
     reads = is_linear or any(dim.role == "in" for dim in family.dims)
     return makes and family.rule.kind != "embedding" and (reads or is_bias)
+
+
+def output_axes(model: Model) -> tuple[str, ...]:
+    """Hidden sizes that nothing turns into something else: the model gives the units themselves.
+
+    What does is a head, which reads them outside the layers that add to them; or a linear that
+    makes another hidden size of them.
+    """
+    if model.tied:
+        return ()
+    hidden = model.architecture.spaces.get("hidden", ())
+    return tuple(axis for axis in hidden if _is_output(model, axis, hidden))
+
+
+def _is_output(model: Model, axis: str, hidden: tuple[str, ...]) -> bool:
+    adding = [one for one in model.families if writes(one, (axis,))]
+    stacks = {index for one in adding for index in one.indices}
+    for family in model.families:
+        sides: dict[str, set[str]] = {"in": set(), "out": set()}
+        for dim in family.dims:
+            if dim.role in sides and dim.expression is not None:
+                sides[dim.role].update(model.architecture.axes_in(dim.expression))
+        is_read = axis in sides["in"] and axis not in sides["out"]
+        if is_read and (stacks.isdisjoint(family.indices) or not sides["out"].isdisjoint(hidden)):
+            return False
+    return bool(adding)

@@ -18,7 +18,7 @@ Source: Zou, Zhang, Deng, ICLR 2024, arXiv:2404.07999; the fold, Shen et al., ar
 from collections.abc import Mapping
 from dataclasses import replace
 
-from streammap.architectures import axis_words, key_pattern
+from streammap.architectures import axis_facts, axis_words, key_pattern
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Depth
 from streammap.errors import PlanError, StreammapError, some
@@ -26,11 +26,12 @@ from streammap.planning import config_json
 from streammap.planning.graph import LinearForm
 from streammap.planning.map_file import MapLevel
 from streammap.planning.maps import AxisMap
-from streammap.planning.plan import Plan, Step
+from streammap.planning.plan import Plan, Promise, Step
 from streammap.planning.tensor_maps.axis_change import AxisChange
 from streammap.planning.tensor_maps.remapping import Remapping
 
 _MAX_TENSORS = 500_000
+_OUTPUT = "no head reads the {}: they are what the model outputs, which changes as they do"
 
 
 def remap(
@@ -63,6 +64,7 @@ def remap(
         notes.append(f"{work.n_after} tensors of layers after the stack (MTP) are dropped")
     notes += _mixed(model, change)
     notes += work.apart.notes()
+    notes += _output(model, change, step.promise)
     config = None
     if plan.config is not None:
         sources = {name: _sources(m, model, name) for name, m in change.layers.items()}
@@ -91,6 +93,17 @@ def remap(
     )
     _check_sizes(result, sizes)
     return result
+
+
+def _output(model: Model, change: AxisChange, promise: Promise) -> list[str]:
+    """Notes on a function that is kept but for the order and number of what comes out."""
+    if promise == "approximate":
+        return []
+    return [
+        _OUTPUT.format(axis_words.units_of(model.architecture, axis))
+        for axis in axis_facts.output_axes(model)
+        if axis in change.pairs and not change.pairs[axis].out.is_identity
+    ]
 
 
 def _dropped(model: Model) -> list[str]:

@@ -57,6 +57,16 @@ def cases() -> Iterator[object]:
             yield pytest.param(arch, model, id=model.name, marks=marks)
 
 
+def test_marks_of_tokens_that_are_never_given_hide_no_error() -> None:
+    lowest = torch.finfo(torch.float64).min
+    logits = torch.tensor([[1.0, -2.0, lowest, 0.5]], dtype=torch.float64)
+    moved, unmarked = logits.clone(), logits.clone()
+    moved[0, 0], unmarked[0, 2] = 1.5, 0.0
+    assert checks.difference(logits, logits, in_order=True) == 0.0
+    assert checks.difference(moved, logits, in_order=True) == 0.25
+    assert checks.difference(unmarked, logits, in_order=True) == float("inf")
+
+
 @pytest.mark.parametrize(("arch", "model"), list(cases()))
 def test_a_resized_model_computes_what_its_source_does(
     tmp_path: Path, arch: str, model: TinyModel
