@@ -21,6 +21,12 @@ def field_value(config: Mapping[str, object], path: str) -> object:
     return _value(config, path.split("."))
 
 
+def meant(config: Mapping[str, object], path: str) -> object:
+    """config.json's value of a field; where it is not there, the one that its class has."""
+    there = field_value(config, path)
+    return defaults.value(config, path) if there is None else there
+
+
 def is_null(config: Mapping[str, object], path: str) -> bool:
     """Whether config.json has a field, and it is null."""
     above, _, name = path.rpartition(".")
@@ -68,15 +74,15 @@ def holds(condition: str, config: Mapping[str, object]) -> bool:
         if is_there and value == "absent":
             return _has(config, field) == (operator == "!=")
         if is_there:
-            other = _meant(config, value)
+            other = _compared(config, value)
             expected = value if other is None else _text(other)
-            return (_text(_meant(config, field)) == expected) == (operator == "==")
+            return (_text(_compared(config, field)) == expected) == (operator == "==")
     field, is_glob, glob = (part.strip() for part in condition.partition("~"))
     if is_glob:
         return fnmatch.fnmatchcase(_text(field_value(config, field))[:_MAX_TEXT], glob)
     if not re.fullmatch(r"[\w.*-]+", condition.strip()):
         raise ArchitectureError(f"condition {condition!r}: expected 'field', or 'field == value'")
-    return bool(_meant(config, condition.strip()))
+    return bool(_compared(config, condition.strip()))
 
 
 def layer_condition(condition: str) -> tuple[str, str, str] | None:
@@ -85,8 +91,7 @@ def layer_condition(condition: str) -> tuple[str, str, str] | None:
     return None if match is None else (match[1], match[2], match[3])
 
 
-def _meant(config: Mapping[str, object], path: str) -> object:
-    """A field's value; of a size that is not there, the class's."""
+def _compared(config: Mapping[str, object], path: str) -> object:
     there = field_value(config, path)
     return defaults.size(config, path) if there is None else there
 

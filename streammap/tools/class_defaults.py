@@ -39,7 +39,8 @@ def text(entries: Mapping[str, Entry]) -> str:
 
 
 def _asked() -> Iterator[str]:
-    """All names that are part of a field that gives a size, in any spec."""
+    """All names that are part of a field that gives a size or another number, in any spec."""
+    yield "tie_word_embeddings"
     for model_type, name in registry.model_types().items():
         yield from _fields_of(registry.load(name, {"model_type": model_type}))
     for name in registry.names():
@@ -49,6 +50,12 @@ def _asked() -> Iterator[str]:
 
 
 def _fields_of(spec: Architecture) -> Iterator[str]:
+    for rule in spec.rules:
+        if rule.norm is not None:
+            yield from (field.split(".")[-1] for field in rule.norm.eps)
+    for experts in spec.experts.values():
+        named = (*experts.top_k, *experts.multiply, experts.groups or "")
+        yield from (field.split(".")[-1] for field in named)
     for axis in spec.axes.values():
         for source in axis.sources:
             listed = source.arguments if isinstance(source, FunctionCall) else ()
@@ -76,7 +83,7 @@ def _sizes(kind: Any, names: frozenset[str]) -> Entry:
     """A class's sizes, and the other names that it has for them."""
     entry: Entry = {}
     for field, parameter in sorted(inspect.signature(kind.__init__).parameters.items()):
-        if field in names and _is_size(parameter.default):
+        if field in names and _is_told(parameter.default):
             entry[field] = parameter.default
     other = {alias: field for alias, field in kind.attribute_map.items() if field in entry}
     if other:
@@ -91,20 +98,20 @@ def _inside(kind: Any, part: str, inner: Any, names: frozenset[str]) -> Entry:
     try:
         given = {"model_type": own_type} if own_type else {}
         made: Mapping[str, object] = getattr(kind(**{part: given}), part).to_dict()
-        own = {field: made.get(field, x) if _is_size(x) else x for field, x in sizes.items()}
+        own = {field: made.get(field, x) if _is_told(x) else x for field, x in sizes.items()}
         if own == sizes:
             return sizes
         sizes = own
-        alone = inner(**{field: x for field, x in sizes.items() if _is_size(x)}).to_dict()
+        alone = inner(**{field: x for field, x in sizes.items() if _is_told(x)}).to_dict()
     except Exception:  # Some classes can't do without their parts.
         return sizes
-    more = (field for field in sorted(names) if _is_size(made.get(field)))
+    more = (field for field in sorted(names) if _is_told(made.get(field)))
     return sizes | {field: made[field] for field in more if alone.get(field) != made[field]}
 
 
-def _is_size(value: object) -> bool:
+def _is_told(value: object) -> bool:
     items = value if isinstance(value, list | tuple) else [value]
-    return bool(items) and all(type(item) is int for item in items)
+    return bool(items) and all(type(item) in (int, float, bool) for item in items)
 
 
 def _parts(kind: Any) -> Iterator[tuple[str, Any]]:

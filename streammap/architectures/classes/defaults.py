@@ -1,4 +1,4 @@
-"""Sizes that config.json leaves out, as transformers' classes mean them (defaults.json).
+"""Numbers that config.json leaves out, as transformers' classes mean them (defaults.json).
 
 A config.json may hold no more than what differs from its class's defaults, and those of the parts
 of published models often do. defaults.json is made by `python -m streammap.tools.class_defaults`.
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import resources
 
+Value = int | float | bool | list[object]
 _OTHER_NAMES, _OF = "also", "of"
 
 
@@ -19,11 +20,11 @@ def size(config: Mapping[str, object], path: str) -> int | None:
     its part is not there; and where the class has no size for it either.
     """
     found = value(config, path)
-    return found if isinstance(found, int) else None
+    return found if type(found) is int else None
 
 
-def value(config: Mapping[str, object], path: str) -> int | list[object] | None:
-    """As `size`; a list of sizes where the field is one."""
+def value(config: Mapping[str, object], path: str) -> Value | None:
+    """As `size`; another number, a switch or a list of sizes where the field is one."""
     table: object = config
     name = config.get("model_type")
     parts = path.split(".")
@@ -47,12 +48,12 @@ def value(config: Mapping[str, object], path: str) -> int | list[object] | None:
     return _item(inner, parts[1:])
 
 
-def _item(found: object, parts: list[str]) -> int | list[object] | None:
-    """A number, a list of some, or the one of them that the rest of a path names."""
+def _item(found: object, parts: list[str]) -> Value | None:
+    """A number or switch, a list of some, or the one of them that the rest of a path names."""
     if isinstance(found, list) and len(parts) == 1 and parts[0].lstrip("-").isdecimal():
         at = int(parts[0])
         found, parts = found[at] if -len(found) <= at < len(found) else None, []
-    return found if not parts and isinstance(found, int | list) else None
+    return found if not parts and isinstance(found, int | float | list) else None
 
 
 def _entry(name: object) -> Mapping[str, object]:
