@@ -1,10 +1,12 @@
 """Sizes of a model's axes, read from config.json and, where a spec says so, from the tensors."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 
 from streammap.architectures import expression as expressions
 from streammap.architectures import key_pattern
+from streammap.architectures.classes import defaults
 from streammap.architectures.config_fields import field_value
 from streammap.architectures.expression import Expression, InexactDivisionError
 from streammap.architectures.limits import MAX_LAYERS, MAX_SIZE
@@ -55,11 +57,21 @@ def of_config(spec: Architecture, config: Mapping[str, object]) -> dict[str, int
 
 
 def axis_origin(axis: Axis, config: Mapping[str, object]) -> str | Expression | None:
-    """Which of an axis' sources gives its size: the first that is there."""
-    for source in axis.sources:
-        if not isinstance(source, str) or field_value(config, source) is not None:
-            return source
-    return None
+    """Which of an axis' sources gives its size.
+
+    The first that is there. A field that is not there (null is) means what the model's class has
+    for it, unless the tensors themselves say the size.
+    """
+    fields = list(itertools.takewhile(lambda source: isinstance(source, str), axis.sources))
+    for field in fields:
+        if isinstance(field, str) and field_value(config, field) is not None:
+            return field
+    rest = next((source for source in axis.sources if not isinstance(source, str)), None)
+    if rest is None or not expressions.is_measured(rest):
+        for field in fields:
+            if isinstance(field, str) and defaults.size(config, field) is not None:
+                return field
+    return rest
 
 
 def evaluate_axis(
@@ -119,7 +131,7 @@ class _Sizes:
         self._open.add(name)
         try:
             if isinstance(origin, str):
-                self._known[name] = _size(field_value(self._config, origin), origin)
+                self._known[name] = self._told(origin)
             else:
                 self._known[name] = self._evaluate(origin)
         except InexactDivisionError as error:
@@ -130,6 +142,10 @@ class _Sizes:
         finally:
             self._open.remove(name)
         return self._known[name]
+
+    def _told(self, field: str) -> int:
+        there = field_value(self._config, field)
+        return _size(defaults.size(self._config, field) if there is None else there, field)
 
     def _evaluate(self, expression: Expression) -> int:
         return expressions.evaluate(
@@ -145,7 +161,7 @@ def _called(
     config: Mapping[str, object],
 ) -> int:
     if function == "entries":
-        listed = field_value(config, arguments[0])
+        listed = field_value(config, arguments[0]) or defaults.value(config, arguments[0])
         return len(listed) if isinstance(listed, list) else 1
     if function == "shape":
         if len(arguments) != 2 or not arguments[1].isdecimal():

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from itertools import pairwise
 
+from streammap.architectures.classes import defaults
 from streammap.errors import ArchitectureError, PlanError
 
 _MAX_TEXT = 200
@@ -18,6 +19,12 @@ _LAYER = re.compile(r"\s*([\w.]+)\[(\w+)\]\s*==\s*(\S+)\s*")
 def field_value(config: Mapping[str, object], path: str) -> object:
     """config.json's value of a field; None where there is none."""
     return _value(config, path.split("."))
+
+
+def meant(config: Mapping[str, object], path: str) -> object:
+    """config.json's value of a field; where it is not there, the one that its class has."""
+    there = field_value(config, path)
+    return defaults.value(config, path) if there is None else there
 
 
 def is_null(config: Mapping[str, object], path: str) -> bool:
@@ -56,7 +63,8 @@ def delete_field(config: dict[str, object], path: str) -> None:
 def holds(condition: str, config: Mapping[str, object]) -> bool:
     """Whether a spec's condition holds: "field", with "== value", "!= value" or "~ glob" after it.
 
-    "field == null" holds for a field that is null or not there, "field == absent" for the latter.
+    "field == null" holds for a field that is null or not there, "field == absent" for the latter. A
+    size that is not there is the one that the model's class has.
 
     Raises:
         ArchitectureError: another form.
@@ -66,21 +74,26 @@ def holds(condition: str, config: Mapping[str, object]) -> bool:
         if is_there and value == "absent":
             return _has(config, field) == (operator == "!=")
         if is_there:
-            other = field_value(config, value)
+            other = _compared(config, value)
             expected = value if other is None else _text(other)
-            return (_text(field_value(config, field)) == expected) == (operator == "==")
+            return (_text(_compared(config, field)) == expected) == (operator == "==")
     field, is_glob, glob = (part.strip() for part in condition.partition("~"))
     if is_glob:
         return fnmatch.fnmatchcase(_text(field_value(config, field))[:_MAX_TEXT], glob)
     if not re.fullmatch(r"[\w.*-]+", condition.strip()):
         raise ArchitectureError(f"condition {condition!r}: expected 'field', or 'field == value'")
-    return bool(field_value(config, condition.strip()))
+    return bool(_compared(config, condition.strip()))
 
 
 def layer_condition(condition: str) -> tuple[str, str, str] | None:
     """(list, axis, value) of "list[axis] == value"; None for any other condition."""
     match = _LAYER.fullmatch(condition)
     return None if match is None else (match[1], match[2], match[3])
+
+
+def _compared(config: Mapping[str, object], path: str) -> object:
+    there = field_value(config, path)
+    return defaults.size(config, path) if there is None else there
 
 
 def _has(config: Mapping[str, object], path: str) -> bool:

@@ -176,6 +176,17 @@ def names(tree: Expression) -> Iterator[str]:
             pass
 
 
+def is_measured(expression: Expression) -> bool:
+    """Whether it reads shapes, or the entries of a list: resized ones give the new size."""
+    match expression:
+        case Operation(_, left, right):
+            return is_measured(left) or is_measured(right)
+        case FunctionCall(function):
+            return function in MEASURES
+        case _:
+            return False
+
+
 def scoped(tree: Expression, scope: str, same: Mapping[str, str]) -> Expression:
     """`tree` with each name inside `scope` ("text." before it), or as `same` renames it."""
     match tree:

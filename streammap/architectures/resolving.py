@@ -263,7 +263,10 @@ def _tied(
     if not any(first_match(head.embed, key) is not None for key in specs):
         return None
     has_tensor = any(first_match(head.head, key) is not None for key in specs)
-    flag = config_fields.field_value(config, f"{head.path}tie_word_embeddings")
+    told = f"{head.path}tie_word_embeddings"
+    flag = (
+        config_fields.meant(config, told) if head.path else config_fields.field_value(config, told)
+    )
     if flag is None:
         flag = config.get("tie_word_embeddings", head.tied if has_tensor else None)
     # A head without a key of its own reads the embedding itself, whatever the flag says.

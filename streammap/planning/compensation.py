@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from streammap.architectures.config_fields import field_value
+from streammap.architectures.config_fields import meant
 from streammap.architectures.expression import Name
 from streammap.architectures.key_pattern import KeyPattern
 from streammap.architectures.model import Model
@@ -191,7 +191,7 @@ def _scale_eps(
     """
     own = [norm for norm in _norms(model, axis) if norm.eps]
     names = {name for norm in own for name in norm.eps}
-    there = {n: v for n in sorted(names) if isinstance(v := field_value(model.config, n), float)}
+    there = {n: v for n in sorted(names) if isinstance(v := meant(model.config, n), float)}
     if not there:
         return eps_error(FIXED_EPS, 1.0 / ratio)
     others = [

@@ -12,13 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from streammap.architectures import axis_sizes, layer_kinds
 from streammap.architectures.config_fields import field_value, is_null, set_field
-from streammap.architectures.expression import (
-    MEASURES,
-    Expression,
-    FunctionCall,
-    InexactDivisionError,
-    Operation,
-)
+from streammap.architectures.expression import FunctionCall, InexactDivisionError, is_measured
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Architecture
 from streammap.errors import PlanError
@@ -137,14 +131,3 @@ def ratio(part: int, whole: int, before: object) -> int | float:
     while int(whole * quotient) < part:
         quotient = math.nextafter(quotient, math.inf)
     return quotient
-
-
-def is_measured(expression: Expression) -> bool:
-    """Whether it reads shapes, so that the resized tensors give the new size."""
-    match expression:
-        case Operation(_, left, right):
-            return is_measured(left) or is_measured(right)
-        case FunctionCall(function):
-            return function in MEASURES
-        case _:
-            return False

@@ -13,7 +13,7 @@ from streammap.architectures import expression as expressions
 from streammap.architectures.expression import Expression, Name
 from streammap.architectures.model import Model
 from streammap.errors import PlanError
-from streammap.planning import attention_heads, config_json, maps, requests
+from streammap.planning import attention_heads, maps, requests
 from streammap.planning.attention_heads import HeadCounts, HeadSharing
 from streammap.planning.axis_maps import AxisRequests, ResizeRequest, check_parts
 from streammap.planning.maps import AxisMap, BlockMap
@@ -335,7 +335,7 @@ class _Planning:
             if not axis_facts.must_follow(self._model, axis.name):
                 continue
             origin = axis_sizes.axis_origin(axis, self._model.config)
-            if origin is None or isinstance(origin, str) or config_json.is_measured(origin):
+            if origin is None or isinstance(origin, str) or expressions.is_measured(origin):
                 continue
             changed = [n for n in self._names(origin) if self._size(n) != self._own[n]]
             wanted = self._value(origin)

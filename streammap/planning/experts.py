@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from streammap.architectures.config_fields import field_value
+from streammap.architectures.config_fields import meant
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Experts
 from streammap.errors import PlanError
@@ -64,7 +64,7 @@ def follow(model: Model, axis: str, m: AxisMap, *, grows: bool, asked: TopK | No
             hint="leave it out",
         )
     fields: dict[str, object] = {**groups, **chosen}
-    before = {name: field_value(model.config, name) for name in fields}
+    before = {name: meant(model.config, name) for name in fields}
     notes = [
         f"config.json: {name} stays {value}"
         if value == before[name]
@@ -134,7 +134,7 @@ def _top_k_fields(about: Experts) -> tuple[str, ...]:
 
 def _top_k(model: Model, about: Experts) -> dict[str, int | list[int]]:
     """Field -> how many experts a token takes, or for each layer how many."""
-    values = {name: field_value(model.config, name) for name in _top_k_fields(about)}
+    values = {name: meant(model.config, name) for name in _top_k_fields(about)}
     return {name: v for name, v in values.items() if _is_count(v)}  # type: ignore[misc]
 
 
@@ -183,7 +183,7 @@ def _changed(
 def _groups(model: Model, about: Experts, m: AxisMap, *, grows: bool) -> dict[str, int]:
     """Counts of groups of experts for the result."""
     names = [name for name in about.multiply if name not in _top_k_fields(about)]
-    counts = {name: field_value(model.config, name) for name in names}
+    counts = {name: meant(model.config, name) for name in names}
     old = {name: v for name, v in counts.items() if isinstance(v, int) and _is_count(v)}
     times = _times(m, grows=grows)
     new = dict(old)
@@ -232,7 +232,7 @@ def why_regrouped(
     A router that first chooses groups scores each by its best experts (the best two in DeepSeek): a
     group of the result must be a copy of one old group, not hold an expert twice.
     """
-    n_groups = field_value(model.config, about.groups) if about.groups else 1
+    n_groups = meant(model.config, about.groups) if about.groups else 1
     if not isinstance(n_groups, int) or n_groups <= 1:
         return None
     after = fields.get(about.groups or "", n_groups)

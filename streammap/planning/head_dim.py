@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from streammap.architectures.config_fields import field_value
+from streammap.architectures.config_fields import field_value, meant
 from streammap.architectures.key_pattern import KeyPattern, first_match
 from streammap.architectures.model import Model
 from streammap.architectures.schema import Rope
@@ -183,7 +183,7 @@ def _eps(model: Model, patterns: Sequence[KeyPattern]) -> float | None:
     for family in model.families:
         if any(first_match(patterns, key) is not None for key in family.members.values()):
             fields = family.rule.norm.eps if family.rule.norm is not None else ()
-            values = [v for f in fields if isinstance(v := field_value(model.config, f), float)]
+            values = [v for f in fields if isinstance(v := meant(model.config, f), float)]
             return max(values, default=FIXED_EPS)
     return None
 

@@ -13,14 +13,14 @@ from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
 from streammap.architectures.schema import TinyModel
 from streammap.errors import StreammapError
-from streammap.tools.spec_proof import tiny_models
+from streammap.tools.spec_proof import layer_ways, tiny_models
+from streammap.tools.spec_proof.layer_ways import Way
 from tests.architectures.test_labels import UNPROVED
 
 pytest.importorskip("transformers")
 
 QUICK = ("llama", "falcon", "phimoe", "olmo", "persimmon", "mixtral", "clip", "gemma3", "bert")
 EXACT = ("bit-exact", "exact", "exact up to eps")
-WAYS: tuple[Any, ...] = ("stacked", "adjacent", "but first")
 
 
 def rows() -> Iterator[object]:
@@ -44,15 +44,10 @@ def any_of(lazy: LazyCheckpoint, requests: list[dict[str, Any]]) -> bool:
     return any(promised(lazy, **options) in EXACT for options in requests)
 
 
-def layers(lazy: LazyCheckpoint, way: str) -> dict[str, Any]:
-    """Twice the layers of each stack, in one of several orders."""
-    asked: dict[str, Any] = {}
-    for axis in lazy.plan.model.architecture.depth_axes:
-        n = lazy.sizes.get(axis)
-        if n:
-            first = {"groups": [[0], *([2 * i - 1, 2 * i] for i in range(1, n))]}
-            asked[axis] = first if way == "but first" else {"factor": 2, "grouping": way}
-    return asked
+def layers(lazy: LazyCheckpoint, way: Way) -> dict[str, Any]:
+    """More layers of each stack, in one of several orders."""
+    depths = lazy.plan.model.architecture.depth_axes
+    return {axis: way(n) for axis in depths if (n := lazy.sizes.get(axis))}
 
 
 @pytest.mark.parametrize(("row", "model"), list(rows()))
@@ -73,7 +68,7 @@ def test_a_row_says_what_plans_say(tmp_path: Path, row: ArchitectureRow, model: 
         if there and any_of(lazy, [{"axes": there}]):
             exact.add(space.replace("_", " "))
     assert exact == set(row.exact)
-    deeper = [{"axes": layers(lazy, way), "new_layers": "zero"} for way in WAYS]
+    deeper = [{"axes": layers(lazy, way), "new_layers": "zero"} for way in layer_ways.DEEPER]
     assert any_of(lazy, deeper) == row.silent_layers
     wider = [{"head_dim": 2 * sizes[axis]} for axis in spec.rope if "." not in axis]
     assert any_of(lazy, wider) == row.head_size

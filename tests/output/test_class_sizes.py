@@ -226,3 +226,43 @@ def requests(
                 least = 2 if axes[name].kind == "depth" else 1
                 divisors = [n for n in range(2, size // least + 1) if size % n == 0] or [1]
                 yield "coalesce", {"axes": {name: {"factor": generator.choice(divisors)}}}
+
+
+@pytest.mark.parametrize(
+    ("name", "defaults", "request_"),
+    [
+        ("granitemoe", {"num_experts_per_tok": 2}, {"axes": {"expert": 2}}),
+        (
+            "deepseek_v3",
+            {"n_group": 8, "topk_group": 4, "n_routed_experts": 16},
+            {"axes": {"expert": 2}},
+        ),
+        ("glm4_moe_groups", {"topk_group": 1}, {"axes": {"expert": 2}}),
+        ("llama", {"rms_norm_eps": 1e-6}, {"axes": {"embed": {"size": 60}}}),
+        ("qwen3", {"rms_norm_eps": 1e-6}, {"head_dim": 20}),
+    ],
+)
+def test_numbers_that_are_left_out_are_those_of_the_class(
+    tmp_path: Path, name: str, defaults: Fields, request_: dict[str, Any]
+) -> None:
+    config = {**config_of(model_of(name)), **defaults}
+    told_all = streammap.open(written(tmp_path / "all", config)).decoalesce(**request_)
+    fewer = {field: value for field, value in config.items() if field not in defaults}
+    fewer |= {field: value for field, value in defaults.items() if field == "n_routed_experts"}
+    told_few = streammap.open(written(tmp_path / "few", fewer)).decoalesce(**request_)
+    assert told_few.promise == told_all.promise
+    assert told_few.plan.specs == told_all.plan.specs
+    assert told_all.config is not None
+    assert told_few.config is not None
+    changed = {f: told_all.config[f] for f in defaults if told_all.config[f] != config[f]}
+    assert {field: told_few.config.get(field) for field in changed} == changed
+
+
+def test_whether_a_part_is_tied_is_as_its_class_has_it(tmp_path: Path) -> None:
+    config = config_of(model_of("vision-encoder-decoder"))
+    decoder = config["decoder"]
+    assert isinstance(decoder, dict)
+    assert decoder.pop("tie_word_embeddings") is True
+    config["tie_word_embeddings"] = False
+    source = streammap.open(written(tmp_path, config))
+    assert source.plan.model.tied

@@ -60,7 +60,7 @@ def n_groups(model: Model, axis: str) -> int:
     about = model.architecture.experts.get(axis)
     if about is None or about.groups is None:
         return 1
-    value = config_fields.field_value(model.config, about.groups)
+    value = config_fields.meant(model.config, about.groups)
     is_count = isinstance(value, int) and value > 0 and model.sizes[axis] % value == 0
     return value if is_count and isinstance(value, int) else 1
 
