@@ -374,7 +374,7 @@ def test_each_tiny_model_is_tiny_and_keeps_what_is_equal(name: str) -> None:
     shrink.shorten(bench)
     structure = module_roles.describe_model(bench.net())
     naming = AxisNaming(bench, structure, solve.solve(bench, structure))
-    proposed = tiny_sizes.proposals(naming)
+    proposed = tuple(tiny_sizes.proposals(naming))
     assert len(proposed) >= 3
     for sizes in proposed:
         model = bench.with_changes(sizes).snapshot({})
@@ -383,6 +383,40 @@ def test_each_tiny_model_is_tiny_and_keeps_what_is_equal(name: str) -> None:
         assert model.templates == bench.base().templates
     heads = [proposed[1].get(f, 0) for f in ("num_attention_heads", "num_key_value_heads")]
     assert name == "t5" or heads == [8, 2]
+
+
+def naming_of(name: str) -> AxisNaming:
+    bench = Workbench({"model_type": name}, name=name)
+    completing.complete(bench)
+    shrink.shorten(bench)
+    structure = module_roles.describe_model(bench.net())
+    return AxisNaming(bench, structure, solve.solve(bench, structure))
+
+
+def test_images_of_tiny_models_are_small_where_that_runs() -> None:
+    sides = [sizes.get("image_size") for sizes in tiny_sizes.proposals(naming_of("vit"))]
+    assert sides == [4 * 16] * 3 + [None] * 3
+
+
+def test_each_size_of_a_list_is_made_smaller() -> None:
+    sizes = next(tiny_sizes.proposals(naming_of("hubert")))
+    assert all(int(str(sizes[f"conv_dim.{i}"])) < 512 for i in range(5))
+
+
+def test_a_part_of_a_tiny_config_says_what_its_own_class_has_otherwise() -> None:
+    # PaliGemma's image encoder has 16 heads where nothing is said, SigLIP's own class 12.
+    bench = Workbench({"model_type": "paligemma"}, name="paligemma")
+    given = tiny_sizes.proof_config(bench.with_changes({"vision_config.hidden_size": 64}))
+    made = bench.made_of(given)["vision_config"]
+    assert isinstance(made, dict)
+    assert (made["hidden_size"], made["num_attention_heads"]) == (64, 16)
+
+
+def test_a_model_of_several_parts_has_one_size_of_each_kind_in_each_part() -> None:
+    spec = registry.parse(infer({"model_type": "siglip2"}, name="siglip2").toml, name="siglip2")
+    assert spec.spaces["hidden"] == ("vision_embed",)
+    assert spec.spaces["heads"] == ("vision_heads",)
+    assert spec.spaces["mlp"] == ("vision_mlp",)
 
 
 @pytest.mark.slow

@@ -23,6 +23,8 @@ class Amendments:
     """Whether a token takes one expert whatever their number."""
     post: bool | None = None
     """Whether norms stand after the residual addition; None: as the order of modules says."""
+    posts: tuple[str, ...] = ()
+    """Depth axes: norms stand after the residual addition in their layers."""
     per_head: bool | None = None
     """Whether fused queries, keys and values lie head by head; None: as names say."""
     interleaved: bool = False

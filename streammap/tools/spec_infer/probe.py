@@ -35,7 +35,8 @@ _DERIVED = (
     *REBUILT,
 )
 _MAX_LIST = 8
-_LIST_SIZE = re.compile(r"dim|size|channels|width")
+LIST_SIZE = re.compile(r"dim|size|channels|width")
+"""Lists of one size a stage."""
 _RATIO = re.compile(r"ratio|mult|expan|factor")
 _OPTIONAL = re.compile(r"dim|size|inner|heads|rank|width")
 
@@ -199,7 +200,7 @@ class Workbench:
             leaf = name.rpartition(".")[2]
             if isinstance(value, bool) or config_changes.NO_SIZE.search(leaf):
                 continue
-            if isinstance(value, list) and 0 < len(value) <= _MAX_LIST and _LIST_SIZE.search(leaf):
+            if isinstance(value, list) and 0 < len(value) <= _MAX_LIST and LIST_SIZE.search(leaf):
                 name, value = f"{name}.-1", value[-1]
             whole = isinstance(value, int) and value > 0
             ratio = isinstance(value, float) and value >= 1 and value.is_integer()
@@ -289,8 +290,12 @@ class Workbench:
 
     def defaults(self) -> dict[str, object]:
         """The class's own configuration, where it has one."""
+        return self.made_of({})
+
+    def made_of(self, config: Fields) -> dict[str, object]:
+        """The fields that the class makes of some of them; none where it refuses these."""
         with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
-            return _plain(self._config_class().to_dict())
+            return _plain(self._config_class(**copy.deepcopy(dict(config))).to_dict())
         return {}
 
     def net(self) -> Net:

@@ -105,7 +105,8 @@ def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
     text = next((s for s in naming.names if s.startswith("text_config.hidden_size")), hidden)
     for symbol in naming.names:
         scope, _, leaf = symbol.rpartition(".")
-        if symbol not in (hidden, text) and scope and _OUTPUT.search(leaf):
+        inside = scope or text.rpartition(".")[0]  # Of a model in parts, the field between them.
+        if symbol not in (hidden, text) and inside and _OUTPUT.search(leaf):
             solution = solve.joined(naming.solution, symbol, text)
             yield AxisNaming(naming.bench, naming.anatomy, solution)
 
@@ -233,6 +234,9 @@ def _promises(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[
         yield replace(known, inexact={**known.inexact, **experts})
     layers = [axis for axis in _axes(naming, "depth") if axis not in known.inexact]
     alone = [axis for axis in layers if axis in failed.axes]
+    behind = [axis for axis in alone if naming.ends_in_norm(axis) and axis not in known.posts]
+    if behind:
+        yield replace(known, posts=(*known.posts, *behind))
     for some in (alone, layers) if alone else (layers,):
         yield replace(known, inexact={**known.inexact, **dict.fromkeys(some, _LAYERS)})
 

@@ -248,7 +248,7 @@ class _Proof:
         ):
             asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
         errors, wrong, axes = [0.0], [], dict[str, None]()
-        for name, options in asked.items():
+        for name, options in ((n, one) for n, many in asked.items() for one in self._granted(many)):
             try:
                 error, (promise, allowed) = self._kept_promise(name, options)
             except PlanError as failure:
@@ -262,6 +262,15 @@ class _Proof:
         if wrong:
             raise _WrongError(max(errors), ", ".join(wrong), tuple(axes))
         return max(errors)
+
+    def _granted(self, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A growth; where it is refused for one of several axes, that of each alone."""
+        asked: Mapping[str, RequestLike] = options.get("axes", {})
+        try:
+            self._source.decoalesce(**options)
+        except StreammapError:
+            return [{**options, "axes": {axis: request}} for axis, request in asked.items()]
+        return [options]
 
     def _kept_promise(
         self, name: str, options: Mapping[str, Any]
