@@ -159,18 +159,19 @@ def _candidates(naming: AxisNaming, known: Amendments, failed: Check) -> Iterato
 
 
 def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> Iterator[Amendments]:
-    if axis == naming.names.get(naming.residual()):
+    if axis in naming.residuals():
         if failed.name == "permutation":
             yield replace(known, unsigned={**known.unsigned, axis: "signs changed the function"})
         scales = _scales(naming, axis)
         posts = [known.post, not _is_post(naming, known)]
         for post in posts:
-            for scale in ({}, scales):
-                for head_scale in ("", f"{axis}**-0.5"):
+            for scale in ({}, scales) if scales else (known.scale,):
+                for head_scale in ("", f"{axis}**-0.5") if scales else (known.head_scale,):
                     one = replace(known, post=post, scale=scale, head_scale=head_scale)
                     if one != known:
                         yield one
-        yield from (replace(known, head_norm=key) for key in _norms(naming))
+        if scales or axis == naming.names.get(naming.residual()):
+            yield from (replace(known, head_norm=key) for key in _norms(naming, axis))
     elif not known.interleaved or known.per_head is None:
         yield replace(known, interleaved=not known.interleaved)
         yield replace(known, per_head=known.per_head is not True)
@@ -183,8 +184,8 @@ def _is_post(naming: AxisNaming, known: Amendments) -> bool:
 def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:
     """The embeddings' output times sqrt(hidden size), as in "Attention is all you need"."""
     anatomy = naming.anatomy
-    patterns = [
-        tensors.pattern
+    embeddings = [
+        tensors
         for tensors in naming.tensors
         if (tensors.part.kind == "embedding" and tensors.part.path == anatomy.input_embedding)
         or (
@@ -193,19 +194,20 @@ def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:
             and "embed" in tensors.pattern
         )
     ]
-    return dict.fromkeys(patterns, f"{axis}**0.5")
+    # A model in parts has other axes than that of its tokens.
+    wide = (t for t in embeddings if naming.text_of(t, len(t.dims) - 1) == axis)
+    return dict.fromkeys((tensors.pattern for tensors in wide), f"{axis}**0.5")
 
 
-def _norms(naming: AxisNaming) -> list[str]:
+def _norms(naming: AxisNaming, axis: str) -> list[str]:
     """Norms of hidden units outside the layers, which may be the one before the head."""
-    width = naming.residual()
     keys = [naming.anatomy.keys.get(norm.path, "") for norm in naming.anatomy.norms]
     return [
         key
         for key in keys
         if key
         and not naming.in_stack(key)
-        and solve.sole(naming.solution.dims[key][-1]) == (width, 1)
+        and naming.expression(naming.solution.dims[key][-1]) == axis
     ]
 
 
