@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 NO_RULE = "its growth changed a tiny model's function, and no rule that was tried explains how"
 """Why an axis is not resized by an inferred spec."""
+UNSEEN = "a tiny model computed the same with any numbers there, so that nothing was proved of it"
 
 
 @dataclass(frozen=True, slots=True)

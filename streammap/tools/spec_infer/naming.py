@@ -38,7 +38,7 @@ _NAMES = (
 )
 HEAD_SIZE = re.compile(r"head_dim$|^d_kv$|head_size$|rotary|rope")
 """Fields that hold the size of a head."""
-_RATIO = re.compile(r"ratio|mult|expan|factor")
+_RATIO = re.compile(r"ratio|mult|expan|factor|merge")
 _FROZEN = re.compile(
     r"ratio|mult|expan|factor|head_dim$|^d_kv$|head_size$|rotary|rope|n(um)?_shared"
     r"|vocab|position|channels|labels"

@@ -156,6 +156,7 @@ class Workbench:
         self.model_type, self._config_class = _config_class(config, name)
         self.n_probes = 0
         self._cache: dict[str, Snapshot | None] = {}
+        self._defaults: dict[tuple[str, str], int | None] = {}
         self._built: Fields | None = None
         try:
             with optional.quiet(hide_warnings=True):
@@ -231,6 +232,7 @@ class Workbench:
         if other.snapshot({}) is None:
             return False
         self.fields, self._cache, self._built = other.fields, other._cache, None
+        self._defaults = other._defaults
         self.n_probes += other.n_probes
         return True
 
@@ -238,7 +240,7 @@ class Workbench:
         """Another one, of the changed configuration."""
         other = copy.copy(self)
         other.fields = config_changes.changed(self.fields, changes)
-        other.n_probes, other._cache, other._built = 0, {}, None
+        other.n_probes, other._cache, other._defaults, other._built = 0, {}, {}, None
         return other
 
     def explicit(self, guess: int) -> None:
@@ -269,10 +271,17 @@ class Workbench:
 
     def default(self, field: str, changes: Changes) -> int | None:
         """What the configuration class makes of a `field` that is not there."""
+        key = field, repr(sorted(changes.items()))
+        if key not in self._defaults:
+            # Asked again for each text of a spec.
+            self._defaults[key] = self._default(field, changes)
+        return self._defaults[key]
+
+    def _default(self, field: str, changes: Changes) -> int | None:
         with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
             fields = config_changes.changed(self.fields, {**changes, field: None})
             value = config_fields.field_value(self._config_class(**fields).to_dict(), field)
-            return value if isinstance(value, int) and not isinstance(value, bool) else None
+            return value if type(value) is int else None
         return None
 
     def _built_fields(self) -> Fields:

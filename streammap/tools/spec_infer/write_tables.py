@@ -117,6 +117,10 @@ class SpecTables:
             if anatomy.base and not n.path.startswith(f"{anatomy.base}.")
         ]
         norm = anatomy.keys.get(own[-1]) if own else self._last_norm(anatomy.decoder)
+        # Of a model in parts, the text model's own: a projector of images may stand behind it.
+        beside = self._last_norm(embed.rpartition(".")[0])
+        if beside is not None and self._m.solution.dims[beside][-1] == width and not own:
+            norm = beside if embed.startswith(f"{anatomy.decoder}.") else norm
         norm = self._m.known.head_norm or norm
         if norm is None or self._m.solution.dims[norm][-1] != width:
             # A linear between the two: OPT-350m's project_out.
