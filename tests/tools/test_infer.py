@@ -14,6 +14,7 @@ import pytest
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
 from streammap.tools.spec_infer import completing, module_roles, shrink, solve, tiny_sizes
+from streammap.tools.spec_infer.disk_names import DiskNames, on_disk, saved
 from streammap.tools.spec_infer.infer import Inferred, infer
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
@@ -255,6 +256,32 @@ def test_norms_are_known_by_what_they_do() -> None:
 
 def test_experts_kept_apart_in_files_are_an_index() -> None:
     assert table("mixtral", "experts") == {"top_k": ["num_experts_per_tok"]}
+
+
+def test_what_picks_more_than_there_are_experts_does_not_grow_with_them() -> None:
+    config: Table = {"model_type": "deepseek_v32", "num_hidden_layers": 4, "index_topk": 2048}
+    bench = Workbench(config, name="deepseek_v32")
+    shrink.shorten(bench)
+    few = ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+    assert [bench.fields[name] for name in few] == [8, 2, 4, 2]
+    found = tomllib.loads(infer(config, name="deepseek_v32").toml)
+    assert found["experts"]["top_k"] == ["num_experts_per_tok"]
+
+
+def test_groups_of_experts_go_by_more_than_one_name() -> None:
+    config: Table = {"model_type": "bailing_hybrid", "num_experts": 32}
+    found = tomllib.loads(infer(config, name="bailing_hybrid").toml)
+    assert found["experts"]["groups"] == "num_expert_group"
+    assert sorted(found["experts"]["multiply"]) == ["num_expert_group", "topk_group"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+def test_names_in_files_are_remembered_from_model_to_model(name: str) -> None:
+    known = DiskNames()
+    for changes in ({"num_hidden_layers": 2}, {"num_hidden_layers": 3, "hidden_size": 512}):
+        net = Workbench(CONFIGS[name], name=name).with_changes(changes).net()
+        shapes = {key: tuple(x.shape) for key, x in on_disk(net, saved(net)).items()}
+        assert known.shapes(net) == shapes
 
 
 def test_layers_of_two_kinds() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from streammap.tools.spec_infer.probe import MetaTensor, Module, Net, on_disk, saved
+from streammap.tools.spec_infer.disk_names import MetaTensor, on_disk, saved
+from streammap.tools.spec_infer.probe import Module, Net
 
 PartKind = Literal["linear", "conv1d", "conv", "embedding", "norm", "stack", "buffer", "other"]
 

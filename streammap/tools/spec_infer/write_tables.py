@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 
 from streammap.tools.spec_infer.depth_rules import DepthRules
 from streammap.tools.spec_infer.naming import AxisNaming, plain_name
-from streammap.tools.spec_infer.words import PER_TOKEN, toml_key, toml_value
+from streammap.tools.spec_infer.words import grows_with_experts, toml_key, toml_value
 from streammap.tools.spec_infer.write_rules import SpecRules
 
 _MLPS = ("mlp", "moe_mlp", "shared_mlp")
-_GROUPS = re.compile(r"group$")
+_GROUPS = re.compile(r"groups?$")
 """Fields that grow with the experts and count groups of them."""
 
 
@@ -167,7 +167,12 @@ class SpecTables:
     def _experts(self) -> str:
         if "expert" not in self._m.kinds.values():
             return ""
-        fields = [n for n in self._m.fields if PER_TOKEN.search(n.rpartition(".")[2])]
+        counts = [f.value for s, f in self._m.fields.items() if self._kind(s) == "expert"]
+        fields = [
+            name
+            for name, field in self._m.fields.items()
+            if grows_with_experts(field.leaf, field.value, max(counts, default=0))
+        ]
         groups = [name for name in fields if _GROUPS.search(name)]
         top_k = [name for name in fields if name not in groups]
         known, axes = self._m.known, [n for n, k in self._m.kinds.items() if k == "expert"]
@@ -177,8 +182,11 @@ class SpecTables:
         lines += [f"inexact = {toml_value(why)}"] if why else []
         lines += [f"top_k = {toml_value(top_k)}"] if top_k and not known.single else []
         lines += [f"multiply = {toml_value(groups)}"] if groups else []
-        lines += [f'groups = "{n}"' for n in fields if n.rpartition(".")[2] == "n_group"]
+        lines += [f'groups = "{n}"' for n in groups if "top" not in n.rpartition(".")[2]]
         return "\n".join([*lines, ""])
+
+    def _kind(self, symbol: str) -> str:
+        return self._m.kinds.get(self._m.names.get(symbol, ""), "")
 
     def _shown(self) -> Iterator[str]:
         """What proofs have shown."""
