@@ -254,6 +254,16 @@ def test_norms_are_known_by_what_they_do() -> None:
     assert table("gpt2", "norm") == {"kind": "layer", "eps": ["layer_norm_epsilon"]}
 
 
+def test_modules_of_a_class_s_own_are_known_by_what_they_give() -> None:
+    # I-BERT's norms give a scale beside the numbers, and its embeddings are not torch's.
+    config: Table = {"model_type": "ibert", "num_hidden_layers": 2}
+    found = tomllib.loads(infer(config, name="ibert").toml)
+    assert found["norm"]["kind"] == "layer"
+    assert found["norm"]["post"] is True
+    embeddings = found["modules"]["{base}embeddings.word_embeddings"]
+    assert embeddings == "embedding vocab -> embed"
+
+
 def test_experts_kept_apart_in_files_are_an_index() -> None:
     assert table("mixtral", "experts") == {"top_k": ["num_experts_per_tok"]}
 
@@ -386,6 +396,12 @@ def test_every_n_th_layer_by_a_field() -> None:
     depth = tomllib.loads(infer(config, name="nllb-moe").toml)["depth"]
     assert depth["enc_layer"] == {"periods": [[["encoder_sparse_step", 2], -1]]}
     assert depth["dec_layer"] == {"periods": [[["decoder_sparse_step", 2], -1]]}
+
+
+def test_every_n_th_layer_where_only_the_class_says_so() -> None:
+    # Two recurrent layers and one of attention take turns, whatever the number of layers.
+    found = tomllib.loads(infer({"model_type": "recurrent_gemma"}, name="recurrent_gemma").toml)
+    assert found["depth"]["layer"]["periods"] == [[3, 2]]
 
 
 def test_sizes_that_a_configuration_lacks_are_filled() -> None:
