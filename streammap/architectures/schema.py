@@ -71,6 +71,8 @@ class Norm:
     kind: Literal["rms", "layer"] = "layer"
     offset: float = 0.0
     """It multiplies by offset + weight."""
+    other: tuple[str, ...] = ()
+    """Modules that are norms of the other kind."""
     plain: tuple[str, ...] = ()
     """Modules that are norms without that offset."""
     eps: tuple[ConfigField, ...] = ()
@@ -80,6 +82,8 @@ class Norm:
     others, it stays."""
     post: bool = False
     """Whether it stands after the residual addition."""
+    posts: tuple[str, ...] = ()
+    """Modules that do, where others don't."""
     mean: bool = False
     """Whether a channel may hold the mean of the others: only linears and residual additions come
     between norms."""

@@ -6,6 +6,7 @@ some prefixes, its config fields with "text_config.".
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from streammap.architectures import config_fields
 from streammap.architectures.decode import (
@@ -53,6 +54,7 @@ from streammap.errors import ArchitectureError
 
 _MAX_EXPONENT = 4
 _MODULES = ("linear", "conv1d", "conv", "embedding")
+_OTHER_KIND: Mapping[str, Literal["rms", "layer"]] = {"rms": "layer", "layer": "rms"}
 _SPACES = {
     "hidden": ["embed"],
     "heads": ["heads"],
@@ -196,10 +198,8 @@ class SpecScope:
 
     def rules(self) -> Iterator[TensorRule]:
         """The rules of all generations, own ones first."""
-        norm = self.tables.norm
         for generation, text, value in self._stacked("modules"):
-            own = replace(norm, offset=0.0) if text in norm.plain else norm
-            own = replace(own, near_zero=tuple(name for name in norm.near_zero if name == text))
+            own = self._norm_of(text)
             for words, when in self._choices(value, text):
                 for end, kind, dims in self._module(text, words):
                     its_norm = own if kind == "norm" else None
@@ -215,6 +215,17 @@ class SpecScope:
             for generation, entries in enumerate(as_list(self._raw[table], table)):
                 for pattern in self._decoder.table(Keys, entries, table).keys:
                     yield TensorRule(pattern, kind, (), generation)
+
+    def _norm_of(self, text: str) -> Norm:
+        """What [norm] says of one module."""
+        norm = self.tables.norm
+        return replace(
+            norm,
+            kind=_OTHER_KIND[norm.kind] if text in norm.other else norm.kind,
+            offset=0.0 if text in norm.plain else norm.offset,
+            post=norm.post or text in norm.posts,
+            near_zero=tuple(name for name in norm.near_zero if name == text),
+        )
 
     def _stacked(self, name: str) -> Iterator[tuple[int, str, object]]:
         """Entries of a table of rules: (generation, key pattern, what it says)."""

@@ -357,6 +357,16 @@ def test_conditions_stand_in_other_tables_too() -> None:
     assert (plain.caveats, other.caveats) == ({}, {"mlp": "it is"})
 
 
+def test_some_norms_are_of_the_other_kind_or_stand_behind_the_addition() -> None:
+    text = BASE.replace(
+        '"{L}norm" = "norm embed"', '"{L}norm" = "norm embed"\n"last" = "norm embed"'
+    )
+    text = text.replace('kind = "rms"', 'kind = "rms"\nother = ["last"]\nposts = ["{L}norm"]')
+    norms = {rule.pattern.text: rule.norm for rule in parsed(text).rules if rule.norm is not None}
+    found = {name: (norm.kind, norm.post) for name, norm in norms.items() if "weight" in name}
+    assert found == {"{L}norm.weight": ("rms", True), "last.weight": ("layer", False)}
+
+
 LAYERS = BASE.replace(
     '"{L}down" = "linear mlp -> embed"',
     '"{L}down" = {"types[layer] == wide" = "linear pair -> embed", flat = "linear embed -> embed",'

@@ -335,6 +335,18 @@ def test_a_silent_layer_behind_post_norms_still_normalises(bench: Bench) -> None
     assert error > 1e-3
 
 
+def test_a_stack_without_post_norms_beside_one_that_has_some_can_be_deepened(bench: Bench) -> None:
+    model = truth.named("blip_2", "blip-2")
+    source = bench.source(model)
+    lazy = streammap.open(source)
+    deep = lazy.decoalesce(axes={"vision.layer": 2}, new_layers="zero")
+    assert deep.promise[0] == "bit-exact"
+    error = truth.difference(truth.outputs(bench.saved(deep), model), bench.expected(source, model))
+    assert error == 0.0
+    with pytest.raises(PlanError, match="after the residual addition"):
+        lazy.decoalesce(axes={"qformer.layer": 2}, new_layers="zero")
+
+
 @pytest.mark.parametrize(
     ("arch", "name", "is_same"), [("llama", "qwen3", True), ("olmo2", "olmo2", False)]
 )

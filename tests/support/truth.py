@@ -14,7 +14,7 @@ import streammap
 from streammap.api import LazyCheckpoint
 from streammap.architectures import registry
 from streammap.architectures.schema import TinyModel
-from streammap.tools.spec_proof import checks, tiny_models
+from streammap.tools.spec_proof import comparison, tiny_models
 from tests.support import tiny
 
 Outputs = Mapping[str, Tensor]
@@ -94,7 +94,7 @@ def difference(found: Outputs, expected: Outputs) -> float:
         if found[name].shape != x.shape:
             return float("inf")
         assert bool(found[name].isfinite().all()), name
-        errors.append(checks.difference(found[name], x, in_order=True))
+        errors.append(comparison.difference(found[name], x, in_order=True))
     return max(errors)
 
 

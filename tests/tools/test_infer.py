@@ -14,6 +14,7 @@ import pytest
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
 from streammap.tools.spec_infer import completing, module_roles, shrink, solve, tiny_sizes
+from streammap.tools.spec_infer.disk_names import DiskNames, on_disk, saved
 from streammap.tools.spec_infer.infer import Inferred, infer
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
@@ -253,8 +254,44 @@ def test_norms_are_known_by_what_they_do() -> None:
     assert table("gpt2", "norm") == {"kind": "layer", "eps": ["layer_norm_epsilon"]}
 
 
+def test_modules_of_a_class_s_own_are_known_by_what_they_give() -> None:
+    # I-BERT's norms give a scale beside the numbers, and its embeddings are not torch's.
+    config: Table = {"model_type": "ibert", "num_hidden_layers": 2}
+    found = tomllib.loads(infer(config, name="ibert").toml)
+    assert found["norm"]["kind"] == "layer"
+    assert found["norm"]["post"] is True
+    embeddings = found["modules"]["{base}embeddings.word_embeddings"]
+    assert embeddings == "embedding vocab -> embed"
+
+
 def test_experts_kept_apart_in_files_are_an_index() -> None:
     assert table("mixtral", "experts") == {"top_k": ["num_experts_per_tok"]}
+
+
+def test_what_picks_more_than_there_are_experts_does_not_grow_with_them() -> None:
+    config: Table = {"model_type": "deepseek_v32", "num_hidden_layers": 4, "index_topk": 2048}
+    bench = Workbench(config, name="deepseek_v32")
+    shrink.shorten(bench)
+    few = ("n_routed_experts", "num_experts_per_tok", "n_group", "topk_group")
+    assert [bench.fields[name] for name in few] == [8, 2, 4, 2]
+    found = tomllib.loads(infer(config, name="deepseek_v32").toml)
+    assert found["experts"]["top_k"] == ["num_experts_per_tok"]
+
+
+def test_groups_of_experts_go_by_more_than_one_name() -> None:
+    config: Table = {"model_type": "bailing_hybrid", "num_experts": 32}
+    found = tomllib.loads(infer(config, name="bailing_hybrid").toml)
+    assert found["experts"]["groups"] == "num_expert_group"
+    assert sorted(found["experts"]["multiply"]) == ["num_expert_group", "topk_group"]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phi3"])
+def test_names_in_files_are_remembered_from_model_to_model(name: str) -> None:
+    known = DiskNames()
+    for changes in ({"num_hidden_layers": 2}, {"num_hidden_layers": 3, "hidden_size": 512}):
+        net = Workbench(CONFIGS[name], name=name).with_changes(changes).net()
+        shapes = {key: tuple(x.shape) for key, x in on_disk(net, saved(net)).items()}
+        assert known.shapes(net) == shapes
 
 
 def test_layers_of_two_kinds() -> None:
@@ -361,6 +398,12 @@ def test_every_n_th_layer_by_a_field() -> None:
     assert depth["dec_layer"] == {"periods": [[["decoder_sparse_step", 2], -1]]}
 
 
+def test_every_n_th_layer_where_only_the_class_says_so() -> None:
+    # Two recurrent layers and one of attention take turns, whatever the number of layers.
+    found = tomllib.loads(infer({"model_type": "recurrent_gemma"}, name="recurrent_gemma").toml)
+    assert found["depth"]["layer"]["periods"] == [[3, 2]]
+
+
 def test_sizes_that_a_configuration_lacks_are_filled() -> None:
     bench = Workbench({"model_type": "ministral"}, name="ministral")
     assert bench.snapshot({}) is None
@@ -374,7 +417,7 @@ def test_each_tiny_model_is_tiny_and_keeps_what_is_equal(name: str) -> None:
     shrink.shorten(bench)
     structure = module_roles.describe_model(bench.net())
     naming = AxisNaming(bench, structure, solve.solve(bench, structure))
-    proposed = tiny_sizes.proposals(naming)
+    proposed = tuple(tiny_sizes.proposals(naming))
     assert len(proposed) >= 3
     for sizes in proposed:
         model = bench.with_changes(sizes).snapshot({})
@@ -383,6 +426,40 @@ def test_each_tiny_model_is_tiny_and_keeps_what_is_equal(name: str) -> None:
         assert model.templates == bench.base().templates
     heads = [proposed[1].get(f, 0) for f in ("num_attention_heads", "num_key_value_heads")]
     assert name == "t5" or heads == [8, 2]
+
+
+def naming_of(name: str) -> AxisNaming:
+    bench = Workbench({"model_type": name}, name=name)
+    completing.complete(bench)
+    shrink.shorten(bench)
+    structure = module_roles.describe_model(bench.net())
+    return AxisNaming(bench, structure, solve.solve(bench, structure))
+
+
+def test_images_of_tiny_models_are_small_where_that_runs() -> None:
+    sides = [sizes.get("image_size") for sizes in tiny_sizes.proposals(naming_of("vit"))]
+    assert sides == [4 * 16] * 3 + [None] * 3
+
+
+def test_each_size_of_a_list_is_made_smaller() -> None:
+    sizes = next(tiny_sizes.proposals(naming_of("hubert")))
+    assert all(int(str(sizes[f"conv_dim.{i}"])) < 512 for i in range(5))
+
+
+def test_a_part_of_a_tiny_config_says_what_its_own_class_has_otherwise() -> None:
+    # PaliGemma's image encoder has 16 heads where nothing is said, SigLIP's own class 12.
+    bench = Workbench({"model_type": "paligemma"}, name="paligemma")
+    given = tiny_sizes.proof_config(bench.with_changes({"vision_config.hidden_size": 64}))
+    made = bench.made_of(given)["vision_config"]
+    assert isinstance(made, dict)
+    assert (made["hidden_size"], made["num_attention_heads"]) == (64, 16)
+
+
+def test_a_model_of_several_parts_has_one_size_of_each_kind_in_each_part() -> None:
+    spec = registry.parse(infer({"model_type": "siglip2"}, name="siglip2").toml, name="siglip2")
+    assert spec.spaces["hidden"] == ("vision_embed",)
+    assert spec.spaces["heads"] == ("vision_heads",)
+    assert spec.spaces["mlp"] == ("vision_mlp",)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from streammap.architectures import registry
 from streammap.architectures.schema import TinyModel
 from streammap.errors import ArchitectureError, PlanError
-from streammap.tools.spec_proof import checks, tiny_models
+from streammap.tools.spec_proof import checks, comparison, tiny_models, unseen
 
 pytest.importorskip("transformers")
 
@@ -62,9 +62,9 @@ def test_marks_of_tokens_that_are_never_given_hide_no_error() -> None:
     logits = torch.tensor([[1.0, -2.0, lowest, 0.5]], dtype=torch.float64)
     moved, unmarked = logits.clone(), logits.clone()
     moved[0, 0], unmarked[0, 2] = 1.5, 0.0
-    assert checks.difference(logits, logits, in_order=True) == 0.0
-    assert checks.difference(moved, logits, in_order=True) == 0.25
-    assert checks.difference(unmarked, logits, in_order=True) == float("inf")
+    assert comparison.difference(logits, logits, in_order=True) == 0.0
+    assert comparison.difference(moved, logits, in_order=True) == 0.25
+    assert comparison.difference(unmarked, logits, in_order=True) == float("inf")
 
 
 @pytest.mark.parametrize(("arch", "model"), list(cases()))
@@ -348,12 +348,39 @@ def test_an_entry_of_another_form_is_refused(tmp_path: Path, entry: str, expecte
 def test_hidden_states_are_compared_whatever_their_order() -> None:
     x = torch.randn(2, 3, 4)
     grown = x[..., [3, 1, 0, 2, 0, 1, 2, 3]]
-    assert checks.difference(grown, x, in_order=False) == 0.0
+    assert comparison.difference(grown, x, in_order=False) == 0.0
     negated = torch.tensor([1.0, -1.0] * 4)  # A permutation may negate hidden units.
-    assert checks.difference(grown * negated, x, in_order=False, signed=True) == 0.0
-    assert checks.difference(grown * negated, x, in_order=False) > 0.1
-    assert checks.difference(grown + 1, x, in_order=False) > 0.1
-    assert checks.difference(x[..., [3, 1, 0, 2]], x, in_order=True) > 0.1
+    assert comparison.difference(grown * negated, x, in_order=False, signed=True) == 0.0
+    assert comparison.difference(grown * negated, x, in_order=False) > 0.1
+    assert comparison.difference(grown + 1, x, in_order=False) > 0.1
+    assert comparison.difference(x[..., [3, 1, 0, 2]], x, in_order=True) > 0.1
     for found in (grown, x[..., :3], x[:1]):
         with pytest.raises(PlanError, match="shape"):
-            checks.difference(found, x, in_order=found is grown)
+            comparison.difference(found, x, in_order=found is grown)
+
+
+CROSS = """
+schema = 1
+extends = "gpt2"
+model_types = ["gpt2"]
+[axes]
+cross = "=embed"
+[modules]
+"{L}crossattention.c_attn" = "conv1d embed -> 2*cross"
+"{L}crossattention.q_attn" = "conv1d embed -> cross"
+"{L}crossattention.c_proj" = "conv1d cross -> embed"
+[proof]
+[[proof.models]]
+name = "gpt2"
+class = "GPT2LMHeadModel"
+config = {vocab_size = 97, n_embd = 48, n_head = 6, n_layer = 2, add_cross_attention = true}
+"""
+
+
+def test_axes_that_a_tiny_model_does_not_compute_with_are_told(tmp_path: Path) -> None:
+    file = tmp_path / "cross.toml"
+    file.write_text(CROSS)
+    (model,) = registry.tiny_models(str(file))
+    tiny_models.build(model, tmp_path / "source")
+    # Nothing is there to attend to.
+    assert unseen.axes(model, str(file), tmp_path / "source") == ("cross",)

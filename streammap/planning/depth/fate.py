@@ -69,7 +69,7 @@ def zeroed(model: Model, axis: str, fate: Fate) -> frozenset[int]:
     Raises:
         PlanError: a layer with zero weights would be no identity, or the others change places.
     """
-    post = post_norm(model)
+    post = post_norm(model, axis)
     if post is not None:
         raise PlanError(
             f"{post} stands after the residual addition (post-LN): a zero-initialised "
@@ -85,9 +85,13 @@ def zeroed(model: Model, axis: str, fate: Fate) -> frozenset[int]:
     return fate.new
 
 
-def post_norm(model: Model) -> str | None:
-    """The name of a norm behind the residual addition; None where there is none."""
-    named = [(family.name, family.rule.norm) for family in model.families]
+def post_norm(model: Model, axis: str | None = None) -> str | None:
+    """The name of a norm behind the residual addition, of one stack if asked; None if none is."""
+    named = [
+        (family.name, family.rule.norm)
+        for family in model.families
+        if axis is None or axis in family.indices
+    ]
     if model.architecture.weightless:
         # A norm without weights is in no file.
         named += [(rule.pattern.text, rule.norm) for rule in model.architecture.rules]

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 NO_RULE = "its growth changed a tiny model's function, and no rule that was tried explains how"
 """Why an axis is not resized by an inferred spec."""
+UNSEEN = "a tiny model computed the same with any numbers there, so that nothing was proved of it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,8 @@ class Amendments:
     """Whether a token takes one expert whatever their number."""
     post: bool | None = None
     """Whether norms stand after the residual addition; None: as the order of modules says."""
+    posts: tuple[str, ...] = ()
+    """Depth axes: norms stand after the residual addition in their layers."""
     per_head: bool | None = None
     """Whether fused queries, keys and values lie head by head; None: as names say."""
     interleaved: bool = False

@@ -20,7 +20,7 @@ _HEAD_SIZE, _FEW, _MANY = 16, 4, 64
 
 def complete(bench: Workbench) -> None:
     """Change fields until a model can be built, where the configuration itself makes none."""
-    if bench.snapshot({}) is not None:
+    if bench.outline({}) is not None:
         return
     for changes in (*_filled(bench), *_equal(bench)):
         if bench.adopt(changes):

@@ -8,7 +8,7 @@ list that the class makes itself gets the rule by which it does, found from othe
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from streammap.architectures.key_pattern import INDEX
 from streammap.tools.spec_infer import probe
@@ -26,6 +26,8 @@ _OFFSETS = (-1, 0)
 _Word = Mapping[str, object]
 _Period = tuple[tuple[str, int], int]
 """A field with its value, and the offset."""
+_Turn = tuple[int, int]
+"""A number of layers, and the offset."""
 
 
 class DepthRules:
@@ -60,11 +62,14 @@ class DepthRules:
         ]
         kinds = list(self._layers_of(name).values())
         first: dict[str, object] = {}
-        periods: list[_Period] = []
+        periods: list[_Period | _Turn] = []
         offsets = [[joined(scope, k) for k in pair] for pair in pairs if pair[1] in leaves]
         if not offsets:
             periods = list(self._stepped(field, name, kinds, told))
             told += [[(i - o) % p[1] == 0 for i in range(field.value)] for p, o in periods]
+            turns = [] if told else list(self._turns(field, name, kinds))
+            told += [[i % n == o for i in range(field.value)] for n, o in turns]
+            periods += turns
             with_first = [*told, [i == 0 for i in range(field.value)]]
             if _n_told(kinds, with_first, field.value) > _n_told(kinds, told, field.value):
                 first = {"first": True}
@@ -108,16 +113,30 @@ class DepthRules:
                     known = more
                     break
 
+    def _turns(self, field: Field, name: str, kinds: Sequence[set[int]]) -> Iterator[_Turn]:
+        """Every n-th layer of another kind, in a model that has no field for it or a short list."""
+        if _n_told(kinds, (), field.value) == len(kinds):
+            return
+        n_layers = max(_DEPTHS)
+        deep = self._m.bench.snapshot({field.name: n_layers})
+        deeper = list(self._layers_of(name, () if deep is None else deep.shapes).values())
+        for every in _EVERY:
+            for offset in range(every):
+                told = [[i % every == offset for i in range(n_layers)]]
+                if deeper and _n_told(deeper, told, n_layers) == len(deeper):
+                    yield every, offset
+                    return
+
     def _moves(self, other: Field, name: str) -> bool:
         """Whether a field says which tensors the layers of a stack have."""
         changed = self._m.bench.snapshot({other.name: other.value + 1})
         keys = () if changed is None else changed.shapes.keys() ^ self._m.bench.base().shapes.keys()
         return any(f"{{{name}}}" in self._m.pattern(key) for key in keys)
 
-    def _layers_of(self, name: str) -> dict[str, set[int]]:
-        """Pattern -> the layers that have it."""
+    def _layers_of(self, name: str, keys: Iterable[str] = ()) -> dict[str, set[int]]:
+        """Pattern -> the layers that have it; of other keys than the model's, if given."""
         layers: dict[str, set[int]] = defaultdict(set)
-        for key in self._m.solution.dims:
+        for key in keys or self._m.solution.dims:
             pattern = self._m.pattern(key)
             start, index, _ = pattern.partition(f"{{{name}}}")
             if index:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from streammap.tools.spec_infer.probe import MetaTensor, Module, Net, on_disk, saved
+from streammap.tools.spec_infer.disk_names import MetaTensor, on_disk, saved
+from streammap.tools.spec_infer.probe import Module, Net
 
 PartKind = Literal["linear", "conv1d", "conv", "embedding", "norm", "stack", "buffer", "other"]
 
@@ -171,7 +172,7 @@ def _kind(module: Module, path: str, rank: int, parameter: str) -> PartKind:
         return "conv1d"
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return "conv"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) or (name.endswith("Embedding") and parameter == "weight"):
         return "embedding"
     if "norm" in name.lower() and parameter in ("weight", "bias"):
         return "norm"
@@ -193,9 +194,14 @@ def _norm_facts(module: Module, path: str) -> NormFacts | None:
             parameter.zero_()
         x = torch.linspace(-1, 2, width).reshape(1, 1, -1)
         weight = cast("torch.Tensor", norm.weight)
-        none = norm(x)
+
+        def made(x: torch.Tensor) -> torch.Tensor:
+            found = norm(x)  # I-BERT's gives a scale beside it.
+            return cast("torch.Tensor", found[0] if isinstance(found, tuple) else found)
+
+        none = made(x)
         weight.fill_(1.0)
-        one, moved = norm(x), norm(x + 5.0)
+        one, moved = made(x), made(x + 5.0)
         span = (one - none).abs().max()
         offset = float(none.abs().max() / span) if span else 0.0
         same = torch.allclose(one, moved, atol=1e-3)

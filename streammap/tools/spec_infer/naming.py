@@ -38,7 +38,7 @@ _NAMES = (
 )
 HEAD_SIZE = re.compile(r"head_dim$|^d_kv$|head_size$|rotary|rope")
 """Fields that hold the size of a head."""
-_RATIO = re.compile(r"ratio|mult|expan|factor")
+_RATIO = re.compile(r"ratio|mult|expan|factor|merge")
 _FROZEN = re.compile(
     r"ratio|mult|expan|factor|head_dim$|^d_kv$|head_size$|rotary|rope|n(um)?_shared"
     r"|vocab|position|channels|labels"
@@ -99,6 +99,19 @@ class AxisNaming:
         )
         return widths.most_common(1)[0][0] if widths else ""
 
+    def residuals(self) -> set[str]:
+        """The axes between the layers of each stack: what most norms there have."""
+        norms: dict[str, Counter[str]] = defaultdict(Counter)
+        for tensors in self.tensors:
+            single = solve.sole(tensors.dims[-1] if tensors.dims else None)
+            if tensors.part.kind != "norm" or single is None:
+                continue
+            is_head = single[0] in self.solution.head_sizes or HEAD_SIZE.search(single[0])
+            if not is_head and not is_heads(single[0]):
+                stack, index, _ = tensors.pattern.partition("}")
+                norms[stack if index else ""][self.names[single[0]]] += 1
+        return {counts.most_common(1)[0][0] for counts in norms.values()}
+
     def pattern(self, key: str) -> str:
         """The pattern of a key."""
         text, last = "", 0
@@ -138,6 +151,15 @@ class AxisNaming:
     def in_stack(self, key: str) -> bool:
         """Whether a key is one of a layer."""
         return any(f"{{{n}}}" in self.pattern(key) for n, k in self.kinds.items() if k == "depth")
+
+    def is_in(self, axis: str, path: str) -> bool:
+        """Whether a module is one of the layers that an axis counts."""
+        return f"{{{axis}}}" in self.pattern(self.anatomy.keys.get(path, ""))
+
+    def ends_in_norm(self, axis: str) -> bool:
+        """Whether the last module of such a layer is a norm, as the class lists them."""
+        inside = [k for k in self.anatomy.keys.values() if f"{{{axis}}}" in self.pattern(k)]
+        return bool(inside) and self.anatomy.parts[inside[-1]].kind == "norm"
 
     def leaves(self, scope: str) -> Mapping[str, object]:
         """The fields of one part of the configuration."""

@@ -12,8 +12,9 @@ import contextlib
 import copy
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, cast
 
 from streammap.architectures import config_fields, layer_rules
@@ -21,8 +22,9 @@ from streammap.architectures.classes import model_class
 from streammap.architectures.key_pattern import INDEX
 from streammap.common import optional
 from streammap.errors import ArchitectureError
-from streammap.tools.spec_infer import config_changes
+from streammap.tools.spec_infer import config_changes, disk_names
 from streammap.tools.spec_infer.config_changes import Changes, Fields
+from streammap.tools.spec_infer.disk_names import DiskNames, MetaTensor
 
 REBUILT = ("out_features", "out_indices", "stage_names")
 """Fields that a class makes again from the number of layers."""
@@ -35,7 +37,8 @@ _DERIVED = (
     *REBUILT,
 )
 _MAX_LIST = 8
-_LIST_SIZE = re.compile(r"dim|size|channels|width")
+LIST_SIZE = re.compile(r"dim|size|channels|width")
+"""Lists of one size a stage."""
 _RATIO = re.compile(r"ratio|mult|expan|factor")
 _OPTIONAL = re.compile(r"dim|size|inner|heads|rank|width")
 
@@ -45,7 +48,7 @@ class Snapshot:
     """One model, built without memory."""
 
     shapes: Mapping[str, tuple[int, ...]]
-    """On-disk key -> shape."""
+    """On-disk key -> shape; of an outline, the key in the model."""
     attributes: Mapping[tuple[str, str], int]
     """(module, attribute) -> value, of those that are whole numbers."""
 
@@ -64,15 +67,6 @@ class _Config(Protocol):
 
 
 _ConfigClass = Callable[..., _Config]
-
-
-class MetaTensor(Protocol):
-    """A tensor, as far as it is used here."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Its size in each dimension."""
-        ...
 
 
 class Module(Protocol):
@@ -154,7 +148,9 @@ class Workbench:
         )
         self.model_type, self._config_class = _config_class(config, name)
         self.n_probes = 0
-        self._cache: dict[str, Snapshot | None] = {}
+        self._cache: dict[tuple[str, bool], Snapshot | None] = {}
+        self._disk_names = DiskNames()
+        self._defaults: dict[tuple[str, str], int | None] = {}
         self._built: Fields | None = None
         try:
             with optional.quiet(hide_warnings=True):
@@ -199,7 +195,7 @@ class Workbench:
             leaf = name.rpartition(".")[2]
             if isinstance(value, bool) or config_changes.NO_SIZE.search(leaf):
                 continue
-            if isinstance(value, list) and 0 < len(value) <= _MAX_LIST and _LIST_SIZE.search(leaf):
+            if isinstance(value, list) and 0 < len(value) <= _MAX_LIST and LIST_SIZE.search(leaf):
                 name, value = f"{name}.-1", value[-1]
             whole = isinstance(value, int) and value > 0
             ratio = isinstance(value, float) and value >= 1 and value.is_integer()
@@ -227,9 +223,10 @@ class Workbench:
     def adopt(self, changes: Changes) -> bool:
         """Go on from a changed configuration, where a model can be built of it."""
         other = self.with_changes(changes)
-        if other.snapshot({}) is None:
+        if other.outline({}) is None:
             return False
         self.fields, self._cache, self._built = other.fields, other._cache, None
+        self._defaults = other._defaults
         self.n_probes += other.n_probes
         return True
 
@@ -237,7 +234,7 @@ class Workbench:
         """Another one, of the changed configuration."""
         other = copy.copy(self)
         other.fields = config_changes.changed(self.fields, changes)
-        other.n_probes, other._cache, other._built = 0, {}, None
+        other.n_probes, other._cache, other._defaults, other._built = 0, {}, {}, None
         return other
 
     def explicit(self, guess: int) -> None:
@@ -256,28 +253,42 @@ class Workbench:
 
     def snapshot(self, changes: Changes) -> Snapshot | None:
         """The model with some fields changed; None where there can't be one."""
-        key = repr(sorted(changes.items()))
+        return self._asked(changes, by_disk=True)
+
+    def outline(self, changes: Changes) -> Snapshot | None:
+        """The same by the names in the model: of a large one, many fewer than in its files."""
+        return self._asked(changes, by_disk=False)
+
+    def _asked(self, changes: Changes, *, by_disk: bool) -> Snapshot | None:
+        key = repr(sorted(changes.items())), by_disk
         if key not in self._cache:
             snapshot = None
             for build in (self._plainly, self._with_lists, self._afterwards):
                 with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
-                    snapshot = build(changes)
+                    snapshot = self._shot(build(changes), by_disk=by_disk)
                     break
             self._cache[key] = snapshot
         return self._cache[key]
 
     def default(self, field: str, changes: Changes) -> int | None:
         """What the configuration class makes of a `field` that is not there."""
+        key = field, repr(sorted(changes.items()))
+        if key not in self._defaults:
+            # Asked again for each text of a spec.
+            self._defaults[key] = self._default(field, changes)
+        return self._defaults[key]
+
+    def _default(self, field: str, changes: Changes) -> int | None:
         with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
             fields = config_changes.changed(self.fields, {**changes, field: None})
             value = config_fields.field_value(self._config_class(**fields).to_dict(), field)
-            return value if isinstance(value, int) and not isinstance(value, bool) else None
+            return value if type(value) is int else None
         return None
 
     def _built_fields(self) -> Fields:
         """The configuration as the model has changed it: one entry a layer where there was one."""
         if self._built is None:
-            self._built = _plain(self.net().config.to_dict()) if self.snapshot({}) else {}
+            self._built = _plain(self.net().config.to_dict()) if self.outline({}) else {}
         return self._built
 
     def flag(self, field: str) -> bool:
@@ -289,8 +300,12 @@ class Workbench:
 
     def defaults(self) -> dict[str, object]:
         """The class's own configuration, where it has one."""
+        return self.made_of({})
+
+    def made_of(self, config: Fields) -> dict[str, object]:
+        """The fields that the class makes of some of them; none where it refuses these."""
         with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
-            return _plain(self._config_class().to_dict())
+            return _plain(self._config_class(**copy.deepcopy(dict(config))).to_dict())
         return {}
 
     def net(self) -> Net:
@@ -298,10 +313,10 @@ class Workbench:
         with optional.quiet(hide_warnings=True):
             return self._net(self._config_class(**copy.deepcopy(self.fields)))
 
-    def _plainly(self, changes: Changes) -> Snapshot:
-        return self._shot(self._config_class(**config_changes.changed(self.fields, changes)))
+    def _plainly(self, changes: Changes) -> _Config:
+        return self._config_class(**config_changes.changed(self.fields, changes))
 
-    def _with_lists(self, changes: Changes) -> Snapshot:
+    def _with_lists(self, changes: Changes) -> _Config:
         # One entry a layer: a longer stack needs longer lists.
         more = dict(changes)
         for name, value in changes.items():
@@ -322,9 +337,9 @@ class Workbench:
                 more[config_changes.joined(scope, "per_layer_config")] = {
                     str(at): v for k, v in layers.items() for at in range(int(k), value, old)
                 }
-        return self._shot(self._config_class(**config_changes.changed(self.fields, more)))
+        return self._config_class(**config_changes.changed(self.fields, more))
 
-    def _afterwards(self, changes: Changes) -> Snapshot:
+    def _afterwards(self, changes: Changes) -> _Config:
         # Validators and constructors that refuse a value are passed by on the finished config.
         finished = self._config_class(**copy.deepcopy(self.fields))
         for name, value in changes.items():
@@ -338,12 +353,12 @@ class Workbench:
                 owner[int(leaf)] = value
             else:
                 setattr(owner, leaf, value)
-        return self._shot(finished)
+        return finished
 
     def _why(self) -> str:
         try:
             with optional.quiet(hide_warnings=True):
-                self._plainly({})
+                self._net(self._plainly({}))
         except Exception as error:
             return " ".join(str(error).split())[:300] or type(error).__name__
         return "no reason given"
@@ -358,9 +373,10 @@ class Workbench:
         net.tie_weights()
         return net
 
-    def _shot(self, finished: _Config) -> Snapshot:
+    def _shot(self, finished: _Config, *, by_disk: bool) -> Snapshot:
         net = self._net(finished)
-        shapes = {k: tuple(x.shape) for k, x in on_disk(net, saved(net)).items()}
+        own = disk_names.saved(net).items() if not by_disk else ()
+        shapes = {k: tuple(x.shape) for k, x in own} or self._disk_names.shapes(net)
         attributes = {
             (path, name): value
             for path, module in net.named_modules()
@@ -372,6 +388,7 @@ class Workbench:
         return Snapshot(shapes, attributes, templates, n_elements, _index_counts(shapes))
 
 
+@lru_cache(maxsize=1 << 16)
 def template(key: str) -> str:
     """A key with every number in it "*"."""
     return INDEX.sub("*", key)
@@ -429,20 +446,3 @@ def _plain(value: Mapping[str, object]) -> dict[str, object]:
         for k, v in config_changes.decoded(value).items()
         if k not in _DERIVED
     }
-
-
-def saved(net: Net) -> dict[str, MetaTensor]:
-    """The tensors that save_pretrained keeps, by their names in the model."""
-    state = net.state_dict()
-    for key in net._keys_to_ignore_on_save or ():
-        state.pop(key, None)
-    modeling = optional.library("transformers.modeling_utils")
-    found: dict[str, MetaTensor] = modeling.remove_tied_weights_from_state_dict(state, net)
-    return found
-
-
-def on_disk(net: Net, state: dict[str, MetaTensor]) -> dict[str, MetaTensor]:
-    """The tensors as files hold them."""
-    loading = optional.library("transformers.core_model_loading")
-    found: dict[str, MetaTensor] = loading.revert_weight_conversion(net, state)
-    return found

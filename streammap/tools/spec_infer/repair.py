@@ -15,10 +15,10 @@ from pathlib import Path
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
 from streammap.tools.spec_infer import solve, tiny_sizes
-from streammap.tools.spec_infer.amendments import NO_RULE, Amendments
+from streammap.tools.spec_infer.amendments import NO_RULE, UNSEEN, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
-from streammap.tools.spec_proof import checks
+from streammap.tools.spec_proof import checks, unseen
 from streammap.tools.spec_proof.checks import Check, CheckName, ProofReport
 
 _MAX_ROUNDS = 24
@@ -57,9 +57,18 @@ def prove(naming: AxisNaming, text: _Text, scratch: Path) -> Proved:
     Raises:
         ArchitectureError: no sizes make a tiny model.
     """
+    if "width" not in naming.kinds.values():
+        raise ArchitectureError(
+            f"{naming.bench.model_type}: no dimension is that of one field which its tensors both "
+            "make and read: it has one size a stage, or none",
+            hint="write a spec by hand: convnext.toml has one axis for each stage",
+        )
     known = Amendments()
     proof, wrong = _running(naming, text, scratch)
-    naming, report = proof.naming, proof.of(known)
+    naming, report = proof.naming, proof.until_it_fails(known)
+    if idle := proof.unseen() if report.checks[0].passed else ():
+        known = _all_frozen(naming, known, idle, UNSEEN)
+        report = proof.until_it_fails(known)
     for _ in range(_MAX_ROUNDS):
         failed = next((check for check in report.checks if not check.passed), None)
         if failed is None or failed.name == "source":
@@ -68,13 +77,14 @@ def prove(naming: AxisNaming, text: _Text, scratch: Path) -> Proved:
             (
                 c
                 for c in _candidates(naming, known, failed)
-                if _helps(proof.of(c, failed.name), failed)
+                if _helps(proof.of(c, failed.name, failed.axes), failed)
             ),
             None,
         )
         if better is None:
             break
-        known, report = better, proof.of(better)
+        known, report = better, proof.until_it_fails(better)
+    report = report if report.passed else proof.of(known)
     return Proved(proof.toml(known), report, known, wrong, proof.tiny.n_probes)
 
 
@@ -105,7 +115,8 @@ def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
     text = next((s for s in naming.names if s.startswith("text_config.hidden_size")), hidden)
     for symbol in naming.names:
         scope, _, leaf = symbol.rpartition(".")
-        if symbol not in (hidden, text) and scope and _OUTPUT.search(leaf):
+        inside = scope or text.rpartition(".")[0]  # Of a model in parts, the field between them.
+        if symbol not in (hidden, text) and inside and _OUTPUT.search(leaf):
             solution = solve.joined(naming.solution, symbol, text)
             yield AxisNaming(naming.bench, naming.anatomy, solution)
 
@@ -121,16 +132,39 @@ class _Proof:
         """The spec."""
         return self._text(self.naming.amended(known), self.tiny)
 
-    def of(self, known: Amendments, only: CheckName | None = None) -> ProofReport:
-        """Its proof, or one check of it."""
+    def unseen(self) -> tuple[str, ...]:
+        """Axes of the model that was built last with which it does not compute."""
+        (file,) = (self._scratch / str(self.n_proofs)).glob("*.toml")
+        (tiny,) = registry.tiny_models(str(file))
+        return unseen.axes(tiny, str(file), file.parent / "models" / "source")
+
+    def until_it_fails(self, known: Amendments) -> ProofReport:
+        """Its proof up to the first check that fails."""
+        return self._prove(known, quick=True)
+
+    def of(
+        self, known: Amendments, only: CheckName | None = None, suspects: tuple[str, ...] = ()
+    ) -> ProofReport:
+        """Its proof, or one check of it; what fails in that is looked for among suspects."""
+        wanted = checks.CHECKS if only is None else (only,)
+        return self._prove(known, only=wanted, suspects=suspects, quick=bool(suspects))
+
+    def _prove(
+        self,
+        known: Amendments,
+        *,
+        only: tuple[CheckName, ...] = checks.CHECKS,
+        suspects: tuple[str, ...] = (),
+        quick: bool = False,
+    ) -> ProofReport:
         self.n_proofs += 1
         folder = self._scratch / str(self.n_proofs)
         folder.mkdir()
         file = folder / f"{self.naming.bench.model_type}.toml"
         file.write_text(self.toml(known), encoding="utf-8")
         (tiny,) = registry.tiny_models(str(file))
-        wanted = checks.CHECKS if only is None else (only,)
-        return checks.prove(tiny, str(file), folder / "models", only=wanted)
+        models = folder / "models"
+        return checks.prove(tiny, str(file), models, only=only, suspects=suspects, quick=quick)
 
 
 def _helps(report: ProofReport, before: Check) -> bool:
@@ -158,18 +192,19 @@ def _candidates(naming: AxisNaming, known: Amendments, failed: Check) -> Iterato
 
 
 def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> Iterator[Amendments]:
-    if axis == naming.names.get(naming.residual()):
+    if axis in naming.residuals():
         if failed.name == "permutation":
             yield replace(known, unsigned={**known.unsigned, axis: "signs changed the function"})
         scales = _scales(naming, axis)
         posts = [known.post, not _is_post(naming, known)]
         for post in posts:
-            for scale in ({}, scales):
-                for head_scale in ("", f"{axis}**-0.5"):
+            for scale in ({}, scales) if scales else (known.scale,):
+                for head_scale in ("", f"{axis}**-0.5") if scales else (known.head_scale,):
                     one = replace(known, post=post, scale=scale, head_scale=head_scale)
                     if one != known:
                         yield one
-        yield from (replace(known, head_norm=key) for key in _norms(naming))
+        if scales or axis == naming.names.get(naming.residual()):
+            yield from (replace(known, head_norm=key) for key in _norms(naming, axis))
     elif not known.interleaved or known.per_head is None:
         yield replace(known, interleaved=not known.interleaved)
         yield replace(known, per_head=known.per_head is not True)
@@ -182,8 +217,8 @@ def _is_post(naming: AxisNaming, known: Amendments) -> bool:
 def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:
     """The embeddings' output times sqrt(hidden size), as in "Attention is all you need"."""
     anatomy = naming.anatomy
-    patterns = [
-        tensors.pattern
+    embeddings = [
+        tensors
         for tensors in naming.tensors
         if (tensors.part.kind == "embedding" and tensors.part.path == anatomy.input_embedding)
         or (
@@ -192,36 +227,39 @@ def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:
             and "embed" in tensors.pattern
         )
     ]
-    return dict.fromkeys(patterns, f"{axis}**0.5")
+    # A model in parts has other axes than that of its tokens.
+    wide = (t for t in embeddings if naming.text_of(t, len(t.dims) - 1) == axis)
+    return dict.fromkeys((tensors.pattern for tensors in wide), f"{axis}**0.5")
 
 
-def _norms(naming: AxisNaming) -> list[str]:
+def _norms(naming: AxisNaming, axis: str) -> list[str]:
     """Norms of hidden units outside the layers, which may be the one before the head."""
-    width = naming.residual()
     keys = [naming.anatomy.keys.get(norm.path, "") for norm in naming.anatomy.norms]
     return [
         key
         for key in keys
         if key
         and not naming.in_stack(key)
-        and solve.sole(naming.solution.dims[key][-1]) == (width, 1)
+        and naming.expression(naming.solution.dims[key][-1]) == axis
     ]
 
 
-def _frozen(naming: AxisNaming, known: Amendments, axis: str) -> Amendments:
-    if naming.kinds.get(axis) == "expert":
+def _frozen(naming: AxisNaming, known: Amendments, axis: str, why: str = NO_RULE) -> Amendments:
+    if naming.kinds.get(axis) in ("expert", "depth"):
         return replace(
-            known, untested=(*known.untested, axis), inexact={**known.inexact, axis: NO_RULE}
+            known, untested=(*known.untested, axis), inexact={**known.inexact, axis: why}
         )
     # A width that is heads times a head size is resized with its heads, or not at all.
     pairs = [{naming.names.get(s) for s in pair} for pair in naming.solution.head_sizes.values()]
     together = [axis, *(str(n) for pair in pairs if axis in pair for n in pair if n != axis)]
-    return replace(known, frozen={**known.frozen, **dict.fromkeys(together, NO_RULE)})
+    return replace(known, frozen={**known.frozen, **dict.fromkeys(together, why)})
 
 
-def _all_frozen(naming: AxisNaming, known: Amendments, axes: tuple[str, ...]) -> Amendments:
+def _all_frozen(
+    naming: AxisNaming, known: Amendments, axes: tuple[str, ...], why: str = NO_RULE
+) -> Amendments:
     for axis in axes:
-        known = _frozen(naming, known, axis)
+        known = _frozen(naming, known, axis, why)
     return known
 
 
@@ -233,6 +271,9 @@ def _promises(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[
         yield replace(known, inexact={**known.inexact, **experts})
     layers = [axis for axis in _axes(naming, "depth") if axis not in known.inexact]
     alone = [axis for axis in layers if axis in failed.axes]
+    behind = [axis for axis in alone if naming.ends_in_norm(axis) and axis not in known.posts]
+    if behind:
+        yield replace(known, posts=(*known.posts, *behind))
     for some in (alone, layers) if alone else (layers,):
         yield replace(known, inexact={**known.inexact, **dict.fromkeys(some, _LAYERS)})
 

@@ -6,37 +6,50 @@ from collections import Counter
 
 from streammap.tools.spec_infer import probe
 from streammap.tools.spec_infer.probe import Snapshot, Workbench, template
-from streammap.tools.spec_infer.words import INDEX_LIST, PER_TOKEN
+from streammap.tools.spec_infer.words import INDEX_LIST, grows_with_experts
 
 
 def shorten(bench: Workbench) -> None:
     """Few layers and experts, of every kind that there is: that is what building takes time for."""
     numbers = [f for f in bench.numbers() if f.value > 2]
-    least = max((f.value for f in numbers if PER_TOKEN.search(f.leaf)), default=1)
+    most = max((f.value for f in numbers if "experts" in f.leaf), default=0)
+    chosen = [f for f in numbers if grows_with_experts(f.leaf, f.value, most)]
+    least = _choosing_few(bench, chosen)
     for field in numbers:
         value = field.value
-        if "experts" in field.leaf and not PER_TOKEN.search(field.leaf):
+        if "experts" in field.leaf and field not in chosen:
             while value % 2 == 0 and value // 2 >= max(8, 2 * least):
                 value //= 2
             if value < field.value:
                 bench.adopt({field.name: value})
     for field in numbers:
         named = re.search(r"layer|depth|block|group", field.leaf)
-        if PER_TOKEN.search(field.leaf):
+        if field in chosen:
             continue  # groups of experts
         if not named or field.leaf.endswith(("_period", "_offset")) or field.value <= 4:
             continue
-        full = bench.base()
+        full = bench.outline({})
         for n in (2, 3, 4, 6, 8, 12, 16, 24, 32):
             changes = _stack(bench, field, n)
-            short = None if n >= field.value or changes is None else bench.snapshot(changes)
-            if short is not None and _kinds(short) == _kinds(full):
+            short = None if n >= field.value or changes is None else bench.outline(changes)
+            if short and full and _kinds(short) == _kinds(full):
                 assert changes is not None
                 # Where layers differ, two of them show too little of the order that they have.
                 deeper = _stack(bench, field, n + 2) if _differ(short, n) else None
                 if deeper is None or not bench.adopt(deeper):
                     bench.adopt(changes)
                 break
+
+
+def _choosing_few(bench: Workbench, chosen: list[probe.Field]) -> int:
+    """Few experts a token, and few groups of them, but two; the largest number that is left."""
+    groups = [f for f in chosen if "group" in f.leaf]
+    divisor = min((f.value // 2 for f in groups), default=1)
+    if all(f.value % divisor == 0 for f in groups):
+        bench.adopt({f.name: f.value // divisor for f in groups})
+    bench.adopt({f.name: 2 for f in chosen if f not in groups})
+    left = {f.name: f.value for f in bench.numbers()}
+    return max((left[f.name] for f in chosen), default=1)
 
 
 def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | None:

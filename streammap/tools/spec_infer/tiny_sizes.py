@@ -8,10 +8,10 @@ proportions of the given model; the first that runs is taken.
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 
-from streammap.tools.spec_infer import config_changes, solve
+from streammap.tools.spec_infer import config_changes, probe, solve
 from streammap.tools.spec_infer.naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
 from streammap.tools.spec_infer.probe import Field, Workbench, template
 
@@ -23,20 +23,48 @@ _N_SPECIAL = 10
 """Tokens below this number are no text in tiny models."""
 _TOKEN = re.compile(r"token_(id|index)$|patch_id$")
 _MARK = re.compile(r"(image|video|audio)_(token|patch)")
+_MERGES = re.compile(r"scale_factor$|merge_size$|merge$|pool|kernel|downsample")
+"""Fields that say how many patches of a row become one."""
 _TINY_WIDTHS = (92, 76, 44, 38, 28, 26, 22, 34, 46, 52, 58, 62, 68, 74)
 _MAX_RATIO = 8
 
 
-def proposals(m: AxisNaming) -> tuple[dict[str, object], ...]:
+def proposals(m: AxisNaming) -> Iterator[dict[str, object]]:
     """Sizes that may make a tiny model: all different, or in the proportions of the given ones."""
     hidden = m.fields.get(m.residual())
     if (hidden is None or hidden.value <= _SMALL) and m.bench.base().n_elements <= _MAX_ELEMENTS:
-        return ({},)
+        yield {}
+        return
     proposed = (_all_different(m), _by_value(m), _in_proportion(m))
-    found = [sizes for one in proposed if (sizes := _reduced(m.bench, one)) is not None]
+    first: dict[str, object] | None = None
+    # Images as they are come last: a class may ask for their size, but they take long.
+    for smaller in [True, False] if _small_images(m.bench, {}) else [False]:
+        for one in proposed:
+            sizes = _reduced(m.bench, one | (_small_images(m.bench, one) if smaller else {}))
+            if sizes is not None:
+                first = first or sizes
+                yield sizes
     # Last, for a forward pass that compares ids with marks that are null.
     null = [k for k, n in config_changes.leaves(m.bench.fields) if n is None and _TOKEN.search(k)]
-    return (*found, *({**dict.fromkeys(null, 1), **sizes} for sizes in found[:1] if null))
+    if null and first is not None:
+        yield {**dict.fromkeys(null, 1), **first}
+
+
+def _small_images(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, object]:
+    """Images of a few patches a side, as many as what merges patches divides."""
+    small: dict[str, object] = {}
+    given = dict(config_changes.leaves(bench.fields)) | dict(sizes)
+    merged = (n for k, n in given.items() if _MERGES.search(k) and type(n) is int and 0 < n <= 8)
+    n_patches = 2 * math.lcm(2, *merged)
+    for name, value in given.items():
+        scope, _, leaf = name.rpartition(".")
+        patch = given.get(config_changes.joined(scope, "patch_size"))
+        if leaf == "image_size" and type(patch) is int:
+            for n in value if isinstance(value, list) else [value]:
+                if type(n) is int and n > n_patches * patch:
+                    side = n_patches * patch
+                    small[name] = [side] * len(value) if isinstance(value, list) else side
+    return small
 
 
 def _reduced(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, object] | None:
@@ -63,10 +91,16 @@ def _equal_fields(
 ) -> dict[tuple[int, int], list[str]]:
     """(tiny value, given value) -> the fields that have them: models couple some of these."""
     found: dict[tuple[int, int], list[str]] = defaultdict(list)
-    for field in bench.numbers():
-        value = sizes.get(field.name, field.value)
-        if isinstance(value, int):
-            found[value, field.value].append(field.name)
+    given = {field.name: field.value for field in bench.numbers()}
+    for name, entries in config_changes.leaves(bench.fields):
+        # One size a stage; the last of a short list is a number already.
+        if isinstance(entries, list) and probe.LIST_SIZE.search(name.rpartition(".")[2]):
+            known = f"{name}.-1" in given
+            given |= {f"{name}.{i}": n for i, n in enumerate(entries[: -1 if known else None])}
+    for name, before in given.items():
+        value = sizes.get(name, before)
+        if type(value) is int:
+            found[value, before].append(name)
     return found
 
 
@@ -282,8 +316,14 @@ def _tokens(bench: Workbench) -> dict[str, object]:
 
 def proof_config(bench: Workbench) -> dict[str, object]:
     """The tiny model's config.json, without what its class has by itself."""
-    config = _different(bench.fields, bench.defaults())
+    usual = bench.defaults()
+    config = _different(bench.fields, usual)
     config.pop("model_type", None)
+    # A part that is named takes the defaults of its own class, not those that the whole has for it.
+    made = bench.made_of(config)
+    for name, part in bench.fields.items():
+        if isinstance(part, dict) and name in config and made.get(name) != part:
+            config[name] = _different(part, {})
     return config
 
 

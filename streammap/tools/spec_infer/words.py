@@ -5,10 +5,17 @@ import math
 import re
 from collections.abc import Mapping
 
-PER_TOKEN = re.compile(r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$")
-"""Fields that must grow with the number of experts."""
+_PER_TOKEN = re.compile(
+    r"experts_per_tok|top_k$|topk$|top_k_experts|n_group$|topk_group$|expert_groups?$"
+)
 INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
 """Lists of layer numbers."""
+
+
+def grows_with_experts(leaf: str, value: int, n_experts: int) -> bool:
+    """Whether a field must grow with the number of experts: how many a token takes, or groups."""
+    # What picks more than there are experts picks something else: DeepSeek's index_topk tokens.
+    return bool(_PER_TOKEN.search(leaf)) and value <= n_experts
 
 
 def toml_value(value: object) -> str:

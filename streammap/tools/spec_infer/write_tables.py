@@ -2,14 +2,15 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from streammap.tools.spec_infer.depth_rules import DepthRules
-from streammap.tools.spec_infer.naming import AxisNaming
-from streammap.tools.spec_infer.words import PER_TOKEN, toml_key, toml_value
+from streammap.tools.spec_infer.naming import AxisNaming, plain_name
+from streammap.tools.spec_infer.words import grows_with_experts, toml_key, toml_value
 from streammap.tools.spec_infer.write_rules import SpecRules
 
-_GROUPS = re.compile(r"group$")
+_MLPS = ("mlp", "moe_mlp", "shared_mlp")
+_GROUPS = re.compile(r"groups?$")
 """Fields that grow with the experts and count groups of them."""
 
 
@@ -23,6 +24,7 @@ class SpecTables:
     def text(self) -> str:
         """All tables."""
         parts = [
+            self._spaces(),
             self._norm(),
             self._head(),
             self._experts(),
@@ -32,19 +34,38 @@ class SpecTables:
         ]
         return "\n".join(part for part in parts if part)
 
+    def _spaces(self) -> str:
+        """What --hidden and the like mean where a model has several: one for each of its parts."""
+        fields = (symbol for symbol in self._m.names if symbol in self._m.fields)
+        plain = {self._m.names[symbol]: plain_name(symbol) for symbol in fields}
+        widths = dict.fromkeys(n for n in plain if n in self._m.residuals())
+        spaces = {
+            "hidden": [*widths],
+            "heads": [n for n, word in plain.items() if word == "heads"],
+            "kv_heads": [n for n, word in plain.items() if word == "kv_heads"],
+            "mlp": [n for n, word in plain.items() if word in _MLPS and n not in widths],
+            "experts": [n for n, kind in self._m.kinds.items() if kind == "expert"],
+        }
+        usual = {"hidden": ["embed"], "experts": ["expert"]}
+        lines = [
+            f"{space} = {toml_value(names)}"
+            for space, names in spaces.items()
+            if names and names != usual.get(space, [space])
+        ]
+        return "\n".join(["[spaces]", *lines, ""]) if lines else ""
+
     def _norm(self) -> str:
         norms = self._m.anatomy.norms
         if not norms:
             return ""
         (kind, offset), _ = Counter((n.kind, n.offset) for n in norms).most_common(1)[0]
-        other = sorted(
-            {
-                self._text.written(self._m.pattern(key)).removesuffix(".weight")
-                for n in norms
-                if n.offset != offset and (key := self._m.anatomy.keys.get(n.path))
-            }
+        other = self._norms(n.path for n in norms if n.offset != offset)
+        mixed = self._norms(n.path for n in norms if n.kind != kind)
+        posts = self._norms(
+            n.path
+            for n in norms
+            if any(self._m.is_in(axis, n.path) for axis in self._m.known.posts)
         )
-        mixed = sorted({n.kind for n in norms} - {kind})
         scopes = [*{f.scope for f in self._m.fields.values()} | {""}]
         eps = sorted(
             f"{scope}.{leaf}".lstrip(".")
@@ -52,7 +73,8 @@ class SpecTables:
             for leaf, value in self._m.leaves(scope).items()
             if isinstance(value, float) and re.search(r"eps(ilon)?$", leaf)
         )
-        lines = ["[norm]", f'kind = "{kind}"' + (f"   # and {mixed[0]}" if mixed else "")]
+        lines = ["[norm]", f'kind = "{kind}"']
+        lines += [f"other = {toml_value(mixed)}"] if mixed else []
         lines += [f"offset = {offset}"] if offset else []
         lines += [f"plain = {toml_value(other)}"] if other and offset else []
         lines += [f"eps = {toml_value(eps)}"] if eps else []
@@ -60,7 +82,14 @@ class SpecTables:
         post = last is not None and kind == "layer" and self._m.in_stack(last)
         if post if self._m.known.post is None else self._m.known.post:
             lines.append("post = true")
+        lines += [f"posts = {toml_value(posts)}"] if posts else []
         return "\n".join(lines) + "\n"
+
+    def _norms(self, paths: Iterable[str]) -> list[str]:
+        """Norms as [norm] names them."""
+        keys = filter(None, map(self._m.anatomy.keys.get, paths))
+        patterns = {self._text.written(self._m.pattern(key)) for key in keys}
+        return sorted(pattern.removesuffix(".weight") for pattern in patterns)
 
     def _last_norm(self, inside: str) -> str | None:
         """Key of the last norm of a part of the model: its own, or one of its last layer."""
@@ -88,6 +117,10 @@ class SpecTables:
             if anatomy.base and not n.path.startswith(f"{anatomy.base}.")
         ]
         norm = anatomy.keys.get(own[-1]) if own else self._last_norm(anatomy.decoder)
+        # Of a model in parts, the text model's own: a projector of images may stand behind it.
+        beside = self._last_norm(embed.rpartition(".")[0])
+        if beside is not None and self._m.solution.dims[beside][-1] == width and not own:
+            norm = beside if embed.startswith(f"{anatomy.decoder}.") else norm
         norm = self._m.known.head_norm or norm
         if norm is None or self._m.solution.dims[norm][-1] != width:
             # A linear between the two: OPT-350m's project_out.
@@ -134,7 +167,12 @@ class SpecTables:
     def _experts(self) -> str:
         if "expert" not in self._m.kinds.values():
             return ""
-        fields = [n for n in self._m.fields if PER_TOKEN.search(n.rpartition(".")[2])]
+        counts = [f.value for s, f in self._m.fields.items() if self._kind(s) == "expert"]
+        fields = [
+            name
+            for name, field in self._m.fields.items()
+            if grows_with_experts(field.leaf, field.value, max(counts, default=0))
+        ]
         groups = [name for name in fields if _GROUPS.search(name)]
         top_k = [name for name in fields if name not in groups]
         known, axes = self._m.known, [n for n, k in self._m.kinds.items() if k == "expert"]
@@ -144,8 +182,11 @@ class SpecTables:
         lines += [f"inexact = {toml_value(why)}"] if why else []
         lines += [f"top_k = {toml_value(top_k)}"] if top_k and not known.single else []
         lines += [f"multiply = {toml_value(groups)}"] if groups else []
-        lines += [f'groups = "{n}"' for n in fields if n.rpartition(".")[2] == "n_group"]
+        lines += [f'groups = "{n}"' for n in groups if "top" not in n.rpartition(".")[2]]
         return "\n".join([*lines, ""])
+
+    def _kind(self, symbol: str) -> str:
+        return self._m.kinds.get(self._m.names.get(symbol, ""), "")
 
     def _shown(self) -> Iterator[str]:
         """What proofs have shown."""

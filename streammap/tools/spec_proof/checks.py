@@ -36,10 +36,11 @@ from streammap.architectures.schema import AxisKind, TinyModel
 from streammap.errors import ArchitectureError, PlanError, StreammapError, some
 from streammap.operators.kinds import RequestLike
 from streammap.operators.ordering.permute import Permute
+from streammap.output.save_options import ClassCheck
 from streammap.planning.ordering import units
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
-from streammap.tools.spec_proof import layer_ways, missing_lists, tiny_models
+from streammap.tools.spec_proof import comparison, layer_ways, missing_lists, tiny_models
 from streammap.tools.spec_proof.layer_ways import Way
 
 CheckName = Literal[
@@ -56,8 +57,6 @@ CHECKS: tuple[CheckName, ...] = (
 )
 TOLERANCE = 1e-9
 """Largest relative difference of outputs that are called the same."""
-_MARK = 1e30
-"""Logits of this size stand for tokens that a model never gives: no error is relative to them."""
 _ROUNDING = 2.0**-50
 _ALLOWED: Mapping[Promise, float] = {
     "bit-exact": 0.0,
@@ -135,7 +134,13 @@ def verify(arch: str, *, name: str | None = None, scratch: Path) -> tuple[ProofR
 
 
 def prove(
-    model: TinyModel, arch: str, scratch: Path, *, only: Sequence[CheckName] = CHECKS
+    model: TinyModel,
+    arch: str,
+    scratch: Path,
+    *,
+    only: Sequence[CheckName] = CHECKS,
+    suspects: Sequence[str] = (),
+    quick: bool = False,
 ) -> ProofReport:
     """Check one tiny model; the checks after "source" need a source.
 
@@ -144,8 +149,10 @@ def prove(
         arch: The spec's name or file.
         scratch: Folder that the models are written to.
         only: The checks to make; "source" is always made.
+        suspects: The axes that are tried alone where all of them together fail; empty for each.
+        quick: Whether no check is made behind one that fails, and no class asked beforehand.
     """
-    work = _Proof(model, arch, scratch)
+    work = _Proof(model, arch, scratch, suspects, "never" if quick else "auto")
     checks: Mapping[CheckName, Callable[[], float | None]] = {
         "growth": work.growth,
         "round trip": work.round_trip,
@@ -155,39 +162,26 @@ def prove(
         "missing": work.missing,
     }
     results = [_check("source", work.build)]
-    if results[0].passed:
-        results += [_check(name, check) for name, check in checks.items() if name in only]
+    for name, check in checks.items():
+        if results[0].passed and name in only and (results[-1].passed or not quick):
+            results.append(_check(name, check))
     return ProofReport(model.name, tuple(results))
-
-
-def difference(found: Tensor, expected: Tensor, *, in_order: bool, signed: bool = False) -> float:
-    """How far an output is from the expected one, relative to its largest number.
-
-    Args:
-        in_order: Whether the last dimension is one that no axis has. Where it is not, its numbers
-            are sorted, and the expected ones repeated.
-        signed: Whether its units may be negated: then magnitudes are sorted.
-
-    Raises:
-        PlanError: another shape.
-    """
-    if not in_order and found.shape[:-1] == expected.shape[:-1]:
-        n_copies = found.shape[-1] // expected.shape[-1]
-        if signed:
-            found, expected = found.abs(), expected.abs()
-        expected = expected.sort().values.repeat_interleave(n_copies, dim=-1)
-        found = found.sort().values
-    if found.shape != expected.shape:
-        raise PlanError(f"shape {list(found.shape)} of outputs, expected {list(expected.shape)}")
-    return _relative(found, expected)
 
 
 @final
 class _Proof:
     """The checks of one model. Each gives the error it found, or raises with what is wrong."""
 
-    def __init__(self, model: TinyModel, arch: str, scratch: Path) -> None:
+    def __init__(
+        self,
+        model: TinyModel,
+        arch: str,
+        scratch: Path,
+        suspects: Sequence[str],
+        class_check: ClassCheck,
+    ) -> None:
         self._model, self._arch, self._scratch = model, arch, scratch
+        self._suspects, self._class_check = suspects, class_check
         self._expected: Mapping[str, Tensor] = {}
         self._hidden: set[str] = set()
 
@@ -204,16 +198,22 @@ class _Proof:
 
     def round_trip(self) -> float | None:
         """The grown files merged by the map that is saved with them."""
+        if not self._axes("width"):
+            return None  # They have none.
         grown = self._grown()
-        grown.save(self._scratch / "grown", overwrite=True, fsync=False)
+        grown.save(self._scratch / "grown", overwrite=True, fsync=False, class_check="never")
         merged = self._open("grown").coalesce()
-        merged.save(self._scratch / "merged", overwrite=True, fsync=False)
+        merged.save(self._scratch / "merged", overwrite=True, fsync=False, class_check="never")
         families = self._source.plan.model.families
         kept = {key for f in families if f.rule.kind != "drop" for key in f.members.values()}
         if kept != set(merged.keys()):
             raise PlanError(f"{some(sorted(kept ^ set(merged.keys())))}: not in both models")
         pairs = {key: (x, self._source.read(key)) for key, x in self._open("merged").tensors()}
-        wrong = {k: _relative(x, old) for k, (x, old) in pairs.items() if not torch.equal(x, old)}
+        wrong = {
+            k: comparison.relative(x, old)
+            for k, (x, old) in pairs.items()
+            if not torch.equal(x, old)
+        }
         error = max(wrong.values(), default=0.0)
         if error > (_ROUNDING if self._rounds() else 0.0):
             raise _WrongError(error, f"{some(sorted(wrong))} differ from the source")
@@ -250,7 +250,7 @@ class _Proof:
         ):
             asked[f"new_layers {way.__name__}"] = {"axes": self._layers(way), "new_layers": "zero"}
         errors, wrong, axes = [0.0], [], dict[str, None]()
-        for name, options in asked.items():
+        for name, options in ((n, one) for n, many in asked.items() for one in self._granted(many)):
             try:
                 error, (promise, allowed) = self._kept_promise(name, options)
             except PlanError as failure:
@@ -264,6 +264,15 @@ class _Proof:
         if wrong:
             raise _WrongError(max(errors), ", ".join(wrong), tuple(axes))
         return max(errors)
+
+    def _granted(self, options: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """A growth; where it is refused for one of several axes, that of each alone."""
+        asked: Mapping[str, RequestLike] = options.get("axes", {})
+        try:
+            self._source.decoalesce(**options)
+        except StreammapError:
+            return [{**options, "axes": {axis: request}} for axis, request in asked.items()]
+        return [options]
 
     def _kept_promise(
         self, name: str, options: Mapping[str, Any]
@@ -327,7 +336,7 @@ class _Proof:
             except StreammapError:
                 continue  # Refused with its lists, for its kinds of layers.
             found = self._run(make(self._open(name)), "resized")
-            errors += (_relative(x, expected[output]) for output, x in found.items())
+            errors += (comparison.relative(x, expected[output]) for output, x in found.items())
             if max(errors) > 0.0:
                 raise _WrongError(max(errors), f"{name}: {what} give another model")
         return max(errors)
@@ -390,9 +399,13 @@ class _Proof:
         operator = Permute(seed=0, only=only, without=self._model.exempt, signed=signed)
         return self._source.apply(operator)
 
+    def _save(self, lazy: LazyCheckpoint, name: str) -> None:
+        folder = self._scratch / name
+        lazy.save(folder, overwrite=True, fsync=False, class_check=self._class_check)
+
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
         """What a resized model computes, through its files."""
-        lazy.save(self._scratch / name, overwrite=True, fsync=False)
+        lazy.save(self._scratch / name, overwrite=True, fsync=False, class_check="never")
         results = tiny_models.outputs(self._scratch / name, self._model)
         if results.keys() != self._expected.keys():
             raise PlanError(f"outputs are {sorted(results)}, expected {sorted(self._expected)}")
@@ -410,7 +423,9 @@ class _Proof:
             if "logits" not in output or results[output].shape != x.shape:
                 self._hidden.add(output)
             in_order = output not in self._hidden
-            errors.append(difference(results[output], x, in_order=in_order, signed=signed))
+            errors.append(
+                comparison.difference(results[output], x, in_order=in_order, signed=signed)
+            )
         return max(errors, default=None)
 
     def _same(
@@ -434,7 +449,7 @@ class _Proof:
     ) -> tuple[str, tuple[str, ...]]:
         """What a change of each axis alone gives, in words, and those that go wrong."""
         faults, wrong = [], []
-        for axis in axes:
+        for axis in [axis for axis in axes if axis in self._suspects] or axes:
             try:
                 error = self._error(alone(axis))
             except Exception as failure:
@@ -474,15 +489,3 @@ def _check(name: CheckName, check: Callable[[], float | None]) -> Check:
 def _told(failure: Exception) -> str:
     lines = str(failure).splitlines() or [type(failure).__name__]
     return lines[0]
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    if not found.is_floating_point():
-        return float(not torch.equal(found, expected))
-    marks = expected.abs() >= _MARK
-    if not torch.equal(found[marks], expected[marks]):
-        return math.inf
-    found, expected = found[~marks], expected[~marks]
-    if not expected.numel():
-        return 0.0
-    return float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)

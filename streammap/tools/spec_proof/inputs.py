@@ -27,6 +27,9 @@ _PLACES = {
 }
 """What makes features -> the fields that say which token stands for one of them."""
 
+_GRIDS = ("grid_thw", "image_grid_thw", "image_grid_hw")
+"""How many patches an image has: in time, rows and columns."""
+
 
 class Net(Protocol):
     """A model of transformers, as far as it is run."""
@@ -43,9 +46,12 @@ def make(net: Net) -> dict[str, Tensor]:
     """What the model's forward takes."""
     takes, config = inspect.signature(net.forward).parameters, net.config
     inputs: dict[str, Tensor] = {}
+    # Kosmos-2's queries over the image have fixed places among the tokens.
+    n_queries = config.latent_query_num if "image_embeds_position_mask" in takes else 0
+    n_tokens = max(_N_TOKENS, 1 + n_queries + _FIRST_TOKEN)
     if "input_ids" in takes:
         # Drawn before all else: what is made for images must not change them.
-        inputs["input_ids"] = _ids(_n_ids(config.get_text_config()))
+        inputs["input_ids"] = _ids(_n_ids(config.get_text_config()), n_tokens)
     if "decoder_input_ids" in takes:
         inputs["decoder_input_ids"] = _ids(_n_ids(config, "decoder"))
     n_types = _number(config, "type_vocab_size") or 0
@@ -62,10 +68,9 @@ def make(net: Net) -> dict[str, Tensor]:
     if "flattened_patches" in takes:
         size = _number(config, "patch_embed_hidden_size")
         inputs["flattened_patches"] = _patches_with_places(size or 0)
-    if "image_embeds_position_mask" in takes:
-        # Kosmos-2 says with a mask where its queries over the image stand among the tokens.
-        inputs["image_embeds_position_mask"] = torch.zeros(_BATCH, _N_TOKENS, dtype=torch.long)
-        inputs["image_embeds_position_mask"][:, 1 : 1 + config.latent_query_num] = 1
+    if n_queries:
+        inputs["image_embeds_position_mask"] = torch.zeros(_BATCH, n_tokens, dtype=torch.long)
+        inputs["image_embeds_position_mask"][:, 1 : 1 + n_queries] = 1
     if "bbox" in takes:
         inputs["bbox"] = _boxes(_number(config, "max_2d_position_embeddings") or _N_TOKENS)
     if getattr(config, "audio_config", config) is not None:
@@ -88,8 +93,8 @@ def _n_ids(config: Any, side: str = "") -> int:
     return n_ids
 
 
-def _ids(n_ids: int) -> Tensor:
-    return torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, _N_TOKENS))
+def _ids(n_ids: int, n_tokens: int = _N_TOKENS) -> Tensor:
+    return torch.randint(_FIRST_TOKEN, n_ids, (_BATCH, n_tokens))
 
 
 def _boxes(n_places: int) -> Tensor:
@@ -204,7 +209,7 @@ def _n_features(made: object) -> int:
 def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
     """Images, in the form that the model's forward takes."""
     config, seen = net.config, _seen(net.config)
-    if "image_grid_thw" in takes or "grid_thw" in takes:
+    if any(name in takes for name in _GRIDS):
         return _grid_patches(seen, takes)
     places = getattr(getattr(net, "model", None), "vision_embed_tokens", None)
     if places is not None:  # Fuyu takes patches as they are.
@@ -213,6 +218,10 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
         return _shaped_patches(seen)
     if "image_position_ids" in takes or "pixel_position_ids" in takes:
         return _placed_patches(seen, takes)
+    if "target_sizes" in takes:
+        return _row_of_patches(seen)
+    if "image_token_pooling" in takes:
+        return _pooled_patches(seen)
     side = _number(seen, "image_size", "input_size") or 4 * (_number(seen, "patch_size") or 4)
     size, n_views = (side, side), 1
     if getattr(config, "image_grid_pinpoints", None):
@@ -223,10 +232,14 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
     n_views = getattr(config, "num_frames", None) or n_views
     several = n_views > 1 or "pixel_attention_mask" in takes
     several |= config.model_type == "instructblipvideo"  # It takes frames.
-    shape = (_BATCH, *((n_views,) if several else ()), channels, side, side)
-    inputs = {"pixel_values": torch.randn(shape)}
+    views: tuple[int, ...] = (n_views,) if several else ()
+    if "aspect_ratio_ids" in takes:
+        views = (1, _number(seen, "max_num_tiles") or 1)
+    inputs = {"pixel_values": torch.randn(_BATCH, *views, channels, side, side)}
+    if "aspect_ratio_ids" in takes:
+        inputs |= _tiles(views, takes)
     if config.model_type == "granite_docling":  # It asks for it always.
-        inputs["pixel_attention_mask"] = torch.ones(*shape[:2], dtype=torch.bool)
+        inputs["pixel_attention_mask"] = torch.ones(_BATCH, *views, dtype=torch.bool)
     if "high_res_pixel_values" in takes:
         side = config.high_res_vision_config.image_size
         inputs["high_res_pixel_values"] = torch.randn(_BATCH, channels, side, side)
@@ -245,12 +258,44 @@ def _needs_sizes(net: Net, seen: Any) -> bool:
     return not optional or seen.model_type == "pixtral"
 
 
+def _tiles(views: tuple[int, ...], takes: Mapping[str, object]) -> dict[str, Tensor]:
+    """What Mllama is told of an image in tiles: its kind of shape, and who sees which tile."""
+    masks = {
+        "aspect_ratio_mask": torch.ones(_BATCH, *views, dtype=torch.long),
+        "cross_attention_mask": torch.ones(_BATCH, _N_TOKENS, *views, dtype=torch.long),
+    }
+    given = {name: mask for name, mask in masks.items() if name in takes}
+    return {"aspect_ratio_ids": torch.ones(_BATCH, views[0], dtype=torch.long), **given}
+
+
+def _row_of_patches(seen: Any) -> dict[str, Tensor]:
+    """The patches of all images in a row, and how many rows and columns they are, as MiniCPM-V."""
+    side, patch = 8, seen.patch_size
+    channels = _number(seen, "num_channels") or 3
+    strip = torch.randn(1, channels, patch, _BATCH * side * side * patch)
+    return {"pixel_values": strip, "target_sizes": torch.tensor([[side, side]] * _BATCH)}
+
+
+def _pooled_patches(seen: Any) -> dict[str, Tensor]:
+    """Flat patches, which of them each token pools, and how many tokens an image has (Molmo 2)."""
+    size = (_number(seen, "num_channels") or 3) * seen.patch_size**2
+    n_patches, n_tokens = _number(seen, "num_position_embeddings") or 16, 4
+    which = torch.randint(_BATCH * n_patches, (_BATCH * n_tokens, 4))
+    return {
+        "pixel_values": torch.randn(_BATCH, n_patches, size),
+        "image_token_pooling": which,
+        "image_grids": torch.tensor([[2, 2, 0, 0]] * _BATCH),
+        "image_num_crops": torch.ones(_BATCH, dtype=torch.long),
+    }
+
+
 def _grid_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
     """Flat patches, and the grid that they form, as Qwen's models take them."""
-    side = 2 * (_number(seen, "spatial_merge_size") or 1)
+    grid = next(name for name in _GRIDS if name in takes)
+    side = 2 * (_number(seen, "spatial_merge_size") or (2 if grid.endswith("_hw") else 1))
     channels = _number(seen, "in_channels", "in_chans", "num_channels") or 3
     size = channels * (_number(seen, "temporal_patch_size") or 1) * seen.patch_size**2
-    alone = "grid_thw" in takes
+    alone, times = grid == "grid_thw", [] if grid.endswith("_hw") else [1]
     shape: tuple[int, ...] = (_BATCH * side * side, size)
     if seen.model_type in {"paddleocr_vl_vision", "kimi_k25_vision"}:
         shape = (shape[0], channels, seen.patch_size, seen.patch_size)
@@ -258,7 +303,7 @@ def _grid_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
     name = "hidden_states" if alone and "hidden_states" in takes else "pixel_values"
     return dict.fromkeys(merges, torch.tensor([2] * _BATCH)) | {
         name: torch.randn(shape),
-        "grid_thw" if alone else "image_grid_thw": torch.tensor([[1, side, side]] * _BATCH),
+        grid: torch.tensor([[*times, side, side]] * _BATCH),
     }
 
 
@@ -309,7 +354,7 @@ def _sounds(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
         n_seen = n_seen if first else 2 * _N_FRAMES
         shape = (_BATCH, size, n_seen) if first else (_BATCH, n_seen, size)
         inputs["input_features"] = torch.randn(shape)
-        for name in ("feature_attention_mask", "input_features_mask"):
+        for name in ("feature_attention_mask", "input_features_mask", "padding_mask"):
             if name in takes:
                 inputs[name] = torch.ones(_BATCH, n_seen, dtype=torch.long)
     return inputs
