@@ -65,11 +65,11 @@ class DepthRules:
         periods: list[_Period | _Turn] = []
         offsets = [[joined(scope, k) for k in pair] for pair in pairs if pair[1] in leaves]
         if not offsets:
-            periods = list(self._stepped(field, name, kinds, told))
-            told += [[(i - o) % p[1] == 0 for i in range(field.value)] for p, o in periods]
+            stepped = list(self._stepped(field, name, kinds, told))
+            told += [[(i - o) % p[1] == 0 for i in range(field.value)] for p, o in stepped]
             turns = [] if told else list(self._turns(field, name, kinds))
             told += [[i % n == o for i in range(field.value)] for n, o in turns]
-            periods += turns
+            periods = [*stepped, *turns]
             with_first = [*told, [i == 0 for i in range(field.value)]]
             if _n_told(kinds, with_first, field.value) > _n_told(kinds, told, field.value):
                 first = {"first": True}
