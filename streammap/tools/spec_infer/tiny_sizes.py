@@ -15,6 +15,8 @@ from streammap.tools.spec_infer import config_changes, probe, solve
 from streammap.tools.spec_infer.naming import HEAD_SIZE, AxisNaming, is_heads, plain_name
 from streammap.tools.spec_infer.probe import Field, Workbench, template
 
+_N_WORDS = 97
+"""Size of a vocabulary."""
 _SMALL = 160
 """A hidden size up to this may be that of a tiny model already."""
 _MAX_ELEMENTS = 2_000_000
@@ -163,7 +165,7 @@ def _all_different(m: AxisNaming) -> dict[str, object]:
             continue
         leaf = field.leaf
         if "vocab" in leaf:
-            sizes[symbol] = 97 if "type" not in leaf else field.value
+            sizes[symbol] = _N_WORDS if "type" not in leaf else field.value
         elif symbol in groups:
             n = min(field.value, 2)
             times = min(3, m.fields[groups[symbol]].value // field.value)
@@ -199,6 +201,8 @@ def _following(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
     for name, value in config_changes.leaves(m.bench.fields):
         if name.endswith("mrope_section") and isinstance(value, list):
             equal[name] = _sections(m, sizes, len(value))
+        elif "unpadded_vocab" in name and type(value) is int:
+            equal[name] = min(value, _N_WORDS)  # A vocabulary is padded up to its size, not down.
     return equal | {
         field.name: heads[field.scope]
         for field in m.fields.values()
@@ -243,7 +247,7 @@ def _by_value(m: AxisNaming) -> dict[str, object]:
     sizes |= {f.name: _kept(f, of_value) for f in kept}
     every = [f for f in m.bench.numbers() if f.name not in sizes and f.value in of_value]
     sizes |= {f.name: of_value[f.value] for f in every if f in widths or "size" in f.leaf}
-    sizes |= {f.name: 97 for f in fields if "vocab" in f.leaf and "type" not in f.leaf}
+    sizes |= {f.name: _N_WORDS for f in fields if "vocab" in f.leaf and "type" not in f.leaf}
     return sizes | _following(m, sizes) | _tokens(m.bench)
 
 
@@ -283,7 +287,7 @@ def _in_proportion(m: AxisNaming) -> dict[str, object]:
     sizes: dict[str, object] = {s: n // fewer for s, n in heads.items()}
     sizes |= {s: n // smaller for s, n in head_sizes.items()}
     sizes |= {s: n // narrower for s, n in widths.items()}
-    sizes |= {s: 97 for s, f in chosen.items() if "vocab" in f.leaf and "type" not in f.leaf}
+    sizes |= {s: _N_WORDS for s, f in chosen.items() if "vocab" in f.leaf and "type" not in f.leaf}
     return sizes | _following(m, sizes) | _tokens(m.bench)
 
 
