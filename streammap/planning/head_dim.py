@@ -6,13 +6,13 @@ New pairs of rotary dimensions are zero. Old pair i keeps its place and, with
     q * sqrt(d' / d)                  the scale 1/sqrt(d) of scores
 
 so that attention is the same. A norm over the head (q_norm, k_norm) sees the zero dimensions: its
-gain takes sqrt(d / d') more. Exact for default, llama3 and yarn frequencies.
+gain takes sqrt(d / d') more. Exact for default, linear, llama3 and yarn frequencies.
 
 Source: Gesmundo & Maile, arXiv:2308.06103 (scale); the rule for theta by equating frequencies.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from streammap.architectures.config_fields import field_value, meant
@@ -26,7 +26,7 @@ from streammap.planning.maps import BlockMap
 from streammap.planning.plan import STAY_ZERO, Promise
 from streammap.planning.requests import MAX_PARTS
 
-_EXACT_TYPES = ("default", "llama3", "yarn")
+_EXACT_TYPES = ("default", "linear", "llama3", "yarn")
 _INSTEAD = "grow the number of heads instead: --heads"
 
 
@@ -81,8 +81,8 @@ class HeadSize:
                 f"partial_rotary_factor {partial}: only heads that rotate as a whole can grow",
                 hint=_INSTEAD,
             )
-        kind = _rope_type(model)
-        if kind not in _EXACT_TYPES:
+        odd = (kind for kind in _rope_types(model) if kind not in _EXACT_TYPES)
+        if kind := next(odd, None):
             raise PlanError(
                 f"rope type {kind!r}: its frequencies don't follow from theta alone",
                 hint=f"head-size growth is for {', '.join(_EXACT_TYPES)}",
@@ -202,14 +202,20 @@ def _theta(field: str, value: float, ratio: float) -> float:
     )
 
 
-def _rope_type(model: Model) -> str:
+def _rope_types(model: Model) -> Iterator[str]:
+    """How frequencies follow from theta: of all layers, or of each kind of them."""
     for name in ("rope_parameters", "rope_scaling"):
         table = field_value(model.config, name)
-        if isinstance(table, dict) and "mrope_section" in table:
-            return "mrope"
         if isinstance(table, dict):
-            return str(table.get("rope_type", table.get("type", "default")))
-    return "default"
+            inner = [kind for kind in table.values() if isinstance(kind, dict)]
+            yield from map(_rope_type, inner or [table])
+            return
+
+
+def _rope_type(table: Mapping[str, object]) -> str:
+    if "mrope_section" in table:
+        return "mrope"
+    return str(table.get("rope_type", table.get("type", "default")))
 
 
 def _map(old: int, new: int, layout: str) -> BlockMap:
