@@ -13,7 +13,15 @@ import pytest
 
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
-from streammap.tools.spec_infer import completing, module_roles, shrink, solve, tiny_sizes
+from streammap.tools.spec_infer import (
+    completing,
+    module_roles,
+    repair,
+    shrink,
+    solve,
+    tiny_sizes,
+)
+from streammap.tools.spec_infer.amendments import Amendments
 from streammap.tools.spec_infer.disk_names import DiskNames, on_disk, saved
 from streammap.tools.spec_infer.infer import Inferred, infer
 from streammap.tools.spec_infer.naming import AxisNaming
@@ -462,8 +470,34 @@ def test_a_model_of_several_parts_has_one_size_of_each_kind_in_each_part() -> No
     assert spec.spaces["mlp"] == ("vision_mlp",)
 
 
+def test_norms_of_a_model_in_parts_are_each_of_their_own_kind() -> None:
+    text = infer({"model_type": "paligemma"}, name="paligemma").toml
+    rules = registry.parse(text, name="paligemma").rules
+    norms = {rule.pattern.text: rule.norm for rule in rules if rule.norm is not None}
+    found = {(("TEXT" in k or "language" in k), n.kind, n.offset) for k, n in norms.items()}
+    assert found == {(True, "rms", 1.0), (False, "layer", 0.0)}
+
+
+def test_the_head_reads_the_norm_of_its_own_text_model_and_neighbours_lie_one_by_one() -> None:
+    name = "moss_transcribe_diarize"
+    spec = tomllib.loads(infer({"model_type": name}, name=name).toml)
+    assert spec["head"]["norm"] == "{base}language_model.norm"
+    projector = spec["modules"]["{base}multi_modal_projector.linear_1"]
+    assert projector == "linear audio_merge_size*audio_embed -> text_embed"
+
+
+def test_a_model_without_a_width_of_its_own_is_refused(tmp_path: Path) -> None:
+    naming = naming_of("vit")
+    fixed = naming.amended(Amendments(frozen=dict.fromkeys(naming.kinds, "")))
+    with pytest.raises(ArchitectureError, match="one size a stage"):
+        repair.prove(fixed, lambda *_: "", tmp_path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ministral", "modernbert", "electra", "lfm3", "longformer"])
+@pytest.mark.parametrize(
+    "name",
+    ["ministral", "modernbert", "electra", "lfm3", "longformer", "instructblip", "paligemma"],
+)
 def test_default_configurations_that_pass_their_proof(name: str, tmp_path: Path) -> None:
     found = infer({"model_type": name}, name=name, scratch=tmp_path)
     assert found.report is not None

@@ -384,3 +384,13 @@ def test_axes_that_a_tiny_model_does_not_compute_with_are_told(tmp_path: Path) -
     tiny_models.build(model, tmp_path / "source")
     # Nothing is there to attend to.
     assert unseen.axes(model, str(file), tmp_path / "source") == ("cross",)
+
+
+def test_a_model_whose_widths_all_stay_is_merged_by_nothing(tmp_path: Path) -> None:
+    text = CROSS[: CROSS.index("[axes]")] + CROSS[CROSS.index("[proof]") :]
+    frozen = "".join(f'{axis} = "frozen"\n' for axis in ("embed", "heads", "mlp"))
+    file = tmp_path / "fixed.toml"
+    file.write_text(f"{text}\n[axis_kind]\n{frozen}")
+    (model,) = registry.tiny_models(str(file))
+    report = checks.prove(model, str(file), tmp_path, only=("round trip",))
+    assert report.passed, report

@@ -91,21 +91,31 @@ def prove(naming: AxisNaming, text: _Text, scratch: Path) -> Proved:
 def _running(naming: AxisNaming, text: _Text, scratch: Path) -> tuple["_Proof", tuple[str, ...]]:
     """A tiny model that runs; where none does, the first."""
     first: tuple[_Proof, tuple[str, ...]] | None = None
-    for i, other in enumerate(itertools.islice(_joined(naming), _MAX_JOINED)):
-        for j, sizes in enumerate(tiny_sizes.proposals(other)):
-            tiny, wrong = tiny_sizes.prove_sizes(other, sizes)
-            folder = scratch / f"{i}-{j}"
-            folder.mkdir()
-            found = _Proof(other, tiny, text, folder), wrong
-            first = first or found
-            if found[0].of(Amendments(), "source").passed:
-                return found
+    for i, (other, sizes) in enumerate(_proposed(naming)):
+        tiny, wrong = tiny_sizes.prove_sizes(other, sizes)
+        folder = scratch / str(i)
+        folder.mkdir()
+        found = _Proof(other, tiny, text, folder), wrong
+        first = first or found
+        if found[0].of(Amendments(), "source").passed:
+            return found
     if first is None:
         raise ArchitectureError(
             f"{naming.bench.model_type}: no tiny model of its class can be built",
             hint="give a config.json with small sizes, or write a spec by hand",
         )
     return first
+
+
+def _proposed(naming: AxisNaming) -> Iterator[tuple[AxisNaming, dict[str, object]]]:
+    """What is known of the model, and sizes: such that all differ first, whatever is joined.
+
+    Sizes that are equal by chance run where two fields must be equal, which nothing says then.
+    """
+    some = [(n, tiny_sizes.proposals(n)) for n in itertools.islice(_joined(naming), _MAX_JOINED)]
+    firsts = [(other, next(sizes, None)) for other, sizes in some]
+    yield from ((other, sizes) for other, sizes in firsts if sizes is not None)
+    yield from ((other, sizes) for other, more in some for sizes in more)
 
 
 def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:

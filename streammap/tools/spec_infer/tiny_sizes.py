@@ -61,6 +61,7 @@ def _small_images(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, ob
     for name, value in given.items():
         scope, _, leaf = name.rpartition(".")
         patch = given.get(config_changes.joined(scope, "patch_size"))
+        patch = patch[0] if isinstance(patch, list) and patch else patch
         if leaf == "image_size" and type(patch) is int:
             for n in value if isinstance(value, list) else [value]:
                 if type(n) is int and n > n_patches * patch:

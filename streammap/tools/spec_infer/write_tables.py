@@ -58,7 +58,9 @@ class SpecTables:
         norms = self._m.anatomy.norms
         if not norms:
             return ""
-        (kind, offset), _ = Counter((n.kind, n.offset) for n in norms).most_common(1)[0]
+        # Norms without an offset can be named, those with one can't.
+        some = [n for n in norms if n.offset] or norms
+        (kind, offset), _ = Counter((n.kind, n.offset) for n in some).most_common(1)[0]
         other = self._norms(n.path for n in norms if n.offset != offset)
         mixed = self._norms(n.path for n in norms if n.kind != kind)
         posts = self._norms(

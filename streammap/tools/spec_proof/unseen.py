@@ -42,6 +42,8 @@ def axes(model: TinyModel, arch: str, source: Path) -> tuple[str, ...]:
             if axis in axis_facts.axes_of(lazy.plan.model, family)
             for key in family.members.values()
         }
+        if not keys:
+            continue  # A count that only makes a size of heads.
         noise = torch.Generator().manual_seed(0)
         changed = {
             # A norm would not see a factor.
