@@ -398,6 +398,18 @@ def test_every_n_th_layer_by_a_field() -> None:
     assert depth["dec_layer"] == {"periods": [[["decoder_sparse_step", 2], -1]]}
 
 
+def test_linear_attention_makes_queries_and_keys_before_values() -> None:
+    config: Table = {"model_type": "qwen3_5_text", "num_hidden_layers": 4}
+    modules = tomllib.loads(infer(config, name="qwen3_5_text").toml)["modules"]
+    keys, of_one = "linear_num_key_heads", "linear_num_value_heads_group"
+    values = f"{keys}*{of_one}*linear_value_head_dim"
+    made = f"2*{keys}*linear_key_head_dim+{values}"
+    assert modules["{L}linear_attn.in_proj_qkv"] == f"linear embed -> {made}"
+    assert modules["{L}linear_attn.out_proj"] == f"linear {values} -> embed"
+    # The attention beside it has groups of its own, by the usual name.
+    assert modules["{L}self_attn.o_proj"] == "linear q -> embed"
+
+
 def test_every_n_th_layer_where_only_the_class_says_so() -> None:
     # Two recurrent layers and one of attention take turns, whatever the number of layers.
     found = tomllib.loads(infer({"model_type": "recurrent_gemma"}, name="recurrent_gemma").toml)
