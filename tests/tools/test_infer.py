@@ -243,6 +243,12 @@ def test_the_head_and_the_norm_before_it(name: str) -> None:
     assert HEADS[name].items() <= table(name, "head").items()
 
 
+def test_a_norm_of_the_embeddings_is_not_the_one_before_the_head() -> None:
+    found = tomllib.loads(infer({"model_type": "flaubert", "n_layers": 2}, name="flaubert").toml)
+    assert found["head"]["norm"] == "{base}layer_norm2.{layer=last}"
+    assert found["norm"]["post"] is True
+
+
 def test_norms_are_known_by_what_they_do() -> None:
     gemma = infer({"model_type": "gemma", "num_hidden_layers": 2}, name="gemma")
     assert tomllib.loads(gemma.toml)["norm"] == {
