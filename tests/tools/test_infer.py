@@ -480,6 +480,16 @@ def test_a_model_of_several_parts_has_one_size_of_each_kind_in_each_part() -> No
     assert spec.spaces["mlp"] == ("vision_mlp",)
 
 
+def test_a_head_size_that_no_tensor_has_is_that_of_the_tiny_model() -> None:
+    # Pixtral's rotary positions read head_dim, its linears hidden_size / num_attention_heads.
+    bench = Workbench({"model_type": "pixtral", "num_hidden_layers": 1}, name="pixtral")
+    structure = module_roles.describe_model(bench.net())
+    naming = AxisNaming(bench, structure, solve.solve(bench, structure))
+    sizes = next(iter(tiny_sizes.proposals(naming)))
+    parts = [int(str(sizes[f])) for f in ("hidden_size", "num_attention_heads", "head_dim")]
+    assert parts[0] == parts[1] * parts[2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ministral", "modernbert", "electra", "lfm3", "longformer"])
 def test_default_configurations_that_pass_their_proof(name: str, tmp_path: Path) -> None:
