@@ -251,6 +251,12 @@ def test_the_head_and_the_norm_before_it(name: str) -> None:
     assert HEADS[name].items() <= table(name, "head").items()
 
 
+def test_a_norm_of_the_embeddings_is_not_the_one_before_the_head() -> None:
+    found = tomllib.loads(infer({"model_type": "flaubert", "n_layers": 2}, name="flaubert").toml)
+    assert found["head"]["norm"] == "{base}layer_norm2.{layer=last}"
+    assert found["norm"]["post"] is True
+
+
 def test_norms_are_known_by_what_they_do() -> None:
     gemma = infer({"model_type": "gemma", "num_hidden_layers": 2}, name="gemma")
     assert tomllib.loads(gemma.toml)["norm"] == {
@@ -406,6 +412,18 @@ def test_every_n_th_layer_by_a_field() -> None:
     assert depth["dec_layer"] == {"periods": [[["decoder_sparse_step", 2], -1]]}
 
 
+def test_linear_attention_makes_queries_and_keys_before_values() -> None:
+    config: Table = {"model_type": "qwen3_5_text", "num_hidden_layers": 4}
+    modules = tomllib.loads(infer(config, name="qwen3_5_text").toml)["modules"]
+    keys, of_one = "linear_num_key_heads", "linear_num_value_heads_group"
+    values = f"{keys}*{of_one}*linear_value_head_dim"
+    made = f"2*{keys}*linear_key_head_dim+{values}"
+    assert modules["{L}linear_attn.in_proj_qkv"] == f"linear embed -> {made}"
+    assert modules["{L}linear_attn.out_proj"] == f"linear {values} -> embed"
+    # The attention beside it has groups of its own, by the usual name.
+    assert modules["{L}self_attn.o_proj"] == "linear q -> embed"
+
+
 def test_every_n_th_layer_where_only_the_class_says_so() -> None:
     # Two recurrent layers and one of attention take turns, whatever the number of layers.
     found = tomllib.loads(infer({"model_type": "recurrent_gemma"}, name="recurrent_gemma").toml)
@@ -491,6 +509,16 @@ def test_a_model_without_a_width_of_its_own_is_refused(tmp_path: Path) -> None:
     fixed = naming.amended(Amendments(frozen=dict.fromkeys(naming.kinds, "")))
     with pytest.raises(ArchitectureError, match="one size a stage"):
         repair.prove(fixed, lambda *_: "", tmp_path)
+
+
+def test_a_head_size_that_no_tensor_has_is_that_of_the_tiny_model() -> None:
+    # Pixtral's rotary positions read head_dim, its linears hidden_size / num_attention_heads.
+    bench = Workbench({"model_type": "pixtral", "num_hidden_layers": 1}, name="pixtral")
+    structure = module_roles.describe_model(bench.net())
+    naming = AxisNaming(bench, structure, solve.solve(bench, structure))
+    sizes = next(iter(tiny_sizes.proposals(naming)))
+    parts = [int(str(sizes[f])) for f in ("hidden_size", "num_attention_heads", "head_dim")]
+    assert parts[0] == parts[1] * parts[2]
 
 
 @pytest.mark.slow

@@ -192,6 +192,22 @@ def test_a_wrong_spec_fails_and_the_axis_is_named(tmp_path: Path, name: str) -> 
     assert told in found.message
 
 
+def test_an_axis_that_cannot_change_alone_is_not_called_wrong(tmp_path: Path) -> None:
+    # 6 heads can't share 4 kv heads; the fault is another one.
+    spec = tmp_path / "scaled.toml"
+    spec.write_text(
+        'schema = 1\nextends = "llama"\nmodel_types = ["llama"]\n'
+        '[forward_scale]\n"{base}embed_tokens.weight" = "embed**0.5"\n'
+        '[[proof.models]]\nname = "llama"\nclass = "LlamaForCausalLM"\n'
+        "config = {vocab_size = 31, hidden_size = 12, intermediate_size = 10, head_dim = 4, "
+        "num_hidden_layers = 1, num_attention_heads = 6, num_key_value_heads = 2}\n"
+    )
+    (model,) = registry.tiny_models(str(spec))
+    _, growth = checks.prove(model, str(spec), tmp_path, only=("growth",)).checks
+    assert growth.axes == ("embed",)
+    assert "kv_heads: 6 heads can't share 4 kv heads" in growth.message
+
+
 def test_verify_takes_one_model_by_name(tmp_path: Path) -> None:
     (report,) = checks.verify("gpt2", name="gpt2", scratch=tmp_path)
     assert report.model == "gpt2"

@@ -28,6 +28,8 @@ class Amendments:
     """Depth axes: norms stand after the residual addition in their layers."""
     per_head: bool | None = None
     """Whether fused queries, keys and values lie head by head; None: as names say."""
+    by_head: bool = False
+    """Whether a linear makes all that one head has together: queries, keys, values, gates."""
     interleaved: bool = False
     """Whether two halves of one dimension (gate, up) lie in turns."""
     gates: str = ""

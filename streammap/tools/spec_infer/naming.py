@@ -122,16 +122,18 @@ class AxisNaming:
             last = number.end()
         return text + key[last:]
 
-    def expression(self, polynomial: Polynomial | None, *, per_head: bool = False) -> str:
+    def expression(
+        self, polynomial: Polynomial | None, *, per_head: bool = False, by_head: bool = False
+    ) -> str:
         """A dimension in the words of a spec, "_" where it keeps any size."""
         if polynomial is None or not any(polynomial) or _is_odd(polynomial):
             return "_"
         terms = sorted(polynomial.items(), key=lambda item: self._term_rank(item[0]))
-        if per_head and (text := self._per_head(polynomial)):
+        if (per_head or by_head) and (text := self._per_head(polynomial, by_head=by_head)):
             return text
         shared = set.intersection(*(set(m) for m, _ in terms)) if len(terms) > 1 else set()
         shared = {pair for pair in shared if self._rank(pair[0]) < 3}
-        if shared and len(self.solution.groups) == 0:
+        if shared and (by_head or len(self.solution.groups) == 0):
             front = self._product(tuple(shared), 1)
             inner = [self._product(tuple(p for p in m if p not in shared), f) for m, f in terms]
             return f"{front}*({'+'.join(inner)})"
@@ -171,7 +173,8 @@ class AxisNaming:
         per_head = self.known.per_head
         if per_head is None:
             per_head = "query_key_value" in tensors.part.path
-        return self.expression(tensors.dims[i], per_head=per_head)
+        by_head = self.known.by_head and tensors.part.kind == "linear"
+        return self.expression(tensors.dims[i], per_head=per_head, by_head=by_head)
 
     def _used(self) -> list[str]:
         symbols: dict[str, None] = {}
@@ -195,7 +198,8 @@ class AxisNaming:
                 name = _with_prefix(heads, "head_dim")
             elif symbol in self.solution.groups:
                 heads = self.solution.groups[symbol][0]
-                name = _with_prefix(heads, "q_group")
+                plain = plain_name(heads)
+                name = _with_prefix(heads, "q_group" if plain == "heads" else f"{plain}_group")
             else:
                 name = _with_prefix(symbol, plain_name(symbol))
             if name in names.values():
@@ -324,7 +328,7 @@ class AxisNaming:
         pairs = [*self.solution.head_sizes.values(), *self.solution.groups.values()]
         return any(symbol in pair for pair in pairs)
 
-    def _per_head(self, polynomial: Polynomial) -> str | None:
+    def _per_head(self, polynomial: Polynomial, *, by_head: bool) -> str | None:
         """q, k, v of one head after the other."""
         terms = {self._product(m, 1): f for m, f in polynomial.items()}
         if terms == {"q": 1, "kv": 2} and self.solution.groups:
@@ -332,7 +336,8 @@ class AxisNaming:
         ((monomial, factor), *more) = polynomial.items()
         names = [self.names[s] for s, _ in sorted(monomial, key=lambda p: (self._rank(p[0]), p[0]))]
         has_heads = any(is_heads(s) for s, _ in monomial)
-        if more or factor == 1 or not has_heads or not names[-1].endswith("head_dim"):
+        inside = names[-1].endswith("head_dim") or (by_head and len(names) > 1)
+        if more or factor == 1 or not has_heads or not inside:
             return None
         return "*".join([*names[:-1], str(factor), names[-1]])
 
@@ -356,9 +361,12 @@ class AxisNaming:
             return 1
         return 3 if _RATIO.search(leaf) or "shared" in leaf else 4
 
-    def _term_rank(self, monomial: Monomial) -> tuple[bool, bool, int]:
+    def _term_rank(self, monomial: Monomial) -> tuple[bool, bool, bool, int]:
         text = "".join(s for s, _ in monomial)
-        return (not monomial, "rope" in text, -len(monomial))
+        # Linear attention has fewer heads of queries and keys than of values, which come last.
+        pairs = [self.solution.groups[s] for s, _ in monomial if s in self.solution.groups]
+        of_values = any("key_heads" in kv.rpartition(".")[2] for _, kv in pairs)
+        return (not monomial, "rope" in text, of_values, -len(monomial))
 
 
 def plain_name(field: str) -> str:

@@ -204,6 +204,13 @@ def _following(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
             equal[name] = _sections(m, sizes, len(value))
         elif "unpadded_vocab" in name and type(value) is int:
             equal[name] = min(value, _N_WORDS)  # A vocabulary is padded up to its size, not down.
+    # A head size beside the two that make it, which rotary positions read, and no tensor has.
+    for hidden, n_heads in m.solution.head_sizes.values():
+        made = m.fields[hidden].value // m.fields[n_heads].value
+        for field in m.bench.numbers() if {hidden, n_heads} <= sizes.keys() else ():
+            beside = field.scope == m.fields[hidden].scope and field.name not in sizes
+            if beside and plain_name(field.name) == "head_dim" and field.value == made:
+                equal[field.name] = int(str(sizes[hidden])) // int(str(sizes[n_heads]))
     return equal | {
         field.name: heads[field.scope]
         for field in m.fields.values()

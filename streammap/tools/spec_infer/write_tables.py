@@ -100,7 +100,7 @@ class SpecTables:
             for n in self._m.anatomy.norms
             if (not inside or n.path.startswith(f"{inside}."))
             and n.path in self._m.anatomy.keys
-            and "embed" not in n.path.rpartition(".")[2]
+            and not re.search(r"(^|_)emb", n.path.rpartition(".")[2])
             and not re.search(r"(q|k|query|key)_(layer)?norm", n.path)
         ]
         keys = [self._m.anatomy.keys[path] for path in paths]
