@@ -16,16 +16,46 @@ from streammap.tools.spec_infer.probe import Workbench
 _SIZE = re.compile(r"dim|size|inner|heads|rank|width|ratio|budget|layers|experts|top_?k|num_|_num")
 _WIDTH = re.compile(r"(hidden_size|dim|d_model|width)$")
 _HEAD_SIZE, _FEW, _MANY = 16, 4, 64
+_ROPE_THETA = 10000.0
 
 
 def complete(bench: Workbench) -> None:
     """Change fields until a model can be built, where the configuration itself makes none."""
-    if bench.outline({}) is not None:
+    if bench.outline({}) is None:
+        for changes in (*_named(bench), *_filled(bench), *_equal(bench)):
+            if bench.adopt(changes):
+                _without_needless(bench, changes)
+                break
+    for changes in _whole_heads(bench):
+        bench.adopt(changes)
+
+
+def _named(bench: Workbench) -> Iterator[Changes]:
+    """What the model asks for by name, and the configuration does not have in that part."""
+    asked = re.search(r"no attribute '(\w+)'", bench.why())
+    if asked is None:
         return
-    for changes in (*_filled(bench), *_equal(bench)):
-        if bench.adopt(changes):
-            _without_needless(bench, changes)
-            return
+    whole = dict(config_changes.leaves(bench.fields))
+    scopes = dict.fromkeys(name.rpartition(".")[0] for name in whole)
+    value = next((v for k, v in whole.items() if k.rpartition(".")[2] == asked[1]), None)
+    for scope in scopes:
+        name = config_changes.joined(scope, asked[1])
+        usual = _ROPE_THETA if asked[1] == "rope_theta" else _usual(bench, name)
+        yield {name: usual if value is None else value}
+
+
+def _whole_heads(bench: Workbench) -> Iterator[Changes]:
+    """A head size where the hidden size is no multiple of the heads: it would be cut off."""
+    parts: dict[str, dict[str, int]] = {}
+    for field in bench.numbers():
+        parts.setdefault(field.scope, {})[plain_name(field.name)] = field.value
+    for scope, sizes in parts.items():
+        if {"embed", "heads"} <= sizes.keys() and "head_dim" not in sizes:
+            n, rest = divmod(sizes["embed"], sizes["heads"])
+            name = config_changes.joined(scope, "head_dim")
+            # A class that does not read the field is left as it is.
+            if n and rest and bench.outline({name: n + 1}) != bench.outline({}):
+                yield {name: n + n % 2}
 
 
 def _filled(bench: Workbench) -> Iterator[Changes]:

@@ -183,7 +183,7 @@ class Workbench:
         snapshot = self.snapshot({})
         if snapshot is None:
             raise ArchitectureError(
-                f"{self._name}: {self.class_name} can't be built: {self._why()}",
+                f"{self._name}: {self.class_name} can't be built: {self.why()}",
                 hint="check config.json, or write a spec by hand",
             )
         return snapshot
@@ -355,7 +355,8 @@ class Workbench:
                 setattr(owner, leaf, value)
         return finished
 
-    def _why(self) -> str:
+    def why(self) -> str:
+        """What building the model of the configuration itself ends with."""
         try:
             with optional.quiet(hide_warnings=True):
                 self._net(self._plainly({}))
