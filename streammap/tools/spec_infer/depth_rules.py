@@ -87,7 +87,12 @@ class DepthRules:
 
     def _full_lists(self, field: Field) -> list[str]:
         lists = self._m.bench.lists(field.scope)
-        return [k for k, v in lists.items() if len(v) == field.value and k not in probe.REBUILT]
+        full = [k for k, v in lists.items() if len(v) == field.value and k not in probe.REBUILT]
+        # Rows and columns of an image are two numbers, whatever the number of layers.
+        numbers = [k for k in full if all(type(n) is int for n in lists[k])]
+        if numbers and self._m.bench.is_built({field.name: field.value + 1}):
+            return [k for k in full if k not in numbers]
+        return full
 
     def _is_index_list(self, leaf: str, entries: Sequence[object], field: Field) -> bool:
         numbers = all(type(e) is int and e < field.value for e in entries)

@@ -255,6 +255,13 @@ class Workbench:
         """The model with some fields changed; None where there can't be one."""
         return self._asked(changes, by_disk=True)
 
+    def is_built(self, changes: Changes) -> bool:
+        """Whether a model can be built with these fields changed, and no others."""
+        with contextlib.suppress(Exception), optional.quiet(hide_warnings=True):
+            self._net(self._plainly(changes))
+            return True
+        return False
+
     def outline(self, changes: Changes) -> Snapshot | None:
         """The same by the names in the model: of a large one, many fewer than in its files."""
         return self._asked(changes, by_disk=False)
