@@ -294,7 +294,11 @@ def _grid_patches(seen: Any, takes: Mapping[str, object]) -> dict[str, Tensor]:
     grid = next(name for name in _GRIDS if name in takes)
     side = 2 * (_number(seen, "spatial_merge_size") or (2 if grid.endswith("_hw") else 1))
     channels = _number(seen, "in_channels", "in_chans", "num_channels") or 3
-    size = channels * (_number(seen, "temporal_patch_size") or 1) * seen.patch_size**2
+    size = (
+        channels
+        * (_number(seen, "temporal_patch_size", "patch_temporal") or 1)
+        * seen.patch_size**2
+    )
     alone, times = grid == "grid_thw", [] if grid.endswith("_hw") else [1]
     shape: tuple[int, ...] = (_BATCH * side * side, size)
     if seen.model_type in {"paddleocr_vl_vision", "kimi_k25_vision"}:
