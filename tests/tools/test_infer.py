@@ -521,6 +521,45 @@ def test_a_head_size_that_no_tensor_has_is_that_of_the_tiny_model() -> None:
     assert parts[0] == parts[1] * parts[2]
 
 
+def test_a_head_size_that_equals_another_one_stays_so_in_the_tiny_model() -> None:
+    # Rotary positions are as many as head_dim says, and turn the qk_rope_head_dim of each head.
+    config = {"model_type": "longcat_flash", "num_layers": 2, "n_routed_experts": 8}
+    bench = Workbench(config, name="longcat_flash")
+    structure = module_roles.describe_model(bench.net())
+    naming = AxisNaming(bench, structure, solve.solve(bench, structure))
+    sizes = tiny_sizes._all_different(naming)
+    assert sizes["head_dim"] == sizes["qk_rope_head_dim"] != 64
+
+
+def test_hidden_sizes_that_heads_do_not_divide_get_a_head_size() -> None:
+    bench = Workbench({"model_type": "glm4_moe"}, name="glm4_moe")
+    assert "head_dim" not in bench.fields
+    completing.complete(bench)
+    assert bench.fields["head_dim"] == 42
+    # Where the class reads none, or they divide, nothing is added.
+    for name in ("bert", "llama"):
+        other = Workbench({"model_type": name, "hidden_size": 768}, name=name)
+        before = dict(other.fields)
+        completing.complete(other)
+        assert other.fields == before
+
+
+def test_a_field_that_the_class_asks_for_by_name_is_given() -> None:
+    bench = Workbench({"model_type": "dbrx"}, name="dbrx")
+    assert "rope_theta" in bench.why()
+    completing.complete(bench)
+    assert bench.snapshot({}) is not None
+    inside = bench.fields["attn_config"]
+    assert isinstance(inside, dict)
+    assert inside["rope_theta"] == 10000.0
+
+
+def test_rows_and_columns_are_no_list_of_layers() -> None:
+    sizes = {"num_hidden_layers": 2, "image_size": [56, 56], "patch_size": [14, 14]}
+    text = infer({"model_type": "internvl_vision", **sizes}, name="internvl_vision").toml
+    assert "image_size" not in str(tomllib.loads(text).get("depth", {}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",

@@ -204,17 +204,33 @@ def _following(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
             equal[name] = _sections(m, sizes, len(value))
         elif "unpadded_vocab" in name and type(value) is int:
             equal[name] = min(value, _N_WORDS)  # A vocabulary is padded up to its size, not down.
-    # A head size beside the two that make it, which rotary positions read, and no tensor has.
-    for hidden, n_heads in m.solution.head_sizes.values():
-        made = m.fields[hidden].value // m.fields[n_heads].value
-        for field in m.bench.numbers() if {hidden, n_heads} <= sizes.keys() else ():
-            beside = field.scope == m.fields[hidden].scope and field.name not in sizes
-            if beside and plain_name(field.name) == "head_dim" and field.value == made:
-                equal[field.name] = int(str(sizes[hidden])) // int(str(sizes[n_heads]))
+    equal |= _head_sizes(m, sizes)
     return equal | {
         field.name: heads[field.scope]
         for field in m.fields.values()
         if field.leaf == "num_key_value_heads" and field.name not in sizes and field.scope in heads
+    }
+
+
+def _head_sizes(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, int]:
+    """Head sizes that no tensor has, and rotary positions read: as large as what they equal."""
+    tiny: dict[tuple[str, int], int] = {}
+    for name, size in sizes.items():
+        field = m.fields.get(name)
+        if field is not None and HEAD_SIZE.search(field.leaf) and type(size) is int:
+            tiny[field.scope, field.value] = size
+    for hidden, n_heads in m.solution.head_sizes.values():
+        if {hidden, n_heads} <= sizes.keys():
+            whole, n = m.fields[hidden], m.fields[n_heads].value
+            tiny[whole.scope, whole.value // n] = int(str(sizes[hidden])) // int(
+                str(sizes[n_heads])
+            )
+    return {
+        field.name: tiny[field.scope, field.value]
+        for field in m.bench.numbers()
+        if plain_name(field.name) == "head_dim"
+        and field.name not in sizes
+        and (field.scope, field.value) in tiny
     }
 
 
