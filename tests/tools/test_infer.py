@@ -560,10 +560,27 @@ def test_rows_and_columns_are_no_list_of_layers() -> None:
     assert "image_size" not in str(tomllib.loads(text).get("depth", {}))
 
 
+def test_parts_of_a_sum_may_lie_the_other_way_round() -> None:
+    naming = naming_of("mamba")
+    (x_proj,) = (t.dims[0] for t in naming.tensors if t.pattern.endswith("x_proj.weight"))
+    assert naming.expression(x_proj) == "2*state_size+time_step_rank"
+    turned = naming.amended(Amendments(turned=True))
+    assert turned.expression(x_proj) == "time_step_rank+2*state_size"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["ministral", "modernbert", "electra", "lfm3", "longformer", "instructblip", "paligemma"],
+    [
+        "ministral",
+        "modernbert",
+        "electra",
+        "lfm3",
+        "longformer",
+        "instructblip",
+        "paligemma",
+        "mamba",
+    ],
 )
 def test_default_configurations_that_pass_their_proof(name: str, tmp_path: Path) -> None:
     found = infer({"model_type": name}, name=name, scratch=tmp_path)

@@ -32,6 +32,8 @@ class Amendments:
     """Whether a linear makes all that one head has together: queries, keys, values, gates."""
     interleaved: bool = False
     """Whether two halves of one dimension (gate, up) lie in turns."""
+    turned: bool = False
+    """Whether the parts of a sum lie the other way round."""
     gates: str = ""
     """What the gates of experts add up to."""
     unsigned: Mapping[str, str] = field(default_factory=dict)

@@ -129,6 +129,7 @@ class AxisNaming:
         if polynomial is None or not any(polynomial) or _is_odd(polynomial):
             return "_"
         terms = sorted(polynomial.items(), key=lambda item: self._term_rank(item[0]))
+        terms = terms[::-1] if self.known.turned else terms
         if (per_head or by_head) and (text := self._per_head(polynomial, by_head=by_head)):
             return text
         shared = set.intersection(*(set(m) for m, _ in terms)) if len(terms) > 1 else set()

@@ -218,8 +218,11 @@ def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> I
     elif not known.interleaved or known.per_head is None:
         yield replace(known, interleaved=not known.interleaved)
         yield replace(known, per_head=known.per_head is not True)
-    if not known.by_head and axis not in naming.residuals():
-        yield replace(known, by_head=True)
+    if axis not in naming.residuals():
+        if not known.by_head:
+            yield replace(known, by_head=True)
+        if not known.turned:
+            yield replace(known, turned=True)
 
 
 def _is_post(naming: AxisNaming, known: Amendments) -> bool:
