@@ -146,15 +146,16 @@ def test_copies_and_the_way_back_have_the_same_top_k(bench: Bench) -> None:
     assert back.config == lazy.config
 
 
-def test_a_top_k_that_config_json_does_not_say_promises_nothing(bench: Bench) -> None:
-    """The class has a default, which would not grow."""
-    source = bench.source(truth.named("mixtral", "mixtral"))
+def test_a_top_k_that_config_json_does_not_say_is_that_of_its_class(bench: Bench) -> None:
+    model = truth.named("mixtral", "mixtral")
+    source = bench.source(model)
     config = truth.config_of(source)
-    del config["num_experts_per_tok"]
+    assert config.pop("num_experts_per_tok") == 2  # The class's own number.
     folder = truth.write(source.with_name("unsaid"), truth.state_of(source), config)
-    promise, reason = streammap.open(folder).decoalesce(experts=2).promise
-    assert promise == "approximate"
-    assert "doesn't say how many experts" in reason
+    grown = streammap.open(folder).decoalesce(experts=2)
+    assert grown.promise[0] == "exact"
+    assert top_k_of(grown) == 4
+    assert bench.error(grown, folder, model) < 1e-9
 
 
 @pytest.mark.parametrize(

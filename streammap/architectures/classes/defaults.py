@@ -6,7 +6,7 @@ of published models often do. defaults.json is made by `python -m streammap.tool
 
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from importlib import resources
 
 Value = int | float | bool | list[object]
@@ -57,11 +57,16 @@ def _item(found: object, parts: list[str]) -> Value | None:
 
 
 def _entry(name: object) -> Mapping[str, object]:
-    return _all().get(name, {}) if isinstance(name, str) else {}
+    return _of_type(name) if isinstance(name, str) else {}
 
 
-@cache
-def _all() -> Mapping[str, Mapping[str, object]]:
-    text = (resources.files(__package__) / "defaults.json").read_text(encoding="utf-8")
-    entries: dict[str, dict[str, object]] = json.loads(text)
-    return entries
+@lru_cache(maxsize=64)
+def _of_type(name: str) -> Mapping[str, object]:
+    # A line each, so that a run holds those of its own model types alone.
+    start = f"{json.dumps(name)}: "
+    with (resources.files(__package__) / "defaults.json").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith(start):
+                entry: dict[str, object] = json.loads(line.removeprefix(start).rstrip(",\n"))
+                return entry
+    return {}
