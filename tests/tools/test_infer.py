@@ -560,6 +560,15 @@ def test_rows_and_columns_are_no_list_of_layers() -> None:
     assert "image_size" not in str(tomllib.loads(text).get("depth", {}))
 
 
+def test_places_of_merged_patches_may_lie_behind_their_channels() -> None:
+    naming = naming_of("lighton_ocr")
+    (merged,) = (t.dims[1] for t in naming.tensors if t.pattern.endswith("merging_layer.weight"))
+    merge, width = "spatial_merge_size", "vision_embed"
+    assert naming.expression(merged) == f"{merge}*{merge}*{width}"
+    other = naming.amended(Amendments(interleaved=True))
+    assert other.expression(merged) == f"{width}*{merge}*{merge}"
+
+
 def test_parts_of_a_sum_may_lie_the_other_way_round() -> None:
     naming = naming_of("mamba")
     (x_proj,) = (t.dims[0] for t in naming.tensors if t.pattern.endswith("x_proj.weight"))

@@ -355,12 +355,14 @@ class AxisNaming:
         if symbol in self.solution.groups:
             return 2
         if symbol in self.solution.head_sizes or HEAD_SIZE.search(leaf):
-            return 5
+            return 6
         if re.search(r"layer|depth", leaf):
             return 0
         if is_heads(symbol):
             return 1
-        return 3 if _RATIO.search(leaf) or "shared" in leaf else 4
+        is_ratio = _RATIO.search(leaf) or "shared" in leaf
+        # Unfolded images have the places of a channel together, where others have its channels.
+        return 4 if not is_ratio else 5 if self.known.interleaved else 3
 
     def _term_rank(self, monomial: Monomial) -> tuple[bool, bool, bool, int]:
         text = "".join(s for s, _ in monomial)
