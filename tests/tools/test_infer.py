@@ -560,6 +560,17 @@ def test_rows_and_columns_are_no_list_of_layers() -> None:
     assert "image_size" not in str(tomllib.loads(text).get("depth", {}))
 
 
+def test_parts_of_rotary_positions_add_up_to_half_a_tiny_head() -> None:
+    # config.json does not say them, and the class's own are those of heads of 128.
+    naming = naming_of("qwen2_5_vl")
+    sizes = tiny_sizes._all_different(naming)
+    sections = sizes["text_config.rope_parameters.mrope_section"]
+    assert isinstance(sections, list)
+    hidden, heads = (sizes[f"text_config.{f}"] for f in ("hidden_size", "num_attention_heads"))
+    assert 2 * sum(sections) == int(str(hidden)) // int(str(heads))
+    assert not any("mrope" in name for name in tiny_sizes._all_different(naming_of("llama")))
+
+
 def test_places_of_merged_patches_may_lie_behind_their_channels() -> None:
     naming = naming_of("lighton_ocr")
     (merged,) = (t.dims[1] for t in naming.tensors if t.pattern.endswith("merging_layer.weight"))

@@ -10,8 +10,10 @@ have is refused.
 
 import contextlib
 import copy
+import inspect
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -254,6 +256,12 @@ class Workbench:
     def snapshot(self, changes: Changes) -> Snapshot | None:
         """The model with some fields changed; None where there can't be one."""
         return self._asked(changes, by_disk=True)
+
+    def mentions(self, word: str) -> bool:
+        """Whether the module of the model's class has a word."""
+        with contextlib.suppress(OSError):
+            return word in inspect.getsource(sys.modules[self._net_class.__module__])
+        return False
 
     def is_built(self, changes: Changes) -> bool:
         """Whether a model can be built with these fields changed, and no others."""

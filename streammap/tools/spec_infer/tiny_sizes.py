@@ -204,6 +204,12 @@ def _following(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
             equal[name] = _sections(m, sizes, len(value))
         elif "unpadded_vocab" in name and type(value) is int:
             equal[name] = min(value, _N_WORDS)  # A vocabulary is padded up to its size, not down.
+    if m.bench.mentions("mrope_section") and not any("mrope_section" in name for name in equal):
+        # The class has a default, which is that of large heads.
+        for name, _ in config_changes.leaves(m.bench.fields):
+            scope, leaf = name.rpartition(".")[::2]
+            if leaf == "rope_theta" and "vision" not in scope:
+                equal[config_changes.joined(scope, "mrope_section")] = _sections(m, sizes, 3)
     equal |= _head_sizes(m, sizes)
     return equal | {
         field.name: heads[field.scope]
