@@ -554,6 +554,13 @@ def test_a_field_that_the_class_asks_for_by_name_is_given() -> None:
     assert inside["rope_theta"] == 10000.0
 
 
+def test_a_token_takes_some_experts_where_config_json_has_null() -> None:
+    bench = Workbench({"model_type": "dots1", "num_hidden_layers": 2}, name="dots1")
+    assert bench.fields["num_experts_per_tok"] is None
+    completing.complete(bench)
+    assert bench.fields["num_experts_per_tok"] == 2
+
+
 def test_rows_and_columns_are_no_list_of_layers() -> None:
     sizes = {"num_hidden_layers": 2, "image_size": [56, 56], "patch_size": [14, 14]}
     text = infer({"model_type": "internvl_vision", **sizes}, name="internvl_vision").toml

@@ -15,6 +15,8 @@ from streammap.tools.spec_infer.probe import Workbench
 
 _SIZE = re.compile(r"dim|size|inner|heads|rank|width|ratio|budget|layers|experts|top_?k|num_|_num")
 _WIDTH = re.compile(r"(hidden_size|dim|d_model|width)$")
+_TAKEN = re.compile(r"experts_per_tok|moe_top_?k$|top_k_experts")
+_TAKES = 2
 _HEAD_SIZE, _FEW, _MANY = 16, 4, 64
 _ROPE_THETA = 10000.0
 
@@ -26,7 +28,7 @@ def complete(bench: Workbench) -> None:
             if bench.adopt(changes):
                 _without_needless(bench, changes)
                 break
-    for changes in _whole_heads(bench):
+    for changes in (*_whole_heads(bench), *_taken(bench)):
         bench.adopt(changes)
 
 
@@ -58,6 +60,13 @@ def _whole_heads(bench: Workbench) -> Iterator[Changes]:
                 yield {name: n + n % 2}
 
 
+def _taken(bench: Workbench) -> Iterator[Changes]:
+    """How many experts a token takes, where that is null: no shape needs it, each run does."""
+    for name, value in config_changes.leaves(bench.fields):
+        if value is None and _TAKEN.search(name.rpartition(".")[2]):
+            yield {name: _TAKES}
+
+
 def _filled(bench: Workbench) -> Iterator[Changes]:
     """Sizes that are null, with values that are usual."""
     null = [
@@ -76,6 +85,8 @@ def _usual(bench: Workbench, name: str) -> int:
     beside = {plain_name(f.name): f.value for f in bench.numbers() if f.scope == scope}
     if plain_name(name) == "head_dim" and {"embed", "heads"} <= beside.keys():
         return beside["embed"] // beside["heads"]
+    if _TAKEN.search(leaf):
+        return _TAKES
     if "heads" in leaf:
         return 1 if "kv" in leaf else _FEW
     if "head_dim" in leaf and "head_dim" in beside:
@@ -94,4 +105,5 @@ def _equal(bench: Workbench) -> Iterator[Changes]:
 def _without_needless(bench: Workbench, changes: Changes) -> None:
     """Take back each change that the model can be built without."""
     for name in changes if len(changes) > 1 else ():
-        bench.adopt({name: None})
+        if not _TAKEN.search(name):
+            bench.adopt({name: None})
