@@ -47,6 +47,11 @@ def on_disk(net: Saved, state: Mapping[str, MetaTensor]) -> dict[str, MetaTensor
     return found
 
 
+def shapes(net: Saved) -> dict[str, tuple[int, ...]]:
+    """Key in the model -> shape, of the tensors that are saved."""
+    return {key: tuple(x.shape) for key, x in saved(net).items()}
+
+
 class DiskNames:
     """The names in files of one class's tensors, remembered from model to model."""
 

@@ -391,8 +391,7 @@ class Workbench:
 
     def _shot(self, finished: _Config, *, by_disk: bool) -> Snapshot:
         net = self._net(finished)
-        own = disk_names.saved(net).items() if not by_disk else ()
-        shapes = {k: tuple(x.shape) for k, x in own} or self._disk_names.shapes(net)
+        shapes = self._disk_names.shapes(net) if by_disk else disk_names.shapes(net)
         attributes = {
             (path, name): value
             for path, module in net.named_modules()

@@ -228,9 +228,8 @@ def _head_sizes(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, int]:
     for hidden, n_heads in m.solution.head_sizes.values():
         if {hidden, n_heads} <= sizes.keys():
             whole, n = m.fields[hidden], m.fields[n_heads].value
-            tiny[whole.scope, whole.value // n] = int(str(sizes[hidden])) // int(
-                str(sizes[n_heads])
-            )
+            width, n_tiny = (int(str(sizes[name])) for name in (hidden, n_heads))
+            tiny[whole.scope, whole.value // n] = width // n_tiny
     return {
         field.name: tiny[field.scope, field.value]
         for field in m.bench.numbers()

@@ -201,9 +201,9 @@ class _Proof:
         if not self._axes("width"):
             return None  # They have none.
         grown = self._grown()
-        grown.save(self._scratch / "grown", overwrite=True, fsync=False, class_check="never")
+        self._save(grown, "grown")
         merged = self._open("grown").coalesce()
-        merged.save(self._scratch / "merged", overwrite=True, fsync=False, class_check="never")
+        self._save(merged, "merged")
         families = self._source.plan.model.families
         kept = {key for f in families if f.rule.kind != "drop" for key in f.members.values()}
         if kept != set(merged.keys()):
@@ -405,7 +405,7 @@ class _Proof:
 
     def _run(self, lazy: LazyCheckpoint, name: str) -> dict[str, Tensor]:
         """What a resized model computes, through its files."""
-        lazy.save(self._scratch / name, overwrite=True, fsync=False, class_check="never")
+        self._save(lazy, name)
         results = tiny_models.outputs(self._scratch / name, self._model)
         if results.keys() != self._expected.keys():
             raise PlanError(f"outputs are {sorted(results)}, expected {sorted(self._expected)}")
