@@ -114,6 +114,22 @@ def test_vision_language_models_are_run_with_images(tmp_path: Path, model: TinyM
         assert "image_embeds" in before or not torch.equal(after[name], x), name
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_whole_proof_asks_the_class_and_names_what_it_would_not_load(
+    tmp_path: Path, quick: bool
+) -> None:
+    spec = tmp_path / "wrong.toml"
+    spec.write_text(
+        'schema = 1\nextends = "bert"\nmodel_types = ["bert"]\n'
+        '[modules]\n"{L}intermediate.dense" = "linear embed -> _"\n'
+    )
+    report = checks.prove(BERT, str(spec), tmp_path / "models", quick=quick)
+    failed = [check for check in report.checks if not check.passed]
+    assert failed[0].name == "growth"
+    assert ("intermediate.dense" in failed[0].message) != quick
+    assert (len(failed) == 1) == quick
+
+
 def test_lists_that_are_derived_otherwise_are_found(tmp_path: Path) -> None:
     """A spec that derives other lists than transformers does would promise what doesn't hold."""
     model = TinyModel(
