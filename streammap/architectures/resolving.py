@@ -264,6 +264,7 @@ def _tied(
         return None
     has_tensor = any(first_match(head.head, key) is not None for key in specs)
     told = f"{head.path}tie_word_embeddings"
+    # Of a whole the spec says what its classes mean (`tied`); a part has its own class.
     flag = (
         config_fields.meant(config, told) if head.path else config_fields.field_value(config, told)
     )
