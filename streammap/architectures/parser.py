@@ -209,8 +209,8 @@ def _joined(
         listed = axes.pop(other).fields if other in axes else ()
         there = [path for path in listed if config_fields.field_value(config, path) is not None]
         written |= {path: Name(axis) for path in there[:1]}
-    if not any(axis.kind == "depth" for axis in axes.values()):
-        raise ArchitectureError("expected an axis of kind depth")
+    if not axes:
+        raise ArchitectureError("expected axes, which name the sizes of a model")
     for axis_name in (name for one in tables for name in one.written):
         if axis_name not in axes:
             raise ArchitectureError(

@@ -657,7 +657,7 @@ def test_a_module_stands_for_these_tensors(words: str, expected: dict[str, list[
         ("schema = '1'", "schema is '1', expected 1"),
         (f"surprise = 1\n{MINIMAL}", "unknown entry 'surprise'"),
         (f"{MINIMAL}[tensor]\n", "unknown entry 'tensor'"),
-        ("schema = 1\nmodel_types = ['a']\n", "expected an axis of kind depth"),
+        ("schema = 1\nmodel_types = ['a']\n", "expected axes, which name the sizes of a model"),
         (MINIMAL.replace('model_types = ["toy"]', ""), "model_types: no entry, expected one"),
         (MINIMAL.replace('["toy"]', "[1]"), "model_types: expected a string, found 1"),
         (MINIMAL.replace('["toy"]', '"toy"'), "model_types: expected a list, found 'toy'"),

@@ -41,7 +41,7 @@ HEAD_SIZE = re.compile(r"head_dim$|^d_kv$|head_size$|rotary|rope")
 _RATIO = re.compile(r"ratio|mult|expan|factor|merge")
 _FROZEN = re.compile(
     r"ratio|mult|expan|factor|head_dim$|^d_kv$|head_size$|rotary|rope|n(um)?_shared"
-    r"|vocab|position|channels|labels"
+    r"|vocab|position|channels|labels|n_?groups$"
 )
 _DOWN = re.compile(r"down|w2|output_linear|(^|[._])wo($|[._])|fc2|c_proj")
 
@@ -325,6 +325,10 @@ class AxisNaming:
                 kinds[name] = "width"
         return kinds
 
+    def _shared(self) -> set[str]:
+        """What several heads share: kv heads, and sets of B and C."""
+        return {shared for _, shared in self.solution.groups.values()}
+
     def _fits_head(self, symbol: str) -> bool:
         pairs = [*self.solution.head_sizes.values(), *self.solution.groups.values()]
         return any(symbol in pair for pair in pairs)
@@ -358,18 +362,21 @@ class AxisNaming:
             return 6
         if re.search(r"layer|depth", leaf):
             return 0
-        if is_heads(symbol):
+        if is_heads(symbol) or symbol in self._shared():
             return 1
         is_ratio = _RATIO.search(leaf) or "shared" in leaf
         # Unfolded images have the places of a channel together, where others have its channels.
         return 4 if not is_ratio else 5 if self.known.interleaved else 3
 
-    def _term_rank(self, monomial: Monomial) -> tuple[bool, bool, bool, int]:
+    def _term_rank(self, monomial: Monomial) -> tuple[bool, bool, bool, int, int]:
         text = "".join(s for s, _ in monomial)
         # Linear attention has fewer heads of queries and keys than of values, which come last.
         pairs = [self.solution.groups[s] for s, _ in monomial if s in self.solution.groups]
         of_values = any("key_heads" in kv.rpartition(".")[2] for _, kv in pairs)
-        return (not monomial, "rope" in text, of_values, -len(monomial))
+        # Mamba makes gate and input, then B and C, then a time step for each head.
+        counts = all(self._rank(s) in (1, 2) for s, _ in monomial)
+        last = 2 if counts and monomial else 1 if "state" in text else 0
+        return (not monomial, "rope" in text, of_values, last, -len(monomial))
 
 
 def plain_name(field: str) -> str:

@@ -28,6 +28,9 @@ _MAX_FIELDS = 6
 _HEADS = re.compile(r"head")
 _ASIDE = re.compile(r"proj|embedding")
 _KV = re.compile(r"kv|key_value|key_heads")
+_STATE_GROUPS = re.compile(r"n_?groups$")
+"""In state-space models (Mamba 2): how many sets of B and C the heads share."""
+_MIXERS = re.compile(r"mamba|ssm|linear|conv|lightning|index")
 _LENGTH = re.compile(r"position|ctx|max_|seq|length|vocab")
 _ATTENTION = re.compile(r"atten|attn|mixer", re.IGNORECASE)
 _QUERY = re.compile(r"^(w?(q|k|v|qk|kv|qkv)|query|key|value|c_attn|in_proj|query_key_value)$")
@@ -365,25 +368,46 @@ def _headed(kind: str, path: str, rank: int) -> tuple[int, ...]:
 
 
 def _groups(dims: Dims, probed: Probed) -> dict[str, tuple[str, str]]:
-    """Pairs of heads and kv heads that stand in the dimensions."""
+    """Pairs of heads, and of what these share (kv heads), that stand in the dimensions."""
     symbols = {s for ps in dims.values() for p in ps if p for m in p for s, _ in m}
-    present = [f for f in probed.fields if f in symbols and _HEADS.search(f.rpartition(".")[2])]
-    counts = [f for f in present if not re.search(r"dim|size", f.rpartition(".")[2])]
+    present = [f for f in probed.fields if f in symbols]
+    heads = [f for f in present if _HEADS.search(_leaf(f)) and not re.search("dim|size", _leaf(f))]
     pairs = {}
-    for kv in counts:
-        if not _KV.search(kv.rpartition(".")[2]):
-            continue
-        scope = kv.rpartition(".")[0]
-        leaf = kv.rpartition(".")[2]
-        twin = leaf.replace("key", "value", 1)
-        others = [f for f in counts if f != kv and f.rpartition(".")[0] == scope]
-        if "key_heads" in leaf:
-            others = [f for f in others if f.rpartition(".")[2] == twin]
-        else:
-            others = [f for f in others if not re.search(r"kv|key|value", f.rpartition(".")[2])]
-        if len(others) == 1 and probed.fields[others[0]].value % probed.fields[kv].value == 0:
-            pairs[f"{others[0]}/{kv}"] = others[0], kv
+    for shared in present:
+        beside = [f for f in heads if f != shared and f.rpartition(".")[0] == _scope(shared)]
+        others = _sharing(shared, beside) if shared in heads else _of_states(shared, beside)
+        if len(others) == 1:
+            n, rest = divmod(probed.fields[others[0]].value, probed.fields[shared].value)
+            if n and not rest:
+                pairs[f"{others[0]}/{shared}"] = others[0], shared
     return pairs
+
+
+def _sharing(kv: str, beside: Sequence[str]) -> list[str]:
+    """The heads that may share kv heads."""
+    leaf = _leaf(kv)
+    if not _KV.search(leaf):
+        return []
+    if "key_heads" in leaf:
+        return [f for f in beside if _leaf(f) == leaf.replace("key", "value", 1)]
+    queries = [f for f in beside if not re.search(r"kv|key|value", _leaf(f))]
+    # Beside those of attention there may be heads of another mixer.
+    return [f for f in queries if len(queries) == 1 or not _MIXERS.search(_leaf(f))]
+
+
+def _of_states(groups: str, beside: Sequence[str]) -> list[str]:
+    """The heads that may share sets of B and C."""
+    if not _STATE_GROUPS.search(_leaf(groups)):
+        return []
+    return [f for f in beside if _MIXERS.search(_leaf(f)) or len(beside) == 1]
+
+
+def _leaf(field: str) -> str:
+    return field.rpartition(".")[2]
+
+
+def _scope(field: str) -> str:
+    return field.rpartition(".")[0]
 
 
 def _everywhere(dims: Dims, old: Monomial, new: Monomial) -> dict[str, Explained]:
