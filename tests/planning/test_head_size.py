@@ -8,7 +8,7 @@ import pytest
 from streammap import api
 from streammap.architectures.schema import TinyModel
 from streammap.errors import PlanError
-from streammap.tools.spec_proof import checks, tiny_models
+from streammap.tools.spec_proof import comparison, tiny_models
 
 pytest.importorskip("transformers")
 
@@ -45,7 +45,7 @@ def gemma3(full: dict[str, Any], sliding: dict[str, Any]) -> TinyModel:
 @pytest.mark.parametrize(
     ("model", "allowed"),
     [
-        (llama(LINEAR), checks.TOLERANCE),
+        (llama(LINEAR), comparison.TOLERANCE),
         # Its norms over a head share their epsilon.
         (gemma3(LINEAR, PLAIN), 1e-4),
     ],
@@ -55,7 +55,7 @@ def test_positions_that_are_divided_are_kept(
 ) -> None:
     tiny_models.build(model, tmp_path / "source")
     grown = api.open(tmp_path / "source").decoalesce(head_dim=16)
-    assert grown.promise[0] == ("exact" if allowed == checks.TOLERANCE else "exact up to eps")
+    assert grown.promise[0] == ("exact" if allowed == comparison.TOLERANCE else "exact up to eps")
     grown.save(tmp_path / "grown", fsync=False)
     before, after = (tiny_models.outputs(tmp_path / f, model) for f in ("source", "grown"))
     expected = before["logits"]

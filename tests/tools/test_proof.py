@@ -80,7 +80,7 @@ def test_a_resized_model_computes_what_its_source_does(
     for name in ("growth", "permutation"):
         error = errors[name]
         assert (error is None) == model.shapes_only
-        assert error is None or error < checks.TOLERANCE
+        assert error is None or error < comparison.TOLERANCE
 
 
 def test_each_quick_model_is_there() -> None:

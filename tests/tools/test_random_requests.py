@@ -24,7 +24,7 @@ from streammap.architectures import registry
 from streammap.architectures.schema import TinyModel
 from streammap.errors import StreammapError
 from streammap.planning.by_layer import layered
-from streammap.tools.spec_proof import checks, tiny_models
+from streammap.tools.spec_proof import comparison, tiny_models
 from tests.support import truth
 from tests.support.truth import Bench, Outputs
 
@@ -32,7 +32,7 @@ transformers = pytest.importorskip("transformers")
 
 N_REQUESTS = int(os.environ.get("STREAMMAP_REQUESTS", "60"))
 FIRST = int(os.environ.get("STREAMMAP_FIRST_REQUEST", "0"))
-ALLOWED = {"bit-exact": 0.0, "exact": checks.TOLERANCE, "exact up to eps": 1e-2}
+ALLOWED = {"bit-exact": 0.0, "exact": comparison.TOLERANCE, "exact up to eps": 1e-2}
 SWITCHES: Mapping[str, tuple[object, ...]] = {
     "tie_word_embeddings": (True, False),
     "attention_bias": (True, False),
@@ -262,7 +262,7 @@ def broken(case: Case, bench: Bench, counts: Counter[str], drawn_by: Request) ->
     counts["ways back"] += 1
     smaller = back.coalesce().save(grown.with_name("back"), overwrite=True, fsync=False)
     error = difference(tiny_models.outputs(Path(smaller.output), case.model), case.expected)
-    if error is None or error > checks.TOLERANCE:
+    if error is None or error > comparison.TOLERANCE:
         yield f"{case} {options}: the way back is {error} off"
 
 

@@ -325,7 +325,7 @@ class AxisNaming:
                 kinds[name] = "width"
         return kinds
 
-    def _shared(self) -> set[str]:
+    def shared(self) -> set[str]:
         """What several heads share: kv heads, and sets of B and C."""
         return {shared for _, shared in self.solution.groups.values()}
 
@@ -362,7 +362,7 @@ class AxisNaming:
             return 6
         if re.search(r"layer|depth", leaf):
             return 0
-        if is_heads(symbol) or symbol in self._shared():
+        if is_heads(symbol) or symbol in self.shared():
             return 1
         is_ratio = _RATIO.search(leaf) or "shared" in leaf
         # Unfolded images have the places of a channel together, where others have its channels.

@@ -300,7 +300,8 @@ def _wide_as_heads(m: AxisNaming, few: Mapping[int, int]) -> dict[int, int]:
 def _in_proportion(m: AxisNaming) -> dict[str, object]:
     """All widths divided by one number, and heads by another, as far as they can be."""
     chosen = {s: m.fields[s] for s in m.names if s in m.fields and m.kinds[m.names[s]] != "depth"}
-    heads = {s: f.value for s, f in chosen.items() if is_heads(s)}
+    several = {s for s in m.shared() if s in chosen and chosen[s].value > 1}
+    heads = {s: f.value for s, f in chosen.items() if is_heads(s) or s in several}
     head_sizes = {s: f.value for s, f in chosen.items() if HEAD_SIZE.search(f.leaf)}
     widths = {
         s: f.value

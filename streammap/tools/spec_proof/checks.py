@@ -41,6 +41,8 @@ from streammap.planning.ordering import units
 from streammap.planning.plan import Promise
 from streammap.planning.requests import Grouping
 from streammap.tools.spec_proof import comparison, layer_ways, missing_lists, tiny_models
+from streammap.tools.spec_proof.blame import Changed, by_axis, told
+from streammap.tools.spec_proof.comparison import TOLERANCE
 from streammap.tools.spec_proof.layer_ways import Way
 
 CheckName = Literal[
@@ -55,8 +57,6 @@ CHECKS: tuple[CheckName, ...] = (
     "promises",
     "missing",
 )
-TOLERANCE = 1e-9
-"""Largest relative difference of outputs that are called the same."""
 _ROUNDING = 2.0**-50
 _ALLOWED: Mapping[Promise, float] = {
     "bit-exact": 0.0,
@@ -193,7 +193,9 @@ class _Proof:
     def growth(self) -> float | None:
         """Every width twice as large."""
         return self._same(
-            self._grown, lambda axis: self._source.decoalesce(axes={axis: 2}), self._axes("width")
+            self._grown,
+            lambda axes: self._source.decoalesce(axes=dict.fromkeys(axes, 2)),
+            self._axes("width"),
         )
 
     def round_trip(self) -> float | None:
@@ -233,7 +235,7 @@ class _Proof:
         """Every width, and the experts, in random order; hidden units with random signs."""
         return self._same(
             lambda: self._permuted(()),
-            lambda axis: self._permuted((axis,)),
+            self._permuted,
             (*self._axes("width"), *self._axes("expert")),
         )
 
@@ -359,7 +361,7 @@ class _Proof:
             try:
                 return grown.decoalesce(axes=self._layers(way)), self._layers(way)
             except PlanError as failure:
-                failures.append(_told(failure))
+                failures.append(told(failure))
         raise PlanError("; ".join(failures))
 
     def _layers(self, way: Way) -> dict[str, RequestLike]:
@@ -431,47 +433,24 @@ class _Proof:
     def _same(
         self,
         whole: Callable[[], LazyCheckpoint],
-        alone: Callable[[str], LazyCheckpoint],
+        changed: Changed,
         axes: Sequence[str],
     ) -> float | None:
         """The error of a change of all axes; where it is too large, that of each axis is told."""
         try:
             error = self._error(whole())
         except Exception as failure:
-            told, wrong = self._by_axis(alone, axes)
-            raise _WrongError(None, f"{_told(failure)}; {told}", wrong) from failure
+            each, wrong = by_axis(changed, self._error, axes, self._suspects)
+            raise _WrongError(None, f"{told(failure)}; {each}", wrong) from failure
         if error is not None and not error < TOLERANCE:
-            raise _WrongError(error, *self._by_axis(alone, axes))
+            raise _WrongError(error, *by_axis(changed, self._error, axes, self._suspects))
         return error
-
-    def _by_axis(
-        self, alone: Callable[[str], LazyCheckpoint], axes: Sequence[str]
-    ) -> tuple[str, tuple[str, ...]]:
-        """What a change of each axis alone gives, in words, and those that go wrong."""
-        faults, wrong, refused = [], list[str](), list[str]()
-        for axis in [axis for axis in axes if axis in self._suspects] or axes:
-            try:
-                lazy = alone(axis)
-            except StreammapError as failure:
-                # Alone it can't be: 6 heads can't share 4 kv heads. That is no fault of its own.
-                faults.append(f"{axis}: {_told(failure)}")
-                refused.append(axis)
-                continue
-            try:
-                error = self._error(lazy)
-            except Exception as failure:
-                faults.append(f"{axis}: {_told(failure)}")
-                wrong.append(axis)
-            else:
-                faults.append(f"{axis}: {'not run' if error is None else f'{error:.1e}'}")
-                wrong += [axis] * (error is not None and not error < TOLERANCE)
-        return f"each axis alone: {', '.join(faults)}", tuple(wrong or refused)
 
     def _told_error(self, name: str, lazy: LazyCheckpoint) -> float | None:
         try:
             return self._error(lazy)
         except Exception as failure:
-            raise PlanError(f"{name}: {_told(failure)}") from failure
+            raise PlanError(f"{name}: {told(failure)}") from failure
 
 
 class _WrongError(Exception):
@@ -489,10 +468,5 @@ def _check(name: CheckName, check: Callable[[], float | None]) -> Check:
         return Check(name, False, found.error, str(found), found.axes)
     # Model code that gets a wrong shape raises whatever it likes; all of it is the spec's failure.
     except Exception as failure:
-        return Check(name, passed=False, error=None, message=_told(failure))
+        return Check(name, passed=False, error=None, message=told(failure))
     return Check(name, passed=True, error=error, message="")
-
-
-def _told(failure: Exception) -> str:
-    lines = str(failure).splitlines() or [type(failure).__name__]
-    return lines[0]

@@ -6,6 +6,8 @@ from torch import Tensor, equal
 
 from streammap.errors import PlanError
 
+TOLERANCE = 1e-9
+"""Largest relative difference of outputs that are called the same."""
 _MARK = 1e30
 """Logits of this size stand for tokens that a model never gives: no error is relative to them."""
 
