@@ -583,16 +583,16 @@ def test_places_of_merged_patches_may_lie_behind_their_channels() -> None:
     (merged,) = (t.dims[1] for t in naming.tensors if t.pattern.endswith("merging_layer.weight"))
     merge, width = "spatial_merge_size", "vision_embed"
     assert naming.expression(merged) == f"{merge}*{merge}*{width}"
-    other = naming.amended(Amendments(interleaved=True))
+    other = naming.amended(Amendments().ordered([width], "interleaved"))
     assert other.expression(merged) == f"{width}*{merge}*{merge}"
 
 
 def test_parts_of_a_sum_may_lie_the_other_way_round() -> None:
     naming = naming_of("mamba")
     (x_proj,) = (t.dims[0] for t in naming.tensors if t.pattern.endswith("x_proj.weight"))
-    assert naming.expression(x_proj) == "2*state_size+time_step_rank"
-    turned = naming.amended(Amendments(turned=True))
-    assert turned.expression(x_proj) == "time_step_rank+2*state_size"
+    assert naming.expression(x_proj) == "time_step_rank+2*state_size"
+    turned = naming.amended(Amendments().ordered(["time_step_rank"], "turned"))
+    assert turned.expression(x_proj) == "2*state_size+time_step_rank"
 
 
 @pytest.mark.slow

@@ -1,11 +1,21 @@
 """What a proof has shown beyond shapes: further words of an inferred spec."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 NO_RULE = "its growth changed a tiny model's function, and no rule that was tried explains how"
 """Why an axis is not resized by an inferred spec."""
 UNSEEN = "a tiny model computed the same with any numbers there, so that nothing was proved of it"
+
+Order = Literal["interleaved", "per_head", "whole", "by_head", "turned"]
+"""How the units of a dimension lie, where it is not as usual:
+
+Two halves (gate, up) lie in turns; fused queries, keys and values lie head by head, or not so
+though their name says it; a linear makes all that one head has together (queries, keys, values,
+gates); the parts of a sum lie the other way round.
+"""
+ORDERS: tuple[Order, ...] = get_args(Order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,14 +36,8 @@ class Amendments:
     """Whether norms stand after the residual addition; None: as the order of modules says."""
     posts: tuple[str, ...] = ()
     """Depth axes: norms stand after the residual addition in their layers."""
-    per_head: bool | None = None
-    """Whether fused queries, keys and values lie head by head; None: as names say."""
-    by_head: bool = False
-    """Whether a linear makes all that one head has together: queries, keys, values, gates."""
-    interleaved: bool = False
-    """Whether two halves of one dimension (gate, up) lie in turns."""
-    turned: bool = False
-    """Whether the parts of a sum lie the other way round."""
+    orders: Mapping[str, frozenset[Order]] = field(default_factory=dict)
+    """Axis -> how the units lie in dimensions that it is a factor or a part of."""
     gates: str = ""
     """What the gates of experts add up to."""
     unsigned: Mapping[str, str] = field(default_factory=dict)
@@ -44,3 +48,8 @@ class Amendments:
     """Axis -> why its change promises nothing."""
     untested: tuple[str, ...] = ()
     """Axes that the tiny model is proved without."""
+
+    def ordered(self, axes: Sequence[str], order: Order) -> "Amendments":
+        """The same, with one more word on how the units of some axes lie."""
+        more = {axis: self.orders.get(axis, frozenset()) | {order} for axis in axes}
+        return replace(self, orders={**self.orders, **more})

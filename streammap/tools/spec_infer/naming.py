@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from streammap.architectures import config_fields
 from streammap.architectures.key_pattern import INDEX
 from streammap.tools.spec_infer import solve
-from streammap.tools.spec_infer.amendments import Amendments
+from streammap.tools.spec_infer.amendments import Amendments, Order
 from streammap.tools.spec_infer.module_roles import ModelStructure, ModulePart
 from streammap.tools.spec_infer.probe import Workbench, template
 from streammap.tools.spec_infer.solve import Explained, Monomial, Polynomial, Solution
@@ -123,13 +123,22 @@ class AxisNaming:
         return text + key[last:]
 
     def expression(
-        self, polynomial: Polynomial | None, *, per_head: bool = False, by_head: bool = False
+        self, polynomial: Polynomial | None, *, fused: bool = False, linear: bool = False
     ) -> str:
-        """A dimension in the words of a spec, "_" where it keeps any size."""
+        """A dimension in the words of a spec, "_" where it keeps any size.
+
+        Args:
+            polynomial: What it is.
+            fused: Whether it is named as one of fused queries, keys and values.
+            linear: Whether it is one of a linear.
+        """
         if polynomial is None or not any(polynomial) or _is_odd(polynomial):
             return "_"
+        orders = self._orders(polynomial)
         terms = sorted(polynomial.items(), key=lambda item: self._term_rank(item[0]))
-        terms = terms[::-1] if self.known.turned else terms
+        terms = terms[::-1] if "turned" in orders else terms
+        by_head = linear and "by_head" in orders
+        per_head = (fused or "per_head" in orders) and "whole" not in orders
         if (per_head or by_head) and (text := self._per_head(polynomial, by_head=by_head)):
             return text
         shared = set.intersection(*(set(m) for m, _ in terms)) if len(terms) > 1 else set()
@@ -171,11 +180,8 @@ class AxisNaming:
 
     def text_of(self, tensors: NamedTensors, i: int) -> str:
         """One dimension of tensors as a spec has it."""
-        per_head = self.known.per_head
-        if per_head is None:
-            per_head = "query_key_value" in tensors.part.path
-        by_head = self.known.by_head and tensors.part.kind == "linear"
-        return self.expression(tensors.dims[i], per_head=per_head, by_head=by_head)
+        fused = "query_key_value" in tensors.part.path
+        return self.expression(tensors.dims[i], fused=fused, linear=tensors.part.kind == "linear")
 
     def _used(self) -> list[str]:
         symbols: dict[str, None] = {}
@@ -333,6 +339,13 @@ class AxisNaming:
         pairs = [*self.solution.head_sizes.values(), *self.solution.groups.values()]
         return any(symbol in pair for pair in pairs)
 
+    def _orders(self, polynomial: Polynomial) -> set[Order]:
+        """What is known of how the units of a dimension lie."""
+        symbols = {s for monomial in polynomial for s, _ in monomial}
+        symbols |= {f for s in symbols for f in self.solution.groups.get(s, ())}
+        axes = {self.names[s] for s in symbols if s in self.names}
+        return {order for axis in axes for order in self.known.orders.get(axis, ())}
+
     def _per_head(self, polynomial: Polynomial, *, by_head: bool) -> str | None:
         """q, k, v of one head after the other."""
         terms = {self._product(m, 1): f for m, f in polynomial.items()}
@@ -347,13 +360,14 @@ class AxisNaming:
         return "*".join([*names[:-1], str(factor), names[-1]])
 
     def _product(self, monomial: Monomial, factor: int) -> str:
-        symbols = sorted(monomial, key=lambda pair: (self._rank(pair[0]), pair[0]))
+        in_turns = "interleaved" in self._orders({monomial: factor})
+        symbols = sorted(monomial, key=lambda p: (self._rank(p[0], in_turns=in_turns), p[0]))
         text = "*".join(self.names[s] for s, e in symbols for _ in range(e))
         text = self.aliases().get(text, text)
         words = [str(factor)] * (factor != 1 or not text) + [text] * bool(text)
-        return "*".join(reversed(words) if self.known.interleaved else words)
+        return "*".join(reversed(words) if in_turns else words)
 
-    def _rank(self, symbol: str) -> int:
+    def _rank(self, symbol: str, *, in_turns: bool = False) -> int:
         """Slowest first: layers, heads, their groups, sizes, head sizes."""
         leaf = symbol.rpartition(".")[2]
         if symbol in self.solution.groups:
@@ -366,7 +380,7 @@ class AxisNaming:
             return 1
         is_ratio = _RATIO.search(leaf) or "shared" in leaf
         # Unfolded images have the places of a channel together, where others have its channels.
-        return 4 if not is_ratio else 5 if self.known.interleaved else 3
+        return 4 if not is_ratio else 5 if in_turns else 3
 
     def _term_rank(self, monomial: Monomial) -> tuple[bool, bool, bool, int, int]:
         text = "".join(s for s, _ in monomial)

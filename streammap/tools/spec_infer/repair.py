@@ -15,7 +15,7 @@ from pathlib import Path
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
 from streammap.tools.spec_infer import solve, tiny_sizes
-from streammap.tools.spec_infer.amendments import NO_RULE, UNSEEN, Amendments
+from streammap.tools.spec_infer.amendments import NO_RULE, ORDERS, UNSEEN, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_proof import checks, unseen
@@ -192,6 +192,7 @@ def _candidates(naming: AxisNaming, known: Amendments, failed: Check) -> Iterato
     elif failed.axes:
         for axis in failed.axes:
             yield from _rules(naming, known, failed, axis)
+        yield from _ordered(naming, known, failed)
         for axis in failed.axes:
             yield _frozen(naming, known, axis)
         yield _all_frozen(naming, known, failed.axes)
@@ -215,14 +216,15 @@ def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> I
                         yield one
         if scales or axis == naming.names.get(naming.residual()):
             yield from (replace(known, head_norm=key) for key in _norms(naming, axis))
-    elif not known.interleaved or known.per_head is None:
-        yield replace(known, interleaved=not known.interleaved)
-        yield replace(known, per_head=known.per_head is not True)
-    if axis not in naming.residuals():
-        if not known.by_head:
-            yield replace(known, by_head=True)
-        if not known.turned:
-            yield replace(known, turned=True)
+
+
+def _ordered(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[Amendments]:
+    """Other orders of units: of all axes that fail first, then of each."""
+    axes = tuple(axis for axis in failed.axes if axis not in naming.residuals())
+    alone = [(axis,) for axis in axes] if len(axes) > 1 else []
+    for some in filter(None, (axes, *alone)):
+        others = (known.ordered(some, order) for order in ORDERS)
+        yield from (other for other in others if other != known)
 
 
 def _is_post(naming: AxisNaming, known: Amendments) -> bool:
