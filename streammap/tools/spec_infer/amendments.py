@@ -36,7 +36,7 @@ class Amendments:
     """Whether norms stand after the residual addition; None: as the order of modules says."""
     posts: tuple[str, ...] = ()
     """Depth axes: norms stand after the residual addition in their layers."""
-    orders: Mapping[str, frozenset[Order]] = field(default_factory=dict)
+    orders: Mapping[str, Order] = field(default_factory=dict)
     """Axis -> how the units lie in dimensions that it is a factor or a part of."""
     gates: str = ""
     """What the gates of experts add up to."""
@@ -50,6 +50,5 @@ class Amendments:
     """Axes that the tiny model is proved without."""
 
     def ordered(self, axes: Sequence[str], order: Order) -> "Amendments":
-        """The same, with one more word on how the units of some axes lie."""
-        more = {axis: self.orders.get(axis, frozenset()) | {order} for axis in axes}
-        return replace(self, orders={**self.orders, **more})
+        """The same, but with one word on how the units of some axes lie."""
+        return replace(self, orders={**self.orders, **dict.fromkeys(axes, order)})

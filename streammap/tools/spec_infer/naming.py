@@ -344,7 +344,7 @@ class AxisNaming:
         symbols = {s for monomial in polynomial for s, _ in monomial}
         symbols |= {f for s in symbols for f in self.solution.groups.get(s, ())}
         axes = {self.names[s] for s in symbols if s in self.names}
-        return {order for axis in axes for order in self.known.orders.get(axis, ())}
+        return {self.known.orders[axis] for axis in axes if axis in self.known.orders}
 
     def _per_head(self, polynomial: Polynomial, *, by_head: bool) -> str | None:
         """q, k, v of one head after the other."""
