@@ -8,6 +8,12 @@ NO_RULE = "its growth changed a tiny model's function, and no rule that was trie
 """Why an axis is not resized by an inferred spec."""
 UNSEEN = "a tiny model computed the same with any numbers there, so that nothing was proved of it"
 
+Neutral = Literal["sinusoidal", "alibi"]
+POSITIONS: Mapping[Neutral, str] = {
+    "sinusoidal": "sinusoidal positions are computed from the width",
+    "alibi": "alibi: the slope is a function of the head's number",
+}
+"""Positions that no tensor holds -> what a change of a size does to them."""
 Order = Literal["interleaved", "per_head", "whole", "by_head", "turned"]
 """How the units of a dimension lie, where it is not as usual:
 
@@ -46,6 +52,10 @@ class Amendments:
     """Axis -> why it is not resized."""
     inexact: Mapping[str, str] = field(default_factory=dict)
     """Axis -> why its change promises nothing."""
+    neutral: Neutral | None = None
+    """Positions that a size makes other, so that the tiny model is proved without them."""
+    caveats: Mapping[str, str] = field(default_factory=dict)
+    """Axis -> why a change of it can't keep the function, though it is resized."""
     untested: tuple[str, ...] = ()
     """Axes that the tiny model is proved without."""
 

@@ -21,6 +21,7 @@ from streammap.tools.spec_infer import (
     solve,
     tiny_sizes,
 )
+from streammap.tools.spec_infer.amendments import Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_infer.words import toml_value
@@ -76,7 +77,7 @@ def infer(config: Mapping[str, object], *, name: str, scratch: Path | None = Non
         notes = [f"# Kept as it is: {line}." for line in kept]
         rules = SpecRules(naming)
         tables = [rules.rules(), SpecTables(naming, rules).text()]
-        model = _proof(tiny, naming.known.untested)
+        model = _proof(tiny, naming.known)
         return "\n".join([*notes, *tables, facts.proved(naming, tiny.fields), *model])
 
     if scratch is None:
@@ -97,12 +98,13 @@ def infer(config: Mapping[str, object], *, name: str, scratch: Path | None = Non
     )
 
 
-def _proof(bench: Workbench, untested: tuple[str, ...]) -> list[str]:
+def _proof(bench: Workbench, known: Amendments) -> list[str]:
     return [
         "[[proof.models]]",
         f"name = {toml_value(bench.model_type)}",
         f"class = {toml_value(bench.class_name)}",
         f"config = {toml_value(tiny_sizes.proof_config(bench))}",
-        *([f"except = {toml_value(untested)}"] if untested else []),
+        *([f"except = {toml_value(known.untested)}"] if known.untested else []),
+        *([f"neutral = {toml_value([known.neutral])}"] if known.neutral else []),
         "",
     ]

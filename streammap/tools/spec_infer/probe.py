@@ -258,9 +258,10 @@ class Workbench:
         return self._asked(changes, by_disk=True)
 
     def mentions(self, word: str) -> bool:
-        """Whether the module of the model's class has a word."""
+        """Whether the module of the model's class has a word, in capitals or not."""
         with contextlib.suppress(OSError):
-            return word in inspect.getsource(sys.modules[self._net_class.__module__])
+            source = inspect.getsource(sys.modules[self._net_class.__module__])
+            return word.lower() in source.lower()
         return False
 
     def is_built(self, changes: Changes) -> bool:

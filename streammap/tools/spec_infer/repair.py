@@ -15,7 +15,7 @@ from pathlib import Path
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
 from streammap.tools.spec_infer import solve, tiny_sizes
-from streammap.tools.spec_infer.amendments import NO_RULE, ORDERS, UNSEEN, Amendments
+from streammap.tools.spec_infer.amendments import NO_RULE, ORDERS, POSITIONS, UNSEEN, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_proof import checks, unseen
@@ -190,9 +190,12 @@ def _candidates(naming: AxisNaming, known: Amendments, failed: Check) -> Iterato
     if failed.name == "promises":
         yield from _promises(naming, known, failed)
     elif failed.axes:
-        for axis in failed.axes:
-            yield from _rules(naming, known, failed, axis)
-        yield from _ordered(naming, known, failed)
+        for some in (known, *_without_positions(naming, known, failed)):
+            if some != known:
+                yield some
+            for axis in failed.axes:
+                yield from _rules(naming, some, failed, axis)
+            yield from _ordered(naming, some, failed)
         for axis in failed.axes:
             yield _frozen(naming, known, axis)
         yield _all_frozen(naming, known, failed.axes)
@@ -225,6 +228,17 @@ def _ordered(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[A
     for some in filter(None, (axes, *alone)):
         others = (known.ordered(some, order) for order in ORDERS)
         yield from (other for other in others if other != known)
+
+
+def _without_positions(
+    naming: AxisNaming, known: Amendments, failed: Check
+) -> Iterator[Amendments]:
+    """The tiny model without positions that are computed from a width, or from a head's number."""
+    for neutral, why in POSITIONS.items():
+        if known.neutral is None and naming.bench.mentions(neutral):
+            widths = naming.residuals()
+            axes = [axis for axis in failed.axes if (axis in widths) == (neutral == "sinusoidal")]
+            yield replace(known, neutral=neutral, caveats=dict.fromkeys(axes, why))
 
 
 def _is_post(naming: AxisNaming, known: Amendments) -> bool:

@@ -195,7 +195,7 @@ class SpecTables:
         known = self._m.known
         tables = {
             "forward_scale": known.scale,
-            "caveat": {**known.frozen, **known.inexact},
+            "caveat": {**known.caveats, **known.frozen, **known.inexact},
             "unsigned": known.unsigned,
         }
         for name, entries in tables.items():
