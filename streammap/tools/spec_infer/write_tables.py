@@ -100,19 +100,22 @@ class SpecTables:
             for n in self._m.anatomy.norms
             if (not inside or n.path.startswith(f"{inside}."))
             and n.path in self._m.anatomy.keys
-            and not re.search(r"(^|_)emb", n.path.rpartition(".")[2])
+            and not re.search(r"(^|_)emb[^.]*$|embeddings\.", n.path)
             and not re.search(r"(q|k|query|key)_(layer)?norm", n.path)
         ]
         keys = [self._m.anatomy.keys[path] for path in paths]
-        after = [key for key in keys if not self._m.in_stack(key) and "embeddings." not in key]
+        after = [key for key in keys if not self._m.in_stack(key)]
         return next(reversed(after or keys), None)
 
     def _head(self) -> str:
         anatomy = self._m.anatomy
         embed, head = anatomy.input_embedding, anatomy.output_embedding
-        if embed is None or head is None or embed not in anatomy.keys:
+        if embed is None or head is None:
             return ""
-        width = self._m.solution.dims[anatomy.keys[embed]][-1]
+        table = anatomy.keys.get(embed) or anatomy.tied.get(f"{embed}.weight")
+        if table is None:
+            return ""
+        width = self._m.solution.dims[table][-1]
         own = [
             n.path
             for n in anatomy.norms
@@ -148,7 +151,7 @@ class SpecTables:
         lines = [
             "[head]",
             f"norm = {toml_value(pattern)}",
-            f"embed = {toml_value(self._text.written(self._m.pattern(anatomy.keys[embed])))}",
+            f"embed = {toml_value(self._text.written(self._m.pattern(table)))}",
             f"head = {toml_value(self._text.written(anatomy.keys.get(head, f'{head}.weight')))}",
             f"classes = [{toml_value(self._m.bench.class_name)}]",
         ]
