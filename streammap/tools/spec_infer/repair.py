@@ -223,11 +223,19 @@ def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> I
 
 def _ordered(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[Amendments]:
     """Other orders of units: of all axes that fail first, then of each."""
-    axes = tuple(axis for axis in failed.axes if axis not in naming.residuals())
-    alone = [(axis,) for axis in axes] if len(axes) > 1 else []
-    for some in filter(None, (axes, *alone)):
-        others = (known.ordered(some, order) for order in ORDERS)
-        yield from (other for other in others if other != known)
+    texts = {_texts(naming, known)}
+    alone = [(axis,) for axis in failed.axes] if len(failed.axes) > 1 else []
+    for axes, order in itertools.product((failed.axes, *alone), ORDERS):
+        other = known.ordered(axes, order)
+        if (text := _texts(naming, other)) not in texts:
+            texts.add(text)
+            yield other
+
+
+def _texts(naming: AxisNaming, known: Amendments) -> tuple[str, ...]:
+    """All dimensions as the spec has them."""
+    other = naming.amended(known)
+    return tuple(other.text_of(t, i) for t in naming.tensors for i in range(len(t.dims)))
 
 
 def _without_positions(
