@@ -24,6 +24,7 @@ from streammap.tools.spec_proof.checks import Check, CheckName, ProofReport
 _MAX_ROUNDS = 24
 _MAX_JOINED = 4
 _OUTPUT = re.compile(r"hidden_size$|output_dim$|projection_dim$|^dim$|embed_dim$|d_model$")
+_TOKENS = re.compile(r"embed_tokens$|word_embeddings$")
 _GATES = ("renormalised", "softmax", "own")
 _LAYERS = "layers that were added to a tiny model changed its function"
 _EXPERTS = "experts that were added to a tiny model changed its function"
@@ -212,7 +213,8 @@ def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> I
         scales = _scales(naming, axis)
         posts = [known.post, not _is_post(naming, known)]
         for post in posts:
-            for scale in ({}, scales) if scales else (known.scale,):
+            without = {k: v for k, v in known.scale.items() if k not in scales}
+            for scale in (without, {**without, **scales}) if scales else (without,):
                 for head_scale in ("", f"{axis}**-0.5") if scales else (known.head_scale,):
                     one = replace(known, post=post, scale=scale, head_scale=head_scale)
                     if one != known:
@@ -256,15 +258,15 @@ def _is_post(naming: AxisNaming, known: Amendments) -> bool:
 def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:
     """The embeddings' output times sqrt(hidden size), as in "Attention is all you need"."""
     anatomy = naming.anatomy
+    tokens = {anatomy.input_embedding}
+    if anatomy.input_embedding and (key := anatomy.keys.get(anatomy.input_embedding)):
+        tokens |= {name for name, of in anatomy.tied.items() if of == key and "embed" in name}
     embeddings = [
         tensors
         for tensors in naming.tensors
-        if (tensors.part.kind == "embedding" and tensors.part.path == anatomy.input_embedding)
-        or (
-            anatomy.input_embedding
-            and anatomy.tied.get(tensors.pattern) == anatomy.keys.get(anatomy.input_embedding)
-            and "embed" in tensors.pattern
-        )
+        if tensors.part.path in tokens
+        or tensors.pattern in tokens
+        or (tensors.part.kind == "embedding" and _TOKENS.search(tensors.part.path))
     ]
     # A model in parts has other axes than that of its tokens.
     wide = (t for t in embeddings if naming.text_of(t, len(t.dims) - 1) == axis)

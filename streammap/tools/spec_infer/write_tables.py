@@ -112,7 +112,8 @@ class SpecTables:
         embed, head = anatomy.input_embedding, anatomy.output_embedding
         if embed is None or head is None:
             return ""
-        table = anatomy.keys.get(embed) or anatomy.tied.get(f"{embed}.weight")
+        named = (anatomy.tied.get(f"{head}.weight"), anatomy.keys.get(embed))
+        table = next(filter(None, (*named, anatomy.tied.get(f"{embed}.weight"))), None)
         if table is None:
             return ""
         width = self._m.solution.dims[table][-1]
