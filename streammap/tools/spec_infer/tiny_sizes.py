@@ -202,8 +202,9 @@ def _following(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, object]:
     for name, value in config_changes.leaves(m.bench.fields):
         if name.endswith("mrope_section") and isinstance(value, list):
             equal[name] = _sections(m, sizes, len(value))
-        elif "unpadded_vocab" in name and type(value) is int:
-            equal[name] = min(value, _N_WORDS)  # A vocabulary is padded up to its size, not down.
+        elif re.search(r"(^|\.)(unpadded_)?vocab_size$", name) and type(value) is int:
+            # A vocabulary is padded up to its size, not down; a wrapper may repeat its text's.
+            equal[name] = min(value, _N_WORDS)
     if m.bench.mentions("mrope_section") and not any("mrope_section" in name for name in equal):
         # The class has a default, which is that of large heads.
         for name, _ in config_changes.leaves(m.bench.fields):
