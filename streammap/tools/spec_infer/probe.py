@@ -258,10 +258,10 @@ class Workbench:
         return self._asked(changes, by_disk=True)
 
     def mentions(self, word: str) -> bool:
-        """Whether the module of the model's class has a word."""
-        with contextlib.suppress(OSError):
-            return word in inspect.getsource(sys.modules[self._net_class.__module__])
-        return False
+        """Whether the module of the model's class, or of a part of the model, has a word."""
+        parts = self.net().named_modules() if self.outline({}) else ()
+        names = {self._net_class.__module__, *(type(part).__module__ for _, part in parts)}
+        return any(word in _source(name) for name in names if name.startswith("transformers."))
 
     def is_built(self, changes: Changes) -> bool:
         """Whether a model can be built with these fields changed, and no others."""
@@ -401,6 +401,13 @@ class Workbench:
         n_elements = sum(map(math.prod, shapes.values()))
         templates = frozenset(map(template, shapes))
         return Snapshot(shapes, attributes, templates, n_elements, _index_counts(shapes))
+
+
+@lru_cache(maxsize=256)
+def _source(module: str) -> str:
+    with contextlib.suppress(OSError):
+        return inspect.getsource(sys.modules[module])
+    return ""
 
 
 @lru_cache(maxsize=1 << 16)

@@ -22,8 +22,9 @@ from streammap.tools.spec_proof import checks, unseen
 from streammap.tools.spec_proof.checks import Check, CheckName, ProofReport
 
 _MAX_ROUNDS = 24
-_MAX_JOINED = 4
+_MAX_JOINED = 5
 _OUTPUT = re.compile(r"hidden_size$|output_dim$|projection_dim$|^dim$|embed_dim$|d_model$")
+_NAMED_OUTPUT = re.compile(r"out_\w+$|output_dim$|projection_dim$")
 _GATES = ("renormalised", "softmax", "own")
 _LAYERS = "layers that were added to a tiny model changed its function"
 _EXPERTS = "experts that were added to a tiny model changed its function"
@@ -123,12 +124,19 @@ def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
     yield naming
     hidden = naming.residual()
     text = next((s for s in naming.names if s.startswith("text_config.hidden_size")), hidden)
+    wide: list[str] = []
     for symbol in naming.names:
         scope, _, leaf = symbol.rpartition(".")
         inside = scope or text.rpartition(".")[0]  # Of a model in parts, the field between them.
         if symbol not in (hidden, text) and inside and _OUTPUT.search(leaf):
-            solution = solve.joined(naming.solution, symbol, text)
-            yield AxisNaming(naming.bench, naming.anatomy, solution)
+            wide.append(symbol)
+    named = [symbol for symbol in wide if _NAMED_OUTPUT.search(symbol)]
+    # A model that sees and hears has two encoders.
+    for some in ([named] if len(named) > 1 else []) + [[symbol] for symbol in wide]:
+        solution = naming.solution
+        for symbol in some:
+            solution = solve.joined(solution, symbol, text)
+        yield AxisNaming(naming.bench, naming.anatomy, solution)
 
 
 class _Proof:

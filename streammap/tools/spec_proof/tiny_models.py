@@ -290,8 +290,25 @@ class _InFloat64(TorchFunctionMode):
     ) -> object:
         if func is Tensor.float:
             func = Tensor.double
+        if func is Tensor.masked_scatter:
+            _refuse_other_width(*args, **(kwargs or {}))
         named = {k: _widened(x) for k, x in (kwargs or {}).items()}
         return func(*map(_widened, args), **named)
+
+
+def _refuse_other_width(places: Tensor, mask: Tensor, source: Tensor) -> None:
+    """Features that take the places of tokens are as wide as these.
+
+    torch asks only that there are enough numbers: of wider features it would fill in the first.
+
+    Raises:
+        PlanError: they are not.
+    """
+    if source.dim() > 1 and source.shape[-1] != places.shape[-1]:
+        raise PlanError(
+            f"features as wide as {source.shape[-1]} can't take the places of tokens, which are "
+            f"as wide as {places.shape[-1]}"
+        )
 
 
 def _widened(given: object) -> object:
