@@ -229,6 +229,8 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
     if "image_token_pooling" in takes:
         return _pooled_patches(seen)
     side = _number(seen, "image_size", "input_size") or 4 * (_number(seen, "patch_size") or 4)
+    if getattr(seen, "sr_ratios", None):
+        side = max(side, 2 * math.prod(seen.strides))  # Some of the last stage, each as it strides.
     size, n_views = (side, side), 1
     if getattr(config, "image_grid_pinpoints", None):
         # The whole image at the size of a view, and the views that it is cut into.
@@ -352,7 +354,8 @@ def _sounds(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
             n_rows = _number(config, "max_length", "spectrogram_length") or _N_FRAMES
             inputs["input_values"] = torch.randn(_BATCH, n_rows, mels)
         else:
-            inputs["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(strides or (64,)))
+            wave = torch.randn(_BATCH, _N_FRAMES * math.prod(strides or (64,)))
+            inputs["input_values"] = wave if _is_heard(net, wave) else wave[:, None]
     if "input_features" in takes:
         size = _number(config, "feature_projection_input_dim") or mels or 1
         n_seen = 2 * (_number(config, "max_source_positions") or _N_FRAMES)
@@ -371,3 +374,18 @@ def _sounds(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
             if name in takes:
                 inputs[name] = torch.ones(_BATCH, n_seen, dtype=torch.long)
     return inputs
+
+
+def _is_heard(net: Net, wave: Tensor) -> bool:
+    """Whether what reads a wave takes it as it is; some ask for a dimension of channels."""
+    parts = [m for m in net.modules() if "input_values" in inspect.signature(m.forward).parameters]
+    if not any(isinstance(m, Conv1d) and m.in_channels == 1 for m in net.modules()):
+        return True
+    try:
+        with torch.no_grad():
+            parts[-1](wave)
+    except (RuntimeError, ValueError):
+        return False
+    except TypeError:  # It wants more than the wave.
+        return True
+    return True

@@ -291,12 +291,12 @@ class _InFloat64(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         if func is Tensor.masked_scatter:
-            _refuse_other_width(*args, **(kwargs or {}))
+            _refuse_other_width(args[0], (kwargs or {}).get("source", args[-1]))
         named = {k: _widened(x) for k, x in (kwargs or {}).items()}
         return func(*map(_widened, args), **named)
 
 
-def _refuse_other_width(places: Tensor, mask: Tensor, source: Tensor) -> None:
+def _refuse_other_width(tokens: object, features: object) -> None:
     """Features that take the places of tokens are as wide as these.
 
     torch asks only that there are enough numbers: of wider features it would fill in the first.
@@ -304,10 +304,12 @@ def _refuse_other_width(places: Tensor, mask: Tensor, source: Tensor) -> None:
     Raises:
         PlanError: they are not.
     """
-    if source.dim() > 1 and source.shape[-1] != places.shape[-1]:
+    if not (isinstance(tokens, Tensor) and isinstance(features, Tensor) and features.dim() > 1):
+        return
+    if features.shape[-1] != tokens.shape[-1]:
         raise PlanError(
-            f"features as wide as {source.shape[-1]} can't take the places of tokens, which are "
-            f"as wide as {places.shape[-1]}"
+            f"features as wide as {features.shape[-1]} can't take the places of tokens, which are "
+            f"as wide as {tokens.shape[-1]}"
         )
 
 
