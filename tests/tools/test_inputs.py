@@ -149,6 +149,32 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, object], str]] = {
         },
         "proj",
     ),
+    "a mask of features that the encoder does not take": (
+        "GraniteSpeechForConditionalGeneration",
+        {
+            "text_config": {**LLAMA, "model_type": "granite"},
+            "encoder_config": {
+                "model_type": "granite_speech_encoder",
+                "input_dim": 20,
+                "num_layers": 2,
+                "hidden_dim": 32,
+                "num_heads": 4,
+                "dim_head": 8,
+                "output_dim": 12,
+            },
+            "projector_config": {
+                "model_type": "blip_2_qformer",
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 44,
+                "encoder_hidden_size": 32,
+            },
+            "audio_token_index": 1,
+            "has_lora_adapter": False,
+        },
+        "input_linear",
+    ),
     "many queries at fixed places": (
         "Kosmos2_5ForConditionalGeneration",
         {

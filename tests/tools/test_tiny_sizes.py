@@ -53,3 +53,14 @@ def test_outputs_of_all_encoders_are_as_wide_as_the_text_model_together() -> Non
     text = "text_config.hidden_size"
     outputs = ("audio_config.output_dim", "vision_config.out_hidden_size")
     assert {together.solution.same.get(field) for field in outputs} == {text}
+
+
+def test_an_encoder_is_as_wide_as_what_reads_it_expects() -> None:
+    field, own = "projector_config.encoder_hidden_size", "encoder_config.hidden_dim"
+    naming = naming_of("granite_speech")
+    assert naming.fields[field].value == naming.fields[own].value  # By default they differ.
+    assert any(other.solution.same.get(field) == own for other in repair._joined(naming))
+
+
+def test_a_constant_dimension_has_no_heads() -> None:
+    assert naming_of("vit")._per_head({(): 24}, by_head=False) is None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
-from streammap.tools.spec_infer import solve, tiny_sizes
+from streammap.tools.spec_infer import completing, solve, tiny_sizes
 from streammap.tools.spec_infer.amendments import NO_RULE, UNSEEN, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
@@ -132,10 +132,13 @@ def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
             wide.append(symbol)
     named = [symbol for symbol in wide if _NAMED_OUTPUT.search(symbol)]
     # A model that sees and hears has two encoders.
-    for some in ([named] if len(named) > 1 else []) + [[symbol] for symbol in wide]:
+    together = [(symbol, text) for symbol in named]
+    alone = [[(symbol, text)] for symbol in wide]
+    read = [[pair] for pair in completing.read_widths(naming.bench)]
+    for pairs in ([together] if len(named) > 1 else []) + read + alone:
         solution = naming.solution
-        for symbol in some:
-            solution = solve.joined(solution, symbol, text)
+        for symbol, other in pairs:
+            solution = solve.joined(solution, symbol, other)
         yield AxisNaming(naming.bench, naming.anatomy, solution)
 
 

@@ -370,8 +370,11 @@ def _sounds(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
             first, n_seen = True, math.ceil(n_seen / window) * window
         shape = (_BATCH, size, n_seen) if first else (_BATCH, n_seen, size)
         inputs["input_features"] = torch.randn(shape)
+        make = _maker(net, "get_audio_features")
+        # What makes no use of it in an encoder is a mask of features, of which all are used.
+        used = takes if make is None else inspect.signature(make).parameters
         for name in _HEARD:
-            if name in takes:
+            if name in takes and name in used:
                 inputs[name] = torch.ones(_BATCH, n_seen, dtype=torch.long)
     return inputs
 
