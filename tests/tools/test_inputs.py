@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from streammap.architectures.schema import TinyModel
+from streammap.errors import PlanError
 from streammap.tools.spec_proof import tiny_models
 
 pytest.importorskip("transformers", minversion="5.0")
@@ -93,6 +94,87 @@ CONFIGS: Mapping[str, tuple[str, Mapping[str, object], str]] = {
         },
         "conv1",
     ),
+    "whole windows of a sound": (
+        "Qwen3ASRForConditionalGeneration",
+        {
+            "text_config": {**LLAMA, "model_type": "qwen3"},
+            "audio_config": {
+                "num_mel_bins": 20,
+                "encoder_layers": 2,
+                "encoder_attention_heads": 4,
+                "encoder_ffn_dim": 44,
+                "d_model": 32,
+                "downsample_hidden_size": 12,
+                "output_dim": 48,
+            },
+            "audio_token_id": 1,
+        },
+        "conv2d1",
+    ),
+    "a sound whose features are looked for among the tokens": (
+        "MusicFlamingoForConditionalGeneration",
+        {
+            "text_config": {**LLAMA, "model_type": "qwen2"},
+            "audio_config": {**WHISPER, "model_type": "audioflamingo3_encoder"},
+            "audio_token_id": 1,
+            "audio_bos_token_id": 2,
+            "audio_eos_token_id": 3,
+        },
+        "conv1",
+    ),
+    "a wave with channels": (
+        "OmniASRForCTC",
+        {
+            "vocab_size": 31,
+            "audio_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 44,
+                "conv_dim": [12, 16],
+                "conv_kernel": [10, 3],
+                "conv_stride": [5, 2],
+                "num_conv_pos_embeddings": 4,
+                "num_conv_pos_embedding_groups": 2,
+            },
+        },
+        "conv",
+    ),
+    "an image that each stage shrinks": (
+        "SegformerForImageClassification",
+        {
+            "hidden_sizes": [8, 16, 16, 24],
+            "num_attention_heads": [1, 2, 2, 4],
+            "depths": [1, 1, 1, 1],
+        },
+        "proj",
+    ),
+    "a mask of features that the encoder does not take": (
+        "GraniteSpeechForConditionalGeneration",
+        {
+            "text_config": {**LLAMA, "model_type": "granite"},
+            "encoder_config": {
+                "model_type": "granite_speech_encoder",
+                "input_dim": 20,
+                "num_layers": 2,
+                "hidden_dim": 32,
+                "num_heads": 4,
+                "dim_head": 8,
+                "output_dim": 12,
+            },
+            "projector_config": {
+                "model_type": "blip_2_qformer",
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "intermediate_size": 44,
+                "encoder_hidden_size": 32,
+            },
+            "audio_token_index": 1,
+            "has_lora_adapter": False,
+        },
+        "input_linear",
+    ),
     "many queries at fixed places": (
         "Kosmos2_5ForConditionalGeneration",
         {
@@ -135,3 +217,12 @@ def test_images_and_sounds_are_given_in_the_form_that_a_class_asks_for(
     for name, x in before.items():
         assert x.isfinite().all()
         assert not torch.equal(after[name], x)
+
+
+def test_features_of_another_width_are_not_put_in_the_places_of_tokens() -> None:
+    mask = torch.tensor([[True], [False]]).expand(2, 3)
+    with tiny_models._InFloat64():
+        torch.zeros(2, 3).masked_scatter(mask, torch.ones(1, 3))
+        torch.zeros(2, 3).masked_scatter(mask, source=torch.ones(3))
+        with pytest.raises(PlanError, match="as wide as 4 can't take the places of tokens"):
+            torch.zeros(2, 3).masked_scatter(mask, torch.ones(1, 4))

@@ -16,6 +16,8 @@ from streammap.tools.spec_infer.probe import Workbench
 _SIZE = re.compile(r"dim|size|inner|heads|rank|width|ratio|budget|layers|experts|top_?k|num_|_num")
 _WIDTH = re.compile(r"(hidden_size|dim|d_model|width)$")
 _TAKEN = re.compile(r"experts_per_tok|moe_top_?k$|top_k_experts")
+_OWN_WIDTH = re.compile("hidden_size|hidden_dim|d_model|embed_dim")
+_ENCODER = re.compile("encoder|vision|audio")
 _TAKES = 2
 _HEAD_SIZE, _FEW, _MANY = 16, 4, 64
 _ROPE_THETA = 10000.0
@@ -28,7 +30,7 @@ def complete(bench: Workbench) -> None:
             if bench.adopt(changes):
                 _without_needless(bench, changes)
                 break
-    for changes in (*_whole_heads(bench), *_taken(bench)):
+    for changes in (*_whole_heads(bench), *_taken(bench), *_as_wide(bench)):
         bench.adopt(changes)
 
 
@@ -58,6 +60,23 @@ def _whole_heads(bench: Workbench) -> Iterator[Changes]:
             # A class that does not read the field is left as it is.
             if n and rest and bench.outline({name: n + 1}) != bench.outline({}):
                 yield {name: n + n % 2}
+
+
+def _as_wide(bench: Workbench) -> Iterator[Changes]:
+    """An encoder as wide as the part that reads it expects, where no part is so by default."""
+    widths = {field.name: field.value for field in bench.numbers()}
+    for name, own in read_widths(bench):
+        others = (n for other, n in widths.items() if _OWN_WIDTH.fullmatch(other.split(".")[-1]))
+        if widths[name] not in others:
+            yield {name: widths[own]}
+
+
+def read_widths(bench: Workbench) -> Iterator[tuple[str, str]]:
+    """Fields that say how wide an encoder is which another part reads, and that encoder's own."""
+    for field, other in itertools.permutations(bench.numbers(), 2):
+        seen = field.scope and _ENCODER.search(other.scope) and field.scope != other.scope
+        if seen and field.leaf == "encoder_hidden_size" and _OWN_WIDTH.fullmatch(other.leaf):
+            yield field.name, other.name
 
 
 def _taken(bench: Workbench) -> Iterator[Changes]:

@@ -354,8 +354,10 @@ class AxisNaming:
         ((monomial, factor), *more) = polynomial.items()
         names = [self.names[s] for s, _ in sorted(monomial, key=lambda p: (self._rank(p[0]), p[0]))]
         has_heads = any(is_heads(s) for s, _ in monomial)
+        if not has_heads:  # Of a constant there is no name.
+            return None
         inside = names[-1].endswith("head_dim") or (by_head and len(names) > 1)
-        if more or factor == 1 or not has_heads or not inside:
+        if more or factor == 1 or not inside:
             return None
         return "*".join([*names[:-1], str(factor), names[-1]])
 

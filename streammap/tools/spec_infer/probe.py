@@ -258,11 +258,11 @@ class Workbench:
         return self._asked(changes, by_disk=True)
 
     def mentions(self, word: str) -> bool:
-        """Whether the module of the model's class has a word, in capitals or not."""
-        with contextlib.suppress(OSError):
-            source = inspect.getsource(sys.modules[self._net_class.__module__])
-            return word.lower() in source.lower()
-        return False
+        """Whether the module of the model's class, or of a part of the model, has a word, in capitals or not."""
+        parts = self.net().named_modules() if self.outline({}) else ()
+        names = {self._net_class.__module__, *(type(part).__module__ for _, part in parts)}
+        own = (_source(name).lower() for name in names if name.startswith("transformers."))
+        return any(word.lower() in source for source in own)
 
     def is_built(self, changes: Changes) -> bool:
         """Whether a model can be built with these fields changed, and no others."""
@@ -402,6 +402,13 @@ class Workbench:
         n_elements = sum(map(math.prod, shapes.values()))
         templates = frozenset(map(template, shapes))
         return Snapshot(shapes, attributes, templates, n_elements, _index_counts(shapes))
+
+
+@lru_cache(maxsize=256)
+def _source(module: str) -> str:
+    with contextlib.suppress(OSError):
+        return inspect.getsource(sys.modules[module])
+    return ""
 
 
 @lru_cache(maxsize=1 << 16)

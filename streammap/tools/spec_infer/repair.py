@@ -14,7 +14,7 @@ from pathlib import Path
 
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError
-from streammap.tools.spec_infer import solve, tiny_sizes
+from streammap.tools.spec_infer import completing, solve, tiny_sizes
 from streammap.tools.spec_infer.amendments import NO_RULE, ORDERS, POSITIONS, UNSEEN, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
@@ -22,9 +22,10 @@ from streammap.tools.spec_proof import checks, unseen
 from streammap.tools.spec_proof.checks import Check, CheckName, ProofReport
 
 _MAX_ROUNDS = 24
-_MAX_JOINED = 4
+_MAX_JOINED = 5
 _OUTPUT = re.compile(r"hidden_size$|output_dim$|projection_dim$|^dim$|embed_dim$|d_model$")
 _TOKENS = re.compile(r"embed_tokens$|word_embeddings$")
+_NAMED_OUTPUT = re.compile(r"out_\w+$|output_dim$|projection_dim$")
 _GATES = ("renormalised", "softmax", "own")
 _LAYERS = "layers that were added to a tiny model changed its function"
 _EXPERTS = "experts that were added to a tiny model changed its function"
@@ -124,12 +125,22 @@ def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
     yield naming
     hidden = naming.residual()
     text = next((s for s in naming.names if s.startswith("text_config.hidden_size")), hidden)
+    wide: list[str] = []
     for symbol in naming.names:
         scope, _, leaf = symbol.rpartition(".")
         inside = scope or text.rpartition(".")[0]  # Of a model in parts, the field between them.
         if symbol not in (hidden, text) and inside and _OUTPUT.search(leaf):
-            solution = solve.joined(naming.solution, symbol, text)
-            yield AxisNaming(naming.bench, naming.anatomy, solution)
+            wide.append(symbol)
+    named = [symbol for symbol in wide if _NAMED_OUTPUT.search(symbol)]
+    # A model that sees and hears has two encoders.
+    together = [(symbol, text) for symbol in named]
+    alone = [[(symbol, text)] for symbol in wide]
+    read = [[pair] for pair in completing.read_widths(naming.bench)]
+    for pairs in ([together] if len(named) > 1 else []) + read + alone:
+        solution = naming.solution
+        for symbol, other in pairs:
+            solution = solve.joined(solution, symbol, other)
+        yield AxisNaming(naming.bench, naming.anatomy, solution)
 
 
 class _Proof:

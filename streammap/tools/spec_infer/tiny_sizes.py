@@ -27,6 +27,7 @@ _TOKEN = re.compile(r"token_(id|index)$|patch_id$")
 _MARK = re.compile(r"(image|video|audio)_(token|patch)")
 _MERGES = re.compile(r"scale_factor$|merge_size$|merge$|pool|kernel|downsample")
 """Fields that say how many patches of a row become one."""
+_PER_IMAGE = re.compile(r"tokens_per_image$")
 _TINY_WIDTHS = (92, 76, 44, 38, 28, 26, 22, 34, 46, 52, 58, 62, 68, 74)
 _MAX_RATIO = 8
 
@@ -67,7 +68,9 @@ def _small_images(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, ob
                 if type(n) is int and n > n_patches * patch:
                     side = n_patches * patch
                     small[name] = [side] * len(value) if isinstance(value, list) else side
-    return small
+    # Patches are pooled to a square of so many.
+    pooled = (k for k, n in given.items() if _PER_IMAGE.search(k) and type(n) is int)
+    return small | dict.fromkeys(pooled, (n_patches // 2) ** 2)
 
 
 def _reduced(bench: Workbench, sizes: Mapping[str, object]) -> dict[str, object] | None:
@@ -231,6 +234,15 @@ def _head_sizes(m: AxisNaming, sizes: Mapping[str, object]) -> dict[str, int]:
             whole, n = m.fields[hidden], m.fields[n_heads].value
             width, n_tiny = (int(str(sizes[name])) for name in (hidden, n_heads))
             tiny[whole.scope, whole.value // n] = width // n_tiny
+    for scope in {name.rpartition(".")[0] for name in sizes}:
+        beside = {plain_name(f.name): f for f in m.fields.values() if f.scope == scope}
+        hidden_size, n_all = beside.get("embed"), beside.get("heads")
+        if hidden_size is None or n_all is None or hidden_size.value % n_all.value:
+            continue
+        # A head size may be read by the forward pass alone.
+        width = int(str(sizes.get(hidden_size.name, hidden_size.value)))
+        n_tiny = int(str(sizes.get(n_all.name, n_all.value)))
+        tiny.setdefault((scope, hidden_size.value // n_all.value), width // n_tiny)
     return {
         field.name: tiny[field.scope, field.value]
         for field in m.bench.numbers()
@@ -247,8 +259,15 @@ def _sections(m: AxisNaming, sizes: Mapping[str, object], n: int) -> list[int]:
     for hidden, heads in m.solution.head_sizes.values():
         if not head and "vision" not in hidden:
             head = int(str(sizes[hidden])) // int(str(sizes[heads]))
-    part = max(1, (head or 8) // 2 // (n + 1))
-    return [*[part] * (n - 1), (head or 8) // 2 - part * (n - 1)]
+    turned = [
+        value
+        for name, value in config_changes.leaves(m.bench.fields)
+        if name.endswith("partial_rotary_factor") and "vision" not in name
+    ]
+    share = turned[0] if turned and isinstance(turned[0], float) else 1.0
+    half = int((head or 8) * share) // 2
+    part = max(half // (n + 1), min(1, half // (n - 1)))
+    return [*[part] * (n - 1), half - part * (n - 1)]
 
 
 def _by_value(m: AxisNaming) -> dict[str, object]:

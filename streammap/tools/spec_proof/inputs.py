@@ -29,6 +29,8 @@ _PLACES = {
 
 _GRIDS = ("grid_thw", "image_grid_thw", "image_grid_hw")
 """How many patches an image has: in time, rows and columns."""
+_HEARD = ("feature_attention_mask", "input_features_mask", "padding_mask")
+"""Masks of the frames of sounds."""
 
 
 class Net(Protocol):
@@ -173,17 +175,21 @@ def _with_places(
 
 def _n_places(net: Net, method: str, inputs: Mapping[str, Tensor]) -> int:
     """How many features a model makes of each image or sound; 0 where it is given none."""
-    make = _maker(net, method)
-    if make is not None:
-        taken = inspect.signature(make).parameters
-        given = {name: x for name, x in inputs.items() if name in taken}
-        return _n_features(make(**given)) // _BATCH if given else 0
-    # Qwen2-Audio has no such method, only the lengths that its encoder gives.
+    make, n_heard = _maker(net, method), _n_heard(net, inputs)
+    taken = {} if make is None else inspect.signature(make).parameters
+    # Qwen2-Audio has no such method; Music Flamingo's looks for the places among the tokens.
+    if n_heard and method == "get_audio_features" and (make is None or "input_ids" in taken):
+        return n_heard
+    given = {name: x for name, x in inputs.items() if name in taken}
+    return _n_features(make(**given)) // _BATCH if make is not None and given else 0
+
+
+def _n_heard(net: Net, inputs: Mapping[str, Tensor]) -> int:
+    """How many features an encoder says that it makes of a sound; 0 where it says nothing."""
     tower = getattr(getattr(net, "model", None), "audio_tower", None)
-    heard = inputs.get("feature_attention_mask")
-    if tower is None or heard is None or method != "get_audio_features":
-        return 0
-    return int(tower._get_feat_extract_output_lengths(heard.sum(-1))[1].max())
+    lengths = getattr(tower, "_get_feat_extract_output_lengths", None)
+    heard = next((inputs[name] for name in _HEARD if name in inputs), None)
+    return 0 if lengths is None or heard is None else int(lengths(heard.sum(-1))[1].max())
 
 
 def _maker(net: Net, method: str) -> Callable[..., object] | None:
@@ -223,6 +229,8 @@ def _images(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
     if "image_token_pooling" in takes:
         return _pooled_patches(seen)
     side = _number(seen, "image_size", "input_size") or 4 * (_number(seen, "patch_size") or 4)
+    if getattr(seen, "sr_ratios", None):
+        side = max(side, 2 * math.prod(seen.strides))  # Some of the last stage, each as it strides.
     size, n_views = (side, side), 1
     if getattr(config, "image_grid_pinpoints", None):
         # The whole image at the size of a view, and the views that it is cut into.
@@ -346,7 +354,8 @@ def _sounds(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
             n_rows = _number(config, "max_length", "spectrogram_length") or _N_FRAMES
             inputs["input_values"] = torch.randn(_BATCH, n_rows, mels)
         else:
-            inputs["input_values"] = torch.randn(_BATCH, _N_FRAMES * math.prod(strides or (64,)))
+            wave = torch.randn(_BATCH, _N_FRAMES * math.prod(strides or (64,)))
+            inputs["input_values"] = wave if _is_heard(net, wave) else wave[:, None]
     if "input_features" in takes:
         size = _number(config, "feature_projection_input_dim") or mels or 1
         n_seen = 2 * (_number(config, "max_source_positions") or _N_FRAMES)
@@ -356,9 +365,30 @@ def _sounds(net: Net, takes: Mapping[str, object]) -> dict[str, Tensor]:
             conv.in_channels == mels for conv in convs
         )
         n_seen = n_seen if first else 2 * _N_FRAMES
+        # Encoders that hear in windows want whole ones, each of which their convolutions go over.
+        if window := 2 * (_number(config, "n_window") or 0):
+            first, n_seen = True, math.ceil(n_seen / window) * window
         shape = (_BATCH, size, n_seen) if first else (_BATCH, n_seen, size)
         inputs["input_features"] = torch.randn(shape)
-        for name in ("feature_attention_mask", "input_features_mask", "padding_mask"):
-            if name in takes:
+        make = _maker(net, "get_audio_features")
+        # What makes no use of it in an encoder is a mask of features, of which all are used.
+        used = takes if make is None else inspect.signature(make).parameters
+        for name in _HEARD:
+            if name in takes and name in used:
                 inputs[name] = torch.ones(_BATCH, n_seen, dtype=torch.long)
     return inputs
+
+
+def _is_heard(net: Net, wave: Tensor) -> bool:
+    """Whether what reads a wave takes it as it is; some ask for a dimension of channels."""
+    parts = [m for m in net.modules() if "input_values" in inspect.signature(m.forward).parameters]
+    if not any(isinstance(m, Conv1d) and m.in_channels == 1 for m in net.modules()):
+        return True
+    try:
+        with torch.no_grad():
+            parts[-1](wave)
+    except (RuntimeError, ValueError):
+        return False
+    except TypeError:  # It wants more than the wave.
+        return True
+    return True

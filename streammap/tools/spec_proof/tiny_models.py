@@ -290,8 +290,27 @@ class _InFloat64(TorchFunctionMode):
     ) -> object:
         if func is Tensor.float:
             func = Tensor.double
+        if func is Tensor.masked_scatter:
+            _refuse_other_width(args[0], (kwargs or {}).get("source", args[-1]))
         named = {k: _widened(x) for k, x in (kwargs or {}).items()}
         return func(*map(_widened, args), **named)
+
+
+def _refuse_other_width(tokens: object, features: object) -> None:
+    """Features that take the places of tokens are as wide as these.
+
+    torch asks only that there are enough numbers: of wider features it would fill in the first.
+
+    Raises:
+        PlanError: they are not.
+    """
+    if not (isinstance(tokens, Tensor) and isinstance(features, Tensor) and features.dim() > 1):
+        return
+    if features.shape[-1] != tokens.shape[-1]:
+        raise PlanError(
+            f"features as wide as {features.shape[-1]} can't take the places of tokens, which are "
+            f"as wide as {tokens.shape[-1]}"
+        )
 
 
 def _widened(given: object) -> object:
