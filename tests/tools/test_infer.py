@@ -11,8 +11,8 @@ from typing import cast
 
 import pytest
 
-from streammap.architectures import registry
-from streammap.errors import ArchitectureError
+from streammap.architectures import config_fields, registry
+from streammap.errors import ArchitectureError, CheckpointError
 from streammap.tools.spec_infer import (
     completing,
     module_roles,
@@ -20,12 +20,14 @@ from streammap.tools.spec_infer import (
     shrink,
     solve,
     tiny_sizes,
+    words,
 )
 from streammap.tools.spec_infer.amendments import Amendments
 from streammap.tools.spec_infer.disk_names import DiskNames, on_disk, saved
 from streammap.tools.spec_infer.infer import Inferred, infer
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
+from streammap.tools.spec_proof import unseen
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -552,6 +554,58 @@ def test_a_field_that_the_class_asks_for_by_name_is_given() -> None:
     inside = bench.fields["attn_config"]
     assert isinstance(inside, dict)
     assert inside["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "kinds"),
+    [
+        ("lfm2_moe", "layer_types", {"full_attention", "conv"}),
+        ("deepseek_ocr2", "text_config.mlp_layer_types", {"dense", "sparse"}),
+    ],
+)
+def test_a_list_of_kinds_that_is_null_has_all_that_the_class_knows(
+    name: str, field: str, kinds: set[str]
+) -> None:
+    bench = Workbench({"model_type": name}, name=name)
+    assert bench.outline({}) is None
+    completing.complete(bench)
+    entries = config_fields.field_value(bench.fields, field)
+    assert isinstance(entries, list)
+    assert set(entries) == kinds
+    assert bench.outline({}) is not None
+
+
+def test_rotary_positions_are_those_of_each_kind_of_layer_where_a_class_asks_for_them() -> None:
+    bench = Workbench({"model_type": "cohere_compass_text"}, name="cohere_compass_text")
+    completing.complete(bench)
+    rope = bench.fields["rope_parameters"]
+    assert isinstance(rope, dict)
+    assert rope.keys() == {"full_attention"}
+    assert bench.outline({}) is not None
+
+
+def test_a_long_list_is_written_in_lines() -> None:
+    keys = [f"a.{i}.b" for i in range(150)]
+    text = f"keys = {words.toml_value(keys)}"
+    assert tomllib.loads(text) == {"keys": keys}
+    assert max(line.count(".") for line in text.split("\n")) == 2
+    assert words.toml_value(keys[:2]) == '["a.0.b", "a.1.b"]'
+
+
+def test_a_draft_whose_shapes_are_wrong_is_a_failed_proof_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> tuple[str, ...]:
+        raise CheckpointError("its shapes are not those of the spec")
+
+    monkeypatch.setattr(unseen, "axes", refused)
+    monkeypatch.setattr(registry, "tiny_models", lambda _: (None,))
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a.toml").touch()
+    naming = naming_of("vit")
+    proof = repair._Proof(naming, naming.bench, lambda *_: "", tmp_path)
+    proof.n_proofs = 1
+    assert proof.unseen() == ()
 
 
 def test_a_token_takes_some_experts_where_config_json_has_null() -> None:
