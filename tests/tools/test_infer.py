@@ -23,11 +23,14 @@ from streammap.tools.spec_infer import (
     words,
 )
 from streammap.tools.spec_infer.amendments import Amendments
+from streammap.tools.spec_infer.depth_rules import DepthRules
 from streammap.tools.spec_infer.disk_names import DiskNames, on_disk, saved
 from streammap.tools.spec_infer.infer import Inferred, infer
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
+from streammap.tools.spec_infer.write_rules import SpecRules
 from streammap.tools.spec_proof import unseen
+from streammap.tools.spec_proof.checks import Check
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -582,6 +585,44 @@ def test_rotary_positions_are_those_of_each_kind_of_layer_where_a_class_asks_for
     assert isinstance(rope, dict)
     assert rope.keys() == {"full_attention"}
     assert bench.outline({}) is not None
+
+
+def test_layers_whose_outputs_are_read_one_by_one_are_marks_and_two_of_them_are_left() -> None:
+    bench = Workbench({"model_type": "qwen3_vl"}, name="qwen3_vl")
+    marks = "vision_config.deepstack_visual_indexes"
+    assert config_fields.field_value(bench.fields, marks) == [8, 16, 24]
+    assert bench.is_counted(marks)
+    shrink.shorten(bench)
+    assert config_fields.field_value(bench.fields, marks) == [0, 1]
+    windows = Workbench({"model_type": "qwen2_5_vl"}, name="qwen2_5_vl")
+    assert not windows.is_counted("vision_config.fullatt_block_indexes")
+
+
+def test_the_hidden_state_that_a_projector_reads_moves_with_its_layers() -> None:
+    spec = tomllib.loads(infer({"model_type": "video_llava"}, name="video_llava").toml)
+    assert spec["depth"]["vision_layer"]["states"] == [["vision_feature_layer", -2]]
+    assert "states" not in spec["depth"].get("text_layer", {})
+
+
+def test_factors_of_the_residual_stream_may_be_1_in_new_layers() -> None:
+    naming = naming_of("doge")
+    failed = Check("promises", False, 1.0, "new_layers doubled: 1.0", ("layer",))
+    known = next(iter(repair._promises(naming, Amendments(), failed)))
+    names = ("input_residual", "post_attention_residual")
+    assert set(known.ones) == {f"model.layers.{{layer}}.{name}" for name in names}
+    other = naming.amended(known)
+    (text,) = DepthRules(other, SpecRules(other)).tables()
+    assert tomllib.loads(text)["depth"]["layer"]["ones"] == [f"{{L}}{name}" for name in names]
+
+
+def test_layers_may_compute_by_their_number() -> None:
+    naming = naming_of("llama")
+    failed = Check("promises", False, 1.0, "new_layers doubled: 1.0", ("layer",))
+    known = next(iter(repair._promises(naming, Amendments(), failed)))
+    assert known.numbered.keys() == {"layer"}
+    other = naming.amended(known)
+    (text,) = DepthRules(other, SpecRules(other)).tables()
+    assert tomllib.loads(text)["numbered"]["layer"]["first"] > 1000
 
 
 def test_a_long_list_is_written_in_lines() -> None:

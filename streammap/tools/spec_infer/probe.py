@@ -257,6 +257,18 @@ class Workbench:
         """The model with some fields changed; None where there can't be one."""
         return self._asked(changes, by_disk=True)
 
+    def is_counted(self, field: str) -> bool:
+        """Whether some modules are as many as a list has entries: one reads each of its layers."""
+        entries = config_fields.field_value(self.fields, field)
+        full = self.outline({})
+        fewer = self.outline({field: entries[:-1]}) if isinstance(entries, list) else None
+        if full is None or fewer is None or not isinstance(entries, list):
+            return False
+        return any(
+            n == len(entries) and fewer.counts.get(start, 0) == n - 1
+            for start, n in full.counts.items()
+        )
+
     def mentions(self, word: str) -> bool:
         """Whether the module of the model's class has a word."""
         with contextlib.suppress(OSError):

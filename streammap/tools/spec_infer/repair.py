@@ -25,6 +25,7 @@ from streammap.tools.spec_proof.checks import Check, CheckName, ProofReport
 _MAX_ROUNDS = 24
 _MAX_JOINED = 4
 _OUTPUT = re.compile(r"hidden_size$|output_dim$|projection_dim$|^dim$|embed_dim$|d_model$")
+_EVERY_LAYER = 100_000
 _GATES = ("renormalised", "softmax", "own")
 _LAYERS = "layers that were added to a tiny model changed its function"
 _EXPERTS = "experts that were added to a tiny model changed its function"
@@ -289,11 +290,34 @@ def _promises(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[
         yield replace(known, inexact={**known.inexact, **experts})
     layers = [axis for axis in _axes(naming, "depth") if axis not in known.inexact]
     alone = [axis for axis in layers if axis in failed.axes]
+    yield from _ones(naming, known, alone)
+    yield from (
+        replace(known, numbered={**known.numbered, axis: _EVERY_LAYER})
+        for axis in alone
+        if axis not in known.numbered
+    )
     behind = [axis for axis in alone if naming.ends_in_norm(axis) and axis not in known.posts]
     if behind:
         yield replace(known, posts=(*known.posts, *behind))
     for some in (alone, layers) if alone else (layers,):
         yield replace(known, inexact={**known.inexact, **dict.fromkeys(some, _LAYERS)})
+
+
+def _ones(naming: AxisNaming, known: Amendments, axes: list[str]) -> Iterator[Amendments]:
+    """Factors of the residual stream: vectors of a layer that are no norm's and no bias."""
+    for axis in axes:
+        scales = {
+            tensors.pattern
+            for tensors in naming.tensors
+            if f"{{{axis}}}" in tensors.pattern
+            and tensors.part.kind in ("other", "buffer")
+            and len(tensors.dims) == 1
+            and "bias" not in tensors.part.parameter
+        }
+        own = {one for one in scales if "." not in one.partition(f"{{{axis}}}.")[2]}
+        for some in (own, scales, *({one} for one in sorted(scales))):
+            if some and not some <= set(known.ones):
+                yield replace(known, ones=tuple(sorted(some | set(known.ones))))
 
 
 def _without_depth(naming: AxisNaming, known: Amendments) -> Iterator[Amendments]:

@@ -64,7 +64,11 @@ def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | 
                 return None
             changes[name] = entries[:n]
         elif INDEX_LIST.search(leaf) and all(type(e) is int for e in entries):
-            changes[name] = [e for e in entries if isinstance(e, int) and e < n]
+            left = [e for e in entries if isinstance(e, int) and e < n]
+            if len(left) < 2 <= len(entries) and bench.is_counted(name):
+                # One of several would not show that their order counts.
+                left = [0, n - 1]
+            changes[name] = left
     return changes
 
 

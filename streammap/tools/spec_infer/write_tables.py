@@ -28,7 +28,7 @@ class SpecTables:
             self._norm(),
             self._head(),
             self._experts(),
-            *DepthRules(self._m).tables(),
+            *DepthRules(self._m, self._text).tables(),
             self._config(),
             *self._shown(),
         ]
