@@ -625,6 +625,37 @@ def test_layers_may_compute_by_their_number() -> None:
     assert tomllib.loads(text)["numbered"]["layer"]["first"] > 1000
 
 
+def test_the_number_of_the_last_layer_follows_and_a_period_is_no_count() -> None:
+    naming = naming_of("ernie4_5_moe")
+    fields = naming.bench.fields
+    assert fields["moe_layer_end_index"] == int(str(fields["num_hidden_layers"])) - 1
+    (text,) = DepthRules(naming, SpecRules(naming)).tables()
+    depth = tomllib.loads(text)["depth"]["layer"]
+    assert depth["prefix_counts"] == ["moe_layer_start_index"]
+    assert depth["last_index"] == ["moe_layer_end_index"]
+
+
+def test_a_head_is_tied_to_its_own_embeddings_by_the_part_of_config_json_that_says_so() -> None:
+    found = infer({"model_type": "encoder-decoder"}, name="encoder-decoder")
+    head = tomllib.loads(found.toml)["head"]
+    assert head["tied_by"] == "decoder"
+    assert head["embed"] == "decoder.bert.embeddings.word_embeddings.weight"
+    assert head["copies"] == {
+        "decoder.cls.predictions.decoder.bias": "decoder.cls.predictions.bias"
+    }
+    (parsed,) = registry.parse(found.toml, name="encoder-decoder").heads
+    assert parsed.path == "decoder."
+    # Where the whole model's flag unties it, nothing is said.
+    whole = infer(CONFIGS["bert"], name="bert").toml
+    assert "tied_by" not in tomllib.loads(whole)["head"]
+
+
+def test_norms_of_embeddings_do_not_feed_the_head() -> None:
+    name = "vision-encoder-decoder"
+    head = tomllib.loads(infer({"model_type": name}, name=name).toml)["head"]
+    assert head["norm"] == "decoder.cls.predictions.transform.LayerNorm"
+
+
 def test_a_long_list_is_written_in_lines() -> None:
     keys = [f"a.{i}.b" for i in range(150)]
     text = f"keys = {words.toml_value(keys)}"

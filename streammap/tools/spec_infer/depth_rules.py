@@ -22,6 +22,7 @@ _DEPTHS = (12, 13, 7)
 """Layers of the models whose lists show the rule that makes them."""
 _EVERY = range(2, 9)
 _PERIOD = re.compile(r"step|period|interval|every|freq|pattern|_n_layers")
+_PREFIX = re.compile(r"^(?!.*(step|period|interval|every|freq)).*(layer|dense|first)")
 _OFFSETS = (-1, 0)
 _STATE = re.compile(r"([a-z]+)_(?:feature|select)_layers?")
 """Which hidden states of a part are read: vision_feature_layer."""
@@ -181,7 +182,7 @@ class DepthRules:
             if other.scope == field.scope and 0 < other.value < field.value:
                 more = self._m.bench.snapshot({other.name: other.value + 1})
                 same = more is not None and more.shapes.keys() == self._m.bench.base().shapes.keys()
-                named = re.search(r"layer|dense|first", other.leaf)
+                named = _PREFIX.search(other.leaf)
                 if named and not same and set(range(other.value)) in layers.values():
                     yield other.leaf
 
