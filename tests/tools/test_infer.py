@@ -635,6 +635,14 @@ def test_the_number_of_the_last_layer_follows_and_a_period_is_no_count() -> None
     assert depth["last_index"] == ["moe_layer_end_index"]
 
 
+def test_trailing_layers_without_some_tensors_are_counted_from_the_end() -> None:
+    naming = naming_of("gemma3n_text")
+    (text,) = DepthRules(naming, SpecRules(naming)).tables()
+    depth = tomllib.loads(text)["depth"]["layer"]
+    assert depth["suffix_counts"] == ["num_kv_shared_layers"]
+    assert "prefix_counts" not in depth
+
+
 def test_a_head_is_tied_to_its_own_embeddings_by_the_part_of_config_json_that_says_so() -> None:
     found = infer({"model_type": "encoder-decoder"}, name="encoder-decoder")
     head = tomllib.loads(found.toml)["head"]

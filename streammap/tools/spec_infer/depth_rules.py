@@ -66,11 +66,16 @@ class DepthRules:
         marks = [k for k in some if self._m.bench.is_counted(joined(scope, k))]
         some = [k for k in some if k not in marks]
         pairs = [(k, k.replace("period", "offset")) for k in leaves if k.endswith("_period")]
-        prefixes = list(self._prefix_counts(field, name))
+        prefixes = list(self._end_counts(field, name))
+        suffixes = [k for k in self._end_counts(field, name, trailing=True) if k not in prefixes]
         told: list[Sequence[object]] = [
             *(list(map(json.dumps, lists[k])) for k in self._full_lists(field)),
             *([i in lists[k] for i in range(field.value)] for k in some),
             *([i < int(str(leaves[k])) for i in range(field.value)] for k in prefixes),
+            *(
+                [i < field.value - int(str(leaves[k])) for i in range(field.value)]
+                for k in suffixes
+            ),
         ]
         kinds = list(self._layers_of(name).values())
         first: dict[str, object] = {}
@@ -90,6 +95,7 @@ class DepthRules:
             "index_lists": some,
             "marks": marks,
             "prefix_counts": prefixes,
+            "suffix_counts": suffixes,
             "delete": self._rebuilt(),
             "last_index": [k for k in leaves if k.endswith("layer_end_index")],
         }
@@ -176,14 +182,16 @@ class DepthRules:
                 layers[pattern].add(int(number[0]))
         return layers
 
-    def _prefix_counts(self, field: Field, name: str) -> Iterator[str]:
-        layers = self._layers_of(name)
+    def _end_counts(self, field: Field, name: str, *, trailing: bool = False) -> Iterator[str]:
+        """Fields that say how many leading, or trailing, layers are of another kind."""
+        layers = list(self._layers_of(name).values())
         for other in self._m.fields.values():
             if other.scope == field.scope and 0 < other.value < field.value:
                 more = self._m.bench.snapshot({other.name: other.value + 1})
                 same = more is not None and more.shapes.keys() == self._m.bench.base().shapes.keys()
                 named = _PREFIX.search(other.leaf)
-                if named and not same and set(range(other.value)) in layers.values():
+                end = field.value - other.value if trailing else other.value
+                if named and not same and set(range(end)) in layers:
                     yield other.leaf
 
     def _derived(self, field: Field, leaf: str) -> _Word:
