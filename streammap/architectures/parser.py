@@ -269,6 +269,8 @@ def _heads(scopes: Sequence[SpecScope]) -> tuple[LMHead, ...]:
     """The heads of all parts; `of` names the part whose head is the whole model's."""
     heads = {name: head for scope in scopes for name, head in scope.heads.items()}
     own = heads.get("")
+    if own is not None and own.tied_by and not own.of:
+        heads[""] = replace(own, path=f"{own.tied_by}.")
     if own is None or not own.of:
         return tuple(heads.values())
     del heads[""]

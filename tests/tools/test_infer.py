@@ -11,8 +11,8 @@ from typing import cast
 
 import pytest
 
-from streammap.architectures import registry
-from streammap.errors import ArchitectureError
+from streammap.architectures import config_fields, registry
+from streammap.errors import ArchitectureError, CheckpointError
 from streammap.tools.spec_infer import (
     completing,
     module_roles,
@@ -20,12 +20,17 @@ from streammap.tools.spec_infer import (
     shrink,
     solve,
     tiny_sizes,
+    words,
 )
 from streammap.tools.spec_infer.amendments import Amendments
+from streammap.tools.spec_infer.depth_rules import DepthRules
 from streammap.tools.spec_infer.disk_names import DiskNames, on_disk, saved
 from streammap.tools.spec_infer.infer import Inferred, infer
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
+from streammap.tools.spec_infer.write_rules import SpecRules
+from streammap.tools.spec_proof import unseen
+from streammap.tools.spec_proof.checks import Check
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -552,6 +557,135 @@ def test_a_field_that_the_class_asks_for_by_name_is_given() -> None:
     inside = bench.fields["attn_config"]
     assert isinstance(inside, dict)
     assert inside["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "kinds"),
+    [
+        ("lfm2_moe", "layer_types", {"full_attention", "conv"}),
+        ("deepseek_ocr2", "text_config.mlp_layer_types", {"dense", "sparse"}),
+    ],
+)
+def test_a_list_of_kinds_that_is_null_has_all_that_the_class_knows(
+    name: str, field: str, kinds: set[str]
+) -> None:
+    bench = Workbench({"model_type": name}, name=name)
+    assert bench.outline({}) is None
+    completing.complete(bench)
+    entries = config_fields.field_value(bench.fields, field)
+    assert isinstance(entries, list)
+    assert set(entries) == kinds
+    assert bench.outline({}) is not None
+
+
+def test_rotary_positions_are_those_of_each_kind_of_layer_where_a_class_asks_for_them() -> None:
+    bench = Workbench({"model_type": "cohere_compass_text"}, name="cohere_compass_text")
+    completing.complete(bench)
+    rope = bench.fields["rope_parameters"]
+    assert isinstance(rope, dict)
+    assert rope.keys() == {"full_attention"}
+    assert bench.outline({}) is not None
+
+
+def test_layers_whose_outputs_are_read_one_by_one_are_marks_and_two_of_them_are_left() -> None:
+    bench = Workbench({"model_type": "qwen3_vl"}, name="qwen3_vl")
+    marks = "vision_config.deepstack_visual_indexes"
+    assert config_fields.field_value(bench.fields, marks) == [8, 16, 24]
+    assert bench.is_counted(marks)
+    shrink.shorten(bench)
+    assert config_fields.field_value(bench.fields, marks) == [0, 1]
+    windows = Workbench({"model_type": "qwen2_5_vl"}, name="qwen2_5_vl")
+    assert not windows.is_counted("vision_config.fullatt_block_indexes")
+
+
+def test_the_hidden_state_that_a_projector_reads_moves_with_its_layers() -> None:
+    spec = tomllib.loads(infer({"model_type": "video_llava"}, name="video_llava").toml)
+    assert spec["depth"]["vision_layer"]["states"] == [["vision_feature_layer", -2]]
+    assert "states" not in spec["depth"].get("text_layer", {})
+
+
+def test_factors_of_the_residual_stream_may_be_1_in_new_layers() -> None:
+    naming = naming_of("doge")
+    failed = Check("promises", False, 1.0, "new_layers doubled: 1.0", ("layer",))
+    known = next(iter(repair._promises(naming, Amendments(), failed)))
+    names = ("input_residual", "post_attention_residual")
+    assert set(known.ones) == {f"model.layers.{{layer}}.{name}" for name in names}
+    other = naming.amended(known)
+    (text,) = DepthRules(other, SpecRules(other)).tables()
+    assert tomllib.loads(text)["depth"]["layer"]["ones"] == [f"{{L}}{name}" for name in names]
+
+
+def test_layers_may_compute_by_their_number() -> None:
+    naming = naming_of("llama")
+    failed = Check("promises", False, 1.0, "new_layers doubled: 1.0", ("layer",))
+    known = next(iter(repair._promises(naming, Amendments(), failed)))
+    assert known.numbered.keys() == {"layer"}
+    other = naming.amended(known)
+    (text,) = DepthRules(other, SpecRules(other)).tables()
+    assert tomllib.loads(text)["numbered"]["layer"]["first"] > 1000
+
+
+def test_the_number_of_the_last_layer_follows_and_a_period_is_no_count() -> None:
+    naming = naming_of("ernie4_5_moe")
+    fields = naming.bench.fields
+    assert fields["moe_layer_end_index"] == int(str(fields["num_hidden_layers"])) - 1
+    (text,) = DepthRules(naming, SpecRules(naming)).tables()
+    depth = tomllib.loads(text)["depth"]["layer"]
+    assert depth["prefix_counts"] == ["moe_layer_start_index"]
+    assert depth["last_index"] == ["moe_layer_end_index"]
+
+
+def test_trailing_layers_without_some_tensors_are_counted_from_the_end() -> None:
+    naming = naming_of("gemma3n_text")
+    (text,) = DepthRules(naming, SpecRules(naming)).tables()
+    depth = tomllib.loads(text)["depth"]["layer"]
+    assert depth["suffix_counts"] == ["num_kv_shared_layers"]
+    assert "prefix_counts" not in depth
+
+
+def test_a_head_is_tied_to_its_own_embeddings_by_the_part_of_config_json_that_says_so() -> None:
+    found = infer({"model_type": "encoder-decoder"}, name="encoder-decoder")
+    head = tomllib.loads(found.toml)["head"]
+    assert head["tied_by"] == "decoder"
+    assert head["embed"] == "decoder.bert.embeddings.word_embeddings.weight"
+    assert head["copies"] == {
+        "decoder.cls.predictions.decoder.bias": "decoder.cls.predictions.bias"
+    }
+    (parsed,) = registry.parse(found.toml, name="encoder-decoder").heads
+    assert parsed.path == "decoder."
+    # Where the whole model's flag unties it, nothing is said.
+    whole = infer(CONFIGS["bert"], name="bert").toml
+    assert "tied_by" not in tomllib.loads(whole)["head"]
+
+
+def test_norms_of_embeddings_do_not_feed_the_head() -> None:
+    name = "vision-encoder-decoder"
+    head = tomllib.loads(infer({"model_type": name}, name=name).toml)["head"]
+    assert head["norm"] == "decoder.cls.predictions.transform.LayerNorm"
+
+
+def test_a_long_list_is_written_in_lines() -> None:
+    keys = [f"a.{i}.b" for i in range(150)]
+    text = f"keys = {words.toml_value(keys)}"
+    assert tomllib.loads(text) == {"keys": keys}
+    assert max(line.count(".") for line in text.split("\n")) == 2
+    assert words.toml_value(keys[:2]) == '["a.0.b", "a.1.b"]'
+
+
+def test_a_draft_whose_shapes_are_wrong_is_a_failed_proof_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> tuple[str, ...]:
+        raise CheckpointError("its shapes are not those of the spec")
+
+    monkeypatch.setattr(unseen, "axes", refused)
+    monkeypatch.setattr(registry, "tiny_models", lambda _: (None,))
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a.toml").touch()
+    naming = naming_of("vit")
+    proof = repair._Proof(naming, naming.bench, lambda *_: "", tmp_path)
+    proof.n_proofs = 1
+    assert proof.unseen() == ()
 
 
 def test_a_token_takes_some_experts_where_config_json_has_null() -> None:

@@ -42,6 +42,10 @@ class Amendments:
     """Whether norms stand after the residual addition; None: as the order of modules says."""
     posts: tuple[str, ...] = ()
     """Depth axes: norms stand after the residual addition in their layers."""
+    numbered: Mapping[str, object] = field(default_factory=dict)
+    """Depth axis -> how many of its leading layers compute by their number."""
+    ones: tuple[str, ...] = ()
+    """Patterns of what is 1 in a layer that gives its input."""
     orders: Mapping[str, Order] = field(default_factory=dict)
     """Axis -> how the units lie in dimensions that it is a factor or a part of."""
     gates: str = ""

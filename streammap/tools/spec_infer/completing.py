@@ -8,6 +8,8 @@ import itertools
 import re
 from collections.abc import Iterator
 
+from streammap.architectures import config_fields
+from streammap.common import optional
 from streammap.tools.spec_infer import config_changes
 from streammap.tools.spec_infer.config_changes import Changes
 from streammap.tools.spec_infer.naming import plain_name
@@ -18,15 +20,19 @@ _WIDTH = re.compile(r"(hidden_size|dim|d_model|width)$")
 _TAKEN = re.compile(r"experts_per_tok|moe_top_?k$|top_k_experts")
 _OWN_WIDTH = re.compile("hidden_size|hidden_dim|d_model|embed_dim")
 _ENCODER = re.compile("encoder|vision|audio")
+_LAYERS = re.compile(r"^(num_)?(hidden_)?layers$|^n_layers?$")
 _TAKES = 2
 _HEAD_SIZE, _FEW, _MANY = 16, 4, 64
 _ROPE_THETA = 10000.0
+_KINDS = {"layer_types": "full_attention", "mlp_layer_types": "dense"}
+"""Lists of kinds, one a layer -> the kind that a class need not name: what others are not."""
 
 
 def complete(bench: Workbench) -> None:
     """Change fields until a model can be built, where the configuration itself makes none."""
     if bench.outline({}) is None:
-        for changes in (*_named(bench), *_filled(bench), *_equal(bench)):
+        lists = (*_layer_kinds(bench), *_rotary_kinds(bench))
+        for changes in (*lists, *_named(bench), *_filled(bench), *_equal(bench)):
             if bench.adopt(changes):
                 _without_needless(bench, changes)
                 break
@@ -46,6 +52,37 @@ def _named(bench: Workbench) -> Iterator[Changes]:
         name = config_changes.joined(scope, asked[1])
         usual = _ROPE_THETA if asked[1] == "rope_theta" else _usual(bench, name)
         yield {name: usual if value is None else value}
+
+
+def _layer_kinds(bench: Workbench) -> Iterator[Changes]:
+    """A list of kinds, one a layer, that is null: all that the class knows, in turn, or one."""
+    for name, value in config_changes.leaves(bench.fields):
+        scope, _, leaf = name.rpartition(".")
+        if value is not None or leaf not in _KINDS:
+            continue
+        known = (k for k in _allowed(leaf) if bench.mentions(f'"{k}"'))
+        kinds = list(dict.fromkeys((_KINDS[leaf], *known)))
+        counts = [f.value for f in bench.numbers() if f.scope == scope and _LAYERS.search(f.leaf)]
+        for some in (kinds, *([kind] for kind in kinds)):
+            yield from ({name: [some[i % len(some)] for i in range(n)]} for n in counts)
+
+
+def _rotary_kinds(bench: Workbench) -> Iterator[Changes]:
+    """Rotary positions of each kind of layer, where the class has those of one kind for all."""
+    for scope in dict.fromkeys(f.scope for f in bench.numbers()):
+        kinds = {str(kind) for kind in bench.lists(scope).get("layer_types", ())}
+        name = config_changes.joined(scope, "rope_parameters")
+        one = config_fields.field_value(bench.fields, name)
+        if kinds and isinstance(one, dict) and one.keys().isdisjoint(kinds):
+            usual = {"rope_type": "default", "rope_theta": _ROPE_THETA, **one}
+            yield {name: dict.fromkeys(sorted(kinds), usual)}
+
+
+def _allowed(leaf: str) -> tuple[str, ...]:
+    """The kinds of layers that transformers has."""
+    library = optional.library("transformers.configuration_utils")
+    name = f"ALLOWED_{'MLP' if leaf.startswith('mlp') else 'ATTN'}_LAYER_TYPES"
+    return tuple(getattr(library, name, ()))
 
 
 def _whole_heads(bench: Workbench) -> Iterator[Changes]:

@@ -16,12 +16,18 @@ from streammap.tools.spec_infer.config_changes import joined
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Field
 from streammap.tools.spec_infer.words import INDEX_LIST, toml_value
+from streammap.tools.spec_infer.write_rules import SpecRules
 
 _DEPTHS = (12, 13, 7)
 """Layers of the models whose lists show the rule that makes them."""
 _EVERY = range(2, 9)
 _PERIOD = re.compile(r"step|period|interval|every|freq|pattern|_n_layers")
+_PREFIX = re.compile(r"^(?!.*(step|period|interval|every|freq)).*(layer|dense|first)")
 _OFFSETS = (-1, 0)
+_STATE = re.compile(r"([a-z]+)_(?:feature|select)_layers?")
+"""Which hidden states of a part are read: vision_feature_layer."""
+
+_BY_NUMBER = "layers of a tiny model that got another number changed its function"
 
 _Word = Mapping[str, object]
 _Period = tuple[tuple[str, int], int]
@@ -33,19 +39,23 @@ _Turn = tuple[int, int]
 class DepthRules:
     """What config.json says of the layers of a model's stacks."""
 
-    def __init__(self, naming: AxisNaming) -> None:
-        """For the stacks of `naming`."""
-        self._m = naming
+    def __init__(self, naming: AxisNaming, text: SpecRules) -> None:
+        """For the stacks of `naming`; patterns are written as `text` does."""
+        self._m, self._text = naming, text
 
     def tables(self) -> Iterator[str]:
         """One for each stack, and what is derived of it."""
         for symbol, name in self._m.names.items():
             if self._m.kinds[name] == "depth":
                 field = self._m.fields[symbol]
+                known = self._m.known
                 words = self._words(field, name)
                 if words:
                     yield _table(f"[depth.{name}]", words)
-                for full in self._full_lists(field) if self._m.known.derives else ():
+                if name in known.numbered:
+                    words = {"first": known.numbered[name], "why": _BY_NUMBER}
+                    yield _table(f"[numbered.{name}]", words)
+                for full in self._full_lists(field) if known.derives else ():
                     if rule := self._derived(field, full):
                         yield _table(f"[[depth.{name}.derived]]", rule)
 
@@ -53,12 +63,19 @@ class DepthRules:
         scope, leaves = field.scope, self._m.leaves(field.scope)
         lists = self._m.bench.lists(scope)
         some = [k for k, v in lists.items() if self._is_index_list(k, v, field)]
+        marks = [k for k in some if self._m.bench.is_counted(joined(scope, k))]
+        some = [k for k in some if k not in marks]
         pairs = [(k, k.replace("period", "offset")) for k in leaves if k.endswith("_period")]
-        prefixes = list(self._prefix_counts(field, name))
+        prefixes = list(self._end_counts(field, name))
+        suffixes = [k for k in self._end_counts(field, name, trailing=True) if k not in prefixes]
         told: list[Sequence[object]] = [
             *(list(map(json.dumps, lists[k])) for k in self._full_lists(field)),
             *([i in lists[k] for i in range(field.value)] for k in some),
             *([i < int(str(leaves[k])) for i in range(field.value)] for k in prefixes),
+            *(
+                [i < field.value - int(str(leaves[k])) for i in range(field.value)]
+                for k in suffixes
+            ),
         ]
         kinds = list(self._layers_of(name).values())
         first: dict[str, object] = {}
@@ -76,13 +93,18 @@ class DepthRules:
         named = {
             "lists": self._full_lists(field),
             "index_lists": some,
+            "marks": marks,
             "prefix_counts": prefixes,
+            "suffix_counts": suffixes,
             "delete": self._rebuilt(),
             "last_index": [k for k in leaves if k.endswith("layer_end_index")],
         }
         words: dict[str, object] = {k: [joined(scope, n) for n in v] for k, v in named.items() if v}
         words |= {"periods": offsets or periods} if offsets or periods else {}
         words |= {"tail": "num_nextn_predict_layers"} if _TAIL in leaves else {}
+        ones = [self._text.written(k) for k in self._m.known.ones if f"{{{name}}}" in k]
+        words |= {"ones": ones} if ones else {}
+        words |= {"states": states} if (states := self._states(field)) else {}
         return words | first
 
     def _full_lists(self, field: Field) -> list[str]:
@@ -97,6 +119,15 @@ class DepthRules:
     def _is_index_list(self, leaf: str, entries: Sequence[object], field: Field) -> bool:
         numbers = all(type(e) is int and e < field.value for e in entries)
         return numbers and leaf not in self._full_lists(field) and bool(INDEX_LIST.search(leaf))
+
+    def _states(self, field: Field) -> list[list[object]]:
+        """Fields of the whole model that say which layer's output of one part is read."""
+        found: list[list[object]] = []
+        for leaf, value in self._m.leaves("").items():
+            read = _STATE.fullmatch(leaf)
+            if read and read[1] in field.scope and value is not None:
+                found.append([leaf, value] if type(value) is int else [leaf])
+        return found
 
     def _rebuilt(self) -> list[str]:
         finished = self._m.bench.finished
@@ -151,14 +182,16 @@ class DepthRules:
                 layers[pattern].add(int(number[0]))
         return layers
 
-    def _prefix_counts(self, field: Field, name: str) -> Iterator[str]:
-        layers = self._layers_of(name)
+    def _end_counts(self, field: Field, name: str, *, trailing: bool = False) -> Iterator[str]:
+        """Fields that say how many leading, or trailing, layers are of another kind."""
+        layers = list(self._layers_of(name).values())
         for other in self._m.fields.values():
             if other.scope == field.scope and 0 < other.value < field.value:
                 more = self._m.bench.snapshot({other.name: other.value + 1})
                 same = more is not None and more.shapes.keys() == self._m.bench.base().shapes.keys()
-                named = re.search(r"layer|dense|first", other.leaf)
-                if named and not same and set(range(other.value)) in layers.values():
+                named = _PREFIX.search(other.leaf)
+                end = field.value - other.value if trailing else other.value
+                if named and not same and set(range(end)) in layers:
                     yield other.leaf
 
     def _derived(self, field: Field, leaf: str) -> _Word:

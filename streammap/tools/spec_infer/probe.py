@@ -257,8 +257,20 @@ class Workbench:
         """The model with some fields changed; None where there can't be one."""
         return self._asked(changes, by_disk=True)
 
+    def is_counted(self, field: str) -> bool:
+        """Whether some modules are as many as a list has entries: one reads each of its layers."""
+        entries = config_fields.field_value(self.fields, field)
+        full = self.outline({})
+        fewer = self.outline({field: entries[:-1]}) if isinstance(entries, list) else None
+        if full is None or fewer is None or not isinstance(entries, list):
+            return False
+        return any(
+            n == len(entries) and fewer.counts.get(start, 0) == n - 1
+            for start, n in full.counts.items()
+        )
+
     def mentions(self, word: str) -> bool:
-        """Whether the module of the model's class, or of a part of the model, has a word, in capitals or not."""
+        """Whether the module of the model's class, or of a part, has a word, in capitals or not."""
         parts = self.net().named_modules() if self.outline({}) else ()
         names = {self._net_class.__module__, *(type(part).__module__ for _, part in parts)}
         own = (_source(name).lower() for name in names if name.startswith("transformers."))

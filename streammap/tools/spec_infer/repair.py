@@ -6,6 +6,7 @@ the proof names the axis that it concerns, and kept where the proof gets better 
 none of them helps is not resized, and the spec says so: what is left is what was proved.
 """
 
+import contextlib
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammap.architectures import registry
-from streammap.errors import ArchitectureError
+from streammap.errors import ArchitectureError, StreammapError
 from streammap.tools.spec_infer import completing, solve, tiny_sizes
 from streammap.tools.spec_infer.amendments import NO_RULE, ORDERS, POSITIONS, UNSEEN, Amendments
 from streammap.tools.spec_infer.naming import AxisNaming
@@ -26,6 +27,7 @@ _MAX_JOINED = 5
 _OUTPUT = re.compile(r"hidden_size$|output_dim$|projection_dim$|^dim$|embed_dim$|d_model$")
 _TOKENS = re.compile(r"embed_tokens$|word_embeddings$")
 _NAMED_OUTPUT = re.compile(r"out_\w+$|output_dim$|projection_dim$")
+_EVERY_LAYER = 100_000
 _GATES = ("renormalised", "softmax", "own")
 _LAYERS = "layers that were added to a tiny model changed its function"
 _EXPERTS = "experts that were added to a tiny model changed its function"
@@ -158,7 +160,9 @@ class _Proof:
         """Axes of the model that was built last with which it does not compute."""
         (file,) = (self._scratch / str(self.n_proofs)).glob("*.toml")
         (tiny,) = registry.tiny_models(str(file))
-        return unseen.axes(tiny, str(file), file.parent / "models" / "source")
+        with contextlib.suppress(StreammapError):  # A draft of wrong shapes: growth tells them.
+            return unseen.axes(tiny, str(file), file.parent / "models" / "source")
+        return ()
 
     def until_it_fails(self, known: Amendments) -> ProofReport:
         """Its proof up to the first check that fails."""
@@ -255,8 +259,8 @@ def _without_positions(
     naming: AxisNaming, known: Amendments, failed: Check
 ) -> Iterator[Amendments]:
     """The tiny model without positions that are computed from a width, or from a head's number."""
-    for neutral, why in POSITIONS.items():
-        if known.neutral is None and naming.bench.mentions(neutral):
+    for neutral, why in POSITIONS.items():  # A class may call them sinusoids.
+        if known.neutral is None and naming.bench.mentions(neutral.removesuffix("al")):
             widths = naming.residuals()
             axes = [axis for axis in failed.axes if (axis in widths) == (neutral == "sinusoidal")]
             yield replace(known, neutral=neutral, caveats=dict.fromkeys(axes, why))
@@ -323,11 +327,34 @@ def _promises(naming: AxisNaming, known: Amendments, failed: Check) -> Iterator[
         yield replace(known, inexact={**known.inexact, **experts})
     layers = [axis for axis in _axes(naming, "depth") if axis not in known.inexact]
     alone = [axis for axis in layers if axis in failed.axes]
+    yield from _ones(naming, known, alone)
+    yield from (
+        replace(known, numbered={**known.numbered, axis: _EVERY_LAYER})
+        for axis in alone
+        if axis not in known.numbered
+    )
     behind = [axis for axis in alone if naming.ends_in_norm(axis) and axis not in known.posts]
     if behind:
         yield replace(known, posts=(*known.posts, *behind))
     for some in (alone, layers) if alone else (layers,):
         yield replace(known, inexact={**known.inexact, **dict.fromkeys(some, _LAYERS)})
+
+
+def _ones(naming: AxisNaming, known: Amendments, axes: list[str]) -> Iterator[Amendments]:
+    """Factors of the residual stream: vectors of a layer that are no norm's and no bias."""
+    for axis in axes:
+        scales = {
+            tensors.pattern
+            for tensors in naming.tensors
+            if f"{{{axis}}}" in tensors.pattern
+            and tensors.part.kind in ("other", "buffer")
+            and len(tensors.dims) == 1
+            and "bias" not in tensors.part.parameter
+        }
+        own = {one for one in scales if "." not in one.partition(f"{{{axis}}}.")[2]}
+        for some in (own, scales, *({one} for one in sorted(scales))):
+            if some and not some <= set(known.ones):
+                yield replace(known, ones=tuple(sorted(some | set(known.ones))))
 
 
 def _without_depth(naming: AxisNaming, known: Amendments) -> Iterator[Amendments]:

@@ -26,7 +26,7 @@ def shorten(bench: Workbench) -> None:
         named = re.search(r"layer|depth|block|group", field.leaf)
         if field in chosen:
             continue  # groups of experts
-        if not named or field.leaf.endswith(("_period", "_offset")) or field.value <= 4:
+        if not named or field.leaf.endswith(("_period", "_offset", "_index")) or field.value <= 4:
             continue
         full = bench.outline({})
         for n in (2, 3, 4, 6, 8, 12, 16, 24, 32):
@@ -55,6 +55,10 @@ def _choosing_few(bench: Workbench, chosen: list[probe.Field]) -> int:
 def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | None:
     """The changes that leave `n` layers, or None where a kind of layer would be lost."""
     changes: dict[str, object] = {field.name: n}
+    for other in bench.numbers():
+        # The number of the last layer, as in moe_layer_end_index.
+        is_last = other.leaf.endswith("layer_end_index") and other.value == field.value - 1
+        changes |= {other.name: n - 1} if is_last and other.scope == field.scope else {}
     for leaf, entries in bench.lists(field.scope).items():
         name = f"{field.scope}.{leaf}".lstrip(".")
         if INDEX_LIST.search(leaf) and entries == list(range(field.value)):
@@ -64,7 +68,11 @@ def _stack(bench: Workbench, field: probe.Field, n: int) -> dict[str, object] | 
                 return None
             changes[name] = entries[:n]
         elif INDEX_LIST.search(leaf) and all(type(e) is int for e in entries):
-            changes[name] = [e for e in entries if isinstance(e, int) and e < n]
+            left = [e for e in entries if isinstance(e, int) and e < n]
+            if len(left) < 2 <= len(entries) and bench.is_counted(name):
+                # One of several would not show that their order counts.
+                left = [0, n - 1]
+            changes[name] = left
     return changes
 
 

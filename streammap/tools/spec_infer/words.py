@@ -10,6 +10,8 @@ _PER_TOKEN = re.compile(
 )
 INDEX_LIST = re.compile(r"layers$|layers?_ids$|indexes$|indices$|idx$")
 """Lists of layer numbers."""
+_LONG = 400
+"""A list of more letters is written one entry a line: readers refuse lines of many dots."""
 
 
 def grows_with_experts(leaf: str, value: int, n_experts: int) -> bool:
@@ -25,7 +27,10 @@ def toml_value(value: object) -> str:
             "{" + ", ".join(f"{toml_key(str(k))} = {toml_value(v)}" for k, v in value.items()) + "}"
         )
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(toml_value(v) for v in value if v is not None) + "]"
+        entries = [toml_value(v) for v in value if v is not None]
+        if sum(map(len, entries)) > _LONG:
+            return "[\n" + "".join(f"    {entry},\n" for entry in entries) + "]"
+        return "[" + ", ".join(entries) + "]"
     if isinstance(value, float):
         return repr(value) if math.isfinite(value) else str(value)
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else str(value)

@@ -4,12 +4,14 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from streammap.tools.spec_infer import config_changes
 from streammap.tools.spec_infer.depth_rules import DepthRules
 from streammap.tools.spec_infer.naming import AxisNaming, plain_name
 from streammap.tools.spec_infer.words import grows_with_experts, toml_key, toml_value
 from streammap.tools.spec_infer.write_rules import SpecRules
 
 _MLPS = ("mlp", "moe_mlp", "shared_mlp")
+_TIES = "tie_word_embeddings"
 _GROUPS = re.compile(r"groups?$")
 """Fields that grow with the experts and count groups of them."""
 
@@ -28,7 +30,7 @@ class SpecTables:
             self._norm(),
             self._head(),
             self._experts(),
-            *DepthRules(self._m).tables(),
+            *DepthRules(self._m, self._text).tables(),
             self._config(),
             *self._shown(),
         ]
@@ -112,10 +114,12 @@ class SpecTables:
         embed, head = anatomy.input_embedding, anatomy.output_embedding
         if embed is None or head is None:
             return ""
+        # Of two text models in one, the embeddings are those that the head is tied to.
         named = (anatomy.tied.get(f"{head}.weight"), anatomy.keys.get(embed))
         table = next(filter(None, (*named, anatomy.tied.get(f"{embed}.weight"))), None)
         if table is None:
             return ""
+        embed = anatomy.parts[table].path
         width = self._m.solution.dims[table][-1]
         own = [
             n.path
@@ -125,7 +129,9 @@ class SpecTables:
         norm = anatomy.keys.get(own[-1]) if own else self._last_norm(anatomy.decoder)
         # Of a model in parts, the text model's own: a projector of images may stand behind it.
         beside = self._last_norm(embed.rpartition(".")[0])
-        if beside is not None and self._m.solution.dims[beside][-1] == width and not own:
+        if beside is not None and ("embeddings." in beside or own):
+            beside = None
+        if beside is not None and self._m.solution.dims[beside][-1] == width:
             norm = beside if embed.startswith(f"{anatomy.decoder}.") else norm
         norm = self._m.known.head_norm or norm
         if norm is None or self._m.solution.dims[norm][-1] != width:
@@ -156,17 +162,32 @@ class SpecTables:
             f"head = {toml_value(self._text.written(anatomy.keys.get(head, f'{head}.weight')))}",
             f"classes = [{toml_value(self._m.bench.class_name)}]",
         ]
-        if not self._m.bench.flag("tie_word_embeddings"):
+        if not self._m.bench.flag(_TIES):
             lines.insert(4, "tied = false")
-        if copies := self._copies(f"{head}.weight"):
+        part = self._tied_by()
+        lines += [f"tied_by = {toml_value(part)}"] if part else []
+        if copies := self._copies(f"{head}.weight", config_changes.joined(part, _TIES)):
             lines.append(f"copies = {toml_value(copies)}")
         if scale := self._m.known.head_scale:
             lines.append(f"scale = {toml_value(scale)}")
         return "\n".join(lines) + "\n"
 
-    def _copies(self, head: str) -> dict[str, str]:
+    def _tied_by(self) -> str:
+        """The part of config.json that unties the head, where the whole model's does not."""
+        bench = self._m.bench
+
+        def unties(name: str) -> bool:
+            other = bench.snapshot({name: False})
+            return other is not None and other.shapes.keys() != bench.base().shapes.keys()
+
+        named = [name for name, _ in config_changes.leaves(bench.fields) if name.endswith(_TIES)]
+        if not self._m.anatomy.tied or unties(_TIES):
+            return ""
+        return next((n.rpartition(".")[0] for n in named if unties(n)), "")
+
+    def _copies(self, head: str, flag: str) -> dict[str, str]:
         """Keys besides the head's that are looked for once it is untied -> what they hold."""
-        untied = self._m.bench.snapshot({"tie_word_embeddings": False})
+        untied = self._m.bench.snapshot({flag: False})
         there = {} if untied is None else untied.shapes
         return {k: v for k, v in self._m.anatomy.tied.items() if k in there and k != head}
 
