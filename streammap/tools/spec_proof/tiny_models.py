@@ -239,10 +239,9 @@ def _without(features: Sequence[str], net: _Net) -> Iterator[None]:
             for part in net.modules():
                 if "Sinus" in type(part).__name__ or "SinePosition" in type(part).__name__:
                     stack.callback(part.register_forward_hook(_zeros).remove)
-                for name, x in list(vars(part).items()):
-                    if "position" in name and isinstance(x, Tensor):  # A table that no file has.
-                        stack.callback(setattr, part, name, x)
-                        setattr(part, name, torch.zeros_like(x))
+                for name, x in _computed(part):
+                    stack.callback(setattr, part, name, x)
+                    setattr(part, name, torch.zeros_like(x))
         if "alibi" in features:
             # The slopes come from functions of the model's own module.
             module = importlib.import_module(type(net).__module__)
@@ -251,6 +250,20 @@ def _without(features: Sequence[str], net: _Net) -> Iterator[None]:
                     stack.callback(setattr, module, name, function)
                     setattr(module, name, _zeroed(function))
         yield
+
+
+def _computed(part: torch.nn.Module) -> list[tuple[str, Tensor]]:
+    """Tables of positions that no file has."""
+    saved = part.state_dict()
+    tensors = {**vars(part), **dict(part.named_buffers(recurse=False))}
+    return [
+        (name, x)
+        for name, x in tensors.items()
+        if isinstance(x, Tensor)
+        and "position" in name
+        and x.is_floating_point()
+        and name not in saved
+    ]
 
 
 def _zeros(part: torch.nn.Module, inputs: object, output: Tensor) -> Tensor:
