@@ -74,6 +74,9 @@ _MAX_WORKERS = 8
 _MAX_ITEM_NBYTES = 8
 _LIBRARY_NBYTES, _MULTIPLYING_NBYTES = 8 * 2**20, 5 * 2**20
 """What the library that multiplies matrices takes, once and in each worker; measured."""
+_HEAP_NBYTES = 3 * 2**18
+"""What the heap of a thread keeps of scratch that is freed: its blocks are of several sizes;
+measured with four threads, whose heaps are their own."""
 _STEP_NBYTES = 4096
 DENSE_TILE_NBYTES = MAX_TILE_NBYTES
 """A tile of a form with dense maps, and the part of a source that it reads at once."""
@@ -253,7 +256,8 @@ class _Needs:
         inner = (N_PLACES + 1 + _SCRATCH_CHUNKS) * self.inner_tile_nbytes
         if self.inner_block_nbytes is not None:
             inner += self.inner_block_nbytes + _LIBRARY_NBYTES + _MULTIPLYING_NBYTES
-        return self._depth * (self._scratch_nbytes + inner)
+        heap = _HEAP_NBYTES * (self._scratch_nbytes > 0)
+        return self._depth * (self._scratch_nbytes + heap + inner)
 
     @cached_property
     def _has_irregular(self) -> bool:

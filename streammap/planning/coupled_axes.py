@@ -147,7 +147,9 @@ class _Planning:
         """Plan query heads and their kv heads, where either is asked for."""
         wanted, wanted_kv = self._asked.axes.get(heads), self._asked.axes.get(kv)
         by_width = wanted is None and wanted_kv is None
-        if by_width:
+        for axis in (axis for axis in (heads, kv) if axis in self._asked.axes):
+            self._check_axis(axis)
+        if by_width and self._spec.axes[heads].kind == "width":
             wanted = self._asked.width
         if wanted is None and wanted_kv is None:
             return

@@ -116,10 +116,13 @@ def _proposed(naming: AxisNaming) -> Iterator[tuple[AxisNaming, dict[str, object
 
     Sizes that are equal by chance run where two fields must be equal, which nothing says then.
     """
-    some = [(n, tiny_sizes.proposals(n)) for n in itertools.islice(_joined(naming), _MAX_JOINED)]
-    firsts = [(other, next(sizes, None)) for other, sizes in some]
-    yield from ((other, sizes) for other, sizes in firsts if sizes is not None)
-    yield from ((other, sizes) for other, more in some for sizes in more)
+    some = tuple(itertools.islice(_joined(naming), _MAX_JOINED))
+    for different in (True, False):
+        for one in some:
+            sizes = tiny_sizes.proposals(one, different=different)
+            yield from (
+                (one, found) for found in (itertools.islice(sizes, 1) if different else sizes)
+            )
 
 
 def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
@@ -305,10 +308,24 @@ def _frozen(naming: AxisNaming, known: Amendments, axis: str, why: str = NO_RULE
         return replace(
             known, untested=(*known.untested, axis), inexact={**known.inexact, axis: why}
         )
-    # A width that is heads times a head size is resized with its heads, or not at all.
-    pairs = [{naming.names.get(s) for s in pair} for pair in naming.solution.head_sizes.values()]
-    together = [axis, *(str(n) for pair in pairs if axis in pair for n in pair if n != axis)]
-    return replace(known, frozen={**known.frozen, **dict.fromkeys(together, why)})
+    together = dict.fromkeys(_bound(naming, axis), why)
+    return replace(known, frozen={**known.frozen, **together})
+
+
+def _bound(naming: AxisNaming, axis: str) -> list[str]:
+    """An axis, and those that are not resized without it.
+
+    A width that is heads times a head size is resized with its heads, or not at all; and where
+    heads stay, what they share can't grow with them.
+    """
+    bound = [axis]
+    widths = list(naming.solution.head_sizes.values())
+    follow = [*widths, *((heads, width) for width, heads in widths)]
+    follow += naming.solution.groups.values()
+    for one in bound:
+        others = (naming.names.get(b) for a, b in follow if naming.names.get(a) == one)
+        bound += dict.fromkeys(other for other in others if other and other not in bound)
+    return bound
 
 
 def _all_frozen(

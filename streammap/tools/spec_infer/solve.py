@@ -26,6 +26,7 @@ Dims = Mapping[str, Explained]
 
 _MAX_FIELDS = 6
 _HEADS = re.compile(r"head")
+_WIDTH = re.compile(r"^(hidden_size|d_model|n_embd|embed_dim|dim)$")
 _ASIDE = re.compile(r"proj|embedding")
 _KV = re.compile(r"kv|key_value|key_heads")
 _STATE_GROUPS = re.compile(r"n_?groups$")
@@ -325,9 +326,16 @@ def _regions(anatomy: ModelStructure, probed: Probed) -> dict[str, dict[str, str
     for path, both in alone.items():
         region = _region(path, anatomy)
         named = f"{path.rpartition('.')[2]}.{anatomy.classes[path]}"
-        plain = len(both) == 2 and all(len(names) == 1 for names in both.values())
-        if plain and region not in found and _ATTENTION.search(named):
+        if region in found or not _ATTENTION.search(named):
+            continue
+        if len(both) == 2 and all(len(names) == 1 for names in both.values()):
             found[region] = {next(iter(both[False])): next(iter(both[True]))}
+        elif len(both.get(True, ())) == 1:
+            # It has no attribute of its width: that is what the part calls so.
+            counted = fields[next(iter(both[True]))]
+            beside = [f for f in fields.values() if f.scope == counted.scope]
+            wide = [f for f in beside if _WIDTH.search(f.leaf) and f.value % counted.value == 0]
+            found[region] = dict.fromkeys((f.name for f in wide), counted.name)
     return found
 
 

@@ -32,13 +32,19 @@ _TINY_WIDTHS = (92, 76, 44, 38, 28, 26, 22, 34, 46, 52, 58, 62, 68, 74)
 _MAX_RATIO = 8
 
 
-def proposals(m: AxisNaming) -> Iterator[dict[str, object]]:
-    """Sizes that may make a tiny model: all different, or in the proportions of the given ones."""
+def proposals(m: AxisNaming, *, different: bool = False) -> Iterator[dict[str, object]]:
+    """Sizes that may make a tiny model: all different, or in the proportions of the given ones.
+
+    Args:
+        m: What is known of the model.
+        different: Whether only those that all differ are wanted.
+    """
     hidden = m.fields.get(m.residual())
     if (hidden is None or hidden.value <= _SMALL) and m.bench.base().n_elements <= _MAX_ELEMENTS:
         yield {}
         return
-    proposed = (_all_different(m), _by_value(m), _in_proportion(m))
+    ways = (_all_different,) if different else (_all_different, _by_value, _in_proportion)
+    proposed = tuple(way(m) for way in ways)
     first: dict[str, object] | None = None
     # Images as they are come last: a class may ask for their size, but they take long.
     for smaller in [True, False] if _small_images(m.bench, {}) else [False]:

@@ -59,6 +59,6 @@ def _with_partner(axis: str, axes: Sequence[str]) -> Iterator[tuple[str, ...]]:
 
 
 def told(failure: Exception | None) -> str:
-    """The first line of what is wrong."""
-    lines = str(failure).splitlines() or [type(failure).__name__]
-    return lines[0]
+    """The first line of what is wrong; a second one that it leads up to."""
+    first, *more = str(failure).splitlines() or [type(failure).__name__]
+    return f"{first} {more[0].strip()}" if more and first.endswith(":") else first
