@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -319,6 +320,20 @@ def test_what_has_a_size_of_its_own_stays() -> None:
     assert changed(source, source.coalesce(kv_heads=2)) == {"kv_heads": 1, "q_group": 4}
     (note,) = source.decoalesce(hidden=2).plan.notes
     assert note.startswith("copies (hidden units) have equal gradients")
+
+
+def test_heads_that_a_spec_freezes_stay_whatever_is_asked_for(tmp_path: Path) -> None:
+    spec = tmp_path / "still.toml"
+    spec.write_text(
+        'schema = 1\nextends = "llama"\nmodel_types = ["still"]\n'
+        '[axis_kind]\nheads = "frozen"\nkv_heads = "frozen"\n'
+    )
+    plan = llama().plan
+    source = LazyCheckpoint(replace(plan, architecture=str(spec)))
+    assert changed(source, source.decoalesce(width=2)) == {"embed": 16, "mlp": 20}
+    for axis in ("heads", "kv_heads"):
+        with pytest.raises(PlanError, match="can't be resized"):
+            source.decoalesce(axes={axis: 2})
 
 
 @pytest.mark.parametrize(
