@@ -115,6 +115,13 @@ def test_a_stack_that_no_field_counts_keeps_its_layers(tmp_path: Path) -> None:
     assert "depth" not in tomllib.loads(found.toml)["axis_kind"].values()
 
 
+def test_a_parameter_that_is_a_projection_reads_its_first_dimension() -> None:
+    naming = naming_of("gemma3")
+    (projection,) = (t for t in naming.tensors if t.pattern.endswith("projection_weight"))
+    assert projection.roles == ("in", "out")
+    assert [naming.text_of(projection, i) for i in (0, 1)] == ["vision_embed", "text_embed"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["m2m_100", "bloom", "marian", "qwen3_next", "mistral3"])
 def test_types_whose_orders_factors_and_positions_are_found(name: str, tmp_path: Path) -> None:

@@ -283,6 +283,8 @@ class AxisNaming:
             return self._stack_roles(part, dims)
         if part.kind == "embedding" and rank == 2:
             return ("", "out")
+        if rank == 2 and part.kind == "other" and "proj" in part.parameter:
+            return ("in", "out")  # A parameter that is multiplied from the right: x @ w.
         if rank < 2 or part.kind in ("other", "norm", "embedding", "buffer"):
             return ("out",) * rank
         return ("in", "out", *rest) if part.kind == "conv1d" else ("out", "in", *rest)
