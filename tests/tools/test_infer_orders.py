@@ -129,3 +129,18 @@ def test_types_whose_orders_factors_and_positions_are_found(name: str, tmp_path:
     assert found.report is not None
     assert found.report.passed
     assert not found.left_out
+
+
+def test_heads_that_do_not_divide_the_width_are_as_many_as_do() -> None:
+    bench = Workbench({"model_type": "aya_vision"}, name="aya_vision")
+    assert "divisible" in bench.why()
+    completing.complete(bench)
+    sizes = {field.name: field.value for field in bench.numbers()}
+    assert (sizes["vision_config.hidden_size"], sizes["vision_config.num_attention_heads"]) == (
+        1152,
+        16,
+    )
+
+
+def test_a_size_of_the_input_is_no_width() -> None:
+    assert naming_of("wav2vec2-bert").kinds["feature_projection_input_dim"] == "frozen"

@@ -32,7 +32,7 @@ def complete(bench: Workbench) -> None:
     """Change fields until a model can be built, where the configuration itself makes none."""
     if bench.outline({}) is None:
         lists = (*_layer_kinds(bench), *_rotary_kinds(bench))
-        for changes in (*lists, *_named(bench), *_filled(bench), *_equal(bench)):
+        for changes in (*lists, *_named(bench), *_filled(bench), *_dividing(bench), *_equal(bench)):
             if bench.adopt(changes):
                 _without_needless(bench, changes)
                 break
@@ -114,6 +114,16 @@ def read_widths(bench: Workbench) -> Iterator[tuple[str, str]]:
         seen = field.scope and _ENCODER.search(other.scope) and field.scope != other.scope
         if seen and field.leaf == "encoder_hidden_size" and _OWN_WIDTH.fullmatch(other.leaf):
             yield field.name, other.name
+
+
+def _dividing(bench: Workbench) -> Iterator[Changes]:
+    """A number of heads that divides the hidden size, where the class's own does not."""
+    for heads in (f for f in bench.numbers() if plain_name(f.name) == "heads"):
+        beside = (f for f in bench.numbers() if f.scope == heads.scope)
+        for width in (f for f in beside if plain_name(f.name) == "embed"):
+            if width.value % heads.value:
+                least = next(n for n in range(heads.value, width.value + 1) if width.value % n == 0)
+                yield {heads.name: least}
 
 
 def _taken(bench: Workbench) -> Iterator[Changes]:

@@ -41,7 +41,7 @@ HEAD_SIZE = re.compile(r"head_dim$|^d_kv$|head_size$|rotary|rope")
 _RATIO = re.compile(r"ratio|mult|expan|factor|merge")
 _FROZEN = re.compile(
     r"ratio|mult|expan|factor|head_dim$|^d_kv$|head_size$|rotary|rope|n(um)?_shared"
-    r"|vocab|position|channels|labels|n_?groups$"
+    r"|vocab|position|channels|labels|n_?groups$|input_dim$|mel_bins$|input_feat"
 )
 _DOWN = re.compile(r"down|w2|output_linear|(^|[._])wo($|[._])|fc2|c_proj")
 
