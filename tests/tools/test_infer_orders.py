@@ -144,3 +144,12 @@ def test_heads_that_do_not_divide_the_width_are_as_many_as_do() -> None:
 
 def test_a_size_of_the_input_is_no_width() -> None:
     assert naming_of("wav2vec2-bert").kinds["feature_projection_input_dim"] == "frozen"
+
+
+def test_a_table_by_layers_that_the_class_makes_is_left_to_it() -> None:
+    bench = Workbench({"model_type": "gemma4_text"}, name="gemma4_text")
+    assert "per_layer_config" in bench.fields
+    made = bench.outline({})
+    completing.complete(bench)
+    assert bench.fields.get("per_layer_config") is None
+    assert bench.outline({}) == made

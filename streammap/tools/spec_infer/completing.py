@@ -36,7 +36,7 @@ def complete(bench: Workbench) -> None:
             if bench.adopt(changes):
                 _without_needless(bench, changes)
                 break
-    for changes in (*_whole_heads(bench), *_taken(bench), *_as_wide(bench)):
+    for changes in (*_made_again(bench), *_whole_heads(bench), *_taken(bench), *_as_wide(bench)):
         bench.adopt(changes)
 
 
@@ -83,6 +83,16 @@ def _allowed(leaf: str) -> tuple[str, ...]:
     library = optional.library("transformers.configuration_utils")
     name = f"ALLOWED_{'MLP' if leaf.startswith('mlp') else 'ATTN'}_LAYER_TYPES"
     return tuple(getattr(library, name, ()))
+
+
+def _made_again(bench: Workbench) -> Iterator[Changes]:
+    """Tables by layer numbers that the class makes of other fields: of a tiny model others."""
+    for scope in dict.fromkeys(field.scope for field in bench.numbers()):
+        name = config_changes.joined(scope, "per_layer_config")
+        if config_fields.field_value(bench.fields, name) is not None and bench.outline(
+            {name: None}
+        ) == bench.outline({}):
+            yield {name: None}
 
 
 def _whole_heads(bench: Workbench) -> Iterator[Changes]:
