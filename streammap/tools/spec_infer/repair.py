@@ -9,14 +9,21 @@ none of them helps is not resized, and the spec says so: what is left is what wa
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from streammap.architectures import registry
 from streammap.errors import ArchitectureError, StreammapError
 from streammap.tools.spec_infer import completing, solve, tiny_sizes
-from streammap.tools.spec_infer.amendments import NO_RULE, ORDERS, POSITIONS, UNSEEN, Amendments
+from streammap.tools.spec_infer.amendments import (
+    NO_RULE,
+    ORDERS,
+    POSITIONS,
+    UNSEEN,
+    Amendments,
+    Neutral,
+)
 from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_proof import checks, unseen
@@ -28,6 +35,11 @@ _OUTPUT = re.compile(r"hidden_size$|output_dim$|projection_dim$|^dim$|embed_dim$
 _TOKENS = re.compile(r"embed_tokens$|word_embeddings$")
 _NAMED_OUTPUT = re.compile(r"out_\w+$|output_dim$|projection_dim$")
 _EVERY_LAYER = 100_000
+_COMPUTED: Mapping[Neutral, tuple[str, ...]] = {
+    "sinusoidal": ("sinusoid", "positionalencoding", "positional_encoding"),
+    "alibi": ("alibi",),
+}
+"""What a class calls positions that it computes."""
 _GATES = ("renormalised", "softmax", "own")
 _LAYERS = "layers that were added to a tiny model changed its function"
 _EXPERTS = "experts that were added to a tiny model changed its function"
@@ -262,8 +274,8 @@ def _without_positions(
     naming: AxisNaming, known: Amendments, failed: Check
 ) -> Iterator[Amendments]:
     """The tiny model without positions that are computed from a width, or from a head's number."""
-    for neutral, why in POSITIONS.items():  # A class may call them sinusoids.
-        if known.neutral is None and naming.bench.mentions(neutral.removesuffix("al")):
+    for neutral, why in POSITIONS.items():
+        if known.neutral is None and any(map(naming.bench.mentions, _COMPUTED[neutral])):
             widths = naming.residuals()
             axes = [axis for axis in failed.axes if (axis in widths) == (neutral == "sinusoidal")]
             yield replace(known, neutral=neutral, caveats=dict.fromkeys(axes, why))

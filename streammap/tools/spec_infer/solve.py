@@ -135,7 +135,8 @@ def _probe(bench: Workbench) -> Probed:
     taken = {field.value for field in bench.numbers()}
     for field in bench.numbers():
         # A size that another field has may leave tensors out, as projections between the two.
-        free = [n * field.value for n in (2, 3) if n * field.value not in taken]
+        # Three times the heads would not divide most hidden sizes.
+        free = [n * field.value for n in (2, 4, 3) if n * field.value not in taken]
         for value in (*free[:1], 2 * field.value, field.value + 1, 3 * field.value):
             snapshot = bench.snapshot({field.name: value})
             if snapshot is not None:

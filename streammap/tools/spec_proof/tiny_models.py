@@ -10,6 +10,7 @@ import importlib
 import inspect
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ _TIMM = "timm:"
 """What a class of timm begins with: "timm:VisionTransformer"."""
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 _EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+_POSITIONS = re.compile("Sinus|SinePosition|PositionalEncoding")
+"""Classes of modules that compute positions."""
 _BATCH = 2
 _SPREAD = 1.5
 """Weights are this / sqrt(fan-in): attention and routers choose, and nothing saturates."""
@@ -237,7 +240,7 @@ def _without(features: Sequence[str], net: _Net) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if "sinusoidal" in features:
             for part in net.modules():
-                if "Sinus" in type(part).__name__ or "SinePosition" in type(part).__name__:
+                if _POSITIONS.search(type(part).__name__):
                     stack.callback(part.register_forward_hook(_zeros).remove)
                 for name, x in _computed(part):
                     stack.callback(setattr, part, name, x)
@@ -260,7 +263,7 @@ def _computed(part: torch.nn.Module) -> list[tuple[str, Tensor]]:
         (name, x)
         for name, x in tensors.items()
         if isinstance(x, Tensor)
-        and "position" in name
+        and re.search("position|pos_enc", name)
         and x.is_floating_point()
         and name not in saved
     ]
