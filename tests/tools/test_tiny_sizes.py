@@ -37,8 +37,11 @@ def test_what_the_module_of_a_part_reads_is_mentioned() -> None:
 
 def test_a_head_size_that_only_the_forward_pass_reads_is_that_of_the_tiny_model() -> None:
     sizes = tiny_sizes._all_different(naming_of("pix2struct"))
-    hidden, head = (sizes[f"text_config.{leaf}"] for leaf in ("hidden_size", "d_kv"))
-    assert hidden == 12 * int(str(head))
+    leaves = ("hidden_size", "num_heads", "d_kv")
+    hidden, heads, head = (int(str(sizes[f"text_config.{leaf}"])) for leaf in leaves)
+    assert hidden == heads * head
+    # What must be as wide says nothing where it is so by chance.
+    assert hidden != sizes["vision_config.hidden_size"]
 
 
 def test_small_images_have_the_patches_that_are_pooled() -> None:

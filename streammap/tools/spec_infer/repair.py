@@ -146,7 +146,7 @@ def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
     for symbol in naming.names:
         scope, _, leaf = symbol.rpartition(".")
         inside = scope or text.rpartition(".")[0]  # Of a model in parts, the field between them.
-        if symbol not in (hidden, text) and inside and _OUTPUT.search(leaf):
+        if symbol != text and inside and _OUTPUT.search(leaf):
             wide.append(symbol)
     named = [symbol for symbol in wide if _NAMED_OUTPUT.search(symbol)]
     # A model that sees and hears has two encoders.

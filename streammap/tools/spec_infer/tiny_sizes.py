@@ -29,6 +29,8 @@ _MERGES = re.compile(r"scale_factor$|merge_size$|merge$|pool|kernel|downsample")
 """Fields that say how many patches of a row become one."""
 _PER_IMAGE = re.compile(r"tokens_per_image$")
 _TINY_WIDTHS = (92, 76, 44, 38, 28, 26, 22, 34, 46, 52, 58, 62, 68, 74)
+_TINY_EMBEDS = (48, 40, 56, 64)
+_HEAD_SIZES = (8, 12, 16, 20, 24, 28, 32)
 _MAX_RATIO = 8
 
 
@@ -165,7 +167,7 @@ def prove_sizes(m: AxisNaming, sizes: Mapping[str, object]) -> tuple[Workbench, 
 def _all_different(m: AxisNaming) -> dict[str, object]:
     """Small sizes in the proportions that constructors ask for."""
     sizes: dict[str, object] = {}
-    widths = iter(_TINY_WIDTHS * 9)
+    widths, embeds = iter(_TINY_WIDTHS * 9), iter(_TINY_EMBEDS * 9)
     groups = {kv: heads for heads, kv in m.solution.groups.values()}
     least = min((f.value for s, f in m.fields.items() if HEAD_SIZE.search(f.leaf)), default=1)
     for symbol, name in m.names.items():
@@ -188,19 +190,24 @@ def _all_different(m: AxisNaming) -> dict[str, object]:
         elif kind == "frozen" or kind == "expert":
             sizes[symbol] = min(field.value, 61)
         elif name.endswith("embed"):
-            sizes[symbol] = 48
+            sizes[symbol] = next(embeds)
         else:
             sizes[symbol] = min(field.value, next(widths))
     for heads, kv in m.solution.groups.values():
         sizes[heads] = int(str(sizes[kv])) * min(3, m.fields[heads].value // m.fields[kv].value)
-    for hidden in {h for h, _ in m.solution.head_sizes.values()} | {m.residual()}:
+    wholes = sorted({h for h, _ in m.solution.head_sizes.values()} | {m.residual()})
+    taken = {n for s, n in sizes.items() if m.names[s].endswith("embed") and s not in wholes}
+    for hidden in wholes:
         scope = hidden.rpartition(".")[0]
         counts = [
             int(str(n))
             for s, n in sizes.items()
             if plain_name(s) == "heads" and s.rpartition(".")[0] == scope
         ]
-        sizes[hidden] = math.lcm(*counts, 1) * 8
+        # Two parts are not equally wide by chance: nothing would say that they must be.
+        n_heads = math.lcm(*counts, 1)
+        sizes[hidden] = next(n_heads * n for n in _HEAD_SIZES if n_heads * n not in taken)
+        taken.add(sizes[hidden])
     return sizes | _following(m, sizes) | _tokens(m.bench)
 
 
