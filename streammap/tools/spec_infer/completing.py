@@ -128,7 +128,8 @@ def read_widths(bench: Workbench) -> Iterator[tuple[str, str]]:
 
 def _dividing(bench: Workbench) -> Iterator[Changes]:
     """A number of heads that divides the hidden size, where the class's own does not."""
-    for heads in (f for f in bench.numbers() if plain_name(f.name) == "heads"):
+    counts = (f for f in bench.numbers() if plain_name(f.name) == "heads")
+    for heads in (f for f in counts if config_fields.field_value(bench.given, f.name) is None):
         beside = (f for f in bench.numbers() if f.scope == heads.scope)
         for width in (f for f in beside if plain_name(f.name) == "embed"):
             if width.value % heads.value:

@@ -148,6 +148,7 @@ class Workbench:
         given = config_changes.decoded(
             {k: v for k, v in config.items() if k not in ("auto_map", "dtype")}
         )
+        self.given: Fields = given
         self.model_type, self._config_class = _config_class(config, name)
         self.n_probes = 0
         self._cache: dict[tuple[str, bool], Snapshot | None] = {}
