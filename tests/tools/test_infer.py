@@ -752,25 +752,21 @@ def test_default_configurations_that_pass_their_proof(name: str, tmp_path: Path)
 
 @pytest.mark.slow
 def test_what_no_rule_explains_is_not_resized(tmp_path: Path) -> None:
-    # Sines of the width are added to the embeddings.
+    # FNet has a Fourier transform over the width in place of attention.
     config: Table = {
-        "model_type": "m2m_100",
+        "model_type": "fnet",
         "vocab_size": 97,
-        "d_model": 48,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 6,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 92,
-        "decoder_ffn_dim": 76,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "intermediate_size": 92,
         "max_position_embeddings": 61,
     }
-    found = infer(config, name="m2m_100", scratch=tmp_path)
+    found = infer(config, name="fnet", scratch=tmp_path)
     assert found.report is not None
     assert found.report.passed
     assert found.left_out
-    spec = registry.parse(found.toml, name="m2m_100")
+    spec = registry.parse(found.toml, name="fnet")
     kinds = {name: axis.kind for name, axis in spec.axes.items()}
     assert kinds["embed"] == "frozen"
-    assert kinds["enc_mlp"] == kinds["dec_mlp"] == "width"
+    assert kinds["mlp"] == "width"
     assert spec.caveats["embed"] == found.left_out["embed"]
