@@ -54,11 +54,12 @@ class _Planning:
 
     def direct(self) -> None:
         """Maps of the axes that were asked for."""
+        for axis in self._asked.axes:
+            self._check_axis(axis)
         for kv, _, heads in self._joint:
             self._heads(heads, kv)
         for axis, request in self._asked.axes.items():
             if axis not in self.maps:
-                self._check_axis(axis)
                 self._put(axis, self._one.map(axis, request))
         if self._asked.width is not None:
             first = self._spec.spaces.get("heads", ())
@@ -147,8 +148,6 @@ class _Planning:
         """Plan query heads and their kv heads, where either is asked for."""
         wanted, wanted_kv = self._asked.axes.get(heads), self._asked.axes.get(kv)
         by_width = wanted is None and wanted_kv is None
-        for axis in (axis for axis in (heads, kv) if axis in self._asked.axes):
-            self._check_axis(axis)
         if by_width and self._spec.axes[heads].kind == "width":
             wanted = self._asked.width
         if wanted is None and wanted_kv is None:
