@@ -31,6 +31,7 @@ from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_infer.write_rules import SpecRules
 from streammap.tools.spec_proof import unseen
 from streammap.tools.spec_proof.checks import Check
+from tests.support.inferred import named_type
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
@@ -459,21 +460,13 @@ def test_each_tiny_model_is_tiny_and_keeps_what_is_equal(name: str) -> None:
     assert name == "t5" or heads == [8, 2]
 
 
-def naming_of(name: str) -> AxisNaming:
-    bench = Workbench({"model_type": name}, name=name)
-    completing.complete(bench)
-    shrink.shorten(bench)
-    structure = module_roles.describe_model(bench.net())
-    return AxisNaming(bench, structure, solve.solve(bench, structure))
-
-
 def test_images_of_tiny_models_are_small_where_that_runs() -> None:
-    sides = [sizes.get("image_size") for sizes in tiny_sizes.proposals(naming_of("vit"))]
+    sides = [sizes.get("image_size") for sizes in tiny_sizes.proposals(named_type("vit"))]
     assert sides == [4 * 16] * 3 + [None] * 3
 
 
 def test_each_size_of_a_list_is_made_smaller() -> None:
-    sizes = next(tiny_sizes.proposals(naming_of("hubert")))
+    sizes = next(tiny_sizes.proposals(named_type("hubert")))
     assert all(int(str(sizes[f"conv_dim.{i}"])) < 512 for i in range(5))
 
 
@@ -510,7 +503,7 @@ def test_the_head_reads_the_norm_of_its_own_text_model_and_neighbours_lie_one_by
 
 
 def test_a_model_without_a_width_of_its_own_is_refused(tmp_path: Path) -> None:
-    naming = naming_of("vit")
+    naming = named_type("vit")
     fixed = naming.amended(Amendments(frozen=dict.fromkeys(naming.kinds, "")))
     with pytest.raises(ArchitectureError, match="one size a stage"):
         repair.prove(fixed, lambda *_: "", tmp_path)
@@ -605,7 +598,7 @@ def test_the_hidden_state_that_a_projector_reads_moves_with_its_layers() -> None
 
 
 def test_factors_of_the_residual_stream_may_be_1_in_new_layers() -> None:
-    naming = naming_of("doge")
+    naming = named_type("doge")
     failed = Check("promises", False, 1.0, "new_layers doubled: 1.0", ("layer",))
     known = next(iter(repair._promises(naming, Amendments(), failed)))
     names = ("input_residual", "post_attention_residual")
@@ -616,7 +609,7 @@ def test_factors_of_the_residual_stream_may_be_1_in_new_layers() -> None:
 
 
 def test_layers_may_compute_by_their_number() -> None:
-    naming = naming_of("llama")
+    naming = named_type("llama")
     failed = Check("promises", False, 1.0, "new_layers doubled: 1.0", ("layer",))
     known = next(iter(repair._promises(naming, Amendments(), failed)))
     assert known.numbered.keys() == {"layer"}
@@ -626,7 +619,7 @@ def test_layers_may_compute_by_their_number() -> None:
 
 
 def test_the_number_of_the_last_layer_follows_and_a_period_is_no_count() -> None:
-    naming = naming_of("ernie4_5_moe")
+    naming = named_type("ernie4_5_moe")
     fields = naming.bench.fields
     assert fields["moe_layer_end_index"] == int(str(fields["num_hidden_layers"])) - 1
     (text,) = DepthRules(naming, SpecRules(naming)).tables()
@@ -636,7 +629,7 @@ def test_the_number_of_the_last_layer_follows_and_a_period_is_no_count() -> None
 
 
 def test_trailing_layers_without_some_tensors_are_counted_from_the_end() -> None:
-    naming = naming_of("gemma3n_text")
+    naming = named_type("gemma3n_text")
     (text,) = DepthRules(naming, SpecRules(naming)).tables()
     depth = tomllib.loads(text)["depth"]["layer"]
     assert depth["suffix_counts"] == ["num_kv_shared_layers"]
@@ -682,7 +675,7 @@ def test_a_draft_whose_shapes_are_wrong_is_a_failed_proof_and_no_error(
     monkeypatch.setattr(registry, "tiny_models", lambda _: (None,))
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "a.toml").touch()
-    naming = naming_of("vit")
+    naming = named_type("vit")
     proof = repair._Proof(naming, naming.bench, lambda *_: "", tmp_path)
     proof.n_proofs = 1
     assert proof.unseen() == ()
@@ -703,17 +696,17 @@ def test_rows_and_columns_are_no_list_of_layers() -> None:
 
 def test_parts_of_rotary_positions_add_up_to_half_a_tiny_head() -> None:
     # config.json does not say them, and the class's own are those of heads of 128.
-    naming = naming_of("qwen2_5_vl")
+    naming = named_type("qwen2_5_vl")
     sizes = tiny_sizes._all_different(naming)
     sections = sizes["text_config.rope_parameters.mrope_section"]
     assert isinstance(sections, list)
     hidden, heads = (sizes[f"text_config.{f}"] for f in ("hidden_size", "num_attention_heads"))
     assert 2 * sum(sections) == int(str(hidden)) // int(str(heads))
-    assert not any("mrope" in name for name in tiny_sizes._all_different(naming_of("llama")))
+    assert not any("mrope" in name for name in tiny_sizes._all_different(named_type("llama")))
 
 
 def test_places_of_merged_patches_may_lie_behind_their_channels() -> None:
-    naming = naming_of("lighton_ocr")
+    naming = named_type("lighton_ocr")
     (merged,) = (t.dims[1] for t in naming.tensors if t.pattern.endswith("merging_layer.weight"))
     merge, width = "spatial_merge_size", "vision_embed"
     assert naming.expression(merged) == f"{merge}*{merge}*{width}"
@@ -722,7 +715,7 @@ def test_places_of_merged_patches_may_lie_behind_their_channels() -> None:
 
 
 def test_parts_of_a_sum_may_lie_the_other_way_round() -> None:
-    naming = naming_of("mamba")
+    naming = named_type("mamba")
     (x_proj,) = (t.dims[0] for t in naming.tensors if t.pattern.endswith("x_proj.weight"))
     assert naming.expression(x_proj) == "time_step_rank+2*state_size"
     turned = naming.amended(Amendments().ordered(["time_step_rank"], "turned"))

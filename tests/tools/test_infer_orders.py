@@ -5,23 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from streammap.tools.spec_infer import completing, module_roles, repair, shrink, solve
+from streammap.tools.spec_infer import completing, repair
 from streammap.tools.spec_infer.amendments import Amendments
 from streammap.tools.spec_infer.infer import infer
-from streammap.tools.spec_infer.naming import AxisNaming
 from streammap.tools.spec_infer.probe import Workbench
 from streammap.tools.spec_proof.checks import Check
+from tests.support.inferred import named_type
 
 pytest.importorskip("transformers", minversion="5.0")
 pytestmark = pytest.mark.filterwarnings("ignore:::transformers", "ignore:::torch")
-
-
-def naming_of(name: str) -> AxisNaming:
-    bench = Workbench({"model_type": name}, name=name)
-    completing.complete(bench)
-    shrink.shorten(bench)
-    structure = module_roles.describe_model(bench.net())
-    return AxisNaming(bench, structure, solve.solve(bench, structure))
 
 
 def growth_of(*axes: str) -> Check:
@@ -29,7 +21,7 @@ def growth_of(*axes: str) -> Check:
 
 
 def test_heads_of_two_mixers_share_what_is_theirs() -> None:
-    naming = naming_of("nemotron_h")
+    naming = named_type("nemotron_h")
     assert set(naming.solution.groups.values()) == {
         ("num_attention_heads", "num_key_value_heads"),
         ("mamba_num_heads", "n_groups"),
@@ -45,7 +37,7 @@ def test_heads_of_two_mixers_share_what_is_theirs() -> None:
 
 
 def test_an_order_of_units_is_that_of_some_axes() -> None:
-    naming = naming_of("qwen3_next")
+    naming = named_type("qwen3_next")
 
     def texts(known: Amendments) -> dict[str, str]:
         other = naming.amended(known)
@@ -63,24 +55,26 @@ def test_an_order_of_units_is_that_of_some_axes() -> None:
 
 
 def test_orders_that_change_nothing_are_not_tried() -> None:
-    naming = naming_of("llama")
+    naming = named_type("llama")
     tried = list(repair._ordered(naming, Amendments(), growth_of("embed", "heads", "mlp")))
     assert tried == []  # It has no fused or halved dimension.
 
 
 def test_positions_are_left_out_of_a_proof_where_the_class_has_such() -> None:
-    naming = naming_of("m2m_100")
+    naming = named_type("m2m_100")
     tried = list(repair._without_positions(naming, Amendments(), growth_of("embed", "enc_heads")))
     assert [(t.neutral, *t.caveats) for t in tried] == [("sinusoidal", "embed")]
     bloom = list(
-        repair._without_positions(naming_of("bloom"), Amendments(), growth_of("embed", "heads"))
+        repair._without_positions(named_type("bloom"), Amendments(), growth_of("embed", "heads"))
     )
     assert [(t.neutral, *t.caveats) for t in bloom] == [("alibi", "heads")]
-    assert not list(repair._without_positions(naming_of("llama"), Amendments(), growth_of("embed")))
+    assert not list(
+        repair._without_positions(named_type("llama"), Amendments(), growth_of("embed"))
+    )
 
 
 def test_a_factor_of_one_table_leaves_that_of_another() -> None:
-    naming = naming_of("t5gemma")
+    naming = named_type("t5gemma")
     encoder = {"model.encoder.embed_tokens.weight": "encoder_embed**0.5"}
     decoder = {"model.decoder.embed_tokens.weight": "decoder_embed**0.5"}
     known = Amendments(scale=encoder)
@@ -116,7 +110,7 @@ def test_a_stack_that_no_field_counts_keeps_its_layers(tmp_path: Path) -> None:
 
 
 def test_a_parameter_that_is_a_projection_reads_its_first_dimension() -> None:
-    naming = naming_of("gemma3")
+    naming = named_type("gemma3")
     (projection,) = (t for t in naming.tensors if t.pattern.endswith("projection_weight"))
     assert projection.roles == ("in", "out")
     assert [naming.text_of(projection, i) for i in (0, 1)] == ["vision_embed", "text_embed"]
@@ -143,7 +137,7 @@ def test_heads_that_do_not_divide_the_width_are_as_many_as_do() -> None:
 
 
 def test_a_size_of_the_input_is_no_width() -> None:
-    assert naming_of("wav2vec2-bert").kinds["feature_projection_input_dim"] == "frozen"
+    assert named_type("wav2vec2-bert").kinds["feature_projection_input_dim"] == "frozen"
 
 
 def test_a_table_by_layers_that_the_class_makes_is_left_to_it() -> None:

@@ -50,6 +50,25 @@ class Inferred:
     """Axes that the proof did not show -> why; the spec does not resize or promise them."""
 
 
+def named(config: Mapping[str, object], *, name: str) -> AxisNaming:
+    """What probing the class of a config.json finds: the draft's axes, with their names.
+
+    Args:
+        config: Its content. Code that it names is never run.
+        name: What messages call it.
+
+    Raises:
+        ArchitectureError: a model that transformers does not have, or can't build.
+        PlanError: transformers is not installed.
+    """
+    bench = Workbench(config, name=name)
+    completing.complete(bench)
+    shrink.shorten(bench)
+    bench.explicit(_GUESS)
+    structure = module_roles.describe_model(bench.net())
+    return AxisNaming(bench, structure, solve.solve(bench, structure))
+
+
 def infer(config: Mapping[str, object], *, name: str, scratch: Path | None = None) -> Inferred:
     """A spec for the model of a config.json.
 
@@ -64,12 +83,8 @@ def infer(config: Mapping[str, object], *, name: str, scratch: Path | None = Non
         PlanError: transformers is not installed.
     """
     start = time.perf_counter()
-    bench = Workbench(config, name=name)
-    completing.complete(bench)
-    shrink.shorten(bench)
-    bench.explicit(_GUESS)
-    structure = module_roles.describe_model(bench.net())
-    naming = AxisNaming(bench, structure, solve.solve(bench, structure))
+    naming = named(config, name=name)
+    bench = naming.bench
     unresolved, kept = naming.unexplained()
     kept = (*kept, *SpecRules(naming).constants())
 
