@@ -13,7 +13,7 @@ from streammap.common import optional
 from streammap.tools.spec_infer import config_changes
 from streammap.tools.spec_infer.config_changes import Changes
 from streammap.tools.spec_infer.naming import plain_name
-from streammap.tools.spec_infer.probe import Workbench
+from streammap.tools.spec_infer.probe import Field, Workbench
 
 _SIZE = re.compile(r"dim|size|inner|heads|rank|width|ratio|budget|layers|experts|top_?k|num_|_num")
 _WIDTH = re.compile(r"(hidden_size|dim|d_model|width)$")
@@ -89,24 +89,39 @@ def _made_again(bench: Workbench) -> Iterator[Changes]:
     """Tables by layer numbers that the class makes of other fields: of a tiny model others."""
     for scope in dict.fromkeys(field.scope for field in bench.numbers()):
         name = config_changes.joined(scope, "per_layer_config")
-        if config_fields.field_value(bench.fields, name) is not None and bench.outline(
-            {name: None}
-        ) == bench.outline({}):
+        there = config_fields.field_value(bench.fields, name) is not None
+        if there and bench.outline({name: None}) == bench.outline({}):
             yield {name: None}
 
 
 def _whole_heads(bench: Workbench) -> Iterator[Changes]:
     """A head size where the hidden size is no multiple of the heads: it would be cut off."""
-    parts: dict[str, dict[str, int]] = {}
+    for scope, width, heads in _cut_heads(bench):
+        name = config_changes.joined(scope, "head_dim")
+        n = width.value // heads.value
+        # A class that does not read the field is left as it is.
+        if n and bench.outline({name: n + 1}) != bench.outline({}):
+            yield {name: n + n % 2}
+
+
+def _dividing(bench: Workbench) -> Iterator[Changes]:
+    """A number of heads that divides the hidden size, where the class's own does not."""
+    for _, width, heads in _cut_heads(bench):
+        if config_fields.field_value(bench.given, heads.name) is None:
+            more = range(heads.value, width.value + 1)
+            yield {heads.name: next(n for n in more if width.value % n == 0)}
+
+
+def _cut_heads(bench: Workbench) -> Iterator[tuple[str, Field, Field]]:
+    """Parts whose hidden size is no multiple of their heads: with these two fields."""
+    parts: dict[str, dict[str, Field]] = {}
     for field in bench.numbers():
-        parts.setdefault(field.scope, {})[plain_name(field.name)] = field.value
+        parts.setdefault(field.scope, {})[plain_name(field.name)] = field
     for scope, sizes in parts.items():
         if {"embed", "heads"} <= sizes.keys() and "head_dim" not in sizes:
-            n, rest = divmod(sizes["embed"], sizes["heads"])
-            name = config_changes.joined(scope, "head_dim")
-            # A class that does not read the field is left as it is.
-            if n and rest and bench.outline({name: n + 1}) != bench.outline({}):
-                yield {name: n + n % 2}
+            width, heads = sizes["embed"], sizes["heads"]
+            if heads.value < width.value and width.value % heads.value:
+                yield scope, width, heads
 
 
 def _as_wide(bench: Workbench) -> Iterator[Changes]:
@@ -124,17 +139,6 @@ def read_widths(bench: Workbench) -> Iterator[tuple[str, str]]:
         seen = field.scope and _ENCODER.search(other.scope) and field.scope != other.scope
         if seen and field.leaf == "encoder_hidden_size" and _OWN_WIDTH.fullmatch(other.leaf):
             yield field.name, other.name
-
-
-def _dividing(bench: Workbench) -> Iterator[Changes]:
-    """A number of heads that divides the hidden size, where the class's own does not."""
-    counts = (f for f in bench.numbers() if plain_name(f.name) == "heads")
-    for heads in (f for f in counts if config_fields.field_value(bench.given, f.name) is None):
-        beside = (f for f in bench.numbers() if f.scope == heads.scope)
-        for width in (f for f in beside if plain_name(f.name) == "embed"):
-            if width.value % heads.value:
-                least = next(n for n in range(heads.value, width.value + 1) if width.value % n == 0)
-                yield {heads.name: least}
 
 
 def _taken(bench: Workbench) -> Iterator[Changes]:

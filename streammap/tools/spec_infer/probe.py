@@ -155,6 +155,7 @@ class Workbench:
         self._disk_names = DiskNames()
         self._defaults: dict[tuple[str, str], int | None] = {}
         self._built: Fields | None = None
+        self._modules: tuple[str, ...] | None = None
         try:
             with optional.quiet(hide_warnings=True):
                 finished = self._config_class(**copy.deepcopy(given))
@@ -229,6 +230,7 @@ class Workbench:
         if other.outline({}) is None:
             return False
         self.fields, self._cache, self._built = other.fields, other._cache, None
+        self._modules = None
         self._defaults = other._defaults
         self.n_probes += other.n_probes
         return True
@@ -237,7 +239,8 @@ class Workbench:
         """Another one, of the changed configuration."""
         other = copy.copy(self)
         other.fields = config_changes.changed(self.fields, changes)
-        other.n_probes, other._cache, other._defaults, other._built = 0, {}, {}, None
+        other.n_probes, other._cache, other._defaults = 0, {}, {}
+        other._built = other._modules = None
         return other
 
     def explicit(self, guess: int) -> None:
@@ -272,10 +275,11 @@ class Workbench:
 
     def mentions(self, word: str) -> bool:
         """Whether the module of the model's class, or of a part, has a word, in capitals or not."""
-        parts = self.net().named_modules() if self.outline({}) else ()
-        names = {self._net_class.__module__, *(type(part).__module__ for _, part in parts)}
-        own = (_source(name).lower() for name in names if name.startswith("transformers."))
-        return any(word.lower() in source for source in own)
+        if self._modules is None:  # A model is built for it, and asked about many words.
+            parts = self.net().named_modules() if self.outline({}) else ()
+            names = {self._net_class.__module__, *(type(part).__module__ for _, part in parts)}
+            self._modules = tuple(name for name in names if name.startswith("transformers."))
+        return any(word.lower() in _source(name) for name in self._modules)
 
     def is_built(self, changes: Changes) -> bool:
         """Whether a model can be built with these fields changed, and no others."""
@@ -419,8 +423,9 @@ class Workbench:
 
 @lru_cache(maxsize=256)
 def _source(module: str) -> str:
+    """A module's text, in small letters."""
     with contextlib.suppress(OSError):
-        return inspect.getsource(sys.modules[module])
+        return inspect.getsource(sys.modules[module]).lower()
     return ""
 
 

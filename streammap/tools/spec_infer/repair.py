@@ -129,12 +129,12 @@ def _proposed(naming: AxisNaming) -> Iterator[tuple[AxisNaming, dict[str, object
     Sizes that are equal by chance run where two fields must be equal, which nothing says then.
     """
     some = tuple(itertools.islice(_joined(naming), _MAX_JOINED))
-    for different in (True, False):
-        for one in some:
-            sizes = tiny_sizes.proposals(one, different=different)
-            yield from (
-                (one, found) for found in (itertools.islice(sizes, 1) if different else sizes)
-            )
+    tried: list[dict[str, object] | None] = []
+    for one in some:
+        tried.append(next(tiny_sizes.proposals(one, different=True), None))
+        yield from ((one, sizes) for sizes in tried[-1:] if sizes is not None)
+    for one, first in zip(some, tried, strict=True):
+        yield from ((one, sizes) for sizes in tiny_sizes.proposals(one) if sizes != first)
 
 
 def _joined(naming: AxisNaming) -> Iterator[AxisNaming]:
@@ -241,7 +241,7 @@ def _rules(naming: AxisNaming, known: Amendments, failed: Check, axis: str) -> I
         if failed.name == "permutation":
             yield replace(known, unsigned={**known.unsigned, axis: "signs changed the function"})
         scales = _scales(naming, axis)
-        posts = [known.post, not _is_post(naming, known)]
+        posts = [known.post, not known.post]
         for post in posts:
             without = {k: v for k, v in known.scale.items() if k not in scales}
             for scale in (without, {**without, **scales}) if scales else (without,):
@@ -279,10 +279,6 @@ def _without_positions(
             widths = naming.residuals()
             axes = [axis for axis in failed.axes if (axis in widths) == (neutral == "sinusoidal")]
             yield replace(known, neutral=neutral, caveats=dict.fromkeys(axes, why))
-
-
-def _is_post(naming: AxisNaming, known: Amendments) -> bool:
-    return bool(known.post)
 
 
 def _scales(naming: AxisNaming, axis: str) -> dict[str, str]:

@@ -379,44 +379,33 @@ def _headed(kind: str, path: str, rank: int) -> tuple[int, ...]:
 def _groups(dims: Dims, probed: Probed) -> dict[str, tuple[str, str]]:
     """Pairs of heads, and of what these share (kv heads), that stand in the dimensions."""
     symbols = {s for ps in dims.values() for p in ps if p for m in p for s, _ in m}
-    present = [f for f in probed.fields if f in symbols]
-    heads = [f for f in present if _HEADS.search(_leaf(f)) and not re.search("dim|size", _leaf(f))]
+    present = [field for name, field in probed.fields.items() if name in symbols]
+    heads = [f for f in present if _HEADS.search(f.leaf) and not re.search("dim|size", f.leaf)]
     pairs = {}
     for shared in present:
-        beside = [f for f in heads if f != shared and f.rpartition(".")[0] == _scope(shared)]
-        others = _sharing(shared, beside) if shared in heads else _of_states(shared, beside)
-        if len(others) == 1:
-            n, rest = divmod(probed.fields[others[0]].value, probed.fields[shared].value)
-            if n and not rest:
-                pairs[f"{others[0]}/{shared}"] = others[0], shared
+        beside = [f for f in heads if f != shared and f.scope == shared.scope]
+        others = (_sharing if shared in heads else _of_states)(shared.leaf, beside)
+        if len(others) == 1 and others[0].value % shared.value == 0:
+            pairs[f"{others[0].name}/{shared.name}"] = others[0].name, shared.name
     return pairs
 
 
-def _sharing(kv: str, beside: Sequence[str]) -> list[str]:
+def _sharing(kv: str, beside: Sequence[Field]) -> list[Field]:
     """The heads that may share kv heads."""
-    leaf = _leaf(kv)
-    if not _KV.search(leaf):
+    if not _KV.search(kv):
         return []
-    if "key_heads" in leaf:
-        return [f for f in beside if _leaf(f) == leaf.replace("key", "value", 1)]
-    queries = [f for f in beside if not re.search(r"kv|key|value", _leaf(f))]
+    if "key_heads" in kv:
+        return [f for f in beside if f.leaf == kv.replace("key", "value", 1)]
+    queries = [f for f in beside if not re.search(r"kv|key|value", f.leaf)]
     # Beside those of attention there may be heads of another mixer.
-    return [f for f in queries if len(queries) == 1 or not _MIXERS.search(_leaf(f))]
+    return [f for f in queries if len(queries) == 1 or not _MIXERS.search(f.leaf)]
 
 
-def _of_states(groups: str, beside: Sequence[str]) -> list[str]:
+def _of_states(groups: str, beside: Sequence[Field]) -> list[Field]:
     """The heads that may share sets of B and C."""
-    if not _STATE_GROUPS.search(_leaf(groups)):
+    if not _STATE_GROUPS.search(groups):
         return []
-    return [f for f in beside if _MIXERS.search(_leaf(f)) or len(beside) == 1]
-
-
-def _leaf(field: str) -> str:
-    return field.rpartition(".")[2]
-
-
-def _scope(field: str) -> str:
-    return field.rpartition(".")[0]
+    return [f for f in beside if _MIXERS.search(f.leaf) or len(beside) == 1]
 
 
 def _everywhere(dims: Dims, old: Monomial, new: Monomial) -> dict[str, Explained]:
