@@ -11,6 +11,7 @@ import pytest
 import streammap
 from streammap.analysis.summary import formula
 from streammap.api import LazyCheckpoint
+from streammap.architectures import registry
 from streammap.errors import CheckpointError, PlanError, SchemeError, StreammapError
 from streammap.io.checkpoint import Checkpoint
 from streammap.io.dtypes import TensorSpec
@@ -21,6 +22,7 @@ from streammap.planning import graph
 from streammap.planning.axis_maps import KvMerge
 from streammap.planning.graph import TensorSource
 from streammap.planning.plan import Plan
+from streammap.tools.spec_proof import tiny_models
 from tests.support import tiny
 from tests.support.typed import Options, ok, run
 
@@ -797,3 +799,16 @@ def test_the_saved_map_takes_a_growth_back(tmp_path: Path, options: Options) -> 
     assert back.sizes == source.sizes
     if options.get("new_layers") != "zero":
         tiny.assert_close(dict(back.tensors()), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", registry.names())
+def test_no_frozen_axis_changes_where_all_widths_do(arch: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    for model in registry.tiny_models(arch):
+        if not model.class_name.startswith("timm:"):
+            tiny_models.build(model, tmp_path / model.name)
+            source = streammap.open(tmp_path / model.name)
+            axes = source.plan.model.architecture.axes
+            grown = changed(source, source.decoalesce(width=2))
+            assert not [axis for axis in grown if axes[axis].kind == "frozen"]
